@@ -1,0 +1,27 @@
+"""The one error type for bad user input: it names the field, the value, what is allowed and the fix."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be honoured, found before anything is compiled or written.
+
+    field: dotted name as the user would type it (``mixers.kda.num_heads``), or a flag (``--config``).
+    value: what was given.  allowed: what would be accepted.  fix: what to do, one sentence.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str, fix: str = ""):
+        self.field, self.value, self.allowed, self.fix = field, value, allowed, fix
+        super().__init__(f"{field} = {value!r}: {allowed}." + (f" {fix}" if fix else ""))
+
+    def under(self, prefix: str) -> "ConfigError":
+        """The same error with its field moved below ``prefix`` (a mixer does not know its own name)."""
+        return ConfigError(f"{prefix}.{self.field}", self.value, self.allowed, self.fix)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'Did you mean ...?' for a misspelt name, or the whole list when nothing is close."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else "Known: " + ", ".join(names) + "."
