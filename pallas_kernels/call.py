@@ -1,0 +1,57 @@
+"""The normalised arguments of one `linear_attention` call: what every backend receives.
+
+Shape legend: B batch, T time, H key heads, HV value heads (a multiple of H), K key dim, V value dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+L2NORM_EPS = 1e-6  # inside the square root, as FLA and the public checkpoints have it
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Checked arguments; a pytree whose leaves are the arrays.
+
+    q, k: [B, T, H, K].  v: [B, T, HV, V].  Floating, not necessarily of one dtype.
+    log_decay: None, [B, T, HV] or [B, T, HV, K].  beta: None (additive update) or [B, T, HV].
+    initial_state: None (zeros) or [B, HV, K, V] in `compute_dtype`; the state of the first token's document.
+    segment_ids: None (one document a row) or int32 [B, T], 0 at the first token and one more at every change,
+        so that equal ids mean the same document.
+    scale: factor of q.  qk_l2norm: whether the backend is to normalise q and k.
+    output_final_state: whether the state after the last token is wanted.  interpret: run kernels interpreted.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    beta: jax.Array | None
+    initial_state: jax.Array | None
+    segment_ids: jax.Array | None
+    scale: float = dataclasses.field(metadata={"static": True})
+    qk_l2norm: bool = dataclasses.field(default=False, metadata={"static": True})
+    output_final_state: bool = dataclasses.field(default=False, metadata={"static": True})
+    interpret: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """float64 if any of q, k, v is, else float32: the dtype of the state and of all accumulation."""
+        return compute_dtype(self.q, self.k, self.v)
+
+    @property
+    def group(self) -> int:
+        """Value heads per key head: value head h reads key head h // group."""
+        return self.v.shape[2] // self.q.shape[2]
+
+
+def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """x * rsqrt(sum(x^2) + 1e-6) over the last axis; an all-zero row stays zero and has finite gradients."""
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)
