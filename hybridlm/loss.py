@@ -1,0 +1,118 @@
+"""Next-token cross-entropy in chunks along time, so that logits [B, T, V] never exist.
+
+The gradient of a sum is known as soon as a chunk's logits are, so the forward pass of the differentiated
+function computes d hidden and d head chunk by chunk and the backward pass only scales them: logits are
+computed once, and nothing of size V per token is kept.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK_ELEMENTS = 1 << 25  # logits held at once: 32 Mi elements, 128 MiB in float32
+
+
+class LossSums(NamedTuple):
+    """Float32 sums over the tokens with a target: ``cross_entropy`` in nats, ``log_z_squared``, token count."""
+
+    cross_entropy: jax.Array
+    log_z_squared: jax.Array
+    tokens: jax.Array
+
+
+def cross_entropy(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, z_loss: float = 0.0
+) -> tuple[jax.Array, LossSums]:
+    """Returns (cross-entropy sum + z_loss * sum of log Z squared, the sums apart).
+
+    targets: int32, negative where a token carries no loss. Gradients flow through the first result only.
+    z_loss: weight of log(Z)^2 per token (PaLM, section 5).
+    """
+    total, sums = _chunked(hidden_BTD, head_DV, targets_BT, z_loss)
+    return total, jax.tree.map(jax.lax.stop_gradient, sums)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T/chunk, B, chunk, ...]; T is a multiple of chunk."""
+    batch, length = x.shape[:2]
+    return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+
+def _chunk_length(batch: int, length: int, vocab: int) -> int:
+    """The longest power-of-two chunk of time whose logits stay within CHUNK_ELEMENTS."""
+    chunk = 1
+    while chunk < length and 2 * chunk * batch * vocab <= CHUNK_ELEMENTS:
+        chunk *= 2
+    return chunk
+
+
+def _logits_and_sums(
+    h: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
+    logits = jnp.einsum("btd,dv->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum, not a gather: with the vocabulary sharded it stays local.
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    weight = (targets >= 0).astype(jnp.float32)
+    sums = LossSums(jnp.sum(weight * (log_z - target_logit)), jnp.sum(weight * log_z**2), jnp.sum(weight))
+    return logits, log_z, is_target, sums
+
+
+def _pad(hidden: jax.Array, targets: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array, int]:
+    batch, length = targets.shape
+    chunk = _chunk_length(batch, length, vocab)
+    extra = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
+    return hidden, jnp.pad(targets, ((0, 0), (0, extra)), constant_values=-1), chunk
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chunked(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
+) -> tuple[jax.Array, LossSums]:
+    hidden, targets, chunk = _pad(hidden, targets, head.shape[-1])
+
+    def step(total: LossSums, xs: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
+        sums = _logits_and_sums(xs[0], head, xs[1])[-1]
+        return jax.tree.map(jnp.add, total, sums), None
+
+    zero = jnp.zeros((), jnp.float32)
+    sums, _ = jax.lax.scan(
+        step, LossSums(zero, zero, zero), (_chunks(hidden, chunk), _chunks(targets, chunk))
+    )
+    return sums.cross_entropy + z_loss * sums.log_z_squared, sums
+
+
+def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float) -> tuple:
+    batch, length = targets.shape
+    padded, targets, chunk = _pad(hidden, targets, head.shape[-1])
+
+    def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
+        total, d_head = carry
+        h, target = xs
+        logits, log_z, is_target, sums = _logits_and_sums(h, head, target)
+        scale = 1 + 2 * z_loss * log_z
+        d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
+        d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(h.dtype)
+        d_h = jnp.einsum("btv,dv->btd", d_logits, head.astype(h.dtype))
+        d_head = d_head + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, total, sums), d_head), d_h
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (LossSums(zero, zero, zero), jnp.zeros(head.shape, jnp.float32))
+    (sums, d_head), d_hidden = jax.lax.scan(step, start, (_chunks(padded, chunk), _chunks(targets, chunk)))
+    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(padded.shape)[:, :length]
+    total = sums.cross_entropy + z_loss * sums.log_z_squared
+    return (total, sums), (d_hidden, d_head.astype(head.dtype))
+
+
+def _backward(z_loss: float, residuals: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
+    d_hidden, d_head = residuals
+    d_total = cotangents[0]
+    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
+
+
+_chunked.defvjp(_forward, _backward)

@@ -1,0 +1,330 @@
+"""The language model: embedding, a planned stack of pre-norm blocks, final norm, head.
+
+Parameters of equal neighbours are stacked: a run of n equal layers inside a period that repeats r times is
+one Block whose parameters have leading axes [r, n], and the forward pass is a scan over r of scans over n.
+Trace and compile time therefore depend on the number of distinct runs, not on depth, and each layer is
+rematerialised by itself (`model.remat`).
+
+Outside this file a model is a `Definition` (static) and `params` (a nested dict of float32 arrays).
+
+Shape legend: B rows, T tokens, D model width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybridlm import loss, mixers, pattern
+from hybridlm.layers import RMSNorm, SwiGLU, normal, param
+from hybridlm.layout import Layout, plan
+from hybridlm.rows import Rows
+from hybridlm.sharding import constrain
+
+Params = dict[str, Any]
+Cache = tuple[Any, ...]  # one pytree per layer, in layer order
+
+REMAT: dict[
+    str, Callable[..., Any] | None
+] = {  # what the backward pass may keep of a layer, apart from its input
+    "none": None,  # everything: no rematerialisation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing
+}
+
+
+class Meta(NamedTuple):
+    """What sharding and the optimiser know of a parameter: logical axes (None for a stacked layer axis) and decay."""
+
+    axes: tuple[str | None, ...]
+    decay: bool
+
+
+class Spec(NamedTuple):
+    """One layer: the name it has in the pattern, its mixer's kind and settings."""
+
+    name: str
+    kind: str
+    config: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """Everything static about a model: its layers in order, their plan, and sizes; built by `build`."""
+
+    layers: tuple[Spec, ...]
+    plan: Layout
+    d_model: int
+    vocab_size: int
+    mlp_hidden: int
+    norm_eps: float
+    tie_embeddings: bool
+    dtype: Any
+    remat: str
+    scan: bool
+
+
+def build(config: Any) -> Definition:
+    """The definition of the model that a resolved config (`hybridlm.config.resolve`) describes."""
+    model = config.model
+    specs = {}
+    for name, settings in config.mixers.items():
+        fields = {k: v for k, v in settings.items() if k != "kind"}
+        specs[name] = Spec(name, settings.kind, mixers.load(settings.kind).Config(**fields))
+    names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
+    return Definition(
+        layers=tuple(specs[name] for name in names),
+        plan=plan(names),
+        dtype=jnp.dtype(model.dtype),
+        **{
+            k: model[k]
+            for k in ("d_model", "vocab_size", "mlp_hidden", "norm_eps", "tie_embeddings", "remat", "scan")
+        },
+    )
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, definition: Definition, spec: Spec, *, rngs: nnx.Rngs):
+        d_model, eps = definition.d_model, definition.norm_eps
+        self.mixer_norm = RMSNorm(d_model, rngs=rngs, eps=eps)
+        self.mixer = mixers.load(spec.kind).Mixer(spec.config, d_model, rngs=rngs)
+        self.mlp_norm = RMSNorm(d_model, rngs=rngs, eps=eps)
+        self.mlp = SwiGLU(d_model, definition.mlp_hidden, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, rows: Rows, cache: Any, shared: Any) -> tuple[jax.Array, Any]:
+        mixed, cache = self.mixer(self.mixer_norm(x_BTD), rows, cache=cache, shared=shared)
+        x_BTD = x_BTD + mixed
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+    def step(self, x_BD: jax.Array, rows: Rows, cache: Any, shared: Any) -> tuple[jax.Array, Any]:
+        mixed, cache = self.mixer.step(self.mixer_norm(x_BD), rows, cache, shared=shared)
+        x_BD = x_BD + mixed
+        return x_BD + self.mlp(self.mlp_norm(x_BD)), cache
+
+
+class LM(nnx.Module):
+    """A decoder-only language model over the stack that ``definition`` plans."""
+
+    def __init__(self, definition: Definition, *, rngs: nnx.Rngs):
+        d_model, vocab = definition.d_model, definition.vocab_size
+        self.definition = definition
+        self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
+        self.segments = nnx.List([])  # of lists of stacked Blocks, shaped like definition.plan.segments
+        keys = jax.random.split(rngs.params(), len(definition.layers))
+        for runs in run_indices(definition.plan):
+            self.segments.append(nnx.List([self._stack(indices, keys) for indices in runs]))
+        self.shared = nnx.Dict(
+            {spec.name: shared(definition, spec, rngs) for spec in with_shared(definition)}
+        )
+        self.final_norm = RMSNorm(d_model, rngs=rngs, eps=definition.norm_eps)
+        tied = definition.tie_embeddings
+        self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
+
+    def _stack(self, indices: np.ndarray, keys: jax.Array) -> Block:
+        """One run's Block with parameters [repeats, length, ...]; each layer drawn from its own key."""
+        spec = self.definition.layers[indices[0, 0]]
+
+        def block(key: jax.Array) -> Block:
+            return Block(self.definition, spec, rngs=nnx.Rngs(params=key))
+
+        graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
+        return nnx.merge(graph, jax.vmap(jax.vmap(lambda key: nnx.state(block(key))))(keys[indices]))
+
+    def head_matrix(self) -> jax.Array:
+        """[D, V] float32."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def __call__(
+        self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Final hidden states [B, T, D]; with a cache the tokens are appended to it."""
+        definition = self.definition
+        x = self.embedding[...].astype(definition.dtype)[tokens_BT]
+        x = constrain(x, ("batch", None, None))
+        per_layer = {name: module.per_layer() for name, module in self.shared.items()}
+        appended: list[Any] = [None] * len(definition.layers)
+        for indices_of_runs, blocks in zip(run_indices(definition.plan), self.segments, strict=True):
+            runs = []
+            for indices, block in zip(indices_of_runs, blocks, strict=True):
+                name = definition.layers[indices[0, 0]].name
+                shared_rows = per_layer[name][indices] if name in per_layer else None
+                runs.append(
+                    (nnx.split(block), shared_rows, None if cache is None else _gather(cache, indices))
+                )
+            x, caches = self._segment(x, rows, runs)
+            if cache is not None:
+                for indices, stacked in zip(indices_of_runs, caches, strict=True):
+                    for place, index in np.ndenumerate(indices):
+                        appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], stacked)
+        return self.final_norm(x), None if cache is None else tuple(appended)
+
+    def _segment(self, x: jax.Array, rows: Rows, runs: Sequence[tuple]) -> tuple[jax.Array, list[Any]]:
+        """One segment of the plan: a scan over its repeats of a scan over each run's layers."""
+        definition = self.definition
+        policy = REMAT[definition.remat]
+
+        def layer_of(graph: Any) -> Callable:
+            def layer(x: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
+                state, shared_row, cache = xs
+                x, cache = nnx.merge(graph, state)(x, rows, cache, shared_row)
+                return constrain(x, ("batch", None, None)), cache
+
+            if policy is None:
+                return layer
+            # Inside a scan nothing can be shared across the loop boundary, so the CSE barrier is not needed.
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not definition.scan)
+
+        layers = [layer_of(graph) for (graph, _), _, _ in runs]
+
+        def period(x: jax.Array, xs: list[tuple]) -> tuple[jax.Array, list[Any]]:
+            caches = []
+            for layer, run in zip(layers, xs, strict=True):
+                x, cache = self._scan(layer, x, run)
+                caches.append(cache)
+            return x, caches
+
+        return self._scan(period, x, [(state, shared_rows, cache) for (_, state), shared_rows, cache in runs])
+
+    def _scan(self, body: Callable, x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
+        if self.definition.scan:
+            return jax.lax.scan(body, x, xs)
+        outputs = []
+        for index in range(jax.tree.leaves(xs)[0].shape[0]):
+            x, output = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    def unstacked(self) -> list[tuple[Block, Any]]:
+        """(Block, its row of the stack-wide parameters or None) of every layer in order, for stepwise decoding."""
+        blocks: list[Any] = [None] * len(self.definition.layers)
+        per_layer = {name: module.per_layer() for name, module in self.shared.items()}
+        for indices_of_runs, stacks in zip(run_indices(self.definition.plan), self.segments, strict=True):
+            for indices, stack in zip(indices_of_runs, stacks, strict=True):
+                graph, state = nnx.split(stack)
+                for place, index in np.ndenumerate(indices):
+                    name = self.definition.layers[index].name
+                    block = nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], state))
+                    blocks[index] = (block, per_layer[name][index] if name in per_layer else None)
+        return blocks
+
+    def step(
+        self, token_B: jax.Array, rows: Rows, cache: Cache, blocks: Sequence[tuple[Block, Any]]
+    ) -> tuple[jax.Array, Cache]:
+        """Final hidden state [B, D] of one more token a row; ``blocks`` from `unstacked`, made once per loop.
+
+        Layers are unrolled: their caches stay apart, so that a decode loop updates each in place.
+        """
+        x = self.embedding[...].astype(self.definition.dtype)[token_B]
+        appended = []
+        for (block, shared_row), layer_cache in zip(blocks, cache, strict=True):
+            x, layer_cache = block.step(x, rows, layer_cache, shared_row)
+            appended.append(layer_cache)
+        return self.final_norm(x), tuple(appended)
+
+    def init_cache(self, batch: int, max_length: int) -> Cache:
+        """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
+        dtype = self.definition.dtype
+        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block, _ in self.unstacked())
+
+
+def run_indices(layout: Layout) -> list[list[np.ndarray]]:
+    """For each segment and run of the plan, the layer indices [repeats, length] that its stack holds."""
+    result, start = [], 0
+    for segment in layout.segments:
+        lengths = [run.length for run in segment.runs]
+        period = sum(lengths)
+        table = start + np.arange(segment.repeats * period).reshape(segment.repeats, period)
+        result.append(np.split(table, np.cumsum(lengths)[:-1], axis=1))
+        start += segment.repeats * period
+    return result
+
+
+def with_shared(definition: Definition) -> list[Spec]:
+    """The distinct mixers whose kind has parameters that belong to the whole stack."""
+    return [spec for spec in dict.fromkeys(definition.layers) if hasattr(mixers.load(spec.kind), "Shared")]
+
+
+def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+    kind = mixers.load(spec.kind)
+    return kind.Shared(spec.config, definition.d_model, len(definition.layers), rngs=rngs)
+
+
+def _gather(cache: Cache, indices: np.ndarray) -> Any:
+    """The caches of the layers ``indices`` [repeats, length] as one pytree with those leading axes."""
+    layers = [cache[index] for index in indices.flat]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(indices.shape + leaves[0].shape), *layers)
+
+
+# Between modules and nested dicts.
+
+
+def abstract(definition: Definition) -> tuple[Any, nnx.State]:
+    """(graph, state of shapes): what `merge` needs and what `metadata` reads, with nothing allocated."""
+    return nnx.split(nnx.eval_shape(lambda: LM(definition, rngs=nnx.Rngs(params=0))))
+
+
+def init(definition: Definition, key: jax.Array) -> Params:
+    """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Pure: jit it with shardings."""
+    return nnx.to_pure_dict(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
+
+
+def merge(definition: Definition, params: Params) -> LM:
+    """The module that holds ``params``."""
+    graph, state = abstract(definition)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def metadata(definition: Definition) -> dict[str, Any]:
+    """A Meta for each parameter, in the tree of `init`."""
+    _, state = abstract(definition)
+
+    def meta(variable: Any) -> Meta:
+        stacked = len(variable.get_value().shape) - len(variable.axes)
+        return Meta((None,) * stacked + tuple(variable.axes), variable.decay)
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
+    return nnx.to_pure_dict(jax.tree.map(meta, state, is_leaf=is_variable))
+
+
+def shapes(definition: Definition) -> Params:
+    """ShapeDtypeStructs in the tree of `init`."""
+    return jax.eval_shape(lambda: init(definition, jax.random.key(0)))
+
+
+def logits(definition: Definition, params: Params, tokens_BT: jax.Array, rows: Rows) -> jax.Array:
+    """Float32 logits [B, T, V]; for evaluation of short batches, since it holds them all."""
+    model = merge(definition, params)
+    hidden, _ = model(tokens_BT, rows)
+    head = model.head_matrix().astype(hidden.dtype)
+    return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+
+
+def loss_fn(
+    definition: Definition,
+    params: Params,
+    batch: dict[str, jax.Array],
+    *,
+    z_loss: float = 0.0,
+    token_bytes: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(sum to differentiate, sums {"loss_sum", "z_loss_sum", "tokens", and "bytes" with token_bytes}).
+
+    Sums and not means, so that microbatches and hosts add up exactly; divide by the global token count.
+    batch: tokens, targets (negative: no loss), segment_ids, positions, int32 [B, T].
+    token_bytes: [V] bytes of text that each token stands for.
+    """
+    model = merge(definition, params)
+    hidden, _ = model(batch["tokens"], Rows(batch["segment_ids"], batch["positions"]))
+    total, sums = loss.cross_entropy(hidden, model.head_matrix(), batch["targets"], z_loss=z_loss)
+    aux = {"loss_sum": sums.cross_entropy, "z_loss_sum": z_loss * sums.log_z_squared, "tokens": sums.tokens}
+    if token_bytes is not None:
+        counted = jnp.where(batch["targets"] >= 0, token_bytes[batch["targets"]], 0)
+        aux["bytes"] = jnp.sum(counted.astype(jnp.float32))
+    return total, aux
