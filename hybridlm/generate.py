@@ -20,7 +20,7 @@ LENGTH_BUCKET = 64  # prompts and budgets are rounded up to it, so that few prog
 
 
 class Sampling(NamedTuple):
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Applied in this order, as in the field."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token. Applied in this order."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -33,6 +33,9 @@ class Sampling(NamedTuple):
             raise ConfigError("top_k", self.top_k, "must be >= 0 (0 keeps every token)")
         if not 0 < self.top_p <= 1:
             raise ConfigError("top_p", self.top_p, "must be in (0, 1]")
+
+
+GREEDY = Sampling()
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -115,7 +118,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: int | None = None,
 ) -> list[list[int]]:

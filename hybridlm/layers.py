@@ -95,7 +95,9 @@ class ShortConv(nnx.Module):
     """
 
     def __init__(self, features: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):
-        bound = width**-0.5  # PyTorch's Conv1d default for a depthwise kernel: U(-1/sqrt(width), 1/sqrt(width))
+        bound = (
+            width**-0.5
+        )  # PyTorch's Conv1d default for a depthwise kernel: U(-1/sqrt(width), 1/sqrt(width))
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         self.width = width
         self.kernel = param(rngs, (width, features), (None, "heads"), uniform, decay=True)
@@ -104,7 +106,9 @@ class ShortConv(nnx.Module):
     def init_history(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch, self.width - 1, self.kernel.shape[-1]), dtype)
 
-    def __call__(self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [B, T, F], the history after the last token)."""
         past = self.width - 1
         batch, length, features = x_BTF.shape

@@ -15,7 +15,7 @@ CHUNK_ELEMENTS = 1 << 25  # logits held at once: 32 Mi elements, 128 MiB in floa
 
 
 class LossSums(NamedTuple):
-    """Float32 sums over the tokens with a target: ``cross_entropy`` in nats, ``log_z_squared``, token count."""
+    """Float32 sums over the tokens with a target: cross-entropy in nats, log(Z)^2, their number."""
 
     cross_entropy: jax.Array
     log_z_squared: jax.Array
@@ -87,7 +87,7 @@ def _chunked(
 
 
 def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float) -> tuple:
-    batch, length = targets.shape
+    length = targets.shape[1]
     padded, targets, chunk = _pad(hidden, targets, head.shape[-1])
 
     def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from hybridlm import loss, mixers, pattern
 from hybridlm.layers import RMSNorm, SwiGLU, normal, param
-from hybridlm.layout import Layout, plan
+from hybridlm.layout import Layout, plan, run_indices
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
 
@@ -38,7 +38,7 @@ REMAT: dict[
 
 
 class Meta(NamedTuple):
-    """What sharding and the optimiser know of a parameter: logical axes (None for a stacked layer axis) and decay."""
+    """What sharding and the optimiser know of a parameter: logical axes (None: a stacked layer axis), decay."""
 
     axes: tuple[str | None, ...]
     decay: bool
@@ -118,7 +118,7 @@ class LM(nnx.Module):
         self.segments = nnx.List([])  # of lists of stacked Blocks, shaped like definition.plan.segments
         keys = jax.random.split(rngs.params(), len(definition.layers))
         for runs in run_indices(definition.plan):
-            self.segments.append(nnx.List([self._stack(indices, keys) for indices in runs]))
+            self.segments.append(nnx.List([self._stack(indices, keys) for _, indices in runs]))
         self.shared = nnx.Dict(
             {spec.name: shared(definition, spec, rngs) for spec in with_shared(definition)}
         )
@@ -149,17 +149,16 @@ class LM(nnx.Module):
         x = constrain(x, ("batch", None, None))
         per_layer = {name: module.per_layer() for name, module in self.shared.items()}
         appended: list[Any] = [None] * len(definition.layers)
-        for indices_of_runs, blocks in zip(run_indices(definition.plan), self.segments, strict=True):
+        for planned, blocks in zip(run_indices(definition.plan), self.segments, strict=True):
             runs = []
-            for indices, block in zip(indices_of_runs, blocks, strict=True):
-                name = definition.layers[indices[0, 0]].name
-                shared_rows = per_layer[name][indices] if name in per_layer else None
+            for (run, indices), block in zip(planned, blocks, strict=True):
+                shared_rows = per_layer[run.name][indices] if run.name in per_layer else None
                 runs.append(
                     (nnx.split(block), shared_rows, None if cache is None else _gather(cache, indices))
                 )
             x, caches = self._segment(x, rows, runs)
             if cache is not None:
-                for indices, stacked in zip(indices_of_runs, caches, strict=True):
+                for (_, indices), stacked in zip(planned, caches, strict=True):
                     for place, index in np.ndenumerate(indices):
                         appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], stacked)
         return self.final_norm(x), None if cache is None else tuple(appended)
@@ -201,16 +200,15 @@ class LM(nnx.Module):
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     def unstacked(self) -> list[tuple[Block, Any]]:
-        """(Block, its row of the stack-wide parameters or None) of every layer in order, for stepwise decoding."""
+        """(Block, its row of the stack-wide parameters or None) of every layer in order, for decoding."""
         blocks: list[Any] = [None] * len(self.definition.layers)
         per_layer = {name: module.per_layer() for name, module in self.shared.items()}
-        for indices_of_runs, stacks in zip(run_indices(self.definition.plan), self.segments, strict=True):
-            for indices, stack in zip(indices_of_runs, stacks, strict=True):
+        for planned, stacks in zip(run_indices(self.definition.plan), self.segments, strict=True):
+            for (run, indices), stack in zip(planned, stacks, strict=True):
                 graph, state = nnx.split(stack)
                 for place, index in np.ndenumerate(indices):
-                    name = self.definition.layers[index].name
                     block = nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], state))
-                    blocks[index] = (block, per_layer[name][index] if name in per_layer else None)
+                    blocks[index] = (block, per_layer[run.name][index] if run.name in per_layer else None)
         return blocks
 
     def step(
@@ -231,18 +229,6 @@ class LM(nnx.Module):
         """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
         dtype = self.definition.dtype
         return tuple(block.mixer.init_cache(batch, max_length, dtype) for block, _ in self.unstacked())
-
-
-def run_indices(layout: Layout) -> list[list[np.ndarray]]:
-    """For each segment and run of the plan, the layer indices [repeats, length] that its stack holds."""
-    result, start = [], 0
-    for segment in layout.segments:
-        lengths = [run.length for run in segment.runs]
-        period = sum(lengths)
-        table = start + np.arange(segment.repeats * period).reshape(segment.repeats, period)
-        result.append(np.split(table, np.cumsum(lengths)[:-1], axis=1))
-        start += segment.repeats * period
-    return result
 
 
 def with_shared(definition: Definition) -> list[Spec]:
@@ -270,7 +256,7 @@ def abstract(definition: Definition) -> tuple[Any, nnx.State]:
 
 
 def init(definition: Definition, key: jax.Array) -> Params:
-    """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Pure: jit it with shardings."""
+    """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Pure, to be jitted."""
     return nnx.to_pure_dict(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
 
 
