@@ -1,0 +1,86 @@
+"""The planner: it keeps the layers, finds the cheapest plan, and places every layer where run_indices says."""
+
+import itertools
+import random
+import time
+
+import pytest
+
+from hybridlm import layout, pattern
+from hybridlm.layout import Layout
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "plan"),
+    [
+        ("kda*3 full", 32, "(kda*3 full)*8"),
+        ("kda*3 full", 30, "(kda*3 full)*7 kda*2"),
+        ("kda", 24, "kda*24"),
+        ("full", 1, "full"),
+        ("kda full", 7, "(kda full)*3 kda"),
+        ("full (kda*3 full)*6", 0, "full (kda*3 full)*6"),  # first layer apart
+        ("(kda*3 full)*6 kda*2 full", 0, "(kda*3 full)*6 kda*2 full"),  # last layer full: Kimi Linear's 27
+        ("a b c d", 0, "a b c d"),
+        ("d f d*10 f d*11", 0, "(d f d*9)*2 d*2"),
+    ],
+)
+def test_plan(text: str, layers: int, plan: str) -> None:
+    assert str(layout.plan(pattern.fill(pattern.parse(text), layers))) == plan
+
+
+def cheapest(names: tuple[str, ...]) -> tuple[int, int]:
+    """Fewest (runs, segments) over every head, period and number of repeats, by plain enumeration."""
+
+    def traced(part: tuple[str, ...]) -> int:
+        return len(list(itertools.groupby(part)))
+
+    n, best = len(names), (len(names) + 1, 9)
+    for head, period in itertools.product(range(n), range(1, n + 1)):
+        for repeats in range(1, (n - head) // period + 1):
+            stop = head + period * repeats
+            if names[head:stop] == names[head : head + period] * repeats:
+                parts = (names[:head], names[head : head + period], names[stop:])
+                best = min(best, (sum(map(traced, parts)), sum(map(bool, parts))))
+    return best
+
+
+def test_random_stacks() -> None:
+    rng = random.Random(0)
+    for trial in range(300):
+        period = [rng.choice("ab") for _ in range(rng.randint(1, 5))]
+        head = [rng.choice("abc") for _ in range(rng.randint(0, 2))]
+        names = tuple((head + period * 9)[: rng.randint(1, 16)])
+        if trial % 3 == 0:
+            names = (*names[:-1], "c")
+        planned = layout.plan(names)
+        assert planned.names() == names
+        assert planned.num_layers == len(names)
+        assert (planned.num_runs, len(planned.segments)) == cheapest(names), names
+        assert pattern.parse(str(planned)) == names
+        check_places(planned, names)
+
+
+def check_places(planned: Layout, names: tuple[str, ...]) -> None:
+    indices = layout.run_indices(planned)
+    places = list(planned.places())
+    assert len(places) == len(names)
+    for layer, (segment, run, repeat, offset) in enumerate(places):
+        described, stack = indices[segment][run]
+        assert stack.shape == (planned.segments[segment].repeats, described.length)
+        assert stack[repeat, offset] == layer
+        assert described.name == names[layer]
+
+
+def test_runs_do_not_grow_with_depth() -> None:
+    for text in ("kda*3 full", "full kda*6", "kda*2 swa full"):
+        names = pattern.parse(text)
+        counts = {layout.plan(pattern.fill(names, depth)).num_runs for depth in range(8, 128, len(names))}
+        assert len(counts) == 1, text
+
+
+def test_fast_for_deep_stacks() -> None:
+    rng = random.Random(0)
+    names = [rng.choice("ab") for _ in range(128)]
+    start = time.perf_counter()
+    layout.plan(names)
+    assert time.perf_counter() - start < 1
