@@ -100,7 +100,7 @@ class ShortConv(nnx.Module):
         )  # PyTorch's Conv1d default for a depthwise kernel: U(-1/sqrt(width), 1/sqrt(width))
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         self.width = width
-        self.kernel = param(rngs, (width, features), (None, "heads"), uniform, decay=True)
+        self.kernel = param(rngs, (width, features), ("taps", "heads"), uniform, decay=True)
         self.bias = param(rngs, (features,), ("heads",), uniform, decay=False) if bias else None
 
     def init_history(self, batch: int, dtype: jnp.dtype) -> jax.Array:

@@ -1,0 +1,92 @@
+"""Optimisers and learning-rate schedules, built from optax parts over the metadata of each parameter.
+
+AdamW (Loshchilov & Hutter 2019) with decay * learning rate, as in PyTorch. Muon (Jordan 2024) for hidden
+matrices, scaled to AdamW's RMS (Liu et al. 2025, arXiv:2502.16982, eq. 4: 0.2 * sqrt(max(in, out))), so that
+one learning rate and one decay serve both; everything else in a Muon run takes AdamW.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+MUON_RMS = 0.2
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def schedule(config: Any, steps: int) -> Schedule:
+    """Learning rate, float32, of the update that follows ``count`` updates; ``steps`` is the length of the run.
+
+    Linear from peak/warmup_steps to the peak over the first ``warmup_steps`` updates, then by ``schedule``:
+      constant: the peak.
+      cosine: half a cosine, reaching peak * final_ratio at the last update.
+      wsd: the peak until the last ``decay_fraction`` of the run, then linear to peak * final_ratio
+        (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395).
+    """
+    peak, final, warmup = config.learning_rate, config.final_ratio, config.warmup_steps
+    decay_start = max(warmup, steps - round(config.decay_fraction * steps)) if config.schedule == "wsd" else warmup
+    decay_steps = max(1, steps - decay_start)
+
+    def learning_rate(count: jax.Array) -> jax.Array:
+        update = jnp.asarray(count, jnp.float32) + 1
+        progress = jnp.clip((update - decay_start) / decay_steps, 0, 1)
+        if config.schedule == "cosine":
+            shape = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        elif config.schedule == "wsd":
+            shape = 1 - (1 - final) * progress
+        else:
+            shape = jnp.ones_like(progress)
+        return peak * jnp.minimum(update / max(1, warmup), 1) * shape
+
+    return learning_rate
+
+
+def group(meta: Any) -> str:
+    """Which rule a parameter of a Muon run follows: "muon", "decay" (AdamW) or "no_decay" (AdamW without decay).
+
+    Parameters that decay are matrices in their last two axes; of those, Muon leaves out the embedding and the
+    head (axis "vocab") and depthwise convolutions (axis "taps"), which are not maps between hidden vectors.
+    """
+    if not meta.decay:
+        return "no_decay"
+    return "decay" if {"vocab", "taps"} & set(meta.axes[-2:]) else "muon"
+
+
+def build(config: Any, steps: int, metadata: Any) -> optax.GradientTransformation:
+    """The transformation: clipping by global norm (``clip_norm``; 0: none), then the optimiser ``name``.
+
+    metadata: tree of parameters with leaves that have ``axes`` and ``decay``.
+    """
+    is_meta = lambda leaf: hasattr(leaf, "decay")
+    groups = jax.tree.map(group, metadata, is_leaf=is_meta)
+    rate = schedule(config, steps)
+
+    def adamw(weight_decay: float) -> optax.GradientTransformation:
+        return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=weight_decay)
+
+    if config.name == "adamw":
+        groups = jax.tree.map(lambda name: "decay" if name == "muon" else name, groups)
+    rules = {"muon": muon(config, rate), "decay": adamw(config.weight_decay), "no_decay": adamw(0.0)}
+    update = optax.partition({name: rules[name] for name in sorted(set(jax.tree.leaves(groups)))}, groups)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+
+
+def muon(config: Any, rate: Schedule) -> optax.GradientTransformation:
+    """Muon over the last two axes of each leaf; leading axes (stacked layers) are independent matrices."""
+
+    def matrices(updates: Any) -> Any:
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), updates)
+
+    def match_adamw(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda u: MUON_RMS * max(u.shape[-2:]) ** 0.5 * u, updates)
+
+    return optax.chain(
+        contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=matrices),
+        optax.stateless(match_adamw),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )

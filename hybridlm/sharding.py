@@ -1,0 +1,164 @@
+"""Where arrays live on the device mesh: one table from logical axes to mesh axes, applied everywhere.
+
+Mesh axes: ``data`` (replicas of everything), ``fsdp`` (parameters and optimiser state cut along the model
+width), ``tensor`` (heads, MLP features and vocabulary cut). A batch is cut over data and fsdp together.
+The mesh is made with Auto axis types: XLA inserts the collectives, guided by the shardings of parameters
+and by `constrain` at block boundaries; only the recurrence op, whose kernels XLA cannot cut, runs under
+`per_shard`. All of it is inert without a mesh context (`jax.set_mesh`) or on one device.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hybridlm.errors import ConfigError
+
+log = logging.getLogger("hybridlm")
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "taps": (),
+}
+
+Axes = Sequence[str | None]
+
+
+def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that ``config`` (fields data, fsdp, tensor; one may be -1: the rest) names over ``devices`` (all).
+
+    A mesh smaller than the machine uses the first devices and says so; a larger one is a ConfigError.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {name: int(config[name]) for name in MESH_AXES}
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    for name, size in sizes.items():
+        if size == -1 and len(devices) % fixed:
+            raise ConfigError(
+                f"mesh.{name}",
+                size,
+                f"the other mesh axes multiply to {fixed}, which does not divide {len(devices)} devices",
+            )
+        if size == -1:
+            sizes[name] = len(devices) // fixed
+    total = int(np.prod(list(sizes.values())))
+    if total > len(devices) or (total < len(devices) and jax.process_count() > 1):
+        raise ConfigError("mesh", sizes, f"must multiply to the number of devices, {len(devices)}", "Set mesh.data=-1.")
+    if total < len(devices):
+        log.warning("mesh %s uses %d of %d devices", sizes, total, len(devices))
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+
+
+@lru_cache(maxsize=None)
+def _say_whole(what: str, logical: str, size: int, parts: int) -> None:
+    log.warning("%s: axis %r of %d is not divisible by %d (%s); it stays whole", what, logical, size, parts, RULES[logical])
+
+
+def spec(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], what: str = "activation") -> PartitionSpec:
+    """The partition of an array of ``shape`` with logical ``axes`` on a mesh of sizes ``mesh``.
+
+    A dimension that its mesh axes do not divide stays whole, logged once with ``what`` it is; of two dimensions
+    that want the same mesh axis the first gets it.
+    """
+    entries: list[tuple[str, ...] | None] = []
+    for logical, size in zip(axes, shape, strict=True):
+        names = tuple(n for n in RULES[logical] if not any(n in (e or ()) for e in entries)) if logical else ()
+        parts = int(np.prod([mesh[name] for name in names]))
+        if logical and parts > 1 and size % parts:
+            _say_whole(what, logical, size, parts)
+            names = ()
+        entries.append(names or None)
+    return PartitionSpec(*entries)
+
+
+def param_shardings(metadata: Any, shapes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each parameter: ``metadata`` (leaves with ``.axes``) and ``shapes`` are trees of `init`."""
+
+    def sharding(path: tuple, shape: Any, meta: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec(meta.axes, shape.shape, mesh.shape, jax.tree_util.keystr(path)))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, metadata)
+
+
+def state_shardings(shapes: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of a whole training state: a leaf whose path ends like a parameter's lies where the parameter lies.
+
+    shapes: tree of ShapeDtypeStruct; params: `param_shardings`. Anything else (step, counts) is replicated.
+    """
+    by_path = {path: sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+
+    def sharding(path: tuple, _: Any) -> NamedSharding:
+        tails = (by_path.get(path[start:]) for start in range(len(path)))
+        return next((found for found in tails if found), NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data and fsdp; later axes whole."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The global host arrays of ``batch`` [B, ...] on the mesh; each process copies only its own rows."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+        for name, array in batch.items()
+    }
+
+
+def _current() -> Mapping[str, int] | None:
+    """Sizes of the mesh in context, None when there is none or it is a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh.shape
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """``x`` held to the partition of its logical ``axes``; the identity without a mesh."""
+    mesh = _current()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def per_shard(fn: Callable[..., Any], in_axes: Sequence[Axes | None], out_axes: Sequence[Axes | None]) -> Callable[..., Any]:
+    """``fn`` run on each device's own rows and heads (`jax.shard_map`), where XLA could not cut it itself.
+
+    fn: takes arrays or None, returns a tuple of arrays or None, and treats every position along the named axes
+        independently (heads in groups that stay together).
+    in_axes, out_axes: logical axes of each argument and result; None for one that is None.
+    A logical axis is cut only where its mesh axes divide it in every argument that has it (grouped value heads
+    must stay with their key head); otherwise it stays whole, logged once.
+    """
+
+    def call(*args: Any) -> Any:
+        mesh = _current()
+        if mesh is None:
+            return fn(*args)
+        named = [(n, s) for a, x in zip(in_axes, args, strict=True) if x is not None for n, s in zip(a or (), x.shape)]
+        cut = {}
+        for name in {n for n, _ in named if n}:
+            parts = int(np.prod([mesh[axis] for axis in RULES[name]]))
+            whole = [size for n, size in named if n == name and size % parts]
+            if whole:
+                _say_whole("recurrence", name, whole[0], parts)
+            else:
+                cut[name] = RULES[name]
+
+        def specs(axes: Axes | None) -> PartitionSpec | None:
+            return None if axes is None else PartitionSpec(*(cut.get(n) if n else None for n in axes))
+
+        in_specs = tuple(None if x is None else specs(a) for a, x in zip(in_axes, args, strict=True))
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=tuple(map(specs, out_axes)), check_vma=False)(*args)
+
+    return call
