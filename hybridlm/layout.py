@@ -1,8 +1,8 @@
 """How a list of layers is planned as head, repeated period, tail, so that it can be scanned.
 
 A plan is a tuple of segments. A segment repeats a tuple of runs; a run is a number of equal neighbours. The
-model traces each run once: a segment is a scan over its repeats, a run a scan over its length. What a plan costs
-to compile is therefore the number of its runs, whatever the depth:
+model traces each run once: a segment is a scan over its repeats, a run a scan over its length. What a plan
+costs to compile is therefore the number of its runs, whatever the depth:
 
     30 layers of kda*3 full   ->   (kda*3 full)*7 kda*2      two segments, three runs
 """
@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a layer's parameters are: its segment, its run there, its index [repeat, offset] in the run's stack."""
+    """Where a layer's parameters are: segment, run in the segment, index [repeat, offset] in the run's stack."""
 
     segment: int
     run: int

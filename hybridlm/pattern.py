@@ -2,13 +2,13 @@
 
 Grammar, whitespace between items:
     items := item+      item := (name | "(" items ")") ["*" count]
-    name: a letter or _, then letters, digits, _; it is looked up in the config's `mixers`.  count: 1, 2, ...
+    name: a letter or _, then letters, digits, _; looked up in the config's `mixers`.  count: 1, 2, ...
 
 What r:1 means here. `ratio(linear, full, r, n)` takes the text of "A Systematic Analysis of Hybrid Linear
-Attention" (arXiv 2507.06457) by the letter: a period of r linear layers and 1 full one, r + 1 layers long, so a
-fraction 1/(r+1) of the layers is full: 6 of 24 at 3:1. The checkpoints released with that paper are said to follow
-another convention, one full layer in every N ("3:1" has 8 full layers of 24); that is ``ratio(..., r=N - 1, ...)``.
-A ratio alone is ambiguous, which is why the number and the indices of the full layers are always reported.
+Attention" (arXiv 2507.06457) by the letter: a period of r linear layers and 1 full one, r + 1 layers long,
+so a fraction 1/(r+1) of the layers is full: 6 of 24 at 3:1. The checkpoints released with that paper are said
+to follow another convention, one full layer in every N ("3:1" has 8 full layers of 24); that is r = N - 1 here.
+A ratio alone is ambiguous, so the number and the indices of the full layers are always reported.
 """
 
 import re
@@ -19,11 +19,11 @@ from hybridlm.errors import ConfigError, nearest
 
 FIELD = "model.pattern"
 MAX_LAYERS = 4096  # a slip such as kda*30000 should fail here, not in memory
+PLACEMENTS = ("last", "first", "middle")
 TOKEN = re.compile(
-    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<bad>.))",
+    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<other>.))",
     re.ASCII | re.DOTALL,
 )
-PLACEMENTS = ("last", "first", "middle")
 
 
 class PatternError(ConfigError):
@@ -32,11 +32,9 @@ class PatternError(ConfigError):
     def __init__(self, pattern: str, position: int, problem: str, fix: str = ""):
         super().__init__(FIELD, pattern, problem, fix)
         self.position = position
+        sentence = f"{FIELD}: {problem}, at character {position + 1}. {fix}".rstrip()
         one_line = re.sub(r"\s", " ", pattern)
-        self.args = (
-            f"{FIELD}: {problem}, at character {position + 1}. {fix}".rstrip()
-            + f"\n  {one_line}\n  {' ' * position}^",
-        )
+        self.args = (f"{sentence}\n  {one_line}\n  {' ' * position}^",)
 
 
 def parse(pattern: str, known: Collection[str] | None = None) -> tuple[str, ...]:
@@ -45,15 +43,15 @@ def parse(pattern: str, known: Collection[str] | None = None) -> tuple[str, ...]
     known: the mixer names that exist; any other is refused where it stands. None accepts every name.
     Raises PatternError (a ConfigError for model.pattern).
     """
-    tokens = [
-        (match.lastgroup or "", match[match.lastgroup or 0], match.end() - len(match[match.lastgroup or 0]))
-        for match in TOKEN.finditer(pattern)
-    ]
+    tokens = []  # (kind, text, index of its first character)
+    for match in TOKEN.finditer(pattern):
+        kind = match.lastgroup or ""
+        tokens.append((kind, match[kind], match.start(kind)))
     groups: list[list[str]] = [[]]  # the names so far of each open parenthesis, outermost first
     opened: list[int] = []
     item: list[str] | None = None  # what a "*" would repeat
     index = 0
-    while True:
+    while tokens[index][0] != "end":
         kind, text, position = tokens[index]
         if kind == "name":
             if known is not None and text not in known:
@@ -85,30 +83,24 @@ def parse(pattern: str, known: Collection[str] | None = None) -> tuple[str, ...]
                 raise PatternError(pattern, position, f"more than {MAX_LAYERS} layers")
             groups[-1] += item * (int(text) - 1)
             item = None
-        elif kind == "end":
-            break
         else:
-            expected = "a name, '(' or ')'" + (" or '*'" if item else "")
             fix = "Repetition is written name*3." if kind == "count" else ""
-            raise PatternError(pattern, position, f"expected {expected}, found {text!r}", fix)
+            raise PatternError(pattern, position, f"expected a name, '(', ')' or '*', found {text!r}", fix)
         if len(groups[-1]) > MAX_LAYERS:
             raise PatternError(pattern, position, f"more than {MAX_LAYERS} layers")
         index += 1
     if opened:
         raise PatternError(pattern, opened[-1], "'(' is never closed")
     if not groups[0]:
-        raise PatternError(
-            pattern, 0, "names no layer", "Give at least one mixer name, for example 'kda*3 full'."
-        )
+        raise PatternError(pattern, 0, "names no layer", "For example: 'kda*3 full'.")
     return tuple(groups[0])
 
 
 def fill(names: Sequence[str], num_layers: int) -> tuple[str, ...]:
-    """``names`` repeated to ``num_layers`` layers, the last repetition cut short; 0 keeps them as they are."""
+    """``names`` repeated to ``num_layers`` layers, the last repetition cut short; 0 takes them as they are."""
     if not 0 <= num_layers <= MAX_LAYERS:
-        raise ConfigError(
-            "model.num_layers", num_layers, f"must be 0 (the pattern as written) to {MAX_LAYERS}"
-        )
+        allowed = f"must be 0 (the pattern as written) to {MAX_LAYERS}"
+        raise ConfigError("model.num_layers", num_layers, allowed)
     if num_layers == 0:
         return tuple(names)
     return (tuple(names) * -(-num_layers // len(names)))[:num_layers]
@@ -117,8 +109,8 @@ def fill(names: Sequence[str], num_layers: int) -> tuple[str, ...]:
 def ratio(linear: str, full: str, r: int, num_layers: int, placement: str | Sequence[int] = "last") -> str:
     """A pattern of ``num_layers`` layers with r linear layers to one full layer (see the module docstring).
 
-    placement: where the full layer stands in its period of r + 1 layers: "last", "first", "middle" (index r // 2);
-        or the 0-based indices of the full layers in the whole stack, and then r is not used.
+    placement: where the full layer stands in its period of r + 1 layers: "last", "first", "middle" (index
+        r // 2); or the 0-based indices of the full layers in the whole stack, and then r is not used.
     A stack that ends inside a period is cut there. One that would get no full layer is refused.
     """
     if num_layers < 1:
@@ -133,12 +125,8 @@ def ratio(linear: str, full: str, r: int, num_layers: int, placement: str | Sequ
         offset = {"last": r, "first": 0, "middle": r // 2}[placement]
         indices: Sequence[int] = range(offset, num_layers, r + 1)
         if not indices:
-            raise ConfigError(
-                "r",
-                r,
-                f"{r}:1 with the full layer {placement} needs at least {offset + 1} layers, not {num_layers}",
-                "Choose placement 'middle' or 'first', or give the indices.",
-            )
+            problem = f"{r}:1, full layer {placement}, needs at least {offset + 1} layers, not {num_layers}"
+            raise ConfigError("r", r, problem, "Place it first or in the middle, or give the indices.")
     else:
         indices = placement
         outside = [i for i in indices if not 0 <= i < num_layers]

@@ -1,4 +1,4 @@
-"""The planner: it keeps the layers, finds the cheapest plan, and places every layer where run_indices says."""
+"""The planner keeps the layers, finds the cheapest plan, and places every layer where run_indices says."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ from hybridlm.layout import Layout
         ("kda", 24, "kda*24"),
         ("full", 1, "full"),
         ("kda full", 7, "(kda full)*3 kda"),
-        ("full (kda*3 full)*6", 0, "full (kda*3 full)*6"),  # first layer apart
+        ("swa (kda*3 full)*6", 0, "swa (kda*3 full)*6"),  # first layer apart
         ("(kda*3 full)*6 kda*2 full", 0, "(kda*3 full)*6 kda*2 full"),  # last layer full: Kimi Linear's 27
         ("a b c d", 0, "a b c d"),
         ("d f d*10 f d*11", 0, "(d f d*9)*2 d*2"),

@@ -71,7 +71,7 @@ def test_random_patterns() -> None:
     ],
 )
 def test_error_points_at_the_character(text: str, position: int, problem: str) -> None:
-    with pytest.raises(pattern.PatternError, match="model.pattern") as caught:
+    with pytest.raises(pattern.PatternError, match=r"model\.pattern") as caught:
         pattern.parse(text, {"kda", "full"})
     assert problem in str(caught.value)
     assert caught.value.position == position
@@ -89,7 +89,7 @@ def test_fill() -> None:
     assert pattern.fill(("a", "b"), 0) == ("a", "b")
     assert pattern.fill(("a", "b"), 5) == ("a", "b", "a", "b", "a")
     assert pattern.fill(("a", "b", "c"), 2) == ("a", "b")
-    with pytest.raises(ConfigError, match="model.num_layers"):
+    with pytest.raises(ConfigError, match=r"model\.num_layers"):
         pattern.fill(("a",), -1)
 
 
