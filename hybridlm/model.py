@@ -38,7 +38,7 @@ REMAT: dict[
 
 
 class Meta(NamedTuple):
-    """What sharding and the optimiser know of a parameter: logical axes (None: a stacked layer axis), decay."""
+    """What sharding and the optimiser know of a parameter: logical axes (None: stacked layers) and decay."""
 
     axes: tuple[str | None, ...]
     decay: bool
@@ -256,7 +256,7 @@ def abstract(definition: Definition) -> tuple[Any, nnx.State]:
 
 
 def init(definition: Definition, key: jax.Array) -> Params:
-    """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Pure, to be jitted."""
+    """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Jit it."""
     return nnx.to_pure_dict(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
 
 
