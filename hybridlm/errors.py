@@ -1,4 +1,4 @@
-"""The one error type for bad user input: it names the field, the value, what is allowed and the fix."""
+"""The two errors that users see: ConfigError for bad input, RunError for a run that cannot go on."""
 
 import difflib
 from collections.abc import Iterable
@@ -18,6 +18,10 @@ class ConfigError(ValueError):
     def under(self, prefix: str) -> "ConfigError":
         """The same error with its field moved below ``prefix`` (a mixer does not know its own name)."""
         return ConfigError(f"{prefix}.{self.field}", self.value, self.allowed, self.fix)
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: full disk, unreadable checkpoint, loss not finite. The message says why, and what is intact."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

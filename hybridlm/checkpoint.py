@@ -1,0 +1,183 @@
+"""Checkpoints: Orbax, asynchronous, newest N and the best by a metric. The only module that knows Orbax.
+
+A checkpoint at step s is a directory ``checkpoints/<s>`` with one item per entry of the training state, each a
+flat mapping from dotted names to arrays (``params`` can be read without the optimiser state), and ``run``, a
+JSON record of everything else that resumption needs: step, config, layers, data fingerprint. The seed in the
+config and the step are all the randomness there is, so nothing else has to be saved.
+Arrays are global: what one mesh wrote, another reads.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from hybridlm.errors import ConfigError, RunError
+
+log = logging.getLogger("hybridlm")
+
+State = dict[str, Any]
+
+# What a resumed run must have in common with its checkpoint: the parameters' shapes and meaning, and the data order.
+FIXED = ("model", "mixers", "data", "train.seed", "train.batch_size", "train.seq_len", "optimizer.name")
+FREE = ("model.remat", "model.scan", "model.dtype")  # inside FIXED, yet no part of the state
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by dotted path: {"segments.0.0.mixer.A_log": array, ...}; a bare leaf is named "value"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in leaves}
+
+
+def unflatten(like: Any, flat: dict[str, Any]) -> Any:
+    """The tree shaped as ``like`` whose leaves are looked up in ``flat``."""
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    directory: made when missing.  keep: how many of the newest stay.  metric: name of a metric, lower is better,
+    whose best checkpoint stays as well; None: none. A step saved without that metric cannot be the best.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2, metric: str | None = None):
+        self.directory = Path(directory).absolute()
+        self.metric = metric
+        score = lambda metrics: metrics[metric]
+        keeping: list[Any] = [policies.LatestN(keep)]
+        if metric:
+            best = policies.BestN(get_metric_fn=score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+            keeping.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keeping),
+            best_fn=score if metric else None,  # the policy ranks; this makes Orbax write the metrics to disk
+            best_mode="min",
+            cleanup_tmp_directories=True,  # what a killed run left half-written
+        )
+        with translated(self.directory, "checkpoints cannot be kept there"):
+            self.manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step whose metric is the lowest, of those kept."""
+        return self.manager.best_step() if self.metric else None
+
+    def save(self, step: int, state: State, record: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Starts writing; returns once ``state`` may be overwritten. Waits for the previous save first.
+
+        RunError when the disk has no room or the previous save failed; earlier checkpoints are intact.
+        """
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < need:
+            raise RunError(
+                f"checkpoint at step {step} needs {need:,} bytes but {self.directory} has {free:,} free;"
+                f" {self._intact()}. Free space and start again with --resume=auto."
+            )
+        items = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in state.items()}
+        args = ocp.args.Composite(**items, run=ocp.args.JsonSave(record))
+        scores = {self.metric: metrics[self.metric]} if self.metric in metrics else None
+        with translated(self.directory, f"the checkpoint at step {step} could not be written ({need:,} bytes)", self._intact):
+            self.manager.save(step, args=args, metrics=scores, force=True)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The JSON record that was saved with ``step``."""
+        with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
+            return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+
+    def restore(self, step: int, like: State) -> State:
+        """The state of ``step``; ``like`` holds ShapeDtypeStructs with the shardings wanted, of all entries or some."""
+        items = {name: ocp.args.StandardRestore(flatten(tree)) for name, tree in like.items()}
+        with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
+            restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        return {name: unflatten(tree, restored[name]) for name, tree in like.items()}
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; RunError when one failed."""
+        with translated(self.directory, "a checkpoint could not be written", self._intact):
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+    def _intact(self) -> str:
+        steps = self.steps()
+        return f"the checkpoint at step {steps[-1]} is intact" if steps else "no earlier checkpoint exists"
+
+    def _without(self, step: int) -> str:
+        older = [other for other in self.steps() if other < step]
+        return f"remove that directory to resume from step {older[-1]}" if older else "no older checkpoint exists"
+
+
+class translated:
+    """Turns whatever storage raises into a RunError that says what failed, where, why, and ``hint()``."""
+
+    def __init__(self, path: Path, what: str, hint: Any = None):
+        self.path, self.what, self.hint = path, what, hint
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RunError):
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            message = f"{self.path}: {self.what}: {lines[0]}"
+            raise RunError(message + (f"; {self.hint()}" if self.hint else "") + ".") from error
+
+
+def choose(mode: str, checkpoints: Checkpoints) -> int | None:
+    """The step to resume from, or None to start anew.
+
+    mode "auto": the newest checkpoint if there is one; "must": ConfigError without one; "never": ConfigError with
+    one, since starting anew would mix two runs in one workdir.
+    """
+    steps = checkpoints.steps()
+    if mode == "must" and not steps:
+        raise ConfigError("--resume", mode, f"there is no checkpoint in {checkpoints.directory}", "Check --workdir.")
+    if mode == "never" and steps:
+        raise ConfigError(
+            "--resume",
+            mode,
+            f"{checkpoints.directory} already holds checkpoints up to step {steps[-1]}",
+            "Give another --workdir, or --resume=auto to continue.",
+        )
+    return steps[-1] if steps else None
+
+
+def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
+    """ConfigError, with a diff, when ``record`` (of this run) cannot continue ``saved`` (of the checkpoint)."""
+    before, after = dotted(saved), dotted(record)
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    refused = [name for name in changed if _under(name, FIXED) and not _under(name, FREE)]
+    show = lambda name: f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
+    if refused:
+        raise ConfigError(
+            refused[0],
+            after.get(refused[0], "absent"),
+            "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(map(show, refused)),
+            "Restore the old values, or start anew in another --workdir.",
+        )
+    for name in changed:
+        log.info("resumed with a change: %s", show(name))
+
+
+def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, values as JSON would give them back."""
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, sub in tree.items() for k, v in dotted(sub, f"{prefix}.{name}".lstrip(".")).items()}
+    return {prefix: json.loads(json.dumps(tree))}
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
