@@ -1,0 +1,190 @@
+"""Batches of packed rows, each a pure function of (seed, step): `build(config.data, ...)` gives a Dataset."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from hybridlm.data import mqar, shards, text
+from hybridlm.data.mixture import Mixture
+from hybridlm.data.source import Batch, Source, View, empty_rows
+from hybridlm.errors import ConfigError, nearest
+
+KINDS: dict[str, Any] = {"text": text, "shards": shards, "mqar": mqar}  # modules with Config and open_source
+MIXTURE = "mixture"  # of components that are data settings themselves, with a weight
+
+
+class Dataset:
+    """Batches of one split, as seen by one of ``process_count`` processes.
+
+    A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process gets its
+    contiguous share of them, so that the order does not depend on the number of processes.
+
+    num_rows: rows in one pass; None for data that never repeat.
+    num_batches: batches in the held-out pass, the last filled up with padding rows; None when training,
+        which goes on from epoch to epoch.
+    vocab_size: ids that the data need.  tokenizer: None when tokens stand for no text.
+    token_bytes: bytes that each id stands for, int32 [vocab_size], or None when there is no bits per byte.
+    fingerprint: a hash of all that decides the batches; a run can resume exactly if it is unchanged.
+    """
+
+    def __init__(self, source: Source, view: View, batch_size: int, process_index: int, process_count: int):
+        self.source, self.view, self.batch_size = source, view, batch_size
+        self.local_batch_size = batch_size // process_count
+        self.first = process_index * self.local_batch_size
+        self.num_rows, self.vocab_size, self.tokenizer = source.num_rows, source.vocab_size, source.tokenizer
+        self.token_bytes = None if source.tokenizer is None else source.tokenizer.token_bytes
+        self.num_batches = None
+        if view.split == "val":
+            assert source.num_rows is not None
+            self.num_batches = -(-source.num_rows // batch_size)
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {batch_size}".encode()).hexdigest()[:16]
+
+    def batch(self, step: int) -> Batch:
+        """tokens, targets, segment_ids, positions: int32 [local_batch_size, seq_len].
+
+        targets: the token to predict at each position, -1 where there is no loss. Segments count from 1, 0 is
+        padding; positions count from 0 in each segment. Raises IndexError outside the data.
+        """
+        if step < 0 or (self.num_batches is not None and step >= self.num_batches):
+            raise IndexError(f"batch {step} of {self.num_batches}")
+        index_B = step * self.batch_size + self.first + np.arange(self.local_batch_size)
+        return self._rows(index_B)
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """batch(start_step), batch(start_step + 1), ... read ahead by Grain's threads."""
+        stop = self.num_batches if self.num_batches is not None else 1 << 62
+        steps = grain.MapDataset.range(start_step, max(stop, start_step))
+        return iter(
+            steps.map(self.batch).to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
+        )
+
+    def held_out_bytes(self, num_batches: int | None = None) -> bytes:
+        """The text that the loss of the first ``num_batches`` batches (None: all) is computed on, row by row.
+
+        Of all processes together; b"" where tokens stand for no bytes.
+        """
+        assert self.num_rows is not None, "only the held-out split is finite"
+        if self.tokenizer is None or self.tokenizer.pieces is None:
+            return b""
+        stop = self.num_rows if num_batches is None else min(num_batches * self.batch_size, self.num_rows)
+        parts = []
+        for row in range(stop):
+            targets = self.source.rows(np.array([row]))["targets"]
+            parts += [self.tokenizer.pieces[token] for token in targets[targets >= 0].tolist()]
+        return b"".join(parts)
+
+    def describe(self) -> str:
+        return f"{self.view.split}: {self.source.describe()}"
+
+    def _rows(self, index_B: np.ndarray) -> Batch:
+        inside = index_B < self.num_rows if self.view.split == "val" else np.ones(len(index_B), bool)
+        if inside.all():
+            return self.source.rows(index_B)
+        batch = empty_rows(len(index_B), self.view.seq_len)
+        for name, array in self.source.rows(index_B[inside]).items():
+            batch[name][inside] = array
+        return batch
+
+
+def build(
+    data_config: Mapping[str, Any],
+    *,
+    split: str,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    vocab_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Dataset:
+    """The ``split`` ("train" or "val") of the data that ``data_config`` (config.data) describes.
+
+    batch_size: rows of a batch over all processes.  seq_len: tokens of a row.  seed: of the training order.
+    vocab_size: ids of the model.  Raises ConfigError for settings that name nothing readable, for data that
+    need more ids than the model has, and for training data that do not fill one batch.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        allowed = f"must be a positive multiple of the {process_count} processes"
+        raise ConfigError("train.batch_size", batch_size, allowed)
+    view = View(split, seq_len, seed, vocab_size)
+    try:
+        source = _open(settings(data_config), view)
+    except ConfigError as error:
+        raise error.under("data") from error
+    if source.vocab_size > vocab_size:
+        name = source.tokenizer.name if source.tokenizer is not None else data_config["kind"]
+        allowed = f"must be at least {source.vocab_size}, the ids of data tokenizer {name!r}"
+        raise ConfigError("model.vocab_size", vocab_size, allowed)
+    if split == "train" and source.num_rows is not None and source.num_rows < batch_size:
+        allowed = f"is more than the {source.num_rows} rows of {seq_len} tokens that the training data fill"
+        raise ConfigError("train.batch_size", batch_size, allowed, "Add data, or shorten batch or rows.")
+    return Dataset(source, view, batch_size, process_index, process_count)
+
+
+def defaults() -> dict[str, Any]:
+    """Every field of every kind with its default, for config files whose ``data`` flags can switch."""
+    fields = {f.name: f.default for module in KINDS.values() for f in dataclasses.fields(module.Config)}
+    return {"kind": "text", **fields, "components": {}}
+
+
+def settings(data_config: Mapping[str, Any]) -> Any:
+    """The checked settings of ``data_config``: a Config of its kind, or {name: (weight, settings)} of a mixture.
+
+    Reads no data. A field of another kind is accepted while it holds its default (a complete config lists
+    them all) and refused otherwise, since it would have no effect.
+    """
+    fields, known = dict(data_config), defaults()
+    kind = fields.pop("kind", None)
+    if kind != MIXTURE and kind not in KINDS:
+        names = [*KINDS, MIXTURE]
+        raise ConfigError("kind", kind, "must be one of " + ", ".join(names), nearest(str(kind), names))
+    own = ["components"] if kind == MIXTURE else [f.name for f in dataclasses.fields(KINDS[kind].Config)]
+    for name, value in fields.items():
+        if name not in known:
+            raise ConfigError(name, value, "is not a field", nearest(name, known))
+        expected = type(known[name])
+        fits = isinstance(value, Mapping | ConfigDict) if expected is dict else type(value) is expected
+        if not fits and not (expected is float and type(value) is int):
+            raise ConfigError(name, value, f"must be of type {expected.__name__}")
+        if name not in own and (len(value) if expected is dict else value != known[name]):
+            raise ConfigError(
+                name, value, f"has no effect on kind {kind!r}", "Its fields: " + ", ".join(own) + "."
+            )
+    if kind != MIXTURE:
+        return KINDS[kind].Config(**{name: value for name, value in fields.items() if name in own})
+    return _components(fields.get("components", {}))
+
+
+def _components(components: Mapping[str, Any]) -> dict[str, tuple[float, Any]]:
+    if not components:
+        raise ConfigError("components", {}, "must name the parts of the mixture, each with kind and weight")
+    checked = {}
+    for name, component in components.items():
+        fields = dict(component)
+        weight = fields.pop("weight", None)
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ConfigError(f"components.{name}.weight", weight, "must be a positive number")
+        try:
+            checked[name] = (float(weight), settings(fields))
+        except ConfigError as error:
+            raise error.under(f"components.{name}") from error
+    return checked
+
+
+def _open(config: Any, view: View) -> Source:
+    """The source of checked settings."""
+    if not isinstance(config, dict):
+        module = next(module for module in KINDS.values() if isinstance(config, module.Config))
+        return module.open_source(config, view)
+    sources = {}
+    for name, (_, component) in config.items():
+        try:
+            sources[name] = _open(component, view)
+        except ConfigError as error:
+            raise error.under(f"components.{name}") from error
+    return Mixture(sources, {name: weight for name, (weight, _) in config.items()}, view)

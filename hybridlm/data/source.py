@@ -1,0 +1,63 @@
+"""What every kind of data offers: rows of tokens by index, as a pure function of the index."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from hybridlm.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+NO_LOSS = -1  # the target of a position that is not to be predicted
+
+
+class View(NamedTuple):
+    """Which part of the data is wanted, and how it is cut.
+
+    split: "train" is endless (epoch after epoch, each in its own order); "val" is one pass over what is held
+        out, in an order that does not depend on ``seed``, so that runs with other seeds are compared on the
+        same rows.
+    seq_len: tokens in a row.  seed: of the training order.
+    vocab_size: ids that the model knows; synthetic tasks use them all, text must not need more.
+    """
+
+    split: str
+    seq_len: int
+    seed: int
+    vocab_size: int
+
+
+class Source(Protocol):
+    """Rows by index.
+
+    num_rows: rows in one pass; None for data that never repeat.
+    tokenizer: None when the tokens stand for no text.
+    fingerprint: equal for two sources only if they give equal rows.
+    """
+
+    num_rows: int | None
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    fingerprint: str
+
+    def rows(self, index_B: np.ndarray) -> Batch:
+        """Rows ``index_B`` (int64, each >= 0): tokens, targets, segment_ids, positions, int32 [B, T]."""
+
+    def describe(self) -> str:
+        """One line: how much there is."""
+
+
+def empty_rows(num_rows: int, seq_len: int) -> Batch:
+    """Rows of padding only: segment 0 and no loss anywhere."""
+    batch = {name: np.zeros((num_rows, seq_len), np.int32) for name in ("tokens", "segment_ids", "positions")}
+    return batch | {"targets": np.full((num_rows, seq_len), NO_LOSS, np.int32)}
+
+
+def permutation(length: int, *entropy: int) -> np.ndarray:
+    """A permutation of range(length), int64, that is a function of the non-negative integers ``entropy``.
+
+    Sorts raw Philox words: NumPy promises their stream for all versions, which it does not for
+    ``Generator.permutation``, and an order must survive an upgrade between a run and its resumption.
+    """
+    seed = np.random.SeedSequence((len(entropy), *entropy))  # without a length, (1,) and (1, 0) are the same
+    words = np.random.Philox(seed).random_raw(length)
+    return np.argsort(words, kind="stable")
