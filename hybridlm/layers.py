@@ -6,7 +6,7 @@ Every parameter is an ``nnx.Param`` with two pieces of metadata, read by `hybrid
   decay: whether weight decay applies (matrices yes; norms, biases, A_log, dt_bias no).
 Parameters are created in float32 and cast to the activation's dtype where they are used.
 
-Shape legend: B batch, T time, D model width, H heads, K key dim, V value dim, F features.
+Shape legend: B batch, T time, D model width, H heads, K head dim, F features.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +26,12 @@ def normal(std: float = INIT_STD) -> Initializer:
 
 
 zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+matrix = normal()
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """U(low, high)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, low, high)
 
 
 def param(
@@ -48,7 +54,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         axes: tuple[str | None, str | None] = ("embed", "heads"),
         bias: bool = False,
-        init: Initializer = normal(),
+        init: Initializer = matrix,
     ):
         self.kernel = param(rngs, (in_features, out_features), axes, init, decay=True)
         self.bias = param(rngs, (out_features,), axes[1:], zeros, decay=False) if bias else None
@@ -59,20 +65,29 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x * rsqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype."""
+    """x * rsqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype.
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, eps: float = 1e-6, axis: str | None = None):
-        self.eps = eps
-        self.scale = param(rngs, (features,), (axis,), ones, decay=False)
+    unit_offset: the factor is 1 + scale, and scale starts at 0 (Qwen3-Next, Gemma).
+    """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalize(x, self.eps, self.scale[...])
+    def __init__(
+        self,
+        features: int,
+        *,
+        rngs: nnx.Rngs,
+        eps: float = 1e-6,
+        axis: str | None = None,
+        unit_offset: bool = False,
+    ):
+        self.eps, self.unit_offset = eps, unit_offset
+        self.scale = param(rngs, (features,), (axis,), zeros if unit_offset else ones, decay=False)
 
-
-def rms_normalize(x: jax.Array, eps: float, scale: jax.Array | None = None) -> jax.Array:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y if scale is None else y * scale).astype(x.dtype)
+    def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        """``gate``: a float32 factor, multiplied in after the norm and before rounding to x's dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
+        return (y if gate is None else y * gate).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -91,17 +106,14 @@ class ShortConv(nnx.Module):
     """Causal depthwise convolution of a few taps that never reaches across a document boundary.
 
     kernel [width, F], tap width-1 on the current token; ``history`` is the last width-1 raw inputs
-    [B, width-1, F], oldest first. Source: FLA ShortConvolution (activation applied by the caller).
+    [B, width-1, F], oldest first. Summed in float32, returned in x's dtype; the caller applies the
+    activation. Source: FLA ShortConvolution.
     """
 
-    def __init__(self, features: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):
-        bound = (
-            width**-0.5
-        )  # PyTorch's Conv1d default for a depthwise kernel: U(-1/sqrt(width), 1/sqrt(width))
-        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    def __init__(self, features: int, width: int, *, rngs: nnx.Rngs):
+        bound = width**-0.5  # PyTorch's Conv1d default for a depthwise kernel
         self.width = width
-        self.kernel = param(rngs, (width, features), ("taps", "heads"), uniform, decay=True)
-        self.bias = param(rngs, (features,), ("heads",), uniform, decay=False) if bias else None
+        self.kernel = param(rngs, (width, features), ("taps", "heads"), uniform(-bound, bound), decay=True)
 
     def init_history(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch, self.width - 1, self.kernel.shape[-1]), dtype)
@@ -110,32 +122,37 @@ class ShortConv(nnx.Module):
         self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [B, T, F], the history after the last token)."""
-        past = self.width - 1
-        batch, length, features = x_BTF.shape
         if history is None:
-            history = jnp.zeros((batch, past, features), x_BTF.dtype)
+            history = self.init_history(x_BTF.shape[0], x_BTF.dtype)
         padded = jnp.concatenate([history.astype(x_BTF.dtype), x_BTF], axis=1)
-        kernel = self.kernel[...].astype(x_BTF.dtype)
-        # A tap `back` tokens ago counts only inside the document: its position must be at least `back`.
-        y = x_BTF * kernel[past]
-        for back in range(1, self.width):
-            inside = (rows.positions >= back)[..., None]
-            y = y + jnp.where(inside, padded[:, past - back : past - back + length], 0) * kernel[past - back]
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x_BTF.dtype)
-        return y, padded[:, length:]
-
-    def step(self, x_BF: jax.Array, rows: Rows, history: jax.Array) -> tuple[jax.Array, jax.Array]:
-        one = Rows(rows.segment_ids[:, None], rows.positions[:, None])
-        y, history = self(x_BF[:, None], one, history)
-        return y[:, 0], history
+        # Without the checkpoint, the backward pass would keep a float32 copy of the input for every tap.
+        y = jax.checkpoint(_taps)(padded, self.kernel[...], rows.positions)
+        return y, padded[:, x_BTF.shape[1] :]
 
 
-def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, rotate-half form (GPT-NeoX, FLA, Llama), angles in float32."""
-    half = x_BTHK.shape[-1] // 2
+def _taps(padded: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    past, length = kernel_WF.shape[0] - 1, positions_BT.shape[1]
+    y = jnp.zeros((), jnp.float32)
+    for back in range(past + 1):
+        x_BTF = padded[:, past - back : past - back + length].astype(jnp.float32)
+        # A tap `back` tokens ago counts only inside the document: the position must be at least `back`.
+        y += jnp.where((positions_BT >= back)[..., None], x_BTF, 0) * kernel_WF[past - back]
+    return y.astype(padded.dtype)
+
+
+def rotate(
+    x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, rotary_dim: int | None = None
+) -> jax.Array:
+    """Rotary position embedding, rotate-half form (GPT-NeoX, FLA, Llama), angles in float32.
+
+    The first ``rotary_dim`` (even; all of K when None) channels of each head turn, the rest pass.
+    """
+    rotary_dim = x_BTHK.shape[-1] if rotary_dim is None else rotary_dim
+    half = rotary_dim // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions_BT.astype(jnp.float32)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+    x = x_BTHK.astype(jnp.float32)
+    a, b = x[..., :half], x[..., half:rotary_dim]
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rotary_dim:]], axis=-1)
+    return turned.astype(x_BTHK.dtype)

@@ -1,0 +1,258 @@
+"""What the linear mixers have in common; each kind adds its gates.
+
+    q, k, v = act(conv(x W_q)), act(conv(x W_k)), act(conv(x W_v))      short convolution per channel
+    o = recurrence(q, k, v, log_decay, beta)                            one matrix state per value head
+    y = (rmsnorm(o) * act(gate)) W_o                                    norm per head, gate optional
+
+Parameterisation: FLA's layers (flash-linear-attention). Gates, log-decays and beta are float32.
+
+Shape legend: B batch, T time, D model width, H key heads, HV value heads (multiple of H), K and V their dims.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.errors import ConfigError
+from hybridlm.layers import Initializer, Linear, RMSNorm, ShortConv
+from hybridlm.mixers import Cost, TokenMixer
+from hybridlm.rows import Rows, continued
+from hybridlm.sharding import per_shard
+from pallas_kernels import linear_attention, linear_attention_step
+
+OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu}
+CHUNK = 64  # tokens a chunk in the FLOP count, as in the papers
+
+
+class Heads(NamedTuple):
+    """Sizes of a linear mixer: num key heads of key channels, num_v value heads of value channels."""
+
+    num: int
+    num_v: int
+    key: int
+    value: int
+
+    @property
+    def key_width(self) -> int:
+        return self.num * self.key
+
+    @property
+    def value_width(self) -> int:
+        return self.num_v * self.value
+
+    def check(self) -> None:
+        """ConfigError unless all sizes are positive and value heads divide among key heads."""
+        fields = ("num_heads", "num_v_heads", "head_dim", "v_head_dim")
+        for field, size in zip(fields, self, strict=True):
+            if size < 1:
+                raise ConfigError(field, size, "must be at least 1")
+        if self.num_v % self.num:
+            raise ConfigError("num_v_heads", self.num_v, f"must be a multiple of num_heads = {self.num}")
+
+
+class Inputs(NamedTuple):
+    """Arguments of the recurrence: q, k [B, T, H, K]; v [B, T, HV, V]; gates [B, T, HV(, K)] float32."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None = None
+    beta: jax.Array | None = None
+
+
+class LinearCache(NamedTuple):
+    """Fixed-size decode state of one layer.
+
+    state: float32 [B, HV, K, V].
+    history: raw inputs of the q, k, v short convolutions, [B, conv_size - 1, width] each; () without.
+    """
+
+    state: jax.Array
+    history: tuple[jax.Array, ...]
+
+
+class LinearMixer(TokenMixer):
+    """Projections, short convolutions, recurrence, gated output norm. A kind defines `inputs`.
+
+    conv_size: taps of the short convolutions, 0 for none.
+    output_gate: key of OUTPUT_GATES; gate_rank: 0 for one matrix, else the middle width of two.
+    gate_bias: bias of the second of the two.
+    """
+
+    qk_l2norm = False
+
+    def __init__(
+        self,
+        d_model: int,
+        heads: Heads,
+        *,
+        rngs: nnx.Rngs,
+        conv_size: int,
+        norm_eps: float,
+        output_gate: str = "none",
+        gate_rank: int = 0,
+        gate_bias: bool = False,
+    ):
+        key_width, value_width = heads.key_width, heads.value_width
+        self.heads, self.conv_size, self.output_gate = heads, conv_size, output_gate
+        self.q_proj = Linear(d_model, key_width, rngs=rngs)
+        self.k_proj = Linear(d_model, key_width, rngs=rngs)
+        self.v_proj = Linear(d_model, value_width, rngs=rngs)
+        if conv_size:
+            self.q_conv = ShortConv(key_width, conv_size, rngs=rngs)
+            self.k_conv = ShortConv(key_width, conv_size, rngs=rngs)
+            self.v_conv = ShortConv(value_width, conv_size, rngs=rngs)
+        self.gate_rank = gate_rank
+        if output_gate != "none" and gate_rank:
+            self.g_a_proj = Linear(d_model, gate_rank, rngs=rngs, axes=("embed", None))
+            self.g_b_proj = Linear(gate_rank, value_width, rngs=rngs, axes=(None, "heads"), bias=gate_bias)
+        elif output_gate != "none":
+            self.g_proj = Linear(d_model, value_width, rngs=rngs)
+        self.o_norm = RMSNorm(heads.value, rngs=rngs, eps=norm_eps)
+        self.o_proj = Linear(value_width, d_model, rngs=rngs, axes=("heads", "embed"))
+
+    # What a kind overrides.
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        """Activation of q, k and v after their convolutions."""
+        return jax.nn.silu(x)
+
+    def inputs(
+        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: Any
+    ) -> Inputs:
+        """The recurrence's arguments from the projected and activated q, k, v (already split into heads)."""
+        raise NotImplementedError
+
+    def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
+        """The output norm, heads merged: [B, T, HV * V]."""
+        return merge_heads(self.o_norm(o_BTHV, gate_BTHV))
+
+    # The skeleton.
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rows: Rows,
+        cache: LinearCache | None = None,
+        shared: jax.Array | None = None,
+    ) -> tuple[jax.Array, LinearCache | None]:
+        heads = self.heads
+        q, k, v, history = self._project(x_BTD, rows, None if cache is None else cache.history)
+        q, k = split_heads(q, heads.key), split_heads(k, heads.key)
+        inputs = self.inputs(x_BTD, q, k, split_heads(v, heads.value), rows, shared)
+        state = None if cache is None else cache.state
+        o_BTHV, state = recurrence(inputs, rows, state, qk_l2norm=self.qk_l2norm)
+        y_BTD = self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD)))
+        return y_BTD, None if state is None else LinearCache(state, history)
+
+    def _project(
+        self, x_BTD: jax.Array, rows: Rows, history: tuple[jax.Array, ...] | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        past: tuple[jax.Array, ...] = ()
+        if self.conv_size:
+            before = history or (None, None, None)
+            q, past_q = self.q_conv(q, rows, before[0])
+            k, past_k = self.k_conv(k, rows, before[1])
+            v, past_v = self.v_conv(v, rows, before[2])
+            past = (past_q, past_k, past_v)
+        return self.activate(q), self.activate(k), self.activate(v), past
+
+    def _gate(self, x_BTD: jax.Array) -> jax.Array | None:
+        act = OUTPUT_GATES[self.output_gate]
+        if act is None:
+            return None
+        logits = self.g_b_proj(self.g_a_proj(x_BTD)) if self.gate_rank else self.g_proj(x_BTD)
+        return act(split_heads(logits, self.heads.value).astype(jnp.float32))
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> LinearCache:
+        heads = self.heads
+        convs = (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()
+        return LinearCache(
+            jnp.zeros((batch, heads.num_v, heads.key, heads.value), jnp.float32),
+            tuple(conv.init_history(batch, dtype) for conv in convs),
+        )
+
+
+def recurrence(
+    inputs: Inputs, rows: Rows, state: jax.Array | None = None, *, qk_l2norm: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """The op on each device's own rows and heads; documents never meet.
+
+    state: None (start from nothing, return nothing) or float32 [B, HV, K, V], carried on where a row's first
+        position is not 0. Returns (o [B, T, HV, V], state after the last token or None).
+    """
+
+    def op(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        log_decay: jax.Array | None,
+        beta: jax.Array | None,
+        segment_ids: jax.Array,
+        state: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if state is not None and q.shape[1] == 1:
+            g, b = (None if gate is None else gate[:, 0] for gate in (log_decay, beta))
+            o_BHV, state = linear_attention_step(
+                q[:, 0], k[:, 0], v[:, 0], state=state, log_decay=g, beta=b, qk_l2norm=qk_l2norm
+            )
+            return o_BHV[:, None], state
+        return linear_attention(
+            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=segment_ids,
+            qk_l2norm=qk_l2norm, output_final_state=state is not None,
+        )  # fmt: skip
+
+    if state is not None:
+        state = continued(state, rows)
+    token_axes, state_axes = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    args = (*inputs, rows.segment_ids, state)
+    in_axes = [None if arg is None else token_axes[: arg.ndim] for arg in args[:-1]]
+    out_state = None if state is None else state_axes
+    return per_shard(op, (*in_axes, out_state), (token_axes, out_state))(*args)
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], -1)
+
+
+# Gates that several kinds have.
+
+
+def softplus_decay(x: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
+    """log decay = -exp(A_log) * softplus(x + dt_bias), float32 (Mamba-2's discretisation)."""
+    return -jnp.exp(A_log) * jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
+
+
+def write_strength(logits: jax.Array, neg_eigval: bool) -> jax.Array:
+    """beta = sigmoid, float32; doubled, I - beta k k^T has eigenvalues down to -1 (2411.12537)."""
+    return jax.nn.sigmoid(logits.astype(jnp.float32)) * (2 if neg_eigval else 1)
+
+
+def log_uniform(low: float, high: float) -> Initializer:
+    """log of U(low, high), the initialiser of A_log; kept off log(0)."""
+    return lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, max(low, 1e-6), high))
+
+
+def dt_bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """softplus^-1(dt) with dt log-uniform in [0.001, 0.1]."""
+    dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def cost(heads: Heads, conv_size: int, *, delta: bool) -> Cost:
+    """FLOPs of the chunkwise form, the delta rule's after Kimi Linear (6 K V + 3 C K + C^2 where V = K)."""
+    _, num_v, key, value = heads
+    if delta:
+        flops = 6 * key * value + 3 * CHUNK * (key + value) // 2 + CHUNK**2
+    else:
+        flops = 4 * key * value + CHUNK * (key + value)
+    history = max(conv_size - 1, 0) * (2 * heads.key_width + heads.value_width)
+    return Cost(state=num_v * key * value + history, flops=num_v * flops)

@@ -1,0 +1,83 @@
+"""HGRN2 (Qin et al. 2024, arXiv 2404.07904): GLA whose key is the complement of its decay.
+
+    S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T,   o_t = S_t^T q_t / sqrt(K),   q = swish(W_q x), v = W_v x
+    f_t = lb + (1 - lb) sigmoid(W_k x_t),   y = W_o rmsnorm(o) with one norm over all heads, no gate
+    lb: a lower bound per channel that rises with depth, see `forget_gate`
+
+FLA's names: k_proj is its f_proj, v_proj its i_proj.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import linear_mixer
+from hybridlm.errors import ConfigError
+from hybridlm.forget_gate import LowerBounds, log_forget
+from hybridlm.layers import RMSNorm
+from hybridlm.linear_mixer import Heads, Inputs, LinearMixer, merge_heads, split_heads
+from hybridlm.mixers import Cost, at_least, whole_heads
+from hybridlm.rows import Rows
+
+NORM_EPS = 1e-5  # FLA's layer ignores the model's norm_eps
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """HGRN2.
+
+    num_heads: heads; 0 is d_model / head_dim.
+    head_dim: state channels per head, the paper's expansion ratio.
+    v_head_dim: value channels per head; 0 is d_model / num_heads.
+    conv_size: taps of short convolutions on q, k (before the gate) and v; 0 for none, as in the paper.
+    lower_bound: whether forget gates have the learned layer-wise lower bound.
+    """
+
+    num_heads: int = 0
+    head_dim: int = 128
+    v_head_dim: int = 0
+    conv_size: int = 0
+    lower_bound: bool = True
+
+    def heads(self, d_model: int) -> Heads:
+        num = self.num_heads or d_model // self.head_dim
+        return Heads(num, num, self.head_dim, self.v_head_dim or d_model // num)
+
+    def check(self, d_model: int) -> None:
+        at_least(self, 1, "head_dim")
+        at_least(self, 0, "num_heads", "v_head_dim", "conv_size")
+        whole_heads(self, d_model, self.head_dim)
+        heads = self.heads(d_model)
+        heads.check()
+        if not self.v_head_dim and d_model % heads.num:
+            raise ConfigError("num_heads", heads.num, f"must divide d_model = {d_model}")
+
+
+class Shared(LowerBounds):
+    def __init__(self, config: Config, d_model: int, num_layers: int, *, rngs: nnx.Rngs):
+        super().__init__(num_layers, config.heads(d_model).key_width, config.lower_bound, rngs=rngs)
+
+
+class Mixer(LinearMixer):
+    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+        heads = config.heads(d_model)
+        super().__init__(d_model, heads, rngs=rngs, conv_size=config.conv_size, norm_eps=NORM_EPS)
+        self.o_norm = RMSNorm(heads.value_width, rngs=rngs, eps=NORM_EPS, axis="heads")
+
+    def activate(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def inputs(
+        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array
+    ) -> Inputs:
+        log_f_BTHK = log_forget(k, split_heads(shared, self.heads.key))
+        return Inputs(jax.nn.silu(q), -jnp.expm1(log_f_BTHK).astype(k.dtype), v, log_f_BTHK)
+
+    def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
+        return self.o_norm(merge_heads(o_BTHV))
+
+
+def cost(config: Config, d_model: int) -> Cost:
+    return linear_mixer.cost(config.heads(d_model), config.conv_size, delta=False)

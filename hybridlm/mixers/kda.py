@@ -1,0 +1,121 @@
+"""Kimi Delta Attention (Kimi Linear, arXiv 2510.26692).
+
+S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T      one decay per key channel
+log a_t = -exp(A_log) softplus(f_t + dt_bias)                          or, with a lower bound b < 0,
+log a_t = b sigmoid(exp(A_log) (f_t + dt_bias)),       f_t = W_f2 W_f1 x_t,   beta_t = sigmoid(W_b x_t)
+y = W_o (rmsnorm(o) * sigmoid(W_g2 W_g1 x)),   q, k, v = silu(conv(W x)),  q and k of unit length
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import linear_mixer
+from hybridlm.errors import ConfigError
+from hybridlm.layers import Linear, param, zeros
+from hybridlm.linear_mixer import (
+    OUTPUT_GATES,
+    Heads,
+    Inputs,
+    LinearMixer,
+    dt_bias_init,
+    log_uniform,
+    softplus_decay,
+    split_heads,
+    write_strength,
+)
+from hybridlm.mixers import Cost, at_least, one_of, whole_heads
+from hybridlm.rows import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Kimi Delta Attention.
+
+    num_heads: key heads; 0 is d_model / head_dim.
+    num_v_heads: value heads, a multiple of num_heads (neighbours share a key head); 0 is num_heads.
+    head_dim: channels of q and k per head.
+    v_head_dim: channels of v per value head, and the middle width of the low-rank gates; 0 is head_dim.
+    conv_size: taps of the short convolutions on q, k, v; 0 for none.
+    lower_bound: 0 for the softplus decay gate; below 0 (FLA's safe gate has -5) the log decay stays above it.
+    neg_eigval: beta in (0, 2) instead of (0, 1), for state tracking (2411.12537).
+    output_gate: "sigmoid", "swish" or "none".
+    output_gate_rank: middle width of the output gate; 0 is v_head_dim, -1 one full-rank matrix (Kimi K3).
+    output_gate_bias: bias of the output gate's second matrix (FLA has it, Kimi's released weights do not).
+    norm_eps: of the output norm.
+    """
+
+    num_heads: int = 0
+    num_v_heads: int = 0
+    head_dim: int = 128
+    v_head_dim: int = 0
+    conv_size: int = 4
+    lower_bound: float = 0.0
+    neg_eigval: bool = False
+    output_gate: str = "sigmoid"
+    output_gate_rank: int = 0
+    output_gate_bias: bool = True
+    norm_eps: float = 1e-5
+
+    def heads(self, d_model: int) -> Heads:
+        num = self.num_heads or d_model // self.head_dim
+        return Heads(num, self.num_v_heads or num, self.head_dim, self.v_head_dim or self.head_dim)
+
+    def check(self, d_model: int) -> None:
+        at_least(self, 1, "head_dim")
+        at_least(self, 0, "num_heads", "num_v_heads", "v_head_dim", "conv_size", "norm_eps")
+        at_least(self, -1, "output_gate_rank")
+        one_of(self, "output_gate", list(OUTPUT_GATES))
+        if self.lower_bound > 0:
+            raise ConfigError("lower_bound", self.lower_bound, "must be 0 (none) or a negative log decay")
+        whole_heads(self, d_model, self.head_dim)
+        self.heads(d_model).check()
+
+
+class Mixer(LinearMixer):
+    qk_l2norm = True
+
+    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+        heads = config.heads(d_model)
+        super().__init__(
+            d_model,
+            heads,
+            rngs=rngs,
+            conv_size=config.conv_size,
+            norm_eps=config.norm_eps,
+            output_gate=config.output_gate,
+            gate_rank=max(config.output_gate_rank or heads.value, 0),
+            gate_bias=config.output_gate_bias,
+        )
+        self.neg_eigval, self.lower_bound = config.neg_eigval, config.lower_bound
+        decay_width = heads.num_v * heads.key
+        self.f_a_proj = Linear(d_model, heads.value, rngs=rngs, axes=("embed", None))
+        self.f_b_proj = Linear(heads.value, decay_width, rngs=rngs, axes=(None, "heads"))
+        self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
+        A_log_init = zeros if config.lower_bound else log_uniform(1, 16)
+        self.A_log = param(rngs, (heads.num_v,), ("heads",), A_log_init, decay=False)
+        self.dt_bias = param(rngs, (decay_width,), ("heads",), dt_bias_init, decay=False)
+
+    def inputs(
+        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array | None
+    ) -> Inputs:
+        f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)
+        dt_bias_HK = split_heads(self.dt_bias[...], self.heads.key)
+        log_decay_BTHK = channel_decay(f_BTHK, self.A_log[...], dt_bias_HK, self.lower_bound)
+        return Inputs(q, k, v, log_decay_BTHK, write_strength(self.b_proj(x_BTD), self.neg_eigval))
+
+
+def channel_decay(
+    f_BTHK: jax.Array, A_log_H: jax.Array, dt_bias_HK: jax.Array, lower_bound: float
+) -> jax.Array:
+    """Log decay per key channel, float32 [B, T, HV, K], in either form of the module docstring."""
+    A_log_H1 = A_log_H[:, None]
+    if lower_bound:
+        return lower_bound * jax.nn.sigmoid(jnp.exp(A_log_H1) * (f_BTHK.astype(jnp.float32) + dt_bias_HK))
+    return softplus_decay(f_BTHK, A_log_H1, dt_bias_HK)
+
+
+def cost(config: Config, d_model: int) -> Cost:
+    return linear_mixer.cost(config.heads(d_model), config.conv_size, delta=True)

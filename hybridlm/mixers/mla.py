@@ -1,0 +1,132 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with rotary channels or without (Kimi Linear).
+
+    c_s = rmsnorm(W_kv_a x_s)        the latent, all that is cached besides the shared key channels r_s
+    k_s = [W_k_b c_s, r_s],  v_s = W_v_b c_s,  r_s = rope(W_r x_s) one for all heads
+    q_t = [n_t, rope(p_t)] per head,   o_t = sum_s softmax_s(q_t . k_s / sqrt(dim)) v_s
+
+With a cache, W_k_b is moved onto the query and W_v_b onto the output, so that attention runs on the latents
+themselves, as if with one key/value head.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.errors import ConfigError
+from hybridlm.layers import Linear, RMSNorm, rotate
+from hybridlm.linear_mixer import merge_heads, split_heads
+from hybridlm.mixers import Cost, TokenMixer, at_least, whole_heads
+from hybridlm.rows import Rows
+from hybridlm.softmax_attention import TokenCache, append, attend, packed_indices
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Multi-head latent attention.
+
+    num_heads: heads; 0 is d_model / v_head_dim.
+    q_lora_rank: width of the query's own latent; 0 for a direct projection.
+    kv_lora_rank: width of the latent.
+    qk_nope_head_dim: query/key channels per head made from the latent.
+    qk_rope_head_dim: query/key channels per head whose key all heads share; may be 0.
+    v_head_dim: value channels per head.
+    rope_theta: base of the shared channels' rotary frequencies; 0 leaves them unrotated (NoPE).
+    norm_eps: of the latents' norms.
+    """
+
+    num_heads: int = 0
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def heads(self, d_model: int) -> int:
+        return self.num_heads or d_model // self.v_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def check(self, d_model: int) -> None:
+        at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        at_least(self, 0, "num_heads", "q_lora_rank", "qk_rope_head_dim", "rope_theta", "norm_eps")
+        whole_heads(self, d_model, self.v_head_dim)
+        if self.rope_theta and self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                "qk_rope_head_dim",
+                self.qk_rope_head_dim,
+                "must be even to be rotated",
+                "Or set rope_theta=0.",
+            )
+
+
+class Mixer(TokenMixer):
+    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+        self.config, heads = config, config.heads(d_model)
+        rank, q_rank, shared = config.kv_lora_rank, config.q_lora_rank, config.qk_rope_head_dim
+        if q_rank:
+            self.q_a_proj = Linear(d_model, q_rank, rngs=rngs, axes=("embed", None))
+            self.q_a_norm = RMSNorm(q_rank, rngs=rngs, eps=config.norm_eps)
+        q_axes = (None, "heads") if q_rank else ("embed", "heads")
+        self.q_proj = Linear(q_rank or d_model, heads * config.qk_head_dim, rngs=rngs, axes=q_axes)
+        self.kv_a_proj = Linear(d_model, rank + shared, rngs=rngs, axes=("embed", None))
+        self.kv_a_norm = RMSNorm(rank, rngs=rngs, eps=config.norm_eps)
+        up_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = Linear(rank, up_width, rngs=rngs, axes=(None, "heads"))
+        self.o_proj = Linear(heads * config.v_head_dim, d_model, rngs=rngs, axes=("heads", "embed"))
+
+    def __call__(
+        self, x_BTD: jax.Array, rows: Rows, cache: TokenCache | None = None, shared: Any = None
+    ) -> tuple[jax.Array, TokenCache | None]:
+        nope, scale = self.config.qk_nope_head_dim, self.config.qk_head_dim**-0.5
+        index_T, first_BT = packed_indices(rows, 0 if cache is None else cache.length, 0)
+        q_BTHK = self.q_proj(self.q_a_norm(self.q_a_proj(x_BTD)) if self.config.q_lora_rank else x_BTD)
+        q_BTHK = split_heads(q_BTHK, self.config.qk_head_dim)
+        q_BTHN, q_BTHP = q_BTHK[..., :nope], self._rotate(q_BTHK[..., nope:], rows)
+        latent_BTC = self._latent(x_BTD, rows)
+        up_RHF = split_heads(self.kv_b_proj.kernel[...].astype(x_BTD.dtype), nope + self.config.v_head_dim)
+        up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
+        rank = self.config.kv_lora_rank
+        if cache is None:
+            k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BTC[..., :rank], up_k_RHN)
+            v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BTC[..., :rank], up_v_RHV)
+            k_BT1P = latent_BTC[:, :, None, rank:]
+            k_BTHK = jnp.concatenate([k_BTHN, jnp.broadcast_to(k_BT1P, q_BTHP.shape)], axis=-1)
+            q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], axis=-1)
+            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, index_T, first_BT, index_T, scale=scale)
+            return self.o_proj(merge_heads(o_BTHV)), None
+        cache, latent_BSC, index_S = append(cache, latent_BTC, 0)
+        q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, up_k_RHN)
+        q_BTHC = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
+        k_BS1C = latent_BSC[:, :, None].astype(x_BTD.dtype)
+        o_BTHR = attend(q_BTHC, k_BS1C, k_BS1C[..., :rank], index_T, first_BT, index_S, scale=scale)
+        o_BTHV = jnp.einsum("bthr,rhv->bthv", o_BTHR, up_v_RHV)
+        return self.o_proj(merge_heads(o_BTHV)), cache
+
+    def _latent(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
+        """[B, T, kv_lora_rank + qk_rope_head_dim]: what one token leaves behind."""
+        c = self.kv_a_proj(x_BTD)
+        rank = self.config.kv_lora_rank
+        shared_key = self._rotate(c[:, :, None, rank:], rows)[:, :, 0]
+        return jnp.concatenate([self.kv_a_norm(c[..., :rank]), shared_key], axis=-1)
+
+    def _rotate(self, x_BTHP: jax.Array, rows: Rows) -> jax.Array:
+        return rotate(x_BTHP, rows.positions, self.config.rope_theta) if self.config.rope_theta else x_BTHP
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache:
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return TokenCache(jnp.zeros((batch, max_length, width), dtype), jnp.int32(0))
+
+
+def cost(config: Config, d_model: int) -> Cost:
+    heads = config.heads(d_model)
+    return Cost(
+        cache_per_token=config.kv_lora_rank + config.qk_rope_head_dim,
+        flops_per_context=2 * heads * (config.qk_head_dim + config.v_head_dim),
+    )
