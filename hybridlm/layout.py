@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a layer's parameters are: segment, run in the segment, index [repeat, offset] in the run's stack."""
+    """Where a layer's parameters are: segment, run in it, index [repeat, offset] in the run's stack."""
 
     segment: int
     run: int

@@ -7,7 +7,7 @@ Grammar, whitespace between items:
 What r:1 means here. `ratio(linear, full, r, n)` takes the text of "A Systematic Analysis of Hybrid Linear
 Attention" (arXiv 2507.06457) by the letter: a period of r linear layers and 1 full one, r + 1 layers long,
 so a fraction 1/(r+1) of the layers is full: 6 of 24 at 3:1. The checkpoints released with that paper are said
-to follow another convention, one full layer in every N ("3:1" has 8 full layers of 24); that is r = N - 1 here.
+to follow another convention, one full layer in every N ("3:1" has 8 full layers of 24): r = N - 1 here.
 A ratio alone is ambiguous, so the number and the indices of the full layers are always reported.
 """
 
@@ -97,7 +97,7 @@ def parse(pattern: str, known: Collection[str] | None = None) -> tuple[str, ...]
 
 
 def fill(names: Sequence[str], num_layers: int) -> tuple[str, ...]:
-    """``names`` repeated to ``num_layers`` layers, the last repetition cut short; 0 takes them as they are."""
+    """``names`` repeated to ``num_layers`` layers, the last repetition cut short; 0: as they are."""
     if not 0 <= num_layers <= MAX_LAYERS:
         allowed = f"must be 0 (the pattern as written) to {MAX_LAYERS}"
         raise ConfigError("model.num_layers", num_layers, allowed)

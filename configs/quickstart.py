@@ -1,0 +1,32 @@
+"""A byte-level hybrid on the source text of Python's standard library: no download, minutes on two CPU cores.
+
+python train.py --config=configs/quickstart.py
+"""
+
+from ml_collections import ConfigDict
+
+from hybridlm import config as hybridlm_config
+
+
+def get_config() -> ConfigDict:
+    config = hybridlm_config.default()
+    config.model.pattern = "kda*3 full"
+    config.model.d_model = 256
+    config.model.vocab_size = 257  # bytes, and the separator of documents
+    config.model.tie_embeddings = True
+    config.model.dtype = "float32"  # bfloat16 is emulated, and slow, on CPU
+    config.model.remat = "none"
+    config.mixers.kda = hybridlm_config.mixer("kda", head_dim=64)
+    config.data = hybridlm_config.data("text", path="python-stdlib:", holdout=0.05)
+    config.train.steps = 400
+    config.train.batch_size = 8
+    config.train.seq_len = 512
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 40
+    config.checkpoint.every_steps = 200
+    config.eval.every_steps = 200
+    config.eval.batches = 8
+    config.eval.sample_prompt = "def "
+    config.eval.sample_tokens = 256
+    config.eval.temperature = 0.8
+    return config

@@ -1,0 +1,286 @@
+"""Configs: files and command-line overrides in, one complete and checked config out.
+
+A config file is Python with ``get_config()`` or ``get_config(arg)`` that starts from `default` and changes
+what it is about. `load` reads it and applies overrides; `resolve` checks everything and fills in what follows
+from the rest. Nothing after `resolve` has to ask whether a setting is there or makes sense.
+
+    config = resolve(load("configs/hybrid.py:340m,kda,3:1", {"train.steps": "100"}))
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import runpy
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from hybridlm import data as data_kinds
+from hybridlm import mixers, pattern, schema
+from hybridlm.errors import ConfigError, nearest
+
+MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
+MIXTURE = data_kinds.MIXTURE
+SECTIONS = (*schema.SECTIONS, "mixers", "data")
+
+# Mixers that every config has from `default`, so that any pattern can be tried from the command line.
+STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("attention", {}),
+    "swa": ("attention", {"window": 512}),
+    "mla": ("mla", {}),
+    "deltanet": ("delta_net", {}),
+    "gdn": ("gated_delta_net", {}),
+    "kda": ("kda", {}),
+    "gla": ("gla", {}),
+    "hgrn": ("hgrn", {}),
+    "hgrn2": ("hgrn2", {}),
+    "retnet": ("retnet", {}),
+}
+
+
+def default() -> ConfigDict:
+    """Every section with its defaults (`hybridlm.schema`), and the STANDARD mixers."""
+    config = ConfigDict({name: dataclasses.asdict(section()) for name, section in schema.SECTIONS.items()})
+    config.mixers = ConfigDict({name: mixer(kind, **settings) for name, (kind, settings) in STANDARD.items()})
+    config.data = data("text")
+    return config
+
+
+def mixer(kind: str, **settings: Any) -> ConfigDict:
+    """A definition for ``config.mixers``: the kind with every one of its settings, ``settings`` put in."""
+    return ConfigDict(_definition("mixers", {"kind": kind, **settings}, f"mixer({kind!r})"))
+
+
+def data(kind: str, **settings: Any) -> ConfigDict:
+    """A definition for ``config.data``, likewise.
+
+    Kind "mixture" takes ``components``: name -> a definition, with a ``weight`` beside its settings (1.0).
+    """
+    return ConfigDict(_definition("data", {"kind": kind, **settings}, f"data({kind!r})"))
+
+
+# Reading files and overrides.
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """The config of ``spec``, "file.py", "file.py:argument" or a run's "config.json", with overrides applied.
+
+    overrides: dotted field -> text as on a command line. ``mixers.<name>.kind`` and ``data.kind`` come first
+        and put that kind's defaults in place; a mixer that the file does not have is thereby defined.
+    Runs the file: a config is Python and can do whatever Python can (a config.json cannot).
+    """
+    filename, _, argument = spec.partition(":")
+    path = Path(filename)
+    if not path.is_file():
+        known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
+        raise ConfigError("--config", filename, "no such file", nearest(filename, known) if known else "")
+    config = from_json(path) if path.suffix == ".json" else _run(path, argument)
+    for field, text in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(".kind")):
+        _override(config, field, text)
+    return config
+
+
+def _run(path: Path, argument: str) -> ConfigDict:
+    spec = f"{path}:{argument}" if argument else str(path)
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise ConfigError("--config", spec, "the file defines no function get_config")
+        if argument and not inspect.signature(get_config).parameters:
+            raise ConfigError(
+                "--config", spec, "this file's get_config takes no argument", f"Use {str(path)!r}."
+            )
+        config = get_config(argument) if argument else get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        problem = f"failed at line {line} with {type(error).__name__} ({error})"
+        raise ConfigError("--config", spec, problem) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("--config", spec, f"get_config returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _override(config: ConfigDict, field: str, text: str) -> None:
+    *path, name = field.split(".")
+    if not path or path[0] not in SECTIONS:
+        section = path[0] if path else name
+        raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, SECTIONS))
+    section, prefix = path[0], ".".join(path)
+    form = {"mixers": "mixers.<name>.<setting>", "data": "data.<field> or data.components.<name>.<field>"}
+    depths = {"mixers": (2,), "data": (1, 3)}.get(section, (1,))
+    if len(path) not in depths or (len(path) == 3 and path[1] != "components"):
+        raise ConfigError(field, text, f"fields here are {form.get(section, section + '.<field>')}")
+    owner = config
+    for key in path[:-1]:
+        owner = owner.setdefault(key, ConfigDict())
+    if name == "kind" and section not in schema.SECTIONS:
+        weight = (
+            {"weight": owner[path[-1]].get("weight", 1.0)} if len(path) == 3 and path[-1] in owner else {}
+        )
+        owner[path[-1]] = ConfigDict({**_definition(section, {"kind": text}, prefix), **weight})
+        return
+    if section not in schema.SECTIONS and path[-1] not in owner:
+        raise ConfigError(field, text, f"there is no {prefix}", nearest(path[-1], owner))
+    target = owner.setdefault(path[-1], ConfigDict())
+    known = _fields(section, target, prefix)
+    if len(path) == 3:
+        known["weight"] = schema.NonNegative
+    if name not in known:
+        raise ConfigError(field, text, "no such field", nearest(name, known))
+    try:
+        value = schema.parse(known[name], text)
+    except ValueError as error:
+        raise ConfigError(field, text, str(error)) from None
+    with target.ignore_type():
+        target[name] = value
+
+
+# Checking.
+
+
+def resolve(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
+    """The complete, checked config, frozen: what `model.build`, `data.build` and `trainer.train` take.
+
+    Fills in defaults of fields that are missing, the number of layers and the MLP width; leaves out mixers
+    that the pattern does not use. Resolving twice changes nothing. Raises ConfigError.
+    """
+    given = config.to_dict()
+    for name, values in given.items():
+        if name not in SECTIONS:
+            raise ConfigError(name, values, "there is no such section", nearest(name, SECTIONS))
+        _must_be_mapping(values, name)
+    resolved: dict[str, Any] = {}
+    for name in schema.SECTIONS:
+        section = _build(name, given.get(name, {}), name)
+        if hasattr(section, "check"):
+            with _under(name):
+                section.check()
+        resolved[name] = dataclasses.asdict(section)
+    check_batch(resolved["train"], {axis: max(1, size) for axis, size in resolved["mesh"].items()})
+
+    model, definitions = resolved["model"], given.get("mixers", {})
+    names = pattern.fill(pattern.parse(model["pattern"], definitions), model["num_layers"])
+    model["num_layers"] = len(names)
+    model["mlp_hidden"] = model["mlp_hidden"] or mlp_hidden(model["d_model"])
+    checked = {
+        name: _definition("mixers", definitions[name], f"mixers.{name}") for name in sorted(definitions)
+    }
+    resolved["mixers"] = {name: checked[name] for name in checked if name in names}
+    for name, definition in resolved["mixers"].items():
+        with _under(f"mixers.{name}"):
+            _build("mixers", definition, "").check(model["d_model"])
+    resolved["data"] = _definition("data", given.get("data", {"kind": "text"}), "data")
+    return FrozenConfigDict(resolved)
+
+
+def mlp_hidden(d_model: int) -> int:
+    """SwiGLU width for an MLP of 8 d_model^2 parameters: 8/3 d_model, rounded up (FLA's hidden_ratio 4)."""
+    return -(-(8 * d_model // 3) // MLP_MULTIPLE) * MLP_MULTIPLE
+
+
+def check_batch(train: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
+    """A microbatch must split evenly over the mesh axes data and fsdp. mesh: axis -> size, without -1."""
+    microbatches, parts = train["microbatches"], mesh["data"] * mesh["fsdp"]
+    if train["batch_size"] // microbatches % parts:
+        raise ConfigError(
+            "train.batch_size",
+            train["batch_size"],
+            "must be a multiple of train.microbatches * mesh.data * mesh.fsdp = "
+            f"{microbatches} * {mesh['data']} * {mesh['fsdp']}",
+        )
+
+
+def _definition(section: str, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A mixer's or the data's definition, complete: its kind and every setting."""
+    _must_be_mapping(values, prefix)
+    if section == "mixers" or values.get("kind") != MIXTURE:
+        settings = _build(section, values, prefix)
+        return {"kind": values["kind"], **dataclasses.asdict(settings)}
+    with _under(prefix):
+        for name in values:
+            if name not in ("kind", "components"):
+                raise ConfigError(name, values[name], "no such field", "A mixture has components.")
+    components = {}
+    for name, component in values.get("components", {}).items():
+        where = f"{prefix}.components.{name}"
+        _must_be_mapping(component, where)
+        with _under(where):
+            weight = _convert("weight", schema.NonNegative, component.get("weight", 1.0))
+        rest = {key: value for key, value in component.items() if key != "weight"}
+        components[name] = {**_definition("data", rest, where), "weight": weight}
+    return {"kind": MIXTURE, "components": components}
+
+
+def _build(section: str, values: Mapping[str, Any], prefix: str) -> Any:
+    """The dataclass instance of one section or definition: fields known, types right, defaults added."""
+    known = _fields(section, values, prefix)
+    settings = dict(values)
+    if section not in schema.SECTIONS:
+        del settings["kind"]
+    with _under(prefix):
+        for name, value in settings.items():
+            if name not in known:
+                raise ConfigError(name, value, "no such field", nearest(name, known))
+            settings[name] = _convert(name, known[name], value)
+    return _class(section, values, prefix)(**settings)
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    try:
+        return schema.convert(kind, value)
+    except ValueError as error:
+        raise ConfigError(name, value, str(error)) from None
+
+
+def _fields(section: str, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return schema.fields(_class(section, values, prefix))
+
+
+def _class(section: str, values: Mapping[str, Any], prefix: str) -> Any:
+    """The dataclass that describes ``values``; a mixer's and the data's depend on their kind."""
+    if section in schema.SECTIONS:
+        return schema.SECTIONS[section]
+    kind = str(values.get("kind"))
+    kinds: Sequence[str] = mixers.kinds() if section == "mixers" else list(data_kinds.KINDS)
+    if kind not in kinds:
+        allowed = "must be one of " + ", ".join(kinds if section == "mixers" else [*kinds, MIXTURE])
+        raise ConfigError(f"{prefix}.kind", kind, allowed, nearest(kind, kinds))
+    return (mixers.load(kind) if section == "mixers" else data_kinds.KINDS[kind]).Config
+
+
+def _must_be_mapping(values: Any, prefix: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(prefix, values, "must be a section with fields, not a value")
+
+
+@contextlib.contextmanager
+def _under(prefix: str) -> Iterator[None]:
+    """Errors raised inside get their full dotted field."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(prefix) from None
+
+
+# config.json
+
+
+def to_json(config: ConfigDict | FrozenConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: str | Path) -> ConfigDict:
+    """What `to_json` wrote; pass it through `resolve`. ConfigError for a file that is not a config."""
+    try:
+        return ConfigDict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error

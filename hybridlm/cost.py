@@ -1,0 +1,200 @@
+"""What a config costs before anything runs: parameters, decode memory, FLOPs, device memory.
+
+Parameters are counted exactly, from the shapes of the modules themselves. State and cache are those of
+decoding one sequence of train.seq_len tokens. FLOPs count a multiply-add as two; a training step is three forward
+passes (one forward, two backward), recomputation not counted, as usual for MFU. Memory per device is an
+estimate, good to tens of percent: the compiler decides.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from hybridlm import mixers, model
+from hybridlm.loss import CHUNK_ELEMENTS
+
+STATE_BYTES = 4  # recurrent states are float32
+
+# Dense bf16 peak of one device, by a part of its `device_kind`, first match first (vendors' data sheets).
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+
+class Layer(NamedTuple):
+    """One row of the layer table; bytes are those of one sequence of train.seq_len tokens.
+
+    settings: those that differ from the kind's defaults.
+    full: attends over the whole context, that is, has a KV cache that no window bounds (attention and mla
+        without a window; a sliding window does not count).
+    """
+
+    layer: int
+    name: str
+    kind: str
+    settings: str
+    full: bool
+    parameters: int
+    state_bytes: int
+    cache_bytes: int
+
+
+class Memory(NamedTuple):
+    """Estimated bytes per device. activations: kept between forward and backward, plus one layer at work."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bf16 FLOP/s of a device (`jax.Device.device_kind`); None if it is not in the table."""
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_kind), None)
+
+
+def layers(config: Any) -> list[Layer]:
+    """The layer table of a resolved config."""
+    definition, seq_len = model.build(config), config.train.seq_len
+    rows = {}
+    for spec in set(definition.layers):
+        cost = _mixer_cost(spec, definition.d_model)
+        rows[spec] = Layer(
+            layer=-1,
+            name=spec.name,
+            kind=spec.kind,
+            settings=_settings(spec),
+            full=cost.cache_per_token > 0 and not cost.window,
+            parameters=_block_parameters(definition, spec),
+            state_bytes=STATE_BYTES * cost.state,
+            cache_bytes=definition.dtype.itemsize
+            * cost.cache_per_token
+            * min(cost.window or seq_len, seq_len),
+        )
+    return [rows[spec]._replace(layer=index) for index, spec in enumerate(definition.layers)]
+
+
+def full_layers(config: Any) -> list[int]:
+    """Indices of the full-attention layers; see `Layer`."""
+    return [row.layer for row in layers(config) if row.full]
+
+
+def summary(config: Any) -> dict[str, Any]:
+    """What layers.json holds: the layers, which of them are full attention, and the totals."""
+    table = layers(config)
+    full = [row.layer for row in table if row.full]
+    return {
+        "pattern": config.model.pattern,
+        "plan": str(model.build(config).plan),
+        "num_layers": len(table),
+        "num_full_layers": len(full),
+        "full_layers": full,
+        "parameters": parameters(config),
+        "state_bytes": sum(row.state_bytes for row in table),
+        "cache_bytes": sum(row.cache_bytes for row in table),
+        "seq_len": config.train.seq_len,
+        "layers": [row._asdict() for row in table],
+    }
+
+
+def parameters(config: Any) -> int:
+    """Every parameter of the model, embedding and head included."""
+    definition = model.build(config)
+    stack = sum(_block_parameters(definition, spec) for spec in definition.layers)
+    stack += sum(_shared_parameters(definition, spec) for spec in model.with_shared(definition))
+    return stack + definition.d_model + _embedding(definition) * (1 if definition.tie_embeddings else 2)
+
+
+def train_flops_per_token(config: Any) -> float:
+    """Forward and backward FLOPs per token at train.seq_len, rows of one document each.
+
+    2 per parameter but the embedding (looked up), the recurrences, and softmax attention over the context
+    that a causal token sees, (T + 1) / 2 on average.
+    """
+    definition, seq_len = model.build(config), config.train.seq_len
+    tied = _embedding(definition) if definition.tie_embeddings else 0
+    forward = 2.0 * (parameters(config) - _embedding(definition) + tied)
+    for spec in definition.layers:
+        cost = _mixer_cost(spec, definition.d_model)
+        window = min(cost.window or seq_len, seq_len)
+        visible = window - window * (window - 1) / (2 * seq_len)  # mean of min(t, window) over t = 1..seq_len
+        forward += cost.flops + cost.flops_per_context * visible
+    return 3 * forward
+
+
+def memory(config: Any, mesh: Mapping[str, int]) -> Memory:
+    """Estimated bytes per device in training. mesh: axis -> size, without -1."""
+    definition, train = model.build(config), config.train
+    table, total = layers(config), parameters(config)
+    in_blocks = sum(row.parameters for row in table)
+    moments = 2 * total - (in_blocks if config.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
+    shards = mesh["fsdp"] * mesh["tensor"]
+    tokens = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"]) * train.seq_len
+    # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
+    work = [row.parameters / definition.d_model / mesh["tensor"] for row in table]
+    kept = {"full": 0.0, "dots": sum(work), "none": 3 * sum(work)}[definition.remat]
+    elements = len(table) * definition.d_model + kept + 3 * max(work)
+    logits = 4 * min(CHUNK_ELEMENTS, tokens * definition.vocab_size)
+    activations = tokens * elements * definition.dtype.itemsize + 2 * logits
+    return Memory(4 * total / shards, 4 * total / shards, 4 * moments / shards, activations)
+
+
+def matched_mlp_hidden(config: Any, target: int, multiple: int = 64) -> int:
+    """The MLP width, a multiple of ``multiple``, that brings the `parameters` nearest to ``target``.
+
+    For comparing mixers at equal depth, width and parameters: what one mixer's projections have more than
+    another's, its MLPs have less.
+    """
+    per_unit = 3 * config.model.d_model * config.model.num_layers
+    wanted = config.model.mlp_hidden + (target - parameters(config)) / per_unit
+    return max(multiple, round(wanted / multiple) * multiple)
+
+
+def _settings(spec: model.Spec) -> str:
+    defaults = vars(mixers.load(spec.kind).Config())
+    return ", ".join(f"{k}={v}" for k, v in vars(spec.config).items() if v != defaults[k])
+
+
+def _mixer_cost(spec: model.Spec, d_model: int) -> mixers.Cost:
+    return mixers.load(spec.kind).cost(spec.config, d_model)
+
+
+def _embedding(definition: model.Definition) -> int:
+    return definition.vocab_size * definition.d_model
+
+
+def _block_parameters(definition: model.Definition, spec: model.Spec) -> int:
+    """Mixer, SwiGLU (three matrices) and two norms."""
+    d_model = definition.d_model
+    return _mixer_parameters(spec, d_model) + 3 * d_model * definition.mlp_hidden + 2 * d_model
+
+
+@functools.cache
+def _mixer_parameters(spec: model.Spec, d_model: int) -> int:
+    module = mixers.load(spec.kind)
+    return _count(lambda: module.Mixer(spec.config, d_model, rngs=nnx.Rngs(params=0)))
+
+
+def _shared_parameters(definition: model.Definition, spec: model.Spec) -> int:
+    return _count(lambda: model.shared(definition, spec, nnx.Rngs(params=0)))
+
+
+def _count(module: Callable[[], nnx.Module]) -> int:
+    return sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(module), nnx.Param))
+    )

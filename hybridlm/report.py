@@ -1,0 +1,106 @@
+"""What is shown of a config: its layer table, and the whole of a dry run."""
+
+import math
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from hybridlm import config as configs
+from hybridlm import cost, data
+from hybridlm.errors import ConfigError
+
+
+def layer_table(config: Any) -> Table:
+    """One row a layer of a resolved config; full-attention layers are marked."""
+    table = Table(
+        title=f"{config.model.num_layers} layers: {cost.summary(config)['plan']}", title_justify="left"
+    )
+    table.add_column("layer", justify="right")
+    for column in ("name", "kind"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("settings", overflow="fold")
+    for column in ("parameters", "state", "KV cache"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in cost.layers(config):
+        table.add_row(
+            str(row.layer),
+            row.name,
+            f"{row.kind} (full)" if row.full else row.kind,
+            row.settings.replace(", ", "\n"),
+            f"{row.parameters:,}",
+            quantity(row.state_bytes, "B") if row.state_bytes else "",
+            quantity(row.cache_bytes, "B") if row.cache_bytes else "",
+        )
+    return table
+
+
+def full_layers(config: Any) -> str:
+    """The number and the indices of the full-attention layers, in a line: a ratio alone is ambiguous."""
+    indices = cost.full_layers(config)
+    listed = f": {', '.join(map(str, indices))}" if indices else ""
+    return f"full attention: {len(indices)} of {config.model.num_layers} layers (counted from 0){listed}"
+
+
+def dry_run(config: Any, console: Console) -> None:
+    """Prints what a resolved config amounts to on this machine's devices; touches no file but the data's.
+
+    ConfigError for a batch that the mesh cannot split. Missing data are reported, not refused: they may be on
+    another machine.
+    """
+    mesh = mesh_sizes(config.mesh, jax.device_count())
+    configs.check_batch(config.train, mesh)
+    console.print(str(config), highlight=False, markup=False, soft_wrap=True)
+    console.print(layer_table(config))
+    for name, value in facts(config, mesh).items():
+        console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)
+    console.print(full_layers(config), highlight=False, soft_wrap=True)
+
+
+def mesh_sizes(mesh: Any, devices: int) -> dict[str, int]:
+    """The mesh with its -1 put in for ``devices`` devices, at least 1 where the config wants more than those."""
+    fixed = math.prod(size for size in mesh.values() if size != -1)
+    return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in mesh.items()}
+
+
+def facts(config: Any, mesh: dict[str, int]) -> dict[str, str]:
+    """What is worth knowing before a run, as name -> text."""
+    summary, train, memory = cost.summary(config), config.train, cost.memory(config, mesh)
+    tokens, flops = train.batch_size * train.seq_len, cost.train_flops_per_token(config)
+    parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory._asdict().items())
+    return {
+        "parameters": f"{summary['parameters']:,}",
+        "decode state per sequence": quantity(summary["state_bytes"], "B"),
+        "KV cache per sequence": f"{quantity(summary['cache_bytes'], 'B')} at {train.seq_len:,} tokens",
+        "training FLOPs per token": f"{quantity(flops, 'FLOP')} at {train.seq_len:,} tokens",
+        "tokens": f"{tokens:,} a step, {quantity(tokens * train.steps, '')} in {train.steps:,} steps, "
+        f"{quantity(flops * tokens * train.steps, 'FLOP')}",
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items()),
+        "memory per device, estimate": f"{quantity(sum(memory), 'B')} ({parts})",
+        "data": _data(config),
+    }
+
+
+def _data(config: Any) -> str:
+    train = config.train
+    try:
+        held_out = data.build(
+            config.data,
+            split="val",
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            seed=train.seed,
+            vocab_size=config.model.vocab_size,
+        )
+    except ConfigError as error:
+        return f"not usable here: {error}"
+    return held_out.describe()
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three digits and a decimal prefix: 1.23 GB."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}".rstrip()

@@ -1,0 +1,85 @@
+"""Train a language model: python train.py --config=configs/quickstart.py [--config.section.field=value ...]
+
+Exit codes: 0 finished run (or dry run), 1 a run that could not go on, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from hybridlm import config as configs
+from hybridlm import report, trainer
+from hybridlm.errors import ConfigError, RunError
+
+log = logging.getLogger("hybridlm")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the overrides: dotted field -> text of every --config.<field>=<text>."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a language model.", allow_abbrev=False,
+        epilog="--config.<section>.<field>=<value> overrides any field of the config, last one wins.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", required=True, metavar="FILE[:ARGUMENT]", help="config file, or a config.json"
+    )
+    parser.add_argument("--workdir", metavar="DIR", help="default: runs/ and the config's name")
+    parser.add_argument(
+        "--resume", choices=("auto", "never", "must"), default="auto", help="default: %(default)s"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what the config amounts to, and exit")
+    flags: list[str] = []
+    overrides: dict[str, str] = {}
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            flags.append(argument)
+            continue
+        field, equals, text = argument.removeprefix("--config.").partition("=")
+        value = text if equals else next(arguments, None)
+        if value is None:
+            parser.error(f"--config.{field} needs a value: --config.{field}=<value>")
+        overrides[field] = value
+    return parser.parse_args(flags), overrides
+
+
+def default_workdir(spec: str) -> Path:
+    """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1"""
+    filename, _, argument = spec.partition(":")
+    return Path("runs") / re.sub(r"\W+", "-", f"{Path(filename).stem} {argument}").strip("-")
+
+
+def main(argv: Sequence[str]) -> int:
+    flags, overrides = parse(argv)
+    console = Console()
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    log.setLevel(logging.INFO)
+    try:
+        config = configs.resolve(configs.load(flags.config, overrides))
+        for field in overrides:
+            if field.startswith("mixers.") and field.split(".")[1] not in config.mixers:
+                log.warning("--config.%s has no effect: the mixer is not in model.pattern", field)
+        if flags.dry_run:
+            report.dry_run(config, console)
+        else:
+            trainer.train(config, Path(flags.workdir or default_workdir(flags.config)), flags.resume)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the newest checkpoint is intact", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
