@@ -1,0 +1,166 @@
+"""The stack: scans against unrolled layers, packing, decode caches, and metadata."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import model
+from hybridlm.rows import Rows, single_document
+
+SMALL = {"num_heads": 2, "head_dim": 8}
+
+
+def definition(pattern: str, num_layers: int = 0, **fields) -> model.Definition:
+    config = configs.default()
+    config.mixers = {
+        "kda": configs.mixer("kda", **SMALL),
+        "wide": configs.mixer("kda", num_heads=1, head_dim=16, conv_size=0),  # a second definition of a kind
+        "gdn": configs.mixer("gated_delta_net", **SMALL),
+        "hgrn2": configs.mixer("hgrn2", head_dim=8),
+        "full": configs.mixer("attention", num_heads=2),
+    }
+    config.model.update(
+        dict(d_model=16, vocab_size=48, mlp_hidden=32, dtype="float32", remat="full", pattern=pattern),
+        **fields,
+    )
+    config.model.num_layers = num_layers
+    return model.build(configs.resolve(config))
+
+
+HYBRID = definition("wide (kda*2 full)*2 hgrn2 kda", tie_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: model.init(HYBRID, key))(jax.random.key(0))
+
+
+def packed_batch() -> dict[str, np.ndarray]:
+    """Two rows of 40 tokens: documents of 13, 7 and 20 tokens; one of 33 tokens, then padding."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 48, (2, 40)).astype(np.int32)
+    segments = np.array([[1] * 13 + [2] * 7 + [3] * 20, [1] * 33 + [0] * 7], np.int32)
+    positions = np.array([[*range(13), *range(7), *range(20)], [*range(33), *range(7)]], np.int32)
+    targets = np.roll(tokens, -1, 1)
+    targets[0, [12, 19, 39]] = targets[1, 32:] = -1
+    return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions}
+
+
+def relative_error(got, want) -> float:
+    """Norm of the difference over norm, over all leaves of two trees."""
+    square = lambda tree: sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(tree))
+    return (square(jax.tree.map(jnp.subtract, got, want)) / square(want)) ** 0.5
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_and_grad(definition, params, batch):
+    return jax.value_and_grad(lambda p: model.loss_fn(definition, p, batch)[0])(params)
+
+
+def test_scanned_stack_equals_unrolled_stack(params):
+    unrolled = dataclasses.replace(HYBRID, scan=False, remat="none")
+    batch = packed_batch()
+    loss, grads = loss_and_grad(HYBRID, params, batch)
+    loss_unrolled, grads_unrolled = loss_and_grad(unrolled, params, batch)
+    np.testing.assert_allclose(loss, loss_unrolled, rtol=1e-6)
+    assert relative_error(grads, grads_unrolled) < 1e-5
+
+
+def test_packed_documents_equal_documents_apart(params):
+    """Loss and gradients of packed rows are the sums over their documents, each alone in a row."""
+    batch = packed_batch()
+    apart = {name: np.zeros((4, 40), np.int32) for name in batch}
+    apart["targets"] -= 1
+    for index, (row, start, stop) in enumerate([(0, 0, 13), (0, 13, 20), (0, 20, 40), (1, 0, 33)]):
+        for name in ("tokens", "targets"):
+            apart[name][index, : stop - start] = batch[name][row, start:stop]
+        apart["segment_ids"][index, : stop - start] = 1
+        apart["positions"][index] = np.arange(40)
+    packed = loss_and_grad(HYBRID, params, batch)
+    first, second = (
+        loss_and_grad(HYBRID, params, {k: v[i : i + 2] for k, v in apart.items()}) for i in (0, 2)
+    )
+    loss, grads = jax.tree.map(jnp.add, first, second)
+    np.testing.assert_allclose(packed[0], loss, rtol=1e-6)
+    assert relative_error(packed[1], grads) < 1e-5
+
+
+def test_prefill_and_steps_equal_the_full_forward(params):
+    tokens = packed_batch()["tokens"][:, :24]
+    rows = single_document(2, 24)
+
+    @jax.jit
+    def decode(params):
+        lm = model.merge(HYBRID, params)
+        cache = lm.init_cache(2, 32)
+        hidden = []
+        for start, stop in ((0, 11), (11, 18)):  # prefill in two pieces
+            piece = Rows(rows.segment_ids[:, start:stop], rows.positions[:, start:stop])
+            states, cache = lm(tokens[:, start:stop], piece, cache)
+            hidden.append(states)
+        blocks = lm.unstacked()
+        for t in range(18, 24):
+            state, cache = lm.step(
+                tokens[:, t], Rows(rows.segment_ids[:, t], rows.positions[:, t]), cache, blocks
+            )
+            hidden.append(state[:, None])
+        return jnp.concatenate(hidden, 1)
+
+    full = jax.jit(lambda p: model.merge(HYBRID, p)(tokens, rows)[0])(params)
+    np.testing.assert_allclose(decode(params), full, rtol=2e-4, atol=2e-5)
+
+
+def test_parameters_of_a_layer_do_not_depend_on_the_plan(params):
+    """Layer 0 is drawn alike whether it stands in the head of one plan or in the repeated part of another."""
+    alone = jax.jit(lambda key: model.init(definition("wide*7"), key))(jax.random.key(0))
+    first = jax.tree.map(lambda leaf: leaf[0, 0], alone["segments"][0][0])
+    head = jax.tree.map(lambda leaf: leaf[0, 0], params["segments"][0][0])
+    # The number of layers is the same (7), so the keys are, too.
+    jax.tree.map(np.testing.assert_array_equal, first, head)
+
+
+def test_metadata_has_the_tree_of_the_parameters(params):
+    metadata = model.metadata(HYBRID)
+    is_meta = lambda leaf: isinstance(leaf, model.Meta)
+    jax.tree.map(lambda leaf, meta: np.testing.assert_equal(leaf.ndim, len(meta.axes)), params, metadata)
+    flat = {
+        jax.tree_util.keystr(path): meta
+        for path, meta in jax.tree_util.tree_leaves_with_path(metadata, is_meta)
+    }
+    undecayed = {path.split("'")[-2] for path, meta in flat.items() if not meta.decay}
+    assert undecayed == {"scale", "bias", "A_log", "dt_bias", "lower_bounds"}
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+def test_loss_sums_count_tokens_and_bytes(params):
+    batch = packed_batch()
+    token_bytes = np.arange(48, dtype=np.int32) % 3
+    _, sums = jax.jit(lambda p: model.loss_fn(HYBRID, p, batch, z_loss=0.1, token_bytes=token_bytes))(params)
+    counted = batch["targets"][batch["targets"] >= 0]
+    assert int(sums["tokens"]) == len(counted)
+    assert int(sums["bytes"]) == token_bytes[counted].sum()
+    logits = model.logits(HYBRID, params, batch["tokens"], Rows(batch["segment_ids"], batch["positions"]))
+    rows, columns = np.nonzero(batch["targets"] >= 0)
+    log_p = jax.nn.log_softmax(logits)[rows, columns, batch["targets"][rows, columns]]
+    np.testing.assert_allclose(sums["loss_sum"], -log_p.sum(), rtol=1e-5)
+
+
+def test_trace_size_does_not_grow_with_depth():
+    """Equations in the jaxpr of the gradient: the same for 8 and 32 layers of one pattern."""
+
+    def equations(depth: int) -> int:
+        deep = definition("kda*3 full", depth)
+        shapes = model.shapes(deep)
+        batch = {name: jax.ShapeDtypeStruct(x.shape, jnp.int32) for name, x in packed_batch().items()}
+        return len(
+            str(
+                jax.make_jaxpr(jax.grad(lambda p, b: model.loss_fn(deep, p, b)[0]))(shapes, batch)
+            ).splitlines()
+        )
+
+    assert equations(32) == equations(8)
