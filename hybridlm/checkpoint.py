@@ -9,13 +9,14 @@ Arrays are global: what one mesh wrote, another reads.
 
 import json
 import logging
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
 from hybridlm.errors import ConfigError, RunError
 
@@ -23,9 +24,17 @@ log = logging.getLogger("hybridlm")
 
 State = dict[str, Any]
 
-# What a resumed run must have in common with its checkpoint: the parameters' shapes and meaning, and the data order.
-FIXED = ("model", "mixers", "data", "train.seed", "train.batch_size", "train.seq_len", "optimizer.name")
-FREE = ("model.remat", "model.scan", "model.dtype")  # inside FIXED, yet no part of the state
+# What a resumed run must have in common with its checkpoint: parameters in shape and meaning, and the data order.
+FIXED = (
+    "model",
+    "mixers",
+    "data.fingerprint",
+    "train.seed",
+    "train.batch_size",
+    "train.seq_len",
+    "optimizer.name",
+)
+FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -39,24 +48,37 @@ def unflatten(like: Any, flat: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
 
 
+class Keep(NamedTuple):
+    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest by ``metric`` of those that have it."""
+
+    last: int
+    best: int
+    metric: str
+
+    def score(self, metrics: dict[str, float | None]) -> float:
+        value = metrics[self.metric]
+        return math.inf if value is None else value
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scored = [c for c in checkpoints if self.score(c.metrics) < math.inf]
+        best = sorted(scored, key=lambda c: self.score(c.metrics))[: self.best]
+        kept = {c.step for c in (*checkpoints[-self.last :], *best)}
+        return [c.step in kept for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
-    directory: made when missing.  keep: how many of the newest stay.  metric: name of a metric, lower is better,
-    whose best checkpoint stays as well; None: none. A step saved without that metric cannot be the best.
+    directory: made when missing.  last: how many of the newest stay.  best: how many stay beside them for the
+    lowest ``metric``; a step saved without it is none of the best.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, metric: str | None = None):
+    def __init__(self, directory: str | Path, last: int = 2, best: int = 1, metric: str = "val_loss"):
         self.directory = Path(directory).absolute()
-        self.metric = metric
-        score = lambda metrics: metrics[metric]
-        keeping: list[Any] = [policies.LatestN(keep)]
-        if metric:
-            best = policies.BestN(get_metric_fn=score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-            keeping.append(best)
+        self.keep = Keep(last, best, metric)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keeping),
-            best_fn=score if metric else None,  # the policy ranks; this makes Orbax write the metrics to disk
+            preservation_policy=self.keep,
+            best_fn=self.keep.score,  # the policy ranks; this makes Orbax write the metric, for a resumed run to rank
             best_mode="min",
             cleanup_tmp_directories=True,  # what a killed run left half-written
         )
@@ -68,8 +90,9 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def best(self) -> int | None:
-        """The step whose metric is the lowest, of those kept."""
-        return self.manager.best_step() if self.metric else None
+        """The step whose metric is the lowest, of those kept; None if no kept step was saved with it."""
+        step = self.manager.best_step()
+        return None if step is None or self.keep.score(self.manager.metrics(step)) == math.inf else step
 
     def save(self, step: int, state: State, record: dict[str, Any], metrics: dict[str, float]) -> None:
         """Starts writing; returns once ``state`` may be overwritten. Waits for the previous save first.
@@ -85,8 +108,12 @@ class Checkpoints:
             )
         items = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in state.items()}
         args = ocp.args.Composite(**items, run=ocp.args.JsonSave(record))
-        scores = {self.metric: metrics[self.metric]} if self.metric in metrics else None
-        with translated(self.directory, f"the checkpoint at step {step} could not be written ({need:,} bytes)", self._intact):
+        scores = {self.keep.metric: metrics.get(self.keep.metric)}
+        with translated(
+            self.directory,
+            f"the checkpoint at step {step} could not be written ({need:,} bytes)",
+            self._intact,
+        ):
             self.manager.save(step, args=args, metrics=scores, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
@@ -107,9 +134,18 @@ class Checkpoints:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
-    def close(self) -> None:
-        self.wait()
-        self.manager.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.wait()
+        except RunError as failed:
+            if error is None:
+                raise
+            log.error("%s", failed)  # the first error is the one to report
+        finally:
+            self.manager.close()
 
     def _intact(self) -> str:
         steps = self.steps()
@@ -117,7 +153,11 @@ class Checkpoints:
 
     def _without(self, step: int) -> str:
         older = [other for other in self.steps() if other < step]
-        return f"remove that directory to resume from step {older[-1]}" if older else "no older checkpoint exists"
+        return (
+            f"remove that directory to resume from step {older[-1]}"
+            if older
+            else "no older checkpoint exists"
+        )
 
 
 class translated:
@@ -144,7 +184,9 @@ def choose(mode: str, checkpoints: Checkpoints) -> int | None:
     """
     steps = checkpoints.steps()
     if mode == "must" and not steps:
-        raise ConfigError("--resume", mode, f"there is no checkpoint in {checkpoints.directory}", "Check --workdir.")
+        raise ConfigError(
+            "--resume", mode, f"there is no checkpoint in {checkpoints.directory}", "Check --workdir."
+        )
     if mode == "never" and steps:
         raise ConfigError(
             "--resume",
@@ -156,10 +198,15 @@ def choose(mode: str, checkpoints: Checkpoints) -> int | None:
 
 
 def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
-    """ConfigError, with a diff, when ``record`` (of this run) cannot continue ``saved`` (of the checkpoint)."""
-    before, after = dotted(saved), dotted(record)
+    """ConfigError, with a diff, when ``record`` (of this run) cannot continue ``saved`` (of the checkpoint).
+
+    Data are the same when their fingerprint is, wherever they lie.
+    """
+    before, after = (dotted(r["config"]) | {"data.fingerprint": r["fingerprint"]} for r in (saved, record))
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     refused = [name for name in changed if _under(name, FIXED) and not _under(name, FREE)]
+    if "data.fingerprint" in refused:
+        refused += [name for name in changed if _under(name, ("data",)) and name not in refused]
     show = lambda name: f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
     if refused:
         raise ConfigError(
@@ -175,7 +222,9 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}, values as JSON would give them back."""
     if isinstance(tree, dict) and tree:
-        return {k: v for name, sub in tree.items() for k, v in dotted(sub, f"{prefix}.{name}".lstrip(".")).items()}
+        return {
+            k: v for name, sub in tree.items() for k, v in dotted(sub, f"{prefix}.{name}".lstrip(".")).items()
+        }
     return {prefix: json.loads(json.dumps(tree))}
 
 

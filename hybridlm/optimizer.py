@@ -28,7 +28,9 @@ def schedule(config: Any, steps: int) -> Schedule:
         (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395).
     """
     peak, final, warmup = config.learning_rate, config.final_ratio, config.warmup_steps
-    decay_start = max(warmup, steps - round(config.decay_fraction * steps)) if config.schedule == "wsd" else warmup
+    decay_start = (
+        max(warmup, steps - round(config.decay_fraction * steps)) if config.schedule == "wsd" else warmup
+    )
     decay_steps = max(1, steps - decay_start)
 
     def learning_rate(count: jax.Array) -> jax.Array:
@@ -72,14 +74,19 @@ def build(config: Any, steps: int, metadata: Any) -> optax.GradientTransformatio
         groups = jax.tree.map(lambda name: "decay" if name == "muon" else name, groups)
     rules = {"muon": muon(config, rate), "decay": adamw(config.weight_decay), "no_decay": adamw(0.0)}
     update = optax.partition({name: rules[name] for name in sorted(set(jax.tree.leaves(groups)))}, groups)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update) if config.clip_norm else update
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(
+        clip, update
+    )  # both forms have the same state, so that a resumed run may change its mind
 
 
 def muon(config: Any, rate: Schedule) -> optax.GradientTransformation:
     """Muon over the last two axes of each leaf; leading axes (stacked layers) are independent matrices."""
 
     def matrices(updates: Any) -> Any:
-        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), updates)
+        return jax.tree.map(
+            lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), updates
+        )
 
     def match_adamw(updates: Any, params: Any = None) -> Any:
         return jax.tree.map(lambda u: MUON_RMS * max(u.shape[-2:]) ** 0.5 * u, updates)

@@ -53,7 +53,9 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
             sizes[name] = len(devices) // fixed
     total = int(np.prod(list(sizes.values())))
     if total > len(devices) or (total < len(devices) and jax.process_count() > 1):
-        raise ConfigError("mesh", sizes, f"must multiply to the number of devices, {len(devices)}", "Set mesh.data=-1.")
+        raise ConfigError(
+            "mesh", sizes, f"must multiply to the number of devices, {len(devices)}", "Set mesh.data=-1."
+        )
     if total < len(devices):
         log.warning("mesh %s uses %d of %d devices", sizes, total, len(devices))
     shape = tuple(sizes[name] for name in MESH_AXES)
@@ -62,10 +64,19 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 @lru_cache(maxsize=None)
 def _say_whole(what: str, logical: str, size: int, parts: int) -> None:
-    log.warning("%s: axis %r of %d is not divisible by %d (%s); it stays whole", what, logical, size, parts, RULES[logical])
+    log.warning(
+        "%s: axis %r of %d is not divisible by %d (%s); it stays whole",
+        what,
+        logical,
+        size,
+        parts,
+        RULES[logical],
+    )
 
 
-def spec(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], what: str = "activation") -> PartitionSpec:
+def spec(
+    axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], what: str = "activation"
+) -> PartitionSpec:
     """The partition of an array of ``shape`` with logical ``axes`` on a mesh of sizes ``mesh``.
 
     A dimension that its mesh axes do not divide stays whole, logged once with ``what`` it is; of two dimensions
@@ -73,7 +84,9 @@ def spec(axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], what: str = 
     """
     entries: list[tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
-        names = tuple(n for n in RULES[logical] if not any(n in (e or ()) for e in entries)) if logical else ()
+        names = (
+            tuple(n for n in RULES[logical] if not any(n in (e or ()) for e in entries)) if logical else ()
+        )
         parts = int(np.prod([mesh[name] for name in names]))
         if logical and parts > 1 and size % parts:
             _say_whole(what, logical, size, parts)
@@ -131,7 +144,9 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def per_shard(fn: Callable[..., Any], in_axes: Sequence[Axes | None], out_axes: Sequence[Axes | None]) -> Callable[..., Any]:
+def per_shard(
+    fn: Callable[..., Any], in_axes: Sequence[Axes | None], out_axes: Sequence[Axes | None]
+) -> Callable[..., Any]:
     """``fn`` run on each device's own rows and heads (`jax.shard_map`), where XLA could not cut it itself.
 
     fn: takes arrays or None, returns a tuple of arrays or None, and treats every position along the named axes
@@ -145,7 +160,12 @@ def per_shard(fn: Callable[..., Any], in_axes: Sequence[Axes | None], out_axes: 
         mesh = _current()
         if mesh is None:
             return fn(*args)
-        named = [(n, s) for a, x in zip(in_axes, args, strict=True) if x is not None for n, s in zip(a or (), x.shape)]
+        named = [
+            (n, s)
+            for a, x in zip(in_axes, args, strict=True)
+            if x is not None
+            for n, s in zip(a or (), x.shape)
+        ]
         cut = {}
         for name in {n for n, _ in named if n}:
             parts = int(np.prod([mesh[axis] for axis in RULES[name]]))
@@ -159,6 +179,8 @@ def per_shard(fn: Callable[..., Any], in_axes: Sequence[Axes | None], out_axes: 
             return None if axes is None else PartitionSpec(*(cut.get(n) if n else None for n in axes))
 
         in_specs = tuple(None if x is None else specs(a) for a, x in zip(in_axes, args, strict=True))
-        return jax.shard_map(fn, in_specs=in_specs, out_specs=tuple(map(specs, out_axes)), check_vma=False)(*args)
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=tuple(map(specs, out_axes)), check_vma=False)(
+            *args
+        )
 
     return call
