@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import tokenizers
@@ -8,7 +6,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from hybridlm.data import tokenizer
 from hybridlm.errors import ConfigError
 
-TEXTS = ["def f(x):\n    return x + 1\n", "naïve café — ☃ \U0001f600\n", " leading", "<s> not special </s>", "a\tb  c"]
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "naïve café — ☃ \U0001f600\n",
+    " leading",
+    "<s> not special </s>",
+    "a\tb  c",
+]
 
 
 def train(path, *, decoder, pre_tokenizer, model=None, special=(), **extra):
@@ -32,7 +36,9 @@ def byte_level(tmp_path):
         decoder=decoders.ByteLevel(),
         pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
         special=("<s>", "</s>"),
-        post_processor=processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]),
+        post_processor=processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        ),
     )
 
 
@@ -72,12 +78,16 @@ def test_padding_and_truncation_of_the_file_are_off(tmp_path, byte_level):
     spec.enable_padding(length=50)
     spec.save(str(tmp_path / "padded.json"))
     text = TEXTS[0] * 20
-    assert tokenizer.load(str(tmp_path / "padded.json")).encode(text) == tokenizer.load(byte_level).encode(text)
+    assert tokenizer.load(str(tmp_path / "padded.json")).encode(text) == tokenizer.load(byte_level).encode(
+        text
+    )
 
 
 def test_a_file_without_separator_gets_one_past_its_vocabulary(tmp_path):
     path = train(
-        tmp_path / "t.json", decoder=decoders.ByteLevel(), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tmp_path / "t.json",
+        decoder=decoders.ByteLevel(),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
     )
     file, size = tokenizer.load(path), tokenizers.Tokenizer.from_file(path).get_vocab_size()
     assert (file.doc_id, file.vocab_size) == (size, size + 1)
@@ -88,7 +98,9 @@ def test_a_file_without_separator_gets_one_past_its_vocabulary(tmp_path):
 def test_sentencepiece_pieces_are_bytes(tmp_path):
     vocabulary = {"<unk>": 0, "<s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     vocabulary |= {piece: 258 + i for i, piece in enumerate(["▁", "a", "b", "▁a", "▁ab", "ab"])}
-    model = models.BPE(vocabulary, [("▁", "a"), ("a", "b"), ("▁a", "b")], byte_fallback=True, unk_token="<unk>")
+    model = models.BPE(
+        vocabulary, [("▁", "a"), ("a", "b"), ("▁a", "b")], byte_fallback=True, unk_token="<unk>"
+    )
     path = train(
         tmp_path / "t.json",
         model=model,
@@ -98,13 +110,20 @@ def test_sentencepiece_pieces_are_bytes(tmp_path):
     )
     file = tokenizer.load(path)
     for text in ["ab a  b", "☃ a\n", " ab"]:
-        assert b"".join(file.pieces[i] for i in file.encode(text)) == text.encode() == file.decode(file.encode(text)).encode()
+        assert (
+            b"".join(file.pieces[i] for i in file.encode(text))
+            == text.encode()
+            == file.decode(file.encode(text)).encode()
+        )
 
 
 def test_no_bits_per_byte_without_fixed_bytes(tmp_path, caplog):
     model = models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]")
     path = train(
-        tmp_path / "t.json", model=model, decoder=decoders.WordPiece(), pre_tokenizer=pre_tokenizers.Whitespace()
+        tmp_path / "t.json",
+        model=model,
+        decoder=decoders.WordPiece(),
+        pre_tokenizer=pre_tokenizers.Whitespace(),
     )
     assert tokenizer.load(path).token_bytes is None
     assert "no bits per byte" in caplog.text and "WordPiece" in caplog.text
@@ -118,7 +137,8 @@ def test_report_says_what_was_lost(caplog, byte_level):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "No such file"), ("{}", "not a Hugging Face"), ("{not json", "not a Hugging Face")]
+    ("content", "message"),
+    [(None, "No such file"), ("{}", "not a Hugging Face"), ("{not json", "not a Hugging Face")],
 )
 def test_unusable_files_are_refused(tmp_path, content, message):
     path = tmp_path / "tokenizer.json"
@@ -131,8 +151,6 @@ def test_unusable_files_are_refused(tmp_path, content, message):
 
 def test_wide_vocabularies_take_four_bytes(tmp_path):
     vocabulary = {f"{i:x}": i for i in range((1 << 16) + 1)}
-    (tmp_path / "t.json").write_text(
-        json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "0"},
-                    "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None})
-    )  # fmt: skip
-    assert tokenizer.load(str(tmp_path / "t.json")).dtype == np.dtype("<u4")
+    model = models.WordLevel(vocabulary, unk_token="0")
+    path = train(tmp_path / "t.json", model=model, pre_tokenizer=None, decoder=decoders.Fuse())
+    assert tokenizer.load(path).dtype == np.dtype("<u4")

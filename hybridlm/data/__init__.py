@@ -133,7 +133,7 @@ def defaults() -> dict[str, Any]:
 
 
 def settings(data_config: Mapping[str, Any]) -> Any:
-    """The checked settings of ``data_config``: a Config of its kind, or {name: (weight, settings)} of a mixture.
+    """The checked settings of ``data_config``: its kind's Config, or a mixture's {name: (weight, settings)}.
 
     Reads no data. A field of another kind is accepted while it holds its default (a complete config lists
     them all) and refused otherwise, since it would have no effect.
