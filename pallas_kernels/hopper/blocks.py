@@ -1,0 +1,200 @@
+"""The named pieces that the Hopper kernels share: tiles, products, gates, masks and the triangular inverse.
+
+All kernels work on chunks of C = 64 tokens with warpgroup tiles in the WGMMA register layout. Two habits keep
+them short. No gate and no norm is ever multiplied into a tile of q or k: per head they are numbers per token, so
+they scale the rows or columns of float32 products instead (`Gate`). And products keep their left operand in
+registers, so a chain of products needs no trip through shared memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.call import L2NORM_EPS
+
+C = 64  # tokens in a chunk: one warpgroup tile
+LOG2E = math.log2(math.e)
+F32 = jnp.float32
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)  # one number per row of a tile
+COLS = WGMMA.reduce(0)  # one number per column
+
+
+def kernel(body: Callable, *, name: str, interpret: Any, **options: Any) -> Callable:
+    """`plgpu.kernel` with Lane semantics (Warpgroup inference breaks transposed and row-shifted views)."""
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    if interpret is True:
+        interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return plgpu.kernel(body, compiler_params=params, interpret=interpret or None, kernel_name=name, **options)
+
+
+def smem(shape: Sequence[int], dtype: Any) -> Any:
+    """A shared-memory tile that TMA fills and wgmma reads: tiled and swizzled along the last axis."""
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    transforms = (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def tile(ref: Any, dtype: Any = F32) -> jax.Array:
+    """A shared-memory tile as registers."""
+    return plgpu.load(ref, layout=WGMMA).astype(dtype)
+
+
+def div(x: jax.Array, n: int) -> jax.Array:
+    return lax.div(x, jnp.asarray(n, x.dtype))
+
+
+def rem(x: jax.Array, n: int) -> jax.Array:
+    return lax.rem(x, jnp.asarray(n, x.dtype))
+
+
+def row_vector(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=ROWS)
+
+
+def col_vector(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=COLS)
+
+
+def by_row(vector: jax.Array, shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def by_col(vector: jax.Array, shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def row_index(shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+
+
+def col_index(shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA)
+
+
+def matmul(*products: tuple, interpret: Any) -> Any:
+    """float32 tiles `init + a @ b` for each product (a, b) or (a, b, init); all are in flight together.
+
+    a: a 16-bit tile in registers or shared memory; b: in shared memory; init: a float32 tile or None. Reading an
+    accumulator only waits, with no data dependency that the compiler sees, so it may move arithmetic before the
+    wait (seen on hardware as silent zeros): the optimization barrier is part of the product.
+    """
+    products = tuple((*product, None)[:3] for product in products)
+    if interpret:  # the interpreter has no wgmma on registers
+        out = tuple(_interpreted(*product) for product in products)
+        return out[0] if len(out) == 1 else out
+    starts = tuple(
+        plgpu.ACC((a.shape[0], b.shape[1]), F32) if init is None else plgpu.ACC.init(init)
+        for a, b, init in products
+    )
+
+    def body(accs: Any) -> None:
+        for acc, (a, b, _) in zip(accs, products):
+            plgpu.wgmma(acc, a, b)
+
+    if all(init is None for *_, init in products):
+
+        def scoped(*accs: Any) -> tuple:
+            body(accs)
+            return tuple(acc[...] for acc in accs)
+
+        out = pl.run_scoped(scoped, *starts)
+    else:
+        starts = tuple(
+            plgpu.ACC.init(zeros((a.shape[0], b.shape[1])) if init is None else init) for a, b, init in products
+        )
+        out = pl.run_state(body)(starts)
+    out = lax.optimization_barrier(tuple(out))
+    return out[0] if len(out) == 1 else out
+
+
+def _interpreted(a: Any, b: Any, init: jax.Array | None) -> jax.Array:
+    out = jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
+    return out if init is None else out + init
+
+
+def inverse_norm(x: jax.Array) -> jax.Array:
+    """1 / |x| of each row, as the op defines it: rsqrt(sum(x^2) + 1e-6)."""
+    return lax.rsqrt(jnp.sum(x * x, axis=1) + L2NORM_EPS)
+
+
+def cumulative(step_col: jax.Array) -> jax.Array:
+    """Inclusive running sum over the chunk: from a number per column to a number per row."""
+    return jnp.sum(jnp.where(col_index() <= row_index(), by_col(step_col), 0.0), axis=1)
+
+
+def causal(strict: bool, segment: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    """Pairs (i, j) with j <= i (j < i if strict) of one document; segment: its number per row and per column."""
+    keep = row_index() > col_index() if strict else row_index() >= col_index()
+    if segment is not None:
+        keep = keep & (by_row(segment[0]) == by_col(segment[1]))
+    return keep
+
+
+def pair_decay(keep: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """2^(G_i - G_j) on the pairs kept, 0 elsewhere; G <= 0 falls along the chunk, so nothing overflows."""
+    if sums is None:
+        return jnp.where(keep, 1.0, 0.0)
+    return jnp.exp2(jnp.where(keep, by_row(sums[0]) - by_col(sums[1]), -jnp.inf))
+
+
+def unit_lower_inverse(lower: jax.Array, x_s: Any, y_s: Any, *, interpret: Any) -> jax.Array:
+    """(I + lower)^-1 of a strictly lower triangular tile by block doubling, in float16 products.
+
+    With X the inverse of the diagonal blocks of size s and L the blocks just below them, the inverse of the
+    blocks of size 2s is X - X L X. Each level is exact in exact arithmetic, and rounding does not grow as it does
+    in a Neumann product (powers of `lower` that cancel). x_s, y_s: float16 scratch tiles [C, C].
+    """
+    row, col = row_index(), col_index()
+
+    def below(size: int) -> jax.Array:
+        same = div(row, 2 * size) == div(col, 2 * size)
+        return same & (div(row, size) > div(col, size))
+
+    x = jnp.where(row == col, 1.0, 0.0) - jnp.where(below(1), lower, 0.0)
+    size = 2
+    while size < C:
+        x_lo = x.astype(jnp.float16)
+        x_s[...] = x_lo
+        plgpu.commit_smem()
+        step = jnp.where(below(size), lower * -1.0, 0.0).astype(jnp.float16)
+        y_s[...] = matmul((step, x_s), interpret=interpret).astype(jnp.float16)
+        plgpu.commit_smem()
+        x = matmul((x_lo, y_s, x), interpret=interpret)
+        size *= 2
+    return x
+
+
+def finish_together(done: Any) -> None:
+    """No warpgroup may leave while another still issues wgmma (an illegal instruction on hardware)."""
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
+
+
+def head_major(x: jax.Array, length: int) -> jax.Array:
+    """Numbers per token [B, T, HV] as float32 [B, HV, length], zeros after T: a chunk is one contiguous row."""
+    x = jnp.swapaxes(x.astype(F32), 1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
+
+
+def pad_time(x: jax.Array, length: int, mode: str = "constant") -> jax.Array:
+    """x [B, T, ...] with axis 1 padded to `length` with zeros (or mode="edge")."""
+    widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, mode=mode) if length > x.shape[1] else x
+
+
+@functools.cache
+def round_up(length: int, multiple: int = C) -> int:
+    return -(-length // multiple) * multiple
