@@ -153,11 +153,17 @@ def mixture_of(**part):
 TEXT = {"kind": "text", "path": "python-stdlib:"}
 REFUSALS = [
     ({"kind": "txt"}, {}, "data.kind", "Did you mean 'text'"),
+    (TEXT | {"path": ""}, {}, "data.path", "must name files"),
+    ({"kind": "shards"}, {}, "data.path", "must name the directory"),
+    (TEXT | {"holdout": 1.0}, {}, "data.holdout", r"must be in \[0, 1\)"),
+    ({"kind": "mqar", "slices": "(64, 4), 8"}, {}, "data.slices", "must read like"),
+    ({"kind": "mqar", "power_a": 0}, {}, "data.power_a", "must be positive"),
+    ({"kind": "mqar", "val_examples": 0}, {}, "data.val_examples", "at least 1"),
     ({}, {}, "data.kind", "must be one of text, shards, mqar, mixture"),
     (TEXT | {"pth": "x"}, {}, "data.pth", "Did you mean 'path'"),
     (TEXT | {"holdout": "x"}, {}, "data.holdout", "must be of type float"),
     (TEXT | {"path": 3}, {}, "data.path", "must be of type str"),
-    (TEXT | {"num_pairs": 9}, {}, "data.num_pairs", "no effect on kind 'text'. Its fields: path, val_path"),
+    (TEXT | {"num_pairs": 9}, {}, "data.num_pairs", "is no field of data kind 'text'"),
     (TEXT | {"path": "gone.txt"}, {}, "data.path", "does not exist"),
     (TEXT, {"vocab_size": 256}, "model.vocab_size", "must be at least 257"),
     (TEXT, {"process_count": 3}, "train.batch_size", "multiple of the 3 processes"),
@@ -170,7 +176,7 @@ REFUSALS = [
     (mixture_of(**TEXT), {}, "data.components.a.weight", "positive number"),
     (mixture_of(kind="x", weight=1), {}, "data.components.a.kind", "one of"),
     (mixture_of(kind="shards", path="gone", weight=1), {}, "data.components.a.path", "is no directory"),
-    (mixture_of(**TEXT, weight=1) | {"path": "x"}, {}, "data.path", "no effect on kind 'mixture'"),
+    (mixture_of(**TEXT, weight=1) | {"path": "x"}, {}, "data.path", "is no field of data kind 'mixture'"),
 ]
 
 
@@ -181,13 +187,3 @@ def test_bad_settings_are_refused_by_name(config, sizes, field, message):
     with pytest.raises(ConfigError, match=message) as error:
         data.build(ConfigDict(config), split="train", **(SIZES | sizes))
     assert error.value.field == field
-
-
-def test_a_complete_config_switches_kind_by_one_field(configs):
-    """All fields of all kinds at their defaults may stand beside those of the kind in use."""
-    for kind in KINDS:
-        complete = ConfigDict(data.defaults() | configs[kind].to_dict())
-        assert same(
-            data.build(complete, split="train", **SIZES).batch(0),
-            data.build(configs[kind], split="train", **SIZES).batch(0),
-        )

@@ -124,8 +124,6 @@ def test_sets_of_examples_are_finite_where_asked():
         ({"slices": "(64, 4"}, "slices", "must read like"),
         ({"slices": "(64, 4, -1)"}, "slices", "must read like"),
         ({"slices": "(64, 4), (64, 4)"}, "slices", "twice"),
-        ({"power_a": 0.0}, "power_a", "must be positive"),
-        ({"val_examples": 0}, "val_examples", "at least 1"),
         ({"num_pairs": 4, "vocab": 64}, "num_pairs", "length < model.vocab_size = 64"),
     ],
 )

@@ -7,14 +7,13 @@ from typing import Any
 
 import grain
 import numpy as np
-from ml_collections import ConfigDict
 
 from hybridlm.data import mqar, shards, text
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Batch, Source, View, empty_rows
 from hybridlm.errors import ConfigError, nearest
 
-KINDS: dict[str, Any] = {"text": text, "shards": shards, "mqar": mqar}  # modules with Config and open_source
+KINDS: dict[str, Any] = {"text": text, "shards": shards, "mqar": mqar}  # modules: Config, open_source
 MIXTURE = "mixture"  # of components that are data settings themselves, with a weight
 
 
@@ -126,38 +125,30 @@ def build(
     return Dataset(source, view, batch_size, process_index, process_count)
 
 
-def defaults() -> dict[str, Any]:
-    """Every field of every kind with its default, for config files whose ``data`` flags can switch."""
-    fields = {f.name: f.default for module in KINDS.values() for f in dataclasses.fields(module.Config)}
-    return {"kind": "text", **fields, "components": {}}
-
-
 def settings(data_config: Mapping[str, Any]) -> Any:
     """The checked settings of ``data_config``: its kind's Config, or a mixture's {name: (weight, settings)}.
 
-    Reads no data. A field of another kind is accepted while it holds its default (a complete config lists
-    them all) and refused otherwise, since it would have no effect.
+    Reads no data. Raises ConfigError for a field that the kind does not have and for impossible values.
     """
-    fields, known = dict(data_config), defaults()
+    fields = dict(data_config)
     kind = fields.pop("kind", None)
     if kind != MIXTURE and kind not in KINDS:
         names = [*KINDS, MIXTURE]
         raise ConfigError("kind", kind, "must be one of " + ", ".join(names), nearest(str(kind), names))
-    own = ["components"] if kind == MIXTURE else [f.name for f in dataclasses.fields(KINDS[kind].Config)]
+    known = {f.name: f.default for f in dataclasses.fields(KINDS[kind].Config)} if kind in KINDS else {}
+    components = fields.pop("components", {}) if kind == MIXTURE else {}
     for name, value in fields.items():
         if name not in known:
-            raise ConfigError(name, value, "is not a field", nearest(name, known))
+            fix = nearest(name, known or ["components"])
+            raise ConfigError(name, value, f"is no field of data kind {kind!r}", fix)
         expected = type(known[name])
-        fits = isinstance(value, Mapping | ConfigDict) if expected is dict else type(value) is expected
-        if not fits and not (expected is float and type(value) is int):
+        if type(value) is not expected and not (expected is float and type(value) is int):
             raise ConfigError(name, value, f"must be of type {expected.__name__}")
-        if name not in own and (len(value) if expected is dict else value != known[name]):
-            raise ConfigError(
-                name, value, f"has no effect on kind {kind!r}", "Its fields: " + ", ".join(own) + "."
-            )
-    if kind != MIXTURE:
-        return KINDS[kind].Config(**{name: value for name, value in fields.items() if name in own})
-    return _components(fields.get("components", {}))
+    if kind == MIXTURE:
+        return _components(components)
+    config = KINDS[kind].Config(**fields)
+    config.check()
+    return config
 
 
 def _components(components: Mapping[str, Any]) -> dict[str, tuple[float, Any]]:

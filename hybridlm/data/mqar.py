@@ -39,6 +39,15 @@ class Config:
     train_examples: int = 0
     val_examples: int = 1000
 
+    def check(self) -> None:
+        if self.power_a <= 0:
+            raise ConfigError("power_a", self.power_a, "must be positive", "The papers use 0.01.")
+        for name, least in (("train_examples", 0), ("val_examples", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(name, getattr(self, name), f"must be at least {least}")
+        if self.slices:
+            _parse(self.slices)
+
 
 def open_source(config: Config, view: View) -> Source:
     """The task, or a mixture of its slices. Raises ConfigError for sizes that cannot be built."""
@@ -55,11 +64,6 @@ def open_source(config: Config, view: View) -> Source:
             raise ConfigError(
                 field, value, f"needs length < model.vocab_size = {view.vocab_size}, here {length}"
             )
-    if config.power_a <= 0:
-        raise ConfigError("power_a", config.power_a, "must be positive", "The papers use 0.01.")
-    for name, least in (("train_examples", 0), ("val_examples", 1)):
-        if getattr(config, name) < least:
-            raise ConfigError(name, getattr(config, name), f"must be at least {least}")
     slices: dict[str, Source] = {
         f"{length}x{pairs}": Slice(length, pairs, config, view) for length, pairs, _ in sizes
     }

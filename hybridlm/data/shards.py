@@ -32,6 +32,10 @@ class Config:
 
     path: str = ""
 
+    def check(self) -> None:
+        if not self.path:
+            raise ConfigError("path", "", "must name the directory that data.prepare wrote")
+
 
 class Writer:
     """Appends documents of one split to shards of about ``shard_tokens`` tokens; documents are never cut."""

@@ -30,6 +30,12 @@ class Config:
     holdout: float = 0.05
     tokenizer: str = "bytes"
 
+    def check(self) -> None:
+        if not self.path:
+            raise ConfigError("path", "", "must name files", f"Give globs, or {files.STDLIB!r}.")
+        if not 0 <= self.holdout < 1:
+            raise ConfigError("holdout", self.holdout, "must be in [0, 1)", "0.05 keeps one file of twenty.")
+
 
 def open_source(config: Config, view: View) -> PackedDocuments:
     """The files of one split, packed. Raises ConfigError for missing, unsuitable or empty files."""
@@ -39,8 +45,6 @@ def open_source(config: Config, view: View) -> PackedDocuments:
 
 def _split(config: Config, split: str) -> list[files.File]:
     """The files of ``split``; a file belongs to one split only."""
-    if not 0 <= config.holdout < 1:
-        raise ConfigError("holdout", config.holdout, "must be in [0, 1)", "0.05 keeps one file of twenty.")
     found = files.find(config.path, "path")
     if config.val_path:
         held = files.find(config.val_path, "val_path")
