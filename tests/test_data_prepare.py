@@ -140,6 +140,7 @@ def test_main_reports_errors_without_a_trace(tmp_path, capsys):
     [
         ({"output": "taken"}, "--output", "exists already"),
         ({"output": "busy"}, "--output", "unfinished busy.partial"),
+        ({"output": "file/out"}, "--output", "cannot be created"),
         ({"tokenizer_name": "gone.json"}, "--tokenizer", "No such file"),
         ({"holdout": 1.5}, "--holdout", "must be in"),
         ({"holdout": 1 - 1e-12}, "--input", "no tokens to train on"),
@@ -149,6 +150,7 @@ def test_main_reports_errors_without_a_trace(tmp_path, capsys):
 )
 def test_refusals_leave_nothing_behind(tmp_path, corpus, changes, field, message):
     (tmp_path / "taken").mkdir()
+    (tmp_path / "file").touch()
     (tmp_path / "busy.partial").mkdir()
     before = sorted(tmp_path.iterdir())
     arguments = {"inputs": corpus["a.jsonl"][0], "output": "out", "tokenizer_name": "bytes"} | changes

@@ -56,6 +56,8 @@ def prepare(
     except FileExistsError as error:
         fix = "Delete it unless another prepare is running."
         raise ConfigError("--output", output, f"has an unfinished {partial.name} beside it", fix) from error
+    except OSError as error:
+        raise ConfigError("--output", output, "cannot be created", f"{error.strerror}.") from error
     try:
         writers = {
             split: shards.Writer(partial, split, tokens.dtype, shard_tokens) for split in ("train", "val")
