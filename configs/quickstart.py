@@ -1,23 +1,25 @@
 """A byte-level hybrid on the source text of Python's standard library: no download, minutes on two CPU cores.
 
 python train.py --config=configs/quickstart.py
+python train.py --config=configs/quickstart.py --config.model.pattern="(gdn*3 full)*2"
 """
 
 from ml_collections import ConfigDict
 
-from hybridlm import config as hybridlm_config
+from hybridlm.config import data, default
 
 
 def get_config() -> ConfigDict:
-    config = hybridlm_config.default()
+    config = default()
     config.model.pattern = "kda*3 full"
     config.model.d_model = 256
     config.model.vocab_size = 257  # bytes, and the separator of documents
     config.model.tie_embeddings = True
-    config.model.dtype = "float32"  # bfloat16 is emulated, and slow, on CPU
+    config.model.dtype = "float32"  # CPUs emulate bfloat16
     config.model.remat = "none"
-    config.mixers.kda = hybridlm_config.mixer("kda", head_dim=64)
-    config.data = hybridlm_config.data("text", path="python-stdlib:", holdout=0.05)
+    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet"):
+        config.mixers[name].head_dim = 64  # their defaults are meant for a d_model of 1024 and more
+    config.data = data("text", path="python-stdlib:")
     config.train.steps = 400
     config.train.batch_size = 8
     config.train.seq_len = 512

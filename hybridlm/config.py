@@ -60,7 +60,8 @@ def data(kind: str, **settings: Any) -> ConfigDict:
 
     Kind "mixture" takes ``components``: name -> a definition, with a ``weight`` beside its settings (1.0).
     """
-    return ConfigDict(_definition("data", {"kind": kind, **settings}, f"data({kind!r})"))
+    given = ConfigDict({"kind": kind, **settings}).to_dict()
+    return ConfigDict(_definition("data", given, f"data({kind!r})"))
 
 
 # Reading files and overrides.
@@ -78,10 +79,10 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     if not path.is_file():
         known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
         raise ConfigError("--config", filename, "no such file", nearest(filename, known) if known else "")
-    config = from_json(path) if path.suffix == ".json" else _run(path, argument)
+    values = (from_json(path) if path.suffix == ".json" else _run(path, argument)).to_dict()
     for field, text in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(".kind")):
-        _override(config, field, text)
-    return config
+        _override(values, field, text)
+    return ConfigDict(values)
 
 
 def _run(path: Path, argument: str) -> ConfigDict:
@@ -109,39 +110,37 @@ def _run(path: Path, argument: str) -> ConfigDict:
     return config
 
 
-def _override(config: ConfigDict, field: str, text: str) -> None:
-    *path, name = field.split(".")
-    if not path or path[0] not in SECTIONS:
-        section = path[0] if path else name
+def _override(config: dict[str, Any], field: str, text: str) -> None:
+    section = field.split(".")[0]
+    if section not in SECTIONS:
         raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, SECTIONS))
-    section, prefix = path[0], ".".join(path)
+    *path, name = field.split(".")
+    prefix = ".".join(path)
     form = {"mixers": "mixers.<name>.<setting>", "data": "data.<field> or data.components.<name>.<field>"}
     depths = {"mixers": (2,), "data": (1, 3)}.get(section, (1,))
     if len(path) not in depths or (len(path) == 3 and path[1] != "components"):
         raise ConfigError(field, text, f"fields here are {form.get(section, section + '.<field>')}")
     owner = config
     for key in path[:-1]:
-        owner = owner.setdefault(key, ConfigDict())
+        owner = owner.setdefault(key, {})
     if name == "kind" and section not in schema.SECTIONS:
         weight = (
             {"weight": owner[path[-1]].get("weight", 1.0)} if len(path) == 3 and path[-1] in owner else {}
         )
-        owner[path[-1]] = ConfigDict({**_definition(section, {"kind": text}, prefix), **weight})
+        owner[path[-1]] = _definition(section, {"kind": text}, prefix) | weight
         return
     if section not in schema.SECTIONS and path[-1] not in owner:
         raise ConfigError(field, text, f"there is no {prefix}", nearest(path[-1], owner))
-    target = owner.setdefault(path[-1], ConfigDict())
+    target = owner.setdefault(path[-1], {})
     known = _fields(section, target, prefix)
     if len(path) == 3:
         known["weight"] = schema.NonNegative
     if name not in known:
         raise ConfigError(field, text, "no such field", nearest(name, known))
     try:
-        value = schema.parse(known[name], text)
+        target[name] = schema.parse(known[name], text)
     except ValueError as error:
         raise ConfigError(field, text, str(error)) from None
-    with target.ignore_type():
-        target[name] = value
 
 
 # Checking.
@@ -179,6 +178,8 @@ def resolve(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
         with _under(f"mixers.{name}"):
             _build("mixers", definition, "").check(model["d_model"])
     resolved["data"] = _definition("data", given.get("data", {"kind": "text"}), "data")
+    with _under("data"):
+        data_kinds.settings(resolved["data"])
     return FrozenConfigDict(resolved)
 
 

@@ -1,9 +1,9 @@
 """What a config costs before anything runs: parameters, decode memory, FLOPs, device memory.
 
 Parameters are counted exactly, from the shapes of the modules themselves. State and cache are those of
-decoding one sequence of train.seq_len tokens. FLOPs count a multiply-add as two; a training step is three forward
-passes (one forward, two backward), recomputation not counted, as usual for MFU. Memory per device is an
-estimate, good to tens of percent: the compiler decides.
+decoding one sequence of train.seq_len tokens. FLOPs count a multiply-add as two; a training step is three
+forward passes (one forward, two backward), recomputation not counted, as usual for MFU. Memory per device is
+an estimate, good to tens of percent: the compiler decides.
 """
 
 import functools

@@ -59,7 +59,7 @@ def dry_run(config: Any, console: Console) -> None:
 
 
 def mesh_sizes(mesh: Any, devices: int) -> dict[str, int]:
-    """The mesh with its -1 put in for ``devices`` devices, at least 1 where the config wants more than those."""
+    """The mesh with its -1 put in for ``devices`` devices; at least 1, if it wants more than those."""
     fixed = math.prod(size for size in mesh.values() if size != -1)
     return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in mesh.items()}
 

@@ -1,0 +1,171 @@
+"""Loading, overriding and resolving; the refusals are in test_errors.py."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from hybridlm import config as configs
+from hybridlm import mixers, schema
+from hybridlm.errors import ConfigError
+
+QUICKSTART = "configs/quickstart.py"
+
+
+def test_default_has_every_field_of_the_schema() -> None:
+    config = configs.default()
+    for name, section in schema.SECTIONS.items():
+        assert config[name].to_dict() == dataclasses.asdict(section())
+    kinds = {definition.kind for definition in config.mixers.values()}
+    assert kinds == set(mixers.kinds()), "every kind of mixer can be tried from the command line"
+    for definition in config.mixers.values():
+        assert set(definition) == {"kind", *schema.fields(mixers.load(definition.kind).Config)}
+
+
+def test_resolve_completes_and_is_idempotent() -> None:
+    partial = ConfigDict(
+        {
+            "model": {"pattern": "wide kda", "num_layers": 5, "d_model": 384},
+            "mixers": {
+                "kda": {"kind": "kda"},
+                "wide": {"kind": "kda", "num_heads": 2},
+                "rest": {"kind": "gla"},
+            },
+            "data": {"kind": "text", "path": "*.txt"},
+        }
+    )
+    config = configs.resolve(partial)
+    assert config.model.num_layers == 5
+    assert config.model.mlp_hidden == 1024  # 8/3 * 384, a multiple of 256 already
+    assert set(config.mixers) == {"kda", "wide"}, "unused definitions are left out"
+    assert (config.mixers.wide.num_heads, config.mixers.wide.conv_size) == (2, 4)
+    assert config.train.steps == schema.Train().steps
+    assert configs.resolve(config) == config
+    with pytest.raises(AttributeError):
+        config.train.steps = 1
+
+
+def test_pattern_as_written() -> None:
+    assert configs.resolve(configs.load(QUICKSTART)).model.num_layers == 4
+
+
+@pytest.mark.parametrize(("d_model", "hidden"), [(256, 768), (1024, 2816), (2048, 5632)])
+def test_mlp_hidden_is_that_of_fla(d_model: int, hidden: int) -> None:
+    assert configs.mlp_hidden(d_model) == hidden
+
+
+OVERRIDES = {
+    "model.pattern": ("(gdn*3 full)*2", "(gdn*3 full)*2"),
+    "model.tie_embeddings": ("false", False),
+    "model.dtype": ("bfloat16", "bfloat16"),
+    "optimizer.learning_rate": ("3e-4", 3e-4),
+    "optimizer.clip_norm": ("2", 2.0),
+    "mixers.gdn.head_dim": ("32", 32),
+    "mesh.data": ("-1", -1),
+    "data.holdout": ("0.25", 0.25),
+    "log.name": ("", ""),
+}
+
+
+def test_overrides() -> None:
+    config = configs.resolve(
+        configs.load(QUICKSTART, {field: text for field, (text, _) in OVERRIDES.items()})
+    )
+    for field, (_, expected) in OVERRIDES.items():
+        value = config
+        for key in field.split("."):
+            value = value[key]
+        assert (value, type(value)) == (expected, type(expected)), field
+
+
+def test_override_of_a_kind_takes_its_defaults_whatever_the_order() -> None:
+    overrides = {"mixers.kda.head_dim": "32", "mixers.kda.kind": "delta_net", "mixers.new.kind": "gla"}
+    config = configs.load(QUICKSTART, overrides | {"data.num_pairs": "4", "data.kind": "mqar"})
+    assert config.mixers.kda.to_dict() == configs.mixer("delta_net", head_dim=32).to_dict()
+    assert config.mixers.new.to_dict() == configs.mixer("gla").to_dict()
+    assert config.data.to_dict() == configs.data("mqar", num_pairs=4).to_dict()
+
+
+def test_mixture_of_data() -> None:
+    config = configs.default()
+    parts = {
+        "prose": configs.data("text", path="a.txt"),
+        "tokens": {"kind": "shards", "path": "b", "weight": 3},
+    }
+    config.data = configs.data("mixture", components=parts)
+    resolved = configs.resolve(config).data
+    assert resolved.components.prose.weight == 1.0
+    assert resolved.components.tokens.weight == 3.0
+    assert resolved.components.prose.tokenizer == "bytes"
+    config.data.components.tokens.weigth = 2.0
+    with pytest.raises(ConfigError, match=r"data\.components\.tokens\.weigth.*'weight'"):
+        configs.resolve(config)
+
+
+def test_mixture_on_the_command_line() -> None:
+    overrides = {
+        "data.kind": "mixture",
+        "data.components.a.kind": "text",
+        "data.components.a.path": "x",
+        "data.components.b.kind": "shards",
+        "data.components.b.path": "y",
+        "data.components.b.weight": "2",
+    }
+    data = configs.resolve(configs.load(QUICKSTART, overrides)).data
+    assert data.components.a.path == "x"
+    assert (data.components.a.weight, data.components.b.weight) == (1.0, 2.0)
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = configs.resolve(configs.load(QUICKSTART))
+    path = tmp_path / "config.json"
+    path.write_text(configs.to_json(config))
+    assert json.loads(path.read_text())["model"]["pattern"] == "kda*3 full"
+    assert configs.resolve(configs.from_json(path)) == config
+    assert configs.resolve(configs.load(str(path), {"train.seed": "3"})).train.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("def get_config(:", "line 1 with SyntaxError"),
+        ("x = 1\n\ndef get_config():\n    return 1 / 0\n", "line 4 with ZeroDivisionError"),
+        ("config = 1\n", "no function get_config"),
+        ("def get_config():\n    return {}\n", "returned dict, not a ConfigDict"),
+        ("def get_config(arg):\n    return arg\n", "missing 1 required positional argument"),
+        (
+            "from hybridlm.config import mixer\n\ndef get_config():\n    mixer('kda', heads=2)\n",
+            "'num_heads'",
+        ),
+    ],
+)
+def test_broken_config_file(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        configs.load(str(path))
+    assert problem in str(caught.value)
+
+
+KINDS = {
+    int: [("3", 3), ("-3", -3), ("3.0", None), ("x", None), ("", None)],
+    float: [("3", 3.0), ("1e-3", 1e-3), ("nan", None), ("inf", None), ("x", None)],
+    bool: [("True", True), ("false", False), ("1", None)],
+    str: [("", ""), ("1", "1")],
+    int | None: [("none", None), ("4", 4)],
+    tuple[int, ...]: [("1,2", (1, 2)), ("(3,)", (3,)), ("", ()), ("1,x", None)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_of_each_type(kind: type) -> None:
+    for text, value in KINDS[kind]:
+        if value is None and text != "none":
+            with pytest.raises(ValueError, match="must be"):
+                schema.convert(kind, schema.parse(kind, text))
+        else:
+            parsed = schema.parse(kind, text)
+            assert (parsed, type(parsed)) == (value, type(value))
+            assert schema.convert(kind, parsed) == value
