@@ -1,7 +1,8 @@
 """A byte-level hybrid on the source text of Python's standard library: no download, minutes on two CPU cores.
 
-python train.py --config=configs/quickstart.py
-python train.py --config=configs/quickstart.py --config.model.pattern="(gdn*3 full)*2"
+    python train.py --config=configs/quickstart.py
+
+Every mixer of `hybridlm.config.STANDARD` can take KDA's place: --config.model.pattern="(gdn*3 full)*2".
 """
 
 from ml_collections import ConfigDict

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import runpy
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -88,7 +89,10 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 def _run(path: Path, argument: str) -> ConfigDict:
     spec = f"{path}:{argument}" if argument else str(path)
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
+        loader = SourceFileLoader(path.stem, str(path))
+        module = ModuleType(loader.name)
+        loader.exec_module(module)
+        get_config = getattr(module, "get_config", None)
         if get_config is None:
             raise ConfigError("--config", spec, "the file defines no function get_config")
         if argument and not inspect.signature(get_config).parameters:
@@ -132,7 +136,7 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
     if section not in schema.SECTIONS and path[-1] not in owner:
         raise ConfigError(field, text, f"there is no {prefix}", nearest(path[-1], owner))
     target = owner.setdefault(path[-1], {})
-    known = _fields(section, target, prefix)
+    known = dict(schema.fields(_class(section, target, prefix)))
     if len(path) == 3:
         known["weight"] = schema.NonNegative
     if name not in known:
@@ -200,11 +204,16 @@ def check_batch(train: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
         )
 
 
-def _definition(section: str, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A mixer's or the data's definition, complete: its kind and every setting."""
+def _definition(
+    section: str, values: Mapping[str, Any], prefix: str, beside: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """A mixer's or the data's definition, complete: its kind and every setting.
+
+    beside: fields that may stand beside these, for error messages.
+    """
     _must_be_mapping(values, prefix)
     if section == "mixers" or values.get("kind") != MIXTURE:
-        settings = _build(section, values, prefix)
+        settings = _build(section, values, prefix, beside)
         return {"kind": values["kind"], **dataclasses.asdict(settings)}
     with _under(prefix):
         for name in values:
@@ -217,22 +226,23 @@ def _definition(section: str, values: Mapping[str, Any], prefix: str) -> dict[st
         with _under(where):
             weight = _convert("weight", schema.NonNegative, component.get("weight", 1.0))
         rest = {key: value for key, value in component.items() if key != "weight"}
-        components[name] = {**_definition("data", rest, where), "weight": weight}
+        components[name] = {**_definition("data", rest, where, ("weight",)), "weight": weight}
     return {"kind": MIXTURE, "components": components}
 
 
-def _build(section: str, values: Mapping[str, Any], prefix: str) -> Any:
+def _build(section: str, values: Mapping[str, Any], prefix: str, beside: tuple[str, ...] = ()) -> Any:
     """The dataclass instance of one section or definition: fields known, types right, defaults added."""
-    known = _fields(section, values, prefix)
+    described = _class(section, values, prefix)
+    known = schema.fields(described)
     settings = dict(values)
     if section not in schema.SECTIONS:
         del settings["kind"]
     with _under(prefix):
         for name, value in settings.items():
             if name not in known:
-                raise ConfigError(name, value, "no such field", nearest(name, known))
+                raise ConfigError(name, value, "no such field", nearest(name, [*known, *beside]))
             settings[name] = _convert(name, known[name], value)
-    return _class(section, values, prefix)(**settings)
+    return described(**settings)
 
 
 def _convert(name: str, kind: Any, value: Any) -> Any:
@@ -242,20 +252,18 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         raise ConfigError(name, value, str(error)) from None
 
 
-def _fields(section: str, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return schema.fields(_class(section, values, prefix))
-
-
 def _class(section: str, values: Mapping[str, Any], prefix: str) -> Any:
     """The dataclass that describes ``values``; a mixer's and the data's depend on their kind."""
     if section in schema.SECTIONS:
         return schema.SECTIONS[section]
     kind = str(values.get("kind"))
-    kinds: Sequence[str] = mixers.kinds() if section == "mixers" else list(data_kinds.KINDS)
-    if kind not in kinds:
-        allowed = "must be one of " + ", ".join(kinds if section == "mixers" else [*kinds, MIXTURE])
-        raise ConfigError(f"{prefix}.kind", kind, allowed, nearest(kind, kinds))
-    return (mixers.load(kind) if section == "mixers" else data_kinds.KINDS[kind]).Config
+    with _under(prefix):
+        if section == "mixers":
+            return mixers.load(kind).Config
+        if kind not in data_kinds.KINDS:
+            kinds = [*data_kinds.KINDS, MIXTURE]
+            raise ConfigError("kind", kind, "must be one of " + ", ".join(kinds), nearest(kind, kinds))
+        return data_kinds.KINDS[kind].Config
 
 
 def _must_be_mapping(values: Any, prefix: str) -> None:

@@ -6,6 +6,7 @@ reads these classes, and the ``Config`` of each kind of mixer and data in the sa
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -165,6 +166,7 @@ SECTIONS: dict[str, type] = {
 }
 
 
+@functools.cache
 def fields(section: type) -> dict[str, Any]:
     """Name and annotation of every field of a dataclass."""
     hints = typing.get_type_hints(section, include_extras=True)

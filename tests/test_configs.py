@@ -1,0 +1,109 @@
+"""Every shipped config against its golden text.
+
+After a change that is meant, write the texts anew and look at the diff:
+
+    HYBRIDLM_WRITE_GOLDEN=1 python -m pytest -q tests/test_configs.py
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+
+from configs import hybrid
+from hybridlm import config as configs
+from hybridlm import cost
+from hybridlm.errors import ConfigError
+
+GOLDEN = Path(__file__).parent / "golden" / "configs"
+SHIPPED = {
+    "quickstart": "configs/quickstart.py",
+    "hybrid": "configs/hybrid.py:340m,kda,3:1",
+    "kimi_linear": "configs/kimi_linear.py",
+    "mqar": "configs/mqar.py",
+}
+
+
+def check(name: str, text: str) -> None:
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("HYBRIDLM_WRITE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text(), "regenerate the golden texts if this change is meant (see above)"
+
+
+def listed(indices: list[int]) -> str:
+    return " ".join(map(str, indices)) or "none"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_resolved(name: str) -> None:
+    config = configs.resolve(configs.load(SHIPPED[name]))
+    facts = f"# parameters: {cost.parameters(config)}\n# full attention: {listed(cost.full_layers(config))}\n"
+    check(name, facts + str(config))
+
+
+def grid() -> list[str]:
+    attention = [f"{size},{full}" for size, full in itertools.product(hybrid.SIZES, hybrid.FULL)]
+    return attention + [
+        ",".join(arg) for arg in itertools.product(hybrid.SIZES, hybrid.MIXERS, hybrid.RATIOS)
+    ]
+
+
+def test_hybrid_grid() -> None:
+    """Every argument resolves, with the transformer's parameters within 2% and the full layers documented."""
+    lines = []
+    transformer = {size: cost.parameters(resolved_hybrid(f"{size},full")) for size in hybrid.SIZES}
+    for arg in grid():
+        config = resolved_hybrid(arg)
+        summary = cost.summary(config)
+        size, _, *ratio = arg.split(",")
+        assert summary["parameters"] == pytest.approx(transformer[size], rel=0.02), arg
+        assert summary["num_layers"] == 24
+        if ratio:
+            assert summary["full_layers"] == list(hybrid.RATIOS[ratio[0]])
+        lines.append(
+            f"{arg:20} {summary['parameters']:>11} mlp {config.model.mlp_hidden:4}"
+            f" state {summary['state_bytes']:>9} full {listed(summary['full_layers'])}\n"
+        )
+    check("hybrid_grid", "".join(lines))
+
+
+def resolved_hybrid(arg: str) -> configs.FrozenConfigDict:
+    return configs.resolve(hybrid.get_config(arg))
+
+
+def test_grid_is_what_was_promised() -> None:
+    assert {"pure", "24:1", "12:1", "6:1", "3:1", "1:1"} <= set(hybrid.RATIOS)
+    for r in (6, 3, 1):
+        config = resolved_hybrid(f"340m,kda,{r}:1")
+        assert cost.full_layers(config) == list(range(r, 24, r + 1))
+
+
+@pytest.mark.parametrize(
+    ("arg", "problem"),
+    [
+        ("340m", "mixer '' is none of deltanet, gdn, kda"),
+        ("350m,kda,3:1", "size '350m' is none of 340m, 1.3b"),
+        ("340m,kd,3:1", "mixer 'kd' is none of"),
+        ("340m,kda", "ratio '' is none of pure, 24:1"),
+        ("340m,kda,4:1", "ratio '4:1' is none of"),
+        ("340m,full,3:1", "SIZE,full"),
+        ("340m,kda,3:1,last", "must be SIZE,MIXER,RATIO"),
+    ],
+)
+def test_hybrid_refuses(arg: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.load(f"configs/hybrid.py:{arg}")
+    assert problem in str(caught.value)
+
+
+def test_names_of_kinds_work_too() -> None:
+    assert resolved_hybrid("340m,gated_delta_net,6:1") == resolved_hybrid("340m,gdn,6:1")
+    assert resolved_hybrid("1.3b,attention") == resolved_hybrid("1.3b,full")
+
+
+def test_any_standard_mixer_runs_in_the_small_configs() -> None:
+    for path, name in itertools.product(("configs/quickstart.py", "configs/mqar.py"), configs.STANDARD):
+        config = configs.resolve(configs.load(path, {"model.pattern": f"{name}*2"}))
+        assert cost.parameters(config) < 1e7, (path, name)
