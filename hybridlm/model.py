@@ -127,14 +127,17 @@ class LM(nnx.Module):
         self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
 
     def _stack(self, indices: np.ndarray, keys: jax.Array) -> Block:
-        """One run's Block with parameters [repeats, length, ...]; each layer drawn from its own key."""
+        """One run's Block, parameters [repeats, length, ...]: each from its layer's key, absent ones zero."""
         spec = self.definition.layers[indices[0, 0]]
+        present = indices >= 0
 
         def block(key: jax.Array) -> Block:
             return Block(self.definition, spec, rngs=nnx.Rngs(params=key))
 
         graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
-        return nnx.merge(graph, jax.vmap(jax.vmap(lambda key: nnx.state(block(key))))(keys[indices]))
+        state = jax.vmap(jax.vmap(lambda key: nnx.state(block(key))))(keys[indices])
+        mask = lambda leaf: jnp.where(present.reshape(present.shape + (1,) * (leaf.ndim - 2)), leaf, 0)
+        return nnx.merge(graph, state if present.all() else jax.tree.map(mask, state))
 
     def head_matrix(self) -> jax.Array:
         """[D, V] float32."""
@@ -145,7 +148,7 @@ class LM(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D]; with a cache the tokens are appended to it."""
         definition = self.definition
-        x = self.embedding[...].astype(definition.dtype)[tokens_BT]
+        x = constrain(self.embedding[...].astype(definition.dtype), ("vocab", None))[tokens_BT]
         x = constrain(x, ("batch", None, None))
         per_layer = {name: module.per_layer() for name, module in self.shared.items()}
         appended: list[Any] = [None] * len(definition.layers)
@@ -153,14 +156,14 @@ class LM(nnx.Module):
             runs = []
             for (run, indices), block in zip(planned, blocks, strict=True):
                 shared_rows = per_layer[run.name][indices] if run.name in per_layer else None
-                runs.append(
-                    (nnx.split(block), shared_rows, None if cache is None else _gather(cache, indices))
-                )
-            x, caches = self._segment(x, rows, runs)
+                caches = None if cache is None else _gather(cache, indices)
+                present = None if indices.min() >= 0 else jnp.asarray(indices >= 0)
+                runs.append((*nnx.split(block), shared_rows, caches, present))
+            x, stacks = self._segment(x, rows, runs)
             if cache is not None:
-                for (_, indices), stacked in zip(planned, caches, strict=True):
-                    for place, index in np.ndenumerate(indices):
-                        appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], stacked)
+                for (_, indices), stack in zip(planned, stacks, strict=True):
+                    for place, index in _layers(indices):
+                        appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], stack)
         return self.final_norm(x), None if cache is None else tuple(appended)
 
     def _segment(self, x: jax.Array, rows: Rows, runs: Sequence[tuple]) -> tuple[jax.Array, list[Any]]:
@@ -170,16 +173,22 @@ class LM(nnx.Module):
 
         def layer_of(graph: Any) -> Callable:
             def layer(x: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
-                state, shared_row, cache = xs
-                x, cache = nnx.merge(graph, state)(x, rows, cache, shared_row)
-                return constrain(x, ("batch", None, None)), cache
+                state, shared_row, cache, present = xs
+
+                def apply(x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+                    x, cache = nnx.merge(graph, state)(x, rows, cache, shared_row)
+                    return constrain(x, ("batch", None, None)), cache
+
+                if present is None:
+                    return apply(x, cache)
+                return jax.lax.cond(present, apply, lambda x, cache: (x, cache), x, cache)
 
             if policy is None:
                 return layer
             # Inside a scan nothing can be shared across the loop boundary, so the CSE barrier is not needed.
             return jax.checkpoint(layer, policy=policy, prevent_cse=not definition.scan)
 
-        layers = [layer_of(graph) for (graph, _), _, _ in runs]
+        layers = [layer_of(graph) for graph, *_ in runs]
 
         def period(x: jax.Array, xs: list[tuple]) -> tuple[jax.Array, list[Any]]:
             caches = []
@@ -188,7 +197,7 @@ class LM(nnx.Module):
                 caches.append(cache)
             return x, caches
 
-        return self._scan(period, x, [(state, shared_rows, cache) for (_, state), shared_rows, cache in runs])
+        return self._scan(period, x, [tuple(xs) for _, *xs in runs])
 
     def _scan(self, body: Callable, x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
         if self.definition.scan:
@@ -206,7 +215,7 @@ class LM(nnx.Module):
         for planned, stacks in zip(run_indices(self.definition.plan), self.segments, strict=True):
             for (run, indices), stack in zip(planned, stacks, strict=True):
                 graph, state = nnx.split(stack)
-                for place, index in np.ndenumerate(indices):
+                for place, index in _layers(indices):
                     block = nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], state))
                     blocks[index] = (block, per_layer[run.name][index] if run.name in per_layer else None)
         return blocks
@@ -241,9 +250,16 @@ def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
     return kind.Shared(spec.config, definition.d_model, len(definition.layers), rngs=rngs)
 
 
+def _layers(indices: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+    """(place in the stack, layer index) of the layers that are present."""
+    return [(place, int(index)) for place, index in np.ndenumerate(indices) if index >= 0]
+
+
 def _gather(cache: Cache, indices: np.ndarray) -> Any:
     """The caches of the layers ``indices`` [repeats, length] as one pytree with those leading axes."""
-    layers = [cache[index] for index in indices.flat]
+    layers = [
+        cache[index if index >= 0 else indices.max()] for index in indices.flat
+    ]  # absent: any of the kind
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(indices.shape + leaves[0].shape), *layers)
 
 

@@ -29,10 +29,11 @@ def definition(pattern: str, num_layers: int = 0, **fields) -> model.Definition:
         **fields,
     )
     config.model.num_layers = num_layers
-    return model.build(configs.resolve(config))
+    return model.build(config)
 
 
-HYBRID = definition("wide (kda*2 full)*2 hgrn2 kda", tie_embeddings=True)
+# A head, a repetition whose last round lacks a layer, and a stack-wide parameter; planned below.
+HYBRID = definition("wide (kda*2 full hgrn2)*2 kda full hgrn2", tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,11 @@ def relative_error(got, want) -> float:
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_grad(definition, params, batch):
     return jax.value_and_grad(lambda p: model.loss_fn(definition, p, batch)[0])(params)
+
+
+def test_the_plan_has_every_feature():
+    head, body = HYBRID.plan.segments
+    assert (head.repeats, body.repeats, body.absent) == (1, 3, (1,))
 
 
 def test_scanned_stack_equals_unrolled_stack(params):
@@ -117,10 +123,10 @@ def test_prefill_and_steps_equal_the_full_forward(params):
 
 def test_parameters_of_a_layer_do_not_depend_on_the_plan(params):
     """Layer 0 is drawn alike whether it stands in the head of one plan or in the repeated part of another."""
-    alone = jax.jit(lambda key: model.init(definition("wide*7"), key))(jax.random.key(0))
+    alone = jax.jit(lambda key: model.init(definition("wide*12"), key))(jax.random.key(0))
     first = jax.tree.map(lambda leaf: leaf[0, 0], alone["segments"][0][0])
     head = jax.tree.map(lambda leaf: leaf[0, 0], params["segments"][0][0])
-    # The number of layers is the same (7), so the keys are, too.
+    # The number of layers is the same, so the keys are, too.
     jax.tree.map(np.testing.assert_array_equal, first, head)
 
 
