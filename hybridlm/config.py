@@ -13,9 +13,7 @@ import inspect
 import json
 import traceback
 from collections.abc import Iterator, Mapping
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -89,10 +87,9 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 def _run(path: Path, argument: str) -> ConfigDict:
     spec = f"{path}:{argument}" if argument else str(path)
     try:
-        loader = SourceFileLoader(path.stem, str(path))
-        module = ModuleType(loader.name)
-        loader.exec_module(module)
-        get_config = getattr(module, "get_config", None)
+        module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+        exec(compile(path.read_bytes(), path, "exec"), module)
+        get_config = module.get("get_config")
         if get_config is None:
             raise ConfigError("--config", spec, "the file defines no function get_config")
         if argument and not inspect.signature(get_config).parameters:
