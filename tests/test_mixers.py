@@ -1,0 +1,299 @@
+"""Every kind: decoding equals the whole, documents never meet, parameters and costs are what is claimed."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_layers import close, load
+
+from hybridlm import mixers
+from hybridlm.errors import ConfigError
+from hybridlm.mixers.kda import channel_decay
+from hybridlm.rows import Rows, single_document
+
+D, LAYERS = 24, 3
+LATENT = dict(kv_lora_rank=9, qk_nope_head_dim=6, v_head_dim=5)
+CASES = {
+    "attention": ("attention", dict(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)),
+    "attention gated": (
+        "attention",
+        dict(
+            num_heads=2,
+            head_dim=8,
+            qk_norm="head",
+            norm_unit_offset=True,
+            rotary_fraction=0.5,
+            output_gate="sigmoid",
+        ),
+    ),
+    "attention window": ("attention", dict(num_heads=2, head_dim=8, window=4, qk_norm="width")),
+    "mla": ("mla", dict(num_heads=2, q_lora_rank=10, qk_rope_head_dim=4, **LATENT)),
+    "mla nope": ("mla", dict(num_heads=2, qk_rope_head_dim=3, rope_theta=0.0, **LATENT)),
+    "delta_net": ("delta_net", dict(num_heads=2, head_dim=8, neg_eigval=True, output_gate="sigmoid")),
+    "gated_delta_net": ("gated_delta_net", dict(num_heads=2, num_v_heads=4, head_dim=8)),
+    "kda": ("kda", dict(num_heads=2, head_dim=8, v_head_dim=6)),
+    "kda bounded": (
+        "kda",
+        dict(num_heads=1, num_v_heads=2, head_dim=8, lower_bound=-5.0, conv_size=0, output_gate_rank=-1),
+    ),
+    "gla": ("gla", dict(num_heads=2, conv_size=3, gate_normalizer=2.0)),
+    "hgrn": ("hgrn", dict(width=20, conv_size=3)),
+    "hgrn2": ("hgrn2", dict(head_dim=8, conv_size=2)),
+    "retnet": ("retnet", dict(num_heads=2, head_dim=6)),
+}
+
+
+def random_like(abstract, seed):
+    """A state with numbers in place of its shapes, nothing at its initial value."""
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape) + (len(leaf.shape) == 1), leaf.dtype)
+    return jax.tree.map(draw, abstract)
+
+
+@functools.cache
+def build(case):
+    """(graph, parameters, this layer's row of the shared parameters or None, config, module) of a case."""
+    kind, settings = CASES[case]
+    module = mixers.load(kind)
+    config = module.Config(**settings)
+    config.check(D)
+    graph, state = nnx.split(nnx.eval_shape(lambda: module.Mixer(config, D, rngs=nnx.Rngs(params=0))))
+    shared = None
+    if hasattr(module, "Shared"):
+        stack = nnx.eval_shape(lambda: module.Shared(config, D, LAYERS, rngs=nnx.Rngs(params=0)))
+        stack_graph, stack_state = nnx.split(stack)
+        shared = nnx.merge(stack_graph, random_like(stack_state, 5)).per_layer()[1]
+    return graph, random_like(state, 1), shared, config, module
+
+
+def inputs(batch, length):
+    return jnp.asarray(np.random.default_rng(2).normal(size=(batch, length, D)), jnp.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decoding_equals_the_whole(case):
+    """Left-padded prompts, prefilled in two pieces and continued token by token, against one forward pass."""
+    graph, state, shared, _, _ = build(case)
+    length, piece, pad = 19, 6, np.array([0, 4])
+    place = np.arange(length) - pad[:, None]
+    rows = Rows(
+        jnp.asarray(place >= 0, jnp.int32), jnp.asarray(np.where(place < 0, np.arange(length), place))
+    )
+    x = inputs(2, length)
+
+    @jax.jit
+    def whole(state, x):
+        return nnx.merge(graph, state)(x, rows, None, shared)[0]
+
+    @jax.jit
+    def pieces(state, x):
+        mixer = nnx.merge(graph, state)
+        cache = mixer.init_cache(2, length, jnp.float32)
+
+        def prefill(cache, tokens):
+            y, cache = mixer(*tokens, cache, shared)
+            return cache, y
+
+        def step(cache, token):
+            y, cache = mixer.step(*token, cache, shared)
+            return cache, y
+
+        split = lambda leaf: jnp.moveaxis(leaf[:, : 2 * piece].reshape(2, 2, piece, *leaf.shape[2:]), 1, 0)
+        cache, first = jax.lax.scan(prefill, cache, jax.tree.map(split, (x, rows)))
+        rest = jax.tree.map(lambda leaf: jnp.moveaxis(leaf[:, 2 * piece :], 1, 0), (x, rows))
+        _, y = jax.lax.scan(step, cache, rest)
+        return jnp.concatenate([*first, jnp.moveaxis(y, 0, 1)], axis=1)
+
+    full, decoded = whole(state, x), pieces(state, x)
+    assert np.isfinite(full).all() and np.isfinite(decoded).all()
+    real = place >= 0
+    close(np.asarray(decoded)[real], np.asarray(full)[real], 2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed_documents_equal_documents_apart(case):
+    """Outputs and gradients of a packed row against each document in its own row, padded on the right."""
+    graph, state, shared, _, _ = build(case)
+    lengths = [3, 9, 1, 6]
+    length = sum(lengths)
+    x, dy = (np.random.default_rng(seed).normal(size=(length, D)).astype(np.float32) for seed in (2, 3))
+    position = np.concatenate([np.arange(n) for n in lengths])
+    starts = np.cumsum([0, *lengths[:-1]])
+    # Row 0 holds all documents, row n the nth alone. Ids come back: only a change means another document.
+    real = np.arange(length) < np.array([[length], *([n] for n in lengths)])
+    source = np.where(real, np.arange(length) + np.array([[0], *([n] for n in starts)]), 0)
+    ids = np.where(real, 1, 0)
+    ids[0] = np.repeat([1, 2, 1, 2], lengths)
+    places = np.broadcast_to(np.arange(length), real.shape).copy()
+    places[0] = position
+    rows = Rows(jnp.asarray(ids), jnp.asarray(places))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def grad(state, x, dy):
+        y, _ = nnx.merge(graph, state)(x, rows, None, shared)
+        return (y * dy).sum(), y
+
+    only = np.arange(len(real)) == 0
+    cotangent = dy[source] * real[..., None]
+    (dstate, dx), y = grad(state, x[source], cotangent * only[:, None, None])
+    (dstate_apart, dx_apart), _ = grad(state, x[source], cotangent * ~only[:, None, None])
+    packed = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    apart = real & ~only[:, None]
+    close(np.asarray(y)[apart], np.asarray(y)[0, packed], 1e-5)
+    close(np.asarray(dx_apart)[apart], np.asarray(dx)[0, packed], 1e-5)
+    for one, other in zip(jax.tree.leaves(dstate), jax.tree.leaves(dstate_apart), strict=True):
+        close(other, one, 2e-5)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(dstate))  # every parameter takes part
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cost_counts_the_cache(case):
+    """Elements of the real cache at two lengths against `cost`; single numbers are counters."""
+    graph, state, _, config, module = build(case)
+    mixer, cost = nnx.merge(graph, state), module.cost(config, D)
+    cost_of = lambda length: cost.state + cost.cache_per_token * min(length, cost.window or length)
+    for length in (3, 11):
+        leaves = jax.tree.leaves(mixer.init_cache(1, length, jnp.bfloat16))
+        assert sum(leaf.size for leaf in leaves if leaf.ndim) == cost_of(length)
+    assert cost.flops + cost.flops_per_context > 0
+
+
+# Parameters of a 24-layer, 1024-wide, 32000-word, untied model of each kind: the published configurations.
+MILLIONS = {"attention": 373.9, "delta_net": 374.4, "gla": 374.5, "hgrn": 373.9, "hgrn2": 373.9, "kda": 387.0}
+
+
+def parameters(kind, d_model, **settings):
+    module = mixers.load(kind)
+    config = module.Config(**settings)
+    config.check(d_model)
+    state = nnx.state(nnx.eval_shape(lambda: module.Mixer(config, d_model, rngs=nnx.Rngs(params=0))))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    if hasattr(module, "Shared"):
+        shared = nnx.eval_shape(lambda: module.Shared(config, d_model, 24, rngs=nnx.Rngs(params=0)))
+        count += sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shared))) / 24
+    return count
+
+
+@pytest.mark.parametrize("kind", MILLIONS)
+def test_default_parameters_match_published_counts(kind):
+    d, layers, hidden = 1024, 24, 2816
+    layer = parameters(kind, d) + 3 * d * hidden + 2 * d
+    assert round((layers * layer + 2 * 32000 * d + d) / 1e6, 1) == MILLIONS[kind]
+
+
+def test_parameters_of_the_other_kinds():
+    d = 1024
+    retnet = parameters("retnet", d) + 3 * d * 1536 + 2 * d  # paired with an MLP of ratio 2
+    assert round((24 * retnet + 2 * 32000 * d + d) / 1e6, 1) == 380.2
+    assert parameters("gated_delta_net", 2048) / 2048**2 == pytest.approx(6, abs=0.05)
+    # DeepSeek-V2's sizes, written out: q, latent and shared key, its norm, up-projection, output.
+    rank, heads = 512, 16
+    expected = 2048 * heads * 192 + 2048 * (rank + 64) + rank + rank * heads * 256 + heads * 128 * 2048
+    assert parameters("mla", 2048) == expected
+
+
+def test_only_matrices_decay_and_initial_gates_are_in_their_ranges():
+    for case in CASES:
+        for path, leaf in nnx.to_flat_state(build(case)[1]):
+            assert leaf.get_metadata("decay") == (path[-1] == "kernel"), path
+            assert len(leaf.get_metadata("axes")) == len(leaf.shape)
+    kda = mixers.load("kda")
+    wide = kda.Mixer(kda.Config(num_heads=64, head_dim=4), D, rngs=nnx.Rngs(params=0))
+    bounded = kda.Mixer(kda.Config(num_heads=2, head_dim=4, lower_bound=-5.0), D, rngs=nnx.Rngs(params=0))
+    decay, dt = np.exp(wide.A_log[...]), np.log1p(np.exp(wide.dt_bias[...]))
+    assert 1 <= decay.min() < 3 and 14 < decay.max() <= 16 and not bounded.A_log[...].any()
+    assert 0.00099 < dt.min() < 0.002 and 0.06 < dt.max() < 0.1001
+
+
+@pytest.mark.parametrize("name, lower_bound", [("gate_kda", 0.0), ("gate_kda_lower_bound", -5.0)])
+def test_kda_gate_against_the_reference(name, lower_bound):
+    _, a = load(name)
+    heads, dim = a["x"].shape[2:]
+    gate = jax.jit(lambda x, A_log, dt: channel_decay(x, A_log, dt.reshape(heads, dim), lower_bound))
+    y, pull = jax.vjp(gate, *(jnp.asarray(a[key]) for key in ("x", "A_log", "dt_bias")))
+    close(y, a["y"])
+    for grad, key in zip(pull(jnp.asarray(a["dy"])), ("grad_x", "grad_A_log", "grad_dt_bias"), strict=True):
+        close(grad, a[key])
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_gla_and_hgrn_are_their_papers_equations():
+    """Token by token in float64, from the equations; there are no public vectors of these two layers."""
+    x = np.asarray(inputs(1, 9), np.float64)[0]
+    rms = lambda o, scale: o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def weights(kind, **settings):
+        module = mixers.load(kind)
+        mixer = nnx.eval_shape(lambda: module.Mixer(module.Config(**settings), D, rngs=nnx.Rngs(params=0)))
+        graph, state = nnx.split(mixer)
+        state = random_like(state, 4)
+        return nnx.merge(graph, state), {
+            path: np.asarray(leaf[...], np.float64) for path, leaf in nnx.to_flat_state(state)
+        }
+
+    mixer, w = weights("gla", num_heads=2)
+    p = lambda name: x @ w[name, "kernel"]
+    q, k, v, z = (p(name).reshape(9, 2, -1) for name in ("q_proj", "k_proj", "v_proj", "g_proj"))
+    a = sigmoid(p("f_a_proj") @ w["f_b_proj", "kernel"] + w["f_b_proj", "bias"]).reshape(9, 2, 6) ** (1 / 16)
+    S, o = np.zeros((2, 6, 12)), []
+    for t in range(9):
+        S = a[t][..., None] * S + k[t][..., None] * v[t][:, None]
+        o.append(np.einsum("hkv,hk->hv", S, q[t]) / np.sqrt(6))
+    y = (rms(np.stack(o), w["o_norm", "scale"]) * z * sigmoid(z)).reshape(9, -1) @ w["o_proj", "kernel"]
+    close(jax.jit(lambda x: mixer(x, single_document(1, 9))[0])(inputs(1, 9))[0], y, 1e-5)
+
+    mixer, w = weights("hgrn")
+    lower = np.linspace(0, 0.9, D)
+    i, z, f = p("i_proj"), p("g_proj"), lower + (1 - lower) * sigmoid(p("f_proj"))
+    h, o = np.zeros(D), []
+    for t in range(9):
+        h = f[t] * h + (1 - f[t]) * i[t] * sigmoid(i[t])
+        o.append(h)
+    y = (rms(np.stack(o), w["o_norm", "scale"]) * z * sigmoid(z)) @ w["o_proj", "kernel"]
+    run = jax.jit(lambda x: mixer(x, single_document(1, 9), None, jnp.float32(lower))[0])
+    close(run(inputs(1, 9))[0], y, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, settings, field",
+    [
+        ("attention", dict(head_dim=48), "num_heads"),  # 64 / 48
+        ("attention", dict(num_heads=4, num_kv_heads=3), "num_kv_heads"),
+        ("attention", dict(rotary_fraction=0.0), "rotary_fraction"),
+        ("attention", dict(head_dim=8, rotary_fraction=0.4), "rotary_fraction"),  # 3 channels
+        ("attention", dict(qk_norm="l2"), "qk_norm"),
+        ("attention", dict(window=-1), "window"),
+        ("mla", dict(num_heads=1, qk_rope_head_dim=7), "qk_rope_head_dim"),
+        ("mla", dict(kv_lora_rank=0), "kv_lora_rank"),
+        ("delta_net", dict(), "num_heads"),  # 64 / 128
+        ("delta_net", dict(head_dim=0), "head_dim"),
+        ("gated_delta_net", dict(head_dim=64), "num_heads"),  # 48 / 64
+        ("gated_delta_net", dict(num_heads=4, num_v_heads=6, head_dim=8), "num_v_heads"),
+        ("kda", dict(num_heads=2, lower_bound=5.0), "lower_bound"),
+        ("kda", dict(num_heads=2, output_gate="silu"), "output_gate"),
+        ("kda", dict(num_heads=2, conv_size=-4), "conv_size"),
+        ("gla", dict(num_heads=3), "num_heads"),
+        ("gla", dict(gate_normalizer=0.0), "gate_normalizer"),
+        ("hgrn", dict(width=-1), "width"),
+        ("hgrn2", dict(num_heads=3, head_dim=16), "num_heads"),
+        ("retnet", dict(num_heads=2, head_dim=5), "head_dim"),
+    ],
+)
+def test_impossible_settings_are_refused(kind, settings, field):
+    with pytest.raises(ConfigError) as error:
+        mixers.load(kind).Config(**settings).check(64)
+    assert error.value.field == field
+
+
+def test_every_file_is_a_kind_and_every_kind_is_tested():
+    assert {kind for kind, _ in CASES.values()} == set(mixers.kinds())
+    with pytest.raises(ConfigError, match="kda"):
+        mixers.load("kd")
