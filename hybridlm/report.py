@@ -13,7 +13,10 @@ from hybridlm.errors import ConfigError
 
 
 def layer_table(config: Any) -> Table:
-    """One row a layer of a resolved config; full-attention layers are marked."""
+    """One row a layer of a resolved config; full-attention layers are marked.
+
+    The settings that differ from the kind's defaults stand at the first layer of each name.
+    """
     table = Table(
         title=f"{config.model.num_layers} layers: {cost.summary(config)['plan']}", title_justify="left"
     )
@@ -23,12 +26,15 @@ def layer_table(config: Any) -> Table:
     table.add_column("settings", overflow="fold")
     for column in ("parameters", "state", "KV cache"):
         table.add_column(column, justify="right", no_wrap=True)
+    shown: set[str] = set()
     for row in cost.layers(config):
+        settings = "" if row.name in shown else row.settings.replace(", ", "\n")
+        shown.add(row.name)
         table.add_row(
             str(row.layer),
             row.name,
             f"{row.kind} (full)" if row.full else row.kind,
-            row.settings.replace(", ", "\n"),
+            settings,
             f"{row.parameters:,}",
             quantity(row.state_bytes, "B") if row.state_bytes else "",
             quantity(row.cache_bytes, "B") if row.cache_bytes else "",

@@ -117,32 +117,6 @@ def test_bad_flag(arguments: list[str], part: str, capsys: pytest.CaptureFixture
     assert part in capsys.readouterr().err
 
 
-def test_dry_run_prints_everything_and_writes_nothing(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
-    workdir = tmp_path / "run"
-    arguments = ["--dry_run", f"--workdir={workdir}", "--config.model.pattern=(gdn*3 full)*2"]
-    assert train.main([f"--config={QUICKSTART}", *arguments, "--config.mixers.gla.num_heads=2"]) == 0
-    shown = capsys.readouterr().out
-    assert not workdir.exists()
-    for part in (
-        "pattern: (gdn*3 full)*2",  # the resolved config
-        "gated_delta_net",  # the layer table
-        "parameters",
-        "decode state per sequence",
-        "KV cache per sequence",
-        "training FLOPs per token",
-        "memory per device, estimate",
-        "full attention: 2 of 8 layers (counted from 0): 3, 7",
-    ):
-        assert part in shown
-    assert "mixers.gla.num_heads has no effect" in caplog.text
-
-
 def test_default_workdir() -> None:
     assert train.default_workdir("configs/quickstart.py") == Path("runs/quickstart")
     assert train.default_workdir("configs/hybrid.py:1.3b,kda,3:1") == Path("runs/hybrid-1-3b-kda-3-1")

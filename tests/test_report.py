@@ -1,0 +1,69 @@
+"""What is shown of a config."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import train
+from hybridlm import config as configs
+from hybridlm import report
+
+QUICKSTART = "configs/quickstart.py"
+
+
+def test_dry_run_prints_everything_and_writes_nothing(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    workdir = tmp_path / "run"
+    arguments = ["--dry_run", f"--workdir={workdir}", "--config.model.pattern=(gdn*3 full)*2"]
+    assert train.main([f"--config={QUICKSTART}", *arguments, "--config.mixers.gla.num_heads=2"]) == 0
+    shown = capsys.readouterr().out
+    assert not workdir.exists()
+    for part in (
+        "pattern: (gdn*3 full)*2",  # the resolved config
+        "gated_delta_net",  # the layer table
+        "parameters",
+        "decode state per sequence",
+        "KV cache per sequence",
+        "training FLOPs per token",
+        "memory per device, estimate",
+        "full attention: 2 of 8 layers (counted from 0): 3, 7",
+    ):
+        assert part in shown
+    assert "mixers.gla.num_heads has no effect" in caplog.text
+
+
+def test_layer_table_shows_the_settings_of_a_name_once() -> None:
+    overrides = {"model.pattern": "wide kda*3 wide", "mixers.wide.kind": "kda", "mixers.wide.num_heads": "2"}
+    config = configs.resolve(configs.load(QUICKSTART, overrides))
+    console = Console(width=100, file=io.StringIO())
+    console.print(report.layer_table(config))
+    shown = console.file.getvalue()
+    assert "5 layers: wide kda*3 wide" in shown
+    assert shown.count("num_heads=2") == shown.count("head_dim=64") == 1
+    assert shown.count("│ wide ") == 2
+
+
+def test_mesh_sizes() -> None:
+    assert report.mesh_sizes({"data": -1, "fsdp": 2, "tensor": 2}, 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert report.mesh_sizes({"data": -1, "fsdp": 8, "tensor": 1}, 1) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0, "B", "0 B"),
+        (999, "B", "999 B"),
+        (12_345, "B", "12.3 kB"),
+        (2.5e18, "FLOP", "2.5 EFLOP"),
+        (7, "", "7"),
+    ],
+)
+def test_quantity(value: float, unit: str, text: str) -> None:
+    assert report.quantity(value, unit) == text
