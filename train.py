@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+import rich
 from rich.logging import RichHandler
 
 from hybridlm import config as configs
@@ -57,16 +57,13 @@ def default_workdir(spec: str) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(argv)
-    console = Console()
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
-    log.setLevel(logging.INFO)
     try:
         config = configs.resolve(configs.load(flags.config, overrides))
         for field in overrides:
             if field.startswith("mixers.") and field.split(".")[1] not in config.mixers:
                 log.warning("--config.%s has no effect: the mixer is not in model.pattern", field)
         if flags.dry_run:
-            report.dry_run(config, console)
+            report.dry_run(config, rich.get_console())
         else:
             trainer.train(config, Path(flags.workdir or default_workdir(flags.config)), flags.resume)
     except ConfigError as error:
@@ -82,4 +79,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    console = rich.get_console()  # the progress bar's: lines of the log appear above it
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
+    log.setLevel(logging.INFO)
     sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +18,8 @@ def layer_table(config: Any) -> Table:
 
     The settings that differ from the kind's defaults stand at the first layer of each name.
     """
-    table = Table(
-        title=f"{config.model.num_layers} layers: {cost.summary(config)['plan']}", title_justify="left"
-    )
+    title = f"{config.model.num_layers} layers: {cost.summary(config)['plan']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("layer", justify="right")
     for column in ("name", "kind"):
         table.add_column(column, no_wrap=True)
