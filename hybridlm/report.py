@@ -19,7 +19,9 @@ def layer_table(config: Any) -> Table:
     The settings that differ from the kind's defaults stand at the first layer of each name.
     """
     title = f"{config.model.num_layers} layers: {cost.summary(config)['plan']}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+    )
     table.add_column("layer", justify="right")
     for column in ("name", "kind"):
         table.add_column(column, no_wrap=True)
