@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import reference
-from pallas_kernels.call import Call, compute_dtype
+from pallas_kernels.call import Call, compute_dtype, platform
 
 BACKENDS = ("auto", "reference", "xla", "pallas")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -205,24 +205,17 @@ def _select(call: Call, backend: str) -> ModuleType:
         return reference
     if backend == "xla":
         return _module("xla")
-    platform = _platform()
-    if backend == "auto" and platform != "gpu" and not call.interpret:
-        reason: str | None = f"the platform is {platform}"
+    where = platform()
+    if backend == "auto" and where != "gpu" and not call.interpret:
+        reason: str | None = f"the platform is {where}"
     else:
         reason = _refusal_of_pallas(call)
     if reason is None:
         return _module("hopper")
     if backend == "pallas":
         raise ValueError(f"backend = 'pallas': the kernels do not support this call: {reason}")
-    _log_fallback(reason, logging.WARNING if platform == "gpu" else logging.INFO)
+    _log_fallback(reason, logging.WARNING if where == "gpu" else logging.INFO)
     return _module("xla")
-
-
-def _platform() -> str:
-    """Where the traced program will run: the default device's platform, "gpu" for any GPU."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    platform = jax.default_backend() if device is None else getattr(device, "platform", str(device))
-    return "gpu" if platform in ("gpu", "cuda", "rocm") else platform
 
 
 def _module(name: str) -> ModuleType:
