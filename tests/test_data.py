@@ -159,7 +159,7 @@ REFUSALS = [
     ({"kind": "mqar", "slices": "(64, 4), 8"}, {}, "data.slices", "must read like"),
     ({"kind": "mqar", "power_a": 0}, {}, "data.power_a", "must be positive"),
     ({"kind": "mqar", "val_examples": 0}, {}, "data.val_examples", "at least 1"),
-    ({}, {}, "data.kind", "must be one of text, shards, mqar, mixture"),
+    ({}, {}, "data.kind", "must be one of text, shards, mqar, copying"),
     (TEXT | {"pth": "x"}, {}, "data.pth", "Did you mean 'path'"),
     (TEXT | {"holdout": "x"}, {}, "data.holdout", "must be of type float"),
     (TEXT | {"path": 3}, {}, "data.path", "must be of type str"),

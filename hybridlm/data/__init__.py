@@ -8,12 +8,20 @@ from typing import Any
 import grain
 import numpy as np
 
-from hybridlm.data import mqar, shards, text
+from hybridlm.data import copying, mad, mqar, shards, stack, state_tracking, text
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Batch, Source, View, empty_rows
 from hybridlm.errors import ConfigError, nearest
 
-KINDS: dict[str, Any] = {"text": text, "shards": shards, "mqar": mqar}  # modules: Config, open_source
+KINDS: dict[str, Any] = {  # modules: Config, open_source
+    "text": text,
+    "shards": shards,
+    "mqar": mqar,
+    "copying": copying,
+    "stack": stack,
+    "mad": mad,
+    "state_tracking": state_tracking,
+}
 MIXTURE = "mixture"  # of components that are data settings themselves, with a weight
 
 

@@ -9,16 +9,13 @@ is filler, so no answer is ever fed back.
 
 import ast
 import dataclasses
-import functools
 
 import numpy as np
 
+from hybridlm.data.generated import BLOCK, Generated, check_sizes, draw_distinct, no_targets
 from hybridlm.data.mixture import Mixture
-from hybridlm.data.source import NO_LOSS, Batch, Source, View, empty_rows, permutation
-from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError
-
-BLOCK = 256  # examples generated at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +39,7 @@ class Config:
     def check(self) -> None:
         if self.power_a <= 0:
             raise ConfigError("power_a", self.power_a, "must be positive", "The papers use 0.01.")
-        for name, least in (("train_examples", 0), ("val_examples", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(name, getattr(self, name), f"must be at least {least}")
+        check_sizes(self)
         if self.slices:
             _parse(self.slices)
 
@@ -65,7 +60,7 @@ def open_source(config: Config, view: View) -> Source:
                 field, value, f"needs length < model.vocab_size = {view.vocab_size}, here {length}"
             )
     slices: dict[str, Source] = {
-        f"{length}x{pairs}": Slice(length, pairs, config, view) for length, pairs, _ in sizes
+        f"{length}x{pairs}": _slice(length, pairs, config, view) for length, pairs, _ in sizes
     }
     if len(slices) < len(sizes):
         raise ConfigError("slices", config.slices, "names a slice twice", "Give it one weight instead.")
@@ -75,83 +70,30 @@ def open_source(config: Config, view: View) -> Source:
     return Mixture(slices, weights, view)
 
 
-class Slice:
-    """Source of one length and number of pairs; a row packs as many examples as it holds."""
-
-    tokenizer: Tokenizer | None = None
-
-    def __init__(self, length: int, pairs: int, config: Config, view: View):
-        self.length, self.pairs, self.config, self.view = length, pairs, config, view
-        self.vocab_size = view.vocab_size
-        self.per_row = view.seq_len // length
-        training = view.split == "train"
-        self.examples = config.train_examples if training else config.val_examples
-        self.num_rows = -(-self.examples // self.per_row) if self.examples else None
-        self.entropy = (view.seed if training else 0, int(training), length, pairs)
-        settings = (self.entropy, view.seq_len, view.vocab_size, self.examples, config.power_a)
-        self.fingerprint = f"mqar {settings} {config.random_non_queries}"
-        self._block = functools.lru_cache(maxsize=16)(self._generate)
-        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
-
-    def describe(self) -> str:
-        number = f"{self.examples:,}" if self.examples else "endless"
-        return f"{number} examples of {self.length} tokens with {self.pairs} pairs, {self.per_row} a row"
-
-    def rows(self, index_B: np.ndarray) -> Batch:
-        batch = empty_rows(len(index_B), self.view.seq_len)
-        used = self.per_row * self.length
-        batch["segment_ids"][:, :used] = np.repeat(np.arange(1, self.per_row + 1), self.length)
-        batch["positions"][:, :used] = np.tile(np.arange(self.length), self.per_row)
-        for b, index in enumerate(index_B.tolist()):
-            if self.num_rows is not None:
-                epoch, index = divmod(index, self.num_rows)
-                if self.view.split == "train":
-                    index = int(self._order(epoch)[index])
-            for k in range(self.per_row):
-                example, at = index * self.per_row + k, slice(k * self.length, (k + 1) * self.length)
-                if self.examples and example >= self.examples:  # the last row may not be full
-                    batch["segment_ids"][b, at] = batch["positions"][b, at] = 0
-                    continue
-                tokens, targets = self._block(example // BLOCK)
-                batch["tokens"][b, at] = tokens[example % BLOCK]
-                batch["targets"][b, at] = targets[example % BLOCK]
-        return batch
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        assert self.num_rows is not None
-        return permutation(self.num_rows, *self.entropy, epoch)
-
-    def _generate(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and targets, int32 [BLOCK, length], of examples block * BLOCK onwards."""
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((*self.entropy, block))))
-        pairs, vocab, example = self.pairs, self.vocab_size, np.arange(BLOCK)[:, None]
-        keys = _distinct(rng, 1, vocab // 2, pairs)
-        values = _distinct(rng, vocab // 2, vocab, pairs)
-        tokens = np.zeros((BLOCK, self.length), np.int32)
-        targets = np.full((BLOCK, self.length), NO_LOSS, np.int32)
+def _slice(length: int, pairs: int, config: Config, view: View) -> Generated:
+    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        example = np.arange(BLOCK)[:, None]
+        keys = draw_distinct(rng, 1, view.vocab_size // 2, pairs)
+        values = draw_distinct(rng, view.vocab_size // 2, view.vocab_size, pairs)
+        tokens = np.zeros((BLOCK, length), np.int32)
+        targets = no_targets(tokens)
         tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
         # Exponential clocks of rate p ring in the order of draws without replacement (Efraimidis & Spirakis
         # 2006).
-        j = np.arange(1, (self.length - 2 * pairs) // 2 + 1)
-        clocks = rng.exponential(size=(BLOCK, len(j))) / (
-            self.config.power_a * j ** (self.config.power_a - 1.0)
-        )
+        j = np.arange(1, (length - 2 * pairs) // 2 + 1)
+        clocks = rng.exponential(size=(BLOCK, len(j))) / (config.power_a * j ** (config.power_a - 1.0))
         query = 2 * pairs + 2 * np.argsort(clocks, axis=1)[:, :pairs]
         tokens[example, query], targets[example, query] = keys, values
-        if self.config.random_non_queries:
-            filler = rng.integers(vocab, size=tokens.shape, dtype=np.int32)
+        if config.random_non_queries:
+            filler = rng.integers(view.vocab_size, size=tokens.shape, dtype=np.int32)
             tokens = np.where(tokens == 0, filler, tokens)
         return tokens, targets
 
-
-def _distinct(rng: np.random.Generator, low: int, high: int, count: int) -> np.ndarray:
-    """[BLOCK, count] draws from [low, high) without replacement: ``count`` steps of Fisher-Yates at once."""
-    deck = np.tile(np.arange(low, high, dtype=np.int32), (BLOCK, 1))
-    example = np.arange(BLOCK)
-    for i in range(count):
-        j = rng.integers(i, high - low, size=BLOCK)
-        deck[example, i], deck[example, j] = deck[example, j], deck[example, i]
-    return deck[:, :count]
+    return Generated(
+        make, view, length=length, entropy=(length, pairs),
+        name=f"mqar with {pairs} pairs, power_a {config.power_a}, random filler {config.random_non_queries}",
+        examples=config.train_examples if view.split == "train" else config.val_examples,
+    )  # fmt: skip
 
 
 def _parse(slices: str) -> list[tuple[int, int, float]]:

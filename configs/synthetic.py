@@ -1,0 +1,68 @@
+"""Small models on synthetic tasks of recall, memory and state, learned from endless or fixed examples.
+
+    python train.py --config=configs/synthetic.py:palindrome,kda
+    python train.py --config=configs/synthetic.py:S3,"deltanet full" --config.mixers.deltanet.neg_eigval=true
+
+The argument is TASK,PATTERN; kda if the pattern is left out, repeated to the task's depth. Tasks:
+
+    palindrome, copy, stack    Kimi Linear, section 5.1: 2 layers of 2 heads of 128; here length 256, 512 ids
+    induction                  H3: 30 tokens of 20
+    in_context_recall, noisy_in_context_recall, fuzzy_in_context_recall, memorization, selective_copying
+                               MAD's baselines: mixer, SwiGLU, mixer, SwiGLU of width 128, 200 epochs of batch 128
+    parity, S3, S4, A5, S5     DeltaProduct's word problems: one layer, length 128
+
+MQAR has a file of its own, mqar.py. Accuracy on held-out examples is `val_accuracy` in metrics.jsonl. The
+papers sweep learning rates (Kimi Linear 5e-5 to 1e-3, MAD 1e-4 to 1e-3); here it is 1e-3.
+"""
+
+from ml_collections import ConfigDict
+
+from hybridlm.config import data, default
+from hybridlm.data import copying, mad, state_tracking
+from hybridlm.errors import ConfigError, nearest
+
+MAD_VOCAB = {"noisy_in_context_recall": 32, "memorization": 256}
+MAD_LENGTH = {"memorization": 32, "selective_copying": 256}
+TASKS = (*copying.TASKS, "stack", *mad.TASKS, *state_tracking.GROUPS)
+
+
+def get_config(arg: str = "palindrome,kda") -> ConfigDict:
+    task, _, pattern = arg.partition(",")
+    if task not in TASKS:
+        allowed = "must be TASK or TASK,PATTERN with TASK one of " + ", ".join(TASKS)
+        raise ConfigError("--config", f"synthetic.py:{arg}", allowed, nearest(task, TASKS))
+    config = default()
+    config.model.pattern = pattern or "kda"
+    config.model.num_layers = 2
+    config.model.d_model = 128
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet"):
+        config.mixers[name].update(num_heads=2, head_dim=64)
+    config.mixers.gla.num_heads = 2
+    config.train.steps = 20_000
+    config.train.batch_size = 128
+    config.train.seq_len = 256
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 200
+    config.optimizer.final_ratio = 0.0
+    config.checkpoint.every_steps = 5000
+    config.eval.every_steps = 1000
+    if task == "induction":
+        config.data, config.model.vocab_size, config.train.seq_len = data("copying", task=task), 20, 30
+    elif task in copying.TASKS:
+        config.data, config.model.vocab_size = data("copying", task=task), 512
+    elif task == "stack":
+        config.data, config.model.vocab_size = data("stack"), 512
+    elif task in mad.TASKS:
+        examples = 256 if task == "memorization" else 12_800
+        config.data = data("mad", task=task, train_examples=examples)
+        config.model.vocab_size = MAD_VOCAB.get(task, 16)
+        config.train.seq_len = MAD_LENGTH.get(task, 128)
+        config.train.steps = 200 * examples // 128
+        config.model.mlp_hidden = 256
+    else:
+        config.data, config.model.vocab_size = data("state_tracking", group=task), 128
+        config.model.num_layers, config.train.seq_len = 1, 128
+        config.optimizer.weight_decay = 1e-6
+    return config

@@ -1,0 +1,68 @@
+"""Data kind "copying": say again what was said: palindrome, copy, induction head.
+
+palindrome  x_1 .. x_n <sep> x_n .. x_1, the reversed half is predicted (Kimi Linear, arXiv 2510.26692, 5.1)
+copy        x_1 .. x_n <sep> x_1 .. x_n, likewise (Jelassi et al. 2024, "Repeat after me", arXiv 2402.01032)
+induction   random tokens with <sep> once among them and once at the end; predicted is the one token that
+            followed the first <sep> (Fu et al. 2022, "H3", arXiv 2212.14052, 3.1)
+
+Elements are uniform over [0, V - 1) and <sep> is V - 1. An example fills a row: n is half of train.seq_len,
+and the answer's last element, which predicts nothing, is left out. Kimi Linear does not state V.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from hybridlm.data.generated import BLOCK, Generated, check_sizes, no_targets
+from hybridlm.data.source import Source, View
+from hybridlm.errors import ConfigError, nearest
+
+TASKS = ("palindrome", "copy", "induction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """task: palindrome, copy or induction.
+    train_examples: size of the training set; 0 never repeats an example.
+    val_examples: held-out examples.
+    """
+
+    task: str = "palindrome"
+    train_examples: int = 0
+    val_examples: int = 1000
+
+    def check(self) -> None:
+        check_sizes(self)
+        if self.task not in TASKS:
+            raise ConfigError(
+                "task", self.task, "must be one of " + ", ".join(TASKS), nearest(self.task, TASKS)
+            )
+
+
+def open_source(config: Config, view: View) -> Source:
+    length, least = view.seq_len // 2 * 2, 4
+    if length < least or view.vocab_size < 3:
+        raise ConfigError("task", config.task, f"needs train.seq_len >= {least} and model.vocab_size >= 3")
+    number = TASKS.index(config.task)
+    return Generated(
+        lambda rng: _make(rng, config.task, length, view.vocab_size),
+        view, name=config.task, length=length, entropy=(1, number, length),
+        examples=config.train_examples if view.split == "train" else config.val_examples,
+    )  # fmt: skip
+
+
+def _make(rng: np.random.Generator, task: str, length: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    separator = vocab - 1
+    if task == "induction":
+        tokens = rng.integers(separator, size=(BLOCK, length), dtype=np.int32)
+        example, place = np.arange(BLOCK), rng.integers(length - 2, size=BLOCK)
+        tokens[example, place] = tokens[:, -1] = separator
+        targets = no_targets(tokens)
+        targets[:, -1] = tokens[example, place + 1]
+        return tokens, targets
+    half = rng.integers(separator, size=(BLOCK, length // 2), dtype=np.int32)
+    answer = half[:, ::-1] if task == "palindrome" else half
+    tokens = np.concatenate([half, np.full((BLOCK, 1), separator, np.int32), answer[:, :-1]], axis=1)
+    targets = no_targets(tokens)
+    targets[:, length // 2 :] = answer
+    return tokens, targets

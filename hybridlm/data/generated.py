@@ -1,0 +1,103 @@
+"""Rows of synthetic examples, each a pure function of (seed, index), for the kinds of data that are tasks.
+
+A task is a function that makes a block of examples of one length. A row packs as many as it holds, each a
+document of its own.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hybridlm.data.source import NO_LOSS, Batch, View, empty_rows, permutation
+from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.errors import ConfigError
+
+BLOCK = 256  # examples made at once
+Make = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+
+def check_sizes(config: object) -> None:
+    """Refuses negative train_examples and a val_examples below 1, the fields that every task has."""
+    for name, least in (("train_examples", 0), ("val_examples", 1)):
+        if getattr(config, name) < least:
+            raise ConfigError(name, getattr(config, name), f"must be at least {least}")
+
+
+def check_vocab(task: str, needed: int, view: View) -> None:
+    if view.vocab_size < needed:
+        raise ConfigError(
+            "kind", task, f"needs model.vocab_size of at least {needed}, here {view.vocab_size}"
+        )
+
+
+class Generated:
+    """Source of the examples that ``make`` makes.
+
+    make: random generator -> tokens and targets, int32 [BLOCK, length]; targets are at the index whose output
+        predicts them, NO_LOSS elsewhere.
+    name: says what decides the examples apart from length, seed and split; part of the fingerprint.
+    entropy: non-negative integers that seed the blocks, apart from those that View gives.
+    examples: of the split's data set; 0 never repeats one (training only).
+    """
+
+    tokenizer: Tokenizer | None = None
+
+    def __init__(
+        self, make: Make, view: View, *, name: str, length: int, examples: int, entropy: Sequence[int]
+    ):
+        self.make, self.view, self.name, self.length, self.examples = make, view, name, length, examples
+        self.vocab_size = view.vocab_size
+        self.per_row = view.seq_len // length
+        self.num_rows = -(-examples // self.per_row) if examples else None
+        training = view.split == "train"
+        self.entropy = (view.seed if training else 0, int(training), *entropy)
+        self.fingerprint = f"{name} {(self.entropy, length, view.seq_len, view.vocab_size, examples)}"
+        self._block = functools.lru_cache(maxsize=16)(self._generate)
+        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    def describe(self) -> str:
+        number = f"{self.examples:,}" if self.examples else "endless"
+        return f"{number} examples of {self.length} tokens, {self.per_row} a row: {self.name}"
+
+    def rows(self, index_B: np.ndarray) -> Batch:
+        batch = empty_rows(len(index_B), self.view.seq_len)
+        used = self.per_row * self.length
+        batch["segment_ids"][:, :used] = np.repeat(np.arange(1, self.per_row + 1), self.length)
+        batch["positions"][:, :used] = np.tile(np.arange(self.length), self.per_row)
+        for b, index in enumerate(index_B.tolist()):
+            if self.num_rows is not None:
+                epoch, index = divmod(index, self.num_rows)
+                if self.view.split == "train":
+                    index = int(self._order(epoch)[index])
+            for k in range(self.per_row):
+                example, at = index * self.per_row + k, slice(k * self.length, (k + 1) * self.length)
+                if self.examples and example >= self.examples:  # the last row may not be full
+                    batch["segment_ids"][b, at] = batch["positions"][b, at] = 0
+                    continue
+                tokens, targets = self._block(example // BLOCK)
+                batch["tokens"][b, at] = tokens[example % BLOCK]
+                batch["targets"][b, at] = targets[example % BLOCK]
+        return batch
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        assert self.num_rows is not None
+        return permutation(self.num_rows, *self.entropy, epoch)
+
+    def _generate(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        seed = np.random.SeedSequence((*self.entropy, block))
+        return self.make(np.random.Generator(np.random.Philox(seed)))
+
+
+def no_targets(tokens: np.ndarray) -> np.ndarray:
+    return np.full(tokens.shape, NO_LOSS, np.int32)
+
+
+def draw_distinct(rng: np.random.Generator, low: int, high: int, count: int) -> np.ndarray:
+    """[BLOCK, count] draws from [low, high) without replacement: ``count`` steps of Fisher-Yates at once."""
+    deck = np.tile(np.arange(low, high, dtype=np.int32), (BLOCK, 1))
+    example = np.arange(BLOCK)
+    for i in range(count):
+        j = rng.integers(i, high - low, size=BLOCK)
+        deck[example, i], deck[example, j] = deck[example, j], deck[example, i]
+    return deck[:, :count]

@@ -1,0 +1,76 @@
+"""Data kind "state_tracking": word problems of a finite group (Merrill et al. 2024, arXiv 2404.08819).
+
+Tokens are elements of the group, uniform and independent; the target at every position is the product of all
+elements up to and including it. Parity is the group of two elements, whose solution needs one negative
+eigenvalue (Grazzi et al. 2024, arXiv 2411.12537); S5 and A5 are not solvable. DeltaProduct (arXiv 2502.10297)
+trains at length 128 and tests up to 512.
+
+Ids are ranks in lexicographic order of the permutations (0 is the identity), and
+(p * q)(i) = q(p(i)): what comes first acts first.
+"""
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+
+from hybridlm.data.generated import BLOCK, Generated, check_sizes, check_vocab
+from hybridlm.data.source import Source, View
+from hybridlm.errors import ConfigError, nearest
+
+GROUPS = {"parity": (2, False), "S3": (3, False), "S4": (4, False), "A5": (5, True), "S5": (5, False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """group: parity, S3, S4, A5 or S5.
+    train_examples: size of the training set (DeltaProduct: 100k); 0 never repeats an example.
+    val_examples: held-out examples.
+    """
+
+    group: str = "S3"
+    train_examples: int = 0
+    val_examples: int = 1000
+
+    def check(self) -> None:
+        check_sizes(self)
+        if self.group not in GROUPS:
+            allowed = "must be one of " + ", ".join(GROUPS)
+            raise ConfigError("group", self.group, allowed, nearest(self.group, GROUPS))
+
+
+def open_source(config: Config, view: View) -> Source:
+    table = multiplication(config.group)
+    check_vocab(config.group, len(table), view)
+    number = list(GROUPS).index(config.group)
+
+    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        tokens = rng.integers(len(table), size=(BLOCK, view.seq_len), dtype=np.int32)
+        targets = np.empty_like(tokens)
+        product = np.zeros(BLOCK, np.int32)
+        for t in range(view.seq_len):
+            targets[:, t] = product = table[product, tokens[:, t]]
+        return tokens, targets
+
+    return Generated(
+        make, view, name=config.group, length=view.seq_len, entropy=(3, number, view.seq_len),
+        examples=config.train_examples if view.split == "train" else config.val_examples,
+    )  # fmt: skip
+
+
+@functools.cache
+def elements(group: str) -> list[tuple[int, ...]]:
+    """The permutations of ``group`` in the order of their ids."""
+    points, even_only = GROUPS[group]
+    inversions = lambda p: sum(a > b for a, b in itertools.combinations(p, 2))
+    return [p for p in itertools.permutations(range(points)) if not even_only or inversions(p) % 2 == 0]
+
+
+@functools.cache
+def multiplication(group: str) -> np.ndarray:
+    """int32 [order, order]: the id of a * b, a first."""
+    permutations = elements(group)
+    index = {p: i for i, p in enumerate(permutations)}
+    product = lambda p, q: index[tuple(q[point] for point in p)]
+    return np.array([[product(p, q) for q in permutations] for p in permutations], np.int32)
