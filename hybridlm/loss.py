@@ -15,11 +15,20 @@ CHUNK_ELEMENTS = 1 << 25  # logits held at once: 32 Mi elements, 128 MiB in floa
 
 
 class LossSums(NamedTuple):
-    """Float32 sums over the tokens with a target: cross-entropy in nats, log(Z)^2, their number."""
+    """Float32 sums over the tokens with a target.
+
+    cross_entropy: in nats.  log_z_squared: log(Z)^2.  tokens: their number.
+    correct: tokens whose logit is above all others; a tie is wrong.
+    """
 
     cross_entropy: jax.Array
     log_z_squared: jax.Array
     tokens: jax.Array
+    correct: jax.Array
+
+    @classmethod
+    def zero(cls) -> "LossSums":
+        return cls(*[jnp.zeros((), jnp.float32)] * 4)
 
 
 def cross_entropy(
@@ -56,8 +65,14 @@ def _logits_and_sums(
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    correct = target_logit > jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1)
     weight = (targets >= 0).astype(jnp.float32)
-    sums = LossSums(jnp.sum(weight * (log_z - target_logit)), jnp.sum(weight * log_z**2), jnp.sum(weight))
+    sums = LossSums(
+        cross_entropy=jnp.sum(weight * (log_z - target_logit)),
+        log_z_squared=jnp.sum(weight * log_z**2),
+        tokens=jnp.sum(weight),
+        correct=jnp.sum(weight * correct),
+    )
     return logits, log_z, is_target, sums
 
 
@@ -79,10 +94,7 @@ def _chunked(
         sums = _logits_and_sums(xs[0], head, xs[1])[-1]
         return jax.tree.map(jnp.add, total, sums), None
 
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(
-        step, LossSums(zero, zero, zero), (_chunks(hidden, chunk), _chunks(targets, chunk))
-    )
+    sums, _ = jax.lax.scan(step, LossSums.zero(), (_chunks(hidden, chunk), _chunks(targets, chunk)))
     return sums.cross_entropy + z_loss * sums.log_z_squared, sums
 
 
@@ -101,8 +113,7 @@ def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: flo
         d_head = d_head + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), d_head), d_h
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (LossSums(zero, zero, zero), jnp.zeros(head.shape, jnp.float32))
+    start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
     (sums, d_head), d_hidden = jax.lax.scan(step, start, (_chunks(padded, chunk), _chunks(targets, chunk)))
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(padded.shape)[:, :length]
     total = sums.cross_entropy + z_loss * sums.log_z_squared

@@ -36,6 +36,7 @@ def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(ours(hidden, head)[0], value, rtol=1e-6)  # undifferentiated path
     assert int(sums.tokens) == (targets >= 0).sum()
+    assert int(sums.correct) == ((hidden @ head).argmax(-1) == targets).sum()
     np.testing.assert_allclose(value, sums.cross_entropy + z_loss * sums.log_z_squared, rtol=1e-6)
 
 
@@ -44,6 +45,13 @@ def test_rows_without_targets_have_no_gradient():
     targets = jnp.array([[-1] * 4, [0, 1, 2, 3]])
     grad = jax.grad(lambda h: loss.cross_entropy(h, head, targets)[0])(hidden)
     assert not np.any(grad[0]) and np.any(grad[1])
+
+
+def test_a_tie_is_not_correct():
+    hidden, targets = jnp.ones((1, 2, 3)), jnp.array([[0, 1]])
+    tied = jnp.ones((3, 4))
+    assert int(loss.cross_entropy(hidden, tied, targets)[1].correct) == 0
+    assert int(loss.cross_entropy(hidden, tied.at[0, 1].add(1), targets)[1].correct) == 1
 
 
 def test_no_array_holds_all_logits():
