@@ -22,14 +22,28 @@ from pallas_kernels.call import L2NORM_EPS
 C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
 F32 = jnp.float32
+
+# Rows of a chunk's `gates` [8, C]. Token i reads the state S0 before the chunk with weight e_i = exp(G_i) if it
+# belongs to the document that enters the chunk, else 0; its write is in the state after it with weight
+# f_i = exp(G_C - G_i) if it belongs to the document that leaves, else 0. G: sums of log-decays from the chunk's start.
+READ_K, READ_Q, WRITE, CARRY, SUM, NORM_K, NORM_Q, BETA = range(8)
+# e / |k|, scale e / |q|, f / |k|, exp(G_C) or 0 for all tokens, G log2(e), 1 / |k|, scale / |q|, beta
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one number per row of a tile
 COLS = WGMMA.reduce(0)  # one number per column
 
 
-def kernel(body: Callable, *, name: str, interpret: Any, **options: Any) -> Callable:
-    """`plgpu.kernel` with Lane semantics (Warpgroup inference breaks transposed and row-shifted views)."""
-    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+def kernel(
+    body: Callable, *, name: str, interpret: Any, manual_barriers: bool = False, **options: Any
+) -> Callable:
+    """`plgpu.kernel` with Lane semantics (Warpgroup inference breaks transposed and row-shifted views).
+
+    manual_barriers: no barrier around each store to shared memory; the body puts commit_smem (a fence and a
+    barrier of the warpgroup) between a store and what reads it, and between a read and what overwrites it.
+    """
+    params = plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=manual_barriers, lowering_semantics=plgpu.LoweringSemantics.Lane
+    )
     if interpret is True:
         interpret = plgpu.InterpretGPUParams(detect_races=True)
     return plgpu.kernel(body, compiler_params=params, interpret=interpret or None, kernel_name=name, **options)
@@ -120,6 +134,12 @@ def matmul(*products: tuple, interpret: Any) -> Any:
     return out[0] if len(out) == 1 else out
 
 
+def products(*operands: tuple, interpret: Any) -> tuple:
+    """`matmul`, with a tuple as its result for any number of products."""
+    out = matmul(*operands, interpret=interpret) if operands else ()
+    return (out,) if len(operands) == 1 else out
+
+
 def _interpreted(a: Any, b: Any, init: jax.Array | None) -> jax.Array:
     out = jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
     return out if init is None else out + init
@@ -128,6 +148,16 @@ def _interpreted(a: Any, b: Any, init: jax.Array | None) -> jax.Array:
 def inverse_norm(x: jax.Array) -> jax.Array:
     """1 / |x| of each row, as the op defines it: rsqrt(sum(x^2) + 1e-6)."""
     return lax.rsqrt(jnp.sum(x * x, axis=1) + L2NORM_EPS)
+
+
+def inverse_norms(halves: Any) -> jax.Array:
+    """`inverse_norm` of the rows of a tile given as shared-memory pieces side by side (fewer registers at once)."""
+    squares = None
+    for half in halves:
+        x = tile(half)
+        part = jnp.sum(x * x, axis=1)
+        squares = part if squares is None else squares + part
+    return lax.rsqrt(squares + L2NORM_EPS)
 
 
 def cumulative(step_col: jax.Array) -> jax.Array:

@@ -1,0 +1,115 @@
+"""The triangular inverses of the delta rule, every chunk on its own: one warpgroup a chunk."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper.blocks import C, F32
+from pallas_kernels.hopper.inputs import Inputs, Vectors
+
+WARPGROUPS = 4  # chunks at work in a block of threads; caps a thread at 128 registers
+
+
+def chunk_inverses(inputs: Inputs, *, run: int) -> jax.Array:
+    """A = (I + L)^-1 [B, HV, T, C] in bf16, row i of each chunk's A at token i.
+
+    L_ij = beta_i k_i.k_j exp(G_i - G_j) for pairs j < i of one document. `run`: chunks a warpgroup works through,
+    the keys of the next one on their way while it inverts.
+    """
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads = inputs.v.shape[2]
+    group, chunks = value_heads // heads, length // C
+    halves = key_dim // C
+    vectors = Vectors(inputs, ("log_decay", "beta", "segment"))
+    interpret = inputs.interpret
+    warpgroups = min(WARPGROUPS, chunks)
+    blocks_of_chunks = pl.cdiv(chunks, warpgroups * run)
+
+    def body(*refs: Any, k_s: Any, in_s: Any, sum_s: Any, x_s: Any, y_s: Any, a_s: Any, ready: Any, done: Any) -> None:
+        k_ref, *vector_refs, a_ref = refs
+        b, head, block, wg = (lax.axis_index(name) for name in ("b", "h", "n", "wg"))
+        k_s, in_s, sum_s, x_s, y_s, a_s, ready = (s.at[wg] for s in (k_s, in_s, sum_s, x_s, y_s, a_s, ready))
+        first = (block * warpgroups + wg) * run
+        count = jnp.minimum(run, chunks - first)
+
+        def fill(n: Any) -> None:
+            rows = pl.ds((first + n) * C, C)
+            for half in range(halves):
+                source = k_ref.at[b, rows, blocks.div(head, group), pl.ds(half * C, C)]
+                plgpu.copy_gmem_to_smem(source, k_s.at[half], ready)
+            vectors.copy(vector_refs, in_s, ready, b, head, rows)
+
+        def strictly_lower() -> jax.Array:
+            sums = segment = None
+            if vectors.has("log_decay"):
+                steps = blocks.col_vector(vectors.get("log_decay", in_s)) * blocks.LOG2E
+                sum_row = blocks.cumulative(steps)
+                sum_s.at[0][...] = sum_row
+            if inputs.l2norm:
+                norm = blocks.inverse_norms([k_s.at[half] for half in range(halves)])
+                sum_s.at[1][...] = norm
+            plgpu.commit_smem()
+            row_scale = blocks.row_vector(vectors.get("beta", in_s))
+            if vectors.has("log_decay"):
+                sums = sum_row, blocks.col_vector(sum_s.at[0])
+            if vectors.has("segment"):
+                ids = vectors.get("segment", in_s)
+                segment = blocks.row_vector(ids), blocks.col_vector(ids)
+            lower = blocks.matmul((k_s.at[0], k_s.at[0].T), interpret=interpret)
+            for half in range(1, halves):
+                lower = blocks.matmul((k_s.at[half], k_s.at[half].T, lower), interpret=interpret)
+            if inputs.l2norm:
+                row_scale *= norm
+                lower *= blocks.by_col(blocks.col_vector(sum_s.at[1]))
+            keep = blocks.causal(strict=True, segment=segment)
+            return lower * blocks.by_row(row_scale) * blocks.pair_decay(keep, sums)
+
+        @pl.when(count > 0)
+        def _() -> None:
+            fill(0)
+
+        @pl.loop(0, count)
+        def _(n: Any) -> None:
+            plgpu.barrier_wait(ready)
+            lower = strictly_lower()
+            plgpu.commit_smem()  # k_s was read: TMA may overwrite it
+
+            @pl.when(n + 1 < count)
+            def _() -> None:
+                fill(n + 1)
+
+            inverse = blocks.unit_lower_inverse(lower, x_s, y_s, interpret=interpret)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            a_s[...] = inverse.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(a_s, a_ref.at[b, head, pl.ds((first + n) * C, C)])
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        blocks.finish_together(done)
+
+    return blocks.kernel(
+        body,
+        name="chunk_inverses",
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=jax.ShapeDtypeStruct((batch, value_heads, length, C), jnp.bfloat16),
+        grid=(batch, value_heads, blocks_of_chunks),
+        grid_names=("b", "h", "n"),
+        num_threads=warpgroups,
+        thread_name="wg",
+        scratch_types=dict(
+            k_s=blocks.smem((warpgroups, halves, C, C), jnp.bfloat16),
+            in_s=plgpu.SMEM((warpgroups, len(vectors), C), F32),
+            sum_s=plgpu.SMEM((warpgroups, 2, C), F32),
+            x_s=blocks.smem((warpgroups, C, C), jnp.float16),
+            y_s=blocks.smem((warpgroups, C, C), jnp.float16),
+            a_s=blocks.smem((warpgroups, C, C), jnp.bfloat16),
+            ready=plgpu.Barrier(num_arrivals=halves + len(vectors), num_barriers=warpgroups),
+            done=plgpu.Barrier(num_arrivals=warpgroups),
+        ),
+    )(inputs.k, *vectors.arrays)

@@ -1,0 +1,353 @@
+"""The scan over chunks: one block of threads per sequence (or piece of one), value head and slice of V.
+
+Warpgroups: one or two hold S^T (64 values by K, float32, in registers) and run the chain of products; one or two
+prepare a chunk ahead, scores P = q.k exp(G_i - G_j) and the numbers per token; one issues the copies.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper.blocks import BETA, CARRY, F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
+from pallas_kernels.hopper.inputs import Inputs, Vectors
+
+BF16 = jnp.bfloat16
+AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
+SMEM_BYTES = 227 * 1024
+
+
+class Roles(NamedTuple):
+    """Warpgroups of each kind, and registers a thread of each: 65,536 in all, in steps of 8."""
+
+    state: int
+    prepare: int
+    state_registers: int
+    prepare_registers: int
+    copy_registers: int
+
+    @property
+    def threads(self) -> int:
+        return self.state + self.prepare + 1
+
+
+ROLES = {64: Roles(1, 2, 232, 128, 24), 128: Roles(2, 1, 192, 104, 24)}  # by values in a slice of V
+
+
+class Scanned(NamedTuple):
+    """Results of `scan`; None for what was not asked for.
+
+    o: [B, T, HV, V] bf16.  final: S^T after each piece [B * pieces, HV, V, K] float32.
+    gates: [B, HV, T/C, 8, C] float32.  states: S^T before each chunk [B, HV, T/C, V, K] bf16.
+    values: V' [B, T, HV, V] bf16.
+    """
+
+    o: jax.Array | None = None
+    final: jax.Array | None = None
+    gates: jax.Array | None = None
+    states: jax.Array | None = None
+    values: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One compiled scan. mode: "output"; "summary", the state after each piece alone; "transition", the same with
+    no values and the identity for S_0, so that the result is what a piece does to the state it starts from.
+    `keep`: also return what the backward pass wants. `pieces`: every sequence is cut into so many equal runs of
+    chunks, each with its own initial state."""
+
+    inputs: Inputs
+    inverses: jax.Array | None
+    value_tile: int
+    pieces: int = 1
+    mode: str = "output"
+    final: bool = False
+    keep: bool = False
+
+    def __call__(self) -> Scanned:
+        i = self.inputs
+        batch, length, heads, key_dim = i.k.shape
+        value_heads, value_dim = i.v.shape[2:]
+        output, transition = self.mode == "output", self.mode == "transition"
+        value_dim = key_dim if transition else value_dim
+        delta = self.inverses is not None
+        roles = ROLES[self.value_tile]
+        tiles = roles.state
+        chunks = length // C
+        names = ("log_decay", "beta", "segment", "entering")
+        vectors = Vectors(i, names)
+
+        stage = 2 * C * (key_dim * (1 + output) + C * (tiles * (not transition) + delta)) + 4 * C * len(vectors)
+        fixed = AHEAD * (2 * C * C * output + 32 * C)
+        fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
+        stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
+
+        results = dict(
+            o=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
+            final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
+            if self.final or not output
+            else None,
+            gates=jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32) if self.keep else None,
+            states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
+            if self.keep
+            else None,
+            values=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
+            if self.keep and delta
+            else None,
+        )
+        results = {name: value for name, value in results.items() if value is not None}
+        arrays = dict(q=i.q if output else None, k=i.k, v=None if transition else i.v)
+        arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays)}
+        arrays |= dict(a=self.inverses, initial=None if transition else i.state)
+        arrays = {name: value for name, value in arrays.items() if value is not None}
+        scratch = dict(
+            k=blocks.smem((stages, C, key_dim), BF16),
+            q=blocks.smem((stages, C, key_dim), BF16) if output else None,
+            v=None if transition else blocks.smem((stages, tiles, C, C), BF16),
+            a=blocks.smem((stages, C, C), BF16) if delta else None,
+            vectors=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
+            gates=plgpu.SMEM((AHEAD, 8, C), F32),
+            scores=blocks.smem((AHEAD, C, C), BF16) if output else None,
+            o=blocks.smem((tiles, C, C), BF16) if output else None,
+            states=blocks.smem((tiles, C, key_dim), BF16) if self.keep else None,
+            values=blocks.smem((tiles, C, C), BF16) if self.keep and delta else None,
+            filled=plgpu.Barrier(
+                num_arrivals=1 + output + tiles * (not transition) + delta + len(vectors), num_barriers=stages
+            ),
+            free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
+            ready=plgpu.Barrier(num_barriers=AHEAD),
+            taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
+            done=plgpu.Barrier(num_arrivals=roles.threads),
+        )
+        scratch = {name: value for name, value in scratch.items() if value is not None}
+
+        def body(*refs: Any, **smem: Any) -> None:
+            b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
+            at = SimpleNamespace(
+                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs))),
+                smem=SimpleNamespace(**smem),
+                piece=b,
+                b=blocks.div(b, self.pieces),
+                head=head,
+                key_head=blocks.div(head, value_heads // heads),
+                first_value=value_block * self.value_tile,
+                count=chunks // self.pieces,
+                first=blocks.rem(b, self.pieces) * (chunks // self.pieces),
+                stages=stages,
+                tiles=tiles,
+                roles=roles,
+                vectors=vectors,
+                delta=delta,
+                output=output,
+                transition=transition,
+                key_dim=key_dim,
+            )
+
+            @pl.when(wg < tiles)
+            def _() -> None:
+                plgpu.set_max_registers(roles.state_registers, action="increase")
+                self.hold_state(at, wg)
+
+            @pl.when((wg >= tiles) & (wg < tiles + roles.prepare))
+            def _() -> None:
+                action = "increase" if roles.prepare_registers > 128 else "decrease"
+                if roles.prepare_registers != 128:
+                    plgpu.set_max_registers(roles.prepare_registers, action=action)
+                self.prepare_chunks(at, wg - tiles)
+
+            @pl.when(wg == tiles + roles.prepare)
+            def _() -> None:
+                plgpu.set_max_registers(roles.copy_registers, action="decrease")
+                self.issue_copies(at)
+
+            blocks.finish_together(at.smem.done)
+
+        out = blocks.kernel(
+            body,
+            name=("delta_" if delta else "additive_") + self.mode,
+            interpret=i.interpret,
+            manual_barriers=True,
+            out_type=list(results.values()),
+            grid=(batch * self.pieces, value_heads, value_dim // self.value_tile),
+            grid_names=("b", "h", "v"),
+            num_threads=roles.threads,
+            thread_name="wg",
+            scratch_types=scratch,
+        )(*arrays.values())
+        return Scanned(**dict(zip(results, out)))
+
+    def issue_copies(self, at: SimpleNamespace) -> None:
+        smem, refs = at.smem, at.refs
+
+        def fill(n: Any, slot: Any) -> None:
+            rows, barrier = pl.ds((at.first + n) * C, C), smem.filled.at[slot]
+            plgpu.copy_gmem_to_smem(refs.k.at[at.b, rows, at.key_head], smem.k.at[slot], barrier)
+            if at.output:
+                plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head], smem.q.at[slot], barrier)
+            if at.delta:
+                plgpu.copy_gmem_to_smem(refs.a.at[at.b, at.head, rows], smem.a.at[slot], barrier)
+            for tile in range(0 if at.transition else at.tiles):
+                columns = pl.ds(at.first_value + tile * C, C)
+                plgpu.copy_gmem_to_smem(refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier)
+            if len(at.vectors):
+                sources = [getattr(refs, "in_" + name) for name in at.vectors.names]
+                at.vectors.copy(sources, smem.vectors.at[slot], barrier, at.b, at.head, rows)
+
+        for n in range(min(at.stages, at.count)):
+            fill(n, n)
+
+        @pl.loop(at.stages, at.count)
+        def _(n: Any) -> None:
+            slot = blocks.rem(n, at.stages)
+            plgpu.barrier_wait(smem.free.at[slot])
+            fill(n, slot)
+
+        for n in range(max(at.count - at.stages, 0), at.count):
+            plgpu.barrier_wait(smem.free.at[n % at.stages])
+
+    def prepare_chunks(self, at: SimpleNamespace, turn: Any) -> None:
+        """Chunks n with n % (warpgroups of this kind) == turn."""
+        smem, share = at.smem, at.roles.prepare
+
+        @pl.loop(0, at.count)
+        def _(n: Any) -> None:
+            slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
+            plgpu.barrier_wait(smem.filled.at[slot])
+
+            @pl.when(blocks.rem(n, share) == turn)
+            def _() -> None:
+                @pl.when(n >= AHEAD)
+                def _() -> None:
+                    plgpu.barrier_wait(smem.taken.at[ahead])
+
+                self.prepare_chunk(at, slot, ahead)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(smem.ready.at[ahead])
+                plgpu.barrier_arrive(smem.free.at[slot])
+                if self.keep:
+
+                    @pl.when(at.first_value == 0)
+                    def _() -> None:
+                        plgpu.copy_smem_to_gmem(smem.gates.at[ahead], at.refs.gates.at[at.b, at.head, at.first + n])
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        for n in range(max(at.count - AHEAD, 0), at.count):
+
+            @pl.when(turn == n % share)
+            def _() -> None:
+                plgpu.barrier_wait(smem.taken.at[n % AHEAD])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def prepare_chunk(self, at: SimpleNamespace, slot: Any, ahead: Any) -> None:
+        i, smem, vectors = self.inputs, at.smem, at.vectors
+        k, gates = smem.k.at[slot], smem.gates.at[ahead]
+        inputs = smem.vectors.at[slot] if len(vectors) else None
+        one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
+        read = write = norm_k = one
+        carry: Any = 1.0
+        sums = segment = None
+        if vectors.has("log_decay"):
+            sum_row = blocks.cumulative(blocks.col_vector(vectors.get("log_decay", inputs)) * blocks.LOG2E)
+            gates.at[SUM][...] = sum_row
+        elif self.keep:
+            gates.at[SUM][...] = one * 0.0
+        if i.l2norm:
+            norm_k = blocks.inverse_norm(blocks.tile(k))
+        if i.l2norm or self.keep:
+            gates.at[NORM_K][...] = norm_k
+        plgpu.commit_smem()
+        if vectors.has("log_decay"):
+            sums = sum_row, blocks.col_vector(gates.at[SUM])
+            last = gates[SUM, C - 1]
+            read, write, carry = jnp.exp2(sum_row), jnp.exp2(last - sum_row), jnp.exp2(last)
+        if vectors.has("segment"):
+            ids = vectors.get("segment", inputs)
+            segment = blocks.row_vector(ids), blocks.col_vector(ids)
+            entering, leaving = vectors.get("entering", inputs)[0], ids[C - 1]
+            read = jnp.where(segment[0] == entering, read, 0.0)
+            write = jnp.where(segment[0] == leaving, write, 0.0)
+            carry = jnp.where(entering == leaving, carry, 0.0)
+        gates.at[READ_K][...] = read * norm_k
+        gates.at[WRITE][...] = write * norm_k
+        gates.at[CARRY][...] = one * carry
+        if self.keep:
+            gates.at[BETA][...] = blocks.row_vector(vectors.get("beta", inputs)) if vectors.has("beta") else one
+        if not at.output:
+            return
+        q = smem.q.at[slot]
+        norm_q = (blocks.inverse_norm(blocks.tile(q)) if i.l2norm else one) * i.scale
+        gates.at[READ_Q][...] = read * norm_q
+        if self.keep:
+            gates.at[NORM_Q][...] = norm_q
+        scores = blocks.matmul((q, k.T), interpret=i.interpret) * blocks.by_row(norm_q)
+        if i.l2norm:
+            scores *= blocks.by_col(blocks.col_vector(gates.at[NORM_K]))
+        scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+        smem.scores.at[ahead][...] = scores.astype(BF16)
+
+    def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
+        i, smem, refs = self.inputs, at.smem, at.refs
+        columns = pl.ds(at.first_value + wg * C, C)
+        shape = (C, at.key_dim)
+        if at.transition:
+            state = jnp.where(blocks.row_index(shape) + (at.first_value + wg * C) == blocks.col_index(shape), 1.0, 0.0)
+        elif i.state is None:
+            state = blocks.zeros(shape)
+        else:
+            initial = refs.initial.at[at.piece, at.head, columns]
+            state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+        in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
+
+        def step(n: Any, state: jax.Array) -> jax.Array:
+            slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
+            k, gates = smem.k.at[slot], smem.gates.at[ahead]
+            rows = pl.ds((at.first + n) * C, C)
+            by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))  # noqa: E731
+            state_lo = state.astype(BF16)
+            if self.keep:
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                smem.states.at[wg][...] = state_lo
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns])
+            plgpu.barrier_wait(smem.filled.at[slot])
+            reads = [(state_lo, k.T)] if at.delta else []
+            reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
+            read = blocks.products(*reads, interpret=i.interpret)
+            plgpu.barrier_wait(smem.ready.at[ahead])
+            value = 0.0 if at.transition else blocks.tile(smem.v.at[slot, wg].T)
+            if at.delta:
+                beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
+                value = (value - read[0] * by_token(READ_K)) * beta
+                value = blocks.matmul((value.astype(BF16), smem.a.at[slot].T), interpret=i.interpret)
+            written = ((value * by_token(WRITE)).astype(BF16), k, state * gates[CARRY, 0])
+            if not at.output:
+                state = blocks.matmul(written, interpret=i.interpret)
+            else:
+                value_lo = value.astype(BF16)
+                seen = (value_lo, smem.scores.at[ahead].T, read[-1] * by_token(READ_Q))
+                o, state = blocks.matmul(seen, written, interpret=i.interpret)
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                smem.o.at[wg].T[...] = o.astype(BF16)
+                if self.keep and at.delta:
+                    smem.values.at[wg].T[...] = value_lo
+            plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
+            plgpu.barrier_arrive(smem.taken.at[ahead])
+            plgpu.barrier_arrive(smem.free.at[slot])
+            if at.output:
+                if self.keep and at.delta:
+                    values = refs.values.at[at.b, rows, at.head, columns]
+                    plgpu.copy_smem_to_gmem(smem.values.at[wg], values, commit_group=False)
+                plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            return state
+
+        state = lax.fori_loop(0, at.count, step, state)
+        if self.final or not at.output:
+            refs.final.at[at.piece, at.head, columns][...] = state
+        plgpu.wait_smem_to_gmem(0)

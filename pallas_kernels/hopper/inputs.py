@@ -1,0 +1,81 @@
+"""What the kernels read, laid out for them once in XLA, and the copies of a chunk's numbers per token."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.call import Call
+from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper.blocks import C, F32
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
+
+    q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  log_decay, beta: None or [B, HV, T].
+    segment: None or [B, T], the document of each token (a whole number below 2^24).
+    entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
+    state: None or S_0^T [B, HV, V, K] float32.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    beta: jax.Array | None
+    segment: jax.Array | None
+    state: jax.Array | None
+    scale: float
+    l2norm: bool
+    interpret: Any
+    entering: jax.Array | None = None
+
+
+def prepare(call: Call) -> Inputs:
+    """Pads T to whole chunks (tokens with k = v = beta = 0 and no decay change nothing) and lays vectors out."""
+    length = blocks.round_up(call.q.shape[1])
+    segment = entering = None
+    if call.segment_ids is not None:
+        segment = blocks.pad_time(call.segment_ids, length, "edge").astype(F32)
+        last = segment[:, C - 1 :: C]
+        entering = jnp.repeat(jnp.concatenate([segment[:, :1], last[:, :-1]], 1), C, axis=1)
+    return Inputs(
+        q=blocks.pad_time(call.q, length),
+        k=blocks.pad_time(call.k, length),
+        v=blocks.pad_time(call.v, length),
+        log_decay=None if call.log_decay is None else blocks.head_major(call.log_decay, length),
+        beta=None if call.beta is None else blocks.head_major(call.beta, length),
+        segment=segment,
+        entering=entering,
+        state=None if call.initial_state is None else jnp.swapaxes(call.initial_state, 2, 3),
+        scale=call.scale,
+        l2norm=call.qk_l2norm,
+        interpret=call.interpret,
+    )
+
+
+class Vectors:
+    """The numbers per token that a kernel reads: rows of a shared-memory buffer [rows, C]."""
+
+    def __init__(self, inputs: Inputs, names: Sequence[str]):
+        self.names = [name for name in names if getattr(inputs, name) is not None]
+        self.arrays = [getattr(inputs, name) for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def copy(self, refs: Sequence[Any], buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
+        for row, (array, ref) in enumerate(zip(self.arrays, refs)):
+            source = ref.at[b, rows] if array.ndim == 2 else ref.at[b, head, rows]
+            plgpu.copy_gmem_to_smem(source, buffer.at[row], barrier)
+
+    def get(self, name: str, buffer: Any) -> Any:
+        return buffer.at[self.names.index(name)]
+
+    def has(self, name: str) -> bool:
+        return name in self.names
