@@ -1,10 +1,9 @@
 """Checkpoints: Orbax, asynchronous, newest N and the best by a metric. The only module that knows Orbax.
 
-A checkpoint at step s is a directory ``checkpoints/<s>`` with one item per entry of the training state, each a
-flat mapping from dotted names to arrays (``params`` can be read without the optimiser state), and ``run``, a
-JSON record of everything else that resumption needs: step, config, layers, data fingerprint. The seed in the
-config and the step are all the randomness there is, so nothing else has to be saved.
-Arrays are global: what one mesh wrote, another reads.
+A checkpoint at step s is a directory ``checkpoints/<s>`` with one item per entry of the training state, each
+a flat mapping from dotted names to arrays (``params`` can be read without the rest), and ``run``, a JSON
+record of everything else that resumption needs: step, config, layers, data fingerprint. The seed in the
+config and the step are all the randomness there is. Arrays are global: what one mesh wrote, another reads.
 """
 
 import json
@@ -24,10 +23,11 @@ log = logging.getLogger("hybridlm")
 
 State = dict[str, Any]
 
-# What a resumed run must have in common with its checkpoint: parameters in shape and meaning, and the data order.
+# What a resumed run has in common with its checkpoint: parameters in shape and meaning, and the data order.
 FIXED = (
     "model",
     "mixers",
+    "mlps",
     "data.fingerprint",
     "train.seed",
     "train.batch_size",
@@ -49,7 +49,7 @@ def unflatten(like: Any, flat: dict[str, Any]) -> Any:
 
 
 class Keep(NamedTuple):
-    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest by ``metric`` of those that have it."""
+    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest by ``metric`` that have one."""
 
     last: int
     best: int
@@ -78,7 +78,7 @@ class Checkpoints:
         self.keep = Keep(last, best, metric)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.keep,
-            best_fn=self.keep.score,  # the policy ranks; this makes Orbax write the metric, for a resumed run to rank
+            best_fn=self.keep.score,  # the policy ranks; this makes Orbax write the metric to disk
             best_mode="min",
             cleanup_tmp_directories=True,  # what a killed run left half-written
         )
@@ -122,7 +122,7 @@ class Checkpoints:
             return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
     def restore(self, step: int, like: State) -> State:
-        """The state of ``step``; ``like`` holds ShapeDtypeStructs with the shardings wanted, of all entries or some."""
+        """Entries of the state of ``step``; ``like``: ShapeDtypeStructs, with shardings, of those wanted."""
         items = {name: ocp.args.StandardRestore(flatten(tree)) for name, tree in like.items()}
         with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
@@ -179,8 +179,8 @@ class translated:
 def choose(mode: str, checkpoints: Checkpoints) -> int | None:
     """The step to resume from, or None to start anew.
 
-    mode "auto": the newest checkpoint if there is one; "must": ConfigError without one; "never": ConfigError with
-    one, since starting anew would mix two runs in one workdir.
+    mode "auto": the newest checkpoint if there is one; "must": ConfigError without one; "never": ConfigError
+    with one, since starting anew would mix two runs in one workdir.
     """
     steps = checkpoints.steps()
     if mode == "must" and not steps:

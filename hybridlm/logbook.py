@@ -1,8 +1,8 @@
 """What a run tells the world: metrics.jsonl, Weights & Biases, a progress bar, loss.png. Process 0 only.
 
-metrics.jsonl is the record: one JSON object per logged step, ascending. W&B gets the same numbers and can never
-fail the run. On resumption the file is cut back to the checkpoint's step, so the lines that follow are those of
-a run that was never interrupted.
+metrics.jsonl is the record: one JSON object per logged step, ascending. W&B gets the same numbers and can
+never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines that follow are
+those of a run that was never interrupted.
 """
 
 import json
@@ -14,10 +14,11 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import jax
+import rich
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -86,7 +87,7 @@ class Logbook:
         self.tracker.close(failed=error is not None)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line for ``step``, handed to the operating system when this returns; RunError when it takes no more."""
+        """One line for ``step``, in the operating system's hands on return; RunError when it refuses."""
         try:
             self.file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
             self.file.flush()
@@ -101,7 +102,7 @@ class Bar:
 
     def __init__(self, start: int, steps: int, quiet: bool):
         self.steps = steps
-        self.console = Console(quiet=quiet)
+        self.console = Console(quiet=True) if quiet else rich.get_console()
         columns = (
             BarColumn(),
             MofNCompleteColumn(),
@@ -135,7 +136,7 @@ class Bar:
             left = f"{(self.steps - step) * metrics['step_seconds']:.0f} s left"
             self.say(f"step {step}/{self.steps}  {numbers}  {left}")
         if "sample" in metrics:
-            self.say(metrics["sample"])
+            self.say(printable(metrics["sample"]))
 
     def say(self, text: str) -> None:
         """Prints ``text`` as it is, above the bar."""
@@ -145,7 +146,7 @@ class Bar:
 class Tracker:
     """Weights & Biases, or nothing. Any failure of it is logged once and ends tracking, never the run."""
 
-    def __init__(self, workdir: Path, config: Any, mode: str):
+    def __init__(self, workdir: Path, config: Any, mode: Literal["online", "offline", "disabled"]):
         self.run: Any = None
         if mode == "disabled":
             return
@@ -207,6 +208,11 @@ def has_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def printable(text: str) -> str:
+    """``text`` without what could steer a terminal: a model can write any character."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plot(records: list[Metrics], path: Path) -> None:

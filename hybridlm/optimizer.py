@@ -19,7 +19,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def schedule(config: Any, steps: int) -> Schedule:
-    """Learning rate, float32, of the update that follows ``count`` updates; ``steps`` is the length of the run.
+    """Learning rate, float32, of the update that follows ``count`` updates in a run of ``steps``.
 
     Linear from peak/warmup_steps to the peak over the first ``warmup_steps`` updates, then by ``schedule``:
       constant: the peak.
@@ -48,7 +48,7 @@ def schedule(config: Any, steps: int) -> Schedule:
 
 
 def group(meta: Any) -> str:
-    """Which rule a parameter of a Muon run follows: "muon", "decay" (AdamW) or "no_decay" (AdamW without decay).
+    """The rule that a parameter of a Muon run follows: "muon", "decay" (AdamW) or "no_decay" (AdamW without).
 
     Parameters that decay are matrices in their last two axes; of those, Muon leaves out the embedding and the
     head (axis "vocab") and depthwise convolutions (axis "taps"), which are not maps between hidden vectors.

@@ -9,7 +9,7 @@ and by `constrain` at block boundaries; only the recurrence op, whose kernels XL
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ Axes = Sequence[str | None]
 
 
 def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that ``config`` (fields data, fsdp, tensor; one may be -1: the rest) names over ``devices`` (all).
+    """The mesh of sizes ``config`` (data, fsdp, tensor; one may be -1: the rest) over ``devices`` or all.
 
     A mesh smaller than the machine uses the first devices and says so; a larger one is a ConfigError.
     """
@@ -62,7 +62,7 @@ def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_whole(what: str, logical: str, size: int, parts: int) -> None:
     log.warning(
         "%s: axis %r of %d is not divisible by %d (%s); it stays whole",
@@ -79,8 +79,8 @@ def spec(
 ) -> PartitionSpec:
     """The partition of an array of ``shape`` with logical ``axes`` on a mesh of sizes ``mesh``.
 
-    A dimension that its mesh axes do not divide stays whole, logged once with ``what`` it is; of two dimensions
-    that want the same mesh axis the first gets it.
+    A dimension that its mesh axes do not divide stays whole, logged once with ``what`` it is; of two
+    dimensions that want the same mesh axis the first gets it.
     """
     entries: list[tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
@@ -96,7 +96,7 @@ def spec(
 
 
 def param_shardings(metadata: Any, shapes: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each parameter: ``metadata`` (leaves with ``.axes``) and ``shapes`` are trees of `init`."""
+    """A NamedSharding for each parameter. metadata: leaves with ``.axes``; shapes: the tree of `init`."""
 
     def sharding(path: tuple, shape: Any, meta: Any) -> NamedSharding:
         return NamedSharding(mesh, spec(meta.axes, shape.shape, mesh.shape, jax.tree_util.keystr(path)))
@@ -105,11 +105,11 @@ def param_shardings(metadata: Any, shapes: Any, mesh: Mesh) -> Any:
 
 
 def state_shardings(shapes: Any, params: Any, mesh: Mesh) -> Any:
-    """Shardings of a whole training state: a leaf whose path ends like a parameter's lies where the parameter lies.
+    """Shardings of a whole training state: a leaf whose path ends in a parameter's path lies where that lies.
 
     shapes: tree of ShapeDtypeStruct; params: `param_shardings`. Anything else (step, counts) is replicated.
     """
-    by_path = {path: sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def sharding(path: tuple, _: Any) -> NamedSharding:
         tails = (by_path.get(path[start:]) for start in range(len(path)))
@@ -127,7 +127,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """The global host arrays of ``batch`` [B, ...] on the mesh; each process copies only its own rows."""
     sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         for name, array in batch.items()
     }
 
@@ -149,27 +149,27 @@ def per_shard(
 ) -> Callable[..., Any]:
     """``fn`` run on each device's own rows and heads (`jax.shard_map`), where XLA could not cut it itself.
 
-    fn: takes arrays or None, returns a tuple of arrays or None, and treats every position along the named axes
-        independently (heads in groups that stay together).
+    fn: takes arrays or None, returns a tuple of arrays or None, and treats every position along the named
+        axes independently (heads in groups that stay together).
     in_axes, out_axes: logical axes of each argument and result; None for one that is None.
-    A logical axis is cut only where its mesh axes divide it in every argument that has it (grouped value heads
-    must stay with their key head); otherwise it stays whole, logged once.
+    A logical axis is cut only where its mesh axes divide it in every argument that has it (grouped value
+    heads must stay with their key head); otherwise it stays whole, logged once.
     """
 
     def call(*args: Any) -> Any:
         mesh = _current()
         if mesh is None:
             return fn(*args)
-        named = [
-            (n, s)
-            for a, x in zip(in_axes, args, strict=True)
-            if x is not None
-            for n, s in zip(a or (), x.shape)
-        ]
+        given = [(axes or (), x.shape) for axes, x in zip(in_axes, args, strict=True) if x is not None]
+        sizes: dict[str, list[int]] = {}
+        for axes, shape in given:
+            for name, size in zip(axes, shape, strict=True):
+                if name:
+                    sizes.setdefault(name, []).append(size)
         cut = {}
-        for name in {n for n, _ in named if n}:
+        for name in sizes:
             parts = int(np.prod([mesh[axis] for axis in RULES[name]]))
-            whole = [size for n, size in named if n == name and size % parts]
+            whole = [size for size in sizes[name] if size % parts]
             if whole:
                 _say_whole("recurrence", name, whole[0], parts)
             else:

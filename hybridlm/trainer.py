@@ -1,8 +1,8 @@
 """Training: one jitted step over a mesh, and the loop around it.
 
-The whole state of a run is {"params", "opt_state", "step"}; the batch of a step is a function of the seed and
-the step, and there is no other randomness. A run that was killed and resumed therefore writes the same metrics
-as one that was not.
+The whole state of a run is {"params", "opt_state", "step"}; the batch of a step is a function of the seed
+and the step, and there is no other randomness. A run that was killed and resumed therefore writes the same
+metrics as one that was not.
 """
 
 import json
@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridlm import checkpoint, cost, data, generate, logbook, optimizer, sharding
+from hybridlm import checkpoint, cost, data, generate, logbook, optimizer, report, sharding
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.data import baselines
@@ -107,6 +108,8 @@ def train(config: Any, workdir: str | Path, resume: str = "auto") -> Metrics:
                     clock.restart()
             if start == steps:  # resumed a run that was finished: only its summary is wanted
                 metrics = validate(state["params"]) | draw(state["params"])
+    if jax.process_index() == 0:
+        summarise(config, workdir, metrics, val_data)
     return metrics
 
 
@@ -168,7 +171,7 @@ def build(config: Any, definition: lm.Definition, mesh: Mesh, token_bytes: np.nd
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = per_token(sums) | {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
         }
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
@@ -214,7 +217,7 @@ def due(step: int, every: int) -> bool:
 
 
 def settle(step: int, metrics: dict[str, jax.Array], clock: "Clock") -> Metrics:
-    """Waits for ``step`` and returns its metrics; RunError if one is not finite, for nothing after it would be."""
+    """Waits for ``step`` and returns its metrics; RunError if one is not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     clock.tick()
     for name, value in values.items():
@@ -228,8 +231,8 @@ def settle(step: int, metrics: dict[str, jax.Array], clock: "Clock") -> Metrics:
 class Clock:
     """Where the time of the steps since the last `rates` went.
 
-    tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches, which
-    are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are not counted.
+    tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches,
+    which are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are left out.
     """
 
     def __init__(self, config: Any, devices: int):
@@ -265,7 +268,7 @@ class Clock:
 
 
 def build_data(config: Any, split: str) -> data.Dataset:
-    """The whole batch on every process: `sharding.put_batch` takes a process's rows, wherever the mesh put them."""
+    """One split, whole batches on every process: `sharding.put_batch` takes the rows that the mesh wants."""
     t = config.train
     sizes = {"batch_size": t.batch_size, "seq_len": t.seq_len, "vocab_size": config.model.vocab_size}
     return data.build(config.data, split=split, seed=t.seed, **sizes)
@@ -296,6 +299,27 @@ def sample(config: Any, definition: lm.Definition, tokenizer: Any, params: Any) 
         stop=tokenizer.doc_id,
     )
     return {"sample": wanted.sample_prompt + tokenizer.decode(tokens[0])}
+
+
+def summarise(config: Any, workdir: Path, metrics: Metrics, held_out: data.Dataset) -> None:
+    """Draws loss.png and prints what the run came to: layers, held-out loss beside references, paths."""
+    logbook.plot(logbook.read(workdir / "metrics.jsonl"), workdir / "loss.png")
+    console = rich.get_console()
+    console.print(report.layer_table(config))
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(report.full_layers(config))
+    say(f"held-out loss: {metrics['val_loss']:.4f} nats per token")
+    text = held_out.held_out_bytes(config.eval.batches)
+    if text:
+        say(f"held-out bits per byte, on the same {len(text):,} bytes:")
+        say(f"  this model       {metrics['val_bpb']:.3f}")
+        say(f"  gzip -9          {baselines.gzip_bits_per_byte(text):.3f}")
+        say(f"  order-0 entropy  {baselines.order0_bits_per_byte(text):.3f}")
+    if "sample" in metrics:
+        say(f"sample:\n{logbook.printable(metrics['sample'])}")
+    say("written:")
+    for name in ("metrics.jsonl", "loss.png", "config.json", "layers.json", "checkpoints"):
+        say(f"  {workdir / name}")
 
 
 def write_json(path: Path, value: Any) -> None:

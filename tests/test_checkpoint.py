@@ -111,7 +111,7 @@ BASE = {
 
 
 def changed(**fields):
-    """(record as a checkpoint gives it back, record of a run whose ``fields``, dots as __, have other values)."""
+    """(record of a checkpoint, record of a run with other ``fields``; dots as double underscores)."""
     config = json.loads(json.dumps(BASE))
     after = {"config": config, "fingerprint": fields.pop("fingerprint", "abc")}
     for name, value in fields.items():

@@ -1,6 +1,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,12 +55,12 @@ def test_numbers_that_json_does_not_have_are_refused(tmp_path):
 
 
 def test_full_disk_is_a_run_error(tmp_path):
-    with logbook.Logbook(tmp_path, config(), start=0) as book:
+    with logbook.Logbook(tmp_path, config(), start=0) as book, Path("/dev/full").open("w") as full:
         book.file.close()
-        book.file = open("/dev/full", "w")
+        book.file = full
         with pytest.raises(RunError, match="cannot be written at step 3: No space left"):
             book.write(3, line())
-        book.file = open("/dev/null", "w")  # so that closing does not try again
+        full.detach()  # so that closing does not try again
 
 
 def test_plain_output_is_few_lines(tmp_path, capsys):

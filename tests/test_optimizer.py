@@ -111,7 +111,7 @@ def test_muon_orthogonalises_each_hidden_matrix_alone():
 
 
 def test_no_decay_leaves_only_follow_the_gradient():
-    """With zero gradients only weight decay moves a parameter: by learning rate * decay, and not at all without."""
+    """With zero gradients only weight decay moves a parameter: by learning rate * decay, or not at all."""
     for name in ("adamw", "muon"):
         config = settings(name=name, learning_rate=0.1, weight_decay=0.5, schedule="constant")
         tx = optimizer.build(config, STEPS, METADATA)

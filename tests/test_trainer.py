@@ -1,0 +1,184 @@
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hybridlm import config as configs
+from hybridlm import model, sharding, trainer
+from hybridlm.checkpoint import Checkpoints
+from hybridlm.errors import ConfigError, RunError
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+def resolved(text, **fields):
+    return configs.resolve(tiny.config(text, **fields))
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """(workdir, what `train` returned, what it printed) of one whole run."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = resolved(
+        text, eval__every_steps=4, eval__sample_tokens=8, log__every_steps=2, checkpoint__every_steps=3
+    )
+    return workdir, trainer.train(config, workdir), config
+
+
+def test_a_run_writes_what_it_promises(finished):
+    workdir, _, config = finished
+    names = {"config.json", "layers.json", "metrics.jsonl", "loss.png", "checkpoints"}
+    assert names <= {path.name for path in workdir.iterdir()}
+    assert configs.resolve(configs.from_json(workdir / "config.json")) == config
+    assert json.loads((workdir / "layers.json").read_text())["full_layers"] == [1]
+    with Checkpoints(workdir / "checkpoints") as saves:
+        assert saves.steps() == [3, 6]
+        assert saves.record(6)["step"] == 6
+
+
+def test_metrics_are_complete_and_finite(finished):
+    workdir, returned, _ = finished
+    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 3, 4, 6]  # logged, saved, validated, last
+    always = {"step", "loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second"}
+    always |= {"step_seconds", "data_seconds", "compute_seconds"}
+    for record in records:
+        assert always <= record.keys()
+        assert all(math.isfinite(value) for value in record.values() if not isinstance(value, str))
+        assert record["compute_seconds"] + record["data_seconds"] == pytest.approx(record["step_seconds"])
+        assert record["tokens_per_second"] == pytest.approx(8 * 16 / record["step_seconds"])
+        assert ("val_loss" in record) == ("val_bpb" in record) == (record["step"] in (4, 6))
+        assert ("sample" in record) == (record["step"] == 6)
+    assert {"step": 6} | returned == records[-1]
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+def test_the_numbers_are_those_of_the_model(finished):
+    """Losses recomputed from all logits and the saved parameters, in float64."""
+    workdir, returned, config = finished
+    definition = model.build(config)
+    held_out = trainer.build_data(config, "val")
+    with Checkpoints(workdir / "checkpoints") as saves:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+        params = saves.restore(6, {"params": jax.tree.map(place, model.shapes(definition))})["params"]
+    nats = count = 0.0
+    for index in range(2):
+        batch = held_out.batch(index)
+        rows = model.Rows(batch["segment_ids"], batch["positions"])
+        logits = np.asarray(model.logits(definition, params, batch["tokens"], rows), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        counted = batch["targets"] >= 0
+        nats -= np.take_along_axis(log_p, np.maximum(batch["targets"], 0)[..., None], -1)[..., 0][
+            counted
+        ].sum()
+        count += counted.sum()
+    assert returned["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+    num_bytes = len(held_out.held_out_bytes(2))
+    assert returned["val_bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_a_finished_run_resumed_only_tells_its_result(finished, capsys):
+    workdir, returned, config = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = trainer.train(config, workdir, resume="must")
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert {name: returned[name] for name in again} == again and "val_bpb" in again
+    shown = capsys.readouterr().out
+    for part in (
+        "gzip -9",
+        "order-0 entropy",
+        f"this model       {again['val_bpb']:.3f}",
+        "full attention: 1 of 2",
+    ):
+        assert part in shown
+
+
+def test_microbatches_add_up_to_the_batch(text):
+    """Sums are accumulated and divided once, so parts with unequal numbers of targets make no difference."""
+    results = []
+    for microbatches in (1, 4):
+        config = resolved(text, train__microbatches=microbatches, optimizer__name="muon", train__z_loss=1e-3)
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        source = trainer.build_data(config, "train")
+        program = trainer.build(config, model.build(config), mesh, source.token_bytes)
+        batch = source.batch(0)
+        batch["targets"][:3] = -1
+        state, metrics = program.step(program.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
+        results.append((state, metrics))
+    (one, metrics_one), (parts, metrics_parts) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics_one, metrics_parts)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)
+    jax.tree.map(close, one["params"], parts["params"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
+    config = resolved(
+        text, optimizer__learning_rate=1e30, optimizer__warmup_steps=0, checkpoint__every_steps=1
+    )
+    with pytest.raises(RunError, match=r"step \d: \w+ is (nan|inf)"):
+        trainer.train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as saves:  # the last one written before is whole
+        record = saves.record(saves.steps()[-1])
+    assert record["step"] == saves.steps()[-1] < 6
+
+
+def test_batch_that_the_mesh_does_not_divide_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda config: type("Mesh", (), {"shape": dict(data=3, fsdp=1)})
+    )
+    with pytest.raises(ConfigError, match=r"train.batch_size = 8: .*mesh.data \* mesh.fsdp = 1 \* 3 \* 1"):
+        trainer.train(resolved(text), tmp_path)
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(finished):
+    workdir, _, config = finished
+    shorter = config.to_dict()
+    shorter["train"]["steps"] = 5
+    with pytest.raises(ConfigError, match=r"train\.steps = 5: the checkpoint is already at step 6"):
+        trainer.train(configs.resolve(ConfigDict(shorter)), workdir)
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(text, tmp_path):
+    """kill -9 at a random moment after the first line; the lines of both runs are equal bit for bit."""
+    fields = {"train__steps": 60, "checkpoint__every_steps": 7, "eval__every_steps": 9}
+    config = resolved(text, optimizer__schedule="wsd", **fields)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    killed.mkdir()
+    trainer.train(config, whole)
+
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    command = [sys.executable, "train.py", f"--config={tmp_path}/config.json", f"--workdir={killed}"]
+    chance = random.Random()
+    lines, pause = chance.randint(1, 50), chance.random() / 100
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    metrics = killed / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.001)
+    time.sleep(pause)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, f"not killed in mid-run after {lines} lines and {pause:.4f} s"
+
+    before = tiny.lines(killed)
+    trainer.train(config, killed, resume="auto")
+    assert tiny.lines(killed) == tiny.lines(whole), f"killed after {lines} lines and {pause:.4f} s"
+    assert before == tiny.lines(whole)[: len(before)]
