@@ -74,25 +74,53 @@ def inputs(batch, length):
     return jnp.asarray(np.random.default_rng(2).normal(size=(batch, length, D)), jnp.float32)
 
 
+# Rows of 19 tokens. Row 0: four documents packed, with ids that come back (only a change means another
+# document). Rows 1 to 4: each of them alone, padded on the right. Rows 5 and 6: prompts padded on the left.
+LENGTHS, LENGTH = [3, 9, 1, 6], 19
+STARTS = np.cumsum([0, *LENGTHS[:-1]])
+PACKED = np.concatenate([np.arange(start, start + n) for start, n in zip(STARTS, LENGTHS, strict=True)])
+PAD = np.array([0, 0, 0, 0, 0, 2, 7])[:, None]  # on the left
+PLACE = np.arange(LENGTH) - PAD
+END = np.array([LENGTH, *LENGTHS, LENGTH, LENGTH])[:, None]
+REAL = (PLACE >= 0) & (PLACE < END)
+APART = REAL & np.isin(np.arange(7), [1, 2, 3, 4])[:, None]
+TOKEN = np.where(REAL, np.arange(LENGTH) + np.array([0, *STARTS, 0, 0])[:, None], 0)
+
+
+def rows_of_tokens():
+    positions = np.where(PLACE < 0, np.arange(LENGTH), PLACE)
+    positions[0] = np.concatenate([np.arange(n) for n in LENGTHS])
+    ids = np.where(REAL, 1, 0)
+    ids[0] = np.repeat([1, 2, 1, 2], LENGTHS)
+    return Rows(jnp.asarray(ids), jnp.asarray(positions))
+
+
+@functools.cache
+def forward_and_backward(case):
+    """(x, output, a function from a cotangent to the gradients of parameters and x) of the rows above."""
+    graph, state, shared, _, _ = build(case)
+    x, rows = inputs(1, LENGTH)[0, TOKEN], rows_of_tokens()
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def grad(state, x, dy):
+        y, _ = nnx.merge(graph, state)(x, rows, None, shared)
+        return (y * dy).sum(), y
+
+    y = grad(state, x, jnp.zeros_like(x))[1]
+    return x, np.asarray(y), lambda dy: grad(state, x, dy)[0]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_decoding_equals_the_whole(case):
-    """Left-padded prompts, prefilled in two pieces and continued token by token, against one forward pass."""
+    """Prefill in two pieces and then token by token, against one forward pass."""
     graph, state, shared, _, _ = build(case)
-    length, piece, pad = 19, 6, np.array([0, 4])
-    place = np.arange(length) - pad[:, None]
-    rows = Rows(
-        jnp.asarray(place >= 0, jnp.int32), jnp.asarray(np.where(place < 0, np.arange(length), place))
-    )
-    x = inputs(2, length)
+    x, whole, _ = forward_and_backward(case)
+    rows, piece = rows_of_tokens(), 6
 
     @jax.jit
-    def whole(state, x):
-        return nnx.merge(graph, state)(x, rows, None, shared)[0]
-
-    @jax.jit
-    def pieces(state, x):
+    def decode(state, x):
         mixer = nnx.merge(graph, state)
-        cache = mixer.init_cache(2, length, jnp.float32)
 
         def prefill(cache, tokens):
             y, cache = mixer(*tokens, cache, shared)
@@ -102,50 +130,27 @@ def test_decoding_equals_the_whole(case):
             y, cache = mixer.step(*token, cache, shared)
             return cache, y
 
-        split = lambda leaf: jnp.moveaxis(leaf[:, : 2 * piece].reshape(2, 2, piece, *leaf.shape[2:]), 1, 0)
+        split = lambda leaf: jnp.moveaxis(leaf[:, : 2 * piece].reshape(-1, 2, piece, *leaf.shape[2:]), 1, 0)
+        each = lambda leaf: jnp.moveaxis(leaf[:, 2 * piece :], 1, 0)
+        cache = mixer.init_cache(len(x), LENGTH, jnp.float32)
         cache, first = jax.lax.scan(prefill, cache, jax.tree.map(split, (x, rows)))
-        rest = jax.tree.map(lambda leaf: jnp.moveaxis(leaf[:, 2 * piece :], 1, 0), (x, rows))
-        _, y = jax.lax.scan(step, cache, rest)
-        return jnp.concatenate([*first, jnp.moveaxis(y, 0, 1)], axis=1)
+        _, rest = jax.lax.scan(step, cache, jax.tree.map(each, (x, rows)))
+        return jnp.concatenate([*first, jnp.moveaxis(rest, 0, 1)], axis=1)
 
-    full, decoded = whole(state, x), pieces(state, x)
-    assert np.isfinite(full).all() and np.isfinite(decoded).all()
-    real = place >= 0
-    close(np.asarray(decoded)[real], np.asarray(full)[real], 2e-5)
+    decoded = np.asarray(decode(state, x))
+    assert np.isfinite(whole).all() and np.isfinite(decoded).all()  # padding included
+    close(decoded[REAL], whole[REAL], 2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_packed_documents_equal_documents_apart(case):
-    """Outputs and gradients of a packed row against each document in its own row, padded on the right."""
-    graph, state, shared, _, _ = build(case)
-    lengths = [3, 9, 1, 6]
-    length = sum(lengths)
-    x, dy = (np.random.default_rng(seed).normal(size=(length, D)).astype(np.float32) for seed in (2, 3))
-    position = np.concatenate([np.arange(n) for n in lengths])
-    starts = np.cumsum([0, *lengths[:-1]])
-    # Row 0 holds all documents, row n the nth alone. Ids come back: only a change means another document.
-    real = np.arange(length) < np.array([[length], *([n] for n in lengths)])
-    source = np.where(real, np.arange(length) + np.array([[0], *([n] for n in starts)]), 0)
-    ids = np.where(real, 1, 0)
-    ids[0] = np.repeat([1, 2, 1, 2], lengths)
-    places = np.broadcast_to(np.arange(length), real.shape).copy()
-    places[0] = position
-    rows = Rows(jnp.asarray(ids), jnp.asarray(places))
-
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
-    def grad(state, x, dy):
-        y, _ = nnx.merge(graph, state)(x, rows, None, shared)
-        return (y * dy).sum(), y
-
-    only = np.arange(len(real)) == 0
-    cotangent = dy[source] * real[..., None]
-    (dstate, dx), y = grad(state, x[source], cotangent * only[:, None, None])
-    (dstate_apart, dx_apart), _ = grad(state, x[source], cotangent * ~only[:, None, None])
-    packed = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-    apart = real & ~only[:, None]
-    close(np.asarray(y)[apart], np.asarray(y)[0, packed], 1e-5)
-    close(np.asarray(dx_apart)[apart], np.asarray(dx)[0, packed], 1e-5)
+    """Outputs and gradients of the packed row against those of each document in a row of its own."""
+    _, y, grads = forward_and_backward(case)
+    dy = np.random.default_rng(3).normal(size=(LENGTH, D)).astype(np.float32)[TOKEN]
+    dstate, dx = grads(dy * (np.arange(7) == 0)[:, None, None])
+    dstate_apart, dx_apart = grads(dy * APART[..., None])
+    close(y[APART], y[0, PACKED], 1e-5)
+    close(np.asarray(dx_apart)[APART], np.asarray(dx)[0, PACKED], 1e-5)
     for one, other in zip(jax.tree.leaves(dstate), jax.tree.leaves(dstate_apart), strict=True):
         close(other, one, 2e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(dstate))  # every parameter takes part
@@ -197,16 +202,24 @@ def test_parameters_of_the_other_kinds():
     assert parameters("mla", 2048) == expected
 
 
-def test_only_matrices_decay_and_initial_gates_are_in_their_ranges():
+def test_only_matrices_decay():
     for case in CASES:
         for path, leaf in nnx.to_flat_state(build(case)[1]):
             assert leaf.get_metadata("decay") == (path[-1] == "kernel"), path
             assert len(leaf.get_metadata("axes")) == len(leaf.shape)
+
+
+@jax.jit
+def initial_gates():
     kda = mixers.load("kda")
     wide = kda.Mixer(kda.Config(num_heads=64, head_dim=4), D, rngs=nnx.Rngs(params=0))
     bounded = kda.Mixer(kda.Config(num_heads=2, head_dim=4, lower_bound=-5.0), D, rngs=nnx.Rngs(params=0))
-    decay, dt = np.exp(wide.A_log[...]), np.log1p(np.exp(wide.dt_bias[...]))
-    assert 1 <= decay.min() < 3 and 14 < decay.max() <= 16 and not bounded.A_log[...].any()
+    return jnp.exp(wide.A_log[...]), jax.nn.softplus(wide.dt_bias[...]), bounded.A_log[...]
+
+
+def test_initial_gates_are_in_their_ranges():
+    decay, dt, bounded = initial_gates()
+    assert 1 <= decay.min() < 3 and 14 < decay.max() <= 16 and not bounded.any()
     assert 0.00099 < dt.min() < 0.002 and 0.06 < dt.max() < 0.1001
 
 
