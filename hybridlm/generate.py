@@ -1,7 +1,8 @@
 """Generation: chunked prefill of left-padded prompts, then one compiled loop of single-token steps.
 
 The cache is of fixed size: recurrent states, and a preallocated KV cache for softmax attention. A row's
-samples depend on the seed, the row's index and the step only, not on the rest of the batch.
+samples depend on the seed, the row's index and the step only, not on the rest of the batch. Prompts and
+budgets are padded to a few lengths (`bucket`), so that few programs are compiled.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import model as lm
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
 
-LENGTH_BUCKET = 64  # prompts and budgets are rounded up to it, so that few programs are compiled
+SHORTEST_BUCKET = 64
+PREFILL_CHUNK = 2048  # tokens a row of a prompt that go through the stack at once
 
 
 class Sampling(NamedTuple):
@@ -69,7 +72,35 @@ def left_pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray,
     return tokens, Rows(jnp.asarray(segments), jnp.asarray(positions))
 
 
-@partial(jax.jit, static_argnames=("definition", "steps", "sampling", "stop"))
+def bucket(length: int) -> int:
+    """The shortest of 64, 96, 128, 192, 256, 384, ... that is at least ``length``; whole prefill chunks, if
+    more than one.
+    """
+    size = SHORTEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size * 3 // 2 >= length else size * 2
+    return size if size <= PREFILL_CHUNK else -(-size // PREFILL_CHUNK) * PREFILL_CHUNK
+
+
+def prefill(model: lm.LM, tokens_BT: jax.Array, rows: Rows, cache: lm.Cache) -> tuple[jax.Array, lm.Cache]:
+    """(final hidden state [B, D] of the last token, cache with all tokens), PREFILL_CHUNK tokens a time."""
+    batch, length = tokens_BT.shape
+    chunk = min(length, PREFILL_CHUNK)
+
+    def part(cache: lm.Cache, xs: tuple[jax.Array, Rows]) -> tuple[lm.Cache, jax.Array]:
+        hidden, appended = model(*xs, cache)
+        assert appended is not None
+        return appended, hidden[:, -1]
+
+    if length == chunk:
+        cache, last = part(cache, (tokens_BT, rows))
+        return last, cache
+    chunks = lambda x: jnp.moveaxis(x.reshape(batch, length // chunk, chunk), 1, 0)
+    cache, lasts = jax.lax.scan(part, cache, jax.tree.map(chunks, (tokens_BT, rows)))
+    return lasts[-1], cache
+
+
+@partial(jax.jit, static_argnames=("definition", "steps", "sampling"))
 def _generate(
     params: lm.Params,
     tokens_BT: jax.Array,
@@ -79,8 +110,9 @@ def _generate(
     definition: lm.Definition,
     steps: int,
     sampling: Sampling,
-    stop: int,
+    stops_V: jax.Array,
 ) -> jax.Array:
+    """New tokens [B, steps], -1 after a row's first token that ``stops_V`` [V] marks."""
     model = lm.merge(definition, params)
     batch, length = tokens_BT.shape
     head = model.head_matrix().astype(definition.dtype)
@@ -91,24 +123,22 @@ def _generate(
         logits = jnp.einsum("bd,dv->bv", hidden_BD, head, preferred_element_type=jnp.float32)
         return sample(logits, jax.vmap(partial(jax.random.fold_in, data=step))(row_keys), sampling)
 
-    hidden, cache = model(tokens_BT, rows, model.init_cache(batch, length + steps))
-    assert cache is not None
-    first = choose(hidden[:, -1], jnp.int32(0))
-    out = jnp.full((batch, steps), stop, jnp.int32).at[:, 0].set(first)
+    hidden_BD, cache = prefill(model, tokens_BT, rows, model.init_cache(batch, length + steps))
+    first = choose(hidden_BD, jnp.int32(0))
+    out = jnp.full((batch, steps), -1, jnp.int32).at[:, 0].set(first)
 
     def running(carry: tuple) -> jax.Array:
-        step, token, done, *_ = carry
-        return (step < steps) & ~jnp.all(done | (token == stop))
+        step, _, done, *_ = carry
+        return (step < steps) & ~jnp.all(done)
 
     def advance(carry: tuple) -> tuple:
         step, token, done, position, out, cache = carry
-        done = done | (token == stop)
         hidden, cache = model.step(token, Rows(jnp.ones_like(position), position), cache, blocks)
-        token = jnp.where(done, stop, choose(hidden, step))
-        return step + 1, token, done, position + 1, out.at[:, step].set(token), cache
+        token = choose(hidden, step)
+        out = out.at[:, step].set(jnp.where(done, -1, token))
+        return step + 1, token, done | stops_V[token], position + 1, out, cache
 
-    done = jnp.zeros((batch,), bool)
-    carry = (jnp.int32(1), first, done, rows.positions[:, -1] + 1, out, cache)
+    carry = (jnp.int32(1), first, stops_V[first], rows.positions[:, -1] + 1, out, cache)
     return jax.lax.while_loop(running, advance, carry)[4]
 
 
@@ -125,6 +155,51 @@ def generate(
     """Continuations of ``prompts`` (token ids, at least one each, lengths may differ), at most
     ``max_new_tokens`` tokens each and cut before the token ``stop``.
     """
+    stops = [] if stop is None else [stop]
+    rows = continuations(
+        definition, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops
+    )
+    return [row[:-1] if row[-1] == stop else row for row in rows]
+
+
+def complete(
+    definition: lm.Definition,
+    params: lm.Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+) -> list[str]:
+    """Texts that continue ``prompts`` (token ids), cut before the first of the ``stop`` strings.
+
+    A row ends early at the document separator and at a token whose text holds a stop string; a stop string
+    that spans tokens is cut from the text afterwards.
+    """
+    stops = [tokenizer.doc_id]
+    if tokenizer.pieces is not None:
+        encoded = [text.encode() for text in stop]
+        stops += [i for i, piece in enumerate(tokenizer.pieces) if any(text in piece for text in encoded)]
+    rows = continuations(
+        definition, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops
+    )
+    texts = [tokenizer.decode(token for token in row if token != tokenizer.doc_id) for row in rows]
+    return [text[: min([text.find(s) for s in stop if s in text], default=len(text))] for text in texts]
+
+
+def continuations(
+    definition: lm.Definition,
+    params: lm.Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    stops: Sequence[int] = (),
+) -> list[list[int]]:
+    """At most ``max_new_tokens`` tokens for each prompt, up to and with the first one in ``stops``."""
     sampling.check()
     if max_new_tokens < 1:
         raise ConfigError("max_new_tokens", max_new_tokens, "must be at least 1")
@@ -132,24 +207,17 @@ def generate(
         raise ConfigError(
             "prompts", [len(p) for p in prompts], "must be one or more prompts of one or more tokens"
         )
-    length = _round_up(max(len(prompt) for prompt in prompts))
-    tokens, rows = left_pad(prompts, length)
+    tokens, rows = left_pad(prompts, bucket(max(len(prompt) for prompt in prompts)))
+    marks = np.zeros(definition.vocab_size, bool)
+    marks[[token for token in stops if token < definition.vocab_size]] = True
     out = _generate(
         params,
         jnp.asarray(tokens),
         rows,
         jax.random.key(seed),
         definition=definition,
-        steps=_round_up(max_new_tokens),
+        steps=bucket(max_new_tokens),
         sampling=sampling,
-        stop=-1 if stop is None else stop,
+        stops_V=jnp.asarray(marks),
     )
-    return [_until(row[:max_new_tokens].tolist(), stop) for row in np.asarray(out)]
-
-
-def _round_up(length: int) -> int:
-    return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
-
-
-def _until(tokens: list[int], stop: int | None) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+    return [[token for token in row[:max_new_tokens].tolist() if token >= 0] for row in np.asarray(out)]

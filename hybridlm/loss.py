@@ -43,6 +43,26 @@ def cross_entropy(
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
 
 
+def per_token(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(log probability of each target, whether its logit is above all others), float32 and bool [B, T].
+
+    For evaluation, in the same chunks; 0 and False where a target is negative.
+    """
+    batch, length = targets_BT.shape
+    hidden, targets, chunk = _pad(hidden_BTD, targets_BT, head_DV.shape[-1])
+
+    def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        _, log_z, _, target_logit, correct = _scores(xs[0], head_DV, xs[1])
+        present = xs[1] >= 0
+        return jnp.where(present, target_logit - log_z, 0), correct & present
+
+    scores = jax.lax.map(part, (_chunks(hidden, chunk), _chunks(targets, chunk)))
+    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
+    return whole(scores[0]), whole(scores[1])
+
+
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [T/chunk, B, chunk, ...]; T is a multiple of chunk."""
     batch, length = x.shape[:2]
@@ -57,15 +77,21 @@ def _chunk_length(batch: int, length: int, vocab: int) -> int:
     return chunk
 
 
-def _logits_and_sums(
-    h: jax.Array, head: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
+def _scores(h: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """Logits and is_target [B, T, V]; log Z, the target's logit and whether it is above all others [B, T]."""
     logits = jnp.einsum("btd,dv->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     correct = target_logit > jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1)
+    return logits, log_z, is_target, target_logit, correct
+
+
+def _logits_and_sums(
+    h: jax.Array, head: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
+    logits, log_z, is_target, target_logit, correct = _scores(h, head, targets)
     weight = (targets >= 0).astype(jnp.float32)
     sums = LossSums(
         cross_entropy=jnp.sum(weight * (log_z - target_logit)),

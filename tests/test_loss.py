@@ -40,6 +40,18 @@ def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss):
     np.testing.assert_allclose(value, sums.cross_entropy + z_loss * sums.log_z_squared, rtol=1e-6)
 
 
+def test_scores_per_token_equal_log_softmax(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 2 * 7 * 4)
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 9, 5)).astype(np.float32), rng.normal(size=(5, 7)).astype(np.float32)
+    targets = rng.integers(-1, 7, size=(2, 9)).astype(np.int32)
+    log_prob, correct = loss.per_token(hidden, head, targets)
+    logits = hidden @ head
+    want = np.take_along_axis(jax.nn.log_softmax(logits), np.maximum(targets, 0)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(log_prob, np.where(targets >= 0, want, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(correct, logits.argmax(-1) == targets)
+
+
 def test_rows_without_targets_have_no_gradient():
     hidden, head = jnp.ones((2, 4, 3)), jnp.ones((3, 6))
     targets = jnp.array([[-1] * 4, [0, 1, 2, 3]])

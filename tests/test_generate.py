@@ -1,0 +1,152 @@
+"""Prefill and decoding against the full forward pass; sampling, stops and batches of several lengths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import generate, model
+from hybridlm.data import tokenizer
+from hybridlm.errors import ConfigError
+from hybridlm.generate import Sampling
+from hybridlm.rows import Rows, single_document
+
+SMALL = {"num_heads": 2, "head_dim": 8}
+MIXERS = {
+    "full": configs.mixer("attention", num_heads=2, num_kv_heads=1),
+    "nope": configs.mixer("attention", num_heads=2, rope_theta=0.0),
+    "swa": configs.mixer("attention", num_heads=2, window=5),
+    "mla": configs.mixer("mla", num_heads=2),
+    "deltanet": configs.mixer("delta_net", **SMALL),
+    "gdn": configs.mixer("gated_delta_net", **SMALL),
+    "kda": configs.mixer("kda", **SMALL),
+    "gla": configs.mixer("gla", num_heads=2),
+    "hgrn": configs.mixer("hgrn"),
+    "hgrn2": configs.mixer("hgrn2", head_dim=8),
+    "retnet": configs.mixer("retnet", **SMALL),
+}
+
+
+@functools.cache
+def built(pattern):
+    config = configs.default()
+    config.mixers, config.data = MIXERS, configs.data("mqar")
+    config.model.update(pattern=pattern, d_model=16, vocab_size=300, mlp_hidden=32, dtype="float32")
+    definition = model.build(configs.resolve(config))
+    params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
+    return definition, jax.tree.map(lambda x: 3 * x if x.ndim > 3 else x, params)  # sharper than at birth
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_forward(definition, params, tokens):
+    return model.logits(definition, params, tokens, single_document(*tokens.shape))
+
+
+EVERY_KIND = "full mla deltanet gdn kda gla hgrn hgrn2 retnet"
+
+
+@pytest.mark.parametrize("pattern", [EVERY_KIND, "kda*3 nope", "gdn swa", "retnet*2 mla"])
+def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern):
+    """Prompts of 3 and 14 tokens, prefilled in chunks of 8, then 5 given tokens one at a time."""
+    monkeypatch.setattr(generate, "PREFILL_CHUNK", 8)
+    definition, params = built(pattern)
+    rng = np.random.default_rng(0)
+    prompts, given = [rng.integers(300, size=n) for n in (3, 14)], rng.integers(300, size=(2, 5))
+
+    @jax.jit
+    def decoded(params, tokens, rows, given):
+        lm = model.merge(definition, params)
+        blocks = lm.unstacked()
+        hidden, cache = generate.prefill(lm, tokens, rows, lm.init_cache(2, tokens.shape[1] + 5))
+
+        def step(carry, token):
+            cache, position = carry
+            hidden, cache = lm.step(token, Rows(jnp.ones_like(position), position), cache, blocks)
+            return (cache, position + 1), hidden
+
+        _, after = jax.lax.scan(step, (cache, rows.positions[:, -1] + 1), given.T)
+        return jnp.concatenate([hidden[None], after]).swapaxes(0, 1) @ lm.head_matrix()
+
+    tokens, rows = generate.left_pad(prompts, 16)
+    got = decoded(params, tokens, rows, jnp.asarray(given))
+    for row, prompt in enumerate(prompts):
+        whole = np.concatenate([prompt, given[row]])[None]
+        padded = np.pad(whole, ((0, 0), (0, 19 - whole.shape[1])))  # unseen, as causal: one program
+        want = full_forward(definition, params, padded)[0, len(prompt) - 1 : whole.shape[1]]
+        np.testing.assert_allclose(got[row], want, atol=2e-5 * float(jnp.abs(want).max()))
+
+
+def test_greedy_tokens_are_those_of_the_full_forward_and_independent_of_the_batch():
+    definition, params = built("gdn swa")
+    prompts = [[5], list(range(40, 70)), [7, 8, 9]]
+    make = lambda prompts, **kw: generate.generate(definition, params, prompts, max_new_tokens=6, **kw)
+    together = make(prompts)
+    for prompt, new in zip(prompts, together, strict=True):
+        whole = np.zeros((1, 40), np.int64)
+        whole[0, : len(prompt) + 6] = prompt + new
+        best = np.argmax(full_forward(definition, params, whole)[0], axis=-1)
+        assert best[len(prompt) - 1 : len(prompt) + 5].tolist() == new
+    first = together[1]
+    assert make(prompts, stop=first[2])[1] == first[: first.index(first[2])]
+    hot = Sampling(temperature=2.0)
+    assert make(prompts, sampling=hot, seed=1) == make(prompts, sampling=hot, seed=1)
+    assert make(prompts, sampling=hot, seed=1) != make(prompts, sampling=hot, seed=2)
+    assert make(prompts, sampling=hot, seed=1)[1] == make([[1], prompts[1], [2]], sampling=hot, seed=1)[1]
+
+
+def test_complete_cuts_at_stop_strings():
+    definition, params = built("gdn swa")
+    tokens = tokenizer.load("bytes")
+    prompts = [[256, *b"state"], [256, *b"gate of decay"]]
+    run = lambda *stop: generate.complete(
+        definition, params, tokens, prompts, max_new_tokens=20, stop=stop, sampling=Sampling(temperature=5.0)
+    )
+    whole = run()[1]
+    assert len(whole) > 4
+    assert run(whole[2])[1] == whole[: whole.index(whole[2])]  # one token, which ends the loop
+    pair = whole[2:4]
+    assert run(pair)[1] == whole[: whole.index(pair)]  # two tokens, cut from the text
+    rows = generate.continuations(
+        definition, params, prompts, max_new_tokens=20, stops=range(300), sampling=Sampling(temperature=5.0)
+    )
+    assert [len(row) for row in rows] == [1, 1]
+
+
+def test_sampling_follows_its_distribution():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    keys = jax.random.split(jax.random.key(0), 4000)
+    share = lambda **kw: np.bincount(
+        generate.sample(jnp.tile(logits, (4000, 1)), keys, Sampling(**kw)), minlength=4
+    ) / 4000  # fmt: skip
+    np.testing.assert_allclose(share(temperature=1.0), [0.5, 0.25, 0.15, 0.1], atol=0.04)
+    np.testing.assert_allclose(share(temperature=1.0, top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.04)
+    np.testing.assert_allclose(share(temperature=1.0, top_p=0.8), [5 / 9, 2.5 / 9, 1.5 / 9, 0], atol=0.04)
+    np.testing.assert_allclose(share(temperature=0.0), [1, 0, 0, 0])
+
+
+def test_buckets_are_few_and_fit():
+    sizes = {generate.bucket(n) for n in range(1, 1025)}
+    assert sorted(sizes) == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    for n in (2049, 3000, 5000, 12_289, 100_000):
+        size = generate.bucket(n)
+        assert n <= size <= 1.5 * n + generate.PREFILL_CHUNK and size % generate.PREFILL_CHUNK == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompts": [[]]}, "prompts"),
+        ({"prompts": []}, "prompts"),
+        ({"sampling": Sampling(temperature=-1)}, "temperature"),
+        ({"sampling": Sampling(temperature=1, top_p=0)}, "top_p"),
+        ({"sampling": Sampling(temperature=1, top_k=-1)}, "top_k"),
+    ],
+)
+def test_refusals(fields, field):
+    with pytest.raises(ConfigError) as caught:
+        generate.generate(None, None, **({"prompts": [[1]], "max_new_tokens": 1} | fields))
+    assert caught.value.field == field
