@@ -51,11 +51,19 @@ def measure(pattern: str, depth: int) -> dict[str, float]:
     lowered.compile()
     times.append(time.perf_counter())
     trace, lower, compile_ = (b - a for a, b in zip(times[:-1], times[1:], strict=True))
-    return {"depth": depth, "trace": trace, "lower": lower, "compile": compile_, "total": times[-1] - times[0]}
+    return {
+        "depth": depth,
+        "trace": trace,
+        "lower": lower,
+        "compile": compile_,
+        "total": times[-1] - times[0],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pattern", default="kda*3 full")
     parser.add_argument("--depths", default="8,16,32,64,30")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
@@ -67,7 +75,9 @@ def main() -> None:
     first = None
     for depth in args.depths.split(","):
         command = [sys.executable, "-m", "benchmarks.compile_time", "--pattern", args.pattern, "--one", depth]
-        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        row = json.loads(
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        )
         first = first or row["total"]
         print(
             f"{depth:>6} {row['trace']:6.1f} {row['lower']:6.1f} {row['compile']:8.1f} {row['total']:8.1f}"

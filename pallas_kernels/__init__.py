@@ -1,5 +1,5 @@
 """Gated linear attention with one op and one backend per module; imports nothing of hybridlm."""
 
-from pallas_kernels.op import linear_attention, linear_attention_step
+from pallas_kernels.op import auto_means, linear_attention, linear_attention_step
 
-__all__ = ["linear_attention", "linear_attention_step"]
+__all__ = ["auto_means", "linear_attention", "linear_attention_step"]

@@ -1,8 +1,11 @@
 """The public op: checks its arguments, normalises them into a `Call` and picks a backend."""
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 
 import jax
@@ -12,6 +15,7 @@ from pallas_kernels import reference
 from pallas_kernels.call import Call, compute_dtype, platform
 
 BACKENDS = ("auto", "reference", "xla", "pallas")
+_auto: contextvars.ContextVar[str] = contextvars.ContextVar("auto", default="auto")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 logger = logging.getLogger("pallas_kernels")
 
@@ -71,6 +75,17 @@ def linear_attention(
         q, k, v, log_decay, beta, initial_state, segment_ids, scale, qk_l2norm, output_final_state, interpret
     )
     return _select(call, backend).linear_attention(call)
+
+
+@contextlib.contextmanager
+def auto_means(backend: str) -> Iterator[None]:
+    """Calls with backend="auto" that are traced inside use ``backend``: to compare a whole model's backends."""
+    _known(backend)
+    token = _auto.set(backend)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
 
 
 def linear_attention_step(
@@ -197,10 +212,16 @@ def _scale(scale: float | None, key_dim: int) -> float:
         raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None
 
 
-def _select(call: Call, backend: str) -> ModuleType:
-    """The backend module for this call, chosen while tracing."""
+def _known(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+
+
+def _select(call: Call, backend: str) -> ModuleType:
+    """The backend module for this call, chosen while tracing."""
+    _known(backend)
+    if backend == "auto":
+        backend = _auto.get()
     if backend == "reference":
         return reference
     if backend == "xla":
