@@ -19,12 +19,13 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from hybridlm import data as data_kinds
-from hybridlm import mixers, pattern, schema
+from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.errors import ConfigError, nearest
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
 MIXTURE = data_kinds.MIXTURE
-SECTIONS = (*schema.SECTIONS, "mixers", "data")
+SECTIONS = (*schema.SECTIONS, "mixers", "mlps", "data")
+KINDS = {"mixers": mixers, "mlps": mlps}  # sections of named definitions, and where their kinds are
 
 # Mixers that every config has from `default`, so that any pattern can be tried from the command line.
 STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,19 +40,30 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "hgrn2": ("hgrn2", {}),
     "retnet": ("retnet", {}),
 }
+STANDARD_MLPS = {"dense": "swiglu", "moe": "moe"}
 
 
 def default() -> ConfigDict:
-    """Every section with its defaults (`hybridlm.schema`), and the STANDARD mixers."""
+    """Every section with its defaults (`hybridlm.schema`), and the STANDARD mixers and MLPs.
+
+    init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
+    """
     config = ConfigDict({name: dataclasses.asdict(section()) for name, section in schema.SECTIONS.items()})
     config.mixers = ConfigDict({name: mixer(kind, **settings) for name, (kind, settings) in STANDARD.items()})
+    config.mlps = ConfigDict({name: mlp(kind) for name, kind in STANDARD_MLPS.items()})
     config.data = data("text")
+    config.init_from = ""
     return config
 
 
 def mixer(kind: str, **settings: Any) -> ConfigDict:
     """A definition for ``config.mixers``: the kind with every one of its settings, ``settings`` put in."""
     return ConfigDict(_definition("mixers", {"kind": kind, **settings}, f"mixer({kind!r})"))
+
+
+def mlp(kind: str, **settings: Any) -> ConfigDict:
+    """A definition for ``config.mlps``, likewise."""
+    return ConfigDict(_definition("mlps", {"kind": kind, **settings}, f"mlp({kind!r})"))
 
 
 def data(kind: str, **settings: Any) -> ConfigDict:
@@ -69,8 +81,9 @@ def data(kind: str, **settings: Any) -> ConfigDict:
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """The config of ``spec``, "file.py", "file.py:argument" or a run's "config.json", with overrides applied.
 
-    overrides: dotted field -> text as on a command line. ``mixers.<name>.kind`` and ``data.kind`` come first
-        and put that kind's defaults in place; a mixer that the file does not have is thereby defined.
+    overrides: dotted field -> text as on a command line. ``mixers.<name>.kind``, ``mlps.<name>.kind`` and
+        ``data.kind`` come first and put that kind's defaults in place; a name that the file does not have is
+        thereby defined.
     Runs the file: a config is Python and can do whatever Python can (a config.json cannot).
     """
     filename, _, argument = spec.partition(":")
@@ -112,13 +125,17 @@ def _run(path: Path, argument: str) -> ConfigDict:
 
 
 def _override(config: dict[str, Any], field: str, text: str) -> None:
+    if field == "init_from":
+        config[field] = text
+        return
     section = field.split(".")[0]
     if section not in SECTIONS:
         raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, SECTIONS))
     *path, name = field.split(".")
     prefix = ".".join(path)
-    form = {"mixers": "mixers.<name>.<setting>", "data": "data.<field> or data.components.<name>.<field>"}
-    depths = {"mixers": (2,), "data": (1, 3)}.get(section, (1,))
+    form = {name: f"{name}.<name>.<setting>" for name in KINDS}
+    form["data"] = "data.<field> or data.components.<name>.<field>"
+    depths = {**dict.fromkeys(KINDS, (2,)), "data": (1, 3)}.get(section, (1,))
     if len(path) not in depths or (len(path) == 3 and path[1] != "components"):
         raise ConfigError(field, text, f"fields here are {form.get(section, section + '.<field>')}")
     owner = config
@@ -151,9 +168,10 @@ def resolve(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
     """The complete, checked config, frozen: what `model.build`, `data.build` and `trainer.train` take.
 
     Fills in defaults of fields that are missing, the number of layers and the MLP width; leaves out mixers
-    that the pattern does not use. Resolving twice changes nothing. Raises ConfigError.
+    and MLPs that the pattern does not use. Resolving twice changes nothing. Raises ConfigError.
     """
     given = config.to_dict()
+    init_from = _convert("init_from", str, given.pop("init_from", ""))
     for name, values in given.items():
         if name not in SECTIONS:
             raise ConfigError(name, values, "there is no such section", nearest(name, SECTIONS))
@@ -167,20 +185,30 @@ def resolve(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
         resolved[name] = dataclasses.asdict(section)
     check_batch(resolved["train"], {axis: max(1, size) for axis, size in resolved["mesh"].items()})
 
-    model, definitions = resolved["model"], given.get("mixers", {})
-    names = pattern.fill(pattern.parse(model["pattern"], definitions), model["num_layers"])
-    model["num_layers"] = len(names)
+    model, definitions = resolved["model"], {section: given.get(section, {}) for section in KINDS}
+    layers = pattern.fill(pattern.parse(model["pattern"], *definitions.values()), model["num_layers"])
+    names = {section: {pattern.split(layer)[i] for layer in layers} for i, section in enumerate(KINDS)}
+    model["num_layers"] = len(layers)
     model["mlp_hidden"] = model["mlp_hidden"] or mlp_hidden(model["d_model"])
-    checked = {
-        name: _definition("mixers", definitions[name], f"mixers.{name}") for name in sorted(definitions)
-    }
-    resolved["mixers"] = {name: checked[name] for name in checked if name in names}
-    for name, definition in resolved["mixers"].items():
-        with _under(f"mixers.{name}"):
-            _build("mixers", definition, "").check(model["d_model"])
+    for name in model["post_norm"]:
+        if name not in definitions["mixers"]:
+            problem = f"no mixer named {name!r} in mixers"
+            raise ConfigError(
+                "model.post_norm", model["post_norm"], problem, nearest(name, definitions["mixers"])
+            )
+    for section, given_definitions in definitions.items():
+        checked = {
+            name: _definition(section, given_definitions[name], f"{section}.{name}")
+            for name in sorted(given_definitions)
+        }
+        resolved[section] = {name: checked[name] for name in checked if name in names[section]}
+        for name, definition in resolved[section].items():
+            with _under(f"{section}.{name}"):
+                _build(section, definition, "").check(model["d_model"])
     resolved["data"] = _definition("data", given.get("data", {"kind": "text"}), "data")
     with _under("data"):
         data_kinds.settings(resolved["data"])
+    resolved["init_from"] = init_from
     return FrozenConfigDict(resolved)
 
 
@@ -204,12 +232,12 @@ def check_batch(train: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
 def _definition(
     section: str, values: Mapping[str, Any], prefix: str, beside: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """A mixer's or the data's definition, complete: its kind and every setting.
+    """A mixer's, an MLP's or the data's definition, complete: its kind and every setting.
 
     beside: fields that may stand beside these, for error messages.
     """
     _must_be_mapping(values, prefix)
-    if section == "mixers" or values.get("kind") != MIXTURE:
+    if section in KINDS or values.get("kind") != MIXTURE:
         settings = _build(section, values, prefix, beside)
         return {"kind": values["kind"], **dataclasses.asdict(settings)}
     with _under(prefix):
@@ -250,13 +278,13 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
 
 
 def _class(section: str, values: Mapping[str, Any], prefix: str) -> Any:
-    """The dataclass that describes ``values``; a mixer's and the data's depend on their kind."""
+    """The dataclass that describes ``values``; those of definitions depend on their kind."""
     if section in schema.SECTIONS:
         return schema.SECTIONS[section]
     kind = str(values.get("kind"))
     with _under(prefix):
-        if section == "mixers":
-            return mixers.load(kind).Config
+        if section in KINDS:
+            return KINDS[section].load(kind).Config
         if kind not in data_kinds.KINDS:
             kinds = [*data_kinds.KINDS, MIXTURE]
             raise ConfigError("kind", kind, "must be one of " + ", ".join(kinds), nearest(kind, kinds))

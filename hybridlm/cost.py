@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from hybridlm import mixers, model
+from hybridlm import mixers, mlps, model
 from hybridlm.loss import CHUNK_ELEMENTS
 
 STATE_BYTES = 4  # recurrent states are float32
@@ -39,9 +39,10 @@ PEAK_FLOPS = {
 class Layer(NamedTuple):
     """One row of the layer table; bytes are those of one sequence of train.seq_len tokens.
 
-    settings: those that differ from the kind's defaults.
+    settings: those that differ from the kinds' defaults, of the mixer and of an MLP other than SwiGLU.
     full: attends over the whole context, that is, has a KV cache that no window bounds (attention and mla
         without a window; a sliding window does not count).
+    active_parameters: those that a token touches, fewer where it is routed to some of many experts.
     """
 
     layer: int
@@ -50,6 +51,7 @@ class Layer(NamedTuple):
     settings: str
     full: bool
     parameters: int
+    active_parameters: int
     state_bytes: int
     cache_bytes: int
 
@@ -81,6 +83,7 @@ def layers(config: Any) -> list[Layer]:
             settings=_settings(spec),
             full=cost.cache_per_token > 0 and not cost.window,
             parameters=_block_parameters(definition, spec),
+            active_parameters=_block_parameters(definition, spec) - _idle(definition, spec),
             state_bytes=STATE_BYTES * cost.state,
             cache_bytes=definition.dtype.itemsize
             * cost.cache_per_token
@@ -105,6 +108,7 @@ def summary(config: Any) -> dict[str, Any]:
         "num_full_layers": len(full),
         "full_layers": full,
         "parameters": parameters(config),
+        "active_parameters": active_parameters(config),
         "state_bytes": sum(row.state_bytes for row in table),
         "cache_bytes": sum(row.cache_bytes for row in table),
         "seq_len": config.train.seq_len,
@@ -120,15 +124,21 @@ def parameters(config: Any) -> int:
     return stack + definition.d_model + _embedding(definition) * (1 if definition.tie_embeddings else 2)
 
 
+def active_parameters(config: Any) -> int:
+    """Parameters that a token touches: all but those of the experts that it is not routed to."""
+    definition = model.build(config)
+    return parameters(config) - sum(_idle(definition, spec) for spec in definition.layers)
+
+
 def train_flops_per_token(config: Any) -> float:
     """Forward and backward FLOPs per token at train.seq_len, rows of one document each.
 
-    2 per parameter but the embedding (looked up), the recurrences, and softmax attention over the context
-    that a causal token sees, (T + 1) / 2 on average.
+    2 per active parameter but the embedding (looked up), the recurrences, and softmax attention over the
+    context that a causal token sees, (T + 1) / 2 on average.
     """
     definition, seq_len = model.build(config), config.train.seq_len
     tied = _embedding(definition) if definition.tie_embeddings else 0
-    forward = 2.0 * (parameters(config) - _embedding(definition) + tied)
+    forward = 2.0 * (active_parameters(config) - _embedding(definition) + tied)
     for spec in definition.layers:
         cost = _mixer_cost(spec, definition.d_model)
         window = min(cost.window or seq_len, seq_len)
@@ -146,7 +156,7 @@ def memory(config: Any, mesh: Mapping[str, int]) -> Memory:
     shards = mesh["fsdp"] * mesh["tensor"]
     tokens = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"]) * train.seq_len
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
-    work = [row.parameters / definition.d_model / mesh["tensor"] for row in table]
+    work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     kept = {"full": 0.0, "dots": sum(work), "none": 3 * sum(work)}[definition.remat]
     elements = len(table) * definition.d_model + kept + 3 * max(work)
     logits = 4 * min(CHUNK_ELEMENTS, tokens * definition.vocab_size)
@@ -166,8 +176,12 @@ def matched_mlp_hidden(config: Any, target: int, multiple: int = 64) -> int:
 
 
 def _settings(spec: model.Spec) -> str:
-    defaults = vars(mixers.load(spec.kind).Config())
-    return ", ".join(f"{k}={v}" for k, v in vars(spec.config).items() if v != defaults[k])
+    def changed(config: Any) -> list[str]:
+        defaults = vars(type(config)())
+        return [f"{k}={v}" for k, v in vars(config).items() if v != defaults[k]]
+
+    mlp = [] if spec.mlp_kind == "swiglu" else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
+    return ", ".join(changed(spec.config) + mlp)
 
 
 def _mixer_cost(spec: model.Spec, d_model: int) -> mixers.Cost:
@@ -179,15 +193,19 @@ def _embedding(definition: model.Definition) -> int:
 
 
 def _block_parameters(definition: model.Definition, spec: model.Spec) -> int:
-    """Mixer, SwiGLU (three matrices) and two norms."""
+    """Mixer, MLP and two norms."""
     d_model = definition.d_model
-    return _mixer_parameters(spec, d_model) + 3 * d_model * definition.mlp_hidden + 2 * d_model
+    mixer = _parameters(mixers.load(spec.kind).Mixer, spec.config, d_model)
+    return mixer + _parameters(mlps.load(spec.mlp_kind).Mlp, spec.mlp_config, d_model) + 2 * d_model
+
+
+def _idle(definition: model.Definition, spec: model.Spec) -> int:
+    return mlps.load(spec.mlp_kind).idle(spec.mlp_config, definition.d_model)
 
 
 @functools.cache
-def _mixer_parameters(spec: model.Spec, d_model: int) -> int:
-    module = mixers.load(spec.kind)
-    return _count(lambda: module.Mixer(spec.config, d_model, rngs=nnx.Rngs(params=0)))
+def _parameters(module: Any, config: Any, d_model: int) -> int:
+    return _count(lambda: module(config, d_model, rngs=nnx.Rngs(params=0)))
 
 
 def _shared_parameters(definition: model.Definition, spec: model.Spec) -> int:

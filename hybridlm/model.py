@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm import loss, mixers, pattern
-from hybridlm.layers import RMSNorm, SwiGLU, normal, param
+from hybridlm import loss, mixers, mlps, pattern
+from hybridlm.layers import RMSNorm, normal, param
 from hybridlm.layout import Layout, plan, run_indices
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
@@ -45,11 +45,22 @@ class Meta(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """One layer: the name it has in the pattern, its mixer's kind and settings."""
+    """One layer: its item of the pattern, and kind and settings of mixer and MLP.
+
+    post_norm: the block's norms stand after mixer and MLP, not before.
+    """
 
     name: str
     kind: str
     config: Any
+    mlp_kind: str
+    mlp_config: Any
+    post_norm: bool
+
+    @property
+    def mixer(self) -> str:
+        """The mixer's name in the config."""
+        return pattern.split(self.name)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +71,8 @@ class Definition:
     plan: Layout
     d_model: int
     vocab_size: int
-    mlp_hidden: int
     norm_eps: float
+    norm_unit_offset: bool
     tie_embeddings: bool
     dtype: Any
     remat: str
@@ -71,41 +82,75 @@ class Definition:
 def build(config: Any) -> Definition:
     """The definition of the model that a resolved config (`hybridlm.config.resolve`) describes."""
     model = config.model
-    specs = {}
-    for name, settings in config.mixers.items():
-        fields = {k: v for k, v in settings.items() if k != "kind"}
-        specs[name] = Spec(name, settings.kind, mixers.load(settings.kind).Config(**fields))
+
+    def settings(definition: Any) -> dict[str, Any]:
+        return {name: value for name, value in definition.items() if name != "kind"}
+
+    def spec(name: str) -> Spec:
+        mixer, mlp = pattern.split(name)
+        of = config.mixers[mixer]
+        mixer_config = mixers.load(of.kind).Config(**settings(of))
+        mlp_kind, mlp_settings = "swiglu", {"hidden": 0}
+        if mlp:
+            mlp_kind, mlp_settings = config.mlps[mlp].kind, settings(config.mlps[mlp])
+        if mlp_kind == "swiglu":
+            mlp_settings = {"hidden": mlp_settings["hidden"] or model.mlp_hidden}
+        mlp_config = mlps.load(mlp_kind).Config(**mlp_settings)
+        return Spec(name, of.kind, mixer_config, mlp_kind, mlp_config, mixer in model.post_norm)
+
     names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
+    specs = {name: spec(name) for name in dict.fromkeys(names)}
     return Definition(
         layers=tuple(specs[name] for name in names),
         plan=plan(names),
         dtype=jnp.dtype(model.dtype),
         **{
             k: model[k]
-            for k in ("d_model", "vocab_size", "mlp_hidden", "norm_eps", "tie_embeddings", "remat", "scan")
+            for k in (
+                "d_model",
+                "vocab_size",
+                "norm_eps",
+                "norm_unit_offset",
+                "tie_embeddings",
+                "remat",
+                "scan",
+            )
         },
     )
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); or, post-norm, x + norm(mixer(x)), then x + norm(mlp(x))."""
 
     def __init__(self, definition: Definition, spec: Spec, *, rngs: nnx.Rngs):
-        d_model, eps = definition.d_model, definition.norm_eps
-        self.mixer_norm = RMSNorm(d_model, rngs=rngs, eps=eps)
+        d_model = definition.d_model
+        self.post_norm = spec.post_norm
+        self.mixer_norm = norm(definition, rngs)
         self.mixer = mixers.load(spec.kind).Mixer(spec.config, d_model, rngs=rngs)
-        self.mlp_norm = RMSNorm(d_model, rngs=rngs, eps=eps)
-        self.mlp = SwiGLU(d_model, definition.mlp_hidden, rngs=rngs)
+        self.mlp_norm = norm(definition, rngs)
+        self.mlp = mlps.load(spec.mlp_kind).Mlp(spec.mlp_config, d_model, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, rows: Rows, cache: Any, shared: Any) -> tuple[jax.Array, Any]:
-        mixed, cache = self.mixer(self.mixer_norm(x_BTD), rows, cache=cache, shared=shared)
-        x_BTD = x_BTD + mixed
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+    def __call__(
+        self, x_BTD: jax.Array, rows: Rows, cache: Any, shared: Any
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        """(x [B, T, D], cache, the MLP's load-balancing loss or None)."""
+        mixed, cache = self.mixer(self._before(self.mixer_norm, x_BTD), rows, cache=cache, shared=shared)
+        x_BTD, balance = self._mlp(x_BTD + self._after(self.mixer_norm, mixed), rows)
+        return x_BTD, cache, balance
 
     def step(self, x_BD: jax.Array, rows: Rows, cache: Any, shared: Any) -> tuple[jax.Array, Any]:
-        mixed, cache = self.mixer.step(self.mixer_norm(x_BD), rows, cache, shared=shared)
-        x_BD = x_BD + mixed
-        return x_BD + self.mlp(self.mlp_norm(x_BD)), cache
+        mixed, cache = self.mixer.step(self._before(self.mixer_norm, x_BD), rows, cache, shared=shared)
+        return self._mlp(x_BD + self._after(self.mixer_norm, mixed), rows)[0], cache
+
+    def _mlp(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+        y, balance = self.mlp(self._before(self.mlp_norm, x), rows)
+        return x + self._after(self.mlp_norm, y), balance
+
+    def _before(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        return x if self.post_norm else norm(x)
+
+    def _after(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        return norm(x) if self.post_norm else x
 
 
 class LM(nnx.Module):
@@ -120,9 +165,9 @@ class LM(nnx.Module):
         for runs in run_indices(definition.plan):
             self.segments.append(nnx.List([self._stack(indices, keys) for _, indices in runs]))
         self.shared = nnx.Dict(
-            {spec.name: shared(definition, spec, rngs) for spec in with_shared(definition)}
+            {spec.mixer: shared(definition, spec, rngs) for spec in with_shared(definition)}
         )
-        self.final_norm = RMSNorm(d_model, rngs=rngs, eps=definition.norm_eps)
+        self.final_norm = norm(definition, rngs)
         tied = definition.tie_embeddings
         self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
 
@@ -147,27 +192,42 @@ class LM(nnx.Module):
         self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D]; with a cache the tokens are appended to it."""
+        hidden, cache, _ = self.forward(tokens_BT, rows, cache)
+        return hidden, cache
+
+    def forward(
+        self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """What `__call__` returns, and the mean load-balancing loss of the layers that have one or None."""
         definition = self.definition
         x = constrain(self.embedding[...].astype(definition.dtype), ("vocab", None))[tokens_BT]
         x = constrain(x, ("batch", None, None))
         per_layer = {name: module.per_layer() for name, module in self.shared.items()}
         appended: list[Any] = [None] * len(definition.layers)
+        balances: list[jax.Array] = []
         for planned, blocks in zip(run_indices(definition.plan), self.segments, strict=True):
             runs = []
             for (run, indices), block in zip(planned, blocks, strict=True):
-                shared_rows = per_layer[run.name][indices] if run.name in per_layer else None
+                name = pattern.split(run.name)[0]
+                shared_rows = per_layer[name][indices] if name in per_layer else None
                 caches = None if cache is None else _gather(cache, indices)
                 present = None if indices.min() >= 0 else jnp.asarray(indices >= 0)
                 runs.append((*nnx.split(block), shared_rows, caches, present))
-            x, stacks = self._segment(x, rows, runs)
-            if cache is not None:
-                for (_, indices), stack in zip(planned, stacks, strict=True):
-                    for place, index in _layers(indices):
+            x, outputs = self._segment(x, rows, runs)
+            for (_, indices), (stack, balance) in zip(planned, outputs, strict=True):
+                for place, index in _layers(indices):
+                    if cache is not None:
                         appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], stack)
-        return self.final_norm(x), None if cache is None else tuple(appended)
+                    if balance is not None:
+                        balances.append(balance[place])
+        balance = jnp.mean(jnp.stack(balances)) if balances else None
+        return self.final_norm(x), None if cache is None else tuple(appended), balance
 
     def _segment(self, x: jax.Array, rows: Rows, runs: Sequence[tuple]) -> tuple[jax.Array, list[Any]]:
-        """One segment of the plan: a scan over its repeats of a scan over each run's layers."""
+        """One segment of the plan: a scan over its repeats of a scan over each run's layers.
+
+        Returns x and, for each run, (caches, load-balancing losses or None) stacked as its layers are.
+        """
         definition = self.definition
         policy = REMAT[definition.remat]
 
@@ -176,12 +236,14 @@ class LM(nnx.Module):
                 state, shared_row, cache, present = xs
 
                 def apply(x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-                    x, cache = nnx.merge(graph, state)(x, rows, cache, shared_row)
-                    return constrain(x, ("batch", None, None)), cache
+                    x, cache, balance = nnx.merge(graph, state)(x, rows, cache, shared_row)
+                    return constrain(x, ("batch", None, None)), (cache, balance)
 
-                if present is None:
-                    return apply(x, cache)
-                return jax.lax.cond(present, apply, lambda x, cache: (x, cache), x, cache)
+                def skip(x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+                    has_balance = jax.eval_shape(apply, x, cache)[1][1] is not None
+                    return x, (cache, jnp.float32(0) if has_balance else None)
+
+                return apply(x, cache) if present is None else jax.lax.cond(present, apply, skip, x, cache)
 
             if policy is None:
                 return layer
@@ -191,11 +253,11 @@ class LM(nnx.Module):
         layers = [layer_of(graph) for graph, *_ in runs]
 
         def period(x: jax.Array, xs: list[tuple]) -> tuple[jax.Array, list[Any]]:
-            caches = []
+            outputs = []
             for layer, run in zip(layers, xs, strict=True):
-                x, cache = self._scan(layer, x, run)
-                caches.append(cache)
-            return x, caches
+                x, output = self._scan(layer, x, run)
+                outputs.append(output)
+            return x, outputs
 
         return self._scan(period, x, [tuple(xs) for _, *xs in runs])
 
@@ -217,7 +279,8 @@ class LM(nnx.Module):
                 graph, state = nnx.split(stack)
                 for place, index in _layers(indices):
                     block = nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], state))
-                    blocks[index] = (block, per_layer[run.name][index] if run.name in per_layer else None)
+                    name = pattern.split(run.name)[0]
+                    blocks[index] = (block, per_layer[name][index] if name in per_layer else None)
         return blocks
 
     def step(
@@ -241,8 +304,15 @@ class LM(nnx.Module):
 
 
 def with_shared(definition: Definition) -> list[Spec]:
-    """The distinct mixers whose kind has parameters that belong to the whole stack."""
-    return [spec for spec in dict.fromkeys(definition.layers) if hasattr(mixers.load(spec.kind), "Shared")]
+    """One layer of each mixer whose kind has parameters that belong to the whole stack."""
+    specs = {spec.mixer: spec for spec in definition.layers}
+    return [spec for spec in specs.values() if hasattr(mixers.load(spec.kind), "Shared")]
+
+
+def norm(definition: Definition, rngs: nnx.Rngs) -> RMSNorm:
+    return RMSNorm(
+        definition.d_model, rngs=rngs, eps=definition.norm_eps, unit_offset=definition.norm_unit_offset
+    )
 
 
 def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
@@ -316,17 +386,22 @@ def loss_fn(
     z_loss: float = 0.0,
     token_bytes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(sum to differentiate, sums {"loss_sum", "z_loss_sum", "tokens", and "bytes" with token_bytes}).
+    """(sum to differentiate, sums {"loss_sum", "z_loss_sum", "tokens", "bytes" with token_bytes, and
+    "balance_loss_sum" of a stack with experts}).
 
     Sums and not means, so that microbatches and hosts add up exactly; divide by the global token count.
     batch: tokens, targets (negative: no loss), segment_ids, positions, int32 [B, T].
     token_bytes: [V] bytes of text that each token stands for.
     """
     model = merge(definition, params)
-    hidden, _ = model(batch["tokens"], Rows(batch["segment_ids"], batch["positions"]))
+    rows = Rows(batch["segment_ids"], batch["positions"])
+    hidden, _, balance = model.forward(batch["tokens"], rows)
     total, sums = loss.cross_entropy(hidden, model.head_matrix(), batch["targets"], z_loss=z_loss)
     aux = {"loss_sum": sums.cross_entropy, "z_loss_sum": z_loss * sums.log_z_squared, "tokens": sums.tokens}
     if token_bytes is not None:
         counted = jnp.where(batch["targets"] >= 0, token_bytes[batch["targets"]], 0)
         aux["bytes"] = jnp.sum(counted.astype(jnp.float32))
+    if balance is not None:
+        aux["balance_loss_sum"] = balance * sums.tokens
+        total += aux["balance_loss_sum"]
     return total, aux

@@ -1,8 +1,9 @@
 """Layer patterns: `(kda*3 full)*2 kda` is a list of mixer names, one per layer.
 
 Grammar, whitespace between items:
-    items := item+      item := (name | "(" items ")") ["*" count]
-    name: a letter or _, then letters, digits, _; looked up in the config's `mixers`.  count: 1, 2, ...
+    items := item+      item := (layer | "(" items ")") ["*" count]      layer := mixer ["/" mlp]
+    mixer, mlp: a letter or _, then letters, digits, _; looked up in the config's `mixers` and `mlps`.
+    A layer without mlp has the SwiGLU of width model.mlp_hidden.       count: 1, 2, ...
 
 What r:1 means here. `ratio(linear, full, r, n)` takes the text of "A Systematic Analysis of Hybrid Linear
 Attention" (arXiv 2507.06457) by the letter: a period of r linear layers and 1 full one, r + 1 layers long,
@@ -21,7 +22,7 @@ FIELD = "model.pattern"
 MAX_LAYERS = 4096  # a slip such as kda*30000 should fail here, not in memory
 PLACEMENTS = ("last", "first", "middle")
 TOKEN = re.compile(
-    r"\s*(?:(?P<name>[A-Za-z_]\w*)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<other>.))",
+    r"\s*(?:(?P<name>[A-Za-z_]\w*(?:/[A-Za-z_]\w*)?)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<other>.))",
     re.ASCII | re.DOTALL,
 )
 
@@ -37,10 +38,16 @@ class PatternError(ConfigError):
         self.args = (f"{sentence}\n  {one_line}\n  {' ' * position}^",)
 
 
-def parse(pattern: str, known: Collection[str] | None = None) -> tuple[str, ...]:
-    """The mixer name of every layer that ``pattern`` spells out.
+def split(layer: str) -> tuple[str, str]:
+    """(mixer, mlp) of "mixer/mlp"; mlp is "" where the layer names none."""
+    mixer, _, mlp = layer.partition("/")
+    return mixer, mlp
 
-    known: the mixer names that exist; any other is refused where it stands. None accepts every name.
+
+def parse(pattern: str, known: Collection[str] | None = None, mlps: Collection[str] = ()) -> tuple[str, ...]:
+    """What each layer that ``pattern`` spells out is called: "mixer" or "mixer/mlp".
+
+    known, mlps: the names that exist; any other is refused where it stands. known None accepts every name.
     Raises PatternError (a ConfigError for model.pattern).
     """
     tokens = []  # (kind, text, index of its first character)
@@ -54,10 +61,14 @@ def parse(pattern: str, known: Collection[str] | None = None) -> tuple[str, ...]
     while tokens[index][0] != "end":
         kind, text, position = tokens[index]
         if kind == "name":
-            if known is not None and text not in known:
+            mixer, mlp = split(text)
+            if known is not None and mixer not in known:
                 raise PatternError(
-                    pattern, position, f"no mixer named {text!r} in mixers", nearest(text, known)
+                    pattern, position, f"no mixer named {mixer!r} in mixers", nearest(mixer, known)
                 )
+            if known is not None and mlp and mlp not in mlps:
+                place = position + len(mixer) + 1
+                raise PatternError(pattern, place, f"no MLP named {mlp!r} in mlps", nearest(mlp, mlps))
             item = [text]
             groups[-1] += item
         elif text == "(":

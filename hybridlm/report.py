@@ -76,9 +76,11 @@ def facts(config: Any, mesh: dict[str, int]) -> dict[str, str]:
     """What is worth knowing before a run, as name -> text."""
     summary, train, memory = cost.summary(config), config.train, cost.memory(config, mesh)
     tokens, flops = train.batch_size * train.seq_len, cost.train_flops_per_token(config)
+    idle = summary["parameters"] != summary["active_parameters"]
+    active = f", of which a token touches {summary['active_parameters']:,}" if idle else ""
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory._asdict().items())
     return {
-        "parameters": f"{summary['parameters']:,}",
+        "parameters": f"{summary['parameters']:,}" + active,
         "decode state per sequence": quantity(summary["state_bytes"], "B"),
         "KV cache per sequence": f"{quantity(summary['cache_bytes'], 'B')} at {train.seq_len:,} tokens",
         "training FLOPs per token": f"{quantity(flops, 'FLOP')} at {train.seq_len:,} tokens",

@@ -35,6 +35,8 @@ Fraction = Annotated[float, Limits(0, 1)]
 class Model:
     """pattern: layers as mixer names (`hybridlm.pattern`), repeated to fill ``num_layers``; 0: as written.
     mlp_hidden: SwiGLU width; 0: 8/3 d_model rounded up to a multiple of 256, as in FLA and Llama.
+    norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
+    post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
     dtype: of activations; parameters, recurrent states and the loss are float32.
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls).
     scan: False unrolls the stack, for debugging; compile time then grows with depth.
@@ -46,6 +48,8 @@ class Model:
     vocab_size: Annotated[int, Limits(2)] = 32000
     mlp_hidden: Count = 0
     norm_eps: Annotated[float, Limits(0)] = 1e-6
+    norm_unit_offset: bool = False
+    post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "dots"] = "full"

@@ -1,0 +1,169 @@
+"""Mixture of SwiGLU experts: every token goes to its top_k experts, none is dropped.
+
+    p = softmax(W_r x) or sigmoid(W_r x), float32    S = the top_k of p + b, among the experts of the best groups
+    w_e = scale * p_e / sum of p over S              (the division only with ``normalize``)
+    y = sum over e in S of w_e expert_e(x)  +  [sigmoid(W_s x)] shared(x)
+
+Softmax form: Qwen3-Next and other Qwen MoEs. Sigmoid form with a selection bias b and groups: DeepSeek-V3
+(arXiv 2412.19437, section 2.1.2), Kimi Linear. Tokens are sorted by expert and go through
+`jax.lax.ragged_dot`, so that no capacity bounds an expert.
+
+Load-balancing loss of one call: balance_loss * E * sum over e of f_e P_e (Switch Transformer, arXiv 2101.03961,
+eq. 4), f_e the choices of expert e per token, P_e its mean share of the router's probability, over tokens that
+are not padding. As in transformers, perfect balance gives balance_loss * top_k.
+
+Shape legend: N tokens, D model width, E experts, S = top_k choices, F expert width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm.errors import ConfigError
+from hybridlm.layers import Linear, SwiGLU, normal, param, zeros
+from hybridlm.mixers import at_least, one_of
+from hybridlm.rows import Rows
+from hybridlm.sharding import per_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Mixture of experts.
+
+    num_experts: experts to choose from.
+    top_k: experts that each token goes to.
+    hidden: width of each expert.
+    router: "softmax" (over all experts) or "sigmoid" (each by itself).
+    normalize: the weights of a token's experts sum to 1 (before ``scale``).
+    scale: factor on the weights (DeepSeek-V3's routed_scaling_factor).
+    selection_bias: a bias per expert that takes part in the choice, not in the weight. It has no gradient and
+        keeps the value it was imported with.
+    num_groups, top_groups: experts stand in num_groups groups of neighbours, of which the top_groups with the
+        highest sum of their two best experts are eligible; 1, 1 for no groups.
+    shared_hidden: width of the expert that every token goes to; 0 for none.
+    shared_gate: the shared expert is scaled by sigmoid(W_s x) (Qwen).
+    balance_loss: weight of the load-balancing loss, which is averaged over the stack's expert layers.
+    """
+
+    num_experts: int = 8
+    top_k: int = 2
+    hidden: int = 512
+    router: str = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    selection_bias: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    shared_hidden: int = 0
+    shared_gate: bool = False
+    balance_loss: float = 0.01
+
+    def check(self, d_model: int) -> None:
+        at_least(self, 1, "num_experts", "top_k", "hidden", "num_groups", "top_groups")
+        at_least(self, 0, "shared_hidden", "balance_loss")
+        one_of(self, "router", ["softmax", "sigmoid"])
+        if self.scale <= 0:
+            raise ConfigError("scale", self.scale, "must be above 0")
+        groups = f"num_experts = {self.num_experts} in groups of at least 2"
+        if self.num_groups > 1 and (
+            self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups
+        ):
+            raise ConfigError("num_groups", self.num_groups, f"must split {groups}")
+        if self.top_groups > self.num_groups:
+            raise ConfigError(
+                "top_groups", self.top_groups, f"must be at most num_groups = {self.num_groups}"
+            )
+        eligible = self.num_experts // self.num_groups * self.top_groups
+        if self.top_k > eligible:
+            raise ConfigError("top_k", self.top_k, f"must be at most {eligible}, the eligible experts")
+        if self.shared_gate and not self.shared_hidden:
+            raise ConfigError("shared_gate", True, "needs a shared expert", "Set shared_hidden.")
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+        self.config = config
+        experts, hidden = config.num_experts, config.hidden
+        self.router = Linear(d_model, experts, rngs=rngs, axes=("embed", None))
+        bias = config.selection_bias
+        self.selection_bias = param(rngs, (experts,), (None,), zeros, decay=False) if bias else None
+        up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
+        self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True)
+        self.up = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True)
+        self.down = param(rngs, (experts, hidden, d_model), down_axes, normal(), decay=True)
+        if config.shared_hidden:
+            self.shared = SwiGLU(d_model, config.shared_hidden, rngs=rngs)
+        if config.shared_gate:
+            self.shared_gate = Linear(d_model, 1, rngs=rngs, axes=("embed", None))
+
+    def __call__(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+        x_BTD = x if x.ndim == 3 else x[:, None]  # a decode step has no T axis
+        p_BTE = self._probabilities(x_BTD)
+        choice_BTS, weight_BTS = self._choose(p_BTE)
+        weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
+        tokens = ("batch", None, None)
+        whole = (None, None, None)  # each device has its own tokens, hence needs every expert
+        run = per_shard(lambda *args: (_experts(*args),), (*(tokens,) * 3, *(whole,) * 3), (tokens,))
+        y_BTD = run(x_BTD, choice_BTS, weight_BTS, *weights)[0].reshape(x.shape)
+        if self.config.shared_hidden:
+            shared = self.shared(x)
+            y_BTD += jax.nn.sigmoid(self.shared_gate(x)) * shared if self.config.shared_gate else shared
+        if not self.config.balance_loss:
+            return y_BTD, None
+        return y_BTD, self._balance(p_BTE, choice_BTS, rows.segment_ids.reshape(x_BTD.shape[:2]) != 0)
+
+    def _probabilities(self, x: jax.Array) -> jax.Array:
+        logits = self.router(x.astype(jnp.float32))
+        return jax.nn.softmax(logits) if self.config.router == "softmax" else jax.nn.sigmoid(logits)
+
+    def _choose(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(experts int32 [..., S], weights float32 [..., S]) of each token."""
+        config = self.config
+        score = p if self.selection_bias is None else p + self.selection_bias[...]
+        if config.num_groups > 1:
+            grouped = score.reshape(*score.shape[:-1], config.num_groups, -1)
+            best_two = jax.lax.top_k(grouped, 2)[0].sum(-1)
+            eligible = jax.nn.one_hot(jax.lax.top_k(best_two, config.top_groups)[1], config.num_groups).sum(
+                -2
+            )
+            score = jnp.where(eligible[..., None] > 0, grouped, -jnp.inf).reshape(score.shape)
+        choice = jax.lax.top_k(score, config.top_k)[1]
+        weight = jnp.take_along_axis(p, choice, axis=-1)
+        if config.normalize:
+            weight /= weight.sum(-1, keepdims=True) + 1e-20
+        return choice, weight * config.scale
+
+    def _balance(self, p_BTE: jax.Array, choice_BTS: jax.Array, real_BT: jax.Array) -> jax.Array:
+        share = p_BTE / p_BTE.sum(-1, keepdims=True)
+        chosen = jax.nn.one_hot(choice_BTS, self.config.num_experts).sum(-2)
+        count = jnp.maximum(real_BT.sum(), 1)
+        mean = lambda per_token: jnp.sum(jnp.where(real_BT[..., None], per_token, 0), (0, 1)) / count
+        return self.config.balance_loss * self.config.num_experts * jnp.sum(mean(chosen) * mean(share))
+
+
+def _experts(
+    x_BTD: jax.Array,
+    choice_BTS: jax.Array,
+    weight_BTS: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+) -> jax.Array:
+    """sum over s of weight_s expert_{choice_s}(x). Gathers are permutations: their gradients are, too."""
+    top_k = choice_BTS.shape[-1]
+    flat = choice_BTS.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    back = jnp.argsort(order)
+    sizes = jnp.bincount(flat, length=gate_EDF.shape[0]).astype(jnp.int32)
+    permute = lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds")
+    x = permute(jnp.repeat(x_BTD.reshape(-1, x_BTD.shape[-1]), top_k, axis=0), order)
+    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate_EDF, sizes)) * jax.lax.ragged_dot(x, up_EDF, sizes)
+    y = permute(jax.lax.ragged_dot(hidden, down_EFD, sizes), back)
+    y_BTSD = y.reshape(*choice_BTS.shape, -1)
+    return jnp.einsum("btsd,bts->btd", y_BTSD, weight_BTS.astype(y.dtype))
+
+
+def idle(config: Config, d_model: int) -> int:
+    return (config.num_experts - config.top_k) * 3 * d_model * config.hidden
