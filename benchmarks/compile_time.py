@@ -2,11 +2,12 @@
 
     python -m benchmarks.compile_time [--pattern "kda*3 full"] [--depths 8,16,32,64,30]
 
-Each depth runs in a process of its own, so that nothing is warm. The last column is the ratio of the sum to the
-first depth's.
+Each depth runs in a process of its own, so that nothing is warm. The last column is the ratio of the total to
+the first depth's.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def measure(pattern: str, depth: int) -> dict[str, float]:
     times.append(time.perf_counter())
     lowered.compile()
     times.append(time.perf_counter())
-    trace, lower, compile_ = (b - a for a, b in zip(times[:-1], times[1:], strict=True))
+    trace, lower, compile_ = (b - a for a, b in itertools.pairwise(times))
     return {
         "depth": depth,
         "trace": trace,

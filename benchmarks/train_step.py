@@ -3,8 +3,8 @@
     python -m benchmarks.train_step --config=configs/hybrid.py:340m,gdn,3:1 --batch_size=8 --seq_len=4096 \
         [--microbatches=1] [--backends=auto,xla] [--steps=8] [--config.section.field=value ...]
 
-Tokens are random and lie in memory, so that data costs nothing. "first" is the time from nothing to the end of
-the first step: initialisation, tracing, compilation, one step. Prints one JSON line a backend and the ratio.
+Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
+end of the first step: initialisation, tracing, compilation, one step. Prints one JSON line a backend.
 """
 
 import argparse

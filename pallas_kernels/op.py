@@ -79,7 +79,7 @@ def linear_attention(
 
 @contextlib.contextmanager
 def auto_means(backend: str) -> Iterator[None]:
-    """Calls with backend="auto" that are traced inside use ``backend``: to compare a whole model's backends."""
+    """Calls with backend="auto" traced inside use ``backend``, to compare backends under a whole model."""
     _known(backend)
     token = _auto.set(backend)
     try:
