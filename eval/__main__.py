@@ -1,0 +1,134 @@
+"""Evaluates a run: python -m eval --workdir=runs/x --suite=recall
+
+Writes eval.json and eval.png into the workdir and the same numbers to W&B if the run has it; a second call
+goes on where the first was stopped. Exit codes: 0 done, 1 a run that cannot be read, 2 bad input, 130
+interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from eval import haystack, report, runner, subject, tasks
+from hybridlm import logbook
+from hybridlm.errors import ConfigError, RunError
+
+log = logging.getLogger("hybridlm")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval", allow_abbrev=False)
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", help="of the run; train.py wrote it")
+    add("--suite", default="", help="one of " + ", ".join(tasks.SUITES))
+    add("--tasks", default="", metavar="NAME,...", help="further tasks; --list describes them")
+    add("--list", action="store_true", help="every task with the source of its definition, and exit")
+    add("--lengths", default="", metavar="N,...", help="contexts in tokens; default: each task's own")
+    add("--samples", type=int, default=100, help="of each task and length (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    add("--step", type=int, help="of the checkpoint (default: the newest)")
+    add(
+        "--haystack",
+        default=haystack.DEFAULT,
+        metavar="FILE",
+        help="prose to hide in (default: Python's docs)",
+    )
+    add(
+        "--data_dir",
+        default="",
+        metavar="DIR",
+        help="local <task>.jsonl of the natural suite; default: download",
+    )
+    add(
+        "--tokenizer", default="", metavar="FILE", help='"bytes" or a tokenizer.json; default: the run\'s own'
+    )
+    add("--batch_tokens", type=int, default=1 << 15, help="tokens of a batch (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def plan(flags: argparse.Namespace) -> runner.Plan:
+    for name in ("samples", "batch_tokens"):
+        if getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}", getattr(flags, name), "must be at least 1")
+    try:
+        lengths = tuple(int(part) for part in flags.lengths.split(",") if part.strip())
+        if any(length < 1 for length in lengths):
+            raise ValueError
+    except ValueError:
+        raise ConfigError("--lengths", flags.lengths, "must be whole numbers like 1024,2048") from None
+    return runner.Plan(lengths, flags.samples, flags.seed, haystack.load(flags.haystack), flags.data_dir)
+
+
+def listing() -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("task", "what is asked", "definition"):
+        table.add_column(column, no_wrap=column == "task")
+    for task in tasks.TASKS.values():
+        table.add_row(task.name, task.about, task.source)
+    return table
+
+
+def evaluate(flags: argparse.Namespace, console: Console) -> None:
+    chosen = tasks.choose(flags.suite, [name for name in flags.tasks.split(",") if name])
+    wanted = plan(flags)
+    if not flags.workdir:
+        raise ConfigError("--workdir", "", "must name the run to evaluate")
+    tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens)
+    workdir = Path(flags.workdir)
+    title = f"{workdir.name} at step {tested.step:,}"
+    about = {"run": workdir.name, "step": tested.step, "pattern": tested.config.model.pattern}
+    keep = lambda results: runner.write(
+        workdir / "eval.json", results, about | {"haystack": wanted.haystack.name}
+    )
+    with Bars(console=console, transient=True) as bars:
+
+        def watch(name: str, samples: int) -> subject.Progress:
+            bar = bars.add_task(name, total=samples)
+            return lambda done: bars.advance(bar, done)
+
+        known = runner.read(workdir / "eval.json")
+        results = runner.measure(tested, chosen, wanted, known, watch=watch, done=keep)
+    names = {task.name for task in chosen}
+    shown = {name: result for name, result in results.items() if result["task"] in names}
+    if not shown:
+        raise RunError("nothing could be measured; the warnings above say why.")
+    console.print(report.table(shown, title))
+    report.plot(results, title, workdir / "eval.png")
+    tracker = logbook.Tracker(workdir, tested.config, tested.config.log.wandb_mode)
+    tracker.log(tested.step, runner.metrics(shown.items()))
+    tracker.close(failed=False)
+    for name in ("eval.json", "eval.png"):
+        console.print(f"wrote {workdir / name}", highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    flags = parse(argv)
+    console = Console()
+    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    log.setLevel(logging.INFO)
+    try:
+        if flags.list:
+            console.print(listing())
+        else:
+            evaluate(flags, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, call again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

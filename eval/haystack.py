@@ -1,0 +1,47 @@
+"""Text to hide needles in: a file that the user names, or the language reference that comes with Python."""
+
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from hybridlm.errors import ConfigError
+
+DEFAULT = "python-docs:"
+
+
+class Haystack(NamedTuple):
+    """name: of its source.  words: in order.  fingerprint: a hash of them."""
+
+    name: str
+    words: tuple[str, ...]
+    fingerprint: str
+
+    def text(self, words: int) -> str:
+        """The first ``words`` words, from the start again when they run out."""
+        repeats = -(-words // len(self.words))
+        return " ".join((self.words * repeats)[:words])
+
+
+@functools.cache
+def load(name: str = DEFAULT) -> Haystack:
+    """The words of the text file ``name``, or of the prose in Python's own documentation."""
+    if name == DEFAULT:
+        from pydoc_data.topics import topics
+
+        text = " ".join(topics[topic] for topic in sorted(topics))
+    else:
+        try:
+            text = Path(name).expanduser().read_text(errors="replace")
+        except OSError as error:
+            raise ConfigError("--haystack", name, f"cannot be read ({error.strerror})") from error
+    words = tuple(text.split())
+    if not words:
+        raise ConfigError("--haystack", name, "holds no words")
+    return Haystack(name, words, hashlib.sha256(" ".join(words).encode()).hexdigest()[:16])
+
+
+def sentences(text: str) -> list[str]:
+    """``text`` cut behind . ! ? and spaces."""
+    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]

@@ -1,0 +1,187 @@
+"""The model under test: text in, text or probabilities out, in batches of few shapes."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridlm import checkpoint, generate, loss
+from hybridlm import config as configs
+from hybridlm import model as lm
+from hybridlm.data import tokenizer as tokenizers
+from hybridlm.errors import ConfigError
+from hybridlm.rows import Rows
+
+log = logging.getLogger("hybridlm")
+Progress = Callable[[int], None]  # called with the number of samples done since the last call
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, its parameters and its tokenizer.
+
+    tokenizer: None when its tokens stand for no text.
+    config: the resolved config of the run; its data, for tasks that the model was trained on.
+    step: of the checkpoint.
+    batch_tokens: tokens of a batch at most, padding included; one row is a batch however long it is.
+    """
+
+    definition: lm.Definition
+    params: lm.Params
+    tokenizer: tokenizers.Tokenizer | None
+    config: Any
+    step: int
+    batch_tokens: int = 1 << 15
+
+    def encode(self, text: str) -> list[int]:
+        """A document that begins with ``text``: the separator and its tokens."""
+        tokens = self.text_tokenizer
+        return [tokens.doc_id, *tokens.encode(text)]
+
+    @property
+    def text_tokenizer(self) -> tokenizers.Tokenizer:
+        if self.tokenizer is None:
+            fix = "Give --tokenizer, or choose tasks that need no text: --suite=synthetic."
+            raise ConfigError("--tasks", self.config.data.kind, "the model's tokens stand for no text", fix)
+        return self.tokenizer
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: generate.Sampling = generate.GREEDY,
+        seed: int = 0,
+        progress: Progress = lambda done: None,
+    ) -> list[str]:
+        """A text for each prompt (token ids), in their order."""
+        texts: list[str] = [""] * len(prompts)
+        for chosen, filled in self._batches([len(p) for p in prompts], max_new_tokens):
+            made = generate.complete(
+                self.definition, self.params, self.text_tokenizer, [prompts[i] for i in filled],
+                max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed,
+            )  # fmt: skip
+            for index, text in zip(chosen, made[: len(chosen)], strict=True):
+                texts[index] = text
+            progress(len(chosen))
+        return texts
+
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress = lambda done: None
+    ) -> list[tuple[float, bool]]:
+        """For (context, continuation), token ids: log P(continuation | context) in nats, and whether each of
+        its tokens is the most probable one. Contexts hold at least one token.
+        """
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
+        for chosen, filled in self._batches(lengths, 0):
+            shape = (len(filled), generate.bucket(max(lengths[i] for i in chosen)))
+            tokens, targets, segments = (
+                np.zeros(shape, np.int32),
+                np.full(shape, -1, np.int32),
+                np.zeros(shape, np.int32),
+            )
+            for row, index in enumerate(filled):
+                context, continuation = pairs[index]
+                whole, end = [*context, *continuation], lengths[index]
+                tokens[row, :end], segments[row, :end] = whole[:-1], 1
+                targets[row, len(context) - 1 : end] = continuation
+            positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+            log_prob, correct = self.token_scores(
+                {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions}
+            )
+            for row, index in enumerate(chosen):
+                counted = targets[row] >= 0
+                results[index] = float(log_prob[row].sum(dtype=np.float64)), bool(correct[row][counted].all())
+            progress(len(chosen))
+        return results
+
+    def token_scores(self, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """(log probability of each target, whether it is the most probable), [B, T]; see `loss.per_token`."""
+        scores = _token_scores(self.params, {k: jnp.asarray(v) for k, v in batch.items()}, self.definition)
+        return tuple(np.asarray(x) for x in scores)  # type: ignore[return-value]
+
+    def rows_per_batch(self, length: int) -> int:
+        return max(1, self.batch_tokens // length)
+
+    def _batches(self, lengths: Sequence[int], extra: int) -> Iterator[tuple[list[int], list[int]]]:
+        """(indices of a batch, the same filled up to the batch's full size), longest first.
+
+        Rows of a batch share a bucket of lengths, and all batches of a bucket have one size, so that one
+        program is compiled for each. Longest first, so that memory that lacks is missed at once.
+        """
+        buckets: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            buckets.setdefault(generate.bucket(length), []).append(index)
+        for length in sorted(buckets, reverse=True):
+            rows = min(self.rows_per_batch(length + extra), 1 << (len(buckets[length]) - 1).bit_length())
+            for start in range(0, len(buckets[length]), rows):
+                chosen = buckets[length][start : start + rows]
+                yield chosen, chosen + chosen[:1] * (rows - len(chosen))
+
+
+@partial(jax.jit, static_argnames="definition")
+def _token_scores(
+    params: lm.Params, batch: dict[str, jax.Array], definition: lm.Definition
+) -> tuple[jax.Array, jax.Array]:
+    model = lm.merge(definition, params)
+    hidden, _ = model(batch["tokens"], Rows(batch["segment_ids"], batch["positions"]))
+    return loss.per_token(hidden, model.head_matrix(), batch["targets"])
+
+
+def load(
+    workdir: str | Path, step: int | None = None, tokenizer: str = "", batch_tokens: int = 1 << 15
+) -> Subject:
+    """The run in ``workdir`` at ``step`` (None: its newest checkpoint), on one device.
+
+    tokenizer: "bytes" or a tokenizer.json, where the run's own is not to be found.
+    """
+    workdir = Path(workdir).absolute()
+    if not (workdir / "config.json").is_file():
+        fix = "Name a directory that train.py wrote."
+        raise ConfigError("--workdir", str(workdir), "holds no config.json", fix)
+    config = configs.resolve(configs.from_json(workdir / "config.json"))
+    definition = lm.build(config)
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError("--workdir", str(workdir), "holds no checkpoints", "Train the run first.")
+    with checkpoint.Checkpoints(workdir / "checkpoints") as saves:
+        steps = saves.steps()
+        if not steps or (step is not None and step not in steps):
+            allowed = "there are checkpoints at steps " + (", ".join(map(str, steps)) or "(none)")
+            raise ConfigError("--step", step, allowed)
+        step = steps[-1] if step is None else step
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        params = saves.restore(step, {"params": jax.tree.map(place, lm.shapes(definition))})["params"]
+    tokens = tokenizers.load(tokenizer) if tokenizer else tokenizer_of(config.data)
+    if tokens is not None and tokens.vocab_size > definition.vocab_size:
+        allowed = f"has {tokens.vocab_size} ids, the model {definition.vocab_size}"
+        raise ConfigError("--tokenizer", tokens.name, allowed)
+    return Subject(definition, params, tokens, config, step, batch_tokens)
+
+
+def tokenizer_of(data: Any) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a run's ``config.data``, read without its text; None if its tokens stand for none."""
+    if data.kind == "text":
+        return tokenizers.load(data.tokenizer)
+    if data.kind == "shards":
+        path = Path(data.path).expanduser()
+        try:
+            named = json.loads((path / "index.json").read_text())["tokenizer"]["name"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                "data.path", str(path), f"holds no tokenizer ({error})", "Give --tokenizer."
+            ) from error
+        return tokenizers.load(named if named == "bytes" else str(path / named))
+    if data.kind == "mixture":
+        found = [tokenizer_of(component) for component in data.components.values()]
+        return next((tokens for tokens in found if tokens is not None), None)
+    return None

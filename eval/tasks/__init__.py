@@ -1,0 +1,35 @@
+"""Every task by name, and suites of them. A family of tasks is a file; TASKS lists them all."""
+
+from collections.abc import Iterable
+
+from eval.tasks import labelled, natural, passkey, ruler
+from eval.tasks.base import Setting, Task
+from hybridlm.errors import ConfigError, nearest
+
+__all__ = ["SUITES", "TASKS", "Setting", "Task", "choose"]
+
+TASKS: dict[str, Task] = {
+    task.name: task for family in (passkey, ruler, natural, labelled) for task in family.TASKS
+}
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "recall": tuple(task.name for family in (passkey, ruler) for task in family.TASKS),
+    "ruler": tuple(task.name for task in ruler.TASKS),
+    "natural": tuple(task.name for task in natural.TASKS),
+    "synthetic": tuple(task.name for task in labelled.TASKS),
+}
+
+
+def choose(suite: str, names: Iterable[str]) -> list[Task]:
+    """The tasks of ``suite`` ("" for none) and those called ``names``, each once; ConfigError if unknown."""
+    if suite and suite not in SUITES:
+        raise ConfigError("--suite", suite, "must be one of " + ", ".join(SUITES), nearest(suite, SUITES))
+    chosen = list(SUITES.get(suite, ()))
+    for name in names:
+        if name not in TASKS:
+            fix = f"{nearest(name, TASKS)} `python -m eval --list` describes them all."
+            raise ConfigError("--tasks", name, "there is no such task", fix)
+        chosen.append(name)
+    if not chosen:
+        raise ConfigError("--suite", suite, "no task is chosen", f"Suites: {', '.join(SUITES)}.")
+    return [TASKS[name] for name in dict.fromkeys(chosen)]

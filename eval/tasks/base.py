@@ -1,0 +1,154 @@
+"""What a task is, and the kind that prompts a model and reads what it writes."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from eval.haystack import Haystack
+from eval.subject import Progress, Subject
+from hybridlm.data.tokenizer import Tokenizer
+
+
+class Setting(NamedTuple):
+    """One measurement of a task.
+
+    length: context in tokens, generated ones included; 0 for tasks whose texts are as long as they are.
+    samples: how many, at most.  seed: of the samples.
+    haystack: text that needles are hidden in.
+    data_dir: folder of local files <task>.jsonl in place of downloads; "" downloads.
+    """
+
+    length: int
+    samples: int
+    seed: int
+    haystack: Haystack
+    data_dir: str = ""
+
+
+class Task(Protocol):
+    """A measurement with a public definition.
+
+    name: as on the command line.  source: where the definition is.  about: what is asked, in a line.
+    lengths: context lengths that are measured if none are named.
+    text: whether it needs a tokenizer.
+    """
+
+    name: str
+    source: str
+    about: str
+    lengths: tuple[int, ...]
+    text: bool
+
+    def chance(self, subject: Subject, setting: Setting) -> float | None:
+        """Score of answers drawn at random from all that are possible, without reading; None if undefined."""
+
+    def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
+        """A score in [0, 1] for each sample; ``progress`` is called with the number of samples done."""
+
+
+class Sample(NamedTuple):
+    """prompt: text that the model continues.  answers: what its continuation is scored by."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+class Writer(NamedTuple):
+    """What a sample is written with.
+
+    rng: of this sample alone.  count: text -> tokens.  budget: tokens that the prompt may have.
+    length: the whole context, from which some tasks take their settings.  haystack: text to hide in.
+    """
+
+    rng: random.Random
+    count: Callable[[str], int]
+    budget: int
+    length: int
+    haystack: Haystack
+
+
+Score = Callable[[str, Sequence[str]], float]
+
+
+def share_contained(completion: str, answers: Sequence[str]) -> float:
+    """RULER's string_match_all: the share of answers that occur in the completion, whatever their case."""
+    return sum(answer.lower() in completion.lower() for answer in answers) / len(answers)
+
+
+def any_contained(completion: str, answers: Sequence[str]) -> float:
+    """The Based suite's "contains": 1 if any answer occurs in the completion, whatever its case."""
+    return float(any(answer.lower() in completion.lower() for answer in answers))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTask:
+    """A task of generated prompts, each a function of (seed, task, length, index).
+
+    write: makes a sample whose prompt has at most ``budget`` tokens.
+    max_new_tokens: of the answer; part of the context length.
+    guess: the chance of one answer at random.
+    """
+
+    name: str
+    source: str
+    about: str
+    write: Callable[[Writer], Sample]
+    max_new_tokens: int
+    guess: float
+    score: Score = share_contained
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    stop: tuple[str, ...] = ()
+    text: bool = True
+
+    def chance(self, subject: Subject, setting: Setting) -> float | None:
+        return self.guess
+
+    def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:
+        count = lambda text: 1 + len(tokens.encode(text))  # and the document separator
+        budget = setting.length - self.max_new_tokens
+        return [
+            self.write(
+                Writer(
+                    random.Random(f"{setting.seed} {self.name} {setting.length} {index}"),
+                    count, budget, setting.length, setting.haystack,
+                )
+            )
+            for index in range(setting.samples)
+        ]  # fmt: skip
+
+    def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
+        samples = self.samples(subject.text_tokenizer, setting)
+        completions = subject.complete(
+            [subject.encode(sample.prompt) for sample in samples],
+            max_new_tokens=self.max_new_tokens, stop=self.stop, progress=progress,
+        )  # fmt: skip
+        return np.array([self.score(c, s.answers) for c, s in zip(completions, samples, strict=True)])
+
+
+class TooShort(ValueError):
+    """The context is too short for even the smallest sample."""
+
+
+def largest(
+    write: Callable[[int], str], count: Callable[[str], int], budget: int, least: int, most: int = 1 << 40
+) -> int:
+    """The largest size from ``least`` to ``most`` whose text has at most ``budget`` tokens.
+
+    Text is taken to grow with size, but for what is random in it. TooShort if the least does not fit.
+    """
+    if count(write(least)) > budget:
+        raise TooShort(f"at least {count(write(least))} tokens are needed, beside the answer's")
+    low, high = least, least * 2
+    while high <= most and count(write(high)) <= budget:
+        low, high = high, high * 2
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if count(write(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,134 @@
+"""Tasks that models are trained on: held-out examples of `hybridlm.data`, one to a row, labels on tokens.
+
+A sample's score is the share of its labelled tokens that are predicted right, each from the tokens before it.
+If the run was trained on the same kind of data, its settings (number of stacks, noise, ...) are kept; ids
+are drawn from the model's whole vocabulary, as in training.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from eval.subject import Progress, Subject
+from eval.tasks.base import Setting
+from hybridlm import data
+from hybridlm.data import copying, mad, state_tracking
+
+Settings = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTask:
+    """settings: of the data, kind first.
+    choices: (settings, vocabulary) -> number of answers that a label can be.
+    """
+
+    name: str
+    source: str
+    about: str
+    settings: Settings
+    choices: Callable[[Settings, int], int]
+    lengths: tuple[int, ...] = (256,)
+    text: bool = False
+
+    def data_config(self, run: Any, samples: int) -> dict[str, Any]:
+        """This task's settings over those of the run's own data, where it has the same kind."""
+        kind = self.settings["kind"]
+        parts = run.components.values() if run.kind == data.MIXTURE else [run]
+        own = next((dict(part) for part in parts if part.kind == kind), {})
+        known = {field.name for field in dataclasses.fields(data.KINDS[kind].Config)}
+        kept = {k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples")}
+        return {**kept, **self.settings, "val_examples": samples}
+
+    def chance(self, subject: Subject, setting: Setting) -> float | None:
+        config = self.data_config(subject.config.data, 1)
+        defaults = dataclasses.asdict(data.KINDS[config["kind"]].Config())
+        return 1 / self.choices({**defaults, **config}, subject.definition.vocab_size)
+
+    def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
+        rows = min(subject.rows_per_batch(setting.length), setting.samples)
+        held_out = data.build(
+            self.data_config(subject.config.data, setting.samples),
+            split="val", batch_size=rows, seq_len=setting.length, seed=0,
+            vocab_size=subject.definition.vocab_size,
+        )  # fmt: skip
+        scores: list[float] = []
+        for index in range(held_out.num_batches or 0):
+            batch = held_out.batch(index)
+            counted = (batch["targets"] >= 0).sum(axis=1)
+            correct = subject.token_scores(batch)[1].sum(axis=1)
+            real = counted > 0  # the last batch is filled up with padding
+            scores += (correct[real] / counted[real]).tolist()
+            progress(int(real.sum()))
+        return np.array(scores)
+
+
+def _mad_choices(settings: Settings, vocab: int) -> int:
+    task = settings["task"]
+    if task == "memorization":
+        return (vocab - 1) // 2
+    if task == "selective_copying":
+        return vocab - 2
+    vocab -= settings["noise_vocab"] if task == "noisy_in_context_recall" else 0
+    vocab -= task == "fuzzy_in_context_recall"
+    return vocab - vocab // 2
+
+
+def _order(settings: Settings, vocab: int) -> int:
+    return len(state_tracking.elements(settings["group"]))
+
+
+ABOUT = {
+    "palindrome": "the first half again, from its end",
+    "copy": "the first half again",
+    "induction": "the token that followed the mark",
+    "in_context_recall": "values of keys that came before",
+    "noisy_in_context_recall": "the same among noise",
+    "fuzzy_in_context_recall": "the same, keys and values of several tokens",
+    "memorization": "values that are the same in every example and never shown",
+    "selective_copying": "tokens among blanks, in order",
+}
+COPYING = {
+    "palindrome": ("Kimi Linear, arXiv 2510.26692, 5.1", 256),
+    "copy": ("Jelassi et al. 2024, arXiv 2402.01032", 256),
+    "induction": ("H3, arXiv 2212.14052, 3.1", 30),
+}
+MAD_LENGTHS = {"memorization": 32, "selective_copying": 256}
+
+TASKS = [
+    *(
+        LabelTask(
+            f"mqar_{pairs}", "Zoology, arXiv 2312.04927; slices of Based", f"values of {pairs} keys",
+            {"kind": "mqar", "num_pairs": pairs}, lambda settings, vocab: vocab - vocab // 2,
+            (max(64, 4 * pairs),),
+        )
+        for pairs in (4, 8, 16, 32, 64, 128, 256)
+    ),
+    *(
+        LabelTask(
+            task, COPYING[task][0], ABOUT[task], {"kind": "copying", "task": task},
+            lambda settings, vocab: vocab - 1, (COPYING[task][1],),
+        )
+        for task in copying.TASKS
+    ),
+    LabelTask(
+        "stack", "Kimi Linear, arXiv 2510.26692, 5.1", "what comes off one of many stacks", {"kind": "stack"},
+        lambda settings, vocab: vocab - 2 - settings["num_stacks"],
+    ),
+    *(
+        LabelTask(
+            f"mad_{task}", "MAD, arXiv 2403.17844", ABOUT[task], {"kind": "mad", "task": task}, _mad_choices,
+            (MAD_LENGTHS.get(task, 128),),
+        )
+        for task in mad.TASKS
+    ),
+    *(
+        LabelTask(
+            group, "DeltaProduct, arXiv 2502.10297", "the product so far, at every token",
+            {"kind": "state_tracking", "group": group}, _order, (128, 256, 512),
+        )
+        for group in state_tracking.GROUPS
+    ),
+]  # fmt: skip
