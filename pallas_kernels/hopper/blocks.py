@@ -46,7 +46,20 @@ def kernel(
     )
     if interpret is True:
         interpret = plgpu.InterpretGPUParams(detect_races=True)
-    return plgpu.kernel(body, compiler_params=params, interpret=interpret or None, kernel_name=name, **options)
+    run = plgpu.kernel(body, compiler_params=params, interpret=interpret or None, kernel_name=name, **options)
+
+    def call(*arrays: jax.Array) -> Any:
+        # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
+        varying = frozenset().union(*map(_varying, arrays))
+        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying") if varying - _varying(x) else x  # noqa: E731
+        return jax.tree.map(cast, run(*arrays))
+
+    return call
+
+
+def _varying(x: jax.Array) -> frozenset:
+    kind = jax.typeof(x)
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
 
 
 def smem(shape: Sequence[int], dtype: Any) -> Any:
@@ -185,25 +198,26 @@ def unit_lower_inverse(lower: jax.Array, x_s: Any, y_s: Any, *, interpret: Any) 
 
     With X the inverse of the diagonal blocks of size s and L the blocks just below them, the inverse of the
     blocks of size 2s is X - X L X. Each level is exact in exact arithmetic, and rounding does not grow as it does
-    in a Neumann product (powers of `lower` that cancel). x_s, y_s: float16 scratch tiles [C, C].
+    in a Neumann product (powers of `lower` that cancel). x_s, y_s: float16 scratch [2, C, C]; the two halves take
+    turns, so that the one barrier a level also keeps a fast warp from overwriting what a slow one still reads.
     """
-    row, col = row_index(), col_index()
 
     def below(size: int) -> jax.Array:
-        same = div(row, 2 * size) == div(col, 2 * size)
-        return same & (div(row, size) > div(col, size))
+        """Where `lower` links an odd block of this size to the even one before it."""
+        # The barrier keeps every level's mask a short-lived thing, not 32 registers through all levels.
+        row = lax.optimization_barrier(plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS))
+        return ((by_row(row) ^ col_index()) & -size) == size
 
-    x = jnp.where(row == col, 1.0, 0.0) - jnp.where(below(1), lower, 0.0)
-    size = 2
-    while size < C:
-        x_lo = x.astype(jnp.float16)
-        x_s[...] = x_lo
+    minus = (lower * -1.0).astype(jnp.float16)
+    zero = jnp.zeros((), jnp.float16)
+    x = jnp.where(row_index() == col_index(), 1.0, 0.0) + jnp.where(below(1), minus, zero).astype(F32)
+    for level in range(1, C.bit_length() - 1):
+        x_l, y_l = x_s.at[level % 2], y_s.at[level % 2]
+        x_l[...] = x.astype(jnp.float16)
+        y_l[...] = jnp.where(below(2**level), minus, zero)
         plgpu.commit_smem()
-        step = jnp.where(below(size), lower * -1.0, 0.0).astype(jnp.float16)
-        y_s[...] = matmul((step, x_s), interpret=interpret).astype(jnp.float16)
-        plgpu.commit_smem()
-        x = matmul((x_lo, y_s, x), interpret=interpret)
-        size *= 2
+        y = matmul((x_l, y_l), interpret=interpret)
+        x = matmul((y.astype(jnp.float16), x_l, x), interpret=interpret)
     return x
 
 

@@ -31,7 +31,7 @@ __all__ = ["Inputs", "forward", "prepare"]
 def forward(inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None) -> tuple[Scanned, jax.Array | None]:
     """(results, A): `final` for the state after the last token, `keep` for what the backward pass wants."""
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape, inputs.beta is not None)
-    inverses = None if inputs.beta is None else chunk_inverses(inputs, run=choice.run)
+    inverses = None if inputs.beta is None else chunk_inverses(inputs)
     if choice.pieces > 1:
         inputs = dataclasses.replace(inputs, state=_starts(inputs, inverses, choice))
     out = Scan(inputs, inverses, choice.value_tile, choice.pieces, "output", final, keep)()

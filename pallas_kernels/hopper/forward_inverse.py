@@ -15,11 +15,10 @@ from pallas_kernels.hopper.inputs import Inputs, Vectors
 WARPGROUPS = 4  # chunks at work in a block of threads; caps a thread at 128 registers
 
 
-def chunk_inverses(inputs: Inputs, *, run: int) -> jax.Array:
+def chunk_inverses(inputs: Inputs) -> jax.Array:
     """A = (I + L)^-1 [B, HV, T, C] in bf16, row i of each chunk's A at token i.
 
-    L_ij = beta_i k_i.k_j exp(G_i - G_j) for pairs j < i of one document. `run`: chunks a warpgroup works through,
-    the keys of the next one on their way while it inverts.
+    L_ij = beta_i k_i.k_j exp(G_i - G_j) for pairs j < i of one document.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads = inputs.v.shape[2]
@@ -28,23 +27,22 @@ def chunk_inverses(inputs: Inputs, *, run: int) -> jax.Array:
     vectors = Vectors(inputs, ("log_decay", "beta", "segment"))
     interpret = inputs.interpret
     warpgroups = min(WARPGROUPS, chunks)
-    blocks_of_chunks = pl.cdiv(chunks, warpgroups * run)
 
-    def body(*refs: Any, k_s: Any, in_s: Any, sum_s: Any, x_s: Any, y_s: Any, a_s: Any, ready: Any, done: Any) -> None:
+    def body(*refs: Any, k_s: Any, in_s: Any, sum_s: Any, x_s: Any, y_s: Any, ready: Any, done: Any) -> None:
         k_ref, *vector_refs, a_ref = refs
         b, head, block, wg = (lax.axis_index(name) for name in ("b", "h", "n", "wg"))
-        k_s, in_s, sum_s, x_s, y_s, a_s, ready = (s.at[wg] for s in (k_s, in_s, sum_s, x_s, y_s, a_s, ready))
-        first = (block * warpgroups + wg) * run
-        count = jnp.minimum(run, chunks - first)
+        k_s, in_s, sum_s, x_s, y_s, ready = (s.at[wg] for s in (k_s, in_s, sum_s, x_s, y_s, ready))
+        n = block * warpgroups + wg
+        rows = pl.ds(n * C, C)
 
-        def fill(n: Any) -> None:
-            rows = pl.ds((first + n) * C, C)
+        @pl.when(n < chunks)
+        def _() -> None:
             for half in range(halves):
                 source = k_ref.at[b, rows, blocks.div(head, group), pl.ds(half * C, C)]
                 plgpu.copy_gmem_to_smem(source, k_s.at[half], ready)
             vectors.copy(vector_refs, in_s, ready, b, head, rows)
+            plgpu.barrier_wait(ready)
 
-        def strictly_lower() -> jax.Array:
             sums = segment = None
             if vectors.has("log_decay"):
                 steps = blocks.col_vector(vectors.get("log_decay", in_s)) * blocks.LOG2E
@@ -67,29 +65,13 @@ def chunk_inverses(inputs: Inputs, *, run: int) -> jax.Array:
                 row_scale *= norm
                 lower *= blocks.by_col(blocks.col_vector(sum_s.at[1]))
             keep = blocks.causal(strict=True, segment=segment)
-            return lower * blocks.by_row(row_scale) * blocks.pair_decay(keep, sums)
-
-        @pl.when(count > 0)
-        def _() -> None:
-            fill(0)
-
-        @pl.loop(0, count)
-        def _(n: Any) -> None:
-            plgpu.barrier_wait(ready)
-            lower = strictly_lower()
-            plgpu.commit_smem()  # k_s was read: TMA may overwrite it
-
-            @pl.when(n + 1 < count)
-            def _() -> None:
-                fill(n + 1)
-
+            lower *= blocks.by_row(row_scale) * blocks.pair_decay(keep, sums)
             inverse = blocks.unit_lower_inverse(lower, x_s, y_s, interpret=interpret)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            a_s[...] = inverse.astype(jnp.bfloat16)
+            k_s.at[0][...] = inverse.astype(jnp.bfloat16)  # the keys were last read some barriers ago
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(a_s, a_ref.at[b, head, pl.ds((first + n) * C, C)])
+            plgpu.copy_smem_to_gmem(k_s.at[0], a_ref.at[b, head, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         blocks.finish_together(done)
 
     return blocks.kernel(
@@ -98,7 +80,7 @@ def chunk_inverses(inputs: Inputs, *, run: int) -> jax.Array:
         interpret=interpret,
         manual_barriers=True,
         out_type=jax.ShapeDtypeStruct((batch, value_heads, length, C), jnp.bfloat16),
-        grid=(batch, value_heads, blocks_of_chunks),
+        grid=(batch, value_heads, pl.cdiv(chunks, warpgroups)),
         grid_names=("b", "h", "n"),
         num_threads=warpgroups,
         thread_name="wg",
@@ -106,9 +88,8 @@ def chunk_inverses(inputs: Inputs, *, run: int) -> jax.Array:
             k_s=blocks.smem((warpgroups, halves, C, C), jnp.bfloat16),
             in_s=plgpu.SMEM((warpgroups, len(vectors), C), F32),
             sum_s=plgpu.SMEM((warpgroups, 2, C), F32),
-            x_s=blocks.smem((warpgroups, C, C), jnp.float16),
-            y_s=blocks.smem((warpgroups, C, C), jnp.float16),
-            a_s=blocks.smem((warpgroups, C, C), jnp.bfloat16),
+            x_s=blocks.smem((warpgroups, 2, C, C), jnp.float16),
+            y_s=blocks.smem((warpgroups, 2, C, C), jnp.float16),
             ready=plgpu.Barrier(num_arrivals=halves + len(vectors), num_barriers=warpgroups),
             done=plgpu.Barrier(num_arrivals=warpgroups),
         ),

@@ -12,6 +12,8 @@ from pallas_kernels.call import Call
 from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.blocks import C, F32
 
+LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small moves o by less than 4e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -44,12 +46,15 @@ def prepare(call: Call) -> Inputs:
         segment = blocks.pad_time(call.segment_ids, length, "edge").astype(F32)
         last = segment[:, C - 1 :: C]
         entering = jnp.repeat(jnp.concatenate([segment[:, :1], last[:, :-1]], 1), C, axis=1)
+    beta = None if call.beta is None else blocks.head_major(call.beta, length)
+    if beta is not None:
+        beta = jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
     return Inputs(
         q=blocks.pad_time(call.q, length),
         k=blocks.pad_time(call.k, length),
         v=blocks.pad_time(call.v, length),
         log_decay=None if call.log_decay is None else blocks.head_major(call.log_decay, length),
-        beta=None if call.beta is None else blocks.head_major(call.beta, length),
+        beta=beta,
         segment=segment,
         entering=entering,
         state=None if call.initial_state is None else jnp.swapaxes(call.initial_state, 2, 3),

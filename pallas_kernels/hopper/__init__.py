@@ -1,0 +1,98 @@
+"""The Hopper backend of `linear_attention`: Pallas Mosaic GPU kernels (sm_90a), forward and backward.
+
+No decay or one decay per head, additive or delta; docs/kernels.md explains the algorithm and gives the numbers.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.call import Call
+from pallas_kernels.hopper import table
+from pallas_kernels.hopper.backward import Saved, gradients
+from pallas_kernels.hopper.forward import forward
+from pallas_kernels.hopper.inputs import prepare
+
+TESTED_JAX = ("0.11.2",)  # Mosaic GPU changes between releases: only what the tests have run on
+HEAD_DIMS = (64, 128)
+
+
+def supports(call: Call) -> str | None:
+    """None if the kernels compute this call, else the reason why not."""
+    key_dim, value_dim = call.q.shape[3], call.v.shape[3]
+    dtypes = sorted({str(x.dtype) for x in (call.q, call.k, call.v)})
+    if jax.__version__ not in TESTED_JAX:
+        return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
+    if dtypes != ["bfloat16"]:
+        return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
+    if key_dim not in HEAD_DIMS or value_dim not in HEAD_DIMS:
+        return f"head dims K = {key_dim}, V = {value_dim} (64 and 128 only)"
+    if call.log_decay is not None and call.log_decay.ndim == 4:
+        return "a log-decay per key channel"
+    if call.q.shape[1] >= 2**24:
+        return f"T = {call.q.shape[1]} (below 2^24)"
+    if max(call.q.shape[0], call.v.shape[2]) > 65535:
+        return "more than 65535 sequences or heads"
+    return None if call.interpret else _device_reason()
+
+
+def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    return (_attend_interpreted if call.interpret else _attend)(call)
+
+
+def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    return _run(call, keep=False)[0]
+
+
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Saved]]:
+    out, saved = _run(call, keep=True)
+    return out, (call, saved)
+
+
+def _backward(
+    kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array | None]
+) -> tuple[Call]:
+    call, saved = kept
+    tile, run = table.backward(call.k.shape, call.v.shape)
+    d = gradients(prepare(call), saved, *cotangents, value_tile=tile, run=run)
+
+    def like(x: jax.Array | None, gradient: jax.Array | None) -> jax.Array | None:
+        return None if x is None else gradient.astype(x.dtype)
+
+    segment_ids = call.segment_ids
+    return (
+        dataclasses.replace(
+            call,
+            q=like(call.q, d.q),
+            k=like(call.k, d.k),
+            v=like(call.v, d.v),
+            log_decay=like(call.log_decay, d.log_decay),
+            beta=like(call.beta, d.beta),
+            initial_state=like(call.initial_state, d.state),
+            segment_ids=None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0),
+        ),
+    )
+
+
+_attend = jax.custom_vjp(_primal)
+_attend.defvjp(_forward, _backward, optimize_remat=True)  # under jax.checkpoint the first pass keeps nothing
+_attend_interpreted = jax.custom_vjp(_primal)  # the interpreter's effects rule that out
+_attend_interpreted.defvjp(_forward, _backward)
+
+
+def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Saved | None]:
+    out, inverses = forward(prepare(call), final=call.output_final_state, keep=keep)
+    final = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
+    saved = Saved(out.gates, out.states, inverses, out.values) if keep else None
+    return (out.o[:, : call.q.shape[1]], final), saved
+
+
+def _device_reason() -> str | None:
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        return "no GPU"
+    capability = getattr(device, "compute_capability", "unknown")
+    return None if capability == "9.0" else f"compute capability {capability} (Hopper, 9.0, only)"
