@@ -1,0 +1,87 @@
+"""The backward pass with no decay or one decay per head: a reverse scan, then all chunks at once.
+
+The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight numbers
+per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper.backward_chunks import DECAY, ERROR, KEPT, LEAVING, chunk_gradients
+from pallas_kernels.hopper.backward_scan import reverse_scan
+from pallas_kernels.hopper.blocks import BETA, CARRY, F32, C
+from pallas_kernels.hopper.inputs import Inputs
+
+
+class Saved(NamedTuple):
+    """What the forward keeps beside its inputs; T is padded to whole chunks.
+
+    gates: [B, HV, T/C, 8, C] float32, see blocks.  states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
+    inverses: A [B, HV, T, C] bf16, values: V' [B, T, HV, V] bf16; both None if additive.
+    """
+
+    gates: jax.Array
+    states: jax.Array
+    inverses: jax.Array | None = None
+    values: jax.Array | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes of the op's arguments, float32 but for q, k, v."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    beta: jax.Array | None
+    state: jax.Array
+
+
+def gradients(
+    inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, *, value_tile: int, run: int
+) -> Gradients:
+    """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None."""
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, tokens = inputs.v.shape[2], do.shape[1]
+    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    if d_state is not None:
+        d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
+    state_gradients, dv, first = reverse_scan(
+        inputs, saved.gates, saved.inverses, do, d_state, value_tile=value_tile
+    )
+    delta = saved.inverses is not None
+    values = inputs.v if saved.values is None else saved.values
+    dq, dk, sums = chunk_gradients(
+        inputs, saved.gates, saved.states, state_gradients, values, do, dv if delta else None, run=run
+    )
+
+    def over_group(x: jax.Array) -> jax.Array:
+        if value_heads == heads:
+            return x[:, :tokens]
+        grouped = x.reshape(batch, length, heads, value_heads // heads, key_dim).astype(F32)
+        return grouped.sum(3).astype(x.dtype)[:, :tokens]
+
+    def per_token(x: jax.Array) -> jax.Array:  # [B, HV, T/C, C] -> [B, T, HV]
+        return jnp.swapaxes(x.reshape(batch, value_heads, length), 1, 2)[:, :tokens]
+
+    d_log_decay = d_beta = None
+    if inputs.log_decay is not None:
+        d_sum = jnp.sum(sums[..., DECAY, :], 3)
+        end = jnp.sum(sums[..., LEAVING, :], (3, 4)) + saved.gates[..., CARRY, 0] * jnp.sum(
+            sums[..., KEPT, :], (3, 4)
+        )
+        later = jnp.triu(jnp.ones((C, C), F32))  # log_decay_t is part of G_i for every i >= t
+        d_log_decay = (
+            jnp.einsum("bhni,ti->bhnt", d_sum, later, precision=lax.Precision.HIGHEST) + end[..., None]
+        )
+        d_log_decay = per_token(d_log_decay)
+    if delta:
+        beta = saved.gates[..., BETA, :]
+        d_beta = per_token(sums[..., 1, ERROR, :] / jnp.where(beta == 0, 1.0, beta * beta))
+    return Gradients(
+        over_group(dq), over_group(dk), dv[:, :tokens], d_log_decay, d_beta, jnp.swapaxes(first, 2, 3)
+    )

@@ -1,0 +1,221 @@
+"""The reverse scan over chunks: the gradient of the state, and the gradient of v on the way.
+
+With dS the gradient of the state that leaves a chunk, and e, f, P, A as in forward.py,
+    dV' = P^T dO + f K dS
+    dV  = beta A^T dV'                 (additive: dV = dV')
+    dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV      (additive: without the last term)
+One block of threads per sequence, value head and slice of V. Two or one warpgroups hold dS^T, 64 values by K, in
+registers; one computes P and scale e Q a chunk ahead; one issues the copies. The dS that enters each step and dV
+are stored: backward_chunks.py makes everything else of them, all chunks at once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper.blocks import BETA, CARRY, F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
+from pallas_kernels.hopper.inputs import Inputs
+
+AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
+SMEM_BYTES = 227 * 1024
+MANUAL = False
+# Registers a thread of the warpgroups that hold state, prepare and copy, by warpgroups that hold state.
+REGISTERS = {1: (232, 232, 40), 2: (184, 120, 24)}
+
+
+def reverse_scan(
+    inputs: Inputs,
+    gates: jax.Array,
+    inverses: jax.Array | None,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    *,
+    value_tile: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dS^T after each chunk [B, HV, T/C, V, K] bf16, dV [B, T, HV, V] bf16, dS^T before the first [B, HV, V, K] f32.
+
+    do: [B, T, HV, V] bf16.  d_state: gradient of the final state, transposed, float32, or None.
+    """
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, value_dim = inputs.v.shape[2:]
+    group = value_heads // heads
+    chunks = length // C
+    tiles = value_tile // C
+    registers = REGISTERS[tiles]
+    delta, documents = inverses is not None, inputs.segment is not None
+    interpret = inputs.interpret
+    bf16 = jnp.bfloat16
+
+    stage = 2 * (2 * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
+    fixed = 2 * (AHEAD * C * C + tiles * C * C + tiles * C * key_dim) + 8 * 1024
+    stages = max(2, min(4, chunks, (SMEM_BYTES - fixed) // stage))
+
+    scratch = dict(
+        q_s=blocks.smem((stages, C, key_dim), bf16),
+        k_s=blocks.smem((stages, C, key_dim), bf16),
+        do_s=blocks.smem((stages, tiles, C, C), bf16),
+        a_s=blocks.smem((stages, C, C), bf16) if delta else None,
+        gate_s=plgpu.SMEM((stages, 8, C), F32),
+        segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
+        p_s=blocks.smem((AHEAD, C, C), bf16),
+        dv_s=blocks.smem((tiles, C, C), bf16),
+        g_s=blocks.smem((tiles, C, key_dim), bf16),
+        filled=plgpu.Barrier(num_arrivals=3 + tiles + delta + documents, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
+        p_ready=plgpu.Barrier(num_barriers=AHEAD),
+        p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
+        done=plgpu.Barrier(num_arrivals=tiles + 2),
+    )
+    scratch = {name: value for name, value in scratch.items() if value is not None}
+
+    def body(*refs: Any, **s: Any) -> None:
+        refs = list(refs)
+        q_ref, k_ref, do_ref, gates_ref = (refs.pop(0) for _ in range(4))
+        a_ref = refs.pop(0) if delta else None
+        segment_ref = refs.pop(0) if documents else None
+        last_ref = refs.pop(0) if d_state is not None else None
+        g_ref, dv_ref, first_ref = refs
+        b, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
+        wg = lax.axis_index("wg")
+        key_head = blocks.div(head, group)
+
+        def fill(i: Any, slot: Any) -> None:
+            n = chunks - 1 - i
+            rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
+            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], s["k_s"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], s["q_s"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(gates_ref.at[b, head, n], s["gate_s"].at[slot], barrier)
+            for tile in range(tiles):
+                columns = pl.ds(value_block * value_tile + tile * C, C)
+                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, head, columns], s["do_s"].at[slot, tile], barrier)
+            if delta:
+                plgpu.copy_gmem_to_smem(a_ref.at[b, head, rows], s["a_s"].at[slot], barrier)
+            if documents:
+                plgpu.copy_gmem_to_smem(segment_ref.at[b, rows], s["segment_s"].at[slot], barrier)
+
+        def hold_state() -> None:
+            columns = pl.ds(value_block * value_tile + wg * C, C)
+            if last_ref is None:
+                g = blocks.zeros((C, key_dim))
+            else:
+                g = plgpu.load(last_ref.at[b, head, columns], layout=blocks.WGMMA, optimized=False)
+
+            def step(i: Any, g: jax.Array) -> jax.Array:
+                n = chunks - 1 - i
+                slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
+                k_s, q_s, gate_s, do_s = (s[x].at[slot] for x in ("k_s", "q_s", "gate_s", "do_s"))
+                g_lo = g.astype(bf16)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the previous step's dS has left g_s
+                s["g_s"].at[wg][...] = g_lo
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(s["g_s"].at[wg], g_ref.at[b, head, n, columns])
+                plgpu.barrier_wait(s["filled"].at[slot])
+                dv = blocks.matmul((g_lo, k_s.T), interpret=interpret)
+                dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[WRITE]))
+                plgpu.barrier_wait(s["p_ready"].at[ahead])
+                g = g * gate_s[CARRY, 0]
+                dv, g = blocks.matmul(
+                    (do_s.at[wg].T, s["p_s"].at[ahead], dv), (do_s.at[wg].T, q_s, g), interpret=interpret
+                )
+                if delta:
+                    beta = blocks.col_vector(gate_s.at[BETA])
+                    back = beta * blocks.col_vector(gate_s.at[READ_K]) * -1.0
+                    dx = blocks.matmul((dv.astype(bf16), s["a_s"].at[slot]), interpret=interpret)
+                    g = blocks.matmul(((dx * blocks.by_col(back)).astype(bf16), k_s, g), interpret=interpret)
+                    dv = dx * blocks.by_col(beta)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                s["dv_s"].at[wg].T[...] = dv.astype(bf16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["p_free"].at[ahead])
+                plgpu.barrier_arrive(s["free"].at[slot])
+                plgpu.copy_smem_to_gmem(s["dv_s"].at[wg], dv_ref.at[b, pl.ds(n * C, C), head, columns])
+                return g
+
+            g = lax.fori_loop(0, chunks, step, g)
+            first_ref.at[b, head, columns][...] = g
+            plgpu.wait_smem_to_gmem(0)
+
+        def prepare_chunk() -> None:
+            @pl.loop(0, chunks)
+            def _(i: Any) -> None:
+                slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
+                k_s, q_s, gate_s = (s[x].at[slot] for x in ("k_s", "q_s", "gate_s"))
+                plgpu.barrier_wait(s["filled"].at[slot])
+
+                @pl.when(i >= AHEAD)
+                def _() -> None:
+                    plgpu.barrier_wait(s["p_free"].at[ahead])
+
+                sums = blocks.row_vector(gate_s.at[SUM]), blocks.col_vector(gate_s.at[SUM])
+                segment = None
+                if documents:
+                    ids = s["segment_s"].at[slot]
+                    segment = blocks.row_vector(ids), blocks.col_vector(ids)
+                scores = blocks.matmul((q_s, k_s.T), interpret=interpret)
+                plgpu.commit_smem()  # every warp is done with q before it is overwritten
+                scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+                scores *= blocks.by_row(blocks.row_vector(gate_s.at[NORM_Q]))
+                scores *= blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+                s["p_s"].at[ahead][...] = scores.astype(bf16)
+                read = blocks.by_row(blocks.row_vector(gate_s.at[READ_Q]), (C, key_dim))
+                q_s[...] = (blocks.tile(q_s) * read).astype(bf16)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["p_ready"].at[ahead])
+                plgpu.barrier_arrive(s["free"].at[slot])
+
+            for i in range(max(chunks - AHEAD, 0), chunks):
+                plgpu.barrier_wait(s["p_free"].at[i % AHEAD])
+
+        def issue_copies() -> None:
+            for i in range(min(stages, chunks)):
+                fill(i, i)
+
+            @pl.loop(stages, chunks)
+            def _(i: Any) -> None:
+                slot = blocks.rem(i, stages)
+                plgpu.barrier_wait(s["free"].at[slot])
+                fill(i, slot)
+
+            for i in range(max(chunks - stages, 0), chunks):
+                plgpu.barrier_wait(s["free"].at[i % stages])
+
+        @pl.when(wg < tiles)
+        def _() -> None:
+            plgpu.set_max_registers(registers[0], action="increase")
+            hold_state()
+
+        @pl.when(wg == tiles)
+        def _() -> None:
+            plgpu.set_max_registers(registers[1], action="decrease" if tiles == 2 else "increase")
+            prepare_chunk()
+
+        @pl.when(wg == tiles + 1)
+        def _() -> None:
+            plgpu.set_max_registers(registers[2], action="decrease")
+            issue_copies()
+
+        blocks.finish_together(s["done"])
+
+    shape = (batch, value_heads, value_dim, key_dim)
+    g, dv, first = blocks.kernel(
+        body,
+        name="delta_reverse_scan" if delta else "additive_reverse_scan",
+        interpret=interpret,
+        manual_barriers=MANUAL,
+        out_type=[
+            jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16),
+            jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), bf16),
+            jax.ShapeDtypeStruct(shape, F32),
+        ],
+        grid=(batch, value_heads, value_dim // value_tile),
+        grid_names=("b", "h", "v"),
+        num_threads=tiles + 2,
+        thread_name="wg",
+        scratch_types=scratch,
+    )(*[x for x in (inputs.q, inputs.k, do, gates, inverses, inputs.segment, d_state) if x is not None])
+    return g, dv, first

@@ -1,0 +1,46 @@
+"""Sums of products of tiles, as the chunkwise gradients need them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper.blocks import F32
+
+
+def sums_of_products(*sums: tuple[Sequence[tuple], Any], interpret: Any) -> tuple[jax.Array, ...]:
+    """`start + a @ b + c @ d + ...` for each sum ([(a, b), (c, d), ...], start); all products are in flight together.
+
+    start: a float32 tile, or the shape of one to start from zero. Operands and hazards as in `blocks.matmul`.
+    """
+    if interpret:
+        return tuple(_interpreted(pairs, start) for pairs, start in sums)
+
+    def accumulate(accs: Any) -> None:
+        for acc, (pairs, _) in zip(accs, sums):
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, b)
+
+    if all(isinstance(start, tuple) for _, start in sums):
+
+        def from_zero(*accs: Any) -> tuple[jax.Array, ...]:
+            accumulate(accs)
+            return tuple(acc[...] for acc in accs)
+
+        out = pl.run_scoped(from_zero, *[plgpu.ACC(shape, F32) for _, shape in sums])
+    else:
+        starts = [blocks.zeros(start) if isinstance(start, tuple) else start for _, start in sums]
+        out = pl.run_state(accumulate)(tuple(plgpu.ACC.init(start) for start in starts))
+    return tuple(lax.optimization_barrier(tuple(out)))
+
+
+def _interpreted(pairs: Sequence[tuple], start: Any) -> jax.Array:
+    out = jnp.zeros(start, F32) if isinstance(start, tuple) else start
+    for a, b in pairs:
+        out = out + jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
+    return out
