@@ -1,15 +1,17 @@
 """Causal softmax attention within documents, in memory linear in T, and its token cache.
 
 A document is contiguous, so the tokens that a query may see are a range of indices, from its document's (or
-window's) first to its own: no T x T mask is needed. Queries go in blocks, each rematerialised in the backward
-pass, so that at most one block's scores exist at a time.
+window's) first to its own: no T x T mask is needed. `attend` is for rows without a cache, `append` and
+`blockwise` for those with one. Queries go in blocks, each rematerialised in the backward pass, so that only one
+block's scores exist at a time.
 
 Shape legend: B batch, T queries, S keys, H heads, G key/value heads (H a multiple of G), K and V their dims.
 """
 
 import functools
 import logging
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from hybridlm.rows import Rows
 
 MAX_BLOCK = 1024  # queries a block
 SCORES = 1 << 21  # scores a block per row and head: blocks shrink as S grows
+MARGIN = 256.0  # by which scores across documents fall short in `fused`
 log = logging.getLogger("hybridlm")
 
 
@@ -34,6 +37,78 @@ class TokenCache(NamedTuple):
 
 
 def attend(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, *, scale: float, window: int = 0
+) -> jax.Array:
+    """o [B, T, H, V]: causal softmax(scale q k^T) v within each document of ``rows``.
+
+    window: tokens that a query sees, its own included; 0 for the whole document.
+    On a GPU, half-precision arrays go through cuDNN's fused kernel; elsewhere through `blockwise`.
+    """
+    if _use_cudnn(q_BTHK, v_BTGV):
+        return fused(q_BTHK, k_BTGK, v_BTGV, rows, scale, window, "cudnn")
+    index_T, first_BT = packed_indices(rows, 0, window)
+    return blockwise(q_BTHK, k_BTGK, v_BTGV, index_T, first_BT, index_T, scale=scale, window=window)
+
+
+def fused(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: Rows,
+    scale: float,
+    window: int,
+    implementation: Literal["xla", "cudnn"],
+) -> jax.Array:
+    """`attend` by `jax.nn.dot_product_attention`, which knows no documents and would need a T x T mask.
+
+    Instead each document's number is written in binary, as -1 and 1, into extra channels of q and k: two
+    tokens' scores gain the same constant within a document, which softmax ignores, and at least MARGIN less
+    across documents, of which exp leaves exactly 0.
+    """
+    bits = q.shape[1].bit_length()
+    extra = bits + -(q.shape[-1] + bits) % 8  # cuDNN wants a multiple of 8
+    document_BT1 = jnp.cumsum(rows.positions == 0, axis=1)[..., None]
+    code_BTE = jnp.where(document_BT1 >> jnp.arange(bits) & 1, 1, -1)
+    code_BT1E = jnp.pad(code_BTE, ((0, 0), (0, 0), (0, extra - bits)))[:, :, None]
+    weight = 2.0 ** math.ceil(math.log2(MARGIN / scale / 2))  # a power of 2 is exact in every dtype
+
+    def coded(x: jax.Array, weight: float) -> jax.Array:
+        code = jnp.broadcast_to(weight * code_BT1E, (*x.shape[:3], extra))
+        return jnp.concatenate([x, code.astype(x.dtype)], axis=-1)
+
+    padding = q.shape[-1] + extra - v.shape[-1]
+    o = jax.nn.dot_product_attention(
+        coded(q, weight),
+        coded(k, 1.0),
+        jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, padding))),
+        scale=scale,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation=implementation,
+    )
+    return o[..., : v.shape[-1]]
+
+
+def _use_cudnn(q: jax.Array, v: jax.Array) -> bool:
+    """Whether cuDNN's fused kernel takes these arrays; on a GPU the reason why not is logged once."""
+    if jax.default_backend() != "gpu":
+        return False
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return _refuse(f"its arrays are {q.dtype}")
+    dims = q.shape[-1] + q.shape[1].bit_length() + 7, v.shape[-1]
+    largest = 256 if float(jax.devices()[0].compute_capability) >= 9 else 128
+    if max(dims) > largest or v.shape[-1] > q.shape[-1]:
+        return _refuse(f"its head dims are {q.shape[-1]} and {v.shape[-1]}")
+    return True
+
+
+@functools.cache
+def _refuse(reason: str) -> bool:
+    log.warning("attention uses XLA instead of cuDNN's fused kernel: %s", reason)
+    return False
+
+
+def blockwise(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGV: jax.Array,
@@ -54,11 +129,10 @@ def attend(
     block = min(MAX_BLOCK, max(16, SCORES // keys), length)
     blocks = -(-length // block)
     span = min(keys, block + window) if window else keys
-    kernel = _cudnn_block if _use_cudnn(q_BTHK, k_BSGK, v_BSGV) else _softmax_block
 
     def padded(x: jax.Array, axis: int) -> jax.Array:
         widths = [(0, blocks * block - length if a == axis else 0) for a in range(x.ndim)]
-        return jnp.pad(x, widths, mode="edge")  # every row must see something, or its gradient is NaN
+        return jnp.pad(x, widths, mode="edge")
 
     q_BTHK, index_T, first_BT = padded(q_BTHK, 1), padded(index_T, 0), padded(first_BT, 1)
 
@@ -72,7 +146,7 @@ def attend(
             k, v = (jax.lax.dynamic_slice_in_dim(x, low, span, axis=1) for x in (k, v))
             place_S = jax.lax.dynamic_slice_in_dim(index_S, low, span)
         seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(first, 0)[..., None])
-        return kernel(cut(q, axis=1), k, v, seen, scale)
+        return _softmax(cut(q, axis=1), k, v, seen, scale)
 
     if blocks == 1:
         return attend_block(jnp.int32(0), q_BTHK, k_BSGK, v_BSGV)
@@ -81,7 +155,7 @@ def attend(
     return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], blocks * block, *o.shape[3:])[:, :length]
 
 
-def _softmax_block(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array, scale: float) -> jax.Array:
+def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array, scale: float) -> jax.Array:
     batch, length, heads, dim = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, dim)
@@ -90,30 +164,6 @@ def _softmax_block(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     o = jnp.einsum("bgrts,bsgv->btgrv", weights, v)
     return o.reshape(batch, length, heads, v.shape[-1])
-
-
-def _cudnn_block(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array, scale: float) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=seen_BTS[:, None], scale=scale, implementation="cudnn")
-
-
-def _use_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> bool:
-    """Whether cuDNN's fused kernel takes these arrays; on a GPU the reason why not is logged once."""
-    if jax.default_backend() != "gpu":
-        return False
-    even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    if q.shape[1] == 1:  # a decode step is bound by reading the cache, which XLA does as well
-        return False
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return _refuse(f"its arrays are {q.dtype}")
-    if q.shape[-1] != v.shape[-1] or q.shape[-1] % 8 or q.shape[-1] > 128:
-        return _refuse(f"its head dims are {q.shape[-1]} and {v.shape[-1]}")
-    return even or _refuse("its lengths are odd")
-
-
-@functools.cache
-def _refuse(reason: str) -> bool:
-    log.warning("attention uses XLA instead of cuDNN's fused kernel: %s", reason)
-    return False
 
 
 def packed_indices(rows: Rows, start: jax.Array | int, window: int) -> tuple[jax.Array, jax.Array]:

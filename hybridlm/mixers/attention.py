@@ -17,7 +17,7 @@ from hybridlm.layers import Linear, RMSNorm, rotate
 from hybridlm.linear_mixer import merge_heads, split_heads
 from hybridlm.mixers import Cost, TokenMixer, at_least, one_of, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, packed_indices
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,13 @@ class Mixer(TokenMixer):
     ) -> tuple[jax.Array, TokenCache | None]:
         config = self.config
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, rows)
-        index_T, first_BT = packed_indices(rows, 0 if cache is None else cache.length, config.window)
-        keys, index_S, ordered = (k_BTGK, v_BTGK), index_T, config.window
-        if cache is not None:
-            cache, keys, index_S = append(cache, keys, config.window)
-            ordered = 0
-        scale = config.head_dim**-0.5
-        o_BTHK = attend(q_BTHK, *keys, index_T, first_BT, index_S, scale=scale, window=ordered)
+        scale, window = config.head_dim**-0.5, config.window
+        if cache is None:
+            o_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, rows, scale=scale, window=window)
+        else:
+            index_T, first_BT = packed_indices(rows, cache.length, window)
+            cache, (k_BSGK, v_BSGK), index_S = append(cache, (k_BTGK, v_BTGK), window)
+            o_BTHK = blockwise(q_BTHK, k_BSGK, v_BSGK, index_T, first_BT, index_S, scale=scale)
         o_BTF = merge_heads(o_BTHK)
         if config.output_gate != "none":
             o_BTF = o_BTF * jax.nn.sigmoid(self.g_proj(x_BTD))

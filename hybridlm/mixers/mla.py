@@ -20,7 +20,7 @@ from hybridlm.layers import Linear, RMSNorm, rotate
 from hybridlm.linear_mixer import merge_heads, split_heads
 from hybridlm.mixers import Cost, TokenMixer, at_least, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, packed_indices
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,6 @@ class Mixer(TokenMixer):
         self, x_BTD: jax.Array, rows: Rows, cache: TokenCache | None = None, shared: Any = None
     ) -> tuple[jax.Array, TokenCache | None]:
         nope, scale = self.config.qk_nope_head_dim, self.config.qk_head_dim**-0.5
-        index_T, first_BT = packed_indices(rows, 0 if cache is None else cache.length, 0)
         q_BTHK = self.q_proj(self.q_a_norm(self.q_a_proj(x_BTD)) if self.config.q_lora_rank else x_BTD)
         q_BTHK = split_heads(q_BTHK, self.config.qk_head_dim)
         q_BTHN, q_BTHP = q_BTHK[..., :nope], self._rotate(q_BTHK[..., nope:], rows)
@@ -99,13 +98,14 @@ class Mixer(TokenMixer):
             k_BT1P = latent_BTC[:, :, None, rank:]
             k_BTHK = jnp.concatenate([k_BTHN, jnp.broadcast_to(k_BT1P, q_BTHP.shape)], axis=-1)
             q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], axis=-1)
-            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, index_T, first_BT, index_T, scale=scale)
+            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
             return self.o_proj(merge_heads(o_BTHV)), None
+        index_T, first_BT = packed_indices(rows, cache.length, 0)
         cache, latent_BSC, index_S = append(cache, latent_BTC, 0)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, up_k_RHN)
         q_BTHC = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
         k_BS1C = latent_BSC[:, :, None].astype(x_BTD.dtype)
-        o_BTHR = attend(q_BTHC, k_BS1C, k_BS1C[..., :rank], index_T, first_BT, index_S, scale=scale)
+        o_BTHR = blockwise(q_BTHC, k_BS1C, k_BS1C[..., :rank], index_T, first_BT, index_S, scale=scale)
         o_BTHV = jnp.einsum("bthr,rhv->bthv", o_BTHR, up_v_RHV)
         return self.o_proj(merge_heads(o_BTHV)), cache
 
