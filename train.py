@@ -13,6 +13,7 @@ from pathlib import Path
 import rich
 from rich.logging import RichHandler
 
+from eval import in_loop
 from hybridlm import config as configs
 from hybridlm import report, trainer
 from hybridlm.errors import ConfigError, RunError
@@ -65,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
         if flags.dry_run:
             report.dry_run(config, rich.get_console())
         else:
-            trainer.train(config, Path(flags.workdir or default_workdir(flags.config)), flags.resume)
+            workdir = Path(flags.workdir or default_workdir(flags.config))
+            trainer.train(config, workdir, flags.resume, in_loop.build(config))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

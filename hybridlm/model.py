@@ -386,8 +386,8 @@ def loss_fn(
     z_loss: float = 0.0,
     token_bytes: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(sum to differentiate, sums {"loss_sum", "z_loss_sum", "tokens", "bytes" with token_bytes, and
-    "balance_loss_sum" of a stack with experts}).
+    """(sum to differentiate, sums {"loss_sum", "z_loss_sum", "tokens", "correct", "bytes" with token_bytes,
+    and "balance_loss_sum" of a stack with experts}).
 
     Sums and not means, so that microbatches and hosts add up exactly; divide by the global token count.
     batch: tokens, targets (negative: no loss), segment_ids, positions, int32 [B, T].
@@ -397,7 +397,8 @@ def loss_fn(
     rows = Rows(batch["segment_ids"], batch["positions"])
     hidden, _, balance = model.forward(batch["tokens"], rows)
     total, sums = loss.cross_entropy(hidden, model.head_matrix(), batch["targets"], z_loss=z_loss)
-    aux = {"loss_sum": sums.cross_entropy, "z_loss_sum": z_loss * sums.log_z_squared, "tokens": sums.tokens}
+    aux = {"loss_sum": sums.cross_entropy, "z_loss_sum": z_loss * sums.log_z_squared}
+    aux |= {"tokens": sums.tokens, "correct": sums.correct}
     if token_bytes is not None:
         counted = jnp.where(batch["targets"] >= 0, token_bytes[batch["targets"]], 0)
         aux["bytes"] = jnp.sum(counted.astype(jnp.float32))

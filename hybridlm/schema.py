@@ -147,12 +147,17 @@ class Log:
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """every_steps: between validations; 0 validates at the end only.  batches: of held-out data, each time.
+    tasks: of `python -m eval --list`, measured beside each validation, at ``task_lengths`` tokens (none:
+        train.seq_len) on ``task_samples`` samples.
     sample_every_steps: 0 samples at the end only.  sample_tokens: 0 never samples.
     sample_prompt: text; temperature: 0 is greedy.
     """
 
     every_steps: Count = 500
     batches: Positive = 16
+    tasks: tuple[str, ...] = ()
+    task_lengths: tuple[int, ...] = ()
+    task_samples: Positive = 64
     sample_every_steps: Count = 0
     sample_prompt: str = ""
     sample_tokens: Count = 0

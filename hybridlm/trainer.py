@@ -34,11 +34,17 @@ Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
 
 
-def train(config: Any, workdir: str | Path, resume: str = "auto") -> Metrics:
+Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, params, tokenizer, step)
+
+
+def train(
+    config: Any, workdir: str | Path, resume: str = "auto", evaluate: Evaluate | None = None
+) -> Metrics:
     """Trains what the resolved ``config`` describes and returns the last line of metrics.jsonl.
 
     workdir: gets config.json, layers.json, metrics.jsonl, loss.png, checkpoints/.
     resume: auto, must or never; see `checkpoint.choose`.
+    evaluate: measures the model beside each validation; its metrics join those of the step.
     Raises ConfigError before anything is compiled, RunError when the run cannot go on.
     """
     workdir, steps = Path(workdir).absolute(), config.train.steps
@@ -74,7 +80,10 @@ def train(config: Any, workdir: str | Path, resume: str = "auto") -> Metrics:
             state = saves.restore(start, program.shapes)
             log.info("resumed from the checkpoint at step %d", start)
 
-        validate = partial(validation, program, mesh, val_data, config.eval.batches)
+        def validate(params: Any, step: int) -> Metrics:
+            metrics = validation(program, mesh, val_data, config.eval.batches, params)
+            return metrics | (evaluate(definition, params, train_data.tokenizer, step) if evaluate else {})
+
         draw = partial(sample, config, definition, train_data.tokenizer)
         metrics: Metrics = {}
         with logbook.Logbook(workdir, config, start=start) as book:
@@ -99,7 +108,7 @@ def train(config: Any, workdir: str | Path, resume: str = "auto") -> Metrics:
                     metrics = settle(*behind, clock) | clock.rates()
                     behind = None
                     if validates:
-                        metrics |= validate(state["params"])
+                        metrics |= validate(state["params"], step)
                     if samples:
                         metrics |= draw(state["params"])
                     book.write(step, metrics)
@@ -107,7 +116,7 @@ def train(config: Any, workdir: str | Path, resume: str = "auto") -> Metrics:
                         saves.save(step, state, record | {"step": step}, metrics)
                     clock.restart()
             if start == steps:  # resumed a run that was finished: only its summary is wanted
-                metrics = validate(state["params"]) | draw(state["params"])
+                metrics = validate(state["params"], steps) | draw(state["params"])
     if jax.process_index() == 0:
         summarise(config, workdir, metrics, val_data)
     return metrics
@@ -193,10 +202,9 @@ def build(config: Any, definition: lm.Definition, mesh: Mesh, token_bytes: np.nd
 
 
 def per_token(sums: dict[str, Any]) -> dict[str, Any]:
-    """From the sums of `model.loss_fn`: loss (nats per target) and, when bytes are known, bits_per_byte."""
-    means = {
-        "loss": sums["loss_sum"] / (sums["tokens"] + (sums["tokens"] == 0))
-    }  # a batch may hold no target
+    """From the sums of `model.loss_fn`: loss (nats per target), accuracy and, with bytes, bits_per_byte."""
+    targets = sums["tokens"] + (sums["tokens"] == 0)  # a batch may hold none
+    means = {"loss": sums["loss_sum"] / targets, "accuracy": sums["correct"] / targets}
     if "bytes" in sums:
         means["bits_per_byte"] = sums["loss_sum"] / math.log(2) / (sums["bytes"] + (sums["bytes"] == 0))
     return means
@@ -275,12 +283,12 @@ def build_data(config: Any, split: str) -> data.Dataset:
 
 
 def validation(program: Program, mesh: Mesh, dataset: data.Dataset, batches: int, params: Any) -> Metrics:
-    """val_loss and val_bpb over the first ``batches`` batches of the held-out split, the same every time."""
+    """val_loss, val_accuracy and val_bpb over the first ``batches`` held-out batches, the same every time."""
     count = min(batches, dataset.num_batches or batches)
     sums = [program.evaluate(params, sharding.put_batch(dataset.batch(i), mesh)) for i in range(count)]
     host = jax.device_get(sums)
     means = per_token({name: sum(float(one[name]) for one in host) for name in host[0]})
-    names = {"loss": "val_loss", "bits_per_byte": "val_bpb"}
+    names = {"loss": "val_loss", "accuracy": "val_accuracy", "bits_per_byte": "val_bpb"}
     return {names[name]: value for name, value in means.items()}
 
 

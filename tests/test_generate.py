@@ -14,6 +14,10 @@ from hybridlm.errors import ConfigError
 from hybridlm.generate import Sampling
 from hybridlm.rows import Rows, single_document
 
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}  # to compile, not to run
 SMALL = {"num_heads": 2, "head_dim": 8}
 MIXERS = {
     "full": configs.mixer("attention", num_heads=2, num_kv_heads=1),
@@ -36,11 +40,11 @@ def built(pattern):
     config.mixers, config.data = MIXERS, configs.data("mqar")
     config.model.update(pattern=pattern, d_model=16, vocab_size=300, mlp_hidden=32, dtype="float32")
     definition = model.build(configs.resolve(config))
-    params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
+    params = jax.jit(lambda key: model.init(definition, key), compiler_options=FAST)(jax.random.key(0))
     return definition, jax.tree.map(lambda x: 3 * x if x.ndim > 3 else x, params)  # sharper than at birth
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
 def full_forward(definition, params, tokens):
     return model.logits(definition, params, tokens, single_document(*tokens.shape))
 
@@ -56,7 +60,7 @@ def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern):
     rng = np.random.default_rng(0)
     prompts, given = [rng.integers(300, size=n) for n in (3, 14)], rng.integers(300, size=(2, 5))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST)
     def decoded(params, tokens, rows, given):
         lm = model.merge(definition, params)
         blocks = lm.unstacked()
