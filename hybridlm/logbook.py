@@ -77,7 +77,7 @@ class Logbook:
             truncate(self.path, start)
 
     def __enter__(self) -> "Logbook":
-        self.file = self.path.open("a")
+        self.file = self.path.open("ab", buffering=0)  # a line is on its way when `write` returns
         self.bar.open()
         return self
 
@@ -88,11 +88,13 @@ class Logbook:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line for ``step``, in the operating system's hands on return; RunError when it refuses."""
+        line = json.dumps({"step": step, **metrics}, allow_nan=False).encode() + b"\n"
         try:
-            self.file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-            self.file.flush()
+            written = self.file.write(line)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written at step {step}: {error.strerror}.") from error
+        if written != len(line):
+            raise RunError(f"{self.path}: cannot be written at step {step}: the disk is full.")
         self.tracker.log(step, metrics)
         self.bar.show(step, metrics)
 

@@ -1,6 +1,5 @@
 """The smallest run that has everything: a linear and a full layer, text, validation, samples, checkpoints."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
+from hybridlm import logbook
 
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "mfu")
 
@@ -42,5 +42,5 @@ def config(text: str, **fields: Any) -> ConfigDict:
 
 def lines(workdir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = logbook.read(workdir / "metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]

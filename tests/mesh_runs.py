@@ -1,0 +1,96 @@
+"""Run by test_sharding.py on 8 simulated devices: prints as JSON what the tests there look at."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridlm import config as configs
+from hybridlm import model, sharding, trainer
+from hybridlm.checkpoint import Checkpoints
+from tests import tiny
+
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2))
+
+
+def curves(folder: Path) -> dict:
+    """Loss curves of one run on each mesh, each from the checkpoint that the mesh before it wrote."""
+    config = configs.resolve(tiny.config(tiny.write_text(folder)))
+    source = trainer.build_data(config, "train")
+    result: dict = {"losses": {}, "restored": []}
+    started = None
+    for sizes in MESHES:
+        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+        with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints") as saves:
+            program = trainer.build(config, model.build(config), mesh, source.token_bytes)
+            step = saves.steps()[-1] if saves.steps() else None
+            state = program.init(jax.random.key(0)) if step is None else saves.restore(step, program.shapes)
+            host = jax.device_get(state)
+            if started is not None:
+                result["restored"].append(same(host, started))
+            started = host
+            embedding = state["params"]["embedding"]
+            result.setdefault("embedding_shards", []).append(embedding.addressable_shards[0].data.shape)
+            moments = [x for x in jax.tree.leaves(state["opt_state"]) if x.shape == embedding.shape]
+            result.setdefault("moments_alike", []).append([x.sharding == embedding.sharding for x in moments])
+            saves.save(len(result["restored"]) + 1, state, {}, {})
+            losses = []
+            for index in range(5):
+                state, metrics = program.step(state, sharding.put_batch(source.batch(index), mesh))
+                losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+            result["losses"][str(sizes)] = losses
+    return result
+
+
+def same(a: object, b: object) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def cumulative(q, gate, mask, state):
+    """Something with the recurrence's axes: q [B, T, H, K], gate [B, T, H], mask [B, T], state [B, H, K]."""
+    o = jnp.cumsum(q, axis=1) * gate[..., None] * mask[:, :, None, None]
+    return (o, None) if state is None else (o + state[:, None], state * 2)
+
+
+AXES = (("batch", None, "heads", None), ("batch", None, "heads"), ("batch", None), ("batch", "heads", None))
+
+
+def shard_error(batch: int, heads: int, with_state: bool) -> float:
+    """`per_shard` against the function itself: the largest error of the gradients of every input."""
+    rng = np.random.default_rng(0)
+    shapes = [(batch, 5, heads, 2), (batch, 5, heads), (batch, 5), (batch, heads, 2)]
+    args = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    state_axes = AXES[3] if with_state else None
+    wrapped = sharding.per_shard(cumulative, (*AXES[:3], state_axes), (AXES[0], state_axes))
+
+    def gradients(fn, args):
+        inputs = args if with_state else args[:3]
+        value = lambda *a: sum(jnp.sum(jnp.sin(x)) for x in fn(*a, *[None] * (4 - len(a))) if x is not None)
+        return jax.grad(value, tuple(range(len(inputs))))(*inputs)
+
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        got = jax.jit(lambda args: gradients(wrapped, args))(args)
+    expected = gradients(cumulative, args)
+    return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(got, expected, strict=True))
+
+
+def shard_of(batch: int, heads: int) -> list[int]:
+    """The shape that a device sees of an array [batch, heads]."""
+    seen = []
+    axes = (("batch", "heads"),)
+    wrapped = sharding.per_shard(lambda x: (seen.append(x.shape), (x,))[1], axes, axes)
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        jax.eval_shape(wrapped, jnp.ones((batch, heads)))
+    return list(seen[0])
+
+
+if __name__ == "__main__":
+    logging.getLogger("hybridlm").setLevel(logging.ERROR)
+    sizes = [(8, 4, True), (8, 3, True), (1, 4, False)]
+    errors = {f"{batch},{heads}": shard_error(batch, heads, state) for batch, heads, state in sizes}
+    shards = {f"{batch},{heads}": shard_of(batch, heads) for batch, heads, _ in sizes}
+    print(json.dumps({"errors": errors, "shards": shards, **curves(Path(sys.argv[1]))}))

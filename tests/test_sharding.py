@@ -1,0 +1,114 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from hybridlm import config as configs
+from hybridlm import model, sharding
+from hybridlm.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+MESH = {"data": 2, "fsdp": 4, "tensor": 2}
+
+
+def test_spec_follows_the_rules():
+    assert sharding.spec(("embed", "heads"), (8, 6), MESH) == PartitionSpec(("fsdp",), ("tensor",))
+    stacked = sharding.spec((None, None, "mlp", "embed"), (3, 2, 4, 8), MESH)
+    assert stacked == PartitionSpec(None, None, ("tensor",), ("fsdp",))
+    assert sharding.spec(("batch", None, None), (8, 5, 5), MESH) == PartitionSpec(
+        ("data", "fsdp"), None, None
+    )
+    assert sharding.spec(("taps", "heads"), (4, 8), MESH) == PartitionSpec(None, ("tensor",))
+
+
+def test_a_mesh_axis_is_used_once():
+    assert sharding.spec(("embed", "embed"), (8, 8), MESH) == PartitionSpec(("fsdp",), None)
+    assert sharding.spec(("batch", "embed"), (8, 8), MESH) == PartitionSpec(("data", "fsdp"), None)
+
+
+def test_what_does_not_divide_stays_whole_and_is_said_once(caplog):
+    with caplog.at_level(logging.WARNING, "hybridlm"):
+        for _ in range(2):
+            assert sharding.spec(("vocab", "embed"), (257, 8), MESH, "head") == PartitionSpec(None, ("fsdp",))
+    assert [record.getMessage() for record in caplog.records] == [
+        "head: axis 'vocab' of 257 is not divisible by 2 (('tensor',)); it stays whole"
+    ]
+
+
+def test_every_axis_of_every_mixer_has_a_rule():
+    config = configs.default()
+    config.model.update(pattern=" ".join(config.mixers), d_model=1024)
+    config.data = configs.data("text", path="python-stdlib:")
+    metadata = model.metadata(model.build(configs.resolve(config)))
+    metas = jax.tree.leaves(metadata, is_leaf=lambda leaf: isinstance(leaf, model.Meta))
+    assert {axis for meta in metas for axis in meta.axes} - {None} <= sharding.RULES.keys()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((-1, 1, 1), (6, 1, 1)), ((1, -1, 2), (1, 3, 2)), ((3, 2, 1), (3, 2, 1)), ((1, 1, 1), (1, 1, 1))],
+)
+def test_mesh_sizes(sizes, shape):
+    devices = jax.devices() * 6  # one device six times over: only the sizes are looked at
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), devices)
+    assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field"), [((-1, 4, 1), "mesh.data"), ((2, 4, 1), "mesh = "), ((1, 7, -1), "mesh.tensor")]
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, field):
+    with pytest.raises(ConfigError, match=field):
+        sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), jax.devices() * 6)
+
+
+def test_everything_is_inert_without_a_mesh():
+    x = jnp.ones((2, 3))
+    assert sharding.constrain(x, ("batch", None)) is x
+    fn = lambda *args: args
+    assert sharding.per_shard(fn, (("batch", None), None), (("batch", None), None))(x, None) == (x, None)
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What mesh_runs.py found on 8 simulated devices."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, "-m", "tests.mesh_runs", tmp_path_factory.mktemp("eight")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_mesh_gives_the_curve_of_one_device(eight):
+    one = np.array(eight["losses"]["(1, 1, 1)"])
+    assert one[-1, 0] < one[0, 0]
+    assert len(eight["losses"]) == 4
+    for mesh, losses in eight["losses"].items():
+        np.testing.assert_allclose(losses, one, rtol=2e-5, err_msg=mesh)
+
+
+def test_a_checkpoint_of_one_mesh_restores_on_another(eight):
+    assert eight["restored"] == [True, True, True]
+
+
+def test_parameters_and_moments_are_really_cut(eight):
+    assert eight["embedding_shards"] == [[260, 16], [260, 16], [260, 4], [130, 4]]
+    assert eight["moments_alike"] == [[True, True]] * 4
+
+
+@pytest.mark.parametrize(("sizes", "shard"), [("8,4", [2, 2]), ("8,3", [2, 3]), ("1,4", [1, 2])])
+def test_per_shard_is_the_function_itself(eight, sizes, shard):
+    assert eight["shards"][sizes] == shard
+    assert eight["errors"][sizes] < 1e-5
