@@ -2,8 +2,8 @@
 
 A document is contiguous, so the tokens that a query may see are a range of indices, from its document's (or
 window's) first to its own: no T x T mask is needed. `attend` is for rows without a cache, `append` and
-`blockwise` for those with one. Queries go in blocks, each rematerialised in the backward pass, so that only one
-block's scores exist at a time.
+`blockwise` for those with one. Queries go in blocks, each rematerialised in the backward pass, so that only
+one block of scores exists at a time.
 
 Shape legend: B batch, T queries, S keys, H heads, G key/value heads (H a multiple of G), K and V their dims.
 """
