@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import numpy as np
 
 from hybridlm.data import copying, mad, mqar, shards, stack, state_tracking, text
@@ -64,6 +63,8 @@ class Dataset:
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """batch(start_step), batch(start_step + 1), ... read ahead by Grain's threads."""
+        import grain  # slow to import, and not needed to read a batch
+
         stop = self.num_batches if self.num_batches is not None else 1 << 62
         steps = grain.MapDataset.range(start_step, max(stop, start_step))
         return iter(

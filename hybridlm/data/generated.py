@@ -53,7 +53,8 @@ class Generated:
         training = view.split == "train"
         self.entropy = (view.seed if training else 0, int(training), *entropy)
         self.fingerprint = f"{name} {(self.entropy, length, view.seq_len, view.vocab_size, examples)}"
-        self._block = functools.lru_cache(maxsize=16)(self._generate)
+        # A finite set is read in random order, so all of it is kept; otherwise blocks come one after another.
+        self._block = functools.lru_cache(maxsize=None if examples else 16)(self._generate)
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:
