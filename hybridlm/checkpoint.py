@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger("hybridlm")
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack traces, what it also raises
 
 State = dict[str, Any]
 
@@ -80,9 +81,13 @@ class Checkpoints:
             preservation_policy=self.keep,
             best_fn=self.keep.score,  # the policy ranks; this makes Orbax write the metric to disk
             best_mode="min",
-            cleanup_tmp_directories=True,  # what a killed run left half-written
         )
         with translated(self.directory, "checkpoints cannot be kept there"):
+            if jax.process_index() == 0:
+                for half_written in self.directory.glob(
+                    "*.orbax-checkpoint-tmp*"
+                ):  # by a run that was killed
+                    shutil.rmtree(half_written)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -171,8 +176,9 @@ class translated:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, RunError):
+            full = "No space left on device"
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            message = f"{self.path}: {self.what}: {lines[0]}"
+            message = f"{self.path}: {self.what}: {full if full in str(error) else lines[0]}"
             raise RunError(message + (f"; {self.hint()}" if self.hint else "") + ".") from error
 
 
