@@ -47,6 +47,36 @@ class Call:
         """Value heads per key head: value head h reads key head h // group."""
         return self.v.shape[2] // self.q.shape[2]
 
+    def starts(self) -> jax.Array | None:
+        """Where a document starts, the first of a row excepted: bool [B, T], or None for one document a row."""
+        if self.segment_ids is None:
+            return None
+        return jnp.diff(self.segment_ids, axis=1, prepend=self.segment_ids[:, :1]) != 0
+
+    def state(self) -> jax.Array:
+        """The initial state, zeros if none was given."""
+        if self.initial_state is not None:
+            return self.initial_state
+        batch, _, heads, value_dim = self.v.shape
+        return self.zeros((batch, heads, self.q.shape[3], value_dim))
+
+    def zeros(self, shape: tuple[int, ...]) -> jax.Array:
+        """Zeros in `compute_dtype` that vary over the same mesh axes as the arguments (inside `shard_map`)."""
+        return jax.lax.full_like(self.v, 0, self.compute_dtype, shape)
+
+
+def alike(call: Call) -> Call:
+    """Inside `shard_map`, ``call`` with all arrays varying over the mesh axes over which any of them varies.
+
+    Scans and custom gradients need equal types; the transpose sums a replicated argument's gradient.
+    """
+    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(call)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), call)
+
+
+def _varying(x: jax.Array) -> frozenset:
+    return jax.typeof(x).manual_axis_type.varying
+
 
 def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)

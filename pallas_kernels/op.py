@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import reference
-from pallas_kernels.call import Call, compute_dtype, platform
+from pallas_kernels.call import Call, alike, compute_dtype, platform
 
 BACKENDS = ("auto", "reference", "xla", "pallas")
 _auto: contextvars.ContextVar[str] = contextvars.ContextVar("auto", default="auto")
@@ -164,7 +164,7 @@ def _normalize(
             raise ValueError(f"segment_ids.dtype = {segment_ids.dtype}: must be an integer type")
         changes = segment_ids[:, 1:] != segment_ids[:, :-1]
         segment_ids = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-    return Call(
+    call = Call(
         q=q,
         k=k,
         v=v,
@@ -177,6 +177,7 @@ def _normalize(
         output_final_state=bool(output_final_state),
         interpret=bool(interpret),
     )
+    return alike(call)
 
 
 def _floating(name: str, x: jax.Array, ndim: int, exact: bool = False) -> jax.Array:

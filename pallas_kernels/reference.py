@@ -15,27 +15,15 @@ def supports(call: Call) -> str | None:
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`; a `lax.scan` over the T axis."""
-    dtype = call.compute_dtype
-    batch, length, _, key_dim = call.q.shape
-    heads, value_dim = call.v.shape[2:]
-    decay = call.log_decay
-    if decay is None:
-        decay = jnp.zeros((batch, length, heads), dtype)
-    if call.segment_ids is None:
-        starts_BT = jnp.zeros((batch, length), bool)
-    else:
-        starts_BT = jnp.diff(call.segment_ids, axis=1, prepend=call.segment_ids[:, :1]) != 0
-    tokens = (call.q, call.k, call.v, decay, call.beta, starts_BT)
-    initial = call.initial_state
-    if initial is None:
-        initial = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
+    tokens = (call.q, call.k, call.v, call.log_decay, call.beta, call.starts())
 
     def token(state: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         q, k, v, decay, beta, starts = inputs
-        state = jnp.where(starts[:, None, None, None], 0, state)
+        if starts is not None:
+            state = jnp.where(starts[:, None, None, None], 0, state)
         return update(state, q, k, v, decay, beta, scale=call.scale, qk_l2norm=call.qk_l2norm)[::-1]
 
-    state, o = jax.lax.scan(token, initial, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    state, o = jax.lax.scan(token, call.state(), jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     o = jnp.moveaxis(o, 0, 1).astype(call.v.dtype)
     return o, state if call.output_final_state else None
 

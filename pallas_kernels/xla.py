@@ -59,20 +59,15 @@ def supports(call: Call) -> str | None:
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`. Differentiable once; memory is linear in T."""
-    batch, length, _, key_dim = call.q.shape
-    heads, value_dim = call.v.shape[2:]
-    dtype = call.compute_dtype
+    batch, length, heads, _ = call.v.shape
     g = call.log_decay
     if g is None:
-        g = jnp.zeros((batch, length, 1), dtype)
+        g = call.zeros((batch, length, 1))
     g = g.reshape(*g.shape[:3], -1)
-    if call.segment_ids is not None:
-        starts_BT = jnp.diff(call.segment_ids, axis=1, prepend=call.segment_ids[:, :1]) != 0
+    starts_BT = call.starts()
+    if starts_BT is not None:
         g = jnp.where(starts_BT[..., None, None], -jnp.inf, g)
     beta = None if call.beta is None else call.beta[..., None]
-    state = call.initial_state
-    if state is None:
-        state = jnp.zeros((batch, heads, key_dim, value_dim), dtype)
     full = any(x.dtype in (jnp.float32, jnp.float64) for x in (call.q, call.k, call.v))
     chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
     chunks = -(-length // chunk)
@@ -84,10 +79,10 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
         group=group,
         scale=call.scale,
         qk_l2norm=call.qk_l2norm,
-        dtype=dtype,
+        dtype=call.compute_dtype,
         precision=Precision.HIGHEST if full else Precision.DEFAULT,
     )
-    o, state = _attend(spec, _Arrays(call.q, call.k, call.v, g, beta), state)
+    o, state = _attend(spec, _Arrays(call.q, call.k, call.v, g, beta), call.state())
     return o, state if call.output_final_state else None
 
 
@@ -102,8 +97,7 @@ def _attend_forward(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple:
         return after, (o, state)
 
     final, (o, states) = jax.lax.scan(step, state, _split(spec, arrays))
-    o = _merge(o, arrays.v.shape).astype(arrays.v.dtype)
-    return (o, final), (arrays, states)
+    return (_merge(o, arrays.v.shape), final), (arrays, states)
 
 
 def _attend_backward(spec: _Spec, residuals: tuple, cotangents: tuple) -> tuple:
@@ -175,7 +169,7 @@ def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, j
     chunks = jax.tree.map(lambda x: x.reshape(G, B * HV, *x.shape[1:]), (read, values, k * suffix, total))
     after, states, written = _states(spec.precision, state.reshape(B * HV, *state.shape[2:]), *chunks)
     o = matmul(q * prefix, states.reshape(-1, *state.shape[2:])) + matmul(A[0], written.reshape(-1, C, V))
-    return after.reshape(state.shape), o.reshape(G, B, HV, C, V)
+    return after.reshape(state.shape), o.reshape(arrays.v.shape).astype(arrays.v.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
