@@ -1,0 +1,101 @@
+"""State tracking with and without negative eigenvalues: learning rates and seeds at once, in one program.
+
+    python -m benchmarks.state_tracking_study --groups=parity,S3 --seconds=30
+
+Word problems of `hybridlm.data.state_tracking`: trained on 100k words of 128 elements, a label at every one;
+tested on 512. Parity needs an eigenvalue of -1 (arXiv 2411.12537), and S3 in one layer two Householder steps
+a token with them (arXiv 2502.10297), so one layer of these mixers should fail on S3 either way. Width 128,
+four heads, SwiGLU of 256.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import vmapped
+from hybridlm.data import state_tracking
+from hybridlm.data.source import View
+
+HEADS = {"num_heads": 4, "head_dim": 32}
+STUDY: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("attention", HEADS),
+    "gla": ("gla", {**HEADS, "conv_size": 4}),
+    "deltanet": ("delta_net", HEADS),
+    "deltanet, negative": ("delta_net", {**HEADS, "neg_eigval": True}),
+    "gdn": ("gated_delta_net", HEADS),
+    "gdn, negative": ("gated_delta_net", {**HEADS, "neg_eigval": True}),
+    "kda": ("kda", HEADS),
+    "kda, negative": ("kda", {**HEADS, "neg_eigval": True}),
+}
+
+
+def rows(group: str, count: int, length: int, split: str) -> tuple[dict, int]:
+    config = state_tracking.Config(group=group, train_examples=count, val_examples=count)
+    source = state_tracking.open_source(config, View(split, length, 0, 128))
+    return source.rows(np.arange(count)), length
+
+
+def study(group: str, name: str, layers: int, flags: argparse.Namespace) -> dict[str, Any]:
+    rates, seeds = [float(rate) for rate in flags.rates.split(",")], list(range(flags.seeds))
+    train = vmapped.data([rows(group, flags.examples, 128, "train")])
+    test = vmapped.data([rows(group, flags.test_examples, 512, "val")])
+    model = vmapped.definition([STUDY[name]] * layers, d_model=128, vocab=128, mlp_hidden=256)
+    print(f"{group}, {name}, {layers} layers", flush=True)
+    result = vmapped.train(
+        model, train, rates=rates, seeds=seeds, steps=flags.steps, batch_size=flags.batch_size,
+        seconds=flags.seconds, weight_decay=1e-6, steps_per_call=flags.steps_per_call,
+    )  # fmt: skip
+    correct = vmapped.count_correct(model, result.params, test, min(64, flags.test_examples)).sum(axis=1)
+    score = (correct / (flags.test_examples * 512)).reshape(len(rates), len(seeds))
+    trained = result.curve[-1][1].reshape(len(rates), len(seeds))
+    best = int(score.mean(axis=1).argmax())
+    return {
+        "group": group, "mixer": name, "layers": layers, "rate": rates[best], "steps": result.steps,
+        "seconds": round(result.seconds, 1), "at_128": trained[best].tolist(), "at_512": score[best].tolist(),
+        "chance": 1 / len(state_tracking.elements(group)),
+    }  # fmt: skip
+
+
+def line(r: dict[str, Any]) -> str:
+    cells = [r["group"], r["mixer"], r["layers"], f"{max(r['at_128']):.3f}"]
+    cells += [f"{np.mean(r['at_512']):.3f} ({min(r['at_512']):.3f} to {max(r['at_512']):.3f})"]
+    cells += [f"{r['chance']:.3f}", f"{r['rate']:g}", r["steps"]]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--groups", default="parity,S3")
+    parser.add_argument("--mixers", default=";".join(STUDY), help="separated by semicolons")
+    parser.add_argument("--layers", default="1,2")
+    parser.add_argument("--rates", default="3e-4,1e-3,3e-3")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=30, help="of training for each line of the table")
+    parser.add_argument("--steps", type=int, default=20_000, help="at most")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--examples", type=int, default=100_000)
+    parser.add_argument("--test_examples", type=int, default=512)
+    parser.add_argument("--steps_per_call", type=int, default=200)
+    parser.add_argument("--output", default="state_tracking_study.json")
+    flags = parser.parse_args()
+    print(f"{jax.devices()[0]}, {time.strftime('%F')}")
+    header = "| group | mixer | layers | trained, 128 | 512, mean (min to max) | guessing | rate | steps |"
+    results = []
+    for group in flags.groups.split(","):
+        for layers in map(int, flags.layers.split(",")):
+            for name in flags.mixers.split(";"):
+                results.append(study(group, name.strip(), layers, flags))
+                Path(flags.output).write_text(json.dumps(results, indent=1))
+                print(line(results[-1]), flush=True)
+    print("\n".join([header, "|" + "---|" * 8, *map(line, results)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Many runs of one small model in one program: learning rates and seeds are a leading axis of the parameters.
+
+All runs read the same batches. The data lie on the device and an epoch's order is drawn there, so that
+hundreds of steps go by in one call.
+
+Shape legend: R runs, N rows of data, B rows of a batch, L tokens, P labelled tokens of a row at most.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hybridlm import layout, loss, mixers, mlps
+from hybridlm import model as lm
+from hybridlm.rows import Rows
+from pallas_kernels.op import auto_means
+
+
+class Data(NamedTuple):
+    """Rows on the device, int32: tokens [N, L], the length of a row's examples [N], places and labels [N, P].
+
+    Labels are -1 where a row has fewer than P.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    places: jax.Array
+    labels: jax.Array
+
+
+def data(parts: Sequence[tuple[dict[str, np.ndarray], int]]) -> Data:
+    """From batches of `hybridlm.data`, each with the length of its examples, packed from the left."""
+    tokens = np.concatenate([batch["tokens"] for batch, _ in parts])
+    targets = np.concatenate([batch["targets"] for batch, _ in parts])
+    lengths = np.concatenate([np.full(len(batch["tokens"]), length) for batch, length in parts])
+    width = int((targets >= 0).sum(axis=1).max())
+    places = np.argsort(targets < 0, axis=1, kind="stable")[:, :width]
+    labels = np.take_along_axis(targets, places, axis=1)
+    return Data(*(jnp.asarray(x, jnp.int32) for x in (tokens, lengths, places, labels)))
+
+
+def definition(
+    layers: Sequence[tuple[str, dict[str, Any]]], *, d_model: int, vocab: int, mlp_hidden: int
+) -> lm.Definition:
+    """A float32 stack of (kind, settings), embeddings tied; mlp_hidden 0 leaves MLPs without channels."""
+    specs = []
+    for kind, settings in layers:
+        config = mixers.load(kind).Config(**settings)
+        config.check(d_model)
+        mlp = mlps.load("swiglu").Config(hidden=mlp_hidden)
+        specs.append(lm.Spec(f"{kind}{len(specs)}", kind, config, "swiglu", mlp, False))
+    return lm.Definition(
+        layers=tuple(specs), plan=layout.plan([spec.name for spec in specs]), d_model=d_model,
+        vocab_size=vocab,
+        norm_eps=1e-6, norm_unit_offset=False, tie_embeddings=True, dtype=jnp.dtype("float32"), remat="none",
+        scan=True,
+    )  # fmt: skip
+
+
+def at_labels(model: lm.LM, batch: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Hidden states at the labelled tokens [B, P, D], the head [D, V], and the labels [B, P]."""
+    tokens, lengths, places, labels = batch
+    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    rows = Rows(index // lengths[:, None] + 1, index % lengths[:, None])
+    hidden, _ = model(tokens, rows)
+    return jnp.take_along_axis(hidden, places[..., None], axis=1), model.head_matrix(), labels
+
+
+def loss_and_hits(definition: lm.Definition, params: lm.Params, batch: Data) -> tuple[jax.Array, jax.Array]:
+    """(mean cross-entropy of the labels, share of them predicted right) of one run."""
+    total, sums = loss.cross_entropy(*at_labels(lm.merge(definition, params), batch))
+    return total / sums.tokens, sums.correct / sums.tokens
+
+
+class Outcome(NamedTuple):
+    """params: stacked over R.  curve: (step, training accuracy of each run [R]) per report.
+    steps, seconds: of training, without compilation.  compile_seconds.
+    """
+
+    params: lm.Params
+    curve: list[tuple[int, np.ndarray]]
+    steps: int
+    seconds: float
+    compile_seconds: float
+
+
+def train(
+    model: lm.Definition,
+    rows: Data,
+    *,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int,
+    seconds: float,
+    weight_decay: float = 0.1,
+    steps_per_call: int = 200,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """AdamW, clipped at 1, cosine to 0 after a linear warm-up of 1/20 of the steps; R = rates x seeds.
+
+    seconds: of training; the schedule follows the clock where the time would not suffice for all steps.
+    Rows are drawn without replacement in each epoch.
+    """
+    every = [(rate, seed) for rate in rates for seed in seeds]
+    rate_R = jnp.array([rate for rate, _ in every])
+    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98))
+    decays = jax.tree.map(
+        lambda meta: meta.decay, lm.metadata(model), is_leaf=lambda x: isinstance(x, lm.Meta)
+    )
+    per_epoch = rows.tokens.shape[0] // batch_size
+
+    @jax.jit
+    @jax.vmap
+    def init(seed: jax.Array) -> tuple[lm.Params, Any]:
+        params = lm.init(model, jax.random.key(seed))
+        return params, adam.init(params)
+
+    def update(params: lm.Params, state: Any, rate: jax.Array, batch: Data) -> tuple:
+        (_, hits), grads = jax.value_and_grad(functools.partial(loss_and_hits, model), has_aux=True)(
+            params, batch
+        )
+        updates, state = adam.update(grads, state)
+        move = lambda p, u, decay: p - rate * (u + (weight_decay * p if decay else 0))
+        return jax.tree.map(move, params, updates, decays), state, hits
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def call(params: lm.Params, state: Any, first: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
+        def step(carry: tuple, xs: tuple) -> tuple:
+            number, scale = xs
+            epoch, place = number // per_epoch, number % per_epoch
+            order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), epoch), rows.tokens.shape[0])
+            chosen = jax.lax.dynamic_slice_in_dim(order, place * batch_size, batch_size)
+            batch = jax.tree.map(lambda x: x[chosen], rows)
+            params, state, hits = jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, scale * rate_R, batch)
+            return (params, state), hits
+
+        numbers = first + jnp.arange(scale_S.shape[0])
+        (params, state), hits = jax.lax.scan(step, (params, state), (numbers, scale_S))
+        return params, state, jnp.mean(hits, axis=0)
+
+    def schedule(done: float) -> float:
+        return min(done / 0.05, 0.5 + 0.5 * np.cos(np.pi * (done - 0.05) / 0.95)) if done < 1 else 0.0
+
+    with auto_means("xla"):  # the Pallas kernels have no rule for a batch of runs
+        params, state = init(jnp.array([seed for _, seed in every]))
+        began = time.perf_counter()
+        zeros = jnp.zeros(steps_per_call, jnp.float32)
+        compiled = call.lower(params, state, jnp.int32(0), zeros, rows).compile()
+        compile_seconds = time.perf_counter() - began
+        curve, step, began = [], 0, time.perf_counter()
+        while True:
+            spent = time.perf_counter() - began
+            done = max(step / steps, spent / seconds)
+            if done >= 1:
+                break
+            per_step = max(1 / steps, (spent / step / seconds) if step else 0)
+            scales = np.array([schedule(done + per_step * i) for i in range(steps_per_call)], np.float32)
+            params, state, hits = compiled(params, state, jnp.int32(step), jnp.asarray(scales), rows)
+            step += steps_per_call
+            curve.append((step, np.asarray(hits)))
+            best = curve[-1][1].max()
+            say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy, best {best:.3f}")
+            if curve[-1][1].reshape(len(rates), len(seeds)).min(axis=1).max() > 0.995:  # Zoology stops at .99
+                break
+    return Outcome(params, curve, step, time.perf_counter() - began, compile_seconds)
+
+
+def count_correct(model: lm.Definition, params: lm.Params, rows: Data, batch_size: int) -> np.ndarray:
+    """Number of labels predicted right in each row, [R, N]."""
+
+    @jax.jit
+    def hits(params: lm.Params, batch: Data) -> jax.Array:
+        def one(params: lm.Params) -> jax.Array:
+            _, correct = loss.per_token(*at_labels(lm.merge(model, params), batch))
+            return correct.sum(axis=1)
+
+        return jax.lax.map(one, params)
+
+    count = rows.tokens.shape[0]
+    parts = []
+    with auto_means("xla"):
+        for start in range(0, count, batch_size):
+            chosen = np.arange(start, start + batch_size) % count  # the last batch wraps around
+            parts.append(np.asarray(hits(params, jax.tree.map(lambda x, chosen=chosen: x[chosen], rows))))
+    return np.concatenate(parts, axis=1)[:, :count]
