@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels.call import Call
 from pallas_kernels.hopper import table
 from pallas_kernels.hopper.backward import Saved, gradients
-from pallas_kernels.hopper.forward import forward
+from pallas_kernels.hopper.forward import forward_pass
 from pallas_kernels.hopper.inputs import prepare
 
 TESTED_JAX = ("0.11.2",)  # Mosaic GPU changes between releases: only what the tests have run on
@@ -83,7 +83,7 @@ _attend_interpreted.defvjp(_forward, _backward)
 
 
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Saved | None]:
-    out, inverses = forward(prepare(call), final=call.output_final_state, keep=keep)
+    out, inverses = forward_pass(prepare(call), final=call.output_final_state, keep=keep)
     final = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
     saved = Saved(out.gates, out.states, inverses, out.values) if keep else None
     return (out.o[:, : call.q.shape[1]], final), saved

@@ -12,7 +12,7 @@ from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.blocks import C, F32
 from pallas_kernels.hopper.inputs import Inputs, Vectors
 
-WARPGROUPS = 4  # chunks at work in a block of threads; caps a thread at 128 registers
+WARPGROUPS = 3  # chunks at work in a block of threads; caps a thread at 168 registers
 
 
 def chunk_inverses(inputs: Inputs) -> jax.Array:
@@ -67,7 +67,7 @@ def chunk_inverses(inputs: Inputs) -> jax.Array:
             keep = blocks.causal(strict=True, segment=segment)
             lower *= blocks.by_row(row_scale) * blocks.pair_decay(keep, sums)
             inverse = blocks.unit_lower_inverse(lower, x_s, y_s, interpret=interpret)
-            k_s.at[0][...] = inverse.astype(jnp.bfloat16)  # the keys were last read some barriers ago
+            blocks.store(k_s.at[0], inverse.astype(jnp.bfloat16), interpret=interpret)  # the keys were last read some barriers ago
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k_s.at[0], a_ref.at[b, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

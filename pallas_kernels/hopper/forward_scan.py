@@ -290,7 +290,7 @@ class Scan:
         if i.l2norm:
             scores *= blocks.by_col(blocks.col_vector(gates.at[NORM_K]))
         scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
-        smem.scores.at[ahead][...] = scores.astype(BF16)
+        blocks.store(smem.scores.at[ahead], scores.astype(BF16), interpret=i.interpret)
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
@@ -313,7 +313,7 @@ class Scan:
             state_lo = state.astype(BF16)
             if self.keep:
                 plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                smem.states.at[wg][...] = state_lo
+                blocks.store(smem.states.at[wg], state_lo, interpret=i.interpret)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns])
             plgpu.barrier_wait(smem.filled.at[slot])
@@ -334,9 +334,9 @@ class Scan:
                 seen = (value_lo, smem.scores.at[ahead].T, read[-1] * by_token(READ_Q))
                 o, state = blocks.matmul(seen, written, interpret=i.interpret)
                 plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                smem.o.at[wg].T[...] = o.astype(BF16)
+                blocks.store(smem.o.at[wg], o.astype(BF16), interpret=i.interpret, transposed=True)
                 if self.keep and at.delta:
-                    smem.values.at[wg].T[...] = value_lo
+                    blocks.store(smem.values.at[wg], value_lo, interpret=i.interpret, transposed=True)
             plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.taken.at[ahead])
             plgpu.barrier_arrive(smem.free.at[slot])
