@@ -10,12 +10,13 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from hybridlm.errors import ConfigError, RunError
 
@@ -132,6 +133,19 @@ class Checkpoints:
         with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         return {name: unflatten(tree, restored[name]) for name, tree in like.items()}
+
+    def open(self, step: int, entry: str, names: Iterable[str]) -> dict[str, Any]:
+        """Arrays of one entry of the state by dotted name, read from disk only where they are indexed."""
+        path = self.directory / str(step) / entry
+        with translated(path, "unreadable checkpoint", lambda: self._without(step)):
+            base = {"driver": "file", "path": f"{path}/"}
+            return {
+                name: tensorstore.open(
+                    {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}},
+                    open=True,
+                ).result()
+                for name in names
+            }
 
     def wait(self) -> None:
         """Returns when every save is on disk; RunError when one failed."""

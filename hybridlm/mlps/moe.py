@@ -1,6 +1,6 @@
 """Mixture of SwiGLU experts: every token goes to its top_k experts, none is dropped.
 
-    p = softmax(W_r x) or sigmoid(W_r x), float32    S = the top_k of p + b, among the experts of the best groups
+    p = softmax(W_r x) or sigmoid(W_r x), float32    S = the top_k of p + b, among the best groups of experts
     w_e = scale * p_e / sum of p over S              (the division only with ``normalize``)
     y = sum over e in S of w_e expert_e(x)  +  [sigmoid(W_s x)] shared(x)
 
@@ -8,9 +8,9 @@ Softmax form: Qwen3-Next and other Qwen MoEs. Sigmoid form with a selection bias
 (arXiv 2412.19437, section 2.1.2), Kimi Linear. Tokens are sorted by expert and go through
 `jax.lax.ragged_dot`, so that no capacity bounds an expert.
 
-Load-balancing loss of one call: balance_loss * E * sum over e of f_e P_e (Switch Transformer, arXiv 2101.03961,
-eq. 4), f_e the choices of expert e per token, P_e its mean share of the router's probability, over tokens that
-are not padding. As in transformers, perfect balance gives balance_loss * top_k.
+Load-balancing loss of one call: balance_loss * E * sum over e of f_e P_e (Switch Transformer, arXiv
+2101.03961, eq. 4), f_e the choices of expert e per token, P_e its mean share of the router's probability,
+over tokens that are not padding. As in transformers, perfect balance gives balance_loss * top_k.
 
 Shape legend: N tokens, D model width, E experts, S = top_k choices, F expert width.
 """

@@ -1,0 +1,66 @@
+"""python -m hybridlm.convert import --hf=DIR --workdir=runs/x
+python -m hybridlm.convert export --workdir=runs/x --hf=DIR [--model_type=...] [--dtype=BF16] [--step=N]
+python -m hybridlm.convert logits --workdir=runs/x --ids=ids.npy --out=logits.npy
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from hybridlm import cost, report
+from hybridlm.convert import evaluate, transfer
+from hybridlm.errors import ConfigError, RunError
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hybridlm.convert", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+    flags = {
+        "import": {"hf": "folder with config.json and safetensors", "workdir": "the run to make"},
+        "export": {"workdir": "the run", "hf": "folder to make"},
+        "logits": {
+            "workdir": "the run",
+            "ids": "int .npy of token ids [B, T]",
+            "out": "float32 .npy [B, T, V]",
+        },
+    }
+    for command, names in flags.items():
+        added = commands.add_parser(command, allow_abbrev=False)
+        for name, text in names.items():
+            added.add_argument(f"--{name}", required=True, help=text)
+        if command == "export":
+            added.add_argument("--model_type", default="", help="default: that of the import, else what fits")
+            added.add_argument("--dtype", default="", help="F32, BF16 or F16; default: as imported, else F32")
+        if command != "import":
+            added.add_argument("--step", type=int, help="default: the newest checkpoint")
+    given = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        if given.command == "import":
+            config = transfer.import_hf(given.hf, given.workdir)
+            console = Console()
+            console.print(report.layer_table(config))
+            console.print(f"{cost.parameters(config):,} parameters in {given.workdir}", highlight=False)
+        elif given.command == "export":
+            args = (given.workdir, given.hf, given.model_type, given.dtype, given.step)
+            print(f"{transfer.export_hf(*args)} checkpoint in {given.hf}")
+        else:
+            evaluate.save_logits(Path(given.workdir), Path(given.ids), Path(given.out), given.step)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

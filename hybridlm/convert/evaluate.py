@@ -1,0 +1,57 @@
+"""A run's parameters in float32 and its logits: what implementations are compared by."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybridlm import checkpoint, model
+from hybridlm import config as configs
+from hybridlm.errors import ConfigError
+from hybridlm.rows import single_document
+
+
+def load(workdir: str | Path, step: int | None = None) -> tuple[model.Definition, model.Params]:
+    """(definition that computes in float32, parameters of the newest checkpoint or of that at ``step``)."""
+    workdir = Path(workdir).absolute()
+    config = configs.resolve(configs.from_json(workdir / "config.json")).to_dict()
+    config["model"] |= {"dtype": "float32", "remat": "none"}
+    definition = model.build(configs.FrozenConfigDict(config))
+    with checkpoint.Checkpoints(workdir / "checkpoints") as saves:
+        steps = saves.steps()
+        if not steps or step not in (None, *steps):
+            raise ConfigError("--workdir", str(workdir), f"has checkpoints at steps {steps}")
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            model.shapes(definition),
+        )
+        return definition, saves.restore(steps[-1] if step is None else step, {"params": shapes})["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(definition: model.Definition, params: model.Params, tokens_BT: jax.Array) -> jax.Array:
+    return model.logits(definition, params, tokens_BT, single_document(*tokens_BT.shape))
+
+
+def logits(definition: model.Definition, params: model.Params, ids_BT: Any) -> np.ndarray:
+    """Float32 [B, T, V], each row one document, matrix products in full float32."""
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_logits(definition, params, jnp.asarray(ids_BT, jnp.int32)))
+
+
+def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None) -> None:
+    try:
+        tokens = np.load(ids)
+    except (OSError, ValueError) as error:
+        raise ConfigError("--ids", str(ids), f"is no readable .npy file ({error})") from None
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+        raise ConfigError("--ids", f"{tokens.dtype}{list(tokens.shape)}", "must be whole numbers [B, T]")
+    definition, params = load(workdir, step)
+    if tokens.min() < 0 or tokens.max() >= definition.vocab_size:
+        span = f"{tokens.min()} to {tokens.max()}"
+        raise ConfigError("--ids", span, f"must be token ids 0 to {definition.vocab_size - 1}")
+    np.save(out, logits(definition, params, tokens))

@@ -1,0 +1,108 @@
+"""What a family of public checkpoints is to the converter."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from hybridlm import config as configs
+from hybridlm import layout, model
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.rules import Rule
+from hybridlm.errors import ConfigError
+
+
+class Architecture(NamedTuple):
+    """What a config.json says, in the terms of a config here. layers: an item of the pattern for each."""
+
+    layers: list[str]
+    mixers: dict[str, ConfigDict]
+    mlps: dict[str, ConfigDict]
+    model: dict[str, Any]
+
+    def config(self) -> FrozenConfigDict:
+        """A resolved config, with the defaults of everything that a checkpoint does not say."""
+        config = configs.default()
+        config.model.update(self.model, pattern=str(layout.plan(self.layers)))
+        config.mixers, config.mlps = ConfigDict(self.mixers), ConfigDict(self.mlps)
+        config.data = configs.data("text", path="python-stdlib:")
+        return configs.resolve(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """read: config.json -> Architecture; write: Definition and model_type -> config.json, ConfigError where
+        there is none. What cannot be said may be left out: the caller reads it back and compares.
+    rules: every tensor.  rename: another name that a tensor has in circulation -> its name in the rules.
+    unused: prefixes of tensors that the language model's forward pass has no use for.
+    """
+
+    model_types: tuple[str, ...]
+    read: Callable[[Fields], Architecture]
+    write: Callable[[model.Definition, str], dict[str, Any]]
+    rules: Callable[[model.Definition, str], list[Rule]]
+    rename: Callable[[str], str] = lambda name: name
+    unused: tuple[str, ...] = ()
+
+
+def explicit(spec: model.Spec, d_model: int) -> Any:
+    """The mixer's settings with sizes that follow from d_model written out."""
+    config = spec.config
+    if spec.kind == "attention":
+        heads, kv_heads = config.heads(d_model)
+        return dataclasses.replace(config, num_heads=heads, num_kv_heads=kv_heads)
+    if spec.kind == "mla":
+        return dataclasses.replace(config, num_heads=config.heads(d_model))
+    if spec.kind == "hgrn":
+        return dataclasses.replace(config, width=config.width or d_model)
+    heads = config.heads(d_model)
+    sizes = {
+        "num_heads": heads.num,
+        "num_v_heads": heads.num_v,
+        "head_dim": heads.key,
+        "v_head_dim": heads.value,
+    }
+    known = {field.name for field in dataclasses.fields(config)}
+    if "output_gate_rank" in known and config.output_gate_rank == heads.value:
+        sizes["output_gate_rank"] = 0
+    return dataclasses.replace(config, **{name: size for name, size in sizes.items() if name in known})
+
+
+def same_model(a: model.Definition, b: model.Definition) -> str:
+    """What two definitions compute differently, in words; "" if nothing."""
+    for field in ("d_model", "vocab_size", "norm_eps", "norm_unit_offset", "tie_embeddings"):
+        if getattr(a, field) != getattr(b, field):
+            return f"model.{field} {getattr(a, field)} and {getattr(b, field)}"
+    if len(a.layers) != len(b.layers):
+        return f"{len(a.layers)} and {len(b.layers)} layers"
+    for index, (one, other) in enumerate(zip(a.layers, b.layers, strict=True)):
+        for x, y in (
+            ((one.kind, explicit(one, a.d_model)), (other.kind, explicit(other, b.d_model))),
+            ((one.mlp_kind, one.mlp_config), (other.mlp_kind, other.mlp_config)),
+            (("post_norm", one.post_norm), ("post_norm", other.post_norm)),
+        ):
+            if x != y:
+                return f"layer {index}: {x} and {y}"
+    return ""
+
+
+def of_kind(definition: model.Definition, kind: str) -> list[model.Spec]:
+    """The layers of a kind of mixer."""
+    return [spec for spec in definition.layers if spec.kind == kind]
+
+
+def uniform(specs: list[model.Spec], what: str, d_model: int) -> Any:
+    """The settings that all of ``specs`` share; ConfigError when they differ."""
+    settings = {explicit(spec, d_model) for spec in specs}
+    if len(settings) != 1:
+        raise ConfigError("model.pattern", what, "must have the same settings in every layer to be exported")
+    return settings.pop()
+
+
+def mlp_widths(definition: model.Definition) -> int:
+    """The width of the stack's SwiGLUs, 0 without one; ConfigError when they differ."""
+    widths = {spec.mlp_config.hidden for spec in definition.layers if spec.mlp_kind == "swiglu"}
+    if len(widths) > 1:
+        raise ConfigError("mlps", sorted(widths), "must be one width of SwiGLU to be exported")
+    return widths.pop() if widths else 0

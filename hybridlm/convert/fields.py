@@ -1,0 +1,110 @@
+"""Reading a public config.json: every field is understood, known not to matter, or refused by name."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from hybridlm.errors import ConfigError
+
+# Fields that say nothing about what a forward pass computes.
+INERT = {
+    "_attn_implementation", "_name_or_path", "add_cross_attention", "architectures",
+    "attention_dropout", "attn_mode", "auto_map", "bad_words_ids", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "finetuning_task", "fuse_cross_entropy",
+    "fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu", "id2label", "initializer_range",
+    "is_decoder", "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+    "rescale_prenorm_residual", "return_dict", "sep_token_id", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache", "use_l2warp",
+}  # fmt: skip
+
+
+class Fields:
+    """A config.json whose fields are taken one by one; `finish` refuses what nobody took.
+
+    source: the file, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], source: str = "config.json"):
+        self.values, self.source, self.taken = values, source, set(INERT)
+
+    def refuse(self, name: str, allowed: str, fix: str = "") -> ConfigError:
+        return ConfigError(f"{self.source}: {name}", self.values.get(name), allowed, fix)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value; ``default`` where it is missing or null. Numbers must be what the default is."""
+        self.taken.add(name)
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise self.refuse(name, "must be true or false")
+        if isinstance(default, int) and not isinstance(default, bool):
+            return self._whole(name, value)
+        if isinstance(default, float):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise self.refuse(name, "must be a number")
+            return float(value)
+        return value
+
+    def size(self, name: str) -> int:
+        """A whole number that must be there."""
+        self.taken.add(name)
+        if self.values.get(name) is None:
+            raise self.refuse(name, "is missing")
+        return self._whole(name, self.values[name])
+
+    def _whole(self, name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.refuse(name, "must be a whole number")
+        return value
+
+    def only(self, name: str, *supported: Any) -> None:
+        """Refuses every value but the ``supported`` ones; a missing or null field stands for the first."""
+        self.taken.add(name)
+        value = self.values.get(name)
+        if value is not None and value not in supported:
+            listed = " or ".join(map(repr, supported))
+            raise self.refuse(name, f"is not supported; only {listed} is")
+
+    def ignore(self, *names: str) -> None:
+        self.taken.update(names)
+
+    def sub(self, name: str) -> "Fields | None":
+        """A nested mapping, None where there is none; to be finished by itself."""
+        self.taken.add(name)
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.refuse(name, "must be a mapping")
+        return None if value is None else Fields(value, f"{self.source}: {name}")
+
+    def layers(self, name: str, kinds: Collection[str], num_layers: int) -> list[str] | None:
+        """One of ``kinds`` per layer, None where the field is missing."""
+        value = self.get(name)
+        if value is not None and (len(value) != num_layers or not set(value) <= set(kinds)):
+            raise self.refuse(name, f"must name {num_layers} layers, each one of {', '.join(kinds)}")
+        return value
+
+    def rope(self, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, float]:
+        """(base of the frequencies, share of the channels that turn), in either way of writing them."""
+        theta, fraction = self.get("rope_theta", theta), self.get("partial_rotary_factor", fraction)
+        for name in ("rope_scaling", "rope_parameters"):
+            nested = self.sub(name)
+            if nested is None:
+                continue
+            nested.only("rope_type", "default")
+            nested.only("type", "default", "mrope")
+            nested.ignore(
+                "mrope_section", "mrope_interleaved"
+            )  # text tokens have equal positions on all axes
+            theta = nested.get("rope_theta", theta)
+            fraction = nested.get("partial_rotary_factor", fraction)
+            nested.finish()
+        return theta, fraction
+
+    def finish(self) -> None:
+        """Refuses fields that were not taken, unless they are off."""
+        for name in self.values:
+            if name not in self.taken and self.values[name]:
+                raise self.refuse(
+                    name, "is a field that this importer does not know", "Remove it if it is inert."
+                )

@@ -1,0 +1,138 @@
+"""Rules: which tensors of a public checkpoint are which parameters here, and how they are laid out.
+
+A rule joins a few parameters (``ours``, canonical names of `hybridlm.layered`) with a few tensors
+(``theirs``) and maps the arrays both ways. A family is a list of rules; the same list imports and exports.
+The shapes that a checkpoint must have follow from those of the parameters by running ``outward`` on empty
+stand-ins.
+
+PyTorch's Linear stores [out, in], a Linear here [in, out]; a depthwise Conv1d [channels, 1, taps], here
+[taps, channels].
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+Arrays = Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """inward: theirs -> ours; outward: ours -> theirs.
+
+    loose: other shapes of the same size are accepted too, cut along the first axis (checkpoints in
+        circulation differ there); an export repeats what was imported.
+    """
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+    inward: Callable[[Arrays], Arrays]
+    outward: Callable[[Arrays], Arrays]
+    loose: bool = False
+
+    def under(self, ours: str, theirs: str) -> "Rule":
+        """The same rule with prefixes."""
+        return dataclasses.replace(
+            self,
+            ours=tuple(ours + name for name in self.ours),
+            theirs=tuple(theirs + name for name in self.theirs),
+        )
+
+    def their_shapes(self, our_shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        stand_ins = [np.broadcast_to(np.zeros((), bool), shape) for shape in our_shapes]
+        return [array.shape for array in self.outward(stand_ins)]
+
+
+def regroup(arrays: Arrays, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    """The same numbers in other shapes: everything after another, then cut."""
+    if [array.shape for array in arrays] == list(shapes):
+        return list(arrays)
+    flat = np.concatenate([array.reshape(-1) for array in arrays])
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+
+
+def same(ours: str, theirs: str, *, loose: bool = False) -> Rule:
+    return Rule((ours,), (theirs,), list, list, loose)
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    each = lambda arrays: [array.T for array in arrays]
+    return Rule((ours,), (theirs,), each, each)
+
+
+def linear(ours: str, theirs: str) -> Rule:
+    return transposed(f"{ours}.kernel", f"{theirs}.weight")
+
+
+def bias(ours: str, theirs: str) -> Rule:
+    return same(f"{ours}.bias", f"{theirs}.bias")
+
+
+def norm(ours: str, theirs: str) -> Rule:
+    return same(f"{ours}.scale", f"{theirs}.weight")
+
+
+def conv(ours: str, theirs: str) -> Rule:
+    return Rule(
+        (f"{ours}.kernel",),
+        (f"{theirs}.weight",),
+        lambda arrays: [array[:, 0].T for array in arrays],
+        lambda arrays: [array.T[:, None] for array in arrays],
+    )
+
+
+def convs(ours: Sequence[str], theirs: Sequence[str]) -> Rule:
+    """Neighbouring convolutions whose published tensors may be cut elsewhere along the channels."""
+    one = conv("", "")
+    return Rule(
+        tuple(f"{name}.kernel" for name in ours),
+        tuple(f"{name}.weight" for name in theirs),
+        one.inward,
+        one.outward,
+        loose=True,
+    )
+
+
+def concatenated(
+    ours: Sequence[str], widths: Sequence[int], theirs: str, one: Callable[[str, str], Rule]
+) -> Rule:
+    """Several parameters in one tensor, along its first axis; ``one``: `linear` or `conv`."""
+    parts = [one(name, theirs) for name in ours]
+    cuts = np.cumsum(widths)[:-1]
+    return Rule(
+        tuple(part.ours[0] for part in parts),
+        parts[0].theirs,
+        lambda arrays: parts[0].inward(np.split(arrays[0], cuts)),
+        lambda arrays: [np.concatenate(parts[0].outward(arrays))],
+    )
+
+
+def interleaved(ours: Sequence[str], widths: Sequence[int], theirs: str) -> Rule:
+    """Several Linears in one tensor by head: rows are [first of head 0, second of head 0, ..., of head 1].
+
+    widths: rows that each has in a group.
+    """
+    cuts = np.cumsum(widths)[:-1]
+
+    def inward(arrays: Arrays) -> Arrays:
+        grouped = arrays[0].reshape(-1, sum(widths), arrays[0].shape[1])
+        return [part.reshape(-1, part.shape[-1]).T for part in np.split(grouped, cuts, axis=1)]
+
+    def outward(arrays: Arrays) -> Arrays:
+        grouped = [a.T.reshape(-1, width, a.shape[0]) for a, width in zip(arrays, widths, strict=True)]
+        fused = np.concatenate(grouped, axis=1)
+        return [fused.reshape(-1, fused.shape[-1])]
+
+    return Rule(tuple(f"{name}.kernel" for name in ours), (f"{theirs}.weight",), inward, outward)
+
+
+def experts(ours: str, theirs: str, count: int) -> Rule:
+    """[experts, in, out] here, one [out, in] tensor per expert there; ``theirs`` has {} for the number."""
+    return Rule(
+        (ours,),
+        tuple(theirs.format(index) for index in range(count)),
+        lambda arrays: [np.stack([array.T for array in arrays])],
+        lambda arrays: [array.T for array in arrays[0]],
+    )
