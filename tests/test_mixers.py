@@ -12,6 +12,7 @@ from test_layers import close, load
 
 from hybridlm import mixers
 from hybridlm.errors import ConfigError
+from hybridlm.linear_mixer import softplus_decay
 from hybridlm.mixers.kda import channel_decay
 from hybridlm.rows import Rows, single_document
 
@@ -223,12 +224,17 @@ def test_initial_gates_are_in_their_ranges():
     assert 0.00099 < dt.min() < 0.002 and 0.06 < dt.max() < 0.1001
 
 
-@pytest.mark.parametrize("name, lower_bound", [("gate_kda", 0.0), ("gate_kda_lower_bound", -5.0)])
-def test_kda_gate_against_the_reference(name, lower_bound):
+GATES = {
+    "gate_gdn": softplus_decay,
+    "gate_kda": lambda x, A_log, dt: channel_decay(x, A_log, dt.reshape(x.shape[2:]), 0.0),
+    "gate_kda_lower_bound": lambda x, A_log, dt: channel_decay(x, A_log, dt.reshape(x.shape[2:]), -5.0),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_decay_gates_against_the_reference(name):
     _, a = load(name)
-    heads, dim = a["x"].shape[2:]
-    gate = jax.jit(lambda x, A_log, dt: channel_decay(x, A_log, dt.reshape(heads, dim), lower_bound))
-    y, pull = jax.vjp(gate, *(jnp.asarray(a[key]) for key in ("x", "A_log", "dt_bias")))
+    y, pull = jax.vjp(jax.jit(GATES[name]), *(jnp.asarray(a[key]) for key in ("x", "A_log", "dt_bias")))
     close(y, a["y"])
     for grad, key in zip(pull(jnp.asarray(a["dy"])), ("grad_x", "grad_A_log", "grad_dt_bias"), strict=True):
         close(grad, a[key])
