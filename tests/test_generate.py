@@ -38,7 +38,9 @@ MIXERS = {
 def built(pattern):
     config = configs.default()
     config.mixers, config.data = MIXERS, configs.data("mqar")
-    config.model.update(pattern=pattern, d_model=16, vocab_size=300, mlp_hidden=32, dtype="float32")
+    config.model.update(
+        pattern=pattern, d_model=16, vocab_size=300, mlp_hidden=32, dtype="float32", remat="none"
+    )
     definition = model.build(configs.resolve(config))
     params = jax.jit(lambda key: model.init(definition, key), compiler_options=FAST)(jax.random.key(0))
     return definition, jax.tree.map(lambda x: 3 * x if x.ndim > 3 else x, params)  # sharper than at birth
