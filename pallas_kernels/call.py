@@ -48,7 +48,7 @@ class Call:
         return self.v.shape[2] // self.q.shape[2]
 
     def starts(self) -> jax.Array | None:
-        """Where a document starts, the first of a row excepted: bool [B, T], or None for one document a row."""
+        """Where a document starts that does not start its row, bool [B, T]; None for one document a row."""
         if self.segment_ids is None:
             return None
         return jnp.diff(self.segment_ids, axis=1, prepend=self.segment_ids[:, :1]) != 0
@@ -61,14 +61,14 @@ class Call:
         return self.zeros((batch, heads, self.q.shape[3], value_dim))
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
-        """Zeros in `compute_dtype` that vary over the same mesh axes as the arguments (inside `shard_map`)."""
+        """Zeros in `compute_dtype`, varying over the mesh axes of the arguments (inside `shard_map`)."""
         return jax.lax.full_like(self.v, 0, self.compute_dtype, shape)
 
 
 def alike(call: Call) -> Call:
     """Inside `shard_map`, ``call`` with all arrays varying over the mesh axes over which any of them varies.
 
-    Scans and custom gradients need equal types; the transpose sums a replicated argument's gradient.
+    Scans and custom gradients need equal types; a replicated argument's gradient is then summed.
     """
     axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(call)))
     return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), call)

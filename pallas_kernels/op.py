@@ -209,7 +209,7 @@ def _scale(scale: float | None, key_dim: int) -> float:
         return key_dim**-0.5
     try:
         return float(scale)
-    except (TypeError, jax.errors.JAXTypeError):
+    except (TypeError, ValueError, jax.errors.JAXTypeError):
         raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None
 
 

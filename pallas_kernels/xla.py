@@ -163,7 +163,9 @@ def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, j
         read, values = None, v
     else:
         beta = arrays.beta.astype(spec.dtype).reshape(-1, C, 1)
-        solved = solve_unit_lower(beta * A[1], beta * jnp.concatenate([k * prefix, v], axis=-1))
+        solved = solve_unit_lower(
+            beta * A[1], beta * jnp.concatenate([k * prefix, v], axis=-1), spec.precision
+        )
         read, values = solved[..., :-V], solved[..., -V:]
     total = jnp.broadcast_to(prefix[:, -1], (G * B * HV, k.shape[-1]))
     chunks = jax.tree.map(lambda x: x.reshape(G, B * HV, *x.shape[1:]), (read, values, k * suffix, total))

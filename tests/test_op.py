@@ -1,0 +1,145 @@
+"""What the op accepts, how it picks a backend, and its single-token step."""
+
+import logging
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from op_problems import cast, random_problem
+
+import pallas_kernels.op
+from pallas_kernels import linear_attention, linear_attention_step
+
+
+def arguments(**changes):
+    zeros = lambda *shape: jnp.zeros(shape)
+    return {"q": zeros(2, 5, 2, 4), "k": zeros(2, 5, 2, 4), "v": zeros(2, 5, 4, 3)} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.zeros((2, 5, 2, 4), int)}, r"q.dtype = int32: must be one of bfloat16, float16, float32"),
+        ({"q": 1.0}, r"q = 1.0: must be an array"),
+        ({"q": jnp.zeros((2, 5, 4))}, r"q.shape = \(2, 5, 4\): must have 4 axes"),
+        ({"q": jnp.zeros((2, 0, 2, 4))}, r"q.shape = \(2, 0, 2, 4\): must have T >= 1"),
+        ({"k": jnp.zeros((2, 5, 4, 4))}, r"k.shape = \(2, 5, 4, 4\): must be \(2, 5, 2, 4\) to match"),
+        ({"v": jnp.zeros((2, 4, 4, 3))}, r"v.shape = \(2, 4, 4, 3\): must be \(2, 5, 4, 3\)"),
+        (
+            {"v": jnp.zeros((2, 5, 3, 3))},
+            r"v.shape = \(2, 5, 3, 3\): its 3 heads must be a multiple of q's 2",
+        ),
+        ({"log_decay": jnp.zeros((2, 5, 2))}, r"log_decay.shape = .*: must be \(2, 5, 4\) or \(2, 5, 4, 4\)"),
+        ({"beta": jnp.zeros((2, 5, 4, 1))}, r"beta.shape = \(2, 5, 4, 1\): must be \(2, 5, 4\)"),
+        ({"initial_state": jnp.zeros((2, 4, 3, 4))}, r"initial_state.shape = .*: must be \(2, 4, 4, 3\)"),
+        ({"segment_ids": jnp.zeros((2, 4), int)}, r"segment_ids.shape = \(2, 4\): must be \(2, 5\)"),
+        ({"segment_ids": jnp.zeros((2, 5))}, r"segment_ids.dtype = float32: must be an integer"),
+        ({"scale": "big"}, r"scale = 'big': must be a Python number"),
+        ({"backend": "triton"}, r"backend = 'triton': must be one of auto, reference, xla, pallas"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**arguments(**changes))
+
+
+def test_outputs_have_the_promised_dtypes():
+    x = arguments(v=jnp.zeros((2, 5, 4, 3), jnp.bfloat16))
+    for backend in ("reference", "xla"):
+        run = lambda x, backend=backend: linear_attention(**x, output_final_state=True, backend=backend)
+        o, state = jax.eval_shape(run, x)
+        assert (o.shape, o.dtype, state.shape, state.dtype) == (
+            (2, 5, 4, 3),
+            jnp.bfloat16,
+            (2, 4, 4, 3),
+            jnp.float32,
+        )
+    assert linear_attention(**x)[1] is None
+
+
+class Kernels(types.ModuleType):
+    """In the place of pallas_kernels.hopper: refuses long calls, and answers with its own name."""
+
+    def supports(self, call):
+        return "T is above 4" if call.q.shape[1] > 4 else None
+
+    def linear_attention(self, call):
+        return "kernels", None
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pallas_kernels.hopper", Kernels("hopper"))
+    pallas_kernels.op._log_fallback.cache_clear()
+
+
+SHORT = {name: jnp.zeros((1, 3, 1, 4)) for name in "qkv"}
+LONG = {name: jnp.zeros((1, 5, 1, 4)) for name in "qkv"}
+
+
+def test_auto_prefers_supported_kernels_on_a_gpu(kernels, monkeypatch, caplog):
+    monkeypatch.setattr(pallas_kernels.op, "platform", lambda: "gpu")
+    assert linear_attention(**SHORT)[0] == "kernels"
+    assert not caplog.records
+    for _ in range(2):
+        assert linear_attention(**LONG)[0].shape == (1, 5, 1, 4)
+    [record] = caplog.records
+    assert (record.name, record.levelno) == ("pallas_kernels", logging.WARNING)
+    assert "T is above 4" in record.message
+
+
+def test_auto_on_a_cpu_is_xla_and_says_so_once(kernels, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        assert linear_attention(**SHORT)[0].shape == (1, 3, 1, 4)
+    [record] = [record for record in caplog.records if record.name == "pallas_kernels"]
+    assert record.levelno == logging.INFO
+    assert "the platform is cpu" in record.message
+
+
+def test_pallas_by_name_runs_or_explains(kernels):
+    assert linear_attention(**SHORT, backend="pallas")[0] == "kernels"
+    with pytest.raises(ValueError, match=r"backend = 'pallas': .* this call: T is above 4"):
+        linear_attention(**LONG, backend="pallas")
+
+
+def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pallas_kernels.hopper", None)
+    with pytest.raises(ValueError, match="cannot be imported with jax"):
+        linear_attention(**SHORT, backend="pallas")
+
+
+@pytest.mark.parametrize(("decay", "update"), [("none", "delta"), ("head", "additive"), ("channel", "delta")])
+def test_steps_equal_the_op(decay, update):
+    x = cast(random_problem(1, 6, decay, update, "mild"), jnp.float32)
+    del x["segment_ids"]
+    o, final = linear_attention(**x, scale=0.3, qk_l2norm=True, output_final_state=True, backend="reference")
+    state = x.pop("initial_state")
+    for t in range(6):
+        q, k, v, *gates = (x[name][:, t] for name in x)
+        gates = dict(zip(list(x)[3:], gates, strict=True))
+        o_t, state = linear_attention_step(q, k, v, **gates, state=state, scale=0.3, qk_l2norm=True)
+        np.testing.assert_allclose(o_t, o[:, t], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(state, final, rtol=1e-6, atol=1e-6)
+
+
+def test_step_takes_any_leading_axes_and_keeps_dtypes():
+    x = cast(random_problem(2, 3, "channel", "delta", "mild"), jnp.float32)
+    state = jnp.stack([x["initial_state"]] * 3, axis=1)  # [B, T, ...]: the T axis as one more batch axis
+    o, after = linear_attention_step(
+        x["q"], x["k"], x["v"].astype(jnp.bfloat16), state=state, log_decay=x["log_decay"], beta=x["beta"]
+    )
+    assert (o.dtype, after.dtype) == (jnp.bfloat16, jnp.float32)
+    one, _ = linear_attention_step(
+        *(x[name][1, 2] for name in "qkv"),
+        state=state[1, 2],
+        log_decay=x["log_decay"][1, 2],
+        beta=x["beta"][1, 2],
+    )
+    np.testing.assert_allclose(o[1, 2], one, rtol=1e-2, atol=1e-2)
+    with pytest.raises(ValueError, match=r"state.dtype = bfloat16: must be float32 or float64"):
+        linear_attention_step(x["q"], x["k"], x["v"], state=state.astype(jnp.bfloat16))
