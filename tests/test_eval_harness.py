@@ -8,13 +8,14 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs the eval extra")
 
+from lm_eval.api.instance import Instance
+
 from eval import harness, subject
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.data import tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from lm_eval.api.instance import Instance
 from tests import tiny
 
 DOCS = [
