@@ -64,8 +64,11 @@ def chunk_inverses(inputs: Inputs) -> jax.Array:
             if inputs.l2norm:
                 row_scale *= norm
                 lower *= blocks.by_col(blocks.col_vector(sum_s.at[1]))
-            keep = blocks.causal(strict=True, segment=segment)
-            lower *= blocks.by_row(row_scale) * blocks.pair_decay(keep, sums)
+            lower *= blocks.by_row(row_scale)
+            if sums is not None:  # above the diagonal, which the inverse ignores, the least keeps it finite
+                lower *= jnp.exp2(jnp.minimum(blocks.by_row(sums[0]) - blocks.by_col(sums[1]), 0.0))
+            if segment is not None:
+                lower = jnp.where(blocks.by_row(segment[0]) == blocks.by_col(segment[1]), lower, 0.0)
             inverse = blocks.unit_lower_inverse(lower, x_s, y_s, interpret=interpret)
             blocks.store(k_s.at[0], inverse.astype(jnp.bfloat16), interpret=interpret)  # the keys were last read some barriers ago
             plgpu.commit_smem()
