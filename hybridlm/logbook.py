@@ -137,7 +137,7 @@ class Bar:
             self.next_plain = step + self.plain_every
             left = f"{(self.steps - step) * metrics['step_seconds']:.0f} s left"
             self.say(f"step {step}/{self.steps}  {numbers}  {left}")
-        if "sample" in metrics:
+        if "sample" in metrics and step < self.steps:  # the last one is for the summary
             self.say(printable(metrics["sample"]))
 
     def say(self, text: str) -> None:
@@ -153,10 +153,7 @@ class Tracker:
         if mode == "disabled":
             return
         if mode == "online" and not has_key():
-            log.warning(
-                "no W&B key found (`wandb login`): logging offline; upload with `wandb sync %s/wandb/*`",
-                workdir,
-            )
+            log.warning("no W&B key found (`wandb login`): logging offline, for `wandb sync` later")
             mode = "offline"
         try:
             import wandb  # slow to import, so only where it is used

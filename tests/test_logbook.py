@@ -1,11 +1,15 @@
+import io
 import json
 import logging
+import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ml_collections import FrozenConfigDict
+from rich.console import Console
 
 from hybridlm import logbook
 from hybridlm.errors import RunError
@@ -143,3 +147,15 @@ def test_wandb_never_fails_the_run(tmp_path, monkeypatch, caplog, fail):
 def test_disabled_wandb_is_not_even_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
     write(tmp_path, [1])
+
+
+def test_a_terminal_gets_a_bar_with_numbers_and_an_estimate(tmp_path, monkeypatch):
+    terminal = Console(force_terminal=True, width=120, file=io.StringIO())
+    monkeypatch.setattr(logbook.rich, "get_console", lambda: terminal)
+    with logbook.Logbook(tmp_path, config(), start=40) as book:
+        book.write(45, line(bits_per_byte=3.0))
+        time.sleep(0.01)
+        book.write(50, line(bits_per_byte=2.0, sample="def \x1b[31mf"))
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
+    assert re.search(r"50/100 loss 1\.0000  bits/byte 2\.000  tokens/s 10 \d:\d\d:\d\d", shown)
+    assert "def \N{REPLACEMENT CHARACTER}[31mf" in shown  # a sample cannot steer the terminal
