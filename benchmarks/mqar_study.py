@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,44 +61,57 @@ def state_elements(layers: Sequence[tuple[str, dict[str, Any]]], d_model: int) -
     return sum(kind.cost(kind.Config(**settings), d_model).state for kind, settings in kinds)
 
 
-def study(
-    name: str, flags: argparse.Namespace, train: vmapped.Data, tests: list[tuple[dict, int]]
-) -> dict[str, Any]:
-    layers, published = STUDY[name]
-    model = vmapped.definition(layers, d_model=flags.d_model, vocab=flags.vocab, mlp_hidden=0)
+def prepare(name: str, flags: argparse.Namespace, train: vmapped.Data, test: vmapped.Data) -> vmapped.Runs:
+    model = vmapped.definition(STUDY[name][0], d_model=flags.d_model, vocab=flags.vocab, mlp_hidden=0)
     rates = np.logspace(*(float(x) for x in flags.log_rates.split(",")), flags.num_rates).tolist()
-    seeds = list(range(flags.seeds))
-    print(f"{name}: {len(rates)} learning rates x {len(seeds)} seeds", flush=True)
-    result = vmapped.train(
-        model, train, rates=rates, seeds=seeds, steps=flags.steps, batch_size=flags.batch_size,
-        seconds=flags.seconds, steps_per_call=flags.steps_per_call, say=lambda text: print(text, flush=True),
+    runs = vmapped.runs(
+        model, rates=rates, seeds=range(flags.seeds), batch_size=flags.batch_size,
+        num_rows=train.tokens.shape[0], steps_per_call=flags.steps_per_call,
     )  # fmt: skip
+    return vmapped.compiled(runs, train, vmapped.first_rows(test, test_rows(flags, test)))
+
+
+def test_rows(flags: argparse.Namespace, test: vmapped.Data) -> int:
+    return max(1, flags.batch_size * 256 // test.tokens.shape[1])
+
+
+def study(
+    name: str,
+    runs: vmapped.Runs,
+    flags: argparse.Namespace,
+    train: vmapped.Data,
+    test: vmapped.Data,
+    ends: list[int],
+) -> dict[str, Any]:
+    """ends: where each slice of the test ends."""
+    layers, published = STUDY[name]
+    print(f"{name}: {len(runs.rates)} learning rates x {len(runs.seeds)} seeds", flush=True)
+    say = lambda text: print(text, flush=True)
+    result = vmapped.train(runs, train, steps=flags.steps, seconds=flags.seconds, say=say)
     began = time.perf_counter()
-    everything = vmapped.data(tests)
-    batch = max(1, flags.batch_size * 256 // everything.tokens.shape[1])
-    correct_RN = vmapped.count_correct(model, result.params, everything, batch)
-    labels_N = np.asarray((everything.labels >= 0).sum(axis=1))
-    ends = np.cumsum([len(part["tokens"]) for part, _ in tests])[:-1]
+    correct_RN = vmapped.count_correct(runs, result.params, test, test_rows(flags, test))
+    labels_N = np.asarray((test.labels >= 0).sum(axis=1))
     slices = [
         correct.sum(axis=1) / labels.sum()
-        for correct, labels in zip(np.split(correct_RN, ends, axis=1), np.split(labels_N, ends), strict=True)
+        for correct, labels in zip(
+            np.split(correct_RN, ends[:-1], axis=1), np.split(labels_N, ends[:-1]), strict=True
+        )
     ]
-    slices_RS = np.stack(slices, axis=1).reshape(len(rates), len(seeds), -1)
+    slices_RS = np.stack(slices, axis=1).reshape(len(runs.rates), len(runs.seeds), -1)
     score = slices_RS.mean(axis=2)
     best = int(score.mean(axis=1).argmax())
     return {
         "mixer": name,
         "state": state_elements(layers, flags.d_model),
         "published": published,
-        "rates": rates,
-        "best_rate": rates[best],
+        "rates": runs.rates,
+        "best_rate": runs.rates[best],
         "score": score[best].tolist(),  # one per seed, at the best rate
         "score_by_rate": score.mean(axis=1).tolist(),
         "slices": dict(zip(map(str, TEST), slices_RS[best].mean(axis=0).tolist(), strict=False)),
         "steps": result.steps,
         "epochs": result.steps * flags.batch_size / train.tokens.shape[0],
         "seconds": round(result.seconds, 1),
-        "compile_seconds": round(result.compile_seconds, 1),
         "test_seconds": round(time.perf_counter() - began, 1),
         "curve": [(step, hits.max().item()) for step, hits in result.curve],
     }
@@ -131,6 +145,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training and test examples")
     parser.add_argument("--max_test_length", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--steps_per_call", type=int, default=200)
     parser.add_argument("--output", default="mqar_study.json")
     flags = parser.parse_args()
@@ -142,10 +157,16 @@ def main() -> None:
     width = min(flags.max_test_length, max(length for length, _ in TEST))
     shown = [(length, pairs) for length, pairs in TEST if length <= width]
     tests = [rows(length, pairs, scaled(1000), width, flags.vocab, "val") for length, pairs in shown]
+    test, ends = vmapped.data(tests), np.cumsum([len(part["tokens"]) for part, _ in tests]).tolist()
     print(f"data: {train.tokens.shape[0]:,} rows, {time.perf_counter() - began:.0f} s, {jax.devices()[0]}")
+    names = flags.mixers.split(",")
+    with ThreadPoolExecutor(flags.threads) as pool:
+        ready = {name: pool.submit(prepare, name, flags, train, test) for name in names}
+        runs = {name: future.result() for name, future in ready.items()}
+    print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
     results: list[dict[str, Any]] = []
-    for name in flags.mixers.split(","):
-        results.append(study(name, flags, train, tests))
+    for name in names:
+        results.append(study(name, runs[name], flags, train, test, ends))
         Path(flags.output).write_text(json.dumps(results, indent=1))
         print(table(results[-1:]), flush=True)
     print(table(results))

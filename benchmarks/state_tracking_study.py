@@ -41,16 +41,19 @@ def rows(group: str, count: int, length: int, split: str) -> tuple[dict, int]:
 
 
 def study(group: str, name: str, layers: int, flags: argparse.Namespace) -> dict[str, Any]:
-    rates, seeds = [float(rate) for rate in flags.rates.split(",")], list(range(flags.seeds))
     train = vmapped.data([rows(group, flags.examples, 128, "train")])
     test = vmapped.data([rows(group, flags.test_examples, 512, "val")])
     model = vmapped.definition([STUDY[name]] * layers, d_model=128, vocab=128, mlp_hidden=256)
-    print(f"{group}, {name}, {layers} layers", flush=True)
-    result = vmapped.train(
-        model, train, rates=rates, seeds=seeds, steps=flags.steps, batch_size=flags.batch_size,
-        seconds=flags.seconds, weight_decay=1e-6, steps_per_call=flags.steps_per_call,
+    rates, seeds = [float(rate) for rate in flags.rates.split(",")], range(flags.seeds)
+    runs = vmapped.runs(
+        model, rates=rates, seeds=seeds, batch_size=flags.batch_size, num_rows=flags.examples,
+        weight_decay=1e-6, steps_per_call=flags.steps_per_call,
     )  # fmt: skip
-    correct = vmapped.count_correct(model, result.params, test, min(64, flags.test_examples)).sum(axis=1)
+    size = min(64, flags.test_examples)
+    runs = vmapped.compiled(runs, train, vmapped.first_rows(test, size))
+    print(f"{group}, {name}, {layers} layers", flush=True)
+    result = vmapped.train(runs, train, steps=flags.steps, seconds=flags.seconds)
+    correct = vmapped.count_correct(runs, result.params, test, size).sum(axis=1)
     score = (correct / (flags.test_examples * 512)).reshape(len(rates), len(seeds))
     trained = result.curve[-1][1].reshape(len(rates), len(seeds))
     best = int(score.mean(axis=1).argmax())

@@ -78,64 +78,60 @@ def loss_and_hits(definition: lm.Definition, params: lm.Params, batch: Data) -> 
     return total / sums.tokens, sums.correct / sums.tokens
 
 
-class Outcome(NamedTuple):
-    """params: stacked over R.  curve: (step, training accuracy of each run [R]) per report.
-    steps, seconds: of training, without compilation.  compile_seconds.
+class Runs(NamedTuple):
+    """R = rates x seeds runs of one model, rate first, as functions on a device.
+
+    init: seeds [R] -> (params, optimiser state).
+    call: (params, state, number of the first step, factors of the learning rate [S], data) -> (params, state,
+        share of the labels predicted right by each run [R]), after S steps; the first two are donated.
+    correct: (params, data) -> labels predicted right, [R, N].
     """
 
-    params: lm.Params
-    curve: list[tuple[int, np.ndarray]]
-    steps: int
-    seconds: float
-    compile_seconds: float
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    steps_per_call: int
+    batch_size: int
+    init: Callable
+    call: Callable
+    correct: Callable
 
 
-def train(
+def runs(
     model: lm.Definition,
-    rows: Data,
     *,
     rates: Sequence[float],
     seeds: Sequence[int],
-    steps: int,
     batch_size: int,
-    seconds: float,
+    num_rows: int,
     weight_decay: float = 0.1,
     steps_per_call: int = 200,
-    say: Callable[[str], None] = print,
-) -> Outcome:
-    """AdamW, clipped at 1, cosine to 0 after a linear warm-up of 1/20 of the steps; R = rates x seeds.
-
-    seconds: of training; the schedule follows the clock where the time would not suffice for all steps.
-    Rows are drawn without replacement in each epoch.
-    """
+) -> Runs:
+    """AdamW, clipped at 1; rows are drawn without replacement in each epoch. Nothing is compiled yet."""
     every = [(rate, seed) for rate in rates for seed in seeds]
-    rate_R = jnp.array([rate for rate, _ in every])
+    rate_R = np.array([rate for rate, _ in every], np.float32)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98))
     decays = jax.tree.map(
         lambda meta: meta.decay, lm.metadata(model), is_leaf=lambda x: isinstance(x, lm.Meta)
     )
-    per_epoch = rows.tokens.shape[0] // batch_size
+    per_epoch = num_rows // batch_size
 
-    @jax.jit
     @jax.vmap
     def init(seed: jax.Array) -> tuple[lm.Params, Any]:
         params = lm.init(model, jax.random.key(seed))
         return params, adam.init(params)
 
     def update(params: lm.Params, state: Any, rate: jax.Array, batch: Data) -> tuple:
-        (_, hits), grads = jax.value_and_grad(functools.partial(loss_and_hits, model), has_aux=True)(
-            params, batch
-        )
+        loss_of = functools.partial(loss_and_hits, model)
+        (_, hits), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         updates, state = adam.update(grads, state)
         move = lambda p, u, decay: p - rate * (u + (weight_decay * p if decay else 0))
         return jax.tree.map(move, params, updates, decays), state, hits
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def call(params: lm.Params, state: Any, first: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
         def step(carry: tuple, xs: tuple) -> tuple:
             number, scale = xs
             epoch, place = number // per_epoch, number % per_epoch
-            order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), epoch), rows.tokens.shape[0])
+            order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), epoch), num_rows)
             chosen = jax.lax.dynamic_slice_in_dim(order, place * batch_size, batch_size)
             batch = jax.tree.map(lambda x: x[chosen], rows)
             params, state, hits = jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, scale * rate_R, batch)
@@ -145,48 +141,79 @@ def train(
         (params, state), hits = jax.lax.scan(step, (params, state), (numbers, scale_S))
         return params, state, jnp.mean(hits, axis=0)
 
-    def schedule(done: float) -> float:
-        return min(done / 0.05, 0.5 + 0.5 * np.cos(np.pi * (done - 0.05) / 0.95)) if done < 1 else 0.0
-
-    with auto_means("xla"):  # the Pallas kernels have no rule for a batch of runs
-        params, state = init(jnp.array([seed for _, seed in every]))
-        began = time.perf_counter()
-        zeros = jnp.zeros(steps_per_call, jnp.float32)
-        compiled = call.lower(params, state, jnp.int32(0), zeros, rows).compile()
-        compile_seconds = time.perf_counter() - began
-        curve, step, began = [], 0, time.perf_counter()
-        while True:
-            spent = time.perf_counter() - began
-            done = max(step / steps, spent / seconds)
-            if done >= 1:
-                break
-            per_step = max(1 / steps, (spent / step / seconds) if step else 0)
-            scales = np.array([schedule(done + per_step * i) for i in range(steps_per_call)], np.float32)
-            params, state, hits = compiled(params, state, jnp.int32(step), jnp.asarray(scales), rows)
-            step += steps_per_call
-            curve.append((step, np.asarray(hits)))
-            best = curve[-1][1].max()
-            say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy, best {best:.3f}")
-            if curve[-1][1].reshape(len(rates), len(seeds)).min(axis=1).max() > 0.995:  # Zoology stops at .99
-                break
-    return Outcome(params, curve, step, time.perf_counter() - began, compile_seconds)
-
-
-def count_correct(model: lm.Definition, params: lm.Params, rows: Data, batch_size: int) -> np.ndarray:
-    """Number of labels predicted right in each row, [R, N]."""
-
-    @jax.jit
-    def hits(params: lm.Params, batch: Data) -> jax.Array:
+    def correct(params: lm.Params, batch: Data) -> jax.Array:
         def one(params: lm.Params) -> jax.Array:
-            _, correct = loss.per_token(*at_labels(lm.merge(model, params), batch))
-            return correct.sum(axis=1)
+            return loss.per_token(*at_labels(lm.merge(model, params), batch))[1].sum(axis=1)
 
         return jax.lax.map(one, params)
 
+    return Runs(
+        tuple(rates), tuple(seeds), steps_per_call, batch_size,
+        jax.jit(init), jax.jit(call, donate_argnums=(0, 1)), jax.jit(correct),
+    )  # fmt: skip
+
+
+def compiled(runs: Runs, train: Data, test: Data) -> Runs:
+    """The same, its functions compiled for these data; several may be compiled at once in threads."""
+    shaped = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    with auto_means("xla"):  # the Pallas kernels have no rule for a batch of runs
+        seeds = jax.ShapeDtypeStruct((len(runs.rates) * len(runs.seeds),), jnp.int32)
+        params, state = jax.eval_shape(runs.init, seeds)
+        scales = jax.ShapeDtypeStruct((runs.steps_per_call,), jnp.float32)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        return runs._replace(
+            init=runs.init.lower(seeds).compile(),
+            call=runs.call.lower(params, state, number, scales, shaped(train)).compile(),
+            correct=runs.correct.lower(params, shaped(test)).compile(),
+        )
+
+
+class Outcome(NamedTuple):
+    """params: stacked over R.  curve: (step, training accuracy of each run [R]) per call."""
+
+    params: lm.Params
+    curve: list[tuple[int, np.ndarray]]
+    steps: int
+    seconds: float
+
+
+def train(
+    runs: Runs, rows: Data, *, steps: int, seconds: float, say: Callable[[str], None] = print
+) -> Outcome:
+    """Trains until ``steps`` or ``seconds`` are over, or a learning rate has all its seeds above .995.
+
+    The schedule, a cosine to 0 behind a linear warm-up of 1/20, follows the clock where that is shorter.
+    """
+    rates, seeds = len(runs.rates), len(runs.seeds)
+
+    def factor(done: float) -> float:
+        return min(done / 0.05, 0.5 + 0.5 * np.cos(np.pi * (done - 0.05) / 0.95)) if done < 1 else 0.0
+
+    params, state = runs.init(jnp.tile(jnp.array(runs.seeds, jnp.int32), rates))
+    curve: list[tuple[int, np.ndarray]] = []
+    step, began = 0, time.perf_counter()
+    while (done := max(step / steps, (spent := time.perf_counter() - began) / seconds)) < 1:
+        per_step = max(1 / steps, spent / step / seconds if step else 0)
+        scales = [factor(done + per_step * i) for i in range(runs.steps_per_call)]
+        params, state, hits = runs.call(params, state, jnp.int32(step), jnp.array(scales, jnp.float32), rows)
+        step += runs.steps_per_call
+        curve.append((step, np.asarray(hits)))
+        say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy {hits.max():.3f}")
+        if curve[-1][1].reshape(rates, seeds).min(axis=1).max() > 0.995:
+            break
+    return Outcome(params, curve, step, time.perf_counter() - began)
+
+
+def count_correct(runs: Runs, params: lm.Params, rows: Data, batch_size: int) -> np.ndarray:
+    """Number of labels predicted right in each row, [R, N]."""
     count = rows.tokens.shape[0]
     parts = []
-    with auto_means("xla"):
-        for start in range(0, count, batch_size):
-            chosen = np.arange(start, start + batch_size) % count  # the last batch wraps around
-            parts.append(np.asarray(hits(params, jax.tree.map(lambda x, chosen=chosen: x[chosen], rows))))
+    for start in range(0, count, batch_size):
+        chosen = np.arange(start, start + batch_size) % count  # the last batch wraps around
+        parts.append(np.asarray(runs.correct(params, jax.tree.map(lambda x, chosen=chosen: x[chosen], rows))))
     return np.concatenate(parts, axis=1)[:, :count]
+
+
+def first_rows(rows: Data, count: int) -> Data:
+    """Data shaped as a batch of ``count`` rows."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), rows)

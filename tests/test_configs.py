@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import hybrid
+from configs import hybrid, synthetic
 from hybridlm import config as configs
-from hybridlm import cost
+from hybridlm import cost, data
 from hybridlm.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden" / "configs"
@@ -22,6 +22,7 @@ SHIPPED = {
     "hybrid": "configs/hybrid.py:340m,kda,3:1",
     "kimi_linear": "configs/kimi_linear.py",
     "mqar": "configs/mqar.py",
+    "synthetic": "configs/synthetic.py",
 }
 
 
@@ -41,6 +42,20 @@ def test_resolved(name: str) -> None:
     config = configs.resolve(configs.load(SHIPPED[name]))
     facts = f"# parameters: {cost.parameters(config)}\n# full attention: {listed(cost.full_layers(config))}\n"
     check(name, facts + str(config))
+
+
+@pytest.mark.parametrize("task", synthetic.TASKS)
+def test_synthetic_tasks(task: str) -> None:
+    """Every task resolves, and its data fit its model."""
+    config = configs.resolve(configs.load(f"configs/synthetic.py:{task},deltanet full"))
+    sizes = {"batch_size": 2, "seq_len": config.train.seq_len, "vocab_size": config.model.vocab_size}
+    batch = data.build(config.data, split="train", seed=0, **sizes).batch(0)
+    assert (batch["targets"] >= 0).any(axis=1).all() and batch["tokens"].max() < config.model.vocab_size
+
+
+def test_unknown_synthetic_task() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'palindrome'"):
+        configs.load("configs/synthetic.py:palindrom,kda")
 
 
 def grid() -> list[str]:
