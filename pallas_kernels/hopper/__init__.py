@@ -51,9 +51,7 @@ def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call
     return out, (call, saved)
 
 
-def _backward(
-    kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array | None]
-) -> tuple[Call]:
+def _backward(kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
     call, saved = kept
     tile, run = table.backward(call.k.shape, call.v.shape)
     d = gradients(prepare(call), saved, *cotangents, value_tile=tile, run=run)

@@ -43,7 +43,9 @@ def kernel(
     barrier of the warpgroup) between a store and what reads it, and between a read and what overwrites it.
     """
     params = plgpu.CompilerParams(
-        approx_math=True, unsafe_no_auto_barriers=manual_barriers, lowering_semantics=plgpu.LoweringSemantics.Lane
+        approx_math=True,
+        unsafe_no_auto_barriers=manual_barriers,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
     )
     if interpret is True:
         interpret = plgpu.InterpretGPUParams(detect_races=True)
@@ -52,7 +54,9 @@ def kernel(
     def call(*arrays: jax.Array) -> Any:
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
         varying = frozenset().union(*map(_varying, arrays))
-        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying") if varying - _varying(x) else x  # noqa: E731
+        cast = lambda x: (
+            lax.pcast(x, tuple(varying - _varying(x)), to="varying") if varying - _varying(x) else x
+        )  # noqa: E731
         return jax.tree.map(cast, run(*arrays))
 
     return call
@@ -163,7 +167,8 @@ def matmul(*products: tuple, interpret: Any) -> Any:
         out = pl.run_scoped(scoped, *starts)
     else:
         starts = tuple(
-            plgpu.ACC.init(zeros((a.shape[0], b.shape[1])) if init is None else init) for a, b, init in products
+            plgpu.ACC.init(zeros((a.shape[0], b.shape[1])) if init is None else init)
+            for a, b, init in products
         )
         out = pl.run_state(body)(starts)
     out = lax.optimization_barrier(tuple(out))
@@ -232,7 +237,11 @@ def unit_lower_inverse(lower: jax.Array, x_s: Any, y_s: Any, *, interpret: Any) 
         x_l, y_l = x_s.at[level % 2], y_s.at[level % 2]
         x_lo = x.astype(jnp.float16)
         store(x_l, x_lo, interpret=interpret)
-        store(y_l, concatenate(_within(tiles, size)) if size < TILE else _between(minus, size), interpret=interpret)
+        store(
+            y_l,
+            concatenate(_within(tiles, size)) if size < TILE else _between(minus, size),
+            interpret=interpret,
+        )
         plgpu.commit_smem()
         y = matmul((x_lo, y_l), interpret=interpret)
         x = matmul((y.astype(jnp.float16), x_l, x), interpret=interpret)

@@ -28,9 +28,11 @@ from pallas_kernels.hopper.inputs import Inputs, prepare
 __all__ = ["Inputs", "forward_pass", "prepare"]
 
 
-def forward_pass(inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None) -> tuple[Scanned, jax.Array | None]:
+def forward_pass(
+    inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
+) -> tuple[Scanned, jax.Array | None]:
     """(results, A): `final` for the state after the last token, `keep` for what the backward pass wants."""
-    choice = choice or table.forward(inputs.k.shape, inputs.v.shape, inputs.beta is not None)
+    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     inverses = None if inputs.beta is None else chunk_inverses(inputs)
     if choice.pieces > 1:
         inputs = dataclasses.replace(inputs, state=_starts(inputs, inverses, choice))

@@ -70,7 +70,9 @@ def chunk_inverses(inputs: Inputs) -> jax.Array:
             if segment is not None:
                 lower = jnp.where(blocks.by_row(segment[0]) == blocks.by_col(segment[1]), lower, 0.0)
             inverse = blocks.unit_lower_inverse(lower, x_s, y_s, interpret=interpret)
-            blocks.store(k_s.at[0], inverse.astype(jnp.bfloat16), interpret=interpret)  # the keys were last read some barriers ago
+            blocks.store(
+                k_s.at[0], inverse.astype(jnp.bfloat16), interpret=interpret
+            )  # the keys were last read some barriers ago
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k_s.at[0], a_ref.at[b, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

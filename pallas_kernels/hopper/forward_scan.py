@@ -83,7 +83,9 @@ class Scan:
         names = ("log_decay", "beta", "segment", "entering")
         vectors = Vectors(i, names)
 
-        stage = 2 * C * (key_dim * (1 + output) + C * (tiles * (not transition) + delta)) + 4 * C * len(vectors)
+        stage = 2 * C * (key_dim * (1 + output) + C * (tiles * (not transition) + delta)) + 4 * C * len(
+            vectors
+        )
         fixed = AHEAD * (2 * C * C * output + 32 * C)
         fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
         stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
@@ -194,7 +196,9 @@ class Scan:
                 plgpu.copy_gmem_to_smem(refs.a.at[at.b, at.head, rows], smem.a.at[slot], barrier)
             for tile in range(0 if at.transition else at.tiles):
                 columns = pl.ds(at.first_value + tile * C, C)
-                plgpu.copy_gmem_to_smem(refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier)
+                plgpu.copy_gmem_to_smem(
+                    refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
+                )
             if len(at.vectors):
                 sources = [getattr(refs, "in_" + name) for name in at.vectors.names]
                 at.vectors.copy(sources, smem.vectors.at[slot], barrier, at.b, at.head, rows)
@@ -234,7 +238,9 @@ class Scan:
 
                     @pl.when(at.first_value == 0)
                     def _() -> None:
-                        plgpu.copy_smem_to_gmem(smem.gates.at[ahead], at.refs.gates.at[at.b, at.head, at.first + n])
+                        plgpu.copy_smem_to_gmem(
+                            smem.gates.at[ahead], at.refs.gates.at[at.b, at.head, at.first + n]
+                        )
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         for n in range(max(at.count - AHEAD, 0), at.count):
@@ -278,7 +284,9 @@ class Scan:
         gates.at[WRITE][...] = write * norm_k
         gates.at[CARRY][...] = one * carry
         if self.keep:
-            gates.at[BETA][...] = blocks.row_vector(vectors.get("beta", inputs)) if vectors.has("beta") else one
+            gates.at[BETA][...] = (
+                blocks.row_vector(vectors.get("beta", inputs)) if vectors.has("beta") else one
+            )
         if not at.output:
             return
         q = smem.q.at[slot]
@@ -297,7 +305,9 @@ class Scan:
         columns = pl.ds(at.first_value + wg * C, C)
         shape = (C, at.key_dim)
         if at.transition:
-            state = jnp.where(blocks.row_index(shape) + (at.first_value + wg * C) == blocks.col_index(shape), 1.0, 0.0)
+            state = jnp.where(
+                blocks.row_index(shape) + (at.first_value + wg * C) == blocks.col_index(shape), 1.0, 0.0
+            )
         elif i.state is None:
             state = blocks.zeros(shape)
         else:
@@ -315,7 +325,9 @@ class Scan:
                 plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
                 blocks.store(smem.states.at[wg], state_lo, interpret=i.interpret)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns])
+                plgpu.copy_smem_to_gmem(
+                    smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns]
+                )
             plgpu.barrier_wait(smem.filled.at[slot])
             reads = [(state_lo, k.T)] if at.delta else []
             reads += [(state_lo, smem.q.at[slot].T)] if at.output else []

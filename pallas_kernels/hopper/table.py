@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-SMS = 132
+WIDE = 96  # blocks of threads of 128 values from which the memory, not the chain of products, sets the pace
+FILL = 128  # blocks of threads that fill the 132 multiprocessors
+LONG = 160  # chunks from which cutting a sequence repays the two extra scans and the joins
 
 
 class Choice(NamedTuple):
@@ -12,15 +14,18 @@ class Choice(NamedTuple):
     pieces: int = 1
 
 
-def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) -> Choice:
-    batch, length, _, _ = k_shape
-    heads, value_dim = v_shape[2:]
-    value_tile = 128 if value_dim % 128 == 0 and batch * heads * value_dim // 128 >= 96 else 64
-    return Choice(value_tile)
+def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice:
+    """k_shape [B, T, H, K] and v_shape [B, T, HV, V], T padded to whole chunks."""
+    chunks = k_shape[1] // 64
+    blocks = k_shape[0] * v_shape[2] * v_shape[3] // 64  # with 64 values each
+    if v_shape[3] % 128 == 0 and blocks // 2 >= WIDE:
+        return Choice(128)
+    pieces = 1
+    while chunks >= LONG and chunks % (2 * pieces) == 0 and 4 <= FILL // blocks >= 2 * pieces and pieces < 16:
+        pieces *= 2
+    return Choice(64, pieces)
 
 
 def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> tuple[int, int]:
     """(values a block of threads of the reverse scan works on, chunks a block of the chunk kernel takes)."""
-    batch, _, _, _ = k_shape
-    heads, value_dim = v_shape[2:]
-    return (128 if value_dim % 128 == 0 and batch * heads * value_dim // 128 >= 96 else 64), 4
+    return forward(k_shape, v_shape).value_tile, 4

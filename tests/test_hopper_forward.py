@@ -1,0 +1,191 @@
+"""The Hopper forward kernels against the float64 chunkwise oracle: interpreted, compiled ahead of time, on a GPU."""
+
+import dataclasses
+
+import chunk_oracle
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+if jax.__version_info__ < (0, 11, 2):
+    pytest.skip("the Hopper kernels need jax >= 0.11.2", allow_module_level=True)
+
+from test_hopper_backward import make_case, relative_error
+
+from pallas_kernels import hopper, linear_attention
+from pallas_kernels.hopper.forward import forward_pass, prepare
+from pallas_kernels.hopper.forward_inverse import chunk_inverses
+from pallas_kernels.hopper.table import Choice
+
+# Relative RMS error: o and V' are rounded to bf16 (1.7e-3) and made of bf16 products.
+TOLERANCE = 6e-3
+CASES = {
+    "delta, two slices of V": (dict(tokens=100, dim=128), Choice(64)),
+    "delta, two warpgroups": (dict(tokens=130, dim=128, decay=0.0), Choice(128)),
+    "delta, documents, groups": (dict(documents=True, value_heads=2, tokens=100), Choice(64)),
+    "delta, pieces": (dict(documents=True, tokens=128, decay=0.1), Choice(64, 2)),
+    "additive, pieces": (dict(delta=False, l2norm=False, tokens=256, decay=0.1), Choice(64, 4)),
+    "additive, strong decay": (dict(delta=False, l2norm=False, decay=20.0), Choice(64)),
+}
+
+
+def oracle(call):
+    """(o, final state, what the forward pass keeps), float64."""
+    arguments = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
+    del arguments["output_final_state"], arguments["interpret"]
+    zero_o, zero_state = np.zeros(call.v.shape), np.zeros(call.initial_state.shape)
+    o, final, _, kept = chunk_oracle.linear_attention_vjp(**arguments, do=zero_o, d_final_state=zero_state)
+    return o, final, kept
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name, capfd):
+    options, choice = CASES[name]
+    call = dataclasses.replace(make_case(**options)[0], interpret=True)
+    o, final, kept = oracle(call)
+    inputs = prepare(call)
+    out, inverses = forward_pass(inputs, final=True, keep=True, choice=choice)
+    length, tokens = inputs.k.shape[1], call.q.shape[1]
+    assert relative_error(out.o[:, :tokens], o) < TOLERANCE
+    assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE
+    assert relative_error(jnp.swapaxes(out.states, 3, 4), kept["h"]) < TOLERANCE
+    np.testing.assert_allclose(out.gates, chunk_oracle.gates(call, length), rtol=1e-4, atol=1e-4)
+    if call.beta is not None:
+        assert relative_error(out.values[:, :tokens], np.asarray(kept["u"])[:, :tokens]) < TOLERANCE
+        assert (
+            relative_error(inverses[:, :, :tokens], np.swapaxes(kept["A"], 1, 2)[:, :, :tokens]) < TOLERANCE
+        )
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("cosine, beta, tolerance", [(0.0, 0.9, 3e-3), (0.9, 0.9, 3e-3), (0.95, 1.9, 2e-2)])
+def test_inverse_of_alike_keys(cosine, beta, tolerance):
+    """Where a Neumann product loses everything, block doubling in float16 keeps the rounding of bf16."""
+    rng = np.random.default_rng(0)
+    call = dataclasses.replace(make_case(tokens=64, decay=0.0)[0], interpret=True)
+    k = np.sqrt(cosine) * rng.normal(size=(1, 1, 1, 64)) + np.sqrt(1 - cosine) * rng.normal(
+        size=(1, 64, 1, 64)
+    )
+    k = jnp.asarray(k, jnp.bfloat16)
+    call = dataclasses.replace(call, k=k, beta=jnp.full((1, 64, 1), beta))
+    keys = np.asarray(k, np.float64)[0, :, 0]
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    want = np.linalg.inv(np.eye(64) + beta * np.tril(keys @ keys.T, -1))
+    assert relative_error(chunk_inverses(prepare(call))[0, 0], want) < tolerance
+
+
+def test_refusals_say_why():
+    call = dataclasses.replace(make_case()[0], interpret=True)
+    assert hopper.supports(call) is None
+    wide = jnp.zeros((1, 128, 1, 96), jnp.bfloat16)
+    refused = {
+        "bfloat16 only": dict(q=call.q.astype(jnp.float32)),
+        "K = 96": dict(q=wide, k=wide),
+        "per key channel": dict(log_decay=jnp.zeros((1, 128, 1, 64))),
+        "Hopper|no GPU": dict(interpret=False),
+    }
+    for reason, change in refused.items():
+        found = hopper.supports(dataclasses.replace(call, **change))
+        if reason.startswith("Hopper"):
+            assert found is None or "9.0" in found or found == "no GPU"
+        else:
+            assert reason in found
+
+
+def test_op_vmapped():
+    call, _, _ = make_case(tokens=70, delta=False, l2norm=False)
+    run = lambda q: linear_attention(q, call.k, call.v, backend="pallas", interpret=True)[0]
+    queries = jnp.stack([call.q, call.q[:, ::-1]])
+    together = jax.vmap(run)(queries)
+    assert jnp.array_equal(together[0], run(queries[0]))
+    assert jnp.array_equal(together[1], run(queries[1]))
+
+
+SHAPES = {  # B, T, H, HV, K, V
+    "full": (8, 4096, 16, 16, 128, 128),
+    "few heads": (1, 65536, 8, 8, 128, 128),
+    "mixed": (2, 4096, 8, 16, 64, 128),
+}
+
+
+def struct_call(shape, delta, final=True):
+    B, T, H, HV, K, V = shape
+    array = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
+    keys = array(B, T, H, K, dtype=jnp.bfloat16)
+    values = array(B, T, HV, V, dtype=jnp.bfloat16)
+    beta = array(B, T, HV) if delta else None
+    call = make_case()[0]
+    return dataclasses.replace(
+        call,
+        q=keys,
+        k=keys,
+        v=values,
+        log_decay=array(B, T, HV),
+        beta=beta,
+        initial_state=None,
+        segment_ids=array(B, T, dtype=jnp.int32),
+        qk_l2norm=delta,
+        output_final_state=final,
+    )
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_without_spills(shape, delta):
+    run = lambda call, keep: forward_pass(prepare(call), final=True, keep=keep)
+    for keep in (False, True):
+        kernels = hopper_aot.compile_for_hopper(
+            lambda call: run(call, keep), struct_call(SHAPES[shape], delta)
+        )  # noqa: B023
+        assert kernels and not any(kernel.spills for kernel in kernels), kernels
+
+
+def stacked_loss(call):
+    """Two checkpointed layers in a scan."""
+
+    def layer(v, _):
+        return hopper.linear_attention(dataclasses.replace(call, v=v))[0], None
+
+    v, _ = jax.lax.scan(jax.checkpoint(layer), call.v, length=2)
+    return jnp.sum(v.astype(jnp.float32) ** 2)
+
+
+def gradient_of_values(v, call):
+    return jax.grad(lambda v: stacked_loss(dataclasses.replace(call, v=v)))(v)
+
+
+def test_traces_under_shard_map():
+    """With check_vma the results must vary along the mesh axes that the arguments vary along."""
+    call = struct_call((2, 128, 1, 2, 64, 64), True, final=False)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(
+        gradient_of_values, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
+    )
+    assert jax.eval_shape(jax.jit(sharded), call.v, call).shape == call.v.shape
+
+
+@pytest.mark.aot
+def test_compiles_in_checkpointed_scanned_layers():
+    call = struct_call((2, 128, 1, 2, 64, 64), True, final=False)
+    kernels = hopper_aot.compile_for_hopper(gradient_of_values, call.v, call)
+    assert any("delta_output" in kernel.name for kernel in kernels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name, dim):
+    options, choice = CASES[name]
+    call, _, _ = make_case(**options | {"tokens": 1000 if choice.pieces == 1 else 1024, "dim": dim})
+    choice = choice._replace(value_tile=min(choice.value_tile, dim))
+    o, final, _ = oracle(call)
+    for keep in (False, True):
+        run = jax.jit(lambda call: forward_pass(prepare(call), final=True, keep=keep, choice=choice)[0])  # noqa: B023
+        out, again = run(call), run(call)
+        assert relative_error(out.o[:, : call.q.shape[1]], o) < TOLERANCE
+        assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, out, again))
