@@ -80,10 +80,10 @@ def chunk_backward(r, do, dS1):
     return d
 
 
-def _segments(segment_ids, batch, tokens):
-    if segment_ids is None:
-        return np.zeros((batch, tokens), int)
-    ids = np.asarray(segment_ids)
+def segments(ids):
+    """[B, T] ids as whole numbers that count the changes: what `Call.segment_ids` holds."""
+    ids = np.asarray(ids)
+    batch = len(ids)
     return np.concatenate([np.zeros((batch, 1), int), np.cumsum(ids[:, 1:] != ids[:, :-1], 1)], 1)
 
 
@@ -107,7 +107,7 @@ def linear_attention_vjp(
     g = np.zeros((B, T, HV, 1)) if log_decay is None else log_decay.reshape(B, T, HV, -1)
     per_channel = log_decay is not None and log_decay.ndim == 4
     g = np.broadcast_to(g, (B, T, HV, K))
-    seg = _segments(segment_ids, B, T)
+    seg = np.zeros((B, T), int) if segment_ids is None else segments(segment_ids)
     chunks = [slice(t, min(t + CHUNK, T)) for t in range(0, T, CHUNK)]
     NT = len(chunks)
     o, final = np.zeros((B, T, HV, V)), np.zeros((B, HV, K, V))
@@ -157,3 +157,32 @@ def linear_attention_vjp(
     if not per_channel:
         grads["g"] = grads["g"].sum(-1)
     return o, final, grads, kept
+
+
+def gates(call, length):
+    """The numbers per token that the forward keeps, [B, HV, length/64, 8, 64]; rows as named in hopper/blocks.py."""
+    (B, T, H, _), HV = call.q.shape, call.v.shape[2]
+    inverse_norm = lambda x: 1 / np.sqrt((np.asarray(x, np.float64) ** 2).sum(-1) + EPS)  # [B, T, H]
+    pad = lambda x, mode="constant": np.pad(
+        np.asarray(x, np.float64), ((0, 0), (0, length - T), (0, 0)), mode
+    )
+    chunked = lambda x: np.swapaxes(x, 1, 2).reshape(B, -1, length // CHUNK, CHUNK)
+    one = np.ones((B, length, HV))
+    norms = [
+        np.repeat(inverse_norm(pad_k), HV // H, 2) if call.qk_l2norm else one
+        for pad_k in (
+            np.pad(np.asarray(x, np.float64), ((0, 0), (0, length - T), (0, 0), (0, 0)))
+            for x in (call.k, call.q)
+        )
+    ]
+    norm_k, norm_q = chunked(norms[0]), call.scale * chunked(norms[1])
+    total = np.cumsum(chunked(0 * one if call.log_decay is None else pad(call.log_decay)), -1)
+    read, write, carry = np.exp(total), np.exp(total[..., -1:] - total), np.exp(total[..., -1:])
+    if call.segment_ids is not None:
+        ids = chunked(pad(np.asarray(call.segment_ids)[..., None], "edge"))
+        last = ids[..., -1:]
+        owner = np.concatenate([ids[:, :, :1, :1], last[:, :, :-1]], 2)
+        read, write, carry = read * (ids == owner), write * (ids == last), carry * (owner == last)
+    beta = chunked(one if call.beta is None else pad(call.beta))
+    rows = (read * norm_k, read * norm_q, write * norm_k, carry, total / np.log(2), norm_k, norm_q, beta)
+    return np.stack(np.broadcast_arrays(*rows), 3)

@@ -27,7 +27,6 @@ from pallas_kernels.hopper import blocks, chunk_math
 from pallas_kernels.hopper.blocks import F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
 from pallas_kernels.hopper.inputs import Inputs
 
-MANUAL = False
 # Rows of `sums`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U dS^T)_i,
 # <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
 DECAY, LEAVING, KEPT, ERROR = range(4)
@@ -271,7 +270,6 @@ def chunk_gradients(
         body,
         name="delta_chunk_gradients" if delta else "additive_chunk_gradients",
         interpret=interpret,
-        manual_barriers=MANUAL,
         out_type=[dq, dq, jax.ShapeDtypeStruct((batch, value_heads, chunks, 2, 4, C), F32)],
         grid=(batch, value_heads, pl.cdiv(chunks, run)),
         grid_names=("b", "h", "n"),

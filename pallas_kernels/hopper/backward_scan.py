@@ -23,7 +23,6 @@ from pallas_kernels.hopper.inputs import Inputs
 
 AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
 SMEM_BYTES = 227 * 1024
-MANUAL = False
 # Registers a thread of the warpgroups that hold state, prepare and copy, by warpgroups that hold state.
 REGISTERS = {1: (232, 232, 40), 2: (184, 120, 24)}
 
@@ -206,7 +205,6 @@ def reverse_scan(
         body,
         name="delta_reverse_scan" if delta else "additive_reverse_scan",
         interpret=interpret,
-        manual_barriers=MANUAL,
         out_type=[
             jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16),
             jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), bf16),

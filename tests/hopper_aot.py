@@ -1,0 +1,50 @@
+"""Compiles kernels for an H100 on a machine without a GPU and reports what ptxas says of each."""
+
+import os
+import pathlib
+import re
+import tempfile
+from typing import NamedTuple
+
+import jax
+import pytest
+
+TARGET = pathlib.Path(__file__).parent / "golden" / "h100.txtpb"
+_SETTINGS = {"MOSAIC_GPU_DUMP_PTXAS": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+
+
+class Kernel(NamedTuple):
+    """Registers a thread at launch, bytes a thread spills."""
+
+    name: str
+    registers: int
+    spills: int
+
+
+def compile_for_hopper(function, *arguments):
+    """[Kernel] of the jitted function at ShapeDtypeStructs; shared memory that does not fit is an error."""
+    from jax.experimental import topologies
+
+    with tempfile.TemporaryDirectory() as folder:
+        before = dict(os.environ)
+        os.environ.update(_SETTINGS, MOSAIC_GPU_DUMP_TO=folder)
+        try:
+            try:
+                devices = topologies.get_topology_desc(
+                    "H100", platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
+                ).devices
+            except Exception as error:
+                pytest.skip(f"no CUDA compiler plugin: {str(error)[:80]}")
+            sharding = jax.sharding.SingleDeviceSharding(devices[0])
+            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            jax.jit(function).trace(*jax.tree.map(place, arguments)).lower().compile()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return [_read(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas"))]
+
+
+def _read(path):
+    text = path.read_text()
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    return Kernel(path.stem, int(re.findall(r"Used (\d+) registers", text)[0]), sum(map(int, spills)))

@@ -1,0 +1,155 @@
+"""The Hopper backward kernels against the float64 chunkwise gradients: interpreted, compiled ahead of time, on a GPU."""
+
+import dataclasses
+
+import chunk_oracle
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.call import Call
+
+if jax.__version_info__ < (0, 11, 2):
+    pytest.skip("the Hopper kernels need jax >= 0.11.2", allow_module_level=True)
+
+from pallas_kernels.hopper import backward, blocks, inputs
+
+BF16 = jnp.bfloat16
+# Relative RMS error. Operands, A, V', dV and states are bf16; dbeta is an inner product of two of them, whose terms
+# may cancel, and under strong decay with a final-state gradient one token's dbeta is most of the norm.
+TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
+CASES = {
+    "delta": dict(),
+    "delta, no decay, beta to 2": dict(decay=0.0, beta_max=2.0),
+    "delta, strong decay": dict(decay=20.0),
+    "delta, documents, groups, ragged": dict(documents=True, value_heads=2, tokens=150),
+    "additive": dict(delta=False, l2norm=False),
+    "additive, documents": dict(delta=False, l2norm=False, documents=True),
+}
+
+
+def make_case(
+    tokens=128, value_heads=1, dim=64, delta=True, decay=1.0, documents=False, l2norm=True, beta_max=1.0
+):  # fmt: skip
+    """(Call, gradient of o, gradient of the final state); decay 0 means none."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), BF16)
+    q, k = normal(1, tokens, 1, dim), normal(1, tokens, 1, dim)
+    if not l2norm:
+        k = k * jnp.asarray(dim**-0.5, BF16)
+    v, do = normal(1, tokens, value_heads, dim), normal(1, tokens, value_heads, dim)
+    gate = jnp.asarray(rng.normal(size=(1, tokens, value_heads)), jnp.float32)
+    state, d_state = (jnp.asarray(rng.normal(size=(1, value_heads, dim, dim)), jnp.float32) for _ in range(2))
+    ids = np.sort(rng.integers(0, 12, (1, tokens)))
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=decay * jax.nn.log_sigmoid(gate) if decay else None,
+        beta=beta_max * jnp.asarray(rng.uniform(size=gate.shape), jnp.float32) if delta else None,
+        initial_state=state,
+        segment_ids=jnp.asarray(chunk_oracle.segments(ids), jnp.int32) if documents else None,
+        scale=dim**-0.5,
+        qk_l2norm=l2norm,
+        output_final_state=True,
+    )
+    return call, do, d_state
+
+
+def expect(call, do, d_state):
+    arguments = {f.name: getattr(call, f.name) for f in dataclasses.fields(Call)}
+    del arguments["output_final_state"], arguments["interpret"]
+    return chunk_oracle.linear_attention_vjp(**arguments, do=do, d_final_state=d_state)
+
+
+def relative_error(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+def kernel_gradients(call, kept, do, d_state):
+    """The backward kernels fed with what the float64 forward would keep for them."""
+    prepared = inputs.prepare(call)
+    length = prepared.k.shape[1]
+    saved = backward.Saved(
+        gates=jnp.asarray(chunk_oracle.gates(call, length), jnp.float32),
+        states=jnp.asarray(np.swapaxes(kept["h"], 3, 4), BF16),
+        inverses=None if call.beta is None else jnp.asarray(np.swapaxes(kept["A"], 1, 2), BF16),
+        values=None if call.beta is None else blocks.pad_time(jnp.asarray(kept["u"], BF16), length),
+    )
+    return backward.gradients(prepared, saved, do, d_state, value_tile=64, run=2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_gradients(name, capfd):
+    call, do, d_state = make_case(**CASES[name])
+    _, _, want, kept = expect(call, do, d_state)
+    got = kernel_gradients(dataclasses.replace(call, interpret=True), kept, do, d_state)
+    for field, key in zip(got._fields, ("q", "k", "v", "g", "beta", "S0"), strict=True):
+        value = getattr(got, field)
+        if value is not None:
+            assert relative_error(value, want[key]) < TOLERANCE[field], field
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_on_gpu(name, dim):
+    from pallas_kernels import hopper
+
+    call, do, d_state = make_case(**{"tokens": 512} | CASES[name] | {"dim": dim})
+    _, _, want, _ = expect(call, do, d_state)
+    vjp = jax.jit(lambda call, *d: jax.vjp(hopper.linear_attention, call)[1](d)[0])
+    got, again = vjp(call, do, d_state), vjp(call, do, d_state)
+    names = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
+    for field, key in names.items():
+        if getattr(call, field) is not None:
+            assert relative_error(getattr(got, field), want[key]) < 2 * TOLERANCE[field], field
+            assert jnp.array_equal(getattr(got, field), getattr(again, field)), field
+
+
+SHAPES = {  # B, T, H, HV, K, V
+    "full": (8, 4096, 16, 16, 128, 128),
+    "narrow": (8, 4096, 16, 16, 64, 64),
+    "few heads": (2, 16384, 8, 16, 128, 128),
+    "mixed": (2, 4096, 16, 16, 64, 128),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_without_spills(shape, delta):
+    from pallas_kernels.hopper import table
+
+    B, T, H, HV, K, V = SHAPES[shape]
+    f32 = jnp.float32
+    struct = jax.ShapeDtypeStruct
+    arrays = dict(
+        q=struct((B, T, H, K), BF16),
+        k=struct((B, T, H, K), BF16),
+        v=struct((B, T, HV, V), BF16),
+        log_decay=struct((B, HV, T), f32),
+        beta=struct((B, HV, T), f32) if delta else None,
+        segment=struct((B, T), f32),
+        entering=struct((B, T), f32),
+        state=None,
+    )
+    saved = backward.Saved(
+        struct((B, HV, T // 64, 8, 64), f32),
+        struct((B, HV, T // 64, V, K), BF16),
+        struct((B, HV, T, 64), BF16) if delta else None,
+        struct((B, T, HV, V), BF16) if delta else None,
+    )
+    value_tile, run = table.backward((B, T, H, K), (B, T, HV, V))
+
+    def gradients(arrays, saved, do):
+        prepared = inputs.Inputs(**arrays, scale=K**-0.5, l2norm=delta, interpret=False)
+        return backward.gradients(prepared, saved, do, None, value_tile=value_tile, run=run)
+
+    report = hopper_aot.compile_for_hopper(gradients, arrays, saved, struct((B, T, HV, V), BF16))
+    assert len(report) == 2, report
+    for kernel in report:  # the chunk kernel of the delta rule is 2 to 8 registers over its 232
+        assert kernel.spills <= (64 if kernel.name.startswith("delta_chunk") else 0), report
