@@ -64,8 +64,8 @@ class HybridLM(TemplateLM):
                 )
             pairs.append((context_tokens[-room:], continuation))
         results = self.subject.log_likelihoods(pairs)
-        for ((context, continuation), *_), result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", (context, continuation), result)
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

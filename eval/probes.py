@@ -1,0 +1,312 @@
+"""Pictures of where recall comes from: python -m eval.probes --workdir=runs/x
+
+recall     accuracy against the distance of what is asked for and against the number of pairs stored
+states     norm and effective rank of each linear layer's state as the context grows
+attention  share of each full-attention layer's weight that lies on the needle when the answer is due
+
+Each is a PNG in the workdir with a reading of one line, and the numbers are in probes.json. A model of text
+is asked for numbers hidden in repeated text (RULER's needles), one without text for values of MQAR.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval import subject
+from eval.subject import Subject
+from eval.tasks import base, ruler
+from hybridlm import cost, data
+from hybridlm import model as lm
+from hybridlm.errors import ConfigError, RunError
+from hybridlm.mixers import attention, mla
+from hybridlm.rows import single_document
+
+PAIRS = (1, 2, 4, 8, 16)
+DEPTHS = 8  # of the heat map, from far to near
+
+
+class Grid(NamedTuple):
+    """accuracy: [pairs, distances], NaN where nothing was measured.  distances: middle of a column, tokens."""
+
+    pairs: list[int]
+    distances: list[int]
+    accuracy: np.ndarray
+    samples: int
+
+
+def recall(tested: Subject, length: int, samples: int, seed: int = 0) -> Grid:
+    """samples: of each cell (text), or examples of each number of pairs (MQAR)."""
+    if tested.tokenizer is None:
+        return _recall_mqar(tested, length, samples)
+    cells, asked, distances = [], [], np.zeros((len(PAIRS), DEPTHS))
+    for row, pairs in enumerate(PAIRS):
+        for column in range(DEPTHS):
+            for index in range(samples):
+                rng = random.Random(f"{seed} {pairs} {column} {index}")
+                prompt, answer, behind = needles(tested, rng, length, pairs, (column + rng.random()) / DEPTHS)
+                asked.append((tested.encode(prompt), tested.text_tokenizer.encode(answer)))
+                cells.append((row, column))
+                distances[row, column] += behind / samples
+    right = np.zeros((len(PAIRS), DEPTHS))
+    for cell, (_, greedy) in zip(cells, tested.log_likelihoods(asked), strict=True):
+        right[cell] += greedy / samples
+    return Grid(list(PAIRS), distances.mean(axis=0).astype(int).tolist(), right, samples)
+
+
+def needles(
+    tested: Subject, rng: random.Random, length: int, pairs: int, depth: float
+) -> tuple[str, str, int]:
+    """(prompt of about ``length`` tokens, answer, tokens from the asked needle to the end of the prompt)."""
+    keys = [ruler.keyword(rng) for _ in range(pairs)]
+    values = [ruler.DRAW["numbers"](rng) for _ in keys]
+    lines = [ruler.NEEDLE.format(kind="numbers", key=k, value=v) for k, v in zip(keys, values, strict=True)]
+    others = [rng.random() for _ in lines[1:]]
+    question = f"What is the special magic number for {keys[0]} mentioned in the provided text?"
+    question += f" The special magic number for {keys[0]} mentioned in the provided text is"
+
+    def text(size: int) -> list[str]:
+        placed = sorted(zip([depth, *others], lines, strict=True))
+        filled = [ruler.NOISE] * size
+        for place, line in reversed(placed):
+            filled.insert(round(place * size), line)
+        return [*filled, question]
+
+    count = lambda text: 1 + len(tested.encode(text))
+    size = base.largest(lambda size: "\n".join(text(size)), count, length - 16, 1)
+    parts = text(size)
+    behind = len(tested.encode("\n".join(parts[parts.index(lines[0]) :])))
+    return "\n".join(parts), f" {values[0]}", behind
+
+
+def _recall_mqar(tested: Subject, length: int, samples: int) -> Grid:
+    pairs = [n for n in (4, 8, 16, 32, 64, 128, 256) if 4 * n <= length]
+    edges = 2 ** np.arange(int(np.log2(length)) + 1)
+    right, total = np.zeros((2, len(pairs), len(edges)))
+    for row, n in enumerate(pairs):
+        size = min(samples, tested.rows_per_batch(length))
+        held_out = data.build(
+            {"kind": "mqar", "num_pairs": n, "power_a": 1.0, "val_examples": samples},
+            split="val", batch_size=size, seq_len=length, seed=0, vocab_size=tested.definition.vocab_size,
+        )  # fmt: skip
+        for index in range(held_out.num_batches or 0):
+            batch = held_out.batch(index)
+            correct = tested.token_scores(batch)[1]
+            for b, t in zip(*np.nonzero(batch["targets"] >= 0), strict=True):
+                key = np.flatnonzero(batch["tokens"][b, : 2 * n : 2] == batch["tokens"][b, t])[0] * 2
+                column = int(np.log2(t - key))
+                right[row, column] += correct[b, t]
+                total[row, column] += 1
+    with np.errstate(invalid="ignore"):
+        return Grid(pairs, (edges * 1.5).astype(int).tolist(), right / total, samples)
+
+
+def states(tested: Subject, tokens: Sequence[int], lengths: Sequence[int]) -> dict[int, np.ndarray]:
+    """layer -> [length, 2]: Frobenius norm and effective rank of its state, mean over heads.
+
+    Effective rank: exp of the entropy of the normalised singular values (Roy & Vetterli 2007). Layers without
+    a matrix state are left out.
+    """
+
+    @jax.jit
+    def caches(params: lm.Params, tokens_1T: jax.Array) -> list[jax.Array | None]:
+        model = lm.merge(tested.definition, params)
+        rows = single_document(*tokens_1T.shape)
+        _, cache = model(tokens_1T, rows, model.init_cache(1, tokens_1T.shape[1]))
+        assert cache is not None
+        return [getattr(layer, "state", None) for layer in cache]
+
+    measured: dict[int, list[list[float]]] = {}
+    for length in lengths:
+        for layer, state in enumerate(caches(tested.params, jnp.array([tokens[:length]]))):
+            if state is None or state.ndim != 4:
+                continue
+            singular = np.linalg.svd(np.asarray(state[0], np.float64), compute_uv=False)
+            share = singular / np.maximum(singular.sum(axis=-1, keepdims=True), 1e-30)
+            entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=-1)
+            norm = np.sqrt((singular**2).sum(axis=-1)).mean()
+            measured.setdefault(layer, []).append([float(norm), float(np.exp(entropy).mean())])
+    return {layer: np.array(values) for layer, values in measured.items()}
+
+
+def attention_mass(tested: Subject, tokens: Sequence[int], span: tuple[int, int]) -> dict[int, np.ndarray]:
+    """full-attention layer -> [heads]: weight that the last token puts on the tokens ``span``."""
+    full = cost.full_layers(tested.config)
+    first, last = span
+
+    @jax.jit
+    def masses(params: lm.Params, tokens_1T: jax.Array) -> list[jax.Array]:
+        model = lm.merge(tested.definition, params)
+        rows = single_document(*tokens_1T.shape)
+        x = model.embedding[...].astype(tested.definition.dtype)[tokens_1T]
+        found = []
+        for layer, (block, shared) in enumerate(model.unstacked()):
+            with _recorded() as calls:
+                x = block(x, rows, None, shared)[0]
+            if layer in full:
+                q, k, scale = calls[0]
+                k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+                scores = jnp.einsum("hk,thk->ht", q[0, -1], k[0], preferred_element_type=jnp.float32) * scale
+                found.append(jax.nn.softmax(scores, axis=-1)[:, first:last].sum(axis=-1))
+        return found
+
+    found = masses(tested.params, jnp.array([tokens]))
+    return dict(zip(full, map(np.asarray, found), strict=True))
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[tuple[jax.Array, jax.Array, float]]]:
+    """(q, k, scale) of every call of softmax attention that is traced inside."""
+    calls: list[tuple[jax.Array, jax.Array, float]] = []
+
+    def recording(original: Any) -> Any:
+        def attend(q: jax.Array, k: jax.Array, *rest: Any, scale: float, **settings: Any) -> jax.Array:
+            calls.append((q, k, scale))
+            return original(q, k, *rest, scale=scale, **settings)
+
+        return attend
+
+    with contextlib.ExitStack() as stack:
+        for module in (attention, mla):
+            stack.enter_context(mock.patch.object(module, "attend", recording(module.attend)))
+        yield calls
+
+
+def example(tested: Subject, length: int, seed: int = 0) -> tuple[list[int], tuple[int, int]]:
+    """(tokens of one question, where in them its answer stands), for `states` and `attention_mass`."""
+    if tested.tokenizer is None:
+        pairs = max(1, min(16, length // 8))
+        config = {"kind": "mqar", "num_pairs": pairs, "power_a": 1.0, "val_examples": 1}
+        sizes = {"batch_size": 1, "seq_len": length, "vocab_size": tested.definition.vocab_size}
+        batch = data.build(config, split="val", seed=0, **sizes).batch(0)
+        tokens = batch["tokens"][0]
+        end = int(np.flatnonzero(batch["targets"][0] >= 0)[-1])
+        key = int(np.flatnonzero(tokens[: 2 * pairs : 2] == tokens[end])[0]) * 2
+        return tokens[: end + 1].tolist(), (key, key + 2)
+    rng = random.Random(seed)
+    prompt, _, behind = needles(tested, rng, length, 1, rng.random())
+    tokens = tested.encode(prompt)
+    start = len(tokens) - behind + 1
+    needle = prompt[prompt.index("One of the special") :].split("\n")[0]
+    return tokens, (start, start + len(tested.text_tokenizer.encode(needle)))
+
+
+# Pictures.
+
+
+def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # slow to import; a bare Figure draws with Agg
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure.suptitle(title, fontsize=8)
+    return figure, figure.subplots(1, 2 if width > 7 else 1)
+
+
+def draw_recall(grid: Grid, path: Path) -> str:
+    good = np.argwhere(np.nan_to_num(grid.accuracy, nan=-1.0) >= 0.5)
+    reading = "nowhere is as much as half recalled"
+    if len(good):
+        pairs, distance = grid.pairs[good[:, 0].max()], max(grid.distances[d] for d in good[:, 1])
+        reading = f"half or more is recalled up to {pairs} pairs and up to {distance:,} tokens back"
+    figure, axes = _figure(6, 3.4, f"recall: {reading} (n={grid.samples})")
+    image = axes.imshow(grid.accuracy, vmin=0, vmax=1, aspect="auto", origin="lower", cmap="viridis")
+    axes.set_xticks(range(len(grid.distances)), [f"{d:,}" for d in grid.distances], fontsize=7)
+    axes.set_yticks(range(len(grid.pairs)), grid.pairs)
+    axes.set_xlabel("tokens from what is asked for to the answer")
+    axes.set_ylabel("pairs stored")
+    figure.colorbar(image, label="accuracy")
+    figure.savefig(path)
+    return reading
+
+
+def draw_states(measured: dict[int, np.ndarray], lengths: Sequence[int], path: Path) -> str:
+    last = {layer: values[-1, 1] for layer, values in measured.items()}
+    most, least = max(last, key=last.__getitem__), min(last, key=last.__getitem__)
+    reading = f"effective rank at {lengths[-1]:,} tokens from {last[least]:.1f} (layer {least})"
+    reading += f" to {last[most]:.1f} (layer {most})"
+    figure, panels = _figure(8, 3.4, f"states: {reading}")
+    for panel, column, name in zip(panels, (0, 1), ("norm", "effective rank"), strict=True):
+        for layer, values in measured.items():
+            panel.plot(lengths, values[:, column], "o-", markersize=3, linewidth=1, label=f"layer {layer}")
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("tokens")
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=6, ncols=2)
+    figure.savefig(path)
+    return reading
+
+
+def draw_attention(masses: dict[int, np.ndarray], path: Path) -> str:
+    best = max(masses, key=lambda layer: masses[layer].max())
+    reading = (
+        f"layer {best} looks at the needle most, its best head with {masses[best].max():.2f} of its weight"
+    )
+    figure, axes = _figure(6, 3.0, f"attention: {reading}")
+    for x, (_, heads) in enumerate(masses.items()):
+        axes.plot([x] * len(heads), heads, "o", markersize=4)
+    axes.set_xticks(range(len(masses)), masses)
+    axes.set_xlabel("full-attention layer (a dot a head)")
+    axes.set_ylabel("weight on the needle")
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+    return reading
+
+
+def run(tested: Subject, folder: Path, *, length: int, samples: int) -> dict[str, str]:
+    """Draws every probe that the model has layers for; returns picture -> reading."""
+    readings, numbers = {}, {}
+    grid = recall(tested, length, samples)
+    readings["probe_recall.png"] = draw_recall(grid, folder / "probe_recall.png")
+    numbers["recall"] = grid._asdict() | {"accuracy": np.nan_to_num(grid.accuracy, nan=-1).tolist()}
+    tokens, span = example(tested, length)
+    lengths = [n for n in (16 * 2**i for i in range(20)) if n < len(tokens)] + [len(tokens)]
+    if measured := states(tested, tokens, lengths):
+        readings["probe_states.png"] = draw_states(measured, lengths, folder / "probe_states.png")
+        numbers["states"] = {"lengths": lengths} | {str(k): v.tolist() for k, v in measured.items()}
+    if cost.full_layers(tested.config):
+        masses = attention_mass(tested, tokens, span)
+        readings["probe_attention.png"] = draw_attention(masses, folder / "probe_attention.png")
+        numbers["attention"] = {str(k): v.tolist() for k, v in masses.items()}
+    (folder / "probes.json").write_text(json.dumps({"step": tested.step, **numbers}, indent=1) + "\n")
+    return readings
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.probes", allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--length", type=int, default=0, help="of the context (default: train.seq_len)")
+    parser.add_argument("--samples", type=int, default=16, help="of each cell (default: %(default)s)")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--tokenizer", default="", metavar="FILE", help="default: the run's own")
+    flags = parser.parse_args(argv)
+    try:
+        tested = subject.load(flags.workdir, flags.step, flags.tokenizer)
+        length = flags.length or tested.config.train.seq_len
+        readings = run(tested, Path(flags.workdir), length=length, samples=flags.samples)
+    except base.TooShort as error:
+        print(f"error: --length = {length}: is too short: {error}", file=sys.stderr)
+        return 2
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, reading in readings.items():
+        print(f"{Path(flags.workdir) / name}: {reading}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
