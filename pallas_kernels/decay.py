@@ -19,6 +19,23 @@ from jax.lax import Precision
 
 Level = tuple[int, jax.Array, jax.Array]
 
+FORGET = -1e4  # a log-decay whose exponential is 0 in float64 too
+
+
+def decay_matrix(g_NC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For one decay a token: exp(g_{j+1} + ... + g_i) at [i, j], else 0, [N, C, C]; prefix, suffix [N, C].
+
+    prefix and suffix as in `decayed_products`. The sums are matrix products of terms of one sign, no
+    differences.
+    """
+    C = g_NC.shape[1]
+    lower = jnp.tril(jnp.ones((C, C), g_NC.dtype))
+    g_NC = jnp.maximum(g_NC, FORGET)  # 0 * -inf would be NaN in the product
+    later_NCC = g_NC[:, :, None] * jnp.tril(lower, -1)
+    sums_NCC = jnp.matmul(lower, later_NCC, precision=Precision.HIGHEST)
+    decay_NCC = jnp.where(lower > 0, jnp.exp(sums_NCC), 0)
+    return decay_NCC, jnp.exp(g_NC[:, :1]) * decay_NCC[:, :, 0], decay_NCC[:, -1]
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def decayed_products(

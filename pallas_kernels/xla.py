@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 
 from pallas_kernels.call import Call, l2_normalize, platform
-from pallas_kernels.decay import decayed_products
+from pallas_kernels.decay import decay_matrix, decayed_products
 from pallas_kernels.inverse import solve_unit_lower
 
 CHUNK = 64
@@ -147,13 +147,11 @@ def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, j
     matmul = functools.partial(jnp.matmul, precision=spec.precision)
     rows = q[:, :, None] if arrays.beta is None else jnp.stack([q, k], axis=2)
     if arrays.g.shape[-1] == 1:
-        one = jnp.ones_like(g)
-        decay, prefix, suffix = decayed_products(one[:, :, None], one, g, spec.precision)
+        decay, prefix, suffix = decay_matrix(g[:, :, 0])
+        repeats = HV // arrays.g.shape[2]
+        per_head = lambda x: jnp.repeat(x.reshape(G * B, -1, C, x.shape[-1]), repeats, axis=1)
         decay, prefix, suffix = (
-            jnp.broadcast_to(x.reshape(G, B, -1, C, x.shape[-1]), (G, B, HV, C, x.shape[-1])).reshape(
-                -1, C, x.shape[-1]
-            )
-            for x in (decay[:, :, 0], prefix, suffix)
+            per_head(x).reshape(-1, C, x.shape[-1]) for x in (decay, prefix[..., None], suffix[..., None])
         )
         A = [decay * matmul(rows[:, :, r], k.mT) for r in range(rows.shape[2])]
     else:

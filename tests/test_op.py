@@ -1,5 +1,6 @@
 """What the op accepts, how it picks a backend, and its single-token step."""
 
+import functools
 import logging
 import sys
 import types
@@ -58,7 +59,7 @@ def test_outputs_have_the_promised_dtypes():
             (2, 4, 4, 3),
             jnp.float32,
         )
-    assert linear_attention(**x)[1] is None
+    assert jax.eval_shape(linear_attention, **x)[1] is None
 
 
 class Kernels(types.ModuleType):
@@ -86,7 +87,7 @@ def test_auto_prefers_supported_kernels_on_a_gpu(kernels, monkeypatch, caplog):
     assert linear_attention(**SHORT)[0] == "kernels"
     assert not caplog.records
     for _ in range(2):
-        assert linear_attention(**LONG)[0].shape == (1, 5, 1, 4)
+        assert jax.eval_shape(linear_attention, **LONG)[0].shape == (1, 5, 1, 4)
     [record] = caplog.records
     assert (record.name, record.levelno) == ("pallas_kernels", logging.WARNING)
     assert "T is above 4" in record.message
@@ -95,7 +96,7 @@ def test_auto_prefers_supported_kernels_on_a_gpu(kernels, monkeypatch, caplog):
 def test_auto_on_a_cpu_is_xla_and_says_so_once(kernels, caplog):
     caplog.set_level(logging.INFO)
     for _ in range(2):
-        assert linear_attention(**SHORT)[0].shape == (1, 3, 1, 4)
+        assert jax.eval_shape(linear_attention, **SHORT)[0].shape == (1, 3, 1, 4)
     [record] = [record for record in caplog.records if record.name == "pallas_kernels"]
     assert record.levelno == logging.INFO
     assert "the platform is cpu" in record.message
@@ -117,29 +118,30 @@ def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
 def test_steps_equal_the_op(decay, update):
     x = cast(random_problem(1, 6, decay, update, "mild"), jnp.float32)
     del x["segment_ids"]
-    o, final = linear_attention(**x, scale=0.3, qk_l2norm=True, output_final_state=True, backend="reference")
+    settings = {"scale": 0.3, "qk_l2norm": True}
+    whole = functools.partial(linear_attention, output_final_state=True, backend="reference", **settings)
+    o, final = jax.jit(whole)(**x)
     state = x.pop("initial_state")
+    step = jax.jit(
+        lambda state, q, k, v, **gates: linear_attention_step(q, k, v, state=state, **gates, **settings)
+    )
     for t in range(6):
-        q, k, v, *gates = (x[name][:, t] for name in x)
-        gates = dict(zip(list(x)[3:], gates, strict=True))
-        o_t, state = linear_attention_step(q, k, v, **gates, state=state, scale=0.3, qk_l2norm=True)
+        o_t, state = step(state, **{name: a[:, t] for name, a in x.items()})
         np.testing.assert_allclose(o_t, o[:, t], rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(state, final, rtol=1e-6, atol=1e-6)
 
 
 def test_step_takes_any_leading_axes_and_keeps_dtypes():
     x = cast(random_problem(2, 3, "channel", "delta", "mild"), jnp.float32)
-    state = jnp.stack([x["initial_state"]] * 3, axis=1)  # [B, T, ...]: the T axis as one more batch axis
-    o, after = linear_attention_step(
-        x["q"], x["k"], x["v"].astype(jnp.bfloat16), state=state, log_decay=x["log_decay"], beta=x["beta"]
-    )
-    assert (o.dtype, after.dtype) == (jnp.bfloat16, jnp.float32)
-    one, _ = linear_attention_step(
-        *(x[name][1, 2] for name in "qkv"),
-        state=state[1, 2],
-        log_decay=x["log_decay"][1, 2],
-        beta=x["beta"][1, 2],
-    )
-    np.testing.assert_allclose(o[1, 2], one, rtol=1e-2, atol=1e-2)
+    del x["segment_ids"]
+    x["state"] = jnp.stack([x.pop("initial_state")] * 3, axis=1)  # the T axis serves as one more batch axis
+    x["v"] = x["v"].astype(jnp.bfloat16)
+    step = jax.jit(lambda q, k, v, **rest: linear_attention_step(q, k, v, **rest))
+    o, state = step(**x)
+    assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+    o_one, state_one = step(**{name: a[1, 2] for name, a in x.items()})
+    np.testing.assert_allclose(o[1, 2].astype(float), o_one.astype(float), rtol=1e-2)
+    np.testing.assert_allclose(state[1, 2], state_one, rtol=1e-5, atol=1e-6)
+    x["state"] = x["state"].astype(jnp.bfloat16)
     with pytest.raises(ValueError, match=r"state.dtype = bfloat16: must be float32 or float64"):
-        linear_attention_step(x["q"], x["k"], x["v"], state=state.astype(jnp.bfloat16))
+        step(**x)
