@@ -36,7 +36,7 @@ DEPTHS = 8  # of the heat map, from far to near
 
 
 class Grid(NamedTuple):
-    """accuracy: [pairs, distances], NaN where nothing was measured.  distances: middle of a column, tokens."""
+    """accuracy: [pairs, distances], NaN where nothing was measured.  distances: middles of columns."""
 
     pairs: list[int]
     distances: list[int]

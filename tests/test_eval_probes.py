@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ def test_states_are_those_that_decoding_reaches(tested):
     assert (measured[0][:, 1] >= 1).all() and measured[0][1, 1] <= min(state.shape[1:]) + 1e-6
 
 
-def test_attention_mass_follows_the_values(tested):
-    """Weights are what one value among zeros comes out with: the layer's output is linear in its values."""
+def test_attention_mass(tested):
+    """Against a softmax over all keys, written out; and what lies on all parts is 1."""
     tokens, span = [256, *b"one of the numbers"], (4, 9)
     masses = probes.attention_mass(tested, tokens, span)
     whole = probes.attention_mass(tested, tokens, (0, len(tokens)))
@@ -58,11 +59,8 @@ def test_attention_mass_follows_the_values(tested):
     rows = single_document(1, len(tokens))
     (first, _), (second, _) = model.unstacked()
     hidden = second.mixer_norm(first(model.embedding[...][jnp.array([tokens])], rows, None, None)[0])
-    heads, marked = 4, np.zeros((1, len(tokens), 16), np.float32)
-    marked[:, slice(*span)] = 1
-    width = hidden.shape[-1] // heads
     q, k = (
-        np.asarray(x).reshape(len(tokens), heads, width)
+        np.asarray(x).reshape(len(tokens), 4, -1)
         for x in (second.mixer.q_proj(hidden)[0], second.mixer.k_proj(hidden)[0])
     )
     scores = np.einsum("hk,thk->ht", q[-1], k) * tested.definition.layers[1].config.head_dim ** -0.5
@@ -72,8 +70,6 @@ def test_attention_mass_follows_the_values(tested):
 
 
 def test_needles_stand_where_they_are_wanted(tested):
-    import random
-
     for depth in (0.0, 0.5, 0.99):
         prompt, answer, behind = probes.needles(tested, random.Random(0), 2000, 3, depth)
         tokens = tested.encode(prompt)
