@@ -21,7 +21,7 @@ import optax
 import rich
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridlm import checkpoint, cost, data, generate, logbook, optimizer, report, sharding
+from hybridlm import checkpoint, cost, data, generate, init_from, logbook, optimizer, report, sharding
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.data import baselines
@@ -70,12 +70,16 @@ def train(
             checkpoint.check_unchanged(saves.record(start), record)
         if start is not None and start > steps:
             raise ConfigError("train.steps", steps, f"the checkpoint is already at step {start}", "Raise it.")
+        if start is None and config.init_from:
+            init_from.check(config.init_from)
         write_json(workdir / "config.json", record["config"])
         write_json(workdir / "layers.json", record["layers"])
 
         program = build(config, definition, mesh, train_data.token_bytes)
         if start is None:
             start, state = 0, program.init(jax.random.key(config.train.seed))
+            if config.init_from:
+                state["params"] = init_from.start(config.init_from, definition, state["params"], workdir)
         else:
             state = saves.restore(start, program.shapes)
             log.info("resumed from the checkpoint at step %d", start)

@@ -191,7 +191,14 @@ def kda() -> list[Rule]:
         *(linear(name, name) for name in names),
         *(conv(f"{name}_conv", f"{name}_conv1d") for name in "qkv"),
         norm("o_norm", "o_norm"),
-        *(same(name, name, loose=True) for name in ("A_log", "dt_bias")),  # A_log is [1, 1, H, 1] there
+        same("dt_bias", "dt_bias", loose=True),
+        Rule(
+            ("A_log",),
+            ("A_log",),
+            lambda arrays: [array.reshape(-1) for array in arrays],
+            lambda arrays: [array.reshape(1, 1, -1, 1) for array in arrays],
+            loose=True,
+        ),
     ]
 
 

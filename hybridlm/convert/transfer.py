@@ -265,7 +265,8 @@ def export_hf(
                 if file.name != MANIFEST:
                     shutil.copyfile(file, directory / file.name)
         else:
-            (directory / CONFIG).write_text(json.dumps(values | _dtype(dtype), indent=2) + "\n")
+            values |= _tokens(workdir) | _dtype(dtype)
+            (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
         _write(directory, planned, manifest, dtype, stacks)
     return model_type
 
@@ -293,13 +294,20 @@ def _written(definition: model.Definition, model_type: str) -> tuple[str, dict[s
             values = FAMILIES[name].write(definition, name)
             config = FAMILIES[name].read(Fields(values)).config()
         except ConfigError as error:
-            reasons.append(f"{name} ({error})")
+            reasons.append(f"{name} ({error.allowed})")
             continue
         difference = same_model(model.build(config), definition)
         if not difference:
             return name, values
         reasons.append(f"{name} ({difference})")
     raise ConfigError("--workdir", "its model", "is none that a public family can say: " + "; ".join(reasons))
+
+
+def _tokens(workdir: Path) -> dict[str, int | None]:
+    """The special tokens of the import, null where there was none: a family's defaults may not exist here."""
+    file = workdir / CARRIED / CONFIG
+    imported = json.loads(file.read_text()) if file.is_file() else {}
+    return {name: imported.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def _dtype(dtype: str) -> dict[str, str]:

@@ -1,0 +1,140 @@
+"""transformers' PyTorch code against imports of checkpoints that it wrote, and exports that it reads back.
+
+Needs the `parity` extra (torch and transformers, without flash-linear-attention: where that is installed,
+transformers calls its GPU kernels). Models are made here, at random, with every parameter away from its
+initial value.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybridlm import checkpoint, model
+from hybridlm import config as configs
+from hybridlm.convert import evaluate, transfer
+
+torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
+transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")
+
+pytestmark = pytest.mark.parity
+
+SMALL = dict(
+    vocab_size=61, hidden_size=48, intermediate_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)
+LINEAR = dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=12
+)
+ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+QWEN_MOE = dict(
+    num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24, shared_expert_intermediate_size=16
+)
+KIMI = dict(
+    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6,
+    v_head_dim=14, linear_num_heads=3, linear_head_dim=16, num_local_experts=6, num_experts_per_tok=2,
+    moe_intermediate_size=24,
+)  # fmt: skip
+CASES = {
+    "qwen3": ("Qwen3", dict(num_hidden_layers=3, **ATTENTION)),
+    "qwen3 tied, sliding": (
+        "Qwen3",
+        dict(
+            num_hidden_layers=4, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7,
+            max_window_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **ATTENTION,
+        ),
+    ),
+    "qwen3_next": ("Qwen3Next", dict(num_hidden_layers=5, **ATTENTION, **LINEAR, **QWEN_MOE)),
+    "qwen3_next sparse step, no renormalisation": (
+        "Qwen3Next",
+        dict(
+            num_hidden_layers=4, norm_topk_prob=False, decoder_sparse_step=2, rms_norm_eps=1e-5,
+            layer_types=["full_attention", "linear_attention"] * 2, **ATTENTION, **LINEAR, **QWEN_MOE,
+        ),
+    ),
+    "qwen3_5": ("Qwen3_5", dict(num_hidden_layers=4, **ATTENTION, **LINEAR)),
+    "kimi_linear": ("KimiLinear", dict(num_hidden_layers=6, **KIMI)),
+    "kimi_linear groups, latent query": (
+        "KimiLinear",
+        dict(
+            num_hidden_layers=3, q_lora_rank=20, n_group=3, topk_group=2, n_shared_experts=2,
+            layer_types=["full_attention", "linear_attention", "full_attention"],
+            mlp_layer_types=["sparse", "dense", "sparse"], norm_topk_prob=False, **KIMI,
+        ),
+    ),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        dict(
+            num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, **LINEAR,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+    ),
+    "olmo_hybrid NoPE": (
+        "OlmoHybrid",
+        dict(num_hidden_layers=4, num_attention_heads=4, rope_parameters=None, linear_allow_neg_eigval=False),
+    ),
+}  # fmt: skip
+
+
+def torch_model(name: str):
+    cls, settings = CASES[name]
+    torch.manual_seed(len(name))
+    config_class = "Qwen3_5TextConfig" if cls == "Qwen3_5" else f"{cls}Config"
+    config = getattr(transformers, config_class)(**SMALL | settings)
+    net = getattr(transformers, f"{cls}ForCausalLM")(config).eval()
+    for key, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        if "inv_freq" in key:
+            continue
+        scale = 0.3 if tensor.ndim > 1 and "conv1d" not in key else 0.2
+        if key.endswith(("A_log", "dt_bias")):
+            tensor.data = torch.rand_like(tensor)
+        elif tensor.ndim > 1:
+            tensor.data = torch.randn_like(tensor) * scale
+        else:
+            tensor.data = tensor.data + torch.randn_like(tensor) * scale
+    return net
+
+
+def torch_logits(net, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return net(torch.tensor(ids)).logits.float().numpy()
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways(name: str, tmp_path: Path) -> None:
+    net = torch_model(name)
+    ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 70))
+    want = torch_logits(net, ids)
+    net.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    transfer.import_hf(tmp_path / "theirs", tmp_path / "run")
+    definition, params = evaluate.load(tmp_path / "run")
+    assert error(evaluate.logits(definition, params, ids), want) < 1e-4
+    for folder, options in (("again", {}), ("anew", {"model_type": net.config.model_type})):
+        transfer.export_hf(tmp_path / "run", tmp_path / folder, **options)
+        back, report = type(net).from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert error(torch_logits(back.eval(), ids), want) < 1e-5, folder
+
+
+def test_a_native_run_leaves(tmp_path: Path) -> None:
+    """A model that was never imported: its family is found, and transformers computes its logits."""
+    config = configs.default()
+    config.data.path = "python-stdlib:"
+    config.mixers.update(full=configs.mixer("attention", num_heads=2, head_dim=12, qk_norm="head"))
+    config.model.update(pattern="full*2", d_model=24, vocab_size=31, mlp_hidden=20, dtype="float32")
+    resolved = configs.resolve(config)
+    definition = model.build(resolved)
+    import jax
+
+    params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saves:
+        saves.save(0, {"params": params}, {}, {})
+    (tmp_path / "run" / "config.json").write_text(configs.to_json(resolved))
+    ids = np.random.default_rng(0).integers(0, 31, (1, 20))
+    assert transfer.export_hf(tmp_path / "run", tmp_path / "hf", model_type="qwen3") == "qwen3"
+    net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    definition, params = evaluate.load(tmp_path / "run")
+    assert error(torch_logits(net, ids), evaluate.logits(definition, params, ids)) < 1e-4
