@@ -1,16 +1,17 @@
-"""Our kernels, jax-linear-attention and flash-linear-attention on one GPU: time, memory, accuracy, determinism.
+"""Our kernels, jax-linear-attention and flash-linear-attention on one GPU: time, memory, accuracy.
 
     python benchmarks/kernels.py [--ops gated_deltanet,gla] [--shapes 0,1] [--peers ours,jla,fla] [--jobs 8]
 
-Every peer runs in a process of its own, one after the other: q, k, v bf16, normal; log-decay logsigmoid(normal) per
-head, max(logsigmoid(normal), -5) per key channel; beta sigmoid(normal); q, k normalised in the op by the delta
-family. JSON lines first, a table last. A peer that is not installed or refuses is a row too.
+Every peer runs in a process of its own, one after the other: q, k, v bf16, normal; log-decay
+logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key channel; beta sigmoid(normal); q, k
+normalised in the op by the delta family. JSON lines first, a table last. A peer that is not installed or
+refuses is a row too.
 
-Times are medians of 5 groups of calls around block_until_ready. The floor counts each input read and each output
-written once at 3.0 TB/s: q, k, v, o (and the channel decay) forward; q, k, v, dO, dq, dk, dv besides (and the
-channel decay and its gradient) backward. First-call seconds (trace, lower, compile) are honest only with --jobs 1.
-Accuracy is the relative RMS error against a float64 token loop on the same bf16 inputs, B1 T1024 H2 D128; "same
-bits" compares two runs.
+Times are medians of 5 groups of calls around block_until_ready. The floor counts each input read and each
+output written once at 3.0 TB/s: q, k, v, o (and the channel decay) forward; q, k, v, dO, dq, dk, dv besides
+(and the channel decay and its gradient) backward. First-call seconds (trace, lower, compile) are honest
+only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on the same bf16 inputs,
+B1 T1024 H2 D128; "same bits" compares two runs.
 """
 
 import argparse
@@ -47,11 +48,12 @@ def delta(op: str) -> bool:
     return op in ("kda", "gated_deltanet", "deltanet")
 
 
-def floor_ms(op: str, shape: tuple[int, ...]) -> tuple[float, float]:
+def floor_ms(op: str, shape: tuple[int, ...]) -> tuple[float, ...]:
+    """Forward, forward and backward."""
     B, T, H, D = shape
     tensor = 2 * B * T * H * D
     forward, backward = 4 + channel(op), 7 + 2 * channel(op)
-    return tuple(n * tensor / BYTES_PER_SECOND * 1e3 for n in (forward, forward + backward))  # type: ignore[return-value]
+    return tuple(n * tensor / BYTES_PER_SECOND * 1e3 for n in (forward, forward + backward))
 
 
 def make_inputs(op: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

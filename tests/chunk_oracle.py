@@ -1,8 +1,9 @@
-"""Chunkwise linear attention, forward and backward, in float64 numpy: the specification of the Hopper kernels.
+"""Chunkwise linear attention, forward and backward, in float64 numpy: what the Hopper kernels compute.
 
 The decomposition is that of the kernels (docs/kernels.md), one chunk of one value head at a time, every
-intermediate kept by name, so that a kernel can be compared piece by piece. Decays are per key channel throughout;
-a decay per head is the same number in every channel. Pairs of tokens get their own exp(G_i - G_j).
+intermediate kept by name, so that a kernel can be compared piece by piece. Decays are per key channel
+throughout; a decay per head is the same number in every channel. Pairs of tokens get their own exp(G_i -
+G_j).
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ def _normalise_grad(y, r, dy):
 
 
 def _gates(g_CK, seg_C, owner):
-    """Decay products of a chunk: pair_CCK (zero above the diagonal and across documents), read, write, keep."""
+    """Decay products of a chunk: pair_CCK (0 above the diagonal and across documents), read, write, keep."""
     G = np.cumsum(g_CK, 0)
     causal = np.tril(np.ones((len(g_CK),) * 2, bool)) & (seg_C[:, None] == seg_C[None, :])
     pair = np.exp(np.where(causal[..., None], G[:, None] - G[None, :], -np.inf))
@@ -160,7 +161,7 @@ def linear_attention_vjp(
 
 
 def gates(call, length):
-    """The numbers per token that the forward keeps, [B, HV, length/64, 8, 64]; rows as named in hopper/blocks.py."""
+    """Numbers per token that the forward keeps, [B, HV, length/64, 8, 64]; rows as in hopper/blocks.py."""
     (B, T, H, _), HV = call.q.shape, call.v.shape[2]
     inverse_norm = lambda x: 1 / np.sqrt((np.asarray(x, np.float64) ** 2).sum(-1) + EPS)  # [B, T, H]
     pad = lambda x, mode="constant": np.pad(

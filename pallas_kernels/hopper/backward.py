@@ -1,7 +1,7 @@
 """The backward pass with no decay or one decay per head: a reverse scan, then all chunks at once.
 
-The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight numbers
-per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
+The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight
+numbers per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,8 @@
 """The gradients of q, k, log_decay and beta, chunk by chunk: no chunk waits for another.
 
-With S the state that enters a chunk, dS the gradient of the one that leaves, U = V' (additive: V), dV from the
-reverse scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document, the gradients of the products q_i.k_j and
-k_i.k_j are
+With S the state that enters a chunk, dS the gradient of the one that leaves, U = V' (additive: V), dV from
+the reverse scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document, the gradients of the products
+q_i.k_j and k_i.k_j are
     E = scale D * (dO U^T)      F = -(D, j < i) * (dV U^T)
 and then
     dQ = scale e (dO S^T) + E K
@@ -12,7 +12,8 @@ Every term of dQ and of the first bracket carries a factor exp(G_i), every term 
 What must cancel between far tokens does: row and column sums use the same bf16 E, F and float32 sums.
 dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
 
-Two warpgroups take half of the key dimension each; the first also makes E, the second F. A third issues copies.
+Two warpgroups take half of the key dimension each; the first also makes E, the second F.
+A third issues copies.
 """
 
 from typing import Any
@@ -27,8 +28,8 @@ from pallas_kernels.hopper import blocks, chunk_math
 from pallas_kernels.hopper.blocks import F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
 from pallas_kernels.hopper.inputs import Inputs
 
-# Rows of `sums`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U dS^T)_i,
-# <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
+# Rows of `sums`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
+# dS^T)_i, <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
 DECAY, LEAVING, KEPT, ERROR = range(4)
 
 
@@ -43,9 +44,9 @@ def chunk_gradients(
     *,
     run: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one per value head, and sums [B, HV, T/C, 2, 4, C] float32 (rows named above).
+    """dq, dk [B, T, HV, K] bf16, one per value head, and sums [B, HV, T/C, 2, 4, C] float32 (see above).
 
-    states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16; dv None if additive.
+    states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16; dv None: additive.
     run: chunks that one block of threads takes in turn.
     """
     batch, length, heads, key_dim = inputs.k.shape
@@ -82,11 +83,11 @@ def chunk_gradients(
     scratch = {name: value for name, value in scratch.items() if value is not None}
 
     def body(*refs: Any, **s: Any) -> None:
-        refs = list(refs)
-        q_ref, k_ref, u_ref, do_ref, h_ref, g_ref, gates_ref = (refs.pop(0) for _ in range(7))
-        dv_ref = refs.pop(0) if delta else None
-        segment_ref = refs.pop(0) if documents else None
-        dq_ref, dk_ref, sums_ref = refs
+        rest = list(refs)
+        q_ref, k_ref, u_ref, do_ref, h_ref, g_ref, gates_ref = (rest.pop(0) for _ in range(7))
+        dv_ref: Any = rest.pop(0) if delta else None
+        segment_ref: Any = rest.pop(0) if documents else None
+        dq_ref, dk_ref, sums_ref = rest
         b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
@@ -147,8 +148,8 @@ def chunk_gradients(
             plgpu.barrier_wait(s["h_free"])
 
         def left(ref: Any) -> Any:
-            """A [C, C] left operand; two operands in shared memory must be swizzled alike, so narrow halves of K
-            want it in registers."""
+            """A [C, C] left operand; two operands in shared memory must be swizzled alike, so narrow halves
+            of K want it in registers."""
             return ref if half == C else blocks.tile(ref, bf16)
 
         def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
@@ -171,10 +172,12 @@ def chunk_gradients(
             s["e_s"].at[wg][...] = (raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))).astype(bf16)
 
         def gradients() -> None:
-            def step(i: Any, _: Any) -> None:
+            def step(i: Any, none: None) -> None:
                 slot, n = blocks.rem(i, slots), first + i
                 gate_s = s["gate_s"].at[slot]
                 plgpu.barrier_wait(s["qk_filled"].at[slot])
+                # Plus 0, as no compiler can know: it would lift every product's descriptor out of the loop into
+                # registers and spill 200 bytes.
                 wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
                 q_s, k_s, sums_s = s["qk_s"].at[slot, 0, wg], s["qk_s"].at[slot, 1, wg], s["sums_s"].at[wg]
                 plgpu.barrier_wait(s["v_filled"])
@@ -184,7 +187,7 @@ def chunk_gradients(
                 def _() -> None:
                     plgpu.barrier_arrive(s["qk_free"].at[blocks.rem(i + 1, slots)])
 
-                make_pairs = lambda: pair_gradients(  # noqa: E731
+                make_pairs = lambda: pair_gradients(
                     wg, gate_s, s["segment_s"].at[slot] if documents else None, sums_s.at[ERROR]
                 )
                 make_pairs() if delta else pl.when(wg == 0)(make_pairs)
@@ -194,7 +197,7 @@ def chunk_gradients(
                 if decays:
                     products = [blocks.tile(h_s.at[j]) * blocks.tile(g_s.at[j]) for j in over]
                     sums_s.at[KEPT][...] = jnp.sum(sum(products[1:], products[0]), axis=1)
-                dq, dk, *seen = multiply(
+                dq, dk, *rest = multiply(
                     ([(left(s["d_s"].at[0, j]), h_s.at[j]) for j in over], tile),
                     ([(left(s["u_s"].at[j]), g_s.at[j]) for j in over], tile),
                     *[([(left(s["d_s"].at[1, j]), h_s.at[j]) for j in over], tile) for _ in range(delta)],
@@ -209,8 +212,7 @@ def chunk_gradients(
                 sync()  # E and F are there
                 e_s = s["e_s"].at[0]
                 if delta:
-                    (seen,) = seen
-                    seen = seen * blocks.by_row(blocks.row_vector(gate_s.at[READ_K]) * -1.0, tile)
+                    seen = rest[0] * blocks.by_row(blocks.row_vector(gate_s.at[READ_K]) * -1.0, tile)
                     f_s = s["e_s"].at[1]
                     dq, dk, seen = multiply(
                         ([(left(e_s), k_s)], dq),

@@ -4,9 +4,9 @@ With dS the gradient of the state that leaves a chunk, and e, f, P, A as in forw
     dV' = P^T dO + f K dS
     dV  = beta A^T dV'                 (additive: dV = dV')
     dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV      (additive: without the last term)
-One block of threads per sequence, value head and slice of V. Two or one warpgroups hold dS^T, 64 values by K, in
-registers; one computes P and scale e Q a chunk ahead; one issues the copies. The dS that enters each step and dV
-are stored: backward_chunks.py makes everything else of them, all chunks at once.
+One block of threads per sequence, value head and slice of V. Two or one warpgroups hold dS^T, 64 values by
+K, in registers; one computes P and scale e Q a chunk ahead; one issues the copies. The dS that enters each
+step and dV are stored: backward_chunks.py makes everything else of them, all chunks at once.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def reverse_scan(
     *,
     value_tile: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dS^T after each chunk [B, HV, T/C, V, K] bf16, dV [B, T, HV, V] bf16, dS^T before the first [B, HV, V, K] f32.
+    """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T of S_0 [B, HV, V, K], float32.
 
     do: [B, T, HV, V] bf16.  d_state: gradient of the final state, transposed, float32, or None.
     """
@@ -73,12 +73,12 @@ def reverse_scan(
     scratch = {name: value for name, value in scratch.items() if value is not None}
 
     def body(*refs: Any, **s: Any) -> None:
-        refs = list(refs)
-        q_ref, k_ref, do_ref, gates_ref = (refs.pop(0) for _ in range(4))
-        a_ref = refs.pop(0) if delta else None
-        segment_ref = refs.pop(0) if documents else None
-        last_ref = refs.pop(0) if d_state is not None else None
-        g_ref, dv_ref, first_ref = refs
+        rest = list(refs)
+        q_ref, k_ref, do_ref, gates_ref = (rest.pop(0) for _ in range(4))
+        a_ref: Any = rest.pop(0) if delta else None
+        segment_ref: Any = rest.pop(0) if documents else None
+        last_ref: Any = rest.pop(0) if d_state is not None else None
+        g_ref, dv_ref, first_ref = rest
         b, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
         wg = lax.axis_index("wg")
         key_head = blocks.div(head, group)

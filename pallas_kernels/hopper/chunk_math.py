@@ -14,7 +14,7 @@ from pallas_kernels.hopper.blocks import F32
 
 
 def sums_of_products(*sums: tuple[Sequence[tuple], Any], interpret: Any) -> tuple[jax.Array, ...]:
-    """`start + a @ b + c @ d + ...` for each sum ([(a, b), (c, d), ...], start); all products are in flight together.
+    """`start + a @ b + c @ d + ...` for each sum ([(a, b), (c, d), ...], start); all are in flight together.
 
     start: a float32 tile, or the shape of one to start from zero. Operands and hazards as in `blocks.matmul`.
     """
@@ -22,7 +22,7 @@ def sums_of_products(*sums: tuple[Sequence[tuple], Any], interpret: Any) -> tupl
         return tuple(_interpreted(pairs, start) for pairs, start in sums)
 
     def accumulate(accs: Any) -> None:
-        for acc, (pairs, _) in zip(accs, sums):
+        for acc, (pairs, _) in zip(accs, sums, strict=True):
             for a, b in pairs:
                 plgpu.wgmma(acc, a, b)
 
