@@ -1,9 +1,10 @@
 """The Hopper backend of `linear_attention`: Pallas Mosaic GPU kernels (sm_90a), forward and backward.
 
-No decay or one decay per head, additive or delta; docs/kernels.md explains the algorithm and gives the numbers.
+No decay or one decay per head, additive or delta. docs/kernels.md explains the algorithm and has the numbers.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
     return _run(call, keep=False)[0]
 
 
-def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Saved]]:
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Saved | None]]:
     out, saved = _run(call, keep=True)
     return out, (call, saved)
 
@@ -56,10 +57,12 @@ def _backward(kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array |
     tile, run = table.backward(call.k.shape, call.v.shape)
     d = gradients(prepare(call), saved, *cotangents, value_tile=tile, run=run)
 
-    def like(x: jax.Array | None, gradient: jax.Array | None) -> jax.Array | None:
+    def like(x: Any, gradient: Any) -> Any:
         return None if x is None else gradient.astype(x.dtype)
 
-    segment_ids = call.segment_ids
+    def like_integers(x: Any) -> Any:
+        return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+
     return (
         dataclasses.replace(
             call,
@@ -69,7 +72,7 @@ def _backward(kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array |
             log_decay=like(call.log_decay, d.log_decay),
             beta=like(call.beta, d.beta),
             initial_state=like(call.initial_state, d.state),
-            segment_ids=None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0),
+            segment_ids=like_integers(call.segment_ids),
         ),
     )
 

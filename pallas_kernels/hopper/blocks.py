@@ -1,9 +1,9 @@
 """The named pieces that the Hopper kernels share: tiles, products, gates, masks and the triangular inverse.
 
-All kernels work on chunks of C = 64 tokens with warpgroup tiles in the WGMMA register layout. Two habits keep
-them short. No gate and no norm is ever multiplied into a tile of q or k: per head they are numbers per token, so
-they scale the rows or columns of float32 products instead (`Gate`). And products keep their left operand in
-registers, so a chain of products needs no trip through shared memory.
+All kernels work on chunks of C = 64 tokens with warpgroup tiles in the WGMMA register layout. Two habits
+keep them short. No gate and no norm is ever multiplied into a tile of q or k: per head they are numbers per
+token, so they scale the rows or columns of float32 products instead. And products keep their left operand
+in registers, so a chain of products needs no trip through shared memory.
 """
 
 import functools
@@ -24,9 +24,10 @@ C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
 F32 = jnp.float32
 
-# Rows of a chunk's `gates` [8, C]. Token i reads the state S0 before the chunk with weight e_i = exp(G_i) if it
-# belongs to the document that enters the chunk, else 0; its write is in the state after it with weight
-# f_i = exp(G_C - G_i) if it belongs to the document that leaves, else 0. G: sums of log-decays from the chunk's start.
+# Rows of a chunk's `gates` [8, C]. Token i reads the state S0 before the chunk with weight e_i = exp(G_i)
+# if it is of the document that enters the chunk, else 0; its write is in the state after it with weight f_i
+# = exp(G_C - G_i) if it is of the document that leaves, else 0. G: sums of log-decays from the chunk's
+# start.
 READ_K, READ_Q, WRITE, CARRY, SUM, NORM_K, NORM_Q, BETA = range(8)
 # e / |k|, scale e / |q|, f / |k|, exp(G_C) or 0 for all tokens, G log2(e), 1 / |k|, scale / |q|, beta
 WGMMA = plgpu.Layout.WGMMA
@@ -54,10 +55,8 @@ def kernel(
     def call(*arrays: jax.Array) -> Any:
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
         varying = frozenset().union(*map(_varying, arrays))
-        cast = lambda x: (
-            lax.pcast(x, tuple(varying - _varying(x)), to="varying") if varying - _varying(x) else x
-        )  # noqa: E731
-        return jax.tree.map(cast, run(*arrays))
+        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying")
+        return jax.tree.map(cast, run(*arrays)) if varying else run(*arrays)
 
     return call
 
@@ -81,7 +80,7 @@ def _arrangement(width: int, dtype: Any) -> tuple[tuple, int]:
 def store(ref: Any, value: jax.Array, *, interpret: Any, transposed: bool = False) -> None:
     """ref[...] = value (or value^T) for a tile from `smem`, with no barrier.
 
-    Unlike Pallas's own store it does not read the old contents, a load that no compiler removes: half the traffic.
+    Unlike Pallas's own store it does not load the old contents (which no compiler removes): half the traffic.
     """
     if interpret:
         (ref.T if transposed else ref)[...] = value
@@ -141,36 +140,32 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
 def matmul(*products: tuple, interpret: Any) -> Any:
     """float32 tiles `init + a @ b` for each product (a, b) or (a, b, init); all are in flight together.
 
-    a: a 16-bit tile in registers or shared memory; b: in shared memory; init: a float32 tile or None. Reading an
-    accumulator only waits, with no data dependency that the compiler sees, so it may move arithmetic before the
-    wait (seen on hardware as silent zeros): the optimization barrier is part of the product.
+    a: a 16-bit tile in registers or shared memory; b: in shared memory; init: a float32 tile or None. To
+    read an accumulator is only to wait, with no data dependency that the compiler sees, so it may move
+    arithmetic before the wait (seen on hardware as silent zeros): the optimization barrier is part of the
+    product.
     """
     products = tuple((*product, None)[:3] for product in products)
     if interpret:  # the interpreter has no wgmma on registers
         out = tuple(_interpreted(*product) for product in products)
         return out[0] if len(out) == 1 else out
-    starts = tuple(
-        plgpu.ACC((a.shape[0], b.shape[1]), F32) if init is None else plgpu.ACC.init(init)
-        for a, b, init in products
-    )
 
-    def body(accs: Any) -> None:
-        for acc, (a, b, _) in zip(accs, products):
-            plgpu.wgmma(acc, a, b)
+    def issue(accumulators: Any) -> None:
+        for accumulator, (a, b, _) in zip(accumulators, products, strict=True):
+            plgpu.wgmma(accumulator, a, b)
 
+    def fresh(*accumulators: Any) -> tuple:
+        issue(accumulators)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    shapes = [(a.shape[0], b.shape[1]) for a, b, _ in products]
     if all(init is None for *_, init in products):
-
-        def scoped(*accs: Any) -> tuple:
-            body(accs)
-            return tuple(acc[...] for acc in accs)
-
-        out = pl.run_scoped(scoped, *starts)
+        out = pl.run_scoped(fresh, *[plgpu.ACC(shape, F32) for shape in shapes])
     else:
-        starts = tuple(
-            plgpu.ACC.init(zeros((a.shape[0], b.shape[1])) if init is None else init)
-            for a, b, init in products
-        )
-        out = pl.run_state(body)(starts)
+        starts = [
+            zeros(shape) if init is None else init for shape, (*_, init) in zip(shapes, products, strict=True)
+        ]
+        out = pl.run_state(issue)(tuple(map(plgpu.ACC.init, starts)))
     out = lax.optimization_barrier(tuple(out))
     return out[0] if len(out) == 1 else out
 
@@ -192,8 +187,8 @@ def inverse_norm(x: jax.Array) -> jax.Array:
 
 
 def inverse_norms(halves: Any) -> jax.Array:
-    """`inverse_norm` of the rows of a tile given as shared-memory pieces side by side (fewer registers at once)."""
-    squares = None
+    """`inverse_norm` of a tile given as shared-memory pieces side by side (fewer registers at once)."""
+    squares: Any = None
     for half in halves:
         x = tile(half)
         part = jnp.sum(x * x, axis=1)
@@ -207,7 +202,7 @@ def cumulative(step_col: jax.Array) -> jax.Array:
 
 
 def causal(strict: bool, segment: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """Pairs (i, j) with j <= i (j < i if strict) of one document; segment: its number per row and per column."""
+    """Pairs (i, j), j <= i (j < i if strict), of one document; segment: its number per row and per column."""
     keep = row_index() > col_index() if strict else row_index() >= col_index()
     if segment is not None:
         keep = keep & (by_row(segment[0]) == by_col(segment[1]))
@@ -224,14 +219,16 @@ def pair_decay(keep: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax
 def unit_lower_inverse(lower: jax.Array, x_s: Any, y_s: Any, *, interpret: Any) -> jax.Array:
     """(I + L)^-1 by block doubling in float16 products, L the part of `lower` strictly below the diagonal.
 
-    With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse of the
-    blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding does not grow as it does
-    in a Neumann product (powers of L that cancel). x_s, y_s: float16 scratch [2, C, C]; the two halves take
-    turns, so that the one barrier a level also keeps a fast warp from overwriting what a slow one still reads.
+    With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
+    of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding does not
+    grow as it does in a Neumann product (powers of L that cancel). x_s, y_s: float16 scratch [2, C, C]; the
+    two halves take turns, so that the one barrier a level also keeps a fast warp from overwriting what a
+    slow one still reads.
     """
     minus = (lower * -1.0).astype(jnp.float16)
     tiles = _diagonal_tiles(minus)
-    x = concatenate([one + link for one, link in zip(_diagonal_tiles(None), _within(tiles, 1))]).astype(F32)
+    ones = _diagonal_tiles(None)
+    x = concatenate([one + link for one, link in zip(ones, _within(tiles, 1), strict=True)]).astype(F32)
     for level in range(1, C.bit_length() - 1):
         size = 2**level
         x_l, y_l = x_s.at[level % 2], y_s.at[level % 2]
@@ -248,8 +245,9 @@ def unit_lower_inverse(lower: jax.Array, x_s: Any, y_s: Any, *, interpret: Any) 
     return x
 
 
-# The masks of the inverse are products with ones and zeros, made per row and per 8 columns: a thread then needs few
-# of them and pairs of float16 stay packed, where one comparison and selection an element cost more than the products.
+# The masks of the inverse are products with ones and zeros, made per row and per 8 columns: a thread needs
+# few of them and pairs of float16 stay packed; one comparison and one selection an element were a quarter
+# of the kernel.
 TILE = 8
 
 
@@ -268,7 +266,7 @@ def _rows_of(block: int, size: int, width: int) -> jax.Array:
 
 
 def _diagonal_tiles(x: jax.Array | None) -> list[jax.Array]:
-    """For each 8 columns, x (the identity if None) in the 8 rows that they meet on the diagonal and 0 elsewhere."""
+    """For each 8 columns, x (the identity if None) in the 8 rows that meet them on the diagonal, else 0."""
     if x is None:
         row, col = row_index((C, TILE)), col_index((C, TILE))
         same = _flags((row & (TILE - 1)) == col)
@@ -299,7 +297,7 @@ def finish_together(done: Any) -> None:
 
 
 def head_major(x: jax.Array, length: int) -> jax.Array:
-    """Numbers per token [B, T, HV] as float32 [B, HV, length], zeros after T: a chunk is one contiguous row."""
+    """Numbers per token [B, T, HV] as float32 [B, HV, length], 0 after T: a chunk is one contiguous row."""
     x = jnp.swapaxes(x.astype(F32), 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
 

@@ -8,19 +8,20 @@
     S <- exp(G_C) [one document] S + (f K)^T V'.
 W = A beta e K and U = A beta V, the usual intermediates of the delta rule, never exist.
 
-Where sequences times heads leave most of the GPU idle, each sequence is cut into pieces. A piece maps the state it
-starts from linearly: S_end = M S_start + S_alone. Two short scans give S_alone and M of every piece, `join` chains
-them, and the full scan then runs all pieces at once, each from its exact start.
+Where sequences times heads leave most of the GPU idle, each sequence is cut into pieces. A piece maps the
+state it starts from linearly: S_end = M S_start + S_alone. Two short scans give S_alone and M of every
+piece, `_starts` chains them, and the full scan then runs all pieces at once, each from its exact start.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper import table
-from pallas_kernels.hopper.blocks import C, F32
+from pallas_kernels.hopper.blocks import F32
 from pallas_kernels.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.hopper.forward_scan import Scan, Scanned
 from pallas_kernels.hopper.inputs import Inputs, prepare
@@ -75,6 +76,7 @@ def _carried(inputs: Inputs, pieces: int) -> jax.Array:
         factor = jnp.swapaxes(jnp.exp(jnp.sum(steps, axis=-1)), 1, 2)
     if inputs.segment is not None:
         runs = length // pieces
-        one = inputs.entering[:, ::runs] == inputs.segment[:, runs - 1 :: runs]
+        entering: Any = inputs.entering
+        one = entering[:, ::runs] == inputs.segment[:, runs - 1 :: runs]
         factor = jnp.where(one[:, :, None], factor, 0.0)
     return factor

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks
-from pallas_kernels.hopper.blocks import C, F32
+from pallas_kernels.hopper.blocks import F32, C
 from pallas_kernels.hopper.inputs import Inputs, Vectors
 
 WARPGROUPS = 3  # chunks at work in a block of threads; caps a thread at 168 registers

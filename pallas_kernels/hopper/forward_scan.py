@@ -1,7 +1,7 @@
 """The scan over chunks: one block of threads per sequence (or piece of one), value head and slice of V.
 
-Warpgroups: one or two hold S^T (64 values by K, float32, in registers) and run the chain of products; one or two
-prepare a chunk ahead, scores P = q.k exp(G_i - G_j) and the numbers per token; one issues the copies.
+Warpgroups: one or two hold S^T (64 values by K, float32, in registers) and run the chain of products; one or
+two prepare a chunk ahead, scores P = q.k exp(G_i - G_j) and the numbers per token; one issues the copies.
 """
 
 import dataclasses
@@ -48,19 +48,22 @@ class Scanned(NamedTuple):
     values: V' [B, T, HV, V] bf16.
     """
 
-    o: jax.Array | None = None
-    final: jax.Array | None = None
-    gates: jax.Array | None = None
-    states: jax.Array | None = None
-    values: jax.Array | None = None
+    o: Any = None
+    final: Any = None
+    gates: Any = None
+    states: Any = None
+    values: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """One compiled scan. mode: "output"; "summary", the state after each piece alone; "transition", the same with
-    no values and the identity for S_0, so that the result is what a piece does to the state it starts from.
-    `keep`: also return what the backward pass wants. `pieces`: every sequence is cut into so many equal runs of
-    chunks, each with its own initial state."""
+    """One compiled scan.
+
+    mode: "output"; "summary", the state after each piece alone; "transition", the same with no values and
+    the identity for S_0, so that the result is what a piece does to the state it starts from. pieces: every
+    sequence is cut into so many equal runs of chunks, each with its own initial state. final: also return
+    the last states. keep: also return what the backward pass wants.
+    """
 
     inputs: Inputs
     inverses: jax.Array | None
@@ -105,7 +108,7 @@ class Scan:
         )
         results = {name: value for name, value in results.items() if value is not None}
         arrays = dict(q=i.q if output else None, k=i.k, v=None if transition else i.v)
-        arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays)}
+        arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays, strict=True)}
         arrays |= dict(a=self.inverses, initial=None if transition else i.state)
         arrays = {name: value for name, value in arrays.items() if value is not None}
         scratch = dict(
@@ -132,7 +135,7 @@ class Scan:
         def body(*refs: Any, **smem: Any) -> None:
             b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
             at = SimpleNamespace(
-                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs))),
+                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs, strict=True))),
                 smem=SimpleNamespace(**smem),
                 piece=b,
                 b=blocks.div(b, self.pieces),
@@ -182,7 +185,7 @@ class Scan:
             thread_name="wg",
             scratch_types=scratch,
         )(*arrays.values())
-        return Scanned(**dict(zip(results, out)))
+        return Scanned(**dict(zip(results, out, strict=True)))
 
     def issue_copies(self, at: SimpleNamespace) -> None:
         smem, refs = at.smem, at.refs
@@ -246,8 +249,8 @@ class Scan:
         for n in range(max(at.count - AHEAD, 0), at.count):
 
             @pl.when(turn == n % share)
-            def _() -> None:
-                plgpu.barrier_wait(smem.taken.at[n % AHEAD])
+            def _(ahead: int = n % AHEAD) -> None:
+                plgpu.barrier_wait(smem.taken.at[ahead])
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -319,7 +322,7 @@ class Scan:
             slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
             k, gates = smem.k.at[slot], smem.gates.at[ahead]
             rows = pl.ds((at.first + n) * C, C)
-            by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))  # noqa: E731
+            by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))
             state_lo = state.astype(BF16)
             if self.keep:
                 plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
@@ -333,7 +336,7 @@ class Scan:
             reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
             read = blocks.products(*reads, interpret=i.interpret)
             plgpu.barrier_wait(smem.ready.at[ahead])
-            value = 0.0 if at.transition else blocks.tile(smem.v.at[slot, wg].T)
+            value: Any = 0.0 if at.transition else blocks.tile(smem.v.at[slot, wg].T)
             if at.delta:
                 beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
                 value = (value - read[0] * by_token(READ_K)) * beta

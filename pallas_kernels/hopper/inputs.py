@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.call import Call
 from pallas_kernels.hopper import blocks
-from pallas_kernels.hopper.blocks import C, F32
+from pallas_kernels.hopper.blocks import F32, C
 
 LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small moves o by less than 4e-6
 
@@ -39,7 +39,7 @@ class Inputs:
 
 
 def prepare(call: Call) -> Inputs:
-    """Pads T to whole chunks (tokens with k = v = beta = 0 and no decay change nothing) and lays vectors out."""
+    """Pads T to whole chunks (tokens with k = v = 0 and no decay change nothing) and lays vectors out."""
     length = blocks.round_up(call.q.shape[1])
     segment = entering = None
     if call.segment_ids is not None:
@@ -75,7 +75,7 @@ class Vectors:
         return len(self.names)
 
     def copy(self, refs: Sequence[Any], buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
-        for row, (array, ref) in enumerate(zip(self.arrays, refs)):
+        for row, (array, ref) in enumerate(zip(self.arrays, refs, strict=True)):
             source = ref.at[b, rows] if array.ndim == 2 else ref.at[b, head, rows]
             plgpu.copy_gmem_to_smem(source, buffer.at[row], barrier)
 
