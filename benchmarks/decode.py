@@ -1,0 +1,134 @@
+"""Decode speed and memory against context length: full attention beside hybrids, in one run.
+
+    python -m benchmarks.decode --contexts=1024,4096,16384,65536,262144
+
+Caches are filled as by a prompt of that length and --steps tokens are decoded from there, greedily, in one
+compiled loop. Weights are random: time and memory do not depend on them. By default 24 layers of d_model
+1024 in bfloat16.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import vmapped
+from hybridlm import model as lm
+from hybridlm.rows import Rows
+from hybridlm.softmax_attention import TokenCache
+
+FULL = ("attention", {"num_heads": 16, "num_kv_heads": 16, "head_dim": 64})
+LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
+    "gdn": ("gated_delta_net", {"num_heads": 6, "head_dim": 128, "v_head_dim": 256}),
+    "kda": ("kda", {"num_heads": 8, "head_dim": 128}),
+}
+
+
+def definition(linear: str, ratio: int, layers: int, d_model: int) -> lm.Definition:
+    """``ratio`` linear layers to one full layer, the full one last; 0 is full attention alone."""
+    stack = [FULL if i % (ratio + 1) == ratio else LINEAR[linear] for i in range(layers)]
+    built = vmapped.definition(stack, d_model=d_model, vocab=32_000, mlp_hidden=8 * d_model // 3)
+    return dataclasses.replace(built, dtype=jnp.dtype("bfloat16"))
+
+
+@functools.partial(jax.jit, static_argnames=("definition", "steps"), donate_argnames="cache")
+def decode(
+    params: lm.Params,
+    cache: lm.Cache,
+    token_B: jax.Array,
+    start: jax.Array,
+    *,
+    definition: lm.Definition,
+    steps: int,
+) -> tuple[jax.Array, lm.Cache]:
+    model = lm.merge(definition, params)
+    blocks, head = model.unstacked(), model.head_matrix().astype(definition.dtype)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, lm.Cache]) -> tuple[jax.Array, lm.Cache]:
+        token, cache = carry
+        position = jnp.full_like(token, start + i)
+        hidden, cache = model.step(token, Rows(jnp.ones_like(token), position), cache, blocks)
+        return jnp.argmax(hidden @ head, axis=-1).astype(jnp.int32), cache
+
+    return jax.lax.fori_loop(0, steps, step, (token_B, cache))
+
+
+def filled(model: lm.LM, batch: int, context: int, steps: int) -> lm.Cache:
+    """Caches with room for ``steps`` tokens behind ``context`` of them."""
+    is_tokens = lambda leaf: isinstance(leaf, TokenCache)
+    set_length = lambda leaf: leaf._replace(length=jnp.int32(context)) if is_tokens(leaf) else leaf
+    return jax.tree.map(set_length, model.init_cache(batch, context + 2 * steps), is_leaf=is_tokens)
+
+
+def measure(
+    definition: lm.Definition, params: lm.Params, context: int, batch: int, steps: int
+) -> dict[str, Any]:
+    """Milliseconds a token, and bytes of KV cache and of recurrent state a sequence."""
+    make = jax.jit(lambda params: filled(lm.merge(definition, params), batch, context, steps))
+    cache = make(params)
+    sizes = [
+        sum(x.nbytes for x in jax.tree.leaves(layer)) * (-1 if isinstance(layer, TokenCache) else 1)
+        for layer in cache
+    ]
+    token = jnp.zeros(batch, jnp.int32)
+    run = functools.partial(decode, params, definition=definition, steps=steps)
+    token, cache = jax.block_until_ready(run(cache, token, jnp.int32(context)))  # compiles
+    seconds = []
+    for _ in range(3):
+        cache = jax.block_until_ready(make(params))
+        began = time.perf_counter()
+        _, cache = jax.block_until_ready(run(cache, token, jnp.int32(context)))
+        seconds.append(time.perf_counter() - began)
+    return {
+        "ms": 1e3 * min(seconds) / steps,
+        "kv_bytes": -sum(size for size in sizes if size < 0) // batch,
+        "state_bytes": sum(size for size in sizes if size > 0) // batch,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--contexts", default="1024,4096,16384,65536,262144")
+    parser.add_argument("--linear", default="gdn", choices=LINEAR)
+    parser.add_argument("--ratios", default="0,3,7", help="linear layers to one full layer; 0 is full alone")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--d_model", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--output", default="decode.json")
+    flags = parser.parse_args()
+    ratios = [int(ratio) for ratio in flags.ratios.split(",")]
+    print(f"{jax.devices()[0].device_kind}: batch {flags.batch}, {flags.layers} layers, {flags.linear}")
+    results = []
+    for context in map(int, flags.contexts.split(",")):
+        row: dict[str, Any] = {"context": context}
+        for ratio in ratios:
+            built = definition(flags.linear, ratio, flags.layers, flags.d_model)
+            params = jax.jit(functools.partial(lm.init, built))(jax.random.key(0))
+            row[f"{ratio}:1" if ratio else "full"] = measure(built, params, context, flags.batch, flags.steps)
+        results.append(row)
+        Path(flags.output).write_text(json.dumps(results, indent=1))
+        base = next(iter(row[name]["ms"] for name in row if name != "context"))
+        shown = [
+            f"{name}: {r['ms']:.3f} ms ({base / r['ms']:.2f}x), KV {r['kv_bytes'] / 2**20:,.1f} MiB, "
+            f"state {r['state_bytes'] / 2**20:.1f} MiB"
+            for name, r in row.items()
+            if name != "context"
+        ]
+        print(f"{context:>7,} tokens | " + " | ".join(shown), flush=True)
+    last = results[-1]
+    speedups = np.array([last["full"]["ms"] / r["ms"] for name, r in last.items() if name != "context"])
+    print(f"at {last['context']:,} tokens the hybrids are {speedups[1:].round(2).tolist()} times as fast")
+
+
+if __name__ == "__main__":
+    main()
