@@ -176,8 +176,8 @@ def chunk_gradients(
                 slot, n = blocks.rem(i, slots), first + i
                 gate_s = s["gate_s"].at[slot]
                 plgpu.barrier_wait(s["qk_filled"].at[slot])
-                # Plus 0, as no compiler can know: it would lift every product's descriptor out of the loop into
-                # registers and spill 200 bytes.
+                # Plus 0, which no compiler knows: else it lifts the descriptors of all products out of the loop
+                # into registers, and spills 200 bytes.
                 wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
                 q_s, k_s, sums_s = s["qk_s"].at[slot, 0, wg], s["qk_s"].at[slot, 1, wg], s["sums_s"].at[wg]
                 plgpu.barrier_wait(s["v_filled"])
