@@ -124,11 +124,13 @@ class Bar:
         self.bar.stop()
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        tokens_alone = "val_accuracy" in metrics and "val_bpb" not in metrics  # a task, not text
         parts = {
             "loss": f"{metrics['loss']:.4f}",
             "bits/byte": f"{metrics['bits_per_byte']:.3f}" if "bits_per_byte" in metrics else "",
             "val loss": f"{metrics['val_loss']:.4f}" if "val_loss" in metrics else "",
             "val bits/byte": f"{metrics['val_bpb']:.3f}" if "val_bpb" in metrics else "",
+            "val accuracy": f"{metrics['val_accuracy']:.3f}" if tokens_alone else "",
             "tokens/s": f"{metrics['tokens_per_second']:,.0f}",
         }
         numbers = "  ".join(f"{name} {value}" for name, value in parts.items() if value)
