@@ -179,7 +179,8 @@ def chunk_gradients(
                 # Plus 0, which no compiler knows: else it lifts the descriptors of all products out of the loop
                 # into registers, and spills 200 bytes.
                 wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
-                q_s, k_s, sums_s = s["qk_s"].at[slot, 0, wg], s["qk_s"].at[slot, 1, wg], s["sums_s"].at[wg]
+                q_s, k_s = (s["qk_s"].at[slot, part, wg] for part in range(2))
+                sums_s = s["sums_s"].at[wg]
                 plgpu.barrier_wait(s["v_filled"])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results have left
 
