@@ -110,9 +110,10 @@ def _generate(
     definition: lm.Definition,
     steps: int,
     sampling: Sampling,
+    limit: jax.Array,
     stops_V: jax.Array,
 ) -> jax.Array:
-    """New tokens [B, steps], -1 after a row's first token that ``stops_V`` [V] marks."""
+    """New tokens [B, steps]; -1 from ``limit`` on, and after a first token that ``stops_V`` [V] marks."""
     model = lm.merge(definition, params)
     batch, length = tokens_BT.shape
     head = model.head_matrix().astype(definition.dtype)
@@ -129,7 +130,7 @@ def _generate(
 
     def running(carry: tuple) -> jax.Array:
         step, _, done, *_ = carry
-        return (step < steps) & ~jnp.all(done)
+        return (step < limit) & ~jnp.all(done)
 
     def advance(carry: tuple) -> tuple:
         step, token, done, position, out, cache = carry
@@ -218,6 +219,7 @@ def continuations(
         definition=definition,
         steps=bucket(max_new_tokens),
         sampling=sampling,
+        limit=jnp.int32(max_new_tokens),
         stops_V=jnp.asarray(marks),
     )
-    return [[token for token in row[:max_new_tokens].tolist() if token >= 0] for row in np.asarray(out)]
+    return [[token for token in row.tolist() if token >= 0] for row in np.asarray(out)]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from eval.haystack import sentences
-from eval.tasks.base import PromptTask, Sample, Writer, largest
+from eval.tasks.base import PromptTask, Sample, TooShort, Writer, largest
 from hybridlm.errors import ConfigError
 
 SOURCE = "RULER, Hsieh et al. 2024, arXiv 2404.06654"
@@ -113,7 +113,7 @@ def _among_sentences(hidden: list[str], lines: list[str], rng: random.Random) ->
 
 
 def write_variable_tracking(writer: Writer, hops: int = 4) -> Sample:
-    """One chain of assignments among filler, after a short example of the same (letters 3, not 5)."""
+    """One chain of assignments among filler, after a solved example of 500 tokens with names of 3 letters."""
     rng = writer.rng
 
     def chain(letters: int, value: str) -> list[str]:
@@ -140,8 +140,13 @@ def write_variable_tracking(writer: Writer, hops: int = 4) -> Sample:
     draw_value = lambda: str(rng.randint(10_000, 99_998))
     value, example_value = draw_value(), draw_value()
     parts, example_parts = chain(5, value), chain(3, example_value)
-    example = problem(example_parts, example_value, 5, random.Random(rng.getrandbits(64)))
-    shot = example + " " + " ".join(example_parts[hops + 1 :]) + "\n\n"
+    example_seed = rng.getrandbits(64)
+    example = lambda copies: problem(example_parts, example_value, copies, random.Random(example_seed))
+    try:
+        copies = largest(example, writer.count, 500, hops + 1)
+    except TooShort:  # a tokenizer of many tokens a word
+        copies = hops + 1
+    shot = example(copies) + " " + " ".join(example_parts[hops + 1 :]) + "\n\n"
     seed = rng.getrandbits(64)
     text = lambda copies: shot + problem(parts, value, copies, random.Random(seed))
     size = largest(text, writer.count, writer.budget, hops + 1)
