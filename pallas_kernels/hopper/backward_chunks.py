@@ -176,7 +176,7 @@ def chunk_gradients(
                 slot, n = blocks.rem(i, slots), first + i
                 gate_s = s["gate_s"].at[slot]
                 plgpu.barrier_wait(s["qk_filled"].at[slot])
-                # Plus 0, which no compiler knows: else it lifts all products' descriptors out of the loop into
+                # Plus 0, unknown to the compiler: else it lifts every descriptor out of the loop into
                 # registers, and spills 200 bytes.
                 wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
                 q_s, k_s = (s["qk_s"].at[slot, part, wg] for part in range(2))
