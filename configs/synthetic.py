@@ -8,7 +8,7 @@ The argument is TASK,PATTERN; kda if the pattern is left out, repeated to the ta
     palindrome, copy, stack    Kimi Linear, section 5.1: 2 layers of 2 heads of 128; here length 256, 512 ids
     induction                  H3: 30 tokens of 20
     in_context_recall, noisy_in_context_recall, fuzzy_in_context_recall, memorization, selective_copying
-                               MAD's baselines: mixer, SwiGLU, mixer, SwiGLU of width 128, 200 epochs of batch 128
+                               MAD: mixer, SwiGLU, mixer, SwiGLU of width 128, 200 epochs of batch 128
     parity, S3, S4, A5, S5     DeltaProduct's word problems: one layer, length 128
 
 MQAR has a file of its own, mqar.py. Accuracy on held-out examples is `val_accuracy` in metrics.jsonl. The

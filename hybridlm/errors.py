@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on: full disk, unreadable checkpoint, loss not finite. The message says why, and what is intact."""
+    """A run that cannot go on (full disk, loss not finite ...): the message says why, and what is intact."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

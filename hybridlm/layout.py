@@ -93,7 +93,7 @@ class Layout(NamedTuple):
 
     def places(self) -> list[Place]:
         """The place of layer 0, 1, ..."""
-        found = {}
+        found: dict[int, Place] = {}
         for s, segment_runs in enumerate(run_indices(self)):
             for r, (_, indices) in enumerate(segment_runs):
                 found |= {

@@ -140,8 +140,9 @@ def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: flo
         return (jax.tree.map(jnp.add, total, sums), d_head), d_h
 
     start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
-    (sums, d_head), d_hidden = jax.lax.scan(step, start, (_chunks(padded, chunk), _chunks(targets, chunk)))
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(padded.shape)[:, :length]
+    d_chunks: jax.Array
+    (sums, d_head), d_chunks = jax.lax.scan(step, start, (_chunks(padded, chunk), _chunks(targets, chunk)))
+    d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(padded.shape)[:, :length]
     total = sums.cross_entropy + z_loss * sums.log_z_squared
     return (total, sums), (d_hidden, d_head.astype(head.dtype))
 

@@ -160,7 +160,9 @@ class LM(nnx.Module):
         d_model, vocab = definition.d_model, definition.vocab_size
         self.definition = definition
         self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
-        self.segments = nnx.List([])  # of lists of stacked Blocks, shaped like definition.plan.segments
+        self.segments: nnx.List = nnx.List(
+            []
+        )  # of lists of stacked Blocks, shaped like definition.plan.segments
         keys = jax.random.split(rngs.params(), len(definition.layers))
         for runs in run_indices(definition.plan):
             self.segments.append(nnx.List([self._stack(indices, keys) for _, indices in runs]))
@@ -202,7 +204,7 @@ class LM(nnx.Module):
         definition = self.definition
         x = constrain(self.embedding[...].astype(definition.dtype), ("vocab", None))[tokens_BT]
         x = constrain(x, ("batch", None, None))
-        per_layer = {name: module.per_layer() for name, module in self.shared.items()}
+        per_layer = self._per_layer()
         appended: list[Any] = [None] * len(definition.layers)
         balances: list[jax.Array] = []
         for planned, blocks in zip(run_indices(definition.plan), self.segments, strict=True):
@@ -270,10 +272,15 @@ class LM(nnx.Module):
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
+    def _per_layer(self) -> dict[str, jax.Array]:
+        """The stack-wide parameters of each mixer that has them, one row a layer of the stack."""
+        shared: dict[str, Any] = dict(self.shared.items())
+        return {name: module.per_layer() for name, module in shared.items()}
+
     def unstacked(self) -> list[tuple[Block, Any]]:
         """(Block, its row of the stack-wide parameters or None) of every layer in order, for decoding."""
         blocks: list[Any] = [None] * len(self.definition.layers)
-        per_layer = {name: module.per_layer() for name, module in self.shared.items()}
+        per_layer = self._per_layer()
         for planned, stacks in zip(run_indices(self.definition.plan), self.segments, strict=True):
             for (run, indices), stack in zip(planned, stacks, strict=True):
                 graph, state = nnx.split(stack)
@@ -315,7 +322,7 @@ def norm(definition: Definition, rngs: nnx.Rngs) -> RMSNorm:
     )
 
 
-def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> nnx.Module:
+def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> Any:
     kind = mixers.load(spec.kind)
     return kind.Shared(spec.config, definition.d_model, len(definition.layers), rngs=rngs)
 

@@ -57,7 +57,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("microbatches", ["--config.train.microbatches=3"], ["train.microbatches = 3", "train.batch_size = 8"]),
     ("empty mesh axis", ["--config.mesh.tensor=0"], ["mesh.tensor = 0", "at least 1, or -1"]),
     ("two rests", ["--config.mesh.fsdp=-1"], ["mesh.data = -1", "only one"]),
-    ("unknown data", ["--config.data.kind=txt"], ["data.kind = 'txt'", "text, shards, mqar, copying, stack, mad"]),
+    ("unknown data", ["--config.data.kind=txt"], ["data.kind = 'txt'", "text, shards, mqar"]),
     ("field of other data", ["--config.data.num_pairs=4"], ["data.num_pairs", "no such field"]),
 ]
 
