@@ -2,9 +2,9 @@
 
     python benchmarks/convert_memory.py --layers=24 --d_model=1024
 
-Writes a random Qwen3 checkpoint in float32 to a temporary folder, and runs each command in a process of its own
-that is sampled from outside: anonymous memory (RssAnon) is what the command holds, file pages can be dropped at
-any time. Linux only.
+Writes a random Qwen3 checkpoint in float32 to a temporary folder, and runs each command in a process of its
+own that is sampled from outside: anonymous memory (RssAnon) is what the command holds; file pages can be
+dropped at any time. Linux only.
 """
 
 import argparse
@@ -27,8 +27,8 @@ SHARD = 200 * 10**6
 def write_checkpoint(folder: Path, layers: int, d_model: int) -> dict[str, tensors.Planned]:
     values = {
         "model_type": "qwen3", "hidden_size": d_model, "intermediate_size": 3 * d_model, "vocab_size": 32_000,
-        "num_hidden_layers": layers, "num_attention_heads": d_model // 64, "num_key_value_heads": d_model // 64,
-        "head_dim": 64,
+        "num_hidden_layers": layers, "num_attention_heads": d_model // 64,
+        "num_key_value_heads": d_model // 64, "head_dim": 64,
     }  # fmt: skip
     family = transfer.FAMILIES["qwen3"]
     definition = model.build(family.read(Fields(values)).config())
@@ -43,7 +43,9 @@ def write_checkpoint(folder: Path, layers: int, d_model: int) -> dict[str, tenso
 def peak(*command: str) -> tuple[int, float]:
     """(bytes of anonymous memory at most, seconds) of a converter command."""
     began, highest = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-m", "hybridlm.convert", *command], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybridlm.convert", *command], stdout=subprocess.DEVNULL
+    )
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
@@ -57,7 +59,9 @@ def peak(*command: str) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--d_model", type=int, default=1024)
     given = parser.parse_args()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
@@ -24,6 +25,9 @@ log = logging.getLogger("hybridlm")
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack traces, what it also raises
 
 State = dict[str, Any]
+
+CHUNK_BYTES = 1 << 25  # on disk, of arrays that are written in pieces
+COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own
 
 # What a resumed run has in common with its checkpoint: parameters in shape and meaning, and the data order.
 FIXED = (
@@ -134,17 +138,53 @@ class Checkpoints:
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         return {name: unflatten(tree, restored[name]) for name, tree in like.items()}
 
+    def create(self, step: int, entry: str, like: Any, record: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of zeros for a caller that fills it piece by piece; its arrays, as `open` returns them.
+
+        like: tree of float32 shapes. A layer of a stack is a chunk on disk, so writing one touches no other.
+        Orbax gets a number in place of each array, since it would write them all at once.
+        """
+        leaves = flatten(like)
+        numbers = {name: np.zeros((), np.float32) for name in leaves}
+        items = {entry: ocp.args.StandardSave(numbers), "run": ocp.args.JsonSave(record)}
+        with translated(self.directory, f"the checkpoint at step {step} could not be written", self._intact):
+            scores = {self.keep.metric: None}
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
+        self.wait()
+
+        def chunks(name: str, shape: tuple[int, ...]) -> list[int]:
+            layers = 2 if name.startswith("segments.") else 0
+            rest = list(shape[layers:])
+            if rest:
+                rest[0] = max(1, min(rest[0], CHUNK_BYTES // (4 * math.prod(rest[1:]))))
+            return [1] * layers + rest
+
+        shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        metadata = {
+            name: {"shape": shape, "chunks": chunks(name, shape), "dtype": "<f4", "compressor": COMPRESSOR}
+            for name, shape in shapes.items()
+        }
+        return self._arrays(
+            step,
+            entry,
+            {
+                name: {"metadata": one, "create": True, "delete_existing": True}
+                for name, one in metadata.items()
+            },
+        )
+
     def open(self, step: int, entry: str, names: Iterable[str]) -> dict[str, Any]:
-        """Arrays of one entry of the state by dotted name, read from disk only where they are indexed."""
+        """Arrays of one entry of the state by dotted name, on disk: indexing reads, assigning writes."""
+        return self._arrays(step, entry, {name: {"open": True} for name in names})
+
+    def _arrays(self, step: int, entry: str, specs: dict[str, dict[str, Any]]) -> dict[str, Any]:
         path = self.directory / str(step) / entry
+        base = {"driver": "file", "path": f"{path}/"}
         with translated(path, "unreadable checkpoint", lambda: self._without(step)):
-            base = {"driver": "file", "path": f"{path}/"}
+            kvstores = {name: {"driver": "ocdbt", "base": base, "path": f"{name}/"} for name in specs}
             return {
-                name: tensorstore.open(
-                    {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}},
-                    open=True,
-                ).result()
-                for name in names
+                name: tensorstore.open({"driver": "zarr", "kvstore": kvstores[name], **spec}).result()
+                for name, spec in specs.items()
             }
 
     def wait(self) -> None:

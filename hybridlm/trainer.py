@@ -211,6 +211,8 @@ def per_token(sums: dict[str, Any]) -> dict[str, Any]:
     means = {"loss": sums["loss_sum"] / targets, "accuracy": sums["correct"] / targets}
     if "bytes" in sums:
         means["bits_per_byte"] = sums["loss_sum"] / math.log(2) / (sums["bytes"] + (sums["bytes"] == 0))
+    if "balance_loss_sum" in sums:
+        means["balance_loss"] = sums["balance_loss_sum"] / (sums["tokens"] + (sums["tokens"] == 0))
     return means
 
 
@@ -293,7 +295,7 @@ def validation(program: Program, mesh: Mesh, dataset: data.Dataset, batches: int
     host = jax.device_get(sums)
     means = per_token({name: sum(float(one[name]) for one in host) for name in host[0]})
     names = {"loss": "val_loss", "accuracy": "val_accuracy", "bits_per_byte": "val_bpb"}
-    return {names[name]: value for name, value in means.items()}
+    return {names.get(name, f"val_{name}"): value for name, value in means.items()}
 
 
 def sample(config: Any, definition: lm.Definition, tokenizer: Any, params: Any) -> Metrics:

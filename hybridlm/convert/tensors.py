@@ -151,9 +151,9 @@ def write(directory: Path, planned: Mapping[str, Planned], value: Callable[[str]
         with (directory / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name, one in group.items():
-                array = np.ascontiguousarray(value(name).astype(DTYPES[one.dtype]))
+                array = np.ascontiguousarray(value(name).astype(DTYPES[one.dtype], copy=False))
                 assert array.shape == one.shape, name
-                stream.write(array.tobytes())
+                stream.write(array.reshape(-1).view(np.uint8).data)
     if len(files) > 1:
         total = sum(one.nbytes for one in planned.values())
         weight_map = {name: one.file for name, one in sorted(planned.items())}

@@ -2,8 +2,8 @@
 
 An imported workdir has config.json, layers.json, a checkpoint at step 0 with parameters only, and hf/: what
 the folder held besides weights (config.json, tokenizer), and manifest.json, how the tensors were stored, so
-that an export gives back the same bytes. Tensors pass one rule at a time; the parameters being filled lie
-in files until the checkpoint is written, so that memory need not hold the model.
+that an export gives back the same bytes. Tensors pass one rule at a time, from one disk to the other, so
+that memory need not hold the model.
 """
 
 import functools
@@ -185,37 +185,24 @@ def fill(
     }
 
 
-class OnDisk(np.memmap):
-    """An array in a file. A checkpoint may write it as it is: nothing changes it meanwhile."""
-
-    def __deepcopy__(self, memo: Any) -> "OnDisk":
-        return self
-
-
 def import_hf(directory: str | Path, workdir: str | Path) -> configs.FrozenConfigDict:
     """Makes ``workdir`` from the Hugging Face folder ``directory`` and returns its config."""
     source, workdir = read_config(directory), Path(workdir).absolute()
     definition = model.build(source.config)
     workdir.mkdir(parents=True, exist_ok=True)
-    with (
-        checkpoint.Checkpoints(workdir / "checkpoints") as saves,
-        tempfile.TemporaryDirectory(dir=workdir, prefix="importing-") as scratch,
-    ):
-        checkpoint.choose("never", saves)
-        leaves = {}
-        for number, (path, leaf) in enumerate(checkpoint.flatten(model.shapes(definition)).items()):
-            leaves[path] = OnDisk(Path(scratch) / str(number), np.float32, "w+", shape=leaf.shape)
+    if (workdir / "checkpoints").exists():
+        raise ConfigError("--workdir", str(workdir), "already holds checkpoints", "Give another.")
+    summary, config = cost.summary(source.config), source.config.to_dict()
+    record = {"config": config, "layers": summary, "fingerprint": "imported", "step": 0}
+    with tempfile.TemporaryDirectory(dir=workdir, prefix="importing-", ignore_cleanup_errors=True) as scratch:
+        with checkpoint.Checkpoints(scratch) as saves:
+            leaves = saves.create(0, "params", model.shapes(definition), record)
 
-        def put(entry: layered.Entry, array: np.ndarray) -> None:
-            leaves[entry.path][entry.place] = array
+            def put(entry: layered.Entry, array: np.ndarray) -> None:
+                leaves[entry.path][entry.place] = array.astype(np.float32, copy=False)
 
-        manifest = fill(directory, source, put)
-        summary = cost.summary(source.config)
-        config = source.config.to_dict()
-        record = {"config": config, "layers": summary, "fingerprint": "imported", "step": 0}
-        params = checkpoint.unflatten(model.shapes(definition), leaves)
-        saves.save(0, {"params": params}, record, {})
-        saves.wait()
+            manifest = fill(directory, source, put)
+        Path(scratch).rename(workdir / "checkpoints")  # only now, when it is whole
     (workdir / CONFIG).write_text(configs.to_json(source.config))
     (workdir / "layers.json").write_text(json.dumps(summary, indent=2) + "\n")
     carried = workdir / CARRIED
@@ -325,7 +312,6 @@ def _write(
         name: (number, at) for number, rule in enumerate(planned.rules) for at, name in enumerate(rule.theirs)
     }
 
-    @functools.lru_cache(maxsize=8)  # a layer's experts are three rules whose tensors alternate in a file
     def outward(number: int) -> list[np.ndarray]:
         rule = planned.rules[number]
         ours = [
@@ -337,9 +323,12 @@ def _write(
             arrays = regroup(arrays, [shapes[name] for name in rule.theirs])
         return arrays
 
+    # A layer's experts are three rules of many tensors each, which alternate in a file.
+    kept = functools.lru_cache(maxsize=3)(outward)
+
     def value(name: str) -> np.ndarray:
         number, at = by_name[manifest[name]["rule"] if manifest is not None else name]
-        return outward(number)[at]
+        return (outward if len(planned.rules[number].theirs) == 1 else kept)(number)[at]
 
     if manifest is None:
         listed = [(name, dtype or "F32", shape) for name, shape in planned.shapes.items()]
