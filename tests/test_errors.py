@@ -52,9 +52,9 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     (
         "uneven batch",
         ["--config.mesh.fsdp=3"],
-        ["train.batch_size = 8", "multiple of", "mesh.fsdp = 1 * 1 * 3"],
+        ["train.batch_size = 4", "multiple of", "mesh.fsdp = 1 * 1 * 3"],
     ),
-    ("microbatches", ["--config.train.microbatches=3"], ["train.microbatches = 3", "train.batch_size = 8"]),
+    ("microbatches", ["--config.train.microbatches=3"], ["train.microbatches = 3", "train.batch_size = 4"]),
     ("empty mesh axis", ["--config.mesh.tensor=0"], ["mesh.tensor = 0", "at least 1, or -1"]),
     ("two rests", ["--config.mesh.fsdp=-1"], ["mesh.data = -1", "only one"]),
     ("unknown data", ["--config.data.kind=txt"], ["data.kind = 'txt'", "text, shards, mqar"]),
