@@ -25,11 +25,11 @@ import numpy as np
 from eval import subject
 from eval.subject import Subject
 from eval.tasks import base, ruler
-from hybridlm import cost, data
+from hybridlm import cost, data, generate
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.mixers import attention, mla
-from hybridlm.rows import single_document
+from hybridlm.rows import Rows, single_document
 
 PAIRS = (1, 2, 4, 8, 16)
 DEPTHS = 8  # of the heat map, from far to near
@@ -118,16 +118,17 @@ def states(tested: Subject, tokens: Sequence[int], lengths: Sequence[int]) -> di
     """
 
     @jax.jit
-    def caches(params: lm.Params, tokens_1T: jax.Array) -> list[jax.Array | None]:
+    def caches(params: lm.Params, tokens_1T: jax.Array, rows: Rows) -> list[jax.Array | None]:
         model = lm.merge(tested.definition, params)
-        rows = single_document(*tokens_1T.shape)
         _, cache = model(tokens_1T, rows, model.init_cache(1, tokens_1T.shape[1]))
         assert cache is not None
         return [getattr(layer, "state", None) for layer in cache]
 
     measured: dict[int, list[list[float]]] = {}
+    padded = generate.bucket(max(lengths))  # on the left, so that one program does for all lengths
     for length in lengths:
-        for layer, state in enumerate(caches(tested.params, jnp.array([tokens[:length]]))):
+        tokens_1T, rows = generate.left_pad([tokens[:length]], padded)
+        for layer, state in enumerate(caches(tested.params, jnp.asarray(tokens_1T), rows)):
             if state is None or state.ndim != 4:
                 continue
             singular = np.linalg.svd(np.asarray(state[0], np.float64), compute_uv=False)
