@@ -139,7 +139,7 @@ class Checkpoints:
         return {name: unflatten(tree, restored[name]) for name, tree in like.items()}
 
     def create(self, step: int, entry: str, like: Any, record: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint of zeros for a caller that fills it piece by piece; its arrays, as `open` returns them.
+        """A checkpoint of zeros for a caller to fill piece by piece; its arrays, as `open` returns them.
 
         like: tree of float32 shapes. A layer of a stack is a chunk on disk, so writing one touches no other.
         Orbax gets a number in place of each array, since it would write them all at once.

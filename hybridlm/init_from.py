@@ -8,7 +8,8 @@ new; what nobody takes is reported as dropped.
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +26,14 @@ log = logging.getLogger("hybridlm")
 
 
 class Source(NamedTuple):
-    """Another model: its definition, and its parameters by canonical name, anything that NumPy can read."""
+    """Another model: its definition, and its parameters by canonical name, anything that NumPy can read.
+
+    carry: brings what an import or export needs to know of a public checkpoint into a workdir.
+    """
 
     definition: model.Definition
     arrays: Mapping[str, Any]
+    carry: Callable[[Path], None]
 
 
 class Report(NamedTuple):
@@ -82,14 +87,22 @@ def source(path: str | Path) -> Iterator[Source]:
                 raise ConfigError("init_from", str(path), "has no checkpoint")
             stacks = saves.open(steps[-1], "params", checkpoint.flatten(model.shapes(definition)))
             entries = layered.entries(definition).items()
-            yield Source(definition, {name: stacks[entry.path][entry.place] for name, entry in entries})
+            arrays: dict[str, Any] = {name: stacks[entry.path][entry.place] for name, entry in entries}
+            yield Source(definition, arrays, lambda workdir: _copy(path / transfer.CARRIED, workdir))
     else:
         imported = transfer.read_config(path)
         definition = model.build(imported.config)
         names = {(entry.path, entry.place): name for name, entry in layered.entries(definition).items()}
-        arrays: dict[str, np.ndarray] = {}
-        transfer.fill(path, imported, lambda entry, array: arrays.update({names[entry[:2]]: array}))
-        yield Source(definition, arrays)
+        arrays = {}
+        manifest = transfer.fill(
+            path, imported, lambda entry, array: arrays.update({names[entry[:2]]: array})
+        )
+        yield Source(definition, arrays, lambda workdir: transfer.carry(path, manifest, workdir))
+
+
+def _copy(carried: Path, workdir: Path) -> None:
+    if carried.is_dir():
+        shutil.copytree(carried, workdir / carried.name, dirs_exist_ok=True)
 
 
 def load(other: Source, definition: model.Definition, params: model.Params) -> tuple[model.Params, Report]:
@@ -138,6 +151,8 @@ def start(path: str, definition: model.Definition, params: model.Params, workdir
     """`load` from ``path``, reported in the log and in ``workdir``/init_from.json."""
     with source(path) as other:
         params, report = load(other, definition, params)
+        if jax.process_index() == 0:
+            other.carry(workdir)
     if not report.loaded:
         raise ConfigError(
             "init_from", path, "has nothing in common with this model: no parameter could be loaded"

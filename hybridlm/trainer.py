@@ -212,7 +212,7 @@ def per_token(sums: dict[str, Any]) -> dict[str, Any]:
     if "bytes" in sums:
         means["bits_per_byte"] = sums["loss_sum"] / math.log(2) / (sums["bytes"] + (sums["bytes"] == 0))
     if "balance_loss_sum" in sums:
-        means["balance_loss"] = sums["balance_loss_sum"] / (sums["tokens"] + (sums["tokens"] == 0))
+        means["balance_loss"] = sums["balance_loss_sum"] / targets
     return means
 
 

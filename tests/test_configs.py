@@ -21,6 +21,7 @@ SHIPPED = {
     "quickstart": "configs/quickstart.py",
     "hybrid": "configs/hybrid.py:340m,kda,3:1",
     "kimi_linear": "configs/kimi_linear.py",
+    "kimi_linear_moe": "configs/kimi_linear.py:moe",
     "mqar": "configs/mqar.py",
     "synthetic": "configs/synthetic.py",
 }

@@ -354,5 +354,6 @@ def test_init_from(tmp_path: Path) -> None:
     entry = layered.entries(definition)["layers.1.mlp.up.kernel"]
     want = folder.read("model.layers.1.mlp.up_proj.weight").astype(np.float32).T
     np.testing.assert_array_equal(after[entry.path][entry.place], want)
+    assert (tmp_path / "hf" / "manifest.json").is_file()
     with pytest.raises(ConfigError, match="neither a workdir with checkpoints nor a Hugging Face folder"):
         init_from.check(tmp_path / "nowhere")

@@ -12,6 +12,8 @@ from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.errors import ConfigError
 
+TRAINING = ("balance_loss",)  # settings of layers that do not change what they compute
+
 
 class Architecture(NamedTuple):
     """What a config.json says, in the terms of a config here. layers: an item of the pattern for each."""
@@ -77,13 +79,16 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
     if len(a.layers) != len(b.layers):
         return f"{len(a.layers)} and {len(b.layers)} layers"
     for index, (one, other) in enumerate(zip(a.layers, b.layers, strict=True)):
+        for what in ("kind", "mlp_kind", "post_norm"):
+            if getattr(one, what) != getattr(other, what):
+                return f"layer {index}: {what} {getattr(one, what)} and {getattr(other, what)}"
         for x, y in (
-            ((one.kind, explicit(one, a.d_model)), (other.kind, explicit(other, b.d_model))),
-            ((one.mlp_kind, one.mlp_config), (other.mlp_kind, other.mlp_config)),
-            (("post_norm", one.post_norm), ("post_norm", other.post_norm)),
+            (explicit(one, a.d_model), explicit(other, b.d_model)),
+            (one.mlp_config, other.mlp_config),
         ):
-            if x != y:
-                return f"layer {index}: {x} and {y}"
+            for name, value in vars(x).items():
+                if value != getattr(y, name) and name not in TRAINING:
+                    return f"layer {index}: {name} {value} and {getattr(y, name)}"
     return ""
 
 

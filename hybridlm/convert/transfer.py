@@ -205,17 +205,19 @@ def import_hf(directory: str | Path, workdir: str | Path) -> configs.FrozenConfi
         Path(scratch).rename(workdir / "checkpoints")  # only now, when it is whole
     (workdir / CONFIG).write_text(configs.to_json(source.config))
     (workdir / "layers.json").write_text(json.dumps(summary, indent=2) + "\n")
+    carry(Path(directory), manifest, workdir)
+    return source.config
+
+
+def carry(directory: Path, manifest: Mapping[str, Any], workdir: Path) -> None:
+    """What a Hugging Face folder holds besides weights, and the manifest, into ``workdir``/hf."""
     carried = workdir / CARRIED
     carried.mkdir(exist_ok=True)
-    for file in Path(directory).iterdir():
-        if (
-            file.is_file()
-            and ".safetensors" not in file.name
-            and not file.name.endswith((".bin", ".pth", ".npz"))
-        ):
+    for file in directory.iterdir():
+        weights = ".safetensors" in file.name or file.suffix in (".bin", ".pth", ".npz")
+        if file.is_file() and not weights:
             shutil.copyfile(file, carried / file.name)
     (carried / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return source.config
 
 
 def export_hf(
