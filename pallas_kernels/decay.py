@@ -79,8 +79,10 @@ def _backward(precision: Precision, residuals: tuple, cotangents: tuple) -> tupl
         x_s, y_s = _halves(x, s)[1] * up_to[:, :, None], _halves(y, s)[0] * after
         x_s_bar = jnp.matmul(block, y_s, precision=precision).reshape(x_s.shape)
         y_s_bar = jnp.matmul(block.mT, _rows(x_s), precision=precision)
-        x_bar += _join(jnp.zeros_like(x_s), x_s_bar * up_to[:, :, None], C)
-        y_bar += _join(y_s_bar * after, jnp.zeros_like(y_s), C)
+        x_bar_1, x_bar_2 = _halves(x_bar, s)
+        y_bar_1, y_bar_2 = _halves(y_bar, s)
+        x_bar = _join(x_bar_1, x_bar_2 + x_s_bar * up_to[:, :, None], C)
+        y_bar = _join(y_bar_1 + y_s_bar * after, y_bar_2, C)
         # A parent's node is its child's, times the total of the other child for one half of the tokens;
         # a child's total is the node of its last token.
         up_to_1, up_to_2 = _halves(up_to_bar, s)

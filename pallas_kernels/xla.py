@@ -16,6 +16,7 @@ Shape legend: as call.py, and n groups, G chunks a group, C chunk length, N = G*
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +29,8 @@ from pallas_kernels.inverse import solve_unit_lower
 
 CHUNK = 64
 # Heads times chunks in a group. CPU: small enough for the caches. Others: large enough to fill the device.
-GROUP_SIZE_CPU = 64
-GROUP_SIZE = 4096
+GROUP_SIZE_CPU = 32
+GROUP_SIZE = 2048
 
 
 class _Arrays(NamedTuple):
@@ -70,13 +71,11 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     beta = None if call.beta is None else call.beta[..., None]
     full = any(x.dtype in (jnp.float32, jnp.float64) for x in (call.q, call.k, call.v))
     chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
-    chunks = -(-length // chunk)
-    group = -(
-        -chunks // -(-chunks * batch * heads // (GROUP_SIZE_CPU if platform() == "cpu" else GROUP_SIZE))
-    )
+    chunks = math.ceil(length / chunk)
+    groups = math.ceil(chunks * batch * heads / (GROUP_SIZE_CPU if platform() == "cpu" else GROUP_SIZE))
     spec = _Spec(
         chunk=chunk,
-        group=group,
+        group=math.ceil(chunks / groups),
         scale=call.scale,
         qk_l2norm=call.qk_l2norm,
         dtype=call.compute_dtype,
@@ -139,32 +138,31 @@ def _merge(x_nGBHCD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """G chunks from ``state`` [B, HV, K, V]; returns (the state after them, o [G, B, HV, C, V])."""
     G, B, HV, C, V = arrays.v.shape
+    matmul = functools.partial(jnp.matmul, precision=spec.precision)
+    flat = lambda x: x.astype(spec.dtype).reshape(-1, C, x.shape[-1])
     q, k = arrays.q.astype(spec.dtype), arrays.k.astype(spec.dtype)
     if spec.qk_l2norm:
         q, k = l2_normalize(q), l2_normalize(k)
-    q, k = (jnp.repeat(x, HV // x.shape[2], axis=2) for x in (q * spec.scale, k))
-    q, k, v, g = (x.astype(spec.dtype).reshape(-1, C, x.shape[-1]) for x in (q, k, arrays.v, arrays.g))
-    matmul = functools.partial(jnp.matmul, precision=spec.precision)
-    rows = q[:, :, None] if arrays.beta is None else jnp.stack([q, k], axis=2)
-    if arrays.g.shape[-1] == 1:
-        decay, prefix, suffix = decay_matrix(g[:, :, 0])
-        repeats = HV // arrays.g.shape[2]
-        per_head = lambda x: jnp.repeat(x.reshape(G * B, -1, C, x.shape[-1]), repeats, axis=1)
-        decay, prefix, suffix = (
-            per_head(x).reshape(-1, C, x.shape[-1]) for x in (decay, prefix[..., None], suffix[..., None])
-        )
-        A = [decay * matmul(rows[:, :, r], k.mT) for r in range(rows.shape[2])]
+    q, k = (flat(jnp.repeat(x, HV // x.shape[2], axis=2)) for x in (q * spec.scale, k))
+    v, g = flat(arrays.v), flat(arrays.g)
+    rows = (q,) if arrays.beta is None else (q, k)
+    if g.shape[-1] > 1:
+        products, prefix, suffix = decayed_products(jnp.stack(rows, axis=2), k, g, spec.precision)
+        A = [products[:, :, r] for r in range(len(rows))]
     else:
-        products, prefix, suffix = decayed_products(rows, k, g, spec.precision)
-        A = [products[:, :, r] for r in range(rows.shape[2])]
+        decay, prefix, suffix = decay_matrix(g[..., 0])
+        per_head = lambda x: flat(
+            jnp.repeat(x.reshape(G * B, -1, *x.shape[1:]), HV // arrays.g.shape[2], axis=1)
+        )
+        decay, prefix, suffix = per_head(decay), per_head(prefix[..., None]), per_head(suffix[..., None])
+        A = [decay * matmul(row, k.mT) for row in rows]
     if arrays.beta is None:
         read, values = None, v
     else:
-        beta = arrays.beta.astype(spec.dtype).reshape(-1, C, 1)
-        solved = solve_unit_lower(
-            beta * A[1], beta * jnp.concatenate([k * prefix, v], axis=-1), spec.precision
-        )
-        read, values = solved[..., :-V], solved[..., -V:]
+        beta = flat(arrays.beta)
+        rhs = beta * jnp.concatenate([k * prefix, v], axis=-1)
+        solution = solve_unit_lower(beta * A[1], rhs, spec.precision)
+        read, values = solution[..., :-V], solution[..., -V:]
     total = jnp.broadcast_to(prefix[:, -1], (G * B * HV, k.shape[-1]))
     chunks = jax.tree.map(lambda x: x.reshape(G, B * HV, *x.shape[1:]), (read, values, k * suffix, total))
     after, states, written = _states(spec.precision, state.reshape(B * HV, *state.shape[2:]), *chunks)
