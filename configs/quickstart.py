@@ -21,14 +21,14 @@ def get_config() -> ConfigDict:
     for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet"):
         config.mixers[name].head_dim = 64  # their defaults are meant for a d_model of 1024 and more
     config.data = data("text", path="python-stdlib:")
-    config.train.steps = 400
+    config.train.steps = 300
     config.train.batch_size = 4
     config.train.seq_len = 512
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 40
-    config.checkpoint.every_steps = 200
-    config.eval.every_steps = 200
+    config.checkpoint.every_steps = 150
+    config.eval.every_steps = 150
     config.eval.batches = 8
     config.eval.sample_prompt = "def "
     config.eval.sample_tokens = 256
