@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 40
     config.checkpoint.every_steps = 150
     config.eval.every_steps = 150
-    config.eval.batches = 8
+    config.eval.batches = 32
     config.eval.sample_prompt = "def "
     config.eval.sample_tokens = 256
     config.eval.temperature = 0.8
