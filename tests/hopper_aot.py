@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
+KERNEL_JAX = "0.11.2"  # `hopper.TESTED_JAX`, which older versions cannot import
 TARGET = pathlib.Path(__file__).parent / "golden" / "h100.txtpb"
 # Read when jax starts its backends: without it the compiler plugin wants a CUDA driver.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -214,6 +214,8 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
         saves.save(1, {"params": {"w": jnp.ones((1 << 22,))}}, {}, {})
         saves.wait()
         saves.save(2, {"params": {"w": jnp.ones((1 << 24,))}}, {}, {})
+        while len(os.listdir(sys.argv[1])) < 2:  # it is written in the background
+            pass
         os._exit(9)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=False)

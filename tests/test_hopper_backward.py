@@ -11,8 +11,8 @@ import pytest
 
 from pallas_kernels.call import Call
 
-if jax.__version_info__ < (0, 11, 2):
-    pytest.skip("the Hopper kernels need jax >= 0.11.2", allow_module_level=True)
+if jax.__version__ != hopper_aot.KERNEL_JAX:
+    pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
 
 from pallas_kernels.hopper import backward, blocks, inputs
 

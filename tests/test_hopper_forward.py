@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-if jax.__version_info__ < (0, 11, 2):
-    pytest.skip("the Hopper kernels need jax >= 0.11.2", allow_module_level=True)
+if jax.__version__ != hopper_aot.KERNEL_JAX:
+    pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
 
 from test_hopper_backward import make_case, relative_error
 
@@ -31,6 +31,10 @@ CASES = {
     "additive, pieces": (dict(delta=False, l2norm=False, tokens=256, decay=0.1), Choice(64, 4)),
     "additive, strong decay": (dict(delta=False, l2norm=False, decay=20.0), Choice(64)),
 }
+
+
+def test_the_tests_run_on_the_version_that_dispatch_accepts():
+    assert hopper.TESTED_JAX == (hopper_aot.KERNEL_JAX,)
 
 
 def oracle(call):
