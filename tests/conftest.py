@@ -2,6 +2,9 @@
 
 import os
 
+import pytest
+
+GPU = os.path.exists("/dev/nvidiactl")
 # Interpreted kernels park a CPU thread per warpgroup; with fewer threads than warpgroups they deadlock.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("PJRT_NPROC", "16")
@@ -10,6 +13,12 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # No test logs to a server.
 os.environ.setdefault("WANDB_MODE", "disabled")
 # Half of the suite's time is LLVM's; unoptimised code computes the same. (On a GPU it would slow kernels.)
-if not os.path.exists("/dev/nvidiactl"):
+if not GPU:
     flag = "--xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
