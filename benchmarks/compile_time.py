@@ -29,6 +29,7 @@ def measure(pattern: str, depth: int) -> dict[str, float]:
     config.model.update(pattern=pattern, num_layers=depth, **WIDTH)
     config.mixers.kda.update(num_heads=4, head_dim=64)
     config.mixers.full.num_heads = 4
+    config.data = configs.data("text", path="python-stdlib:")
     config = configs.resolve(config)
     definition = model.build(config)
     shapes = model.shapes(definition)
@@ -77,7 +78,7 @@ def main() -> None:
     for depth in args.depths.split(","):
         command = [sys.executable, "-m", "benchmarks.compile_time", "--pattern", args.pattern, "--one", depth]
         row = json.loads(
-            subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
         )
         first = first or row["total"]
         print(
