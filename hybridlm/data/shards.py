@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -171,7 +172,7 @@ def _open_shard(
     return np.asarray(np.memmap(path.with_suffix(".tokens"), dtype, mode="r")), offsets
 
 
-def _sync(file) -> None:  # type: ignore[no-untyped-def]
+def _sync(file: IO[Any]) -> None:
     """Closes a file whose bytes are on the disk: the rename that follows must not overtake them."""
     file.flush()
     os.fsync(file.fileno())
