@@ -1,27 +1,35 @@
 """Seconds of one train step, tokens/s and MFU of a config on this device, per backend of the recurrence.
 
     python -m benchmarks.train_step --config=configs/hybrid.py:340m,gdn,3:1 --batch_size=8 --seq_len=4096 \
-        [--microbatches=1] [--backends=auto,xla] [--steps=8] [--config.section.field=value ...]
+        [--microbatches=1] [--backends=auto,xla] [--steps=8] [--profile] [--config.section.field=value ...]
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
-end of the first step: initialisation, tracing, compilation, one step. Prints one JSON line a backend.
+end of the first step: initialisation, tracing, compilation, one step. Prints one JSON line a backend, and
+with --profile the GPU time of one step by kernel.
 """
 
 import argparse
 import gc
 import json
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 import pallas_kernels
+from benchmarks import profile
 from hybridlm import config as configs
 from hybridlm import cost, model, sharding, trainer
 
 
-def measure(config, batch: dict[str, np.ndarray], steps: int) -> dict[str, float]:
-    """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took."""
+def measure(
+    config: Any, batch: dict[str, np.ndarray], steps: int, profiled: bool = False
+) -> dict[str, float]:
+    """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
+
+    ``profiled``: one more step, whose kernels are printed.
+    """
     definition = model.build(config)
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
@@ -37,6 +45,8 @@ def measure(config, batch: dict[str, np.ndarray], steps: int) -> dict[str, float
             state, metrics = run(state, on_device)
             loss = float(metrics["loss"])
             seconds.append(time.perf_counter() - start)
+        if profiled:
+            print(profile.table(profile.kernels(lambda: run(state, on_device))))
     memory = run.memory_analysis()  # type: ignore[attr-defined]
     tokens = batch["tokens"].size
     median = float(np.median(seconds[1:]))
@@ -63,6 +73,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--backends", default="auto,xla")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", action="store_true")
     args, rest = parser.parse_known_args()
     overrides = dict(field.removeprefix("--config.").split("=", 1) for field in rest)
     for name in ("batch_size", "seq_len", "microbatches"):
@@ -81,7 +92,7 @@ def main() -> None:
     rows = {}
     for backend in args.backends.split(","):
         with pallas_kernels.auto_means(backend):
-            rows[backend] = measure(config, batch, args.steps)
+            rows[backend] = measure(config, batch, args.steps, args.profile)
         print(json.dumps({"config": args.config, "backend": backend} | rows[backend]), flush=True)
         gc.collect()
     if len(rows) == 2:
