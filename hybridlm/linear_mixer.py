@@ -9,8 +9,9 @@ Parameterisation: FLA's layers (flash-linear-attention). Gates, log-decays and b
 Shape legend: B batch, T time, D model width, H key heads, HV value heads (multiple of H), K and V their dims.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 
 from hybridlm.errors import ConfigError
 from hybridlm.layers import Initializer, Linear, RMSNorm, ShortConv
-from hybridlm.mixers import Cost, TokenMixer
+from hybridlm.mixers import Cost, TokenMixer, at_least, one_of, whole_heads
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels import linear_attention, linear_attention_step
@@ -53,6 +54,63 @@ class Heads(NamedTuple):
             raise ConfigError("num_v_heads", self.num_v, f"must be a multiple of num_heads = {self.num}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of every linear mixer; a kind adds its own and its defaults.
+
+    num_heads: key heads; 0 is key_width / head_dim, with key_width = d_model unless the kind says otherwise.
+    head_dim: channels of q and k per head.
+    v_head_dim: channels of v per value head; 0 is v_expansion * head_dim.
+    conv_size: taps of the short convolutions with SiLU on q, k, v; 0 for none.
+    output_gate: "none", or "swish" or "sigmoid" of a projection of the layer's input.
+    norm_eps: of the output norm.
+    """
+
+    v_expansion: ClassVar[int] = 1
+
+    num_heads: int = 0
+    head_dim: int = 128
+    v_head_dim: int = 0
+    conv_size: int = 4
+    output_gate: str = "none"
+    norm_eps: float = 1e-6
+
+    def key_width(self, d_model: int) -> int:
+        return d_model
+
+    def heads(self, d_model: int) -> Heads:
+        num = self.num_heads or self.key_width(d_model) // self.head_dim
+        return Heads(num, num, self.head_dim, self.v_head_dim or self.v_expansion * self.head_dim)
+
+    def check(self, d_model: int) -> None:
+        at_least(self, 0, "num_heads", "head_dim", "v_head_dim", "conv_size", "norm_eps")
+        one_of(self, "output_gate", list(OUTPUT_GATES))
+        if not self.num_heads:
+            at_least(self, 1, "head_dim")
+        whole_heads(self, self.key_width(d_model), self.head_dim)
+        self.heads(d_model).check()
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedConfig(Config):
+    """A `Config` with grouped value heads and a delta rule's beta.
+
+    num_v_heads: value heads, a multiple of num_heads (neighbours share a key head); 0 is num_heads.
+    neg_eigval: beta in (0, 2) instead of (0, 1), for state tracking (2411.12537).
+    """
+
+    num_v_heads: int = 0
+    neg_eigval: bool = False
+
+    def heads(self, d_model: int) -> Heads:
+        heads = super().heads(d_model)
+        return heads._replace(num_v=self.num_v_heads or heads.num)
+
+    def check(self, d_model: int) -> None:
+        at_least(self, 0, "num_v_heads")
+        super().check(d_model)
+
+
 class Inputs(NamedTuple):
     """Arguments of the recurrence: q, k [B, T, H, K]; v [B, T, HV, V]; gates [B, T, HV(, K)] float32."""
 
@@ -77,27 +135,19 @@ class LinearCache(NamedTuple):
 class LinearMixer(TokenMixer):
     """Projections, short convolutions, recurrence, gated output norm. A kind defines `inputs`.
 
-    conv_size: taps of the short convolutions, 0 for none.
-    output_gate: key of OUTPUT_GATES; gate_rank: 0 for one matrix, else the middle width of two.
+    gate_rank: of the output gate: 0 for one matrix, else the middle width of two.
     gate_bias: bias of the second of the two.
     """
 
     qk_l2norm = False
 
     def __init__(
-        self,
-        d_model: int,
-        heads: Heads,
-        *,
-        rngs: nnx.Rngs,
-        conv_size: int,
-        norm_eps: float,
-        output_gate: str = "none",
-        gate_rank: int = 0,
-        gate_bias: bool = False,
+        self, config: Config, d_model: int, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
     ):
+        self.heads = heads = config.heads(d_model)
+        self.conv_size = conv_size = config.conv_size
+        self.output_gate = output_gate = config.output_gate
         key_width, value_width = heads.key_width, heads.value_width
-        self.heads, self.conv_size, self.output_gate = heads, conv_size, output_gate
         self.q_proj = Linear(d_model, key_width, rngs=rngs)
         self.k_proj = Linear(d_model, key_width, rngs=rngs)
         self.v_proj = Linear(d_model, value_width, rngs=rngs)
@@ -111,7 +161,7 @@ class LinearMixer(TokenMixer):
             self.g_b_proj = Linear(gate_rank, value_width, rngs=rngs, axes=(None, "heads"), bias=gate_bias)
         elif output_gate != "none":
             self.g_proj = Linear(d_model, value_width, rngs=rngs)
-        self.o_norm = RMSNorm(heads.value, rngs=rngs, eps=norm_eps)
+        self.o_norm = RMSNorm(heads.value, rngs=rngs, eps=config.norm_eps)
         self.o_proj = Linear(value_width, d_model, rngs=rngs, axes=("heads", "embed"))
 
     # What a kind overrides.

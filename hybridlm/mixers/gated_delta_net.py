@@ -6,6 +6,7 @@ y = W_o (rmsnorm(o) * swish(W_g x)),   q, k, v = silu(conv(W x)),  q and k of un
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -13,8 +14,6 @@ from flax import nnx
 from hybridlm import linear_mixer
 from hybridlm.layers import Linear, param
 from hybridlm.linear_mixer import (
-    OUTPUT_GATES,
-    Heads,
     Inputs,
     LinearMixer,
     dt_bias_init,
@@ -22,59 +21,29 @@ from hybridlm.linear_mixer import (
     softplus_decay,
     write_strength,
 )
-from hybridlm.mixers import Cost, at_least, one_of, whole_heads
+from hybridlm.mixers import Cost
 from hybridlm.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Gated DeltaNet.
+class Config(linear_mixer.GroupedConfig):
+    """Gated DeltaNet. With num_heads = 0 its keys take 0.75 d_model, and the layer 6 d_model^2 parameters."""
 
-    num_heads: key heads; 0 is 0.75 d_model / head_dim, with which the layer has 6 d_model^2 parameters.
-    num_v_heads: value heads, a multiple of num_heads (neighbours share a key head); 0 is num_heads.
-    head_dim: channels of q and k per head.
-    v_head_dim: channels of v per value head; 0 is twice head_dim.
-    conv_size: taps of the short convolutions on q, k, v; 0 for none.
-    neg_eigval: beta in (0, 2) instead of (0, 1), for state tracking (2411.12537).
-    output_gate: "swish", "sigmoid" or "none"; a full-rank projection.
-    norm_eps: of the output norm.
-    """
+    v_expansion: ClassVar[int] = 2
 
-    num_heads: int = 0
-    num_v_heads: int = 0
     head_dim: int = 256
-    v_head_dim: int = 0
-    conv_size: int = 4
-    neg_eigval: bool = False
     output_gate: str = "swish"
-    norm_eps: float = 1e-6
 
-    def heads(self, d_model: int) -> Heads:
-        num = self.num_heads or 3 * d_model // 4 // self.head_dim
-        return Heads(num, self.num_v_heads or num, self.head_dim, self.v_head_dim or 2 * self.head_dim)
-
-    def check(self, d_model: int) -> None:
-        at_least(self, 1, "head_dim")
-        at_least(self, 0, "num_heads", "num_v_heads", "v_head_dim", "conv_size", "norm_eps")
-        one_of(self, "output_gate", list(OUTPUT_GATES))
-        whole_heads(self, 3 * d_model // 4, self.head_dim)
-        self.heads(d_model).check()
+    def key_width(self, d_model: int) -> int:
+        return 3 * d_model // 4
 
 
 class Mixer(LinearMixer):
     qk_l2norm = True
 
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        heads = config.heads(d_model)
-        super().__init__(
-            d_model,
-            heads,
-            rngs=rngs,
-            conv_size=config.conv_size,
-            norm_eps=config.norm_eps,
-            output_gate=config.output_gate,
-        )
-        self.neg_eigval = config.neg_eigval
+        super().__init__(config, d_model, rngs=rngs)
+        heads, self.neg_eigval = self.heads, config.neg_eigval
         self.a_proj = Linear(d_model, heads.num_v, rngs=rngs)
         self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(0, 16), decay=False)

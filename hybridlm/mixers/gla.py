@@ -14,33 +14,27 @@ from flax import nnx
 from hybridlm import linear_mixer
 from hybridlm.errors import ConfigError
 from hybridlm.layers import Linear
-from hybridlm.linear_mixer import OUTPUT_GATES, Heads, Inputs, LinearMixer, split_heads
-from hybridlm.mixers import Cost, at_least, one_of
+from hybridlm.linear_mixer import Heads, Inputs, LinearMixer, split_heads
+from hybridlm.mixers import Cost, at_least
 from hybridlm.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(linear_mixer.Config):
     """Gated Linear Attention.
 
-    num_heads: heads.
-    head_dim: channels of q and k per head; 0 is d_model / 2 / num_heads.
-    v_head_dim: channels of v per head; 0 is d_model / num_heads.
-    conv_size: taps of short convolutions with SiLU on q, k, v; 0 for none, as in the paper.
+    head_dim: 0 is d_model / 2 / num_heads.  v_head_dim: 0 is d_model / num_heads.
+    conv_size: the paper has no convolutions.
     gate_rank: middle width of the decay gate.
     gate_normalizer: divides the log decay; larger forgets more slowly.
-    output_gate: "swish", "sigmoid" or "none"; a full-rank projection.
-    norm_eps: of the output norm.
     """
 
     num_heads: int = 4
     head_dim: int = 0
-    v_head_dim: int = 0
     conv_size: int = 0
     gate_rank: int = 16
     gate_normalizer: float = 16.0
     output_gate: str = "swish"
-    norm_eps: float = 1e-6
 
     def heads(self, d_model: int) -> Heads:
         key = self.head_dim or d_model // 2 // self.num_heads
@@ -49,8 +43,6 @@ class Config:
 
     def check(self, d_model: int) -> None:
         at_least(self, 1, "num_heads", "gate_rank")
-        at_least(self, 0, "head_dim", "v_head_dim", "conv_size", "norm_eps")
-        one_of(self, "output_gate", list(OUTPUT_GATES))
         if self.gate_normalizer <= 0:
             raise ConfigError("gate_normalizer", self.gate_normalizer, "must be above 0")
         if d_model % (2 * self.num_heads) and not (self.head_dim and self.v_head_dim):
@@ -59,23 +51,17 @@ class Config:
                 self.num_heads,
                 f"twice it must divide d_model = {d_model} where head_dim or v_head_dim is 0",
             )
-        self.heads(d_model).check()
+        super().check(d_model)
 
 
 class Mixer(LinearMixer):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        heads = config.heads(d_model)
-        super().__init__(
-            d_model,
-            heads,
-            rngs=rngs,
-            conv_size=config.conv_size,
-            norm_eps=config.norm_eps,
-            output_gate=config.output_gate,
-        )
+        super().__init__(config, d_model, rngs=rngs)
         self.gate_normalizer = config.gate_normalizer
         self.f_a_proj = Linear(d_model, config.gate_rank, rngs=rngs, axes=("embed", None))
-        self.f_b_proj = Linear(config.gate_rank, heads.key_width, rngs=rngs, axes=(None, "heads"), bias=True)
+        self.f_b_proj = Linear(
+            config.gate_rank, self.heads.key_width, rngs=rngs, axes=(None, "heads"), bias=True
+        )
 
     def activate(self, x: jax.Array) -> jax.Array:
         return jax.nn.silu(x) if self.conv_size else x

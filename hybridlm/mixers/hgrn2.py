@@ -63,7 +63,8 @@ class Shared(LowerBounds):
 class Mixer(LinearMixer):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         heads = config.heads(d_model)
-        super().__init__(d_model, heads, rngs=rngs, conv_size=config.conv_size, norm_eps=NORM_EPS)
+        common = linear_mixer.Config(heads.num, heads.key, heads.value, config.conv_size, norm_eps=NORM_EPS)
+        super().__init__(common, d_model, rngs=rngs)
         self.o_norm = RMSNorm(heads.value_width, rngs=rngs, eps=NORM_EPS, axis="heads")
 
     def activate(self, x: jax.Array) -> jax.Array:

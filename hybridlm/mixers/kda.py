@@ -16,8 +16,6 @@ from hybridlm import linear_mixer
 from hybridlm.errors import ConfigError
 from hybridlm.layers import Linear, param, zeros
 from hybridlm.linear_mixer import (
-    OUTPUT_GATES,
-    Heads,
     Inputs,
     LinearMixer,
     dt_bias_init,
@@ -26,52 +24,30 @@ from hybridlm.linear_mixer import (
     split_heads,
     write_strength,
 )
-from hybridlm.mixers import Cost, at_least, one_of, whole_heads
+from hybridlm.mixers import Cost, at_least
 from hybridlm.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Kimi Delta Attention.
+class Config(linear_mixer.GroupedConfig):
+    """Kimi Delta Attention. v_head_dim is also the middle width of the low-rank gates.
 
-    num_heads: key heads; 0 is d_model / head_dim.
-    num_v_heads: value heads, a multiple of num_heads (neighbours share a key head); 0 is num_heads.
-    head_dim: channels of q and k per head.
-    v_head_dim: channels of v per value head, and the middle width of the low-rank gates; 0 is head_dim.
-    conv_size: taps of the short convolutions on q, k, v; 0 for none.
     lower_bound: 0 for the softplus decay gate; below 0 (FLA's safe gate has -5) the log decay stays above it.
-    neg_eigval: beta in (0, 2) instead of (0, 1), for state tracking (2411.12537).
-    output_gate: "sigmoid", "swish" or "none".
     output_gate_rank: middle width of the output gate; 0 is v_head_dim, -1 one full-rank matrix (Kimi K3).
     output_gate_bias: bias of the output gate's second matrix (FLA has it, Kimi's released weights do not).
-    norm_eps: of the output norm.
     """
 
-    num_heads: int = 0
-    num_v_heads: int = 0
-    head_dim: int = 128
-    v_head_dim: int = 0
-    conv_size: int = 4
     lower_bound: float = 0.0
-    neg_eigval: bool = False
     output_gate: str = "sigmoid"
     output_gate_rank: int = 0
     output_gate_bias: bool = True
     norm_eps: float = 1e-5
 
-    def heads(self, d_model: int) -> Heads:
-        num = self.num_heads or d_model // self.head_dim
-        return Heads(num, self.num_v_heads or num, self.head_dim, self.v_head_dim or self.head_dim)
-
     def check(self, d_model: int) -> None:
-        at_least(self, 1, "head_dim")
-        at_least(self, 0, "num_heads", "num_v_heads", "v_head_dim", "conv_size", "norm_eps")
         at_least(self, -1, "output_gate_rank")
-        one_of(self, "output_gate", list(OUTPUT_GATES))
         if self.lower_bound > 0:
             raise ConfigError("lower_bound", self.lower_bound, "must be 0 (none) or a negative log decay")
-        whole_heads(self, d_model, self.head_dim)
-        self.heads(d_model).check()
+        super().check(d_model)
 
 
 class Mixer(LinearMixer):
@@ -80,12 +56,9 @@ class Mixer(LinearMixer):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         heads = config.heads(d_model)
         super().__init__(
+            config,
             d_model,
-            heads,
             rngs=rngs,
-            conv_size=config.conv_size,
-            norm_eps=config.norm_eps,
-            output_gate=config.output_gate,
             gate_rank=max(config.output_gate_rank or heads.value, 0),
             gate_bias=config.output_gate_bias,
         )
