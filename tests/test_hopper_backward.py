@@ -14,7 +14,7 @@ from pallas_kernels.call import Call
 if jax.__version__ != hopper_aot.KERNEL_JAX:
     pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
 
-from pallas_kernels.hopper import backward, blocks, inputs
+from pallas_kernels.hopper import backward, blocks, inputs, table
 
 BF16 = jnp.bfloat16
 # Relative RMS error. Operands, A, V', dV and states are bf16; dbeta is an inner product of two of them,
@@ -26,13 +26,15 @@ CASES = {
     "delta, no decay, beta to 2": dict(decay=0.0, beta_max=2.0),
     "delta, strong decay": dict(decay=20.0),
     "delta, documents, groups, ragged": dict(documents=True, value_heads=2, tokens=150),
+    "delta, pieces": dict(tokens=256, decay=0.1, pieces=4),
     "additive": dict(delta=False, l2norm=False),
+    "additive, pieces, documents": dict(delta=False, l2norm=False, tokens=256, documents=True, pieces=2),
     "additive, documents": dict(delta=False, l2norm=False, documents=True),
 }
 
 
 def make_case(
-    tokens=128, value_heads=1, dim=64, delta=True, decay=1.0, documents=False, l2norm=True, beta_max=1.0
+    tokens=128, value_heads=1, dim=64, delta=True, decay=1.0, documents=False, l2norm=True, beta_max=1.0, pieces=1
 ):  # fmt: skip
     """(Call, gradient of o, gradient of the final state); decay 0 means none."""
     rng = np.random.default_rng(0)
@@ -69,7 +71,26 @@ def relative_error(got, want):
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
 
 
-def kernel_gradients(call, kept, do, d_state):
+def moves(call, kept, pieces):
+    """M^T of each piece [B, pieces, HV, K, K] (a factor [B, pieces, HV] if additive), chunk by chunk."""
+    gates = chunk_oracle.gates(call, call.q.shape[1])  # [B, HV, chunks, 8, 64]
+    batch, heads, chunks = gates.shape[:3]
+    if call.beta is None:
+        return np.prod(gates[..., blocks.CARRY, 0].reshape(batch, heads, pieces, -1), -1).swapaxes(1, 2)
+    keys = np.asarray(call.k, np.float64)
+    out = np.zeros((batch, pieces, heads, keys.shape[3], keys.shape[3]))
+    for b, p, h in np.ndindex(batch, pieces, heads):
+        total = np.eye(keys.shape[3])
+        for n in range(p * chunks // pieces, (p + 1) * chunks // pieces):
+            rows, gate = slice(n * 64, n * 64 + 64), gates[b, h, n][:, :, None]
+            k = keys[b, rows, h * keys.shape[2] // heads]
+            seen = kept["A"][b, rows, h] @ (gate[blocks.BETA] * gate[blocks.READ_K] * k)
+            total = gate[blocks.CARRY, 0] * total - (gate[blocks.WRITE] * k).T @ seen @ total
+        out[b, p, h] = total.T
+    return out
+
+
+def kernel_gradients(call, kept, do, d_state, pieces):
     """The backward kernels fed with what the float64 forward would keep for them."""
     prepared = inputs.prepare(call)
     length = prepared.k.shape[1]
@@ -78,15 +99,18 @@ def kernel_gradients(call, kept, do, d_state):
         states=jnp.asarray(np.swapaxes(kept["h"], 3, 4), BF16),
         inverses=None if call.beta is None else jnp.asarray(np.swapaxes(kept["A"], 1, 2), BF16),
         values=None if call.beta is None else blocks.pad_time(jnp.asarray(kept["u"], BF16), length),
+        moves=jnp.asarray(moves(call, kept, pieces), jnp.float32) if pieces > 1 else None,
     )
-    return backward.gradients(prepared, saved, do, d_state, value_tile=64, run=2)
+    return backward.gradients(prepared, saved, do, d_state, table.Choice(64, pieces))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_gradients(name, capfd):
     call, do, d_state = make_case(**CASES[name])
     _, _, want, kept = expect(call, do, d_state)
-    got = kernel_gradients(dataclasses.replace(call, interpret=True), kept, do, d_state)
+    got = kernel_gradients(
+        dataclasses.replace(call, interpret=True), kept, do, d_state, CASES[name].get("pieces", 1)
+    )
     for field, key in zip(got._fields, ("q", "k", "v", "g", "beta", "S0"), strict=True):
         value = getattr(got, field)
         if value is not None:
@@ -121,8 +145,6 @@ SHAPES = {  # B, T, H, HV, K, V, delta
 @pytest.mark.aot
 @pytest.mark.parametrize("shape", SHAPES)
 def test_compiles_without_spills(shape):
-    from pallas_kernels.hopper import table
-
     B, T, H, HV, K, V, delta = SHAPES[shape]
     f32 = jnp.float32
     struct = jax.ShapeDtypeStruct
@@ -142,11 +164,10 @@ def test_compiles_without_spills(shape):
         struct((B, HV, T, 64), BF16) if delta else None,
         struct((B, T, HV, V), BF16) if delta else None,
     )
-    value_tile, run = table.backward((B, T, H, K), (B, T, HV, V))
 
     def gradients(arrays, saved, do):
         prepared = inputs.Inputs(**arrays, scale=K**-0.5, l2norm=delta, interpret=False)
-        return backward.gradients(prepared, saved, do, None, value_tile=value_tile, run=run)
+        return backward.gradients(prepared, saved, do, None)
 
     report = hopper_aot.compile_for_hopper(gradients, arrays, saved, struct((B, T, HV, V), BF16))
     assert len(report) == 2, report

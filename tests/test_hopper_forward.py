@@ -52,7 +52,7 @@ def test_interpreted(name, capfd):
     call = dataclasses.replace(make_case(**options)[0], interpret=True)
     o, final, kept = oracle(call)
     inputs = prepare(call)
-    out, inverses = forward_pass(inputs, final=True, keep=True, choice=choice)
+    out, inverses, _ = forward_pass(inputs, final=True, keep=True, choice=choice)
     length, tokens = inputs.k.shape[1], call.q.shape[1]
     assert relative_error(out.o[:, :tokens], o) < TOLERANCE
     assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE

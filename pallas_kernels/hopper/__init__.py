@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.call import Call
-from pallas_kernels.hopper import table
 from pallas_kernels.hopper.backward import Saved, gradients
 from pallas_kernels.hopper.forward import forward_pass
 from pallas_kernels.hopper.inputs import prepare
@@ -54,8 +53,7 @@ def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call
 
 def _backward(kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
     call, saved = kept
-    tile, run = table.backward(call.k.shape, call.v.shape)
-    d = gradients(prepare(call), saved, *cotangents, value_tile=tile, run=run)
+    d = gradients(prepare(call), saved, *cotangents)
 
     def like(x: Any, gradient: Any) -> Any:
         return None if x is None else gradient.astype(x.dtype)
@@ -84,9 +82,9 @@ _attend_interpreted.defvjp(_forward, _backward)
 
 
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Saved | None]:
-    out, inverses = forward_pass(prepare(call), final=call.output_final_state, keep=keep)
+    out, inverses, moves = forward_pass(prepare(call), final=call.output_final_state, keep=keep)
     final = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
-    saved = Saved(out.gates, out.states, inverses, out.values) if keep else None
+    saved = Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
     return (out.o[:, : call.q.shape[1]], final), saved
 
 

@@ -4,17 +4,20 @@ The forward keeps, per chunk of 64 tokens and value head, the state that enters,
 numbers per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hopper import blocks
+from pallas_kernels.hopper import blocks, pieces, table
 from pallas_kernels.hopper.backward_chunks import DECAY, ERROR, KEPT, LEAVING, chunk_gradients
 from pallas_kernels.hopper.backward_scan import reverse_scan
 from pallas_kernels.hopper.blocks import BETA, CARRY, F32, C
 from pallas_kernels.hopper.inputs import Inputs
+
+CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
 
 
 class Saved(NamedTuple):
@@ -22,12 +25,14 @@ class Saved(NamedTuple):
 
     gates: [B, HV, T/C, 8, C] float32, see blocks.  states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
     inverses: A [B, HV, T, C] bf16, values: V' [B, T, HV, V] bf16; both None if additive.
+    moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
     """
 
     gates: jax.Array
     states: jax.Array
     inverses: jax.Array | None = None
     values: jax.Array | None = None
+    moves: jax.Array | None = None
 
 
 class Gradients(NamedTuple):
@@ -42,21 +47,34 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, *, value_tile: int, run: int
+    inputs: Inputs,
+    saved: Saved,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    choice: table.Choice | None = None,
 ) -> Gradients:
     """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None."""
+    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, tokens = inputs.v.shape[2], do.shape[1]
     do = blocks.pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
-    state_gradients, dv, first = reverse_scan(
-        inputs, saved.gates, saved.inverses, do, d_state, value_tile=value_tile
+    scan = functools.partial(
+        reverse_scan, inputs, saved.gates, saved.inverses, do, value_tile=choice.value_tile
     )
+    if saved.moves is not None:
+        count = saved.moves.shape[1]
+        alone = scan(None, pieces=count, summary=True)
+        ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
+        state_gradients, dv, first = scan(ends, pieces=count)
+        first = first[::count]
+    else:
+        state_gradients, dv, first = scan(d_state)
     delta = saved.inverses is not None
     values = inputs.v if saved.values is None else saved.values
     dq, dk, sums = chunk_gradients(
-        inputs, saved.gates, saved.states, state_gradients, values, do, dv if delta else None, run=run
+        inputs, saved.gates, saved.states, state_gradients, values, do, dv if delta else None, run=CHUNK_RUN
     )
 
     def over_group(x: jax.Array) -> jax.Array:

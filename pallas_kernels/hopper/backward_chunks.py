@@ -184,7 +184,7 @@ def chunk_gradients(
                 plgpu.barrier_wait(s["v_filled"])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results have left
 
-                @pl.when(i > 0)
+                @pl.when((i > 0) & (i + 1 < steps))
                 def _() -> None:
                     plgpu.barrier_arrive(s["qk_free"].at[blocks.rem(i + 1, slots)])
 

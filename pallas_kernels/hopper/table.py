@@ -24,8 +24,3 @@ def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice:
     while chunks >= LONG and chunks % (2 * pieces) == 0 and 4 <= FILL // blocks >= 2 * pieces and pieces < 16:
         pieces *= 2
     return Choice(64, pieces)
-
-
-def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> tuple[int, int]:
-    """(values a block of threads of the reverse scan works on, chunks a block of the chunk kernel takes)."""
-    return forward(k_shape, v_shape).value_tile, 4
