@@ -19,7 +19,8 @@ LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small mo
 class Inputs:
     """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
 
-    q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  log_decay, beta: None or [B, HV, T].
+    q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  beta: None or [B, HV, T].
+    log_decay: None, [B, HV, T], or per key channel [B, T, HV, K].
     segment: None or [B, T], the document of each token (a whole number below 2^24).
     entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
     state: None or S_0^T [B, HV, V, K] float32.
@@ -49,11 +50,16 @@ def prepare(call: Call) -> Inputs:
     beta = None if call.beta is None else blocks.head_major(call.beta, length)
     if beta is not None:
         beta = jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
+    log_decay = call.log_decay
+    if log_decay is not None and log_decay.ndim == 4:
+        log_decay = blocks.pad_time(log_decay.astype(F32), length)
+    elif log_decay is not None:
+        log_decay = blocks.head_major(log_decay, length)
     return Inputs(
         q=blocks.pad_time(call.q, length),
         k=blocks.pad_time(call.k, length),
         v=blocks.pad_time(call.v, length),
-        log_decay=None if call.log_decay is None else blocks.head_major(call.log_decay, length),
+        log_decay=log_decay,
         beta=beta,
         segment=segment,
         entering=entering,
