@@ -11,7 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK_ELEMENTS = 1 << 25  # logits held at once: 32 Mi elements, 128 MiB in float32
+from hybridlm import sharding
+
+# Tokens in a chunk, on each device: as many as make 128 MiB of float32 logits, but at least twice d_model,
+# since every chunk reads the head and adds to its gradient (12 bytes an element, against 20 a logit).
+CHUNK_ELEMENTS = 1 << 25
+HEAD_REUSE = 2
 
 
 class LossSums(NamedTuple):
@@ -51,10 +56,11 @@ def per_token(
     For evaluation, in the same chunks; 0 and False where a target is negative.
     """
     batch, length = targets_BT.shape
-    hidden, targets, chunk = _pad(hidden_BTD, targets_BT, head_DV.shape[-1])
+    hidden, targets, chunk = _pad(hidden_BTD, targets_BT, head_DV.shape)
+    head = head_DV.astype(hidden_BTD.dtype)
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        _, log_z, _, target_logit, correct = _scores(xs[0], head_DV, xs[1])
+        _, log_z, _, target_logit, correct = _scores(xs[0], head, xs[1])
         present = xs[1] >= 0
         return jnp.where(present, target_logit - log_z, 0), correct & present
 
@@ -69,22 +75,28 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
 
-def _chunk_length(batch: int, length: int, vocab: int) -> int:
-    """The longest power-of-two chunk of time whose logits stay within CHUNK_ELEMENTS."""
+def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
+    """The longest power-of-two chunk of time of as many tokens a device as the constants above allow."""
+    d_model, vocab = head_shape
+    rows, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
+    tokens = max(CHUNK_ELEMENTS // columns, HEAD_REUSE * d_model)
     chunk = 1
-    while chunk < length and 2 * chunk * batch * vocab <= CHUNK_ELEMENTS:
+    while chunk < length and 2 * chunk * rows <= tokens:
         chunk *= 2
     return chunk
 
 
 def _scores(h: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
     """Logits and is_target [B, T, V]; log Z, the target's logit and whether it is above all others [B, T]."""
-    logits = jnp.einsum("btd,dv->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    correct = target_logit > jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1)
+    best_other = jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1)
+    # Two passes over the logits, these maxima and the sum: `logsumexp` would look for the maximum again.
+    top = jnp.where(targets >= 0, jnp.maximum(target_logit, best_other), best_other)
+    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
+    correct = target_logit > best_other
     return logits, log_z, is_target, target_logit, correct
 
 
@@ -102,9 +114,11 @@ def _logits_and_sums(
     return logits, log_z, is_target, sums
 
 
-def _pad(hidden: jax.Array, targets: jax.Array, vocab: int) -> tuple[jax.Array, jax.Array, int]:
+def _pad(
+    hidden: jax.Array, targets: jax.Array, head_shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, int]:
     batch, length = targets.shape
-    chunk = _chunk_length(batch, length, vocab)
+    chunk = _chunk_length(batch, length, head_shape)
     extra = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
     return hidden, jnp.pad(targets, ((0, 0), (0, extra)), constant_values=-1), chunk
@@ -114,7 +128,8 @@ def _pad(hidden: jax.Array, targets: jax.Array, vocab: int) -> tuple[jax.Array, 
 def _chunked(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
 ) -> tuple[jax.Array, LossSums]:
-    hidden, targets, chunk = _pad(hidden, targets, head.shape[-1])
+    hidden, targets, chunk = _pad(hidden, targets, head.shape)
+    head = head.astype(hidden.dtype)
 
     def step(total: LossSums, xs: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
         sums = _logits_and_sums(xs[0], head, xs[1])[-1]
@@ -126,16 +141,17 @@ def _chunked(
 
 def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float) -> tuple:
     length = targets.shape[1]
-    padded, targets, chunk = _pad(hidden, targets, head.shape[-1])
+    padded, targets, chunk = _pad(hidden, targets, head.shape)
+    cast = head.astype(hidden.dtype)
 
     def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
         total, d_head = carry
         h, target = xs
-        logits, log_z, is_target, sums = _logits_and_sums(h, head, target)
+        logits, log_z, is_target, sums = _logits_and_sums(h, cast, target)
         scale = 1 + 2 * z_loss * log_z
         d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
         d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(h.dtype)
-        d_h = jnp.einsum("btv,dv->btd", d_logits, head.astype(h.dtype))
+        d_h = jnp.einsum("btv,dv->btd", d_logits, cast)
         d_head = d_head + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, total, sums), d_head), d_h
 

@@ -123,19 +123,45 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The global host arrays of ``batch`` [B, ...] on the mesh; each process copies only its own rows."""
+def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which of ``batch_size`` rows the devices of this process hold, ascending."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """The host arrays of ``batch`` as global arrays [batch_size, ...] on the mesh.
+
+    batch: of this process's rows (`batch_rows`) of ``batch_size``; None: it holds the whole batch.
+    """
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-        for name, array in batch.items()
-    }
+
+    def put(array: np.ndarray) -> jax.Array:
+        if batch_size is None:
+            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+        rows = batch_rows(mesh, batch_size)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            begin, end, _ = index[0].indices(batch_size)
+            return array[slice(*np.searchsorted(rows, (begin, end)))]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 def _current() -> Mapping[str, int] | None:
     """Sizes of the mesh in context, None when there is none or it is a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh.shape
+
+
+def parts(logical: str) -> int:
+    """Among how many devices of the mesh in context an axis is cut that they divide."""
+    mesh = _current()
+    return 1 if mesh is None else int(np.prod([mesh[name] for name in RULES[logical]]))
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
