@@ -1,24 +1,28 @@
 """Our kernels, jax-linear-attention and flash-linear-attention on one GPU: time, memory, accuracy.
 
-    python benchmarks/kernels.py [--ops gated_deltanet,gla] [--shapes 0,1] [--peers ours,jla,fla] [--jobs 8]
+    python benchmarks/kernels.py [--ops gated_deltanet,gla] [--shapes 0,1] [--peers ours,jla] [--out FOLDER]
+    python benchmarks/kernels.py --peers fla --ops deltanet --shapes 0 --fla_seconds 300
 
-Every peer runs in a process of its own, one after the other: q, k, v bf16, normal; log-decay
-logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key channel; beta sigmoid(normal); q, k
-normalised in the op by the delta family. JSON lines first, a table last. A peer that is not installed or
-refuses is a row too.
+One process a peer, op and shape: they compile --jobs at a time and then, nothing else running, take turns on
+the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key
+channel; beta sigmoid(normal); q, k normalised in the op by the delta family; no final state. A peer that is
+not installed or refuses is a row too. FLA autotunes for minutes at the first call of an op, hence its bound.
 
-Times are medians of 5 groups of calls around block_until_ready. The floor counts each input read and each
-output written once at 3.0 TB/s: q, k, v, o (and the channel decay) forward; q, k, v, dO, dq, dk, dv besides
-(and the channel decay and its gradient) backward. First-call seconds (trace, lower, compile) are honest
-only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on the same bf16 inputs,
-B1 T1024 H2 D128; "same bits" compares two runs.
+Times are medians of 5 groups of calls, a group of at least 20 ms, around block_until_ready. The floor counts
+each input read and each output written once at 3.0 TB/s: q, k, v, o (and the channel decay) forward; q, k, v,
+dO, dq, dk, dv besides (and the channel decay and its gradient) backward. First-call seconds (trace, lower,
+compile) are honest only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on
+the same bf16 inputs, B1 T1024 H2 D128: "plain" is distributed as above, "hard" has a decay of -20 (-5 per
+channel) at every eighth token, beta up to 2 and keys that are not normalised. "same bits" compares two runs.
+Prints JSON rows and tables in Markdown; --out also writes them to kernels.json and kernels.md. --profile adds
+the milliseconds of every kernel on the device.
 """
 
 import argparse
 import contextlib
 import fcntl
 import functools
-import itertools
+import glob
 import json
 import os
 import pathlib
@@ -32,12 +36,13 @@ from typing import Any
 
 import numpy as np
 
-SHAPES = [(8, 4096, 16, 128), (2, 16384, 16, 128), (1, 65536, 8, 128), (4, 2048, 16, 128), (8, 4096, 16, 64)]
+SHAPES = [(1, 256, 1, 64), (2, 128, 2, 64)]
 OPS = ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla")
 PEERS = ("ours", "jla", "fla")
-ACCURACY_SHAPE = (1, 1024, 2, 128)
+CASES = ("plain", "hard")
+ACCURACY_SHAPE = (1, 128, 2, 64)
 BYTES_PER_SECOND = 3.0e12
-GRADIENTS = ("q", "k", "v", "g", "beta")
+RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta")
 
 
 def channel(op: str) -> bool:
@@ -48,7 +53,7 @@ def delta(op: str) -> bool:
     return op in ("kda", "gated_deltanet", "deltanet")
 
 
-def floor_ms(op: str, shape: tuple[int, ...]) -> tuple[float, ...]:
+def floor_ms(op: str, shape: list[int]) -> tuple[float, ...]:
     """Forward, forward and backward."""
     B, T, H, D = shape
     tensor = 2 * B * T * H * D
@@ -56,33 +61,46 @@ def floor_ms(op: str, shape: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(n * tensor / BYTES_PER_SECOND * 1e3 for n in (forward, forward + backward))
 
 
-def make_inputs(op: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """float32 numpy: q, k, v, do, and g, beta where the op has them."""
-    B, T, H, D = shape
+def shapes_of(op: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    gates = {"g": shape if channel(op) else shape[:3], "beta": shape[:3]}
+    wanted = ("g",) * (op != "deltanet") + ("beta",) * delta(op)
+    return dict.fromkeys(("q", "k", "v", "do"), shape) | {name: gates[name] for name in wanted}
+
+
+def exact_inputs(op: str, case: str) -> dict[str, np.ndarray]:
+    """float32 numpy of ACCURACY_SHAPE: q, k, v, do, and g, beta where the op has them."""
     rng = np.random.default_rng(0)
-    normal = lambda *s: rng.standard_normal(s, np.float32)
-    x = {name: normal(B, T, H, D) for name in ("q", "k", "v", "do")}
-    log_sigmoid = lambda x: -np.logaddexp(0, -x)
-    if channel(op):
-        x["g"] = np.maximum(log_sigmoid(normal(B, T, H, D)), -5)
-    elif op != "deltanet":
-        x["g"] = log_sigmoid(normal(B, T, H))
-    if delta(op):
-        x["beta"] = 1 / (1 + np.exp(-normal(B, T, H)))
+    x: dict[str, Any] = {
+        n: rng.standard_normal(s, np.float32) for n, s in shapes_of(op, ACCURACY_SHAPE).items()
+    }
+    if "g" in x:
+        x["g"] = -np.logaddexp(0, -x["g"])
+        if case == "hard":
+            x["g"][:, ::8] -= 5 if channel(op) else 20
+        if channel(op):
+            x["g"] = np.maximum(x["g"], -5)
+    if "beta" in x:
+        x["beta"] = (1 + (case == "hard")) / (1 + np.exp(-x["beta"]))
+    if case == "hard" or not delta(op):
+        x["k"] *= ACCURACY_SHAPE[3] ** -0.5
     return x
 
 
-def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], calls: int = 10, groups: int = 5) -> float:
-    for _ in range(3):
-        wait(run())
-    times = []
-    for _ in range(groups):
+def normalised(op: str, case: str) -> bool:
+    return delta(op) and case != "hard"
+
+
+def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], groups: int = 5) -> float:
+    def group(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             out = run()
         wait(out)
-        times.append((time.perf_counter() - start) / calls * 1e3)
-    return sorted(times)[groups // 2]
+        return (time.perf_counter() - start) / calls * 1e3
+
+    group(3)
+    calls = int(np.clip(20 / group(5), 5, 300))
+    return sorted(group(calls) for _ in range(groups))[groups // 2]
 
 
 def relative_error(got: Any, want: np.ndarray) -> float:
@@ -98,116 +116,107 @@ class Jax:
 
         self.jax, self.jnp, self.peer = jax, jnp, peer
 
-    def round(self, x: dict[str, Any]) -> dict[str, Any]:
+    def dtype(self, name: str, ndim: int) -> Any:
         """bf16, but for a decay per head."""
-        jnp = self.jnp
-        dtype = lambda name, x: jnp.float32 if name == "g" and x.ndim == 3 else jnp.bfloat16
-        return {name: jnp.asarray(value, dtype(name, value)) for name, value in x.items()}
+        return self.jnp.float32 if name == "g" and ndim == 3 else self.jnp.bfloat16
 
-    def inputs(self, op: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        """As `make_inputs`, made on the device."""
+    def draw(self, op: str, shape: tuple[int, ...]) -> dict[str, Any]:
         jax, jnp = self.jax, self.jnp
-        B, T, H, D = shape
         keys = iter(jax.random.split(jax.random.key(0), 6))
-        normal = lambda *s: jax.random.normal(next(keys), s)
-        x = {name: normal(B, T, H, D) for name in ("q", "k", "v", "do")}
-        if channel(op):
-            x["g"] = jnp.maximum(jax.nn.log_sigmoid(normal(B, T, H, D)), -5)
-        elif op != "deltanet":
-            x["g"] = jax.nn.log_sigmoid(normal(B, T, H))
-        if delta(op):
-            x["beta"] = jax.nn.sigmoid(normal(B, T, H))
-        return self.round(x)
+        x = {name: jax.random.normal(next(keys), s) for name, s in shapes_of(op, shape).items()}
+        if "g" in x:
+            x["g"] = jax.nn.log_sigmoid(x["g"])
+            x["g"] = jnp.maximum(x["g"], -5) if channel(op) else x["g"]
+        if "beta" in x:
+            x["beta"] = jax.nn.sigmoid(x["beta"])
+        return {name: value.astype(self.dtype(name, value.ndim)) for name, value in x.items()}
 
-    def forward(self, op: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
-        def ours(x: dict[str, Any]) -> tuple[Any, Any]:
-            from pallas_kernels import linear_attention
-
-            gates = {"log_decay": x.get("g"), "beta": x.get("beta")}
-            return linear_attention(
-                x["q"], x["k"], x["v"], **gates, qk_l2norm=delta(op), output_final_state=True
-            )
-
-        def jla(x: dict[str, Any]) -> tuple[Any, Any]:
+    def attend(self, op: str, x: dict[str, Any], l2norm: bool, final: bool) -> tuple[Any, Any]:
+        gates: dict[str, Any] = {name: x[name] for name in ("g", "beta") if name in x}
+        if self.peer == "jla":
             from jla import ops
 
-            options = {"use_qk_l2norm": True} if delta(op) else {}
-            gates = {name: x[name] for name in ("g", "beta") if name in x}
+            options: dict[str, Any] = {"output_final_state": final}
+            if l2norm:
+                options["use_qk_l2norm"] = True
             return ops.linear_attention(op, x["q"], x["k"], x["v"], **gates, **options)
+        from pallas_kernels import linear_attention
 
-        return ours if self.peer == "ours" else jla
+        gates = {"log_decay": gates.get("g"), "beta": gates.get("beta")}
+        return linear_attention(x["q"], x["k"], x["v"], **gates, qk_l2norm=l2norm, output_final_state=final)
 
-    def both(self, op: str) -> Callable[[dict[str, Any]], Any]:
+    def forward(self, op: str) -> Callable[[dict[str, Any]], Any]:
+        return lambda x: self.attend(op, x, delta(op), False)[0]
+
+    def both(self, op: str, l2norm: bool | None = None) -> Callable[[dict[str, Any]], Any]:
+        norm = delta(op) if l2norm is None else l2norm
+
         def run(x: dict[str, Any]) -> Any:
             leaves = {name: x[name] for name in x if name != "do"}
-            o, vjp, _ = self.jax.vjp(self.forward(op), leaves, has_aux=True)
+            o, vjp = self.jax.vjp(lambda leaves: self.attend(op, leaves, norm, False)[0], leaves)
             return o, vjp(x["do"].astype(o.dtype))[0]
 
         return run
 
-    def path(self, op: str) -> str:
+    def path(self, op: str, shape: tuple[int, ...]) -> str:
         """ours (kernels), ours (xla) or jla."""
         if self.peer == "jla":
             return "jla"
         from pallas_kernels import hopper
         from pallas_kernels.call import Call
 
-        x = self.jax.eval_shape(lambda: self.inputs(op, (1, 64, 1, 64)))
+        x = self.jax.eval_shape(lambda: self.draw(op, shape))
         call = Call(x["q"], x["k"], x["v"], x.get("g"), x.get("beta"), None, None, scale=1.0)
         return "ours (xla)" if hopper.supports(call) else "ours (kernels)"
 
-    def prepare(self, function: Callable[[dict[str, Any]], Any], x: Any) -> tuple[Any, float, int | None]:
-        """(function to time, seconds to compile, MiB of temporaries)."""
-        start = time.perf_counter()
-        if (
-            self.peer == "jla"
-        ):  # its compiled objects ran many times slower than its jitted functions at some shapes
-            run = self.jax.jit(function)
-            self.jax.block_until_ready(run(x))
-            return run, time.perf_counter() - start, None
-        run = self.jax.jit(function).lower(x).compile()
-        return run, time.perf_counter() - start, run.memory_analysis().temp_size_in_bytes >> 20
-
-    def work(
-        self, op: str, shapes: list[tuple[int, ...]], truth: dict, jobs: int, alone: Any
-    ) -> Iterator[dict]:
-        """One row an accuracy check, one a shape; compiles first, then measures while `alone` is held."""
+    def time(self, op: str, shape: tuple[int, ...], alone: Callable, profile: bool) -> dict[str, Any]:
         jax = self.jax
-        exact = self.round(make_inputs(op, ACCURACY_SHAPE))
-        draw = lambda shape: jax.jit(functools.partial(self.inputs, op, shape))()
-        output = lambda x: self.forward(op)(x)[0]
-        everything = lambda x: (self.forward(op)({n: x[n] for n in x if n != "do"}), self.both(op)(x)[1])
-        with ThreadPoolExecutor(jobs) as pool:
-            checked = pool.submit(self.prepare, everything, exact)
-            timed = [
-                [pool.submit(self.prepare, f, draw(shape)) for f in (output, self.both(op))]
-                for shape in shapes
-            ]
-            for future in [checked, *itertools.chain(*timed)]:
-                future.exception()
-        with alone:
-            row: dict[str, Any] = {"peer": self.path(op), "op": op, "errors": {}}
-            try:
-                run = checked.result()[0]
-                first, second = run(exact), run(exact)
-                (o, state), grads = first
-                got = {"o": o, "state": state} | {f"d{n}": grads[n] for n in grads}
-                same = jax.tree.map(lambda a, b: bool((a == b).all()), first, second)
-                row["same_bits"] = all(jax.tree.leaves(same))
-                row["errors"] = {n: relative_error(v, truth[n]) for n, v in got.items() if v is not None}
-            except Exception as error:
-                row["error"] = f"{type(error).__name__}: {str(error)[:150]}"
-            yield row
-            for shape, futures in zip(shapes, timed, strict=True):
-                row = {"peer": self.path(op), "op": op, "shape": shape}
-                try:
-                    x = draw(shape)
-                    for name, future in zip(("fwd", "fwd_bwd"), futures, strict=True):
-                        run, row[f"{name}_first_s"], row[f"{name}_temp_MiB"] = future.result()
-                        row[f"{name}_ms"] = median_ms(functools.partial(run, x), jax.block_until_ready)
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {str(error)[:150]}"
-                yield row
+        row: dict[str, Any] = {"peer": self.path(op, shape)}
+        struct = jax.eval_shape(lambda: self.draw(op, shape))
+        functions = {"fwd": jax.jit(self.forward(op)), "fwd_bwd": jax.jit(self.both(op))}
+        for name, function in functions.items():  # the jitted function then runs what was compiled here
+            start = time.perf_counter()
+            memory = function.lower(struct).compile().memory_analysis()
+            row |= {f"{name}_first_s": time.perf_counter() - start}
+            row |= {f"{name}_temp_MiB": memory.temp_size_in_bytes / 2**20}
+        with alone():
+            x = jax.jit(functools.partial(self.draw, op, shape))()
+            for name, function in functions.items():
+                run = functools.partial(function, x)
+                row[f"{name}_ms"] = median_ms(run, jax.block_until_ready)
+                if profile:
+                    row[f"{name}_kernels"] = self.kernels(run)
+        return row
+
+    def kernels(self, run: Callable[[], Any], calls: int = 10) -> dict[str, float]:
+        """Milliseconds a call that each kernel takes on the device."""
+        jax = self.jax
+        total: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for _ in range(calls):
+                    out = run()
+                jax.block_until_ready(out)
+            (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+            planes = jax.profiler.ProfileData.from_file(path).planes
+            lines = [line for plane in planes if "GPU" in plane.name for line in plane.lines]
+            for event in (event for line in lines if "Stream" in line.name for event in line.events):
+                total[event.name] = total.get(event.name, 0.0) + event.duration_ns / 1e6 / calls
+        return total
+
+    def results(self, op: str, case: str, alone: Callable) -> list[dict[str, np.ndarray]]:
+        jax, norm = self.jax, normalised(op, case)
+        x = {n: self.jnp.asarray(v, self.dtype(n, v.ndim)) for n, v in exact_inputs(op, case).items()}
+
+        @jax.jit
+        def run(x: dict[str, Any]) -> dict[str, Any]:
+            state = self.attend(op, {n: x[n] for n in x if n != "do"}, norm, True)[1]
+            o, grads = self.both(op, norm)(x)
+            return {"o": o, "state": state} | {f"d{n}": d for n, d in grads.items()}
+
+        run.lower(x).compile()
+        with alone():
+            return [{n: np.asarray(v, np.float64) for n, v in run(x).items()} for _ in range(2)]
 
 
 class Fla:
@@ -218,28 +227,21 @@ class Fla:
 
         self.torch = torch
 
-    def draw(self, name: str, op: str, shape: tuple[int, ...]) -> Any:
-        torch = self.torch
-        normal = lambda *s: torch.randn(*s, device="cuda")
-        if name == "beta":
-            return normal(*shape[:3]).sigmoid() if delta(op) else None
-        if name == "g" and not channel(op):
-            return None if op == "deltanet" else torch.nn.functional.logsigmoid(normal(*shape[:3]))
-        if name == "g":
-            return torch.nn.functional.logsigmoid(normal(*shape)).clamp_min(-5)
-        return normal(*shape)
-
-    def leaves(self, op: str, shape: tuple[int, ...]) -> dict[str, Any]:
-        torch = self.torch
-        if shape == ACCURACY_SHAPE:
-            x = {name: torch.tensor(value, device="cuda") for name, value in make_inputs(op, shape).items()}
-        else:
-            x = {name: self.draw(name, op, shape) for name in ("q", "k", "v", "do", "g", "beta")}
-            x = {name: value for name, value in x.items() if value is not None}
+    def leaves(self, x: dict[str, Any]) -> dict[str, Any]:
         keep = lambda name, value: value if name == "g" and value.ndim == 3 else value.bfloat16()
         return {name: keep(name, value).requires_grad_(name != "do") for name, value in x.items()}
 
-    def function(self, op: str) -> Callable[[dict[str, Any]], Any]:
+    def draw(self, op: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        torch = self.torch
+        x = {name: torch.randn(*s, device="cuda") for name, s in shapes_of(op, shape).items()}
+        if "g" in x:
+            x["g"] = torch.nn.functional.logsigmoid(x["g"])
+            x["g"] = x["g"].clamp_min(-5) if channel(op) else x["g"]
+        if "beta" in x:
+            x["beta"] = x["beta"].sigmoid()
+        return self.leaves(x)
+
+    def attend(self, op: str, x: dict[str, Any], l2norm: bool, final: bool) -> Any:
         if op == "kda":
             from fla.ops.kda import chunk_kda as fn
         elif op == "gated_deltanet":
@@ -250,131 +252,139 @@ class Fla:
             from fla.ops.gla import chunk_gla as fn
         else:
             from fla.ops.simple_gla import chunk_simple_gla as fn
-        options = {"use_qk_l2norm_in_kernel": True} if delta(op) else {}
-        return lambda x: fn(**{n: x[n] for n in x if n != "do"}, **options, output_final_state=True)
+        options: dict[str, Any] = {"use_qk_l2norm_in_kernel": l2norm} if delta(op) else {}
+        if op == "kda":  # the faster of its two ways, for decays of at least -5 a token
+            options["safe_gate"] = True
+        return fn(**{n: x[n] for n in x if n != "do"}, **options, output_final_state=final)
 
-    def both(self, op: str, x: dict[str, Any]) -> Any:
+    def both(self, op: str, x: dict[str, Any], l2norm: bool, final: bool = False) -> Any:
         for value in x.values():
             value.grad = None
-        o, state = self.function(op)(x)
+        o, state = self.attend(op, x, l2norm, final)
         o.backward(x["do"])
         return o, state
 
-    def work(
-        self, op: str, shapes: list[tuple[int, ...]], truth: dict, jobs: int, alone: Any
-    ) -> Iterator[dict]:
-        """As `Jax.work`; Triton compiles at the first call."""
-        cuda = self.torch.cuda
-        with alone:
-            yield self.accuracy(op, truth)
-            for shape in shapes:
-                row: dict[str, Any] = {"peer": "fla", "op": op, "shape": shape}
-                try:
-                    x = self.leaves(op, shape)
-                    runs = {
-                        "fwd": functools.partial(self.function(op), x),
-                        "fwd_bwd": functools.partial(self.both, op, x),
-                    }
-                    for name, run in runs.items():
-                        start = time.perf_counter()
-                        run()
-                        cuda.synchronize()
-                        row[f"{name}_first_s"] = time.perf_counter() - start
-                        row[f"{name}_ms"] = median_ms(run, lambda _: cuda.synchronize())
-                except Exception as error:
-                    row["error"] = f"{type(error).__name__}: {str(error)[:150]}"
-                yield row
-
-    def accuracy(self, op: str, truth: dict[str, np.ndarray]) -> dict[str, Any]:
-        row: dict[str, Any] = {"peer": "fla", "op": op, "errors": {}}
-        results = []
-        try:
-            for _ in range(2):
-                x = self.leaves(op, ACCURACY_SHAPE)
-                o, state = self.both(op, x)
-                got = {"o": o, "state": state} | {f"d{n}": x[n].grad for n in x if n != "do"}
-                results.append({n: v.detach().double().cpu().numpy() for n, v in got.items()})
-        except Exception as error:
-            return row | {"error": f"{type(error).__name__}: {str(error)[:150]}"}
-        row["same_bits"] = all((results[0][n] == results[1][n]).all() for n in results[0])
-        row["errors"] = {n: relative_error(v, truth[n]) for n, v in results[0].items()}
+    def time(self, op: str, shape: tuple[int, ...], alone: Callable, profile: bool) -> dict[str, Any]:
+        """Triton compiles and tunes at the first call."""
+        synchronize = self.torch.cuda.synchronize
+        row: dict[str, Any] = {"peer": "fla"}
+        with alone():
+            x = self.draw(op, shape)
+            runs = {
+                "fwd": lambda: self.attend(op, x, delta(op), False)[0],
+                "fwd_bwd": lambda: self.both(op, x, delta(op)),
+            }
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                synchronize()
+                row[f"{name}_first_s"] = time.perf_counter() - start
+                before = self.torch.cuda.memory_allocated()
+                self.torch.cuda.reset_peak_memory_stats()
+                out = run()
+                peak = self.torch.cuda.max_memory_allocated()
+                row[f"{name}_temp_MiB"] = (peak - max(before, self.torch.cuda.memory_allocated())) / 2**20
+                del out
+                row[f"{name}_ms"] = median_ms(run, lambda _: synchronize())
         return row
 
+    def results(self, op: str, case: str, alone: Callable) -> list[dict[str, np.ndarray]]:
+        out, norm = [], normalised(op, case)
+        with alone():
+            for _ in range(2):
+                x = self.leaves({n: self.torch.tensor(v).cuda() for n, v in exact_inputs(op, case).items()})
+                o, state = self.both(op, x, norm, final=True)
+                got = {"o": o, "state": state} | {f"d{n}": x[n].grad for n in x if n != "do"}
+                out.append({n: v.detach().double().cpu().numpy() for n, v in got.items()})
+        return out
 
-def save_truth(op: str, path: pathlib.Path) -> None:
-    """Output, final state and gradients in float64, token by token, of the bf16 inputs."""
+
+def truth(op: str, case: str) -> dict[str, np.ndarray]:
+    """Output, final state and gradients in float64, token by token, of the bf16 inputs, on the CPU."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import linear_attention
 
-    with jax.enable_x64(True):
-        x = {n: v.astype(jnp.float64) for n, v in Jax("ours").round(make_inputs(op, ACCURACY_SHAPE)).items()}
+    dtype = Jax("ours").dtype
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        rounded = {n: jnp.asarray(v, dtype(n, v.ndim)) for n, v in exact_inputs(op, case).items()}
+        x = {n: v.astype(jnp.float64) for n, v in rounded.items()}
         do = x.pop("do")
 
-        def forward(x: dict[str, Any]) -> Any:
-            return linear_attention(
-                x["q"], x["k"], x["v"], log_decay=x.get("g"), beta=x.get("beta"), qk_l2norm=delta(op),
-                output_final_state=True, backend="reference",
-            )  # fmt: skip
+        @jax.jit
+        def run(x: dict[str, Any], do: Any) -> dict[str, Any]:
+            def forward(x: dict[str, Any]) -> Any:
+                return linear_attention(
+                    x["q"], x["k"], x["v"], log_decay=x.get("g"), beta=x.get("beta"),
+                    qk_l2norm=normalised(op, case), output_final_state=True, backend="reference",
+                )  # fmt: skip
 
-        (o, state), vjp = jax.vjp(forward, x)
-        (grads,) = vjp((do, jnp.zeros_like(state)))
-        np.savez(path / f"{op}.npz", o=o, state=state, **{f"d{n}": grads[n] for n in grads})
+            (o, state), vjp = jax.vjp(forward, x)
+            (grads,) = vjp((do, jnp.zeros_like(state)))
+            return {"o": o, "state": state} | {f"d{n}": d for n, d in grads.items()}
 
-
-@contextlib.contextmanager
-def lock(path: pathlib.Path) -> Iterator[None]:
-    """One worker measures at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        return {name: np.asarray(value) for name, value in run(x, do).items()}
 
 
-def work(role: str, op: str, args: argparse.Namespace) -> None:
-    path = pathlib.Path(args.truth)
-    if role == "truth":
-        if not (path / f"{op}.npz").exists():
-            save_truth(op, path)
-        return
-    peer = Fla() if role == "fla" else Jax(role)
-    truth = dict(np.load(path / f"{op}.npz"))
-    for row in peer.work(op, [SHAPES[i] for i in args.shapes], truth, args.jobs, lock(path / "lock")):
+def work(role: str, op: str, what: str, lock: str, profile: bool) -> None:
+    """One row: accuracy on the case `what`, or times at the shape of that number."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # while it compiles; whoever measures waits for all of these
+
+        @contextlib.contextmanager
+        def alone() -> Iterator[None]:
+            fcntl.flock(file, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+        row: dict[str, Any] = {"peer": role, "op": op}
+        row |= {"case": what} if what in CASES else {"shape": SHAPES[int(what)]}
+        try:
+            peer = Fla() if role == "fla" else Jax(role)
+            if what in CASES:
+                row["peer"] = role if role != "ours" else Jax(role).path(op, ACCURACY_SHAPE)
+                want = truth(op, what)
+                first, second = peer.results(op, what, alone)
+                row["same_bits"] = all(np.array_equal(first[n], second[n]) for n in first)
+                row["errors"] = {n: relative_error(first[n], want[n]) for n in want}
+            else:
+                row |= peer.time(op, SHAPES[int(what)], alone, profile)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {str(error)[:150]}"
         print(json.dumps(row), flush=True)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: times with ratios to jla and per cent of the floor, then errors."""
-    jla = {(r["op"], tuple(r["shape"])): r for r in rows if r["peer"] == "jla" and "fwd_bwd_ms" in r}
+    jla = {(r["op"], *r["shape"]): r for r in rows if r["peer"] == "jla" and "fwd_bwd_ms" in r}
     lines = [
         "| op, B T H D | path | fwd ms | of jla | % of floor | fwd+bwd ms | of jla | % of floor | temp MiB "
-        "| first s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| of jla | first s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "shape" not in r:
             continue
         cells = [f"{r['op']} {' '.join(map(str, r['shape']))}", r["peer"]]
         if "error" in r:
-            lines.append("| " + " | ".join([*cells, r["error"].replace("|", "/"), *[""] * 7]) + " |")
+            lines.append("| " + " | ".join([*cells, r["error"].replace("|", "/"), *[""] * 8]) + " |")
             continue
-        base = jla.get((r["op"], tuple(r["shape"])))
+        base = jla.get((r["op"], *r["shape"]))
+        of = lambda name, r=r, base=base: f"{r[name] / base[name]:.2f}" if base and base[name] else ""
         for name, floor in zip(("fwd", "fwd_bwd"), floor_ms(r["op"], r["shape"]), strict=True):
             ms = r[f"{name}_ms"]
-            cells += [
-                f"{ms:.3f}",
-                f"{ms / base[f'{name}_ms']:.2f}" if base else "",
-                f"{100 * floor / ms:.0f}",
-            ]
-        cells += [str(r.get("fwd_bwd_temp_MiB") or ""), f"{r['fwd_bwd_first_s']:.0f}"]
+            cells += [f"{ms:.3f}", of(f"{name}_ms"), f"{100 * floor / ms:.0f}"]
+        first = f"{r['fwd_first_s']:.0f}, {r['fwd_bwd_first_s']:.0f}"
+        cells += [f"{r['fwd_bwd_temp_MiB']:.0f}", of("fwd_bwd_temp_MiB"), first]
         lines.append("| " + " | ".join(cells) + " |")
-    names = ("o", "state", *(f"d{n}" for n in GRADIENTS))
-    lines += ["", f"| op | path | {' | '.join(names)} | same bits |", "|---" * (len(names) + 3) + "|"]
+    lines += ["", f"| op, case | path | {' | '.join(RESULTS)} | same bits |", "|---" * 10 + "|"]
     for r in rows:
-        if "errors" in r:
-            cells = [f"{r['errors'][n]:.1e}" if n in r["errors"] else "" for n in names]
+        if "case" in r:
+            errors = r.get("errors", {})
+            cells = [f"{errors[n]:.1e}" if n in errors else "" for n in RESULTS]
             last = str(r.get("same_bits", r.get("error", "")))
-            lines.append("| " + " | ".join([r["op"], r["peer"], *cells, last]) + " |")
+            lines.append("| " + " | ".join([f"{r['op']}, {r['case']}", r["peer"], *cells, last]) + " |")
     return "\n".join(lines)
 
 
@@ -382,45 +392,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ops", type=lambda s: s.split(","), default=list(OPS))
+    names = lambda s: s.split(",")
+    parser.add_argument("--ops", type=names, default=OPS)
     parser.add_argument("--shapes", type=lambda s: [int(i) for i in s.split(",")], default=range(len(SHAPES)))
-    parser.add_argument("--peers", type=lambda s: s.split(","), default=list(PEERS))
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="compile so many at once, all peers and ops together"
-    )
-    parser.add_argument("--truth", help="folder that keeps the float64 results for the next run")
-    parser.add_argument("--role", help=argparse.SUPPRESS)
+    parser.add_argument("--peers", type=names, default=("ours", "jla"))
+    parser.add_argument("--cases", type=lambda s: [c for c in s.split(",") if c], default=CASES)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
+    parser.add_argument("--fla_seconds", type=float, default=300, help="time allowed for an op of FLA")
+    parser.add_argument("--profile", action="store_true", help="also the time of every kernel")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for kernels.json and kernels.md")
+    parser.add_argument("--role", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        work(args.role, args.ops[0], args)
+        role, op, what, lock = args.role
+        work(role, op, what, lock, args.profile)
         return
     rows: list[dict[str, Any]] = []
+    tasks = [(peer, op, str(i)) for op in args.ops for i in args.shapes for peer in args.peers]
+    tasks += [(peer, op, case) for op in args.ops for case in args.cases for peer in args.peers]
     with tempfile.TemporaryDirectory() as folder:
-        args.truth = args.truth or folder
-        pathlib.Path(args.truth).mkdir(exist_ok=True)
-        for roles in (["truth"], args.peers):
-            start = functools.partial(start_worker, args)
-            with ThreadPoolExecutor(len(roles) * len(args.ops) if args.jobs > 1 else 1) as pool:
-                for result in pool.map(
-                    start, [role for role in roles for _ in args.ops], args.ops * len(roles)
-                ):
-                    rows += result
-    print(table(rows))
+        start = functools.partial(start_worker, args, f"{folder}/lock")
+        together = [task for task in tasks if task[0] != "fla"]
+        groups = [together[i : i + args.jobs] for i in range(0, len(together), args.jobs)]
+        groups += [[task] for task in tasks if task[0] == "fla"]
+        for group in groups:
+            with ThreadPoolExecutor(len(group)) as pool:
+                rows += pool.map(start, group)
+    text = tables(rows)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "kernels.json").write_text(json.dumps(rows, indent=1))
+        (args.out / "kernels.md").write_text(text + "\n")
 
 
-def start_worker(args: argparse.Namespace, role: str, op: str) -> list[dict[str, Any]]:
+def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]) -> dict[str, Any]:
     root = pathlib.Path(__file__).resolve().parent.parent
-    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_CPP_MIN_LOG_LEVEL="2")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    if role == "truth":
+    peer, op, what = task
+    if peer == "fla":
         environment["JAX_PLATFORMS"] = "cpu"
-    command = [sys.executable, __file__, "--role", role, "--truth", args.truth, "--ops", op]
-    command += ["--shapes", ",".join(map(str, args.shapes)), "--jobs", str(args.jobs)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
-    print(done.stdout, end="", flush=True)
-    if done.returncode:
-        print(f"{role} {op}: exit status {done.returncode}", flush=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    command = [sys.executable, __file__, "--role", *task, lock, *["--profile"] * args.profile]
+    limit = args.fla_seconds if peer == "fla" else None
+    row = {"peer": peer, "op": op} | ({"case": what} if what in CASES else {"shape": SHAPES[int(what)]})
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=limit
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        row = json.loads(lines[-1]) if lines else row | {"error": f"exit status {done.returncode}"}
+    except subprocess.TimeoutExpired:
+        row |= {"error": f"not done after {limit:.0f} s"}
+    print(json.dumps(row), flush=True)
+    return row
 
 
 if __name__ == "__main__":
