@@ -122,22 +122,28 @@ class ShortConv(nnx.Module):
         self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [B, T, F], the history after the last token)."""
-        if history is None:
-            history = self.init_history(x_BTF.shape[0], x_BTF.dtype)
-        padded = jnp.concatenate([history.astype(x_BTF.dtype), x_BTF], axis=1)
+        kernel_WF = self.kernel[...]
+        before = self.init_history(x_BTF.shape[0], x_BTF.dtype) if history is None else history
+        padded = jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)
         # Without the checkpoint, the backward pass would keep a float32 copy of the input for every tap.
-        y = jax.checkpoint(_taps)(padded, self.kernel[...], rows.positions)
+        if history is None:  # a shift by padding needs no copy of the input
+            y = jax.checkpoint(_taps)(x_BTF, kernel_WF, rows.positions)
+        else:
+            y = _taps(padded, kernel_WF, rows.positions)
         return y, padded[:, x_BTF.shape[1] :]
 
 
-def _taps(padded: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    past, length = kernel_WF.shape[0] - 1, positions_BT.shape[1]
+def _taps(x_BSF: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """x_BSF: the inputs of positions_BT, after S - T earlier ones."""
+    earlier = x_BSF.shape[1] - positions_BT.shape[1]
     y = jnp.zeros((), jnp.float32)
-    for back in range(past + 1):
-        x_BTF = padded[:, past - back : past - back + length].astype(jnp.float32)
+    for back, kernel_F in enumerate(kernel_WF[::-1]):
+        x_BTF = jax.lax.pad(
+            x_BSF, jnp.zeros((), x_BSF.dtype), [(0, 0, 0), (back - earlier, -back, 0), (0, 0, 0)]
+        )
         # A tap `back` tokens ago counts only inside the document: the position must be at least `back`.
-        y += jnp.where((positions_BT >= back)[..., None], x_BTF, 0) * kernel_WF[past - back]
-    return y.astype(padded.dtype)
+        y += jnp.where((positions_BT >= back)[..., None], x_BTF.astype(jnp.float32), 0) * kernel_F
+    return y.astype(x_BSF.dtype)
 
 
 def rotate(
