@@ -100,6 +100,46 @@ def test_refusals_say_why():
             assert reason in found
 
 
+def wide_case(value_dim, **options):
+    """A call with more values than the kernels take in one head, and the gradient of its output."""
+    call, _, _ = make_case(**options)
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    batch, tokens, heads = call.v.shape[:3]
+    v, do = (normal(batch, tokens, heads, value_dim).astype(jnp.bfloat16) for _ in range(2))
+    state = normal(batch, heads, call.k.shape[3], value_dim)
+    return dataclasses.replace(call, v=v, initial_state=state), do
+
+
+def check_wide(call, do):
+    arguments = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
+    del arguments["output_final_state"], arguments["interpret"]
+    o, final, want, _ = chunk_oracle.linear_attention_vjp(**arguments, do=do)
+
+    @jax.jit
+    def run(q, k, v, log_decay):
+        leaves = dataclasses.replace(call, q=q, k=k, v=v, log_decay=log_decay)
+        return hopper.linear_attention(leaves)
+
+    leaves = call.q, call.k, call.v, call.log_decay
+    (got_o, got_final), vjp = jax.vjp(run, *leaves)
+    assert relative_error(got_o, o) < TOLERANCE
+    assert relative_error(got_final, final) < TOLERANCE
+    for name, gradient in zip(("q", "k", "v", "g"), vjp((do, jnp.zeros_like(got_final))), strict=True):
+        assert relative_error(gradient, want[name]) < TOLERANCE, name
+
+
+def test_many_values_a_head():
+    call, do = wide_case(192, value_heads=2, tokens=64)
+    check_wide(dataclasses.replace(call, interpret=True), do)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value_dim", [192, 256])
+def test_many_values_a_head_on_gpu(value_dim):
+    check_wide(*wide_case(value_dim, value_heads=2, tokens=512, dim=128))
+
+
 def test_op_vmapped():
     call, _, _ = make_case(tokens=70, delta=False, l2norm=False)
     run = lambda q: linear_attention(q, call.k, call.v, backend="pallas", interpret=True)[0]

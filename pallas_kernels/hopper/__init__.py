@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.call import Call
+from pallas_kernels.hopper import wide
 from pallas_kernels.hopper.backward import Saved, gradients
 from pallas_kernels.hopper.forward import forward_pass
 from pallas_kernels.hopper.inputs import prepare
 
 TESTED_JAX = ("0.11.2",)  # Mosaic GPU changes between releases: only what the tests have run on
-HEAD_DIMS = (64, 128)
+KEY_DIMS = (64, 128)
 
 
 def supports(call: Call) -> str | None:
@@ -27,19 +28,22 @@ def supports(call: Call) -> str | None:
         return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
     if dtypes != ["bfloat16"]:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
-    if key_dim not in HEAD_DIMS or value_dim not in HEAD_DIMS:
-        return f"head dims K = {key_dim}, V = {value_dim} (64 and 128 only)"
+    if key_dim not in KEY_DIMS or not wide.slices(value_dim):
+        return f"head dims K = {key_dim}, V = {value_dim} (K 64 or 128, V a multiple of 64)"
     if call.log_decay is not None and call.log_decay.ndim == 4:
         return "a log-decay per key channel"
     if call.q.shape[1] >= 2**24:
         return f"T = {call.q.shape[1]} (below 2^24)"
-    if max(call.q.shape[0], call.v.shape[2]) > 65535:
+    if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
         return "more than 65535 sequences or heads"
     return None if call.interpret else _device_reason()
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
-    return (_attend_interpreted if call.interpret else _attend)(call)
+    attend = _attend_interpreted if call.interpret else _attend
+    if wide.slices(call.v.shape[3]) == 1:
+        return attend(call)
+    return wide.join(*attend(wide.cut(call)), call.v.shape)
 
 
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:

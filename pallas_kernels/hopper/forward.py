@@ -27,7 +27,7 @@ __all__ = ["Inputs", "forward_pass", "prepare"]
 def forward_pass(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
 ) -> tuple[Scanned, jax.Array | None, jax.Array | None]:
-    """(results, A, moves): `final` for the state after the last token, `keep` for what the backward pass wants.
+    """(results, A, moves): `final` for the last state, `keep` for what the backward pass wants.
 
     moves: what each piece does to the state (`pieces.chain`), None without pieces.
     """
