@@ -65,7 +65,7 @@ def gradients(
     )
     if saved.moves is not None:
         count = saved.moves.shape[1]
-        alone = scan(None, pieces=count, summary=True)
+        *_, alone = scan(None, pieces=count, summary=True)
         ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]

@@ -38,11 +38,11 @@ def reverse_scan(
     value_tile: int,
     pieces: int = 1,
     summary: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array] | jax.Array:
+) -> tuple[Any, Any, jax.Array]:
     """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T before each piece, float32.
 
     do: [B, T, HV, V] bf16.  d_state: dS^T after each piece [B * pieces, HV, V, K] float32, or None.
-    summary: only the last result.
+    summary: only the last result, None for the others.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -118,7 +118,7 @@ def reverse_scan(
                 n = last - i
                 slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
                 q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
-                k_s = s["k_s"].at[slot] if chained else None
+                k_s: Any = s["k_s"].at[slot] if chained else None
                 g_lo = g.astype(bf16)
                 if output:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the previous step's dS has left g_s
@@ -242,4 +242,4 @@ def reverse_scan(
         thread_name="wg",
         scratch_types=scratch,
     )(*[x for x in arguments if x is not None])
-    return out[0] if summary else tuple(out)
+    return (None, None, out[0]) if summary else tuple(out)
