@@ -1,0 +1,40 @@
+"""Loss of byte-level language models against the share of full layers: six linear mixers, six ratios.
+
+    python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source --workdir=runs/study_lm
+
+The argument is a folder of shards that `python -m hybridlm.data.prepare` wrote. 14 layers of width 384, about
+25M parameters, matched through the MLPs; every run sees the same 8 Mi bytes, which is too few to converge.
+"""
+
+from launch.grid import Sweep, axis
+
+MIXERS = ("kda", "gdn", "deltanet", "gla", "hgrn2", "retnet")
+HEADS = {"num_heads": 6, "head_dim": 64}
+
+
+def get_sweep(path: str = "data/source") -> Sweep:
+    return Sweep(
+        base="configs/quickstart.py",
+        fields={
+            **{f"mixers.{name}.{key}": value for name in (*MIXERS, "full") for key, value in HEADS.items()},
+            **{f"mixers.{name}.v_head_dim": 64 for name in MIXERS},
+            "data.kind": "shards",
+            "data.path": path,
+            "model.num_layers": 14,
+            "model.d_model": 384,
+            "model.dtype": "bfloat16",
+            "train.seq_len": 1024,
+            "train.batch_size": 32,
+            "optimizer.name": "adamw",
+            "optimizer.learning_rate": 2e-3,
+            "optimizer.warmup_steps": 30,
+            "eval.every_steps": 64,
+            "eval.batches": 16,
+            "eval.sample_tokens": 0,
+            "log.every_steps": 8,
+            "checkpoint.every_steps": 0,
+        },
+        axes=[axis("mixer", *MIXERS), axis("ratio", "pure", "12:1", "6:1", "3:1", "1:1", "full")],
+        match="parameters",
+        tokens=2**23,
+    )

@@ -1,0 +1,50 @@
+"""Recall against the share of full layers: six linear mixers, six ratios, three seeds, and three placements.
+
+    python -m launch.sweep --config=configs/sweeps/study_mqar.py --workdir=runs/study_mqar
+
+MQAR with 32 pairs in 128 tokens, of 256 ids, for linear layers whose states are two heads of 8 x 8: a delta
+rule can keep 8 orthogonal keys a head. 14 layers of width 64, so that 12:1 has a full layer, 6:1 two, 3:1
+three and 1:1 seven; two of them stand at the end of each period, or both at the bottom, in the middle or at
+the top. MLPs make up for what mixers differ in parameters. Every linear mixer has a short convolution of 4,
+also those that their papers give none, since MQAR needs a token's neighbour; full layers have RoPE.
+"""
+
+from launch.grid import Sweep, axis
+
+MIXERS = ("kda", "gdn", "deltanet", "gla", "hgrn2", "retnet")
+PLACEMENTS = ("0,1", "6,7", "12,13")
+SMALL = {"num_heads": 2, "head_dim": 8, "v_head_dim": 8, "conv_size": 4}
+
+
+def get_sweep(rate: str = "3e-3") -> Sweep:
+    fields = {f"mixers.{mixer}.{name}": value for mixer in MIXERS for name, value in SMALL.items()}
+    return Sweep(
+        base="configs/mqar.py",
+        fields={
+            **fields,
+            "mixers.full.num_heads": 2,
+            "mixers.full.head_dim": 32,
+            "model.num_layers": 14,
+            "model.d_model": 64,
+            "model.vocab_size": 256,
+            "data.slices": "",
+            "data.num_pairs": 32,
+            "train.seq_len": 128,
+            "train.batch_size": 64,
+            "train.steps": 800,
+            "optimizer.learning_rate": float(rate),
+            "optimizer.warmup_steps": 50,
+            "eval.every_steps": 100,
+            "eval.batches": 4,
+            "log.every_steps": 50,
+            "checkpoint.every_steps": 0,
+        },
+        axes=[
+            axis("mixer", *MIXERS),
+            axis("ratio", "pure", "12:1", "6:1", "3:1", "1:1", "full"),
+            axis("seed", 0, 1, 2),
+        ],
+        also=[{"mixer": m, "ratio": "6:1", "placement": p} for m in MIXERS for p in PLACEMENTS],
+        match="parameters",
+        vmap=True,
+    )

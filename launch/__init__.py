@@ -1,0 +1,1 @@
+"""Sweeps: many runs from one config, on whatever machine there is, and what came out of them."""

@@ -1,0 +1,165 @@
+"""The local engine: a queue of worker processes over this machine's devices.
+
+A run is finished when its metrics.jsonl has its last step, failed when it has an error.txt; nothing else is
+remembered, so a sweep that was killed goes on from what lies on the disk.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hybridlm import cost, logbook
+from launch import worker
+from launch.grid import Run
+
+log = logging.getLogger("hybridlm")
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 30  # for a stopped run to save its checkpoint
+CONTEXT_BYTES = 1 << 30  # that a process takes on a GPU before it computes anything
+MOST_JOBS = 8  # processes on one device, if its memory and the CPU cores allow
+
+
+class Device(NamedTuple):
+    """index: of an NVIDIA GPU, None for whatever else JAX finds.  memory: bytes, None if not known."""
+
+    index: int | None
+    memory: int | None
+
+
+class Status(NamedTuple):
+    """state: queued, running, finished or failed.  last: newest line of metrics.jsonl.  error: its last line."""
+
+    state: str
+    last: dict[str, Any]
+    error: str
+
+
+def devices() -> list[Device]:
+    """NVIDIA GPUs (those of CUDA_VISIBLE_DEVICES if set), else one device for everything."""
+    query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
+    if not shutil.which(query[0]) or os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return [Device(None, None)]
+    out = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    found = [Device(int(i), int(mib) << 20) for i, mib in (line.split(",") for line in out.splitlines())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        found = [device for device in found if str(device.index) in visible.split(",")]
+    return found or [Device(None, None)]
+
+
+def status(folder: Path, steps: int, running: bool = False) -> Status:
+    last = (logbook.read(folder / "metrics.jsonl") or [{}])[-1]
+    error = folder / worker.ERROR
+    if last.get("step", 0) >= steps:
+        return Status("finished", last, "")
+    if running:
+        return Status("running", last, "")
+    if error.exists():
+        return Status("failed", last, (error.read_text().strip().splitlines() or ["no message"])[-1])
+    return Status("queued", last, "")
+
+
+class Job:
+    """Runs that one process trains, and the process."""
+
+    def __init__(self, runs: Sequence[Run], workdir: Path):
+        self.runs, self.folders = list(runs), [workdir / run.name for run in runs]
+        self.process: subprocess.Popen | None = None
+
+    def start(self, device: Device, per_device: int) -> None:
+        environment = dict(os.environ)
+        if device.index is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device.index)
+            if per_device > 1:
+                environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        for folder in self.folders:
+            (folder / worker.ERROR).unlink(missing_ok=True)
+        command = [sys.executable, "-m", "launch.worker", "--die_with_parent", *map(str, self.folders)]
+        with (self.folders[0] / "log.txt").open("ab") as out:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, cwd=Path.cwd()
+            )
+
+    def poll(self) -> bool:
+        """Whether the process has ended; a run that it left without a result gets its error.txt."""
+        assert self.process is not None
+        code = self.process.poll()
+        if code is None:
+            return False
+        for run, folder in zip(self.runs, self.folders, strict=True):
+            if status(folder, run.config.train.steps).state == "queued":
+                why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+                lines = (self.folders[0] / "log.txt").read_text(errors="replace").strip().splitlines()
+                (folder / worker.ERROR).write_text(": ".join([why, *lines[-1:]]) + "\n")
+        return True
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+
+def jobs(runs: Sequence[Run], workdir: Path, vmap: bool) -> list[Job]:
+    """Runs as they are trained: one a process, or with ``vmap`` all those that are alike together."""
+    from launch import packed  # brings in JAX
+
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        together = vmap and run.config.log.wandb_mode == "disabled"  # W&B tracks one run a process
+        groups.setdefault(packed.alike(run.config) if together else run.name, []).append(run)
+    return [Job(group, workdir) for group in groups.values()]
+
+
+def fitting(jobs: Sequence[Job], found: Sequence[Device]) -> int:
+    """How many of ``jobs`` run on one device at once: what its memory and the CPU cores allow, at most MOST_JOBS."""
+    cores = os.cpu_count() or 1
+    if found[0].memory is None:
+        return min(MOST_JOBS, cores)
+    alone = {"data": 1, "fsdp": 1, "tensor": 1}
+    need = [sum(sum(cost.memory(run.config, alone)) for run in job.runs) for job in jobs]
+    fits = int(0.8 * found[0].memory / (CONTEXT_BYTES + 1.5 * max(need, default=0)))
+    return max(1, min(MOST_JOBS, fits, 2 * cores // len(found)))
+
+
+def run_all(
+    waiting: list[Job],
+    found: Sequence[Device],
+    per_device: int,
+    show: Callable[[list[Job], list[Job]], None],
+    seconds: float = float("inf"),
+) -> None:
+    """Starts jobs as places come free until none waits, or ``seconds`` are over; then stops what runs.
+
+    show: called every POLL_SECONDS with the running and the waiting jobs.
+    """
+    free = [device for _ in range(per_device) for device in found]
+    running: list[tuple[Job, Device]] = []
+    waiting, began = list(waiting), time.monotonic()
+    try:
+        while running or waiting:
+            for job, device in list(running):
+                if job.poll():
+                    running.remove((job, device))
+                    free.append(device)
+            while waiting and free:
+                job, device = waiting.pop(0), free.pop(0)
+                job.start(device, per_device)
+                running.append((job, device))
+            show([job for job, _ in running], waiting)
+            if time.monotonic() - began > seconds:
+                break
+            if running:
+                time.sleep(POLL_SECONDS)
+    finally:
+        for job, _ in running:
+            job.stop()

@@ -1,0 +1,154 @@
+"""What a sweep amounts to before it runs: a row for each run, and the hours on a device."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hybridlm import config as configs
+from hybridlm import cost
+from hybridlm.errors import ConfigError, nearest
+from hybridlm.report import quantity
+from launch.grid import Run
+
+MFU = 0.4  # of the device's peak, what dense models of 340M and more reach; small ones get a fraction of it
+CPU = "cpu"
+
+
+class Facts(NamedTuple):
+    """full_layers: indices.  state_bytes, cache_bytes: of decoding one sequence of ``seq_len`` tokens.
+    flops: of the whole training run.
+    """
+
+    full_layers: list[int]
+    num_layers: int
+    parameters: int
+    state_bytes: int
+    cache_bytes: int
+    seq_len: int
+    tokens: int
+    flops: float
+
+
+def facts(runs: Sequence[Run]) -> dict[str, Facts]:
+    """Run name -> `Facts`; runs of the same model are counted once."""
+    known: dict[str, Facts] = {}
+    result = {}
+    for run in runs:
+        config = run.config
+        key = repr((config.model, config.mixers, config.mlps, config.train.seq_len))
+        if key not in known:
+            summary = cost.summary(config)
+            sizes = {name: summary[name] for name in Facts._fields if name in summary}
+            known[key] = Facts(**sizes, tokens=1, flops=cost.train_flops_per_token(config))
+        tokens = config.train.steps * config.train.batch_size * config.train.seq_len
+        result[run.name] = known[key]._replace(tokens=tokens, flops=known[key].flops * tokens)
+    return result
+
+
+def hours(flops: float, device: str, mfu: float) -> float:
+    """Hours of ``flops`` at ``mfu`` of one device's peak. device: a name in `cost.PEAK_FLOPS`, or "cpu"."""
+    peak = cpu_flops() if device == CPU else cost.peak_flops(device)
+    if peak is None:
+        known = (*cost.PEAK_FLOPS, CPU)
+        raise ConfigError("--device", device, "has no known peak", nearest(device, known))
+    return flops / (peak * mfu) / 3600
+
+
+def cpu_flops(size: int = 1024, seconds: float = 0.2) -> float:
+    """FLOP/s of float32 matrix products on this machine's CPU, measured."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    x = jax.device_put(jax.numpy.ones((size, size)), cpu)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        product(x).block_until_ready()
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - began)
+
+
+def table(runs: Sequence[Run], known: dict[str, Facts], device: str, mfu: float) -> Table:
+    """A row for each run; bytes are those of one sequence of train.seq_len tokens."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("run", no_wrap=True)
+    result.add_column("full layers, counted from 0", overflow="fold")
+    for column in ("parameters", "state", "KV cache", "tokens", "FLOPs", f"hours, {device}"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for run in runs:
+        f = known[run.name]
+        count = len(f.full_layers)
+        shown = "all" if count == f.num_layers else ", ".join(map(str, f.full_layers)) or "none"
+        result.add_row(
+            run.name, f"{count} of {f.num_layers}: {shown}", f"{f.parameters:,}",
+            quantity(f.state_bytes, "B"), quantity(f.cache_bytes, "B"), quantity(f.tokens, ""),
+            quantity(f.flops, ""), f"{hours(f.flops, device, mfu):.3g}",
+        )  # fmt: skip
+    return result
+
+
+def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> None:
+    known = facts(runs)
+    console.print(table(runs, known, device, mfu))
+    total = hours(sum(f.flops for f in known.values()), device, mfu)
+    sizes = [f.parameters for f in known.values()]
+    spread = max(sizes) / min(sizes) - 1
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    say(
+        f"{len(runs)} runs, {quantity(sum(f.tokens for f in known.values()), '')} tokens, {total:,.3g} hours of one {device} at {mfu:.0%} of its peak"
+    )
+    say(
+        f"parameters: {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; states: {_range([f.state_bytes for f in known.values()])}"
+    )
+
+
+def _range(sizes: Sequence[int]) -> str:
+    return f"{quantity(min(sizes), 'B')} to {quantity(max(sizes), 'B')}"
+
+
+def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
+    """sweep.json, and point.json in a folder for each run. ConfigError for a folder of another run."""
+    known = facts(runs)
+    for run in runs:
+        path = workdir / run.name / "point.json"
+        if path.exists() and (old := json.loads(path.read_text())) != (
+            new := json.loads(configs.to_json(run.config))
+        ):
+            changed = _changed(old, new)
+            raise ConfigError(
+                "--workdir",
+                str(workdir),
+                f"has a run {run.name!r} with another config: {changed}",
+                "Give another --workdir.",
+            )
+    for run in runs:
+        folder = workdir / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "point.json").write_text(configs.to_json(run.config))
+    listed = [
+        {
+            "name": run.name,
+            "point": run.point,
+            "command": run.command(),
+            "steps": run.config.train.steps,
+            **known[run.name]._asdict(),
+        }
+        for run in runs
+    ]
+    (workdir / "sweep.json").write_text(json.dumps(record | {"runs": listed}, indent=1) + "\n")
+
+
+def _changed(old: Any, new: Any, prefix: str = "") -> str:
+    """ "a.b: 1 -> 2" of the first field that differs."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{prefix}: {old!r} -> {new!r}"
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            return _changed(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
+    return ""

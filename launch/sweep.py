@@ -1,0 +1,154 @@
+"""A sweep: python -m launch.sweep --config=configs/sweeps/ratio_mqar.py [--config.section.field=value ...]
+
+The same command again continues: finished runs are skipped, unfinished ones resumed, failed ones listed, and
+trained again with --retry. With --launcher=local it ends in report.html; the others write, and where their
+client is installed submit, the job files.
+
+Exit codes: 0 all runs finished (or were handed over), 1 some failed or are left, 2 bad input, 130 interrupted.
+"""
+
+import argparse
+import fcntl
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import rich
+
+import train
+from hybridlm.errors import ConfigError, RunError
+from launch import grid, local, plan
+from launch.view import View
+
+log = logging.getLogger("hybridlm")
+
+LAUNCHERS = ("local", "slurm", "skypilot", "xpk", "wandb")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="launch.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    result.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="a sweep file")
+    result.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/ and the sweep's name")
+    result.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: %(default)s")
+    result.add_argument("--dry_run", action="store_true", help="list the runs, and exit")
+    result.add_argument(
+        "--device",
+        default="",
+        help="of the hours in --dry_run, such as H100; default: cpu, or this machine's GPU",
+    )
+    result.add_argument("--mfu", type=float, default=plan.MFU, help="share of its peak; default: %(default)s")
+    result.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        help="local: processes on each device; default: as many as fit, at most 8",
+    )
+    result.add_argument("--retry", action="store_true", help="train failed runs again")
+    result.add_argument(
+        "--seconds", type=float, default=float("inf"), help="local: stop then, and report what there is"
+    )
+    result.add_argument("--no_submit", action="store_true", help="only write the job files")
+    result.add_argument(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the launcher, see docs/sweeps.md",
+    )
+    return result
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The flags, and the overrides of every point: dotted field -> text."""
+    known = parser()
+    flags, rest = known.parse_known_args(argv)
+    overrides = {}
+    for argument in rest:
+        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
+        if not match:
+            known.error(f"unrecognized argument: {argument}")
+        overrides[match[1]] = match[2]
+    return flags, overrides
+
+
+def main(argv: Sequence[str]) -> int:
+    flags, overrides = parse(argv)
+    try:
+        return sweep(flags, overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+
+
+def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    console = rich.get_console()
+    definition = grid.load(flags.config)
+    runs = grid.runs(definition, overrides)
+    if flags.dry_run:
+        plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
+        return 0
+    workdir = flags.workdir or train.default_workdir(flags.config)
+    if flags.launcher != "local":
+        raise NotImplementedError
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
+        plan.write(runs, workdir, {"config": flags.config})
+        left = run_local(runs, workdir, definition.vmap, flags)
+    return 1 if left else 0
+
+
+def run_local(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespace) -> int:
+    """Runs what is left on this machine and writes the report; how many runs did not finish."""
+    console = rich.get_console()
+    view = View(runs, workdir, console)
+    ready = [
+        run
+        for run in runs
+        if view.states[run.name].state == "queued"
+        or (flags.retry and view.states[run.name].state == "failed")
+    ]
+    found = local.devices()
+    jobs = local.jobs(ready, workdir, vmap)
+    per_device = flags.jobs or local.fitting(jobs, found)
+    view.say(
+        f"{len(runs)} runs in {workdir}: {view.summary()}; {len(jobs)} to start, {per_device} at a time on each of {len(found)} devices"
+    )
+    with view:
+        local.run_all(jobs, found, per_device, view.show, flags.seconds)
+    failed = [run for run in runs if view.states[run.name].state == "failed"]
+    for run in failed:
+        view.say(f"failed: {run.name}: {view.states[run.name].error}")
+    if failed:
+        view.say("The same command with --retry trains them again.")
+    from launch import report  # brings in matplotlib
+
+    view.say(f"written: {report.write(workdir)}")
+    return sum(state.state != "finished" for state in view.states.values())
+
+
+def _device() -> str:
+    found = local.devices()
+    return plan.CPU if found[0].index is None else "H100"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    jax.config.update("jax_platforms", "cpu")  # accelerators belong to the workers
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""What is seen while a sweep runs: a live table on a terminal, a line for each change elsewhere."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from launch.grid import Run
+from launch.local import Job, Status, status
+
+PLAIN_SECONDS = 30.0  # between lines on what runs, when the output is no terminal
+
+
+class View:
+    """Context manager; `show` is what `local.run_all` calls."""
+
+    def __init__(self, runs: Sequence[Run], workdir: Path, console: Console):
+        self.runs, self.workdir, self.console = list(runs), workdir, console
+        self.states = {run.name: self.status(run) for run in runs}
+        self.live = (
+            Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        )
+        self.began, self.at_start, self.spoke = time.monotonic(), self.work_done(), 0.0
+
+    def __enter__(self) -> "View":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def status(self, run: Run, running: bool = False) -> Status:
+        return status(self.workdir / run.name, run.config.train.steps, running)
+
+    def show(self, running: Sequence[Job], waiting: Sequence[Job]) -> None:
+        active = {run.name for job in running for run in job.runs}
+        for run in self.runs:
+            before = self.states[run.name]
+            if before.state == "finished":
+                continue
+            now = self.states[run.name] = self.status(run, run.name in active)
+            if now.state != before.state:
+                self.say(f"{now.state:<9} {run.name}{_result(now)}")
+        shown = [run for run in self.runs if self.states[run.name].state == "running"]
+        if self.live:
+            self.live.update(Group(self.table(shown), Text(self.summary())))
+        elif time.monotonic() - self.spoke > PLAIN_SECONDS:
+            self.spoke = time.monotonic()
+            for run in shown:
+                last = self.states[run.name].last
+                if last:
+                    self.say(
+                        f"  {run.name}: step {last['step']}/{run.config.train.steps}  loss {last['loss']:.4f}"
+                    )
+            self.say(self.summary())
+
+    def table(self, shown: Sequence[Run]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("run", "progress", "step", "loss", "tokens/s"):
+            table.add_column(
+                column, justify="left" if column in ("run", "progress") else "right", no_wrap=True
+            )
+        for run in shown:
+            last, steps = self.states[run.name].last, run.config.train.steps
+            step = last.get("step", 0)
+            numbers = (
+                [f"{last['loss']:.4f}", f"{last['tokens_per_second']:,.0f}"] if last else ["starting", ""]
+            )
+            table.add_row(run.name, ProgressBar(steps, step, width=24), f"{step}/{steps}", *numbers)
+        return table
+
+    def summary(self) -> str:
+        states = [one.state for one in self.states.values()]
+        counts = {state: states.count(state) for state in ("finished", "running", "queued", "failed")}
+        return ", ".join(f"{count} {state}" for state, count in counts.items() if count) + self.time_left()
+
+    def work_done(self) -> float:
+        """Training steps of all runs so far, each as a share of its own."""
+        return sum(
+            min(1.0, one.last.get("step", 0) / run.config.train.steps)
+            for run, one in zip(self.runs, self.states.values(), strict=True)
+        )
+
+    def time_left(self) -> str:
+        """At the rate since this command started; nothing until there is one."""
+        done = self.work_done() - self.at_start
+        left = sum(one.state != "failed" for one in self.states.values()) - self.work_done()
+        if done <= 0 or left <= 0:
+            return ""
+        minutes = (time.monotonic() - self.began) / done * left / 60
+        return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _result(now: Status) -> str:
+    if now.state == "failed":
+        return f": {now.error}"
+    if now.state == "finished":
+        names = {"val_accuracy": "val accuracy", "val_loss": "val loss", "val_bpb": "val bits/byte"}
+        return ": " + ", ".join(
+            f"{shown} {now.last[name]:.4f}" for name, shown in names.items() if name in now.last
+        )
+    return ""

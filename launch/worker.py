@@ -1,0 +1,95 @@
+"""One process of a sweep: trains the runs of the given folders, then exits. Every launcher starts this.
+
+    python -m launch.worker runs/x/kda_3-1            # one run, as train.py would train it
+    python -m launch.worker runs/x/seed0 runs/x/seed1 # together in one program
+
+A folder holds point.json, the run's resolved config. What goes wrong is left there as error.txt, its last line
+the reason. With --die_with_parent the process ends when its standard input does, that is, with its parent.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hybridlm.errors import ConfigError, RunError
+
+POINT, ERROR, LOCK = "point.json", "error.txt", "worker.lock"
+LOCK_SECONDS = 60  # a killed sweep's worker may take a moment to go
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--die_with_parent", action="store_true")
+    flags = parser.parse_args(argv)
+    if flags.die_with_parent:
+        threading.Thread(target=_die_with_parent, daemon=True).start()
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("hybridlm").setLevel(logging.INFO)
+    with locked(flags.folders):
+        return work([folder.absolute() for folder in flags.folders])
+
+
+def work(folders: list[Path]) -> int:
+    """Trains the runs; 0 when all of them finished. Each failed one has its error.txt."""
+    from eval import in_loop
+    from hybridlm import config as configs
+    from hybridlm import trainer
+    from launch import packed
+
+    for folder in folders:
+        (folder / ERROR).unlink(missing_ok=True)
+    failed: dict[Path, str] = {}
+    try:
+        resolved = [configs.resolve(configs.from_json(folder / POINT)) for folder in folders]
+        if len(folders) == 1:
+            trainer.train(resolved[0], folders[0], "auto", in_loop.build(resolved[0]))
+        else:
+            failed = packed.train(resolved, folders)
+    except (ConfigError, RunError) as error:
+        failed = dict.fromkeys(folders, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        failed = dict.fromkeys(folders, ": ".join([type(error).__name__, *lines[:1]]))
+    for folder, why in failed.items():
+        (folder / ERROR).write_text(why.strip() + "\n")
+        print(f"failed: {folder.name}: {why}", flush=True)
+    return int(bool(failed))
+
+
+@contextlib.contextmanager
+def locked(folders: Sequence[Path]) -> Iterator[None]:
+    """Holds the folders' locks, which the system drops when the process ends, however it does."""
+    with contextlib.ExitStack() as stack:
+        for folder in sorted(folders):
+            file = stack.enter_context((folder / LOCK).open("w"))
+            give_up = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        raise SystemExit(f"{folder} is being trained by another process") from None
+                    time.sleep(0.2)
+        yield
+
+
+def _die_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
