@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.blocks import F32, C
@@ -36,28 +37,41 @@ def store_parts(log_decay: jax.Array, high: Any, low: Any, *, interpret: Any) ->
 
 def up_to() -> jax.Array:
     """Row i sums the tokens t <= i of the chunk."""
-    return jnp.where(blocks.col_index() <= blocks.row_index(), _one(), _zero())
+    return _flags(blocks.col_index() <= blocks.row_index(), 1.0)
 
 
 def after() -> jax.Array:
     """Row i sums the tokens t > i of the chunk."""
-    return jnp.where(blocks.col_index() > blocks.row_index(), _one(), _zero())
+    return _flags(blocks.col_index() > blocks.row_index(), 1.0)
 
 
 def from_middle(size: jax.Array) -> jax.Array:
     """Row i sums the tokens from the middle of its block of `size` to i: 1 after the middle, -1 before."""
-    row, col = blocks.row_index(), blocks.col_index()
-    half = size >> 1
-    first = jnp.where((row & half) == 0, _one(), _zero())
-    return jnp.where((row ^ col) < half, jnp.where(col <= row, _one(), _zero()) - first, _zero())
+    row = _row()
+    middle = (row & -size) + (size >> 1)
+    late = row >= middle
+    first, last = jnp.where(late, middle, row + 1), jnp.where(late, row, middle - 1)
+    return _flags(_columns(first, last), blocks.by_row(jnp.where(late, 1.0, -1.0).astype(F16)))
 
 
-def _one() -> jax.Array:
-    return jnp.ones((), F16)
+def within(size: jax.Array) -> jax.Array:
+    """Pairs (i, j), j < i, of one block of `size` tokens."""
+    row = _row()
+    return _columns(row & -size, row - 1)
 
 
-def _zero() -> jax.Array:
-    return jnp.zeros((), F16)
+def _row() -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS)
+
+
+def _columns(first: jax.Array, last: jax.Array) -> jax.Array:
+    """In each row the columns first..last: two numbers a row are all that a thread keeps of such a mask."""
+    col = blocks.col_index()
+    return (col >= blocks.by_row(first)) & (col <= blocks.by_row(last))
+
+
+def _flags(keep: jax.Array, value: Any) -> jax.Array:
+    return jnp.where(keep, jnp.asarray(value, F16), jnp.zeros((), F16))
 
 
 def sums(which: jax.Array, parts: list[tuple[Any, Any]], *, interpret: Any) -> tuple[jax.Array, ...]:
@@ -66,16 +80,10 @@ def sums(which: jax.Array, parts: list[tuple[Any, Any]], *, interpret: Any) -> t
     return sums_of_products(*products, interpret=interpret)
 
 
-def within(size: jax.Array) -> jax.Array:
-    """Pairs (i, j), j < i, of one block of `size` tokens."""
-    row, col = blocks.row_index(), blocks.col_index()
-    return ((row ^ col) < size) & (row > col)
-
-
 def note_reach(offsets: tuple[jax.Array, ...], reach: Any) -> None:
     """The largest |E| of every token, for `next_size` (which wants a barrier in between)."""
-    largest = functools.reduce(jnp.maximum, (jnp.abs(x) for x in offsets))
-    reach[...] = jnp.max(largest, axis=1)
+    largest = (jnp.max(jnp.abs(x), axis=1) for x in offsets)
+    reach[...] = functools.reduce(jnp.maximum, largest)
 
 
 def next_size(size: jax.Array, reach: Any) -> jax.Array:

@@ -14,6 +14,7 @@ from pallas_kernels.hopper.chunk_math import sums_of_products
 from pallas_kernels.hopper.inputs import Inputs, Vectors
 
 BF16 = jnp.bfloat16
+NORM_K, NORM_Q, SPAN = range(3)  # rows of `Tiles.norms`
 
 
 class Tiles(NamedTuple):
@@ -23,7 +24,9 @@ class Tiles(NamedTuple):
     write: k exp(G_C - G) of tokens of the document that leaves it, else 0.  All [B, T, HV, K] bf16.
     carry: exp(G_C), or 0 if no document spans the chunk, [B, HV, T/C, K] float32.
     scores: scale q_i.k_j exp(G_i - G_j), j <= i of one document, [B, HV, T, C] bf16.
-    inverses: A, as `chunk_inverses` has it.  norms: 1 / |k| and scale / |q| [B, HV, T/C, 2, C] float32.
+    inverses: A, as `chunk_inverses` has it.
+    norms: 1 / |k|, scale / |q| and the size of the last level's blocks (for all tokens), NORM_K, NORM_Q and
+        SPAN, [B, HV, T/C, 3, C] float32.
     read_k and inverses are None if additive, norms unless kept; q and k are normalised with `l2norm`.
     """
 
@@ -54,7 +57,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     if delta:
         results |= dict(read_k=keys, inverses=square)
     if keep:
-        results |= dict(norms=jax.ShapeDtypeStruct((batch, value_heads, chunks, 2, C), F32))
+        results |= dict(norms=jax.ShapeDtypeStruct((batch, value_heads, chunks, 3, C), F32))
 
     def body(*refs: Any, **s: Any) -> None:
         q_ref, k_ref, decay_ref, *rest = refs
@@ -89,22 +92,23 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
         norm_q = (lax.rsqrt(squares_q + blocks.L2NORM_EPS) if i.l2norm else one) * i.scale
         norm_k = lax.rsqrt(squares_k + blocks.L2NORM_EPS) if i.l2norm else one
-        norm_s.at[0][...] = norm_k
-        norm_s.at[1][...] = norm_q
+        norm_s.at[NORM_K][...] = norm_k
+        norm_s.at[NORM_Q][...] = norm_q
         plgpu.commit_smem()
-        if keep:
-            plgpu.copy_smem_to_gmem(norm_s, out["norms"].at[b, head, n])
 
         def level(carried: tuple) -> tuple:
-            size, *found = carried
-            offsets = channel_math.sums(channel_math.from_middle(size), parts, interpret=interpret)
+            size, _, *found = carried
+            middle = channel_math.from_middle(size)
+            reach = one * 0.0
             left: list = [[], []]
-            for half, offset in enumerate(offsets):
+            for half in range(halves):  # one after the other: both at once are too many registers
+                (offset,) = channel_math.sums(middle, parts[half : half + 1], interpret=interpret)
+                reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
                 up, k = jnp.exp2(offset), blocks.tile(k_s.at[half])
                 blocks.store(x_s.at[half], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
                 left[0].append((blocks.tile(q_s.at[half]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
-            channel_math.note_reach(offsets, s["reach"])
+            s["reach"][...] = reach
             plgpu.commit_smem()
             new = sums_of_products(
                 *[
@@ -115,16 +119,18 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
             )
             pairs = channel_math.within(size)
             found = [jnp.where(pairs, x, old) for x, old in zip(new, found, strict=True)]
-            size = channel_math.next_size(size, s["reach"])
+            following = channel_math.next_size(size, s["reach"])
             plgpu.commit_smem()  # all have read x_s and reach
-            return size, *found
+            return following, size, *found
 
         diagonal_tile = jnp.where(
             blocks.row_index() == blocks.col_index(), blocks.by_row(diagonal), blocks.zeros((C, C))
         )
-        start = (jnp.asarray(C, jnp.int32), diagonal_tile) + (blocks.zeros((C, C)),) * delta
-        _, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
-        read, write, carry, same = norm_q * 0.0 + 1.0, one, 1.0, None
+        start = (jnp.asarray(C, jnp.int32),) * 2 + (diagonal_tile,) + (blocks.zeros((C, C)),) * delta
+        _, span, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
+        if keep:
+            norm_s.at[SPAN][...] = one * span.astype(F32)
+        read, write, carry, same = one, one, 1.0, None
         if vectors.has("segment"):
             ids = vectors.get("segment", in_s)
             of_row = blocks.row_vector(ids)
@@ -136,29 +142,31 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
 
         def finish(products: jax.Array, row_scale: jax.Array) -> jax.Array:
             if i.l2norm:
-                products *= blocks.by_col(blocks.col_vector(norm_s.at[0]))
+                products *= blocks.by_col(blocks.col_vector(norm_s.at[NORM_K]))
             products *= blocks.by_row(row_scale)
             return products if same is None else jnp.where(same, products, 0.0)
 
         blocks.store(scores_s, finish(found[0], norm_q).astype(BF16), interpret=interpret)
 
-        prefix = channel_math.sums(channel_math.up_to(), parts, interpret=interpret)
-        for half, total in enumerate(prefix):
-            factor = jnp.exp2(total)
-            last = jnp.where(blocks.row_index() == C - 1, factor, 0.0)
+        for half in range(halves):
+            (total,) = channel_math.sums(
+                channel_math.up_to(), parts[half : half + 1], interpret=interpret
+            )
+            decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
+            last = jnp.where(blocks.row_index() == C - 1, decay, 0.0)
             s["carry"].at[pl.ds(half * C, C)][...] = jnp.sum(last, axis=0) * carry
-            q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * factor
+            q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * decay
             blocks.store(q_s.at[half], q.astype(BF16), interpret=interpret)
-        suffix = channel_math.sums(channel_math.after(), parts, interpret=interpret)
-        for half, (before, behind) in enumerate(zip(prefix, suffix, strict=True)):
-            k = blocks.tile(k_s.at[half])
-            written = k * blocks.by_row(norm_k * write) * jnp.exp2(behind)
-            blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
             if delta:
-                seen = k * blocks.by_row(norm_k * read) * jnp.exp2(before)
+                seen = k * blocks.by_row(norm_k * read) * decay
                 blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
+            (rest,) = channel_math.sums(channel_math.after(), parts[half : half + 1], interpret=interpret)
+            written = k * blocks.by_row(norm_k * write) * jnp.exp2(rest)
+            blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scores_s, out["scores"].at[b, head, rows])
+        if keep:
+            plgpu.copy_smem_to_gmem(norm_s, out["norms"].at[b, head, n])
         plgpu.copy_smem_to_gmem(s["carry"], out["carry"].at[b, head, n])
         for half in range(halves):
             columns = pl.ds(half * C, C)
@@ -187,7 +195,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         ladder=blocks.smem((2, 2, C, C), jnp.float16) if delta and halves == 1 else None,
         decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), F32), products),
         vectors=plgpu.SMEM((len(vectors), C), F32) if len(vectors) else None,
-        norms=plgpu.SMEM((2, C), F32),
+        norms=plgpu.SMEM((3, C), F32),
         reach=plgpu.SMEM((C,), F32),
         carry=plgpu.SMEM((key_dim,), F32),
         ready=plgpu.Barrier(num_arrivals=3 * halves + len(vectors)),
