@@ -1,6 +1,6 @@
 """MQAR at the Based mixture for every mixer: several learning rates and seeds at once, in one program.
 
-    python -m benchmarks.mqar_study --mixers=attention,deltanet,gdn,kda,gla,hgrn2,retnet,hybrid --seconds=60
+    python -m benchmarks.mqar_study --mixers="attention;deltanet;gdn;kda;gla;hgrn2;retnet;hybrid" --seconds=60
 
 Two layers without MLP and a tied head, as in Zoology, at d_model 128 and 8192 ids; trained on (length, pairs)
 x examples: (64, 4) x 100k, (128, 8), (256, 16), (256, 32), (256, 64) x 20k; tested on (64, 4), (64, 8), (64,
@@ -37,6 +37,7 @@ ROPE_FREE = ("attention", {"num_heads": 2, "head_dim": 64, "rope_theta": 0.0})
 # name -> two layers, and the published accuracy nearest in state size (Zoology's README, read off its figure)
 STUDY: dict[str, tuple[list[tuple[str, dict[str, Any]]], str]] = {
     "attention": ([FULL] * 2, "1.0"),
+    "attention, RoPE then NoPE": ([FULL, ROPE_FREE], "1.0"),
     "deltanet": ([("delta_net", {"num_heads": 1, "head_dim": 128})] * 2, ".96 (34k)"),
     "gdn": ([GDN] * 2, ".99 (66k)"),
     "kda": ([("kda", {"num_heads": 1, "head_dim": 128})] * 2, ""),
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mixers", default=",".join(STUDY))
+    parser.add_argument("--mixers", default=";".join(STUDY), help="separated by semicolons")
     parser.add_argument("--seconds", type=float, default=60, help="of training for each mixer")
     parser.add_argument("--steps", type=int, default=20_000, help="at most")
     parser.add_argument("--batch_size", type=int, default=128, help="rows of 256 tokens")
@@ -159,7 +160,7 @@ def main() -> None:
     tests = [rows(length, pairs, scaled(1000), width, flags.vocab, "val") for length, pairs in shown]
     test, ends = vmapped.data(tests), np.cumsum([len(part["tokens"]) for part, _ in tests]).tolist()
     print(f"data: {train.tokens.shape[0]:,} rows, {time.perf_counter() - began:.0f} s, {jax.devices()[0]}")
-    names = flags.mixers.split(",")
+    names = [name.strip() for name in flags.mixers.split(";")]
     with ThreadPoolExecutor(flags.threads) as pool:
         ready = {name: pool.submit(prepare, name, flags, train, test) for name in names}
         runs = {name: future.result() for name, future in ready.items()}

@@ -1,0 +1,185 @@
+"""flash-linear-attention's own models on a GPU against imports of checkpoints that they wrote, and exports
+that they read back.
+
+Needs an NVIDIA GPU, fla-core and flash-linear-attention 0.6, and the `parity` extra. Where fla is installed,
+transformers calls its kernels: keep test_parity.py's environment apart. Run with -s to see the errors.
+
+Three things stand in for what fla's models need besides fla: one Triton configuration per kernel instead of
+minutes of autotuning; PyTorch's attention for the flash-attn package; and float32 products in Triton instead
+of TF32. fla refuses the backward kernel of gated chunks on Hopper with Triton 3.4 to 3.7 (its issue 640):
+there Gated DeltaNet's gradients come from fla's recurrence in PyTorch.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm import checkpoint, generate, model
+from hybridlm.convert import evaluate, transfer
+from hybridlm.rows import single_document
+
+torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
+
+pytestmark = [pytest.mark.parity, pytest.mark.gpu]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # with TRITON_INTERPRET=1 also without a GPU, slowly
+SMALL = dict(
+    vocab_size=61, hidden_size=64, num_hidden_layers=2, intermediate_size=40, pad_token_id=0, bos_token_id=1,
+    eos_token_id=None,
+)  # fmt: skip
+WINDOWED = dict(layers=[1], num_heads=4, num_kv_heads=2, window_size=16, rope_theta=5e4)
+SPECS = [dict(layers=[0], num_heads=2, qkv_bias=True), dict(layers=[2], num_heads=4, window_size=30)]
+DELTA = dict(num_heads=2, head_dim=16)
+RECURRENT = dict(attn_mode="fused_recurrent")  # DeltaNet's chunks refuse float32
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "delta_net": ("DeltaNet", dict(num_heads=2, **RECURRENT)),
+    "delta_net gated": (
+        "DeltaNet", dict(num_heads=4, use_gate=True, allow_neg_eigval=True, expand_v=2.0, **RECURRENT)
+    ),
+    "gated_deltanet": ("GatedDeltaNet", dict(**DELTA, allow_neg_eigval=True)),
+    "gated_deltanet hybrid": (
+        "GatedDeltaNet", dict(**DELTA, num_v_heads=4, use_gate=False, attn=WINDOWED, tie_word_embeddings=True)
+    ),
+    "kda": ("KDA", dict(**DELTA)),
+    "kda hybrid": ("KDA", dict(**DELTA, num_v_heads=4, num_hidden_layers=3, attn=SPECS)),
+    "gla": ("GLA", dict(num_heads=2)),
+    "gla conv": ("GLA", dict(num_heads=4, use_short_conv=True, use_output_gate=False, expand_k=1.0)),
+    "hgrn": ("HGRN", dict(num_hidden_layers=3)),
+    "hgrn conv": ("HGRN", dict(use_short_conv=True, expand_ratio=2, use_lower_bound=False)),
+    "hgrn2": ("HGRN2", dict(num_heads=2, num_hidden_layers=3)),
+    "retnet": ("RetNet", dict(num_heads=2)),
+    "transformer": ("Transformer", dict(num_heads=4, num_kv_heads=2, qk_norm=True)),
+    "transformer window": ("Transformer", dict(num_heads=4, window_size=20, qkv_bias=True, rope_theta=5e5)),
+}  # fmt: skip
+
+
+def attention(q, k, v, causal: bool = True, window_size: tuple[int, int] = (-1, -1)):
+    """flash_attn's function: [B, T, H, D], grouped heads, the last query beside the last key."""
+    ago = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
+    ago = ago - torch.arange(k.shape[1], device=q.device)
+    seen = ago >= 0 if window_size[0] < 0 else (ago >= 0) & (ago <= window_size[0])
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v)
+
+
+@pytest.fixture(scope="module")
+def fla():
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+    tuner = pytest.importorskip("triton.runtime.autotuner", reason="needs triton").Autotuner
+    init = tuner.__init__
+    tuner.__init__ = lambda self, fn, names, configs, *args, **options: init(
+        self, fn, names, configs[:1], *args, **options
+    )
+    pytest.importorskip("fla", reason="needs flash-linear-attention")
+    from fla import models
+    from fla.layers import attn
+
+    attn.flash_attn_func = attention
+    return models
+
+
+def fla_model(models: Any, name: str):
+    cls, settings = CASES[name]
+    torch.manual_seed(len(name))
+    config = getattr(models, f"{cls}Config")(**SMALL | settings)
+    net = getattr(models, f"{cls}ForCausalLM")(config)
+    for key, tensor in net.named_parameters():
+        if key.endswith(("A_log", "dt_bias")):
+            tensor.data = torch.rand_like(tensor)
+        elif tensor.ndim > 1:
+            tensor.data = torch.randn_like(tensor) * (0.2 if "lower_bounds" not in key else 1.0)
+        else:
+            tensor.data = tensor.data + 0.2 * torch.randn_like(tensor)
+    return net.to(DEVICE).eval()
+
+
+def fla_logits(net, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return net(torch.tensor(ids, device=DEVICE), use_cache=False).logits.float().cpu().numpy()
+
+
+def fla_gradients(net, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Of the mean cross-entropy of the next token."""
+    from fla.layers import gated_deltanet
+
+    def recurrence(q, k, v, g, beta, use_qk_l2norm_in_kernel, **others):
+        from fla.modules.l2norm import l2norm
+        from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+        assert use_qk_l2norm_in_kernel
+        q, k = (l2norm(x).repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+        if others.get("use_gate_in_kernel"):
+            g = -others["A_log"].float().exp() * torch.nn.functional.softplus(g.float() + others["dt_bias"])
+        return naive_recurrent_gated_delta_rule(q, k, v, beta, g)
+
+    monkeypatch.setattr(gated_deltanet, "chunk_gated_delta_rule", recurrence)
+    net.train()
+    tokens = torch.tensor(ids, device=DEVICE)
+    logits = net(tokens, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    net.eval()
+    return {name: value.grad.cpu().numpy() for name, value in net.named_parameters()}
+
+
+def gradients(folder: Path, definition: model.Definition, params: model.Params, ids: np.ndarray) -> dict:
+    """The same here, under the names of the checkpoint."""
+    targets = np.concatenate([ids[:, 1:], np.full_like(ids[:, :1], -1)], axis=1)
+    batch = {"tokens": jnp.asarray(ids), "targets": jnp.asarray(targets)}
+    batch |= dict(zip(("segment_ids", "positions"), single_document(*ids.shape), strict=True))
+    with jax.default_matmul_precision("highest"):
+        grads, sums = jax.jit(jax.grad(lambda p: model.loss_fn(definition, p, batch), has_aux=True))(params)
+    flat = checkpoint.flatten(grads)
+    source = transfer.read_config(folder)
+    planned = transfer.plan(definition, source.family, source.model_type)
+    found = {}
+    for rule in planned.rules:
+        entries = [planned.entries[name] for name in rule.ours]
+        arrays = rule.outward([np.asarray(flat[e.path][e.place]) / sums["tokens"] for e in entries])
+        found |= dict(zip(rule.theirs, arrays, strict=True))
+    return found
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = fla_model(fla, name)
+    ids = np.random.default_rng(0).integers(3, SMALL["vocab_size"], (2, 139))
+    want = fla_logits(net, ids)  # two chunks of 64 and a ragged one
+    net.save_pretrained(tmp_path / "theirs")
+    transfer.import_hf(tmp_path / "theirs", tmp_path / "run")
+    definition, params = evaluate.load(tmp_path / "run")
+    logits = evaluate.logits(definition, params, ids)
+    errors = {"logits": error(logits, want)}
+    errors["first 50 tokens"] = error(logits[:, :50], fla_logits(net, ids[:, :50]))  # fla: token by token
+    print(f"\n{name}: {errors}", flush=True)
+
+    theirs = fla_gradients(net, ids, monkeypatch)
+    ours = gradients(tmp_path / "theirs", definition, params, ids)
+    worst = {key: error(ours[key].reshape(theirs[key].shape), theirs[key]) for key in theirs if key in ours}
+    key = max(worst, key=worst.__getitem__)
+    errors["worst gradient"] = worst[key]
+    print(f"{name}: gradients {worst[key]:.1e} {key}", flush=True)
+
+    transfer.export_hf(tmp_path / "run", tmp_path / "again", model_type=net.config.model_type)
+    mode = getattr(net.config, "attn_mode", None)  # which of its kernels fla uses
+    back, report = type(net).from_pretrained(tmp_path / "again", attn_mode=mode, output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    errors["export"] = error(fla_logits(back.to(DEVICE).eval(), ids), want)
+    prompt = torch.tensor(ids[:, :20], device=DEVICE)
+    tokens = net.generate(prompt, max_new_tokens=8, do_sample=False)[:, 20:].cpu().numpy()
+    with jax.default_matmul_precision("highest"):
+        got = generate.generate(definition, params, ids[:, :20].tolist(), max_new_tokens=8)
+    print(f"{name}: {errors}, greedy tokens {got} {tokens.tolist()}", flush=True)
+    assert errors["logits"] < 1e-4 and errors["first 50 tokens"] < 1e-4 and errors["export"] < 1e-5
+    assert errors["worst gradient"] < 1e-3
+    np.testing.assert_array_equal(got, tokens)
