@@ -94,25 +94,30 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         norm_k = lax.rsqrt(squares_k + blocks.L2NORM_EPS) if i.l2norm else one
         norm_s.at[NORM_K][...] = norm_k
         norm_s.at[NORM_Q][...] = norm_q
+        s["reach"][...] = one
         plgpu.commit_smem()
 
         def level(carried: tuple) -> tuple:
             size, _, *found = carried
+            # Always 0, which the compiler cannot know: addresses do not stay in registers through the loop.
+            zero = jnp.where(s["reach"][0] < 0.0, 1, 0)
+            tile = [half + zero for half in range(halves)]
+            parts = [(parts_s.at[half, 0], parts_s.at[half, 1]) for half in tile]
             middle = channel_math.from_middle(size)
             reach = one * 0.0
             left: list = [[], []]
             for half in range(halves):  # one after the other: both at once are too many registers
                 (offset,) = channel_math.sums(middle, parts[half : half + 1], interpret=interpret)
                 reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
-                up, k = jnp.exp2(offset), blocks.tile(k_s.at[half])
-                blocks.store(x_s.at[half], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
-                left[0].append((blocks.tile(q_s.at[half]) * up).astype(BF16))
+                up, k = jnp.exp2(offset), blocks.tile(k_s.at[tile[half]])
+                blocks.store(x_s.at[tile[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
+                left[0].append((blocks.tile(q_s.at[tile[half]]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
             s["reach"][...] = reach
             plgpu.commit_smem()
             new = sums_of_products(
                 *[
-                    ([(x, x_s.at[half].T) for half, x in enumerate(tiles)], (C, C))
+                    ([(x, x_s.at[tile[half]].T) for half, x in enumerate(tiles)], (C, C))
                     for tiles in left[: len(found)]
                 ],
                 interpret=interpret,
