@@ -1,6 +1,7 @@
 """Train a language model: python train.py --config=configs/quickstart.py [--config.section.field=value ...]
 
-Exit codes: 0 finished run (or dry run), 1 a run that could not go on, 2 bad input, 130 interrupted.
+Exit codes: 0 finished run (or dry run), 1 a run that could not go on, 2 bad input, 3 stopped as asked with a
+complete checkpoint (start again with --resume=auto), 130 or 143 ended at once by SIGINT or SIGTERM.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from rich.logging import RichHandler
 
 from eval import in_loop
 from hybridlm import config as configs
-from hybridlm import report, trainer
-from hybridlm.errors import ConfigError, RunError
+from hybridlm import private, processes, report, trainer
+from hybridlm.errors import ConfigError, RunError, Stopped
 
 log = logging.getLogger("hybridlm")
 
@@ -33,6 +34,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--workdir", metavar="DIR", help="default: runs/ and the config's name")
     parser.add_argument(
         "--resume", choices=("auto", "never", "must"), default="auto", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--distributed", metavar="auto|HOST:PORT,COUNT,INDEX", help="be one of several processes of a run"
     )
     parser.add_argument("--dry_run", action="store_true", help="print what the config amounts to, and exit")
     flags: list[str] = []
@@ -59,30 +63,43 @@ def default_workdir(spec: str) -> Path:
 def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(argv)
     try:
-        config = configs.resolve(configs.load(flags.config, overrides))
-        for field in overrides:
-            if field.startswith("mixers.") and field.split(".")[1] not in config.mixers:
-                log.warning("--config.%s has no effect: the mixer is not in model.pattern", field)
-        if flags.dry_run:
-            report.dry_run(config, rich.get_console())
-        else:
-            workdir = Path(flags.workdir or default_workdir(flags.config))
-            trainer.train(config, workdir, flags.resume, in_loop.build(config))
+        code, message = 0, ""
+        run(flags, overrides)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, message = 2, f"error: {error}"
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        code, message = 1, f"error: {error}"
+    except Stopped as stopped:
+        code, message = 3, f"{stopped}; start again with --resume=auto"
     except KeyboardInterrupt:
-        print("interrupted; the newest checkpoint is intact", file=sys.stderr)
-        return 130
-    return 0
+        code, message = 130, "interrupted before training began"
+    except Exception:
+        processes.await_verdict()
+        raise
+    if message:
+        print(private.hide(message), file=sys.stderr, flush=True)
+    processes.leave(code, private.hide(message))
+    return code
+
+
+def run(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
+    if flags.distributed:
+        processes.join(flags.distributed)
+    config = configs.resolve(configs.load(flags.config, overrides))
+    for field in overrides:
+        if field.startswith("mixers.") and field.split(".")[1] not in config.mixers:
+            log.warning("--config.%s has no effect: the mixer is not in model.pattern", field)
+    if flags.dry_run:
+        report.dry_run(config, rich.get_console())
+        return
+    workdir = Path(flags.workdir or default_workdir(flags.config))
+    trainer.train(config, workdir, flags.resume, in_loop.build(config))
 
 
 if __name__ == "__main__":
     console = rich.get_console()  # the progress bar's: lines of the log appear above it
     handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.addFilter(private.Filter())
     logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
     log.setLevel(logging.INFO)
     sys.exit(main(sys.argv[1:]))

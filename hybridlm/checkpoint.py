@@ -4,12 +4,14 @@ A checkpoint at step s is a directory ``checkpoints/<s>`` with one item per entr
 a flat mapping from dotted names to arrays (``params`` can be read without the rest), and ``run``, a JSON
 record of everything else that resumption needs: step, config, layers, data fingerprint. The seed in the
 config and the step are all the randomness there is. Arrays are global: what one mesh wrote, another reads.
+Every file is hashed before the directory gets its name (`hybridlm.seal`), and again before it is read.
 """
 
 import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from hybridlm import seal
 from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger("hybridlm")
@@ -26,6 +29,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack t
 
 State = dict[str, Any]
 
+ITEMS = ("params", "opt_state", "step", "run")  # of a training state
+HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 CHUNK_BYTES = 1 << 25  # on disk, of arrays that are written in pieces
 COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own
 
@@ -82,17 +87,16 @@ class Checkpoints:
     def __init__(self, directory: str | Path, last: int = 2, best: int = 1, metric: str = "val_loss"):
         self.directory = Path(directory).absolute()
         self.keep = Keep(last, best, metric)
+        self.filling: int | None = None  # the step that `create` made, which changes until the end
+        self.sound: set[int] = set()
+        self.need = 0
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.keep,
             best_fn=self.keep.score,  # the policy ranks; this makes Orbax write the metric to disk
             best_mode="min",
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         with translated(self.directory, "checkpoints cannot be kept there"):
-            if jax.process_index() == 0:
-                for half_written in self.directory.glob(
-                    "*.orbax-checkpoint-tmp*"
-                ):  # by a run that was killed
-                    shutil.rmtree(half_written)
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -109,7 +113,7 @@ class Checkpoints:
 
         RunError when the disk has no room or the previous save failed; earlier checkpoints are intact.
         """
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.need = need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if free < need:
             raise RunError(
@@ -127,12 +131,17 @@ class Checkpoints:
             self.manager.save(step, args=args, metrics=scores, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record that was saved with ``step``."""
+        """The JSON record that was saved with ``step``; RunError when the checkpoint is damaged."""
+        self._verify(step)
         with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
             return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
     def restore(self, step: int, like: State) -> State:
-        """Entries of the state of ``step``; ``like``: ShapeDtypeStructs, with shardings, of those wanted."""
+        """Entries of the state of ``step``; ``like``: ShapeDtypeStructs, with shardings, of those wanted.
+
+        RunError when the checkpoint is damaged.
+        """
+        self._verify(step)
         items = {name: ocp.args.StandardRestore(flatten(tree)) for name, tree in like.items()}
         with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
@@ -144,6 +153,7 @@ class Checkpoints:
         like: tree of float32 shapes. A layer of a stack is a chunk on disk, so writing one touches no other.
         Orbax gets a number in place of each array, since it would write them all at once.
         """
+        self.filling = step
         leaves = flatten(like)
         numbers = {name: np.zeros((), np.float32) for name in leaves}
         items = {entry: ocp.args.StandardSave(numbers), "run": ocp.args.JsonSave(record)}
@@ -175,6 +185,7 @@ class Checkpoints:
 
     def open(self, step: int, entry: str, names: Iterable[str]) -> dict[str, Any]:
         """Arrays of one entry of the state by dotted name, on disk: indexing reads, assigning writes."""
+        self._verify(step)
         return self._arrays(step, entry, {name: {"open": True} for name in names})
 
     def _arrays(self, step: int, entry: str, specs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -189,7 +200,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when every save is on disk; RunError when one failed."""
-        with translated(self.directory, "a checkpoint could not be written", self._intact):
+        what = f"a checkpoint could not be written ({self.need:,} bytes)"
+        with translated(self.directory, what, self._intact):
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
 
@@ -199,12 +211,30 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         try:
             self.wait()
+            if error is None and self.filling is not None:
+                seal.write(self.directory / str(self.filling))
         except RunError as failed:
             if error is None:
                 raise
             log.error("%s", failed)  # the first error is the one to report
         finally:
             self.manager.close()
+
+    def _seal(self) -> None:
+        """Called by Orbax when all files of a save are written and the directory has not got its name yet."""
+        for written in self.directory.glob(HALF_WRITTEN) if self.filling is None else ():
+            seal.write(written)
+
+    def _verify(self, step: int) -> None:
+        """RunError when the files of ``step`` are not what was written; each step is read once for this."""
+        if jax.process_index() or step in self.sound or step == self.filling:
+            return
+        path = self.directory / str(step)
+        with translated(path, "unreadable checkpoint", lambda: self._without(step)):
+            problem = seal.damage(path)
+        if problem:
+            raise RunError(f"{path}: damaged checkpoint: {problem}; {self._without(step)}.")
+        self.sound.add(step)
 
     def _intact(self) -> str:
         steps = self.steps()
@@ -234,6 +264,65 @@ class translated:
             lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             message = f"{self.path}: {self.what}: {full if full in str(error) else lines[0]}"
             raise RunError(message + (f"; {self.hint()}" if self.hint else "") + ".") from error
+
+
+def mend(directory: Path) -> None:
+    """Makes the newest checkpoint a sound one: for the run that owns ``directory``, before it opens it.
+
+    Removes what a killed save left. Moves damaged checkpoints newer than the newest sound one to ``damaged``
+    beside ``directory``, so that training can come to their steps again; nothing is deleted. RunError when
+    there are checkpoints and none is sound; then nothing is moved.
+    """
+    for half_written in directory.glob(HALF_WRITTEN):
+        shutil.rmtree(half_written)
+    found = sorted((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+    damaged: dict[int, str] = {}
+    for step in found:
+        problem = damage(directory / str(step))
+        if problem is None:
+            break
+        damaged[step] = problem
+    listed = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+    if damaged and len(damaged) == len(found):
+        fix = "Bring one back from a copy, or start anew in another --workdir."
+        raise RunError(f"{directory}: no checkpoint is sound ({listed}). {fix}")
+    for step in damaged:
+        aside = directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+        aside.parent.mkdir(exist_ok=True)
+        (directory / str(step)).rename(aside)
+    if damaged:
+        log.error("%s: passed over damaged checkpoints, now in damaged/ (%s)", directory, listed)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint of a training state at ``path``, in words; None if it is sound.
+
+    One without a seal (written by an older version) is read whole instead, which finds what is missing or
+    cut short but not every flipped bit.
+    """
+    try:
+        if problem := seal.damage(path):
+            return problem
+        json.loads((path / "_CHECKPOINT_METADATA").read_bytes())
+        if not (path / seal.NAME).exists():
+            log.info("%s: has no %s; reading it whole", path, seal.NAME)
+            for item in ITEMS:
+                if not (path / item).is_dir():
+                    return f"{item} is missing"
+            _read_whole(path)
+    except Exception as error:  # tensorstore, JSON and the file system raise all kinds
+        return str(error).splitlines()[0]
+    return None
+
+
+def _read_whole(path: Path) -> None:
+    json.loads((path / "run" / "metadata").read_bytes())
+    for item in ITEMS[:-1]:
+        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path / item}/"}}
+        keys = tensorstore.KvStore.open(base).result().list().result()
+        for name in (key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")):
+            spec = {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
+            tensorstore.open(spec, open=True, read=True).result().read().result()
 
 
 def choose(mode: str, checkpoints: Checkpoints) -> int | None:

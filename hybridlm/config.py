@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from hybridlm import data as data_kinds
-from hybridlm import mixers, mlps, pattern, schema
+from hybridlm import mixers, mlps, pattern, private, schema
 from hybridlm.errors import ConfigError, nearest
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
@@ -305,16 +305,32 @@ def _under(prefix: str) -> Iterator[None]:
         raise error.under(prefix) from None
 
 
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config's dict that an older version wrote, with the defaults of fields that are new.
+
+    As it is if this version cannot resolve it any more.
+    """
+    try:
+        return resolve(ConfigDict(values)).to_dict()
+    except ConfigError:
+        return values
+
+
 # config.json
 
 
+def portable(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+    """The config as it is written down: paths without home directory and user name."""
+    return private.in_paths(config.to_dict(), private.hide)
+
+
 def to_json(config: ConfigDict | FrozenConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+    return json.dumps(portable(config), indent=2) + "\n"
 
 
 def from_json(path: str | Path) -> ConfigDict:
     """What `to_json` wrote; pass it through `resolve`. ConfigError for a file that is not a config."""
     try:
-        return ConfigDict(json.loads(Path(path).read_text()))
+        return ConfigDict(private.in_paths(json.loads(Path(path).read_text()), private.reveal))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error

@@ -1,4 +1,5 @@
-"""The two errors that users see: ConfigError for bad input, RunError for a run that cannot go on."""
+"""What users see of a run that did not finish: ConfigError for bad input, RunError for a run that cannot go
+on, Stopped for one that was asked to leave and can be resumed."""
 
 import difflib
 from collections.abc import Iterable
@@ -22,6 +23,10 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on (full disk, loss not finite ...): the message says why, and what is intact."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and did so with a complete checkpoint: the message says at which step."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

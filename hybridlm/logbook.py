@@ -22,6 +22,7 @@ import rich
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybridlm import config as configs
 from hybridlm.errors import RunError
 
 log = logging.getLogger("hybridlm")
@@ -94,7 +95,8 @@ class Logbook:
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written at step {step}: {error.strerror}.") from error
         if written != len(line):
-            raise RunError(f"{self.path}: cannot be written at step {step}: the disk is full.")
+            need = f"{len(line):,} bytes did not fit"
+            raise RunError(f"{self.path}: cannot be written at step {step}: the disk is full ({need}).")
         self.tracker.log(step, metrics)
         self.bar.show(step, metrics)
 
@@ -126,7 +128,7 @@ class Bar:
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         tokens_alone = "val_accuracy" in metrics and "val_bpb" not in metrics  # a task, not text
         parts = {
-            "loss": f"{metrics['loss']:.4f}",
+            "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "not finite",
             "bits/byte": f"{metrics['bits_per_byte']:.3f}" if "bits_per_byte" in metrics else "",
             "val loss": f"{metrics['val_loss']:.4f}" if "val_loss" in metrics else "",
             "val bits/byte": f"{metrics['val_bpb']:.3f}" if "val_bpb" in metrics else "",
@@ -163,7 +165,7 @@ class Tracker:
             self.run = wandb.init(
                 project=config.log.project,
                 name=config.log.name or workdir.name,
-                config=config.to_dict(),
+                config=configs.portable(config),
                 dir=workdir,
                 mode=mode,
                 id=run_id(workdir),
@@ -222,7 +224,8 @@ def plot(records: list[Metrics], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), dpi=120)
     axes = figure.add_subplot()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1, label="training batch")
+    train = [r for r in records if "loss" in r]  # not in the line of a skipped update
+    axes.plot([r["step"] for r in train], [r["loss"] for r in train], linewidth=1, label="training batch")
     held_out = [r for r in records if "val_loss" in r]
     if held_out:
         axes.plot(

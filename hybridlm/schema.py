@@ -83,6 +83,9 @@ class Train:
     """steps: optimiser updates.  batch_size: sequences per update, over all devices and microbatches.
     seq_len: tokens per sequence.  microbatches: parts of a batch whose gradients are accumulated.
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
+    max_skipped: updates in a row that are skipped for a loss or gradient that is not finite; one more ends
+        the run.
+    max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
     """
 
     steps: Positive = 1000
@@ -91,6 +94,8 @@ class Train:
     seed: Count = 0
     microbatches: Positive = 1
     z_loss: NonNegative = 0.0
+    max_skipped: Count = 8
+    max_minutes: NonNegative = 0.0
 
     def check(self) -> None:
         if self.batch_size % self.microbatches:

@@ -143,7 +143,8 @@ def put_batch(
             return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         rows = batch_rows(mesh, batch_size)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             begin, end, _ = index[0].indices(batch_size)
             return array[slice(*np.searchsorted(rows, (begin, end)))]
 

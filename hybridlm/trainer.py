@@ -1,39 +1,50 @@
-"""Training: one jitted step over a mesh, and the loop around it.
+"""Training: the loop around one jitted step, and everything that may happen between two steps.
 
 The whole state of a run is {"params", "opt_state", "step"}; the batch of a step is a function of the seed
 and the step, and there is no other randomness. A run that was killed and resumed therefore writes the same
 metrics as one that was not.
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
-import math
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import rich
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from hybridlm import checkpoint, cost, data, generate, init_from, logbook, optimizer, report, sharding
+from hybridlm import (
+    checkpoint,
+    cost,
+    data,
+    generate,
+    init_from,
+    interrupt,
+    logbook,
+    private,
+    processes,
+    replay,
+    report,
+    sharding,
+)
 from hybridlm import config as configs
 from hybridlm import model as lm
+from hybridlm.clock import Clock
 from hybridlm.data import baselines
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, Stopped
+from hybridlm.lock import Lock
+from hybridlm.program import Program, State, build, compiled, per_token
+from hybridlm.watch import Watch
 
 log = logging.getLogger("hybridlm")
 
-State = dict[str, Any]
-Batch = dict[str, jax.Array]
 Metrics = dict[str, Any]
-
-
 Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, params, tokenizer, step)
 
 
@@ -42,256 +53,237 @@ def train(
 ) -> Metrics:
     """Trains what the resolved ``config`` describes and returns the last line of metrics.jsonl.
 
-    workdir: gets config.json, layers.json, metrics.jsonl, loss.png, checkpoints/.
+    workdir: gets config.json, layers.json, metrics.jsonl, events.jsonl, loss.png, checkpoints/.
     resume: auto, must or never; see `checkpoint.choose`.
     evaluate: measures the model beside each validation; its metrics join those of the step.
-    Raises ConfigError before anything is compiled, RunError when the run cannot go on.
+    Raises ConfigError before anything is compiled, RunError when the run cannot go on, and Stopped when it
+    was asked to leave (`interrupt.Stop`) and has saved a checkpoint.
     """
-    workdir, steps = Path(workdir).absolute(), config.train.steps
-    mesh = sharding.make_mesh(config.mesh)
-    configs.check_batch(config.train, mesh.shape)
-    train_data, val_data = (build_data(config, split) for split in ("train", "val"))
-    definition = lm.build(config)
-    record = {
-        "config": config.to_dict(),
-        "layers": cost.summary(config),
-        "fingerprint": train_data.fingerprint,
-    }
-
-    keep = config.checkpoint
-    with (
-        jax.set_mesh(mesh),
-        checkpoint.Checkpoints(
-            workdir / "checkpoints", keep.keep_last, keep.keep_best, keep.best_metric
-        ) as saves,
-    ):
-        start = checkpoint.choose(resume, saves)
-        if start is not None:
-            checkpoint.check_unchanged(saves.record(start), record)
-        if start is not None and start > steps:
-            raise ConfigError("train.steps", steps, f"the checkpoint is already at step {start}", "Raise it.")
-        if start is None and config.init_from:
-            init_from.check(config.init_from)
-        write_json(workdir / "config.json", record["config"])
-        write_json(workdir / "layers.json", record["layers"])
-
-        program = build(config, definition, mesh, train_data.token_bytes)
-        if start is None:
-            start, state = 0, program.init(jax.random.key(config.train.seed))
-            if config.init_from:
-                state["params"] = init_from.start(config.init_from, definition, state["params"], workdir)
-        else:
-            state = saves.restore(start, program.shapes)
-            log.info("resumed from the checkpoint at step %d", start)
-
-        def validate(params: Any, step: int) -> Metrics:
-            metrics = validation(program, mesh, val_data, config.eval.batches, params)
-            return metrics | (evaluate(definition, params, train_data.tokenizer, step) if evaluate else {})
-
-        draw = partial(sample, config, definition, train_data.tokenizer)
-        metrics: Metrics = {}
-        with logbook.Logbook(workdir, config, start=start) as book:
-            if start < steps:
-                run = compiled(program, mesh, train_data.batch(start))
-            clock = Clock(config, mesh.size)
-            batches = train_data.iterate(start)
-            behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
-            for step in range(start + 1, steps + 1):
-                batch = sharding.put_batch(clock.next(batches), mesh)
-                state, now = run(state, batch)
-                if behind:  # read one step late, so that the devices always have the next one queued
-                    metrics = settle(*behind, clock)
-                    if due(behind[0], config.log.every_steps):
-                        book.write(behind[0], metrics | clock.rates())
-                behind = step, now
-                last = step == steps
-                validates = last or due(step, config.eval.every_steps)
-                samples = last or due(step, config.eval.sample_every_steps)
-                saving = last or due(step, config.checkpoint.every_steps)
-                if validates or samples or saving:
-                    metrics = settle(*behind, clock) | clock.rates()
-                    behind = None
-                    if validates:
-                        metrics |= validate(state["params"], step)
-                    if samples:
-                        metrics |= draw(state["params"])
-                    book.write(step, metrics)
-                    if saving:
-                        saves.save(step, state, record | {"step": step}, metrics)
-                    clock.restart()
-            if start == steps:  # resumed a run that was finished: only its summary is wanted
-                metrics = validate(state["params"], steps) | draw(state["params"])
-    if jax.process_index() == 0:
-        summarise(config, workdir, metrics, val_data)
+    workdir = Path(workdir).absolute()
+    with interrupt.Stop(config.train.max_minutes) as stop:
+        mesh = sharding.make_mesh(config.mesh)
+        configs.check_batch(config.train, mesh.shape)
+        rows = sharding.batch_rows(mesh, config.train.batch_size)
+        train_data, val_data = (build_data(config, split, rows) for split in ("train", "val"))
+        definition = lm.build(config)
+        with stored(workdir), contextlib.ExitStack() as stack:
+            lock = stack.enter_context(Lock(workdir)) if processes.first() else None
+            if processes.first() and resume != "never":
+                checkpoint.mend(workdir / "checkpoints")
+            processes.barrier("workdir")
+            keep, directory = config.checkpoint, workdir / "checkpoints"
+            stack.enter_context(jax.set_mesh(mesh))
+            saves = stack.enter_context(
+                checkpoint.Checkpoints(directory, keep.keep_last, keep.keep_best, keep.best_metric)
+            )
+            run = Run(config, workdir, mesh, definition, train_data, val_data, saves, stop, lock, evaluate)
+            metrics = run.train(resume)
+        with stored(workdir):
+            if processes.first():
+                summarise(config, workdir, metrics, val_data)
     return metrics
 
 
-class Program(NamedTuple):
-    """The compiled parts of a run, all over one mesh. ``shapes`` is the state's, with shardings."""
+@contextlib.contextmanager
+def stored(workdir: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or workdir
+        raise RunError(f"{where}: {error.strerror or error}. Checkpoints are intact.") from error
 
-    init: Callable[[jax.Array], State]
-    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, Batch], dict[str, jax.Array]]
-    shapes: State
 
+@dataclasses.dataclass
+class Run:
+    """One start of a run, from choosing where to begin to the last step."""
 
-def build(config: Any, definition: lm.Definition, mesh: Mesh, token_bytes: np.ndarray | None) -> Program:
-    """Everything that runs on devices, for a resolved ``config``; nothing is compiled yet.
+    config: Any
+    workdir: Path
+    mesh: Mesh
+    definition: lm.Definition
+    train_data: data.Dataset
+    val_data: data.Dataset
+    saves: checkpoint.Checkpoints
+    stop: interrupt.Stop
+    lock: Lock | None
+    evaluate: Evaluate | None
 
-    token_bytes: bytes per token id, at most vocab_size long; None leaves bits per byte out.
-    """
-    train = config.train
-    metadata = lm.metadata(definition)
-    tx = optimizer.build(config.optimizer, train.steps, metadata)
-    rate = optimizer.schedule(config.optimizer, train.steps)
-    sizes = (
-        None
-        if token_bytes is None
-        else jnp.zeros(definition.vocab_size).at[: len(token_bytes)].set(token_bytes)
-    )
-    loss_fn = partial(lm.loss_fn, definition, z_loss=train.z_loss, token_bytes=sizes)
-
-    def init(key: jax.Array) -> State:
-        params = lm.init(definition, key)
-        return {"params": params, "opt_state": tx.init(params), "step": jnp.zeros((), jnp.int32)}
-
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
-    shardings = sharding.state_shardings(shapes, param_shardings, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def gradients(params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        """Gradient of the summed loss, and the sums, both over the whole batch."""
-        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-        return jax.lax.with_sharding_constraint(grads, param_shardings), sums
-
-    def accumulated(params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        # Microbatch i is every microbatches-th row from i on, so that each device splits its own rows.
-        split = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, train.microbatches, *x.shape[1:]), 1, 0), batch
-        )
-        part = jax.tree.map(lambda x: x[0], split)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, params, part))
-
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part)), None
-
-        return jax.lax.scan(add, zeros, split)[0]
-
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        grads, sums = (accumulated if train.microbatches > 1 else gradients)(state["params"], batch)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1), grads)
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        metrics = per_token(sums) | {
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": rate(state["step"]),
+    def train(self, resume: str) -> Metrics:
+        """To the last step; returns its metrics."""
+        config, steps = self.config, self.config.train.steps
+        self.record = {
+            "config": configs.portable(config),
+            "layers": cost.summary(config),
+            "fingerprint": self.train_data.fingerprint,
         }
-        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+        start, saved = self.choose(resume)
+        write_json(self.workdir / "config.json", self.record["config"])
+        write_json(self.workdir / "layers.json", self.record["layers"])
+        self.train_data.verify(jax.process_index(), jax.process_count())
 
-    def evaluate(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        return loss_fn(params, batch)[1]
+        self.program = build(config, self.definition, self.mesh, self.train_data.token_bytes)
+        state = self.begin(start)
+        with logbook.Logbook(self.workdir, config, start=start) as self.book:
+            self.watch = Watch(
+                self.workdir / "events.jsonl",
+                self.definition,
+                self.train_data.sample_ids,
+                start,
+                saved.get("skipped", (0, 0)),
+            )
+            metrics: Metrics = {}
+            if "unwritten" in saved:  # the run was stopped before this step's line was complete
+                metrics = self.finish(start, state, saved["unwritten"])
+            if start < steps:
+                metrics = self.loop(state, start)
+            elif not metrics:  # resumed a run that was finished: only its summary is wanted
+                metrics = self.validate(state["params"], steps) | self.sample(state["params"])
+        return metrics
 
-    rows = sharding.batch_sharding(mesh)
-    return Program(
-        init=jax.jit(init, out_shardings=shardings),
-        step=jax.jit(
-            step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnums=0
-        ),
-        evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows), out_shardings=replicated),
-        shapes=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        ),
-    )
+    def choose(self, resume: str) -> tuple[int, dict[str, Any]]:
+        """The step to start from, 0 for a new run, and what was recorded there."""
+        step = checkpoint.choose(resume, self.saves) if processes.first() else None
+        start = processes.agree(-1 if step is None else step)
+        if start == 0:
+            problem, fix = "holds an imported model, not a run", f"Use --config.init_from={self.workdir}."
+            raise ConfigError("--workdir", str(self.workdir), problem, f"Give another. {fix}")
+        start, saved = max(start, 0), {}
+        if start:
+            saved = self.saves.record(start)
+            checkpoint.check_unchanged(saved | {"config": configs.completed(saved["config"])}, self.record)
+            if start > self.config.train.steps:
+                problem = f"the checkpoint is already at step {start}"
+                raise ConfigError("train.steps", self.config.train.steps, problem, "Raise it.")
+        elif self.config.init_from:
+            init_from.check(self.config.init_from)
+        return start, saved
 
+    def begin(self, start: int) -> State:
+        """The state at step ``start``."""
+        if start:
+            state = self.saves.restore(start, self.program.shapes)
+            log.info("resumed from the checkpoint at step %d", start)
+            return state
+        state = self.program.init(jax.random.key(self.config.train.seed))
+        if other := self.config.init_from:
+            state["params"] = init_from.start(other, self.definition, state["params"], self.workdir)
+        return state
 
-def per_token(sums: dict[str, Any]) -> dict[str, Any]:
-    """From the sums of `model.loss_fn`: loss (nats per target), accuracy and, with bytes, bits_per_byte."""
-    targets = sums["tokens"] + (sums["tokens"] == 0)  # a batch may hold none
-    means = {"loss": sums["loss_sum"] / targets, "accuracy": sums["correct"] / targets}
-    if "bytes" in sums:
-        means["bits_per_byte"] = sums["loss_sum"] / math.log(2) / (sums["bytes"] + (sums["bytes"] == 0))
-    if "balance_loss_sum" in sums:
-        means["balance_loss"] = sums["balance_loss_sum"] / targets
-    return means
+    def loop(self, state: State, start: int) -> Metrics:
+        config, steps = self.config, self.config.train.steps
+        run = compiled(self.program, self.mesh, self.train_data.batch(start), config.train.batch_size)
+        if jax.process_count() == 1 and self.stop.asked():
+            raise Stopped(f"stopped by {interrupt.reason(self.stop.asked())} before step {start + 1}")
+        vote = interrupt.vote(self.mesh)
+        self.clock = clock = Clock(config, self.mesh.size)
+        batches = self.train_data.iterate(start)
+        metrics: Metrics = {}
+        behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
+        for step in range(start + 1, steps + 1):
+            batch = sharding.put_batch(clock.next(batches), self.mesh, config.train.batch_size)
+            state, now = run(state, batch)
+            if behind:  # read one step late, so that the devices always have the next one queued
+                metrics = self.settle(*behind)
+                if due(behind[0], config.log.every_steps):
+                    self.book.write(behind[0], metrics | clock.rates())
+            behind = step, now
+            asked = vote(self.stop.asked())
+            if asked or self.pauses(step) or self.watch.in_a_row >= config.train.max_skipped:
+                metrics = self.settle(*behind) | clock.rates()
+                behind = None
+                if self.watch.in_a_row > config.train.max_skipped:
+                    self.give_up(step, state)
+                if asked and step < steps:
+                    self.leave(step, state, metrics, interrupt.reason(asked))
+                if self.pauses(step):
+                    metrics = self.finish(step, state, metrics)
+                elif due(step, config.log.every_steps):
+                    self.book.write(step, metrics)
+                if step == steps:
+                    self.train_data.verified()
+                if step == steps or due(step, config.checkpoint.every_steps):
+                    self.save(step, state, metrics)
+                clock.restart()
+        return metrics
 
+    def pauses(self, step: int) -> bool:
+        """Whether something besides the next step follows ``step``, a line of metrics apart."""
+        config = self.config
+        every = (config.eval.every_steps, config.eval.sample_every_steps, config.checkpoint.every_steps)
+        return step == config.train.steps or any(due(step, one) for one in every)
 
-def compiled(program: Program, mesh: Mesh, batch: dict[str, np.ndarray]) -> Callable[[State, Batch], tuple]:
-    """The step, compiled ahead of time for batches shaped as ``batch``."""
-    rows = sharding.batch_sharding(mesh)
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) for name, x in batch.items()}
-    began = time.perf_counter()
-    executable = program.step.lower(program.shapes, shapes).compile()  # type: ignore[attr-defined]
-    log.info("compiled the training step in %.1f s", time.perf_counter() - began)
-    return executable
+    def settle(self, step: int, metrics: dict[str, Any]) -> Metrics:
+        """Waits for ``step`` and returns its metrics, those that are finite."""
+        metrics = dict(metrics)
+        squared_norms = metrics.pop("squared_norms")
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.clock.tick()
+        if self.lock:
+            self.lock.check()
+        return self.watch.see(step, values, squared_norms)
+
+    def give_up(self, step: int, state: State) -> NoReturn:
+        """Ends the run after ``step``, the newest, with a dump of the first of the skipped ones.
+
+        None of them changed ``state``, so it is what the first began with.
+        """
+        first = step - self.watch.in_a_row + 1
+        dump = self.workdir / f"dump-{first}"
+        replay.dump(dump, self.config, first, state, self.train_data.whole_batch(first - 1))
+        raise RunError(
+            f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
+            f"{first}; earlier checkpoints are intact. python -m hybridlm.replay {dump} repeats step {first};"
+            " events.jsonl names the samples. Lower the learning rate, or look at the data."
+        )
+
+    def leave(self, step: int, state: State, metrics: Metrics, reason: str) -> NoReturn:
+        """Saves after ``step`` and ends the run; a line that is due is left to the run that resumes."""
+        lines = self.pauses(step) or due(step, self.config.log.every_steps)
+        self.save(step, state, metrics, {"unwritten": metrics} if lines else {})
+        self.saves.wait()
+        raise Stopped(f"stopped by {reason} with a complete checkpoint at step {step}")
+
+    def save(self, step: int, state: State, metrics: Metrics, more: dict[str, Any] | None = None) -> None:
+        record = self.record | {"step": step, "skipped": self.watch.counts} | (more or {})
+        self.saves.save(step, state, record, metrics)
+
+    def finish(self, step: int, state: State, metrics: Metrics) -> Metrics:
+        """Validates and samples after ``step`` if that is due, and writes its line."""
+        last, config = step == self.config.train.steps, self.config.eval
+        if last or due(step, config.every_steps):
+            metrics |= self.validate(state["params"], step)
+        if last or due(step, config.sample_every_steps):
+            metrics |= self.sample(state["params"])
+        self.book.write(step, metrics)
+        return metrics
+
+    def validate(self, params: Any, step: int) -> Metrics:
+        metrics = validation(self.program, self.mesh, self.val_data, self.config.eval.batches, params)
+        if self.evaluate:
+            metrics |= self.evaluate(self.definition, params, self.train_data.tokenizer, step)
+        return metrics
+
+    def sample(self, params: Any) -> Metrics:
+        return sample(self.config, self.definition, self.train_data.tokenizer, params)
 
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def settle(step: int, metrics: dict[str, jax.Array], clock: "Clock") -> Metrics:
-    """Waits for ``step`` and returns its metrics; RunError if one is not finite."""
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    clock.tick()
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise RunError(
-                f"step {step}: {name} is {value}; earlier checkpoints are intact. Lower the learning rate."
-            )
-    return values
-
-
-class Clock:
-    """Where the time of the steps since the last `rates` went.
-
-    tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches,
-    which are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are left out.
-    """
-
-    def __init__(self, config: Any, devices: int):
-        self.tokens = config.train.batch_size * config.train.seq_len
-        peak = cost.peak_flops(jax.devices()[0].device_kind)
-        self.mfu_of_rate = cost.train_flops_per_token(config) / (peak * devices) if peak else None
-        self.steps, self.total, self.waited = 0, 0.0, 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Leaves out the time since the last `tick`."""
-        self.mark = time.perf_counter()
-
-    def next(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - began
-        return batch
-
-    def tick(self) -> None:
-        """One more step is complete."""
-        now = time.perf_counter()
-        self.steps, self.total, self.mark = self.steps + 1, self.total + now - self.mark, now
-
-    def rates(self) -> Metrics:
-        """Means over the steps since the last call."""
-        seconds, waited = self.total / self.steps, self.waited / self.steps
-        self.steps, self.total, self.waited = 0, 0.0, 0.0
-        rate = self.tokens / seconds
-        mfu = {} if self.mfu_of_rate is None else {"mfu": rate * self.mfu_of_rate}
-        times = {"step_seconds": seconds, "data_seconds": waited, "compute_seconds": seconds - waited}
-        return {"tokens_per_second": rate, **times, **mfu}
-
-
-def build_data(config: Any, split: str) -> data.Dataset:
-    """One split, whole batches on every process: `sharding.put_batch` takes the rows that the mesh wants."""
+def build_data(config: Any, split: str, rows: np.ndarray | None = None) -> data.Dataset:
+    """One split; rows: those of each batch that this process reads, None for all."""
     t = config.train
     sizes = {"batch_size": t.batch_size, "seq_len": t.seq_len, "vocab_size": config.model.vocab_size}
-    return data.build(config.data, split=split, seed=t.seed, **sizes)
+    return data.build(config.data, split=split, seed=t.seed, rows=rows, **sizes)
 
 
 def validation(program: Program, mesh: Mesh, dataset: data.Dataset, batches: int, params: Any) -> Metrics:
     """val_loss, val_accuracy and val_bpb over the first ``batches`` held-out batches, the same every time."""
     count = min(batches, dataset.num_batches or batches)
-    sums = [program.evaluate(params, sharding.put_batch(dataset.batch(i), mesh)) for i in range(count)]
+    put = lambda i: sharding.put_batch(dataset.batch(i), mesh, dataset.batch_size)
+    sums = [program.evaluate(params, put(i)) for i in range(count)]
     host = jax.device_get(sums)
     means = per_token({name: sum(float(one[name]) for one in host) for name in host[0]})
     names = {"loss": "val_loss", "accuracy": "val_accuracy", "bits_per_byte": "val_bpb"}
@@ -333,7 +325,7 @@ def summarise(config: Any, workdir: Path, metrics: Metrics, held_out: data.Datas
         say(f"sample:\n{logbook.printable(metrics['sample'])}")
     say("written:")
     for name in ("metrics.jsonl", "loss.png", "config.json", "layers.json", "checkpoints"):
-        say(f"  {workdir / name}")
+        say(private.hide(f"  {workdir / name}"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -165,7 +165,7 @@ def test_unreadable_checkpoint_is_named(tmp_path):
         if file.is_file() and file.stat().st_size > 100:
             file.write_bytes(b"\0" * 50)
     with Checkpoints(tmp_path) as saves:
-        with pytest.raises(RunError, match=r"/5: unreadable checkpoint: .*; remove .* to resume from step 3"):
+        with pytest.raises(RunError, match=r"/5: damaged checkpoint: .*; remove .* to resume from step 3"):
             saves.restore(5, shapes(state(0)))
         jax.tree.map(np.testing.assert_array_equal, saves.restore(3, shapes(state(0))), state(3))
 
@@ -220,6 +220,7 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=False)
     assert len(list(tmp_path.iterdir())) == 2, "the second save should have left something behind"
+    checkpoint.mend(tmp_path)
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["1"]

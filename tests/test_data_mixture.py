@@ -10,6 +10,8 @@ from hybridlm.errors import ConfigError
 class Numbered:
     """Source whose row i holds (name, i)."""
 
+    checks = ()
+
     def __init__(self, name, num_rows, tokenizer=None):
         self.name, self.num_rows, self.tokenizer = name, num_rows, tokenizer
         self.vocab_size, self.fingerprint = 10 + name, f"numbered {name} {num_rows}"

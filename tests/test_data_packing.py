@@ -103,4 +103,6 @@ def test_seed_orders_training_and_not_validation():
 def test_describe_counts_the_padding():
     packed, _ = documents([10, 11])
     source = PackedDocuments(packed, Tokenizer(), View("train", 16, 0, 257))
-    assert source.describe() == "2 documents, 21 tokens, 2 rows of 16 (11 padding tokens in the last)"
+    assert source.describe() == (
+        "2 documents (0 longer than a row), 21 tokens, 2 rows of 16 (11 padding tokens in the last)"
+    )

@@ -140,8 +140,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
         optimizer__learning_rate=1e30,
         optimizer__warmup_steps=0,
         checkpoint__every_steps=1,
+        train__max_skipped=1,
     )
-    with pytest.raises(RunError, match=r"step \d: \w+ is (nan|inf)"):
+    with pytest.raises(RunError, match=r"step \d: loss or gradient is not finite, 2 updates in a row"):
         trainer.train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as saves:  # the last one written before is whole
         record = saves.record(saves.steps()[-1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from hybridlm.data import copying, mad, mqar, shards, stack, state_tracking, text
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Batch, Source, View, empty_rows
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, RunError, nearest
 
 KINDS: dict[str, Any] = {  # modules: Config, open_source
     "text": text,
@@ -25,10 +26,10 @@ MIXTURE = "mixture"  # of components that are data settings themselves, with a w
 
 
 class Dataset:
-    """Batches of one split, as seen by one of ``process_count`` processes.
+    """Batches of one split, as seen by one process of a run.
 
-    A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process gets its
-    contiguous share of them, so that the order does not depend on the number of processes.
+    A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process reads
+    those of ``rows`` among them, so that the order does not depend on the number of processes.
 
     num_rows: rows in one pass; None for data that never repeat.
     num_batches: batches in the held-out pass, the last filled up with padding rows; None when training,
@@ -38,10 +39,11 @@ class Dataset:
     fingerprint: a hash of all that decides the batches; a run can resume exactly if it is unchanged.
     """
 
-    def __init__(self, source: Source, view: View, batch_size: int, process_index: int, process_count: int):
+    def __init__(self, source: Source, view: View, batch_size: int, rows: np.ndarray | None = None):
         self.source, self.view, self.batch_size = source, view, batch_size
-        self.local_batch_size = batch_size // process_count
-        self.first = process_index * self.local_batch_size
+        self.local_rows = np.arange(batch_size) if rows is None else rows
+        self.verifier: threading.Thread | None = None
+        self.damage: RunError | None = None
         self.num_rows, self.vocab_size, self.tokenizer = source.num_rows, source.vocab_size, source.tokenizer
         self.token_bytes = None if source.tokenizer is None else source.tokenizer.token_bytes
         self.num_batches = None
@@ -51,15 +53,49 @@ class Dataset:
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {batch_size}".encode()).hexdigest()[:16]
 
     def batch(self, step: int) -> Batch:
-        """tokens, targets, segment_ids, positions: int32 [local_batch_size, seq_len].
+        """tokens, targets, segment_ids, positions: int32 [rows, seq_len].
 
         targets: the token to predict at each position, -1 where there is no loss. Segments count from 1, 0 is
-        padding; positions count from 0 in each segment. Raises IndexError outside the data.
+        padding; positions count from 0 in each segment. Raises IndexError outside the data, and RunError for
+        files that are gone, hold unknown ids, or were found damaged by `verify`.
         """
+        if self.damage:
+            raise self.damage
         if step < 0 or (self.num_batches is not None and step >= self.num_batches):
             raise IndexError(f"batch {step} of {self.num_batches}")
-        index_B = step * self.batch_size + self.first + np.arange(self.local_batch_size)
-        return self._rows(index_B)
+        return self._rows(step * self.batch_size + self.local_rows)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Starts to hold the stored files against their checksums in the background: each ``parts``-th one.
+
+        A run need not wait for terabytes to be read: the first batch after a damaged file was found raises.
+        """
+
+        def read() -> None:
+            try:
+                for check in self.source.checks[part::parts]:
+                    check()
+            except RunError as error:
+                self.damage = error
+
+        self.verifier = threading.Thread(target=read, name="data", daemon=True)
+        self.verifier.start()
+
+    def verified(self) -> None:
+        """Waits for `verify`; RunError when a file is damaged."""
+        if self.verifier:
+            self.verifier.join()
+        if self.damage:
+            raise self.damage
+
+    def whole_batch(self, step: int) -> Batch:
+        """Training batch ``step`` with the rows of all processes."""
+        return self.source.rows(step * self.batch_size + np.arange(self.batch_size))
+
+    def sample_ids(self, step: int) -> list[str]:
+        """Where each row of `whole_batch` comes from, so that a user can look at it."""
+        index_B = step * self.batch_size + np.arange(self.batch_size)
+        return self.source.ids(index_B)
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """batch(start_step), batch(start_step + 1), ... read ahead by Grain's threads."""
@@ -107,18 +143,17 @@ def build(
     seq_len: int,
     seed: int,
     vocab_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Dataset:
     """The ``split`` ("train" or "val") of the data that ``data_config`` (config.data) describes.
 
     batch_size: rows of a batch over all processes.  seq_len: tokens of a row.  seed: of the training order.
-    vocab_size: ids of the model.  Raises ConfigError for settings that name nothing readable, for data that
-    need more ids than the model has, and for training data that do not fill one batch.
+    vocab_size: ids of the model.  rows: those of each batch that this process reads; None: all.
+    Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
+    has, and for training data that do not fill one batch.
     """
-    if batch_size < 1 or batch_size % process_count:
-        allowed = f"must be a positive multiple of the {process_count} processes"
-        raise ConfigError("train.batch_size", batch_size, allowed)
+    if batch_size < 1:
+        raise ConfigError("train.batch_size", batch_size, "must be positive")
     view = View(split, seq_len, seed, vocab_size)
     try:
         source = _open(settings(data_config), view)
@@ -131,7 +166,7 @@ def build(
     if split == "train" and source.num_rows is not None and source.num_rows < batch_size:
         allowed = f"is more than the {source.num_rows} rows of {seq_len} tokens that the training data fill"
         raise ConfigError("train.batch_size", batch_size, allowed, "Add data, or shorten batch or rows.")
-    return Dataset(source, view, batch_size, process_index, process_count)
+    return Dataset(source, view, batch_size, rows)
 
 
 def settings(data_config: Mapping[str, Any]) -> Any:

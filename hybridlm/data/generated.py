@@ -42,6 +42,7 @@ class Generated:
     """
 
     tokenizer: Tokenizer | None = None
+    checks: tuple[Callable[[], None], ...] = ()
 
     def __init__(
         self, make: Make, view: View, *, name: str, length: int, examples: int, entropy: Sequence[int]
@@ -66,11 +67,7 @@ class Generated:
         used = self.per_row * self.length
         batch["segment_ids"][:, :used] = np.repeat(np.arange(1, self.per_row + 1), self.length)
         batch["positions"][:, :used] = np.tile(np.arange(self.length), self.per_row)
-        for b, index in enumerate(index_B.tolist()):
-            if self.num_rows is not None:
-                epoch, index = divmod(index, self.num_rows)
-                if self.view.split == "train":
-                    index = int(self._order(epoch)[index])
+        for b, index in enumerate(map(self._place, index_B.tolist())):
             for k in range(self.per_row):
                 example, at = index * self.per_row + k, slice(k * self.length, (k + 1) * self.length)
                 if self.examples and example >= self.examples:  # the last row may not be full
@@ -80,6 +77,17 @@ class Generated:
                 batch["tokens"][b, at] = tokens[example % BLOCK]
                 batch["targets"][b, at] = targets[example % BLOCK]
         return batch
+
+    def ids(self, index_B: np.ndarray) -> list[str]:
+        firsts = [self._place(index) * self.per_row for index in index_B.tolist()]
+        return [f"{self.name} examples {first} to {first + self.per_row - 1}" for first in firsts]
+
+    def _place(self, index: int) -> int:
+        """The row of the data set that is read as row ``index``."""
+        if self.num_rows is None:
+            return index
+        epoch, place = divmod(index, self.num_rows)
+        return int(self._order(epoch)[place]) if self.view.split == "train" else place
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         assert self.num_rows is not None

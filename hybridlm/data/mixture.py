@@ -36,6 +36,7 @@ class Mixture:
             f"{n} {c} {s.fingerprint}" for n, c, s in zip(self.names, self.counts, self.sources, strict=True)
         )
         self.fingerprint = f"{parts} {view.split} {view.seed}"
+        self.checks = [check for source in self.sources for check in source.checks]
         self._block = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:
@@ -44,13 +45,22 @@ class Mixture:
             for name, count, source in zip(self.names, self.counts, self.sources, strict=True)
         )
 
-    def rows(self, index_B: np.ndarray) -> Batch:
+    def _places(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The component of each row, and its index there."""
         origin_B, place_B = np.empty(len(index_B), np.int64), np.empty(len(index_B), np.int64)
         for b, index in enumerate(index_B.tolist()):
             block, place = (0, index) if self.view.split == "val" else divmod(index, BLOCK)
             origins, ranks = self._block(block)
             origin_B[b] = origins[place]
             place_B[b] = ranks[place] + block * self.counts[origins[place]]
+        return origin_B, place_B
+
+    def ids(self, index_B: np.ndarray) -> list[str]:
+        places = zip(*self._places(index_B), strict=True)
+        return [f"{self.names[c]}: {self.sources[c].ids(np.array([place]))[0]}" for c, place in places]
+
+    def rows(self, index_B: np.ndarray) -> Batch:
+        origin_B, place_B = self._places(index_B)
         batch = empty_rows(len(index_B), self.view.seq_len)
         for c, source in enumerate(self.sources):
             if (chosen := origin_B == c).any():

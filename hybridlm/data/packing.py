@@ -11,12 +11,14 @@ for, of which a separator has none: the length of a code from which the document
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from hybridlm.data.source import Batch, View, empty_rows, permutation
 from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.errors import RunError
 
 DOCUMENT_ORDER, ROW_ORDER = 0, 1  # keep the two permutations of an epoch independent
 
@@ -28,6 +30,9 @@ class Documents:
     arrays: flat tokens.  shard_N: the array that a document lies in.  start_N: its place there.
     length_N: its tokens, the separator at its start included; at least 2.
     digest: names the content.
+    name: document -> where it is found.
+    present: called with the number of an array before it is read; raises RunError when its file is gone.
+    checks: each reads a stored file whole and raises RunError when it is not what was written.
     """
 
     arrays: tuple[np.ndarray, ...]
@@ -35,12 +40,24 @@ class Documents:
     start_N: np.ndarray
     length_N: np.ndarray
     digest: str
+    name: Callable[[int], str] = str
+    present: Callable[[int], None] = lambda array: None
+    checks: tuple[Callable[[], None], ...] = ()
 
 
 class _Epoch(NamedTuple):
     order_N: np.ndarray  # documents as they are concatenated
     end_N: np.ndarray  # tokens up to the end of each, in that order
     row_order: np.ndarray | None  # None: rows are read as they lie
+
+
+class _Piece(NamedTuple):
+    """The part of a row that one document gives. rank: of the document in the row, from 0."""
+
+    rank: int
+    document: int
+    offset: int  # in the document
+    place: slice  # in the row
 
 
 class PackedDocuments:
@@ -61,20 +78,36 @@ class PackedDocuments:
         self.fingerprint = (
             f"{documents.digest} {tokenizer.fingerprint} {view.split} {view.seq_len} {self.seed}"
         )
+        self.checks = documents.checks
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)  # a batch can span two epochs
 
     def describe(self) -> str:
         padding = self.num_rows * self.view.seq_len - self.num_tokens
+        longer = int((self.documents.length_N > self.view.seq_len).sum())
         return (
-            f"{len(self.documents.length_N):,} documents, {self.num_tokens:,} tokens, "
-            f"{self.num_rows:,} rows of {self.view.seq_len} ({padding} padding tokens in the last)"
+            f"{len(self.documents.length_N):,} documents ({longer:,} longer than a row), "
+            f"{self.num_tokens:,} tokens, {self.num_rows:,} rows of {self.view.seq_len} "
+            f"({padding} padding tokens in the last)"
         )
 
+    def ids(self, index_B: np.ndarray) -> list[str]:
+        return [", ".join(map(self._said, self._pieces(index))) for index in index_B.tolist()]
+
+    def _said(self, piece: _Piece) -> str:
+        end = piece.offset + piece.place.stop - piece.place.start - 1
+        return f"{self.documents.name(piece.document)} tokens {piece.offset} to {end}"
+
     def rows(self, index_B: np.ndarray) -> Batch:
+        """RunError when a file is gone or holds ids that the tokenizer does not have."""
         batch = empty_rows(len(index_B), self.view.seq_len)
         for b, index in enumerate(index_B.tolist()):
-            epoch, place = divmod(index, self.num_rows)
-            self._fill({name: array[b] for name, array in batch.items()}, self._epoch(epoch), place)
+            self._fill({name: array[b] for name, array in batch.items()}, index)
+        if (largest := int(batch["tokens"].max(initial=0))) >= self.vocab_size:
+            named = next(text for text, row in zip(self.ids(index_B), batch["tokens"], strict=True)
+                         if row.max() >= self.vocab_size)  # fmt: skip
+            raise RunError(
+                f"data: token id {largest} is beyond the vocabulary of {self.vocab_size}, in {named}."
+            )
         return batch
 
     def _shuffle(self, epoch: int) -> _Epoch:
@@ -82,7 +115,10 @@ class PackedDocuments:
         rows = permutation(self.num_rows, self.seed, epoch, ROW_ORDER) if self.shuffle_rows else None
         return _Epoch(order_N, np.cumsum(self.documents.length_N[order_N]), rows)
 
-    def _fill(self, row: Batch, epoch: _Epoch, place: int) -> None:
+    def _pieces(self, index: int) -> Iterator[_Piece]:
+        """What row ``index`` is made of, in order."""
+        number, place = divmod(index, self.num_rows)
+        epoch = self._epoch(number)
         if epoch.row_order is not None:
             place = int(epoch.row_order[place])
         begin = place * self.view.seq_len
@@ -90,15 +126,22 @@ class PackedDocuments:
         first = int(np.searchsorted(epoch.end_N, begin, side="right"))
         at, rank = begin, first
         while at < stop:
-            document = epoch.order_N[rank]
-            length, end = int(self.documents.length_N[document]), int(epoch.end_N[rank])
-            flat = self.documents.arrays[self.documents.shard_N[document]]
-            source = int(self.documents.start_N[document]) + at - (end - length)
-            count = min(end, stop) - at
-            piece = slice(at - begin, at - begin + count)
-            row["tokens"][piece] = flat[source : source + count]
-            row["targets"][piece][:-1] = row["tokens"][piece][1:]
-            row["targets"][piece][-1] = flat[source + count] if at + count < end else self.tokenizer.doc_id
-            row["segment_ids"][piece] = rank - first + 1
-            row["positions"][piece] = np.arange(count)
-            at, rank = at + count, rank + 1
+            document, end = int(epoch.order_N[rank]), int(epoch.end_N[rank])
+            offset = at - (end - int(self.documents.length_N[document]))
+            until = min(end, stop)
+            yield _Piece(rank - first, document, offset, slice(at - begin, until - begin))
+            at, rank = until, rank + 1
+
+    def _fill(self, row: Batch, index: int) -> None:
+        documents = self.documents
+        for rank, document, offset, place in self._pieces(index):
+            array = int(documents.shard_N[document])
+            documents.present(array)
+            flat, count = documents.arrays[array], place.stop - place.start
+            source = int(documents.start_N[document]) + offset
+            ends = offset + count == documents.length_N[document]
+            row["tokens"][place] = flat[source : source + count]
+            row["targets"][place][:-1] = row["tokens"][place][1:]
+            row["targets"][place][-1] = self.tokenizer.doc_id if ends else flat[source + count]
+            row["segment_ids"][place] = rank + 1
+            row["positions"][place] = np.arange(count)

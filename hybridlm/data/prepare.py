@@ -36,7 +36,8 @@ def prepare(
 
     holdout: part of the documents that goes to the "val" split, by a hash of file and place in the file.
     shard_tokens: a shard ends with the document that reaches this many tokens.
-    Documents without tokens are dropped. Raises ConfigError, fields named as the flags.
+    Documents without tokens are left out, counted in the log and in the index. Raises ConfigError, fields
+    named as the flags.
     """
     if not 0 <= holdout < 1:
         raise ConfigError("--holdout", holdout, "must be in [0, 1)")
@@ -62,13 +63,13 @@ def prepare(
         writers = {
             split: shards.Writer(partial, split, tokens.dtype, shard_tokens) for split in ("train", "val")
         }
-        token_bytes = _write(found, tokens, writers, text_field, holdout)
+        token_bytes, empty = _write(found, tokens, writers, text_field, holdout)
         splits = {split: writer.finish() for split, writer in writers.items()}
         if not splits["train"]["documents"]:
             raise ConfigError(
                 "--input", inputs, "gives no tokens to train on", "Check the files and --holdout."
             )
-        index = shards.write_index(partial, tokens, splits)
+        index = shards.write_index(partial, tokens, splits, empty)
         os.rename(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,9 +92,12 @@ def _write(
     writers: dict[str, shards.Writer],
     text_field: str,
     holdout: float,
-) -> int | None:
-    """Tokenises every document into its split; returns the bytes that all tokens stand for, where known."""
-    total = 0
+) -> tuple[int | None, int]:
+    """Tokenises every document into its split.
+
+    Returns the bytes that all tokens stand for, where known, and the number of documents left out as empty.
+    """
+    total = empty = 0
     table = tokens.token_bytes
     for batch in _batches(found, text_field):
         keys, texts = zip(*batch, strict=True)
@@ -101,7 +105,9 @@ def _write(
             if len(array) > 1:
                 writers["val" if files.held_out(key, holdout) else "train"].add(array, len(text))
                 total += 0 if table is None else int(table[array].sum(dtype=np.int64))
-    return None if table is None else total
+            else:
+                empty += 1
+    return None if table is None else total, empty
 
 
 def _batches(found: list[files.File], text_field: str) -> Iterator[list[tuple[str, bytes]]]:
@@ -152,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{split}: {entry['documents']:,} documents, {entry['text_bytes']:,} bytes, "
             f"{entry['tokens']:,} tokens (one separator a document), {len(entry['shards'])} shards"
         )
+    print(f"left out: {index['empty_documents']:,} documents without tokens")
     print(f"{args.output}: vocab_size {index['vocab_size']}, {index['dtype']}, tokenizer {args.tokenizer}")
     return 0
 

@@ -9,8 +9,10 @@ val-00000.tokens ...
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +22,9 @@ import numpy as np
 from hybridlm.data import tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, RunError
+
+log = logging.getLogger("hybridlm")
 
 FORMAT = "hybridlm-shards-1"
 OFFSET = np.dtype("<u8")
@@ -81,7 +85,9 @@ class Writer:
         self.shards.append({"name": self.name, **counts, "sha256": self.digest.hexdigest()})
 
 
-def write_index(directory: Path, tokens: tokenizer.Tokenizer, splits: dict[str, dict]) -> dict:
+def write_index(
+    directory: Path, tokens: tokenizer.Tokenizer, splits: dict[str, dict], empty_documents: int = 0
+) -> dict:
     """Writes index.json, and the tokenizer beside it; returns the index."""
     name = "bytes"
     if tokens.name != "bytes":
@@ -93,6 +99,7 @@ def write_index(directory: Path, tokens: tokenizer.Tokenizer, splits: dict[str, 
         "vocab_size": tokens.vocab_size,
         "doc_id": tokens.doc_id,
         "dtype": tokens.dtype.name,
+        "empty_documents": empty_documents,
         "splits": splits,
     }
     with open(directory / "index.json", "w") as file:
@@ -118,15 +125,56 @@ def open_source(config: Config, view: View) -> PackedDocuments:
     if not entry["documents"]:
         fix = "Write it again with --holdout." if view.split == "val" else FIX
         raise ConfigError("path", config.path, f"has no documents in its {view.split} split", fix)
-    arrays, starts, lengths = [], [], []
+    dtype = np.dtype(index["dtype"]).newbyteorder("<")
+    shards = [shard for shard in entry["shards"] if shard["documents"]]
     for shard in entry["shards"]:
-        array, offsets = _open_shard(directory, shard, np.dtype(index["dtype"]).newbyteorder("<"), config)
-        arrays.append(array)
-        starts.append(offsets[:-1])
-        lengths.append(np.diff(offsets))
-    shard_N = np.repeat(np.arange(len(arrays), dtype=np.int32), [len(start) for start in starts])
-    documents = Documents(tuple(arrays), shard_N, np.concatenate(starts), np.concatenate(lengths), digest)
+        if not shard["documents"]:
+            log.warning("data: shard %s is empty", shard["name"])
+    opened = [_open_shard(directory, shard, dtype, config) for shard in shards]
+    starts, lengths = [offsets[:-1] for _, offsets in opened], [np.diff(offsets) for _, offsets in opened]
+    counts = [len(start) for start in starts]
+    shard_N = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+    first = np.cumsum(counts) - counts
+
+    def named(document: int) -> str:
+        shard = int(shard_N[document])
+        return f"{shards[shard]['name']} document {document - first[shard]}"
+
+    documents = Documents(
+        tuple(array for array, _ in opened),
+        shard_N,
+        np.concatenate(starts),
+        np.concatenate(lengths),
+        digest,
+        name=named,
+        present=lambda shard: _present(directory, shards[shard], dtype),
+        checks=tuple(functools.partial(_check, directory, shard) for shard in shards),
+    )
     return PackedDocuments(documents, tokens, view)
+
+
+def _present(directory: Path, shard: dict, dtype: np.dtype) -> None:
+    """RunError when a mapped file is gone or cut short: reading past its end would kill the process."""
+    path = directory / f"{shard['name']}.tokens"
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise RunError(
+            f"{path}: the shard has disappeared while the run reads it ({error.strerror})."
+        ) from error
+    if size != shard["tokens"] * dtype.itemsize:
+        raise RunError(f"{path}: the shard has changed to {size} bytes while the run reads it.")
+
+
+def _check(directory: Path, shard: dict) -> None:
+    path = directory / f"{shard['name']}.tokens"
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: the shard cannot be read ({error.strerror}).") from error
+    if digest != shard["sha256"]:
+        raise RunError(f"{path}: the shard is damaged: its SHA-256 is not the one in index.json. {FIX}")
 
 
 def _read_index(directory: Path, config: Config) -> tuple[dict, str]:

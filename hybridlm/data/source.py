@@ -1,5 +1,6 @@
 """What every kind of data offers: rows of tokens by index, as a pure function of the index."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -32,6 +33,7 @@ class Source(Protocol):
     num_rows: rows in one pass; None for data that never repeat.
     tokenizer: None when the tokens stand for no text.
     fingerprint: equal for two sources only if they give equal rows.
+    checks: each reads a stored file whole and raises RunError when it is damaged.
     """
 
     num_rows: int | None
@@ -39,8 +41,14 @@ class Source(Protocol):
     tokenizer: Tokenizer | None
     fingerprint: str
 
+    @property
+    def checks(self) -> Sequence[Callable[[], None]]: ...
+
     def rows(self, index_B: np.ndarray) -> Batch:
         """Rows ``index_B`` (int64, each >= 0): tokens, targets, segment_ids, positions, int32 [B, T]."""
+
+    def ids(self, index_B: np.ndarray) -> list[str]:
+        """What each row holds, in words that find it in the data."""
 
     def describe(self) -> str:
         """One line: how much there is."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import logging
 import os
 
 import numpy as np
@@ -10,6 +11,8 @@ from hybridlm.data import files, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
+
+log = logging.getLogger("hybridlm")
 
 BATCH = 256  # documents handed to the tokenizer at once
 
@@ -62,21 +65,34 @@ def _split(config: Config, split: str) -> list[files.File]:
 
 
 def _documents(chosen: list[files.File], tokens: tokenizer.Tokenizer, config: Config) -> Documents:
-    texts = []
+    keys, texts = [], []
     for file in chosen:
         if file.path.endswith(files.STRUCTURED):
             fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
             raise ConfigError("path", file.path, "holds records, not one text", fix)
-        texts += [text for _, text, _ in files.read(file, "", "path") if text]
+        for key, text, _ in files.read(file, "", "path"):
+            keys.append(key)
+            texts.append(text)
     arrays = [a for at in range(0, len(texts), BATCH) for a in tokens.documents(texts[at : at + BATCH])]
-    arrays = [array for array in arrays if len(array) > 1]
-    if not arrays:
+    kept = [i for i, array in enumerate(arrays) if len(array) > 1]
+    if not kept:
         raise ConfigError("path", config.path, f"gives no tokens: its {len(chosen)} files are empty")
+    if len(kept) < len(arrays):
+        log.warning(
+            "data: left out %d of %d documents, which are empty", len(arrays) - len(kept), len(arrays)
+        )
+    arrays = [arrays[i] for i in kept]
     flat = np.concatenate(arrays)
     lengths = np.array([len(array) for array in arrays], np.int64)
     if tokens.token_bytes is not None:
         tokenizer.report(tokens, sum(map(len, texts)), int(tokens.token_bytes[flat].sum(dtype=np.int64)))
     digest = hashlib.sha256(flat.data)
     digest.update(lengths.data)
-    starts = np.cumsum(lengths) - lengths
-    return Documents((flat,), np.zeros(len(lengths), np.int32), starts, lengths, digest.hexdigest())
+    return Documents(
+        (flat,),
+        np.zeros(len(lengths), np.int32),
+        np.cumsum(lengths) - lengths,
+        lengths,
+        digest.hexdigest(),
+        name=lambda document: keys[kept[document]],
+    )

@@ -1,0 +1,49 @@
+"""Where the time of training steps goes."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridlm import cost
+
+
+class Clock:
+    """Where the time of the steps since the last `rates` went.
+
+    tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches,
+    which are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are left out.
+    """
+
+    def __init__(self, config: Any, devices: int):
+        self.tokens = config.train.batch_size * config.train.seq_len
+        peak = cost.peak_flops(jax.devices()[0].device_kind)
+        self.mfu_of_rate = cost.train_flops_per_token(config) / (peak * devices) if peak else None
+        self.steps, self.total, self.waited = 0, 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out the time since the last `tick`."""
+        self.mark = time.perf_counter()
+
+    def next(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def tick(self) -> None:
+        """One more step is complete."""
+        now = time.perf_counter()
+        self.steps, self.total, self.mark = self.steps + 1, self.total + now - self.mark, now
+
+    def rates(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        seconds, waited = self.total / self.steps, self.waited / self.steps
+        self.steps, self.total, self.waited = 0, 0.0, 0.0
+        rate = self.tokens / seconds
+        mfu = {} if self.mfu_of_rate is None else {"mfu": rate * self.mfu_of_rate}
+        times = {"step_seconds": seconds, "data_seconds": waited, "compute_seconds": seconds - waited}
+        return {"tokens_per_second": rate, **times, **mfu}

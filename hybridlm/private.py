@@ -1,0 +1,51 @@
+"""What a run writes must not tell who ran it: the home directory becomes ``~``, the user's name ``$USER``."""
+
+import getpass
+import logging
+import os
+import re
+from typing import Any
+
+SHARED_NAMES = ("root", "user", "ubuntu")  # of nobody in particular
+
+
+def hide(text: str) -> str:
+    """``text`` without the home directory and without the user's name as part of a path."""
+    home = os.path.expanduser("~").rstrip("/")
+    if home:
+        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+    if (user := _user()) and user not in SHARED_NAMES:
+        text = re.sub(rf"(?<=/){re.escape(user)}(?![\w.-])", "$USER", text)
+    return text
+
+
+def reveal(text: str) -> str:
+    """The inverse, for comma-separated paths, on a machine that may have another home."""
+    text = re.sub(r"(^|,\s*)~(?=/|,|$)", lambda match: match[1] + os.path.expanduser("~"), text)
+    return re.sub(r"(?<=/)\$USER(?![\w.-])", _user(), text)
+
+
+class Filter(logging.Filter):
+    """`hide` for every line of a log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = hide(record.getMessage()), ()
+        return True
+
+
+def in_paths(values: dict[str, Any], change: Any) -> dict[str, Any]:
+    """A config's dict with ``change`` made to every string that can be a path: ``data`` and ``init_from``."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: changed(one) for name, one in value.items()}
+        return change(value) if isinstance(value, str) else value
+
+    return values | {name: changed(values[name]) for name in ("data", "init_from") if name in values}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return ""

@@ -1,0 +1,166 @@
+"""Several processes as one run: joining, agreeing, and leaving together.
+
+JAX's own service notices a dead process by missed heartbeats and then aborts the others with a stack dump. A
+socket from every process to the first notices at once when a process ends, however it does, and says which;
+the heartbeat stays for hosts that vanish without closing their sockets.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hybridlm.errors import ConfigError
+
+log = logging.getLogger("hybridlm")
+
+HEARTBEAT_SECONDS = 40  # until a host that vanished is given up
+VERDICT_SECONDS = 20  # that a process waits, after a failed collective, to hear who is gone
+PORT_KEY = "hybridlm/peers"
+INTACT = "Earlier checkpoints are intact: start all processes again with --resume=auto"
+
+_peers: "Peers | None" = None
+
+
+def join(spec: str) -> None:
+    """Makes this process one of a run's. Before any device is used; once.
+
+    spec: "auto" for what SLURM, Open MPI, Kubernetes or Cloud TPU say, or "HOST:PORT,COUNT,INDEX" with the
+        address of process 0, which the others reach.
+    """
+    global _peers
+    address: dict[str, Any] = {}
+    if spec != "auto":
+        try:
+            where, count, index = spec.split(",")
+            address = {"coordinator_address": where, "num_processes": int(count), "process_id": int(index)}
+            int(where.rsplit(":", 1)[1])
+        except (ValueError, IndexError) as error:
+            raise ConfigError("--distributed", spec, "must be auto or HOST:PORT,COUNT,INDEX") from error
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the trainer
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError("--distributed", spec, f"the processes did not meet ({error})") from error
+    if jax.process_count() > 1:
+        _peers = Peers()
+
+
+def first() -> bool:
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(number: int) -> int:
+    """The number of process 0, on all of them."""
+    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+
+
+def leave(code: int, message: str) -> None:
+    """The end of this process with exit code ``code``; the others hear ``message`` if it failed, and end too.
+
+    Does not return then: the orderly end of a distributed program waits for processes that are stuck.
+    """
+    if _peers is None:
+        return
+    if not code or code == 3:  # all of them finish, or stop, at the same step
+        _peers.goodbye()
+    else:
+        _peers.fail(message, code)
+
+
+def await_verdict() -> None:
+    """After an error that the death of another process may explain: time to hear of it, and to end by it."""
+    if _peers is not None:
+        time.sleep(VERDICT_SECONDS)
+
+
+class Peers:
+    """One socket between process 0 and each other; lines of JSON.
+
+    {"index", "who"} on joining, {"bye"} before an orderly end, {"end", "code"} for the end of all. A socket
+    that closes without "bye" is the death of its process.
+    """
+
+    def __init__(self) -> None:
+        self.index, self.who = jax.process_index(), f"pid {os.getpid()} on {socket.gethostname()}"
+        self.sockets: dict[int, socket.socket] = {}
+        self.leaving = False
+        self.lock = threading.Lock()
+        joined = jax._src.distributed.global_state
+        client, coordinator = joined.client, joined.coordinator_address
+        assert client is not None and coordinator is not None
+        if self.index == 0:
+            server = socket.create_server(("", 0), backlog=jax.process_count())
+            client.key_value_set(PORT_KEY, str(server.getsockname()[1]))
+            for _ in range(jax.process_count() - 1):
+                connection, _ = server.accept()
+                self._follow(connection)
+            server.close()
+        else:
+            host = coordinator.rsplit(":", 1)[0].strip("[]")
+            port = int(client.blocking_key_value_get(PORT_KEY, 60_000))
+            connection = socket.create_connection((host, port), timeout=60)
+            connection.settimeout(None)
+            self.sockets[0] = connection
+            self._send(0, {"index": self.index, "who": self.who})
+            threading.Thread(target=self._listen, args=(0, "", connection), daemon=True).start()
+
+    def _follow(self, connection: socket.socket) -> None:
+        hello = json.loads(connection.makefile("r").readline())
+        self.sockets[hello["index"]] = connection
+        args = (hello["index"], f" ({hello['who']})", connection)
+        threading.Thread(target=self._listen, args=args, daemon=True).start()
+
+    def _listen(self, index: int, who: str, connection: socket.socket) -> None:
+        try:
+            for line in connection.makefile("r"):
+                message = json.loads(line)
+                if "bye" in message:
+                    return
+                self._end(message["end"], message["code"])
+        except OSError:
+            pass
+        if not self.leaving:
+            self._end(f"process {index}{who} ended without a word: killed or crashed. {INTACT}.", 1)
+
+    def _send(self, index: int, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it is gone already
+            self.sockets[index].sendall(json.dumps(message).encode() + b"\n")
+
+    def _end(self, message: str, code: int) -> None:
+        """Tells everyone that this process can reach, and ends: the main thread may hang in a collective."""
+        with self.lock:
+            for index in self.sockets if self.index == 0 else ():
+                self._send(index, {"end": message, "code": code})
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            os._exit(code)
+
+    def goodbye(self) -> None:
+        self.leaving = True
+        for index in self.sockets:
+            self._send(index, {"bye": True})
+
+    def fail(self, message: str, code: int) -> None:
+        """The caller has said ``message`` already; here it is told to the others."""
+        with self.lock:
+            self.leaving = True
+            for index in self.sockets:
+                self._send(index, {"end": f"process {self.index} ({self.who}): {message}", "code": code})
+            sys.stdout.flush()
+            os._exit(code)

@@ -1,0 +1,74 @@
+"""A training step set aside because it went wrong, and its replay: python -m hybridlm.replay runs/x/dump-120
+
+A dump holds config.json, the state before the step as a checkpoint, and the batch. It needs neither the data
+nor the devices of the run.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridlm import checkpoint, layered, model, program, sharding, watch
+from hybridlm import config as configs
+from hybridlm.errors import ConfigError, RunError
+
+
+def dump(path: Path, config: Any, step: int, state: program.State, batch: dict[str, np.ndarray]) -> None:
+    """Writes what ``step`` was made of; every process calls it.
+
+    state: before the step.  batch: the whole of it, as process 0 has it from the data.
+    """
+    with checkpoint.Checkpoints(path / "checkpoints") as saves:
+        saves.save(step, state, {"step": step}, {})
+    if jax.process_index() == 0:
+        (path / "config.json").write_text(configs.to_json(config))
+        np.savez(path / "batch.npz", **batch)  # type: ignore[arg-type]
+
+
+def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
+    """(step, its metrics, squared gradient norm of each parameter from the loss down).
+
+    On the mesh of the config if this machine has as many devices, else on one.
+    """
+    config = configs.resolve(configs.from_json(path / "config.json"))
+    definition = model.build(config)
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+        configs.check_batch(config.train, mesh.shape)
+    except ConfigError:
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    with jax.set_mesh(mesh), checkpoint.Checkpoints(path / "checkpoints") as saves:
+        built = program.build(config, definition, mesh, None)
+        step = saves.steps()[-1]
+        state = saves.restore(step, built.shapes)
+        with np.load(path / "batch.npz") as arrays:
+            batch = sharding.put_batch(dict(arrays), mesh)
+        metrics = jax.device_get(built.step(state, batch)[1])
+    squares = watch.by_parameter(metrics.pop("squared_norms"), layered.entries(definition))
+    return step, {name: float(value) for name, value in metrics.items()}, squares
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m hybridlm.replay", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("dump", type=Path, help="the folder that the run named")
+    try:
+        step, metrics, squares = replay(parser.parse_args(argv).dump)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+    print("gradient norms, from the loss down:")
+    for name, square in squares.items():
+        print(f"  {name:<48} {square**0.5:.6g}")
+    print(f"first that is not finite: {watch.first_not_finite(squares)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

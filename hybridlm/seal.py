@@ -1,0 +1,54 @@
+"""SHA-256 sums of a checkpoint's files, so that damage is seen before it is trained on.
+
+A seal is the file SHA256SUMS in the directory, in the format of `sha256sum`: `sha256sum -c SHA256SUMS` checks
+it too. Neither Orbax nor zarr has checksums of array data.
+"""
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NAME = "SHA256SUMS"
+THREADS = 4
+LATE = ("_CHECKPOINT_METADATA", "commit_success.txt")  # written by Orbax after the seal; neither has arrays
+
+
+def write(directory: Path) -> None:
+    """Seals the files that lie in ``directory`` now."""
+    sums = _sums(directory)
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+    (directory / NAME).write_text(text)
+
+
+def damage(directory: Path) -> str | None:
+    """What differs from the seal, in words; None when nothing does, or when there is no seal."""
+    if not (directory / NAME).exists():
+        return None
+    lines = (directory / NAME).read_text(errors="replace").splitlines()
+    if not lines or not all(re.fullmatch(r"[0-9a-f]{64}  .+", line) for line in lines):
+        return f"{NAME} is itself damaged"
+    expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    found = _sums(directory)
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is not in {NAME}"
+        if found[name] != expected[name]:
+            return f"{name} is not what was written (SHA-256 differs)"
+    return None
+
+
+def _sums(directory: Path) -> dict[str, str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    names = [path.relative_to(directory).as_posix() for path in files]
+    kept = [(name, path) for name, path in zip(names, files, strict=True) if name not in (NAME, *LATE)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(_digest, [path for _, path in kept]))
+    return {name: digest for (name, _), digest in zip(kept, digests, strict=True)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,97 @@
+import shutil
+import subprocess
+
+import pytest
+
+from hybridlm import checkpoint, seal
+from hybridlm.checkpoint import Checkpoints
+from hybridlm.errors import RunError
+from tests.test_checkpoint import record, shapes, state
+
+
+@pytest.fixture
+def saved(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as saves:
+        for step in (3, 5):
+            saves.save(step, state(step) | {"opt_state": state(step)["params"]}, record(step), {})
+    return directory
+
+
+def files(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_seal_is_what_sha256sum_checks(saved):
+    checked = subprocess.run(["sha256sum", "-c", seal.NAME], cwd=saved / "5", capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    listed = {line.split("  ")[1] for line in (saved / "5" / seal.NAME).read_text().splitlines()}
+    found = {path.relative_to(saved / "5").as_posix() for path in (saved / "5").rglob("*") if path.is_file()}
+    assert found - listed == {seal.NAME, *seal.LATE}
+
+
+def test_every_flipped_bit_every_cut_and_every_missing_file_is_seen(saved, tmp_path):
+    """Of each file of a checkpoint in turn, but the two that Orbax writes last."""
+    copy = tmp_path / "copy"
+    for path in files(saved / "5"):
+        if path.name in seal.LATE and path.parent == saved / "5":
+            continue
+        for harm in (flip, lambda p: p.write_bytes(p.read_bytes()[:-2]), lambda p: p.unlink()):
+            shutil.copytree(saved / "5", copy)
+            harm(copy / path.relative_to(saved / "5"))
+            if path.name == seal.NAME and not (copy / seal.NAME).exists():
+                assert checkpoint.damage(copy) is None  # the data are whole: read instead
+            else:
+                assert checkpoint.damage(copy), path
+            shutil.rmtree(copy)
+    assert checkpoint.damage(saved / "5") is None
+
+
+def test_the_newest_sound_checkpoint_is_found_and_nothing_is_deleted(saved, caplog):
+    broken = next(path for path in files(saved / "5") if "/d/" in str(path))
+    flip(broken)
+    checkpoint.mend(saved)
+    with Checkpoints(saved) as saves:
+        assert saves.steps() == [3]
+        saves.save(5, state(5) | {"opt_state": state(5)["params"]}, record(5), {})  # its place is free again
+    (aside,) = (saved.parent / "damaged").iterdir()
+    assert aside.name.startswith("5-") and (aside / broken.relative_to(saved / "5")).exists()
+    assert f"5: {broken.relative_to(saved / '5')} is not what was written" in caplog.text
+
+
+def test_without_a_sound_checkpoint_nothing_is_touched(saved):
+    for step in ("3", "5"):
+        shutil.rmtree(saved / step / "params")
+    with pytest.raises(
+        RunError, match=r"no checkpoint is sound \(5: params.* is missing; 3: .* is missing\)"
+    ):
+        checkpoint.mend(saved)
+    assert {path.name for path in saved.iterdir()} == {"3", "5"}
+
+
+@pytest.mark.parametrize("item", checkpoint.ITEMS)
+def test_checkpoints_of_older_versions_are_read_whole(saved, item):
+    (saved / "5" / seal.NAME).unlink()
+    assert checkpoint.damage(saved / "5") is None
+    for path in files(saved / "5" / item):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert checkpoint.damage(saved / "5")
+
+
+def test_damage_is_found_on_every_way_of_reading(saved):
+    flip(next(path for path in files(saved / "5") if "/d/" in str(path)))
+    with Checkpoints(saved) as saves:
+        for read in (
+            lambda: saves.record(5),
+            lambda: saves.restore(5, {"params": shapes(state(0))["params"]}),
+            lambda: saves.open(5, "params", ["embedding"]),
+        ):
+            with pytest.raises(RunError, match="/5: damaged checkpoint: .*; remove that directory"):
+                read()
+        assert saves.record(3) == record(3)
