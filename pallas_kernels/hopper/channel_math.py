@@ -1,4 +1,4 @@
-"""Pairs of tokens under a decay per key channel: exact for any decay, with no exponential of a difference of sums.
+"""Pairs of tokens of a chunk under a decay per key channel, exact for any decay.
 
 Within a block of b tokens let m be the last token of its first half and E_i the sum of log-decays from m to
 i: positive before m, negative after it. A pair j < i of the block needs 2^(E_i - E_j) = 2^E_i 2^-E_j in

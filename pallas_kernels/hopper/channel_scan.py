@@ -223,9 +223,7 @@ class ChannelScan:
             value: Any = blocks.tile(smem.v.at[slot, wg].T) if at.values else 0.0
             if at.delta:
                 value = (value - read[0]) * blocks.by_col(blocks.col_vector(smem.beta.at[slot]))
-                value = blocks.matmul(
-                    (value.astype(BF16), smem.inverses.at[slot].T), interpret=i.interpret
-                )
+                value = blocks.matmul((value.astype(BF16), smem.inverses.at[slot].T), interpret=i.interpret)
             value_lo = value.astype(BF16)
             kept = state * blocks.by_col(blocks.col_vector(smem.carry.at[slot]), shape)
             written = (value_lo, smem.write.at[slot], kept)

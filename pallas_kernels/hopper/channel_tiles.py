@@ -154,9 +154,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         blocks.store(scores_s, finish(found[0], norm_q).astype(BF16), interpret=interpret)
 
         for half in range(halves):
-            (total,) = channel_math.sums(
-                channel_math.up_to(), parts[half : half + 1], interpret=interpret
-            )
+            (total,) = channel_math.sums(channel_math.up_to(), parts[half : half + 1], interpret=interpret)
             decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
             last = jnp.where(blocks.row_index() == C - 1, decay, 0.0)
             s["carry"].at[pl.ds(half * C, C)][...] = jnp.sum(last, axis=0) * carry
