@@ -27,9 +27,9 @@ MOST_JOBS = 8  # processes on one device, if its memory and the CPU cores allow
 
 
 class Device(NamedTuple):
-    """index: of an NVIDIA GPU, None for whatever else JAX finds.  memory: bytes, None if not known."""
+    """gpu: index of an NVIDIA GPU, None for whatever else JAX finds.  memory: bytes, None if not known."""
 
-    index: int | None
+    gpu: int | None
     memory: int | None
 
 
@@ -50,7 +50,7 @@ def devices() -> list[Device]:
     found = [Device(int(i), int(mib) << 20) for i, mib in (line.split(",") for line in out.splitlines())]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        found = [device for device in found if str(device.index) in visible.split(",")]
+        found = [device for device in found if str(device.gpu) in visible.split(",")]
     return found or [Device(None, None)]
 
 
@@ -75,8 +75,8 @@ class Job:
 
     def start(self, device: Device, per_device: int) -> None:
         environment = dict(os.environ)
-        if device.index is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(device.index)
+        if device.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device.gpu)
             if per_device > 1:
                 environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         for folder in self.folders:

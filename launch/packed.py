@@ -87,13 +87,13 @@ def train(configs: Sequence[Any], workdirs: Sequence[Path]) -> dict[Path, str]:
         draw = lambda: jax.tree.map(lambda *rows: np.stack(rows), *[next(rows) for rows in batches])
         if start < config.train.steps:
             began, batch = time.perf_counter(), draw()
-            step_fn = step_fn.lower(state, batch, rates).compile()
+            run = step_fn.lower(state, batch, rates).compile()
             log.info("compiled %d runs in %.1f s", len(configs), time.perf_counter() - began)
         failed: dict[Path, str] = {}
         tokens = len(configs) * config.train.batch_size * config.train.seq_len
         mark, marked = time.perf_counter(), start
         for step in range(start + 1, config.train.steps + 1):
-            state, metrics = step_fn(state, batch, rates)
+            state, metrics = run(state, batch, rates)
             last = step == config.train.steps
             if not last:
                 batch = draw()

@@ -95,7 +95,8 @@ def table(runs: Sequence[Run], known: dict[str, Facts], device: str, mfu: float)
 
 def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> None:
     known = facts(runs)
-    console.print(table(runs, known, device, mfu))
+    wide = console if console.is_terminal else Console(width=160)  # full layers are what must not be cut
+    wide.print(table(runs, known, device, mfu))
     total = hours(sum(f.flops for f in known.values()), device, mfu)
     sizes = [f.parameters for f in known.values()]
     spread = max(sizes) / min(sizes) - 1

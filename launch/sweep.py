@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +109,8 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
-        plan.write(runs, workdir, {"config": flags.config})
+        command = f"python -m launch.sweep {shlex.join(sys.argv[1:])}"
+        plan.write(runs, workdir, {"command": command})
         left = run_local(runs, workdir, definition.vmap, flags)
     return 1 if left else 0
 
@@ -144,7 +146,7 @@ def run_local(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.N
 
 def _device() -> str:
     found = local.devices()
-    return plan.CPU if found[0].index is None else "H100"
+    return plan.CPU if found[0].gpu is None else "H100"
 
 
 if __name__ == "__main__":
