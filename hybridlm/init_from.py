@@ -97,7 +97,7 @@ def source(path: str | Path) -> Iterator[Source]:
         manifest = transfer.fill(
             path, imported, lambda entry, array: arrays.update({names[entry[:2]]: array})
         )
-        yield Source(definition, arrays, lambda workdir: transfer.carry(path, manifest, workdir))
+        yield Source(definition, arrays, lambda workdir: transfer.carry(imported, manifest, workdir))
 
 
 def _copy(carried: Path, workdir: Path) -> None:

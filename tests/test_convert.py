@@ -108,10 +108,20 @@ def test_gradients(root: Path) -> None:
 # Every family, without computing anything.
 
 EXTRA = {
-    "gla": {"model_type": "gla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "fuse_norm":
-    True}, "gla with convolutions, no gate": { "model_type": "gla", "hidden_size": 32, "num_hidden_layers":
-    2, "vocab_size": 11, "use_short_conv": True, "use_output_gate": False, }, "hgrn": { "model_type":
-    "hgrn", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 11, "attn": [
+    "gla": {
+        "model_type": "gla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "fuse_norm": True,
+    },
+    "gla with convolutions, no gate": {
+        "model_type": "gla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "use_short_conv": True, "use_output_gate": False,
+    },
+    "gated_deltanet, sigmoid gate": {
+        "model_type": "gated_deltanet", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "num_heads": 2, "head_dim": 8, "output_gate_activation": "sigmoid",
+    },
+    "hgrn": {
+        "model_type": "hgrn", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 11,
+        "attn": [
             {"layers": [0], "num_heads": 2, "window_size": 8},
             {"layers": [2], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "rope_theta": 5e5},
         ],
@@ -130,11 +140,21 @@ EXTRA = {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
         "linear_value_head_dim": 12,
     },
+    "qwen3_5_moe_text": {
+        "model_type": "qwen3_5_moe_text", "hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 11,
+        "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 3,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+    },
     "olmo_hybrid": {
         "model_type": "olmo_hybrid", "hidden_size": 32, "num_hidden_layers": 5, "vocab_size": 11,
         "intermediate_size": 24, "num_attention_heads": 4, "rope_parameters": None, "rope_theta": None,
     },
 }  # fmt: skip
+
+
+EXTRA["kimi_linear, no shared expert"] = SHAPES["kimi_linear"]["config"] | {"num_shared_experts": 0}
+EXTRA["kimi_linear, no shared expert"].pop("n_shared_experts", None)
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *EXTRA])
@@ -198,6 +218,11 @@ def test_layers_of_released_configs() -> None:
         ("fla_deltanet", {"hidden_act": "powlu"}, "hidden_act"),
         ("fla_deltanet", {"attn": {"layers": [7], "num_heads": 4}}, "attn: layers"),
         ("fla_kda_hybrid", {"attn": {"layers": [1], "num_heads": 4, "rope_theta": None}}, "attn: rope_theta"),
+        (
+            "fla_kda_hybrid",
+            {"attn": {"layers": [1], "num_heads": 4, "qk_norm": True}},
+            "attn: qk_norm",
+        ),
         ("fla_kda_hybrid", {"attnres_block_size": 2}, "attnres_block_size"),
         ("fla_retnet", {"feature_map": "relu"}, "feature_map"),
         ("qwen3_dense", {"attention_bias": True}, "attention_bias"),
@@ -219,6 +244,33 @@ def test_what_a_config_may_not_ask_for(name: str, changes: dict, field: str) -> 
     with pytest.raises(ConfigError) as caught:
         transfer.FAMILIES[values["model_type"]].read(Fields(values))
     assert caught.value.field == f"config.json: {field}"
+
+
+def test_what_fields_that_are_missing_or_null_stand_for() -> None:
+    """The defaults of the published config classes, which are not those of other families."""
+    retnet = {k: v for k, v in SHAPES["fla_retnet"]["config"].items() if k not in ("hidden_ratio",)}
+    retnet |= {"intermediate_size": None, "hidden_size": 768, "num_heads": 4, "temperature": 0.6}
+    read = lambda values: transfer.FAMILIES[values["model_type"]].read(Fields(values))
+    assert read(retnet).model["mlp_hidden"] == 1024  # fla's RetNet has a ratio of 2
+    assert read(retnet | {"hidden_ratio": None}).model["mlp_hidden"] == 2048
+    hgrn2 = SHAPES["fla_hgrn2"]["config"] | {"hidden_size": 64, "num_heads": 3, "expand_ratio": 16}
+    assert read(hgrn2).mixers["hgrn2"].num_heads == 4  # expand_ratio counts
+    assert read(hgrn2 | {"num_heads": 2, "expand_ratio": None}).mixers["hgrn2"].head_dim == 32
+    qwen3 = SHAPES["qwen3_dense"]["config"] | {"layer_types": None, "max_window_layers": 0}
+    qwen3 |= {"use_sliding_window": True, "sliding_window": None}
+    assert set(read(qwen3).layers) == {"full"}
+
+
+def test_a_multimodal_config(tmp_path: Path) -> None:
+    """Qwen3.5 is released around a vision tower: its text_config is the model, tied as the outer one says."""
+    text = EXTRA["qwen3_5_text"] | {"tie_word_embeddings": False}
+    outer = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    source = transfer.read_config(tmp_path)
+    assert source.model_type == "qwen3_5_text" and source.config.model.tie_embeddings
+    (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": None}))
+    with pytest.raises(ConfigError, match="text_config"):
+        transfer.read_config(tmp_path)
 
 
 # Damaged folders. A change gets the folder's tensors and config, and may write files itself.

@@ -52,6 +52,7 @@ CASES = {
         ),
     ),
     "qwen3_5": ("Qwen3_5", dict(num_hidden_layers=4, **ATTENTION, **LINEAR)),
+    "qwen3_5_moe": ("Qwen3_5Moe", dict(num_hidden_layers=4, **ATTENTION, **LINEAR, **QWEN_MOE)),
     "kimi_linear": ("KimiLinear", dict(num_hidden_layers=6, **KIMI)),
     "kimi_linear groups, latent query": (
         "KimiLinear",
@@ -78,9 +79,13 @@ CASES = {
 def torch_model(name: str):
     cls, settings = CASES[name]
     torch.manual_seed(len(name))
-    config_class = "Qwen3_5TextConfig" if cls == "Qwen3_5" else f"{cls}Config"
+    config_class = f"{cls}TextConfig" if cls.startswith("Qwen3_5") else f"{cls}Config"
     config = getattr(transformers, config_class)(**SMALL | settings)
-    net = getattr(transformers, f"{cls}ForCausalLM")(config).eval()
+    return shaken(getattr(transformers, f"{cls}ForCausalLM")(config).eval())
+
+
+def shaken(net):
+    """With every parameter away from its initial value."""
     for key, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if "inv_freq" in key:
             continue
@@ -117,6 +122,26 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
         back, report = type(net).from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert error(torch_logits(back.eval(), ids), want) < 1e-5, folder
+
+
+def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
+    """Qwen3.5 is released around a vision tower, which is left behind: the export is its text model."""
+    small = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48)
+    text = SMALL | dict(num_hidden_layers=4, **ATTENTION, **LINEAR)
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=small, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    net = shaken(transformers.Qwen3_5ForConditionalGeneration(config).eval())
+    net.tie_weights()
+    net.save_pretrained(tmp_path / "theirs")
+    ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 40))
+    transfer.import_hf(tmp_path / "theirs", tmp_path / "run")
+    assert error(evaluate.logits(*evaluate.load(tmp_path / "run"), ids), torch_logits(net, ids)) < 1e-4
+    transfer.export_hf(tmp_path / "run", tmp_path / "again")
+    back, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert error(torch_logits(back.eval(), ids), torch_logits(net, ids)) < 1e-5
 
 
 def test_a_native_run_leaves(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """flash-linear-attention's own models on a GPU against imports of checkpoints that they wrote, and exports
-that they read back.
+that they read back; names and shapes of their tensors on any device.
 
 Needs an NVIDIA GPU, fla-core and flash-linear-attention 0.6, and the `parity` extra. Where fla is installed,
 transformers calls its kernels: keep test_parity.py's environment apart. Run with -s to see the errors.
@@ -21,11 +21,14 @@ import pytest
 
 from hybridlm import checkpoint, generate, model
 from hybridlm.convert import evaluate, transfer
+from hybridlm.convert.family import same_model
+from hybridlm.convert.fields import Fields
+from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 
-pytestmark = [pytest.mark.parity, pytest.mark.gpu]
+pytestmark = pytest.mark.parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # with TRITON_INTERPRET=1 also without a GPU, slowly
 SMALL = dict(
@@ -41,7 +44,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "delta_net gated": (
         "DeltaNet", dict(num_heads=4, use_gate=True, allow_neg_eigval=True, expand_v=2.0, **RECURRENT)
     ),
-    "gated_deltanet": ("GatedDeltaNet", dict(**DELTA, allow_neg_eigval=True)),
+    "gated_deltanet": (
+        "GatedDeltaNet", dict(**DELTA, allow_neg_eigval=True, output_gate_activation="sigmoid")
+    ),
     "gated_deltanet hybrid": (
         "GatedDeltaNet", dict(**DELTA, num_v_heads=4, use_gate=False, attn=WINDOWED, tie_word_embeddings=True)
     ),
@@ -51,7 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gla conv": ("GLA", dict(num_heads=4, use_short_conv=True, use_output_gate=False, expand_k=1.0)),
     "hgrn": ("HGRN", dict(num_hidden_layers=3)),
     "hgrn conv": ("HGRN", dict(use_short_conv=True, expand_ratio=2, use_lower_bound=False)),
-    "hgrn2": ("HGRN2", dict(num_heads=2, num_hidden_layers=3)),
+    "hgrn2": ("HGRN2", dict(num_heads=2, expand_ratio=None, num_hidden_layers=3)),
     "retnet": ("RetNet", dict(num_heads=2)),
     "transformer": ("Transformer", dict(num_heads=4, num_kv_heads=2, qk_norm=True)),
     "transformer window": ("Transformer", dict(num_heads=4, window_size=20, qkv_bias=True, rope_theta=5e5)),
@@ -83,6 +88,57 @@ def fla():
 
     attn.flash_attn_func = attention
     return models
+
+
+OPTIONS: dict[str, list[Any]] = {
+    "hidden_ratio": [None, 2, 4], "intermediate_size": [None, 24], "tie_word_embeddings": [False, True],
+    "fuse_norm": [True, False], "fuse_swiglu": [True, False], "num_heads": [1, 2, 4],
+    "attn": [None, WINDOWED, [dict(layers=[0], num_heads=4), dict(layers=[1], num_heads=2, qkv_bias=True)]],
+    "use_short_conv": [True, False], "conv_size": [2, 4], "use_gate": [True, False],
+    "use_output_gate": [True, False], "allow_neg_eigval": [True, False], "head_dim": [8, 16],
+    "num_v_heads": [None, 4], "expand_v": [1.0, 2.0], "expand_k": [0.5, 1.0], "num_kv_heads": [None, 2],
+    "expand_ratio": [None, 1, 2, 16], "use_lower_bound": [True, False], "qkv_bias": [True, False],
+    "qk_norm": [True, False], "window_size": [None, 5], "safe_gate": [True], "lower_bound": [-5],
+    "output_gate_activation": ["swish", "silu", "sigmoid"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("cls", sorted({cls for cls, _ in CASES.values()}))
+def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None:
+    """Of random settings, on any device: the checkpoint's tensors are those that the importer expects."""
+    rng = np.random.default_rng(seed)
+    config_class = getattr(fla, f"{cls}Config")
+    known = set(config_class().to_dict()) - ({"qk_norm"} if cls == "DeltaNet" else set())
+    settings = {name: values[rng.integers(len(values))] for name, values in OPTIONS.items() if name in known}
+    settings = {name: value for name, value in settings.items() if rng.random() < 0.6}
+    if cls in ("HGRN", "HGRN2"):
+        settings["use_lower_bound"] = settings.get("expand_ratio", 0) == 1  # elsewhere fla has no such shape
+    if cls == "HGRN":
+        settings["expand_ratio"] = settings.get("expand_ratio") or 1
+    if cls == "HGRN2":
+        settings["expand_ratio"] = {1: 1, 2: 16, 16: 32}.get(settings.get("expand_ratio"))
+    if "num_heads" in known:
+        settings.setdefault("num_heads", 4)
+    if "lower_bound" in settings or "safe_gate" in settings:
+        settings |= {"lower_bound": -5, "safe_gate": True}
+    config = config_class(**{**SMALL, "intermediate_size": None, "num_hidden_layers": 3} | settings)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        net = getattr(fla, f"{cls}ForCausalLM")(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    want = {key: tuple(value.shape) for key, value in net.state_dict().items() if key not in tied}
+    try:
+        source = transfer.read_config(tmp_path)
+    except ConfigError as error:
+        assert settings.get("num_kv_heads") and "num_kv_heads" in error.field, settings
+        return
+    definition = model.build(source.config)
+    shapes = transfer.plan(definition, source.family, source.model_type).shapes
+    renamed = {key if key in shapes else source.family.rename(key): shape for key, shape in want.items()}
+    assert shapes == renamed, settings
+    written = source.family.write(definition, source.model_type)
+    assert not same_model(definition, model.build(source.family.read(Fields(written)).config()))
 
 
 def fla_model(models: Any, name: str):
@@ -150,6 +206,7 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     net = fla_model(fla, name)

@@ -1,7 +1,7 @@
 """What a family of public checkpoints is to the converter."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -38,6 +38,7 @@ class Family:
         there is none. What cannot be said may be left out: the caller reads it back and compares.
     rules: every tensor.  rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
+    multimodal: model_type of a model around one of these -> model_type of its text_config.
     """
 
     model_types: tuple[str, ...]
@@ -46,6 +47,7 @@ class Family:
     rules: Callable[[model.Definition, str], list[Rule]]
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
+    multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def explicit(spec: model.Spec, d_model: int) -> Any:

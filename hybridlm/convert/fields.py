@@ -15,6 +15,8 @@ INERT = {
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
     "rescale_prenorm_residual", "return_dict", "sep_token_id", "task_specific_params",
     "tokenizer_class", "torch_dtype", "transformers_version", "use_cache", "use_l2warp",
+    # of generation, which older transformers kept here
+    "do_sample", "max_length", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p",
 }  # fmt: skip
 
 

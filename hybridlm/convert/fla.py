@@ -49,8 +49,10 @@ def read(fields: Fields) -> Architecture:
     fields.only("elementwise_affine", True)
     fields.only("attnres_block_size", None)
     fields.only("norm_first", True, False)  # older configs; which of the two kernels, not where the norm is
-    hidden = fields.get("intermediate_size") or mlp_hidden(d_model, fields.get("hidden_ratio") or 4)
+    missing = 2 if model_type == "retnet" else 4  # fla's default of a field that is not there; null is 4
+    ratio = fields.get("hidden_ratio", 4) if "hidden_ratio" in fields.values else missing
     fields.ignore("hidden_ratio")
+    hidden = fields.get("intermediate_size") or mlp_hidden(d_model, ratio)
     name = KINDS[model_type]
     definitions = {name: READERS[model_type](fields, d_model, eps)}
     layers = [name] * num_layers
@@ -85,6 +87,7 @@ def _attention(fields: Fields, d_model: int, num_layers: int) -> list[tuple[list
         ):
             raise one.refuse("layers", f"must list layers 0 to {num_layers - 1}, each in one specification")
         seen.update(layers)
+        one.only("qk_norm", False)  # fla has it in its transformer alone
         found.append((layers, _attention_mixer(one, d_model)))
         one.finish()
     return [one for one in found if one[0]]
@@ -138,7 +141,8 @@ def _delta_net(fields: Fields, d_model: int, eps: float) -> ConfigDict:
 
 def _gated_delta_net(fields: Fields, d_model: int, eps: float) -> ConfigDict:
     heads, head_dim = fields.get("num_heads", 6), fields.get("head_dim", 256)
-    fields.only("output_gate_activation", "swish")
+    fields.only("output_gate_activation", "swish", "silu", "sigmoid")
+    gate = "sigmoid" if fields.get("output_gate_activation") == "sigmoid" else "swish"
     return configs.mixer(
         "gated_delta_net",
         num_heads=heads,
@@ -147,7 +151,7 @@ def _gated_delta_net(fields: Fields, d_model: int, eps: float) -> ConfigDict:
         v_head_dim=_part(fields, "expand_v", head_dim * fields.get("expand_v", 2.0), 1),
         conv_size=_conv_size(fields, True),
         neg_eigval=fields.get("allow_neg_eigval", False),
-        output_gate="swish" if fields.get("use_gate", True) else "none",
+        output_gate=gate if fields.get("use_gate", True) else "none",
         norm_eps=eps,
     )
 
@@ -211,11 +215,13 @@ def _hgrn(fields: Fields, d_model: int, eps: float) -> ConfigDict:
 
 
 def _hgrn2(fields: Fields, d_model: int, eps: float) -> ConfigDict:
-    ratio = fields.get("expand_ratio", 0)
-    if not ratio:
-        ratio = d_model // fields.size("num_heads") if fields.get("num_heads") else 128
-    heads = d_model // ratio
-    fields.only("num_heads", None, heads)
+    if fields.values.get("expand_ratio", 128) is None:
+        heads = fields.size("num_heads")
+        ratio = _part(fields, "num_heads", d_model, heads)
+    else:  # num_heads follows, whatever it says
+        ratio = fields.get("expand_ratio", 128)
+        heads = d_model // ratio
+    fields.ignore("num_heads", "expand_ratio")
     return configs.mixer(
         "hgrn2",
         num_heads=heads,
@@ -306,7 +312,8 @@ def _mixer_fields(model_type: str, config: Any, d_model: int) -> dict[str, Any]:
             "expand_v": config.v_head_dim / config.head_dim,
         }
         if model_type == "gated_deltanet":
-            values["use_gate"] = config.output_gate == "swish"
+            values["use_gate"] = config.output_gate != "none"
+            values["output_gate_activation"] = "sigmoid" if config.output_gate == "sigmoid" else "swish"
         else:
             values |= {"safe_gate": bool(config.lower_bound), "lower_bound": config.lower_bound or None}
     if hasattr(config, "neg_eigval"):

@@ -227,7 +227,8 @@ def moe(spec: Spec) -> list[Rule]:
     ]
     router = [linear("mlp.router", f"{theirs}gate")]
     router.append(same("mlp.selection_bias", f"{theirs}gate.e_score_correction_bias"))
-    return [*router, *each, *swiglu("mlp.shared.", f"{theirs}shared_experts.")]
+    shared = swiglu("mlp.shared.", f"{theirs}shared_experts.") if spec.mlp_config.shared_hidden else []
+    return [*router, *each, *shared]
 
 
 def rename(name: str) -> str:

@@ -18,7 +18,7 @@ def read(fields: Fields) -> Architecture:
     theta, fraction = fields.rope()
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
-    sliding = fields.get("use_sliding_window", False)
+    sliding = fields.get("use_sliding_window", False) and fields.values.get("sliding_window", 0) is not None
     window, first = fields.get("sliding_window", 4096), fields.get("max_window_layers", 28)
     types = fields.layers("layer_types", TYPES, num_layers) or [
         "sliding_attention" if sliding and index >= first else "full_attention" for index in range(num_layers)

@@ -1,7 +1,7 @@
-"""Qwen3-Next and Qwen3.5's text model: Gated DeltaNet, gated attention, partial rotation, (1+w) norms.
+"""Qwen3-Next and Qwen3.5's text models: Gated DeltaNet, gated attention, partial rotation, (1+w) norms.
 
-Qwen3-Next has experts and fuses its projections by key head; Qwen3.5 is dense and keeps them apart. Sources:
-transformers 5.23, models/qwen3_next and models/qwen3_5.
+Qwen3-Next has experts and fuses its projections by key head; Qwen3.5 keeps them apart and is dense or has
+experts. Sources: transformers 5.23, models/qwen3_next, models/qwen3_5 and models/qwen3_5_moe.
 """
 
 from typing import Any
@@ -16,11 +16,12 @@ from hybridlm.errors import ConfigError
 from hybridlm.model import Definition, Spec
 
 TYPES = {"linear_attention": "gdn", "full_attention": "full"}
+CLASSES = {"qwen3_next": "Qwen3Next", "qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe"}
 
 
 def read(fields: Fields) -> Architecture:
     num_layers, eps = fields.size("num_hidden_layers"), fields.get("rms_norm_eps", 1e-6)
-    is_next = fields.values["model_type"] == "qwen3_next"
+    model_type, d_model = fields.values["model_type"], fields.size("hidden_size")
     theta, fraction = fields.rope(fraction=0.25)
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
@@ -36,7 +37,7 @@ def read(fields: Fields) -> Architecture:
         "full": configs.mixer(
             "attention",
             num_heads=heads,
-            num_kv_heads=fields.get("num_key_value_heads", 2 if is_next else 4),
+            num_kv_heads=fields.get("num_key_value_heads", 4 if model_type == "qwen3_5_text" else 2),
             head_dim=fields.get("head_dim", 256),
             rope_theta=theta,
             rotary_fraction=fraction,
@@ -56,17 +57,24 @@ def read(fields: Fields) -> Architecture:
         ),
     }
     layers, mlps = [TYPES[name] for name in types], {}
-    if is_next:
-        mlps["moe"] = _moe(fields)
+    if model_type == "qwen3_next":
+        mlps["moe"] = _moe(fields, num_experts=512, top_k=10)
         dense, step = fields.get("mlp_only_layers") or [], fields.get("decoder_sparse_step", 1)
         layers = [
             name if index in dense or (index + 1) % step else f"{name}/moe"
             for index, name in enumerate(layers)
         ]
+    elif model_type == "qwen3_5_moe_text":
+        fields.only("norm_topk_prob", True)
+        mlps["moe"] = _moe(fields, num_experts=256, top_k=8)
+        layers = [f"{name}/moe" for name in layers]
+    all_moe = model_type == "qwen3_5_moe_text"
     model = {
-        "d_model": fields.size("hidden_size"),
+        "d_model": d_model,
         "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": fields.size("intermediate_size"),
+        "mlp_hidden": fields.get("intermediate_size", d_model)
+        if all_moe
+        else fields.size("intermediate_size"),
         "norm_eps": eps,
         "norm_unit_offset": True,
         "tie_embeddings": fields.get("tie_word_embeddings", False),
@@ -75,12 +83,12 @@ def read(fields: Fields) -> Architecture:
     return Architecture(layers, definitions, mlps, model)
 
 
-def _moe(fields: Fields) -> Any:
+def _moe(fields: Fields, num_experts: int, top_k: int) -> Any:
     coefficient = fields.get("router_aux_loss_coef", 0.001)
     return configs.mlp(
         "moe",
-        num_experts=fields.get("num_experts", 512),
-        top_k=fields.get("num_experts_per_tok", 10),
+        num_experts=fields.get("num_experts", num_experts),
+        top_k=fields.get("num_experts_per_tok", top_k),
         hidden=fields.get("moe_intermediate_size", 512),
         normalize=fields.get("norm_topk_prob", True),
         shared_hidden=fields.get("shared_expert_intermediate_size", 512),
@@ -97,9 +105,8 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not full or not gdn:
         raise ConfigError("model.pattern", model_type, "has both attention and gated_delta_net layers")
     mixer = uniform(gdn, "gated_delta_net", d_model)
-    next_or_3_5 = "Qwen3Next" if model_type == "qwen3_next" else "Qwen3_5"
     values = {
-        "architectures": [f"{next_or_3_5}ForCausalLM"],
+        "architectures": [f"{CLASSES[model_type]}ForCausalLM"],
         "model_type": model_type,
         "layer_types": [
             "full_attention" if spec.kind == "attention" else "linear_attention" for spec in definition.layers
@@ -111,8 +118,12 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
         "linear_value_head_dim": mixer.v_head_dim,
         "linear_conv_kernel_dim": mixer.conv_size,
     } | attention_fields(definition, uniform(full, "attention", d_model))
-    if model_type == "qwen3_next":
-        values |= _moe_fields(definition)
+    if model_type == "qwen3_5_text":
+        return values
+    values |= _moe_fields(definition)
+    if model_type == "qwen3_5_moe_text":
+        for name in ("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"):
+            del values[name]
     return values
 
 
@@ -188,10 +199,11 @@ def moe(spec: Spec) -> list[Rule]:
 
 
 FAMILY = Family(
-    ("qwen3_next", "qwen3_5_text"),
+    tuple(CLASSES),
     read,
     write,
     rules,
     rename=lambda name: name.replace("model.language_model.", "model."),
-    unused=("mtp.",),
+    unused=("mtp.", "model.visual."),
+    multimodal={"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"},
 )

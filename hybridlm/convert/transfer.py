@@ -32,14 +32,16 @@ FAMILIES = {
     for module in (fla, qwen3, qwen3_next, kimi_linear, olmo_hybrid)
     for model_type in module.FAMILY.model_types
 }
+MULTIMODAL = {outer: inner for one in FAMILIES.values() for outer, inner in one.multimodal.items()}
 CARRIED, MANIFEST, CONFIG = "hf", "manifest.json", "config.json"
 HEAD, SHARD_BYTES, SHOWN = "lm_head.weight", 5 * 10**9, 20
 
 
 class Source(NamedTuple):
-    """A Hugging Face folder, read as far as its config.json."""
+    """A Hugging Face folder, read as far as its config.json. values: that, or its text_config."""
 
     directory: Path
+    values: dict[str, Any]
     model_type: str
     family: Family
     config: configs.FrozenConfigDict
@@ -54,11 +56,24 @@ def read_config(directory: str | Path) -> Source:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is no readable config.json with a model_type ({type(error).__name__}: {error})"
         raise ConfigError("--hf", str(file), problem) from None
+    if model_type in MULTIMODAL:
+        values, model_type = _text(values, file), MULTIMODAL[model_type]
     if model_type not in FAMILIES:
         known = "must be one of " + ", ".join(sorted(FAMILIES))
         raise ConfigError(f"{CONFIG}: model_type", model_type, known, nearest(str(model_type), FAMILIES))
     family = FAMILIES[model_type]
-    return Source(Path(directory), model_type, family, family.read(Fields(values)).config())
+    return Source(Path(directory), values, model_type, family, family.read(Fields(values)).config())
+
+
+def _text(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The config of a multimodal model's language model."""
+    inner, expected = values.get("text_config"), MULTIMODAL[values["model_type"]]
+    if not isinstance(inner, dict) or inner.get("model_type", expected) != expected:
+        raise ConfigError(f"{CONFIG}: text_config", str(file), f"must be a mapping of model_type {expected}")
+    tied = values.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
+    name = values.get("architectures") or ["ForConditionalGeneration"]
+    causal = [one.replace("ForConditionalGeneration", "ForCausalLM") for one in name]
+    return inner | {"model_type": expected, "tie_word_embeddings": tied, "architectures": causal}
 
 
 class Plan(NamedTuple):
@@ -205,18 +220,20 @@ def import_hf(directory: str | Path, workdir: str | Path) -> configs.FrozenConfi
         Path(scratch).rename(workdir / "checkpoints")  # only now, when it is whole
     (workdir / CONFIG).write_text(configs.to_json(source.config))
     (workdir / "layers.json").write_text(json.dumps(summary, indent=2) + "\n")
-    carry(Path(directory), manifest, workdir)
+    carry(source, manifest, workdir)
     return source.config
 
 
-def carry(directory: Path, manifest: Mapping[str, Any], workdir: Path) -> None:
+def carry(source: Source, manifest: Mapping[str, Any], workdir: Path) -> None:
     """What a Hugging Face folder holds besides weights, and the manifest, into ``workdir``/hf."""
     carried = workdir / CARRIED
     carried.mkdir(exist_ok=True)
-    for file in directory.iterdir():
+    for file in source.directory.iterdir():
         weights = ".safetensors" in file.name or file.suffix in (".bin", ".pth", ".npz")
         if file.is_file() and not weights:
             shutil.copyfile(file, carried / file.name)
+    if json.loads((carried / CONFIG).read_text()) != source.values:  # of a multimodal model
+        (carried / CONFIG).write_text(json.dumps(source.values, indent=2) + "\n")
     (carried / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
