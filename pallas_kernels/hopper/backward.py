@@ -1,5 +1,6 @@
-"""The backward pass with no decay or one decay per head: a reverse scan, then all chunks at once.
+"""The backward pass with no decay or one decay per head.
 
+Additive: one reverse scan makes every gradient. Delta: a reverse scan, then all chunks at once.
 The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight
 numbers per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
 """
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hopper import blocks, pieces, table
+from pallas_kernels.hopper.backward_additive import additive_gradients
 from pallas_kernels.hopper.backward_chunks import DECAY, ERROR, KEPT, LEAVING, chunk_gradients
 from pallas_kernels.hopper.backward_scan import reverse_scan
 from pallas_kernels.hopper.blocks import BETA, CARRY, F32, C
@@ -54,28 +56,17 @@ def gradients(
     choice: table.Choice | None = None,
 ) -> Gradients:
     """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None."""
-    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
+    choice = choice or table.backward(inputs.k.shape, inputs.v.shape, saved.inverses is not None)
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, tokens = inputs.v.shape[2], do.shape[1]
     do = blocks.pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
-    scan = functools.partial(
-        reverse_scan, inputs, saved.gates, saved.inverses, do, value_tile=choice.value_tile
-    )
-    if saved.moves is not None:
-        count = saved.moves.shape[1]
-        *_, alone = scan(None, pieces=count, summary=True)
-        ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
-        state_gradients, dv, first = scan(ends, pieces=count)
-        first = first[::count]
+    if saved.inverses is None:
+        dq, dk, dv, d_log_decay, first = _additive(inputs, saved, do, d_state, choice)
+        d_beta = None
     else:
-        state_gradients, dv, first = scan(d_state)
-    delta = saved.inverses is not None
-    values = inputs.v if saved.values is None else saved.values
-    dq, dk, sums = chunk_gradients(
-        inputs, saved.gates, saved.states, state_gradients, values, do, dv if delta else None, run=CHUNK_RUN
-    )
+        dq, dk, dv, d_log_decay, d_beta, first = _delta(inputs, saved, do, d_state, choice)
 
     def over_group(x: jax.Array) -> jax.Array:
         if value_heads == heads:
@@ -83,10 +74,52 @@ def gradients(
         grouped = x.reshape(batch, length, heads, value_heads // heads, key_dim).astype(F32)
         return grouped.sum(3).astype(x.dtype)[:, :tokens]
 
-    def per_token(x: jax.Array) -> jax.Array:  # [B, HV, T/C, C] -> [B, T, HV]
-        return jnp.swapaxes(x.reshape(batch, value_heads, length), 1, 2)[:, :tokens]
+    def per_token(x: jax.Array | None) -> jax.Array | None:  # [B, HV, T] -> [B, T, HV]
+        return None if x is None else jnp.swapaxes(x, 1, 2)[:, :tokens]
 
-    d_log_decay = d_beta = None
+    return Gradients(
+        over_group(dq),
+        over_group(dk),
+        dv[:, :tokens],
+        per_token(d_log_decay),
+        per_token(d_beta),
+        jnp.swapaxes(first, 2, 3),
+    )
+
+
+def _additive(
+    inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, choice: table.Choice
+) -> tuple:
+    """dq, dk, dv, dlog_decay [B, HV, T], dS_0^T."""
+    count = choice.pieces
+    if count > 1:
+        scan = functools.partial(reverse_scan, inputs, saved.gates, None, do, None)
+        *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True)
+        d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True)
+    *out, first = additive_gradients(inputs, saved.gates, saved.states, do, d_state, pieces=count)
+    return *out, first[::count]
+
+
+def _delta(
+    inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, choice: table.Choice
+) -> tuple:
+    """dq, dk, dv, dlog_decay and dbeta [B, HV, T], dS_0^T."""
+    assert saved.inverses is not None and saved.values is not None
+    scan = functools.partial(
+        reverse_scan, inputs, saved.gates, saved.inverses, do, value_tile=choice.value_tile
+    )
+    if saved.moves is None:
+        state_gradients, dv, first = scan(d_state)
+    else:
+        count = saved.moves.shape[1]
+        *_, alone = scan(None, pieces=count, summary=True)
+        ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
+        state_gradients, dv, first = scan(ends, pieces=count)
+        first = first[::count]
+    dq, dk, sums = chunk_gradients(
+        inputs, saved.gates, saved.states, state_gradients, saved.values, do, dv, run=CHUNK_RUN
+    )
+    d_log_decay = None
     if inputs.log_decay is not None:
         d_sum = jnp.sum(sums[..., DECAY, :], 3)
         end = jnp.sum(sums[..., LEAVING, :], (3, 4)) + saved.gates[..., CARRY, 0] * jnp.sum(
@@ -96,10 +129,7 @@ def gradients(
         d_log_decay = (
             jnp.einsum("bhni,ti->bhnt", d_sum, later, precision=lax.Precision.HIGHEST) + end[..., None]
         )
-        d_log_decay = per_token(d_log_decay)
-    if delta:
-        beta = saved.gates[..., BETA, :]
-        d_beta = per_token(sums[..., 1, ERROR, :] / jnp.where(beta == 0, 1.0, beta * beta))
-    return Gradients(
-        over_group(dq), over_group(dk), dv[:, :tokens], d_log_decay, d_beta, jnp.swapaxes(first, 2, 3)
-    )
+        d_log_decay = d_log_decay.reshape(inputs.log_decay.shape)
+    beta = saved.gates[..., BETA, :]
+    d_beta = sums[..., 1, ERROR, :] / jnp.where(beta == 0, 1.0, beta * beta)
+    return dq, dk, dv, d_log_decay, d_beta.reshape(*d_beta.shape[:2], -1), first

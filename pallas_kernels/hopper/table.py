@@ -24,3 +24,14 @@ def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice:
     while chunks >= LONG and chunks % (2 * pieces) == 0 and 4 <= FILL // blocks >= 2 * pieces and pieces < 16:
         pieces *= 2
     return Choice(64, pieces)
+
+
+def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) -> Choice:
+    """As `forward`. With the delta rule the same, so that both passes share what the pieces do to the state;
+    additive, a block of threads takes all values of a head."""
+    if delta:
+        return forward(k_shape, v_shape)
+    pieces, chunks, blocks = 1, k_shape[1] // 64, k_shape[0] * v_shape[2]
+    while chunks >= LONG and chunks % (2 * pieces) == 0 and 2 * pieces * blocks <= FILL and pieces < 16:
+        pieces *= 2
+    return Choice(v_shape[3], pieces)
