@@ -48,7 +48,7 @@ def channel_forward(
 
 
 def _moves(inputs: Inputs, tiles: Tiles, choice: table.Choice) -> jax.Array:
-    """What a piece does to the state: factors [B, pieces, HV, K] if additive, else M^T [B, pieces, HV, K, K]."""
+    """What a piece does to S: M^T [B, pieces, HV, K, K], or if additive factors [B, pieces, HV, K]."""
     batch, value_heads, chunks, key_dim = tiles.carry.shape
     if tiles.inverses is None:
         carry = tiles.carry.reshape(batch, value_heads, choice.pieces, chunks // choice.pieces, key_dim)

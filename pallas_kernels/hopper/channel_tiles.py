@@ -90,40 +90,39 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 squares_q += jnp.sum(q * q, axis=1)
                 squares_k += jnp.sum(k * k, axis=1)
         one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
-        norm_q = (lax.rsqrt(squares_q + blocks.L2NORM_EPS) if i.l2norm else one) * i.scale
-        norm_k = lax.rsqrt(squares_k + blocks.L2NORM_EPS) if i.l2norm else one
-        norm_s.at[NORM_K][...] = norm_k
-        norm_s.at[NORM_Q][...] = norm_q
+        inverse_norm = lambda squares: lax.rsqrt(squares + blocks.L2NORM_EPS) if i.l2norm else one
+        norm_s.at[NORM_K][...] = inverse_norm(squares_k)
+        norm_s.at[NORM_Q][...] = inverse_norm(squares_q) * i.scale
         s["reach"][...] = one
         plgpu.commit_smem()
 
         def level(carried: tuple) -> tuple:
-            size, _, *found = carried
+            size, _, *old = carried
             # Always 0, which the compiler cannot know: addresses do not stay in registers through the loop.
             zero = jnp.where(s["reach"][0] < 0.0, 1, 0)
-            tile = [half + zero for half in range(halves)]
-            parts = [(parts_s.at[half, 0], parts_s.at[half, 1]) for half in tile]
+            slots = [half + zero for half in range(halves)]
+            parts = [(parts_s.at[half, 0], parts_s.at[half, 1]) for half in slots]
             middle = channel_math.from_middle(size)
             reach = one * 0.0
             left: list = [[], []]
             for half in range(halves):  # one after the other: both at once are too many registers
                 (offset,) = channel_math.sums(middle, parts[half : half + 1], interpret=interpret)
                 reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
-                up, k = jnp.exp2(offset), blocks.tile(k_s.at[tile[half]])
-                blocks.store(x_s.at[tile[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
-                left[0].append((blocks.tile(q_s.at[tile[half]]) * up).astype(BF16))
+                up, k = jnp.exp2(offset), blocks.tile(k_s.at[slots[half]])
+                blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
+                left[0].append((blocks.tile(q_s.at[slots[half]]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
             s["reach"][...] = reach
             plgpu.commit_smem()
             new = sums_of_products(
                 *[
-                    ([(x, x_s.at[tile[half]].T) for half, x in enumerate(tiles)], (C, C))
-                    for tiles in left[: len(found)]
+                    ([(x, x_s.at[slots[half]].T) for half, x in enumerate(row)], (C, C))
+                    for row in left[: len(old)]
                 ],
                 interpret=interpret,
             )
             pairs = channel_math.within(size)
-            found = [jnp.where(pairs, x, old) for x, old in zip(new, found, strict=True)]
+            found = [jnp.where(pairs, x, y) for x, y in zip(new, old, strict=True)]
             following = channel_math.next_size(size, s["reach"])
             plgpu.commit_smem()  # all have read x_s and reach
             return following, size, *found
@@ -135,7 +134,10 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         _, span, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
         if keep:
             norm_s.at[SPAN][...] = one * span.astype(F32)
-        read, write, carry, same = one, one, 1.0, None
+        norm_k, norm_q = blocks.row_vector(norm_s.at[NORM_K]), blocks.row_vector(norm_s.at[NORM_Q])
+        read = write = one
+        carry: Any = 1.0
+        same: Any = None
         if vectors.has("segment"):
             ids = vectors.get("segment", in_s)
             of_row = blocks.row_vector(ids)
@@ -163,8 +165,8 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
             if delta:
                 seen = k * blocks.by_row(norm_k * read) * decay
                 blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
-            (rest,) = channel_math.sums(channel_math.after(), parts[half : half + 1], interpret=interpret)
-            written = k * blocks.by_row(norm_k * write) * jnp.exp2(rest)
+            (later,) = channel_math.sums(channel_math.after(), parts[half : half + 1], interpret=interpret)
+            written = k * blocks.by_row(norm_k * write) * jnp.exp2(later)
             blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scores_s, out["scores"].at[b, head, rows])
