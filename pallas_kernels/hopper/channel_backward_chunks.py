@@ -1,0 +1,430 @@
+"""The gradients of q, k, log_decay and beta with a decay per key channel: no chunk waits for another.
+
+With S the state that enters a chunk, dS the gradient of the one that leaves, U = V' (additive: V), dV from
+the reverse scan, q and k normalised and q scaled, e = exp(G) and f = exp(G_C - G) with their masks (now a
+number per token and channel), and E = tril(dO U^T), F = -(dV U^T, j < i) on pairs of one document,
+    dq = e (dO S^T) + [rows of E with k]
+    dk = -e (dV S^T) + [rows of F with k] + f (U dS^T) + [columns of E with q and of F with k]
+where a pair (i, j) has the factor exp(G_i - G_j) in every channel, made as in `channel_math`: with offsets
+D_i from the middle of a block, row i has 2^D_i and column j 2^-D_j, so that
+    rows:    2^D_i  sum_j E_ij (k_j 2^-D_j)        columns:  2^-D_j  sum_i E_ij (q_i 2^D_i).
+The gradient of G is elementwise: what a row gains with exp(G_i) it has times q_i or k_i, what a column
+loses with exp(-G_j) times k_j. Both are products of the same three bf16 tiles with float32 sums, so what
+must cancel between far tokens does. The diagonal of E has no decay and stays out, and so does the last
+token's f = 1: under strong decay nothing large is left whose difference would be rounded.
+    dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>.
+dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
+
+Two warpgroups take half of the key dimension each; the first also makes E, the second F.
+A third issues copies.
+"""
+
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import blocks, channel_math, chunk_math
+from pallas_kernels.hopper.blocks import F32, C
+from pallas_kernels.hopper.channel_tiles import NORM_K, NORM_Q, SPAN
+from pallas_kernels.hopper.inputs import Inputs
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+
+
+def chunk_gradients(
+    inputs: Inputs,
+    norms: jax.Array,
+    carry: jax.Array,
+    states: jax.Array,
+    state_gradients: jax.Array,
+    values: jax.Array,
+    do: jax.Array,
+    dv: jax.Array | None,
+    *,
+    run: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """dq, dk [B, T, HV, K] bf16, one per value head, dlog_decay [B, T, HV, K] float32, dV.U [B, HV, T].
+
+    norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
+    needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
+    values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
+    """
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, value_dim = inputs.v.shape[2:]
+    group = value_heads // heads
+    chunks = length // C
+    half, blocks_v = key_dim // 2, value_dim // C
+    delta, documents = dv is not None, inputs.segment is not None
+    interpret = inputs.interpret
+    tile = (C, half)
+    arrays = dict(
+        q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do, h=states, g=state_gradients
+    )
+    arrays |= dict(norms=norms, carry=carry)
+    arrays |= dict(dv=dv) if delta else {}
+    arrays |= dict(segment=inputs.segment, entering=inputs.entering) if documents else {}
+
+    scratch = dict(
+        q=blocks.smem((2, C, half), BF16),  # by halves of the key dimension
+        k=blocks.smem((2, C, half), BF16),
+        steps=blocks.smem((2, C, half), F16),
+        middle=blocks.smem((1, C, C), F16),  # offsets from the middle = middle @ steps
+        u=blocks.smem((blocks_v, C, C), BF16),
+        d=blocks.smem((1 + delta, blocks_v, C, C), BF16),  # dO, dV
+        h=blocks.smem((2, blocks_v, C, half), BF16),
+        g=blocks.smem((2, blocks_v, C, half), BF16),
+        pairs=blocks.smem((1 + delta, C, C), BF16),  # E, F
+        tiles=blocks.smem((2, 2, C, half), BF16),
+        norms=plgpu.SMEM((2, 3, C), F32),
+        carry=plgpu.SMEM((2, key_dim), F32),
+        segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
+        rows=plgpu.SMEM((6, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk of each half
+        numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
+        qk_filled=plgpu.Barrier(num_arrivals=4),
+        qk_free=plgpu.Barrier(num_arrivals=2),
+        v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
+        v_free=plgpu.Barrier(num_arrivals=2),
+        h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v),
+        h_free=plgpu.Barrier(num_arrivals=2),
+        both=plgpu.Barrier(num_arrivals=2),
+        done=plgpu.Barrier(num_arrivals=3),
+    )
+    scratch = {name: value for name, value in scratch.items() if value is not None}
+    keys = (batch, length, value_heads, key_dim)
+    results = dict(
+        dq=jax.ShapeDtypeStruct(keys, BF16),
+        dk=jax.ShapeDtypeStruct(keys, BF16),
+        d_decay=jax.ShapeDtypeStruct(keys, F32),
+        error=jax.ShapeDtypeStruct((batch, value_heads, length), F32),
+    )
+    if not delta:
+        del results["error"]
+
+    def body(*all_refs: Any, **s: Any) -> None:
+        refs = dict(zip([*arrays, *results], all_refs, strict=True))
+        b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
+        warpgroup = lax.axis_index("wg")
+        key_head = blocks.div(head, group)
+        steps = jnp.minimum(run, chunks - first)
+
+        def sync() -> None:
+            plgpu.barrier_arrive(s["both"])
+            plgpu.barrier_wait(s["both"])
+
+        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
+            return chunk_math.sums_of_products(*sums, interpret=interpret)
+
+        def store(ref: Any, value: jax.Array) -> None:
+            blocks.store(ref, value.astype(BF16), interpret=interpret)
+
+        def left(ref: Any, dtype: Any = BF16) -> Any:
+            """A [C, C] left operand; two operands in shared memory must be swizzled alike, so narrow halves
+            of K want it in registers."""
+            return ref if half == C else blocks.tile(ref, dtype)
+
+        def fill_numbers(i: Any) -> None:
+            slot, n = blocks.rem(i, 2), first + i
+            barrier = s["numbers_filled"].at[slot]
+            plgpu.copy_gmem_to_smem(refs["norms"].at[b, head, n], s["norms"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(refs["carry"].at[b, head, n], s["carry"].at[slot], barrier)
+            if documents:
+                for which, name in enumerate(("segment", "entering")):
+                    source = refs[name].at[b, pl.ds(n * C, C)]
+                    plgpu.copy_gmem_to_smem(source, s["segment"].at[slot, which], barrier)
+
+        def fill_keys(i: Any) -> None:
+            rows = pl.ds((first + i) * C, C)
+            for part in range(2):
+                source = (b, rows, key_head, pl.ds(part * half, half))
+                plgpu.copy_gmem_to_smem(refs["q"].at[source], s["q"].at[part], s["qk_filled"])
+                plgpu.copy_gmem_to_smem(refs["k"].at[source], s["k"].at[part], s["qk_filled"])
+
+        def fill_values(i: Any) -> None:
+            rows = pl.ds((first + i) * C, C)
+            for block in range(blocks_v):
+                source = (b, rows, head, pl.ds(block * C, C))
+                plgpu.copy_gmem_to_smem(refs["u"].at[source], s["u"].at[block], s["v_filled"])
+                plgpu.copy_gmem_to_smem(refs["do"].at[source], s["d"].at[0, block], s["v_filled"])
+                if delta:
+                    plgpu.copy_gmem_to_smem(refs["dv"].at[source], s["d"].at[1, block], s["v_filled"])
+
+        def fill_states(i: Any) -> None:
+            for part in range(2):
+                for block in range(blocks_v):
+                    source = (b, head, first + i, pl.ds(block * C, C), pl.ds(part * half, half))
+                    plgpu.copy_gmem_to_smem(refs["h"].at[source], s["h"].at[part, block], s["h_filled"])
+                    plgpu.copy_gmem_to_smem(refs["g"].at[source], s["g"].at[part, block], s["h_filled"])
+
+        def issue_copies() -> None:
+            for fill in (fill_numbers, fill_values, fill_states, fill_keys):
+                fill(jnp.int32(0))
+
+            @pl.loop(1, steps)
+            def _(i: Any) -> None:
+                fill_numbers(i)
+                plgpu.barrier_wait(s["v_free"])
+                fill_values(i)
+                plgpu.barrier_wait(s["h_free"])
+                fill_states(i)
+                plgpu.barrier_wait(s["qk_free"])
+                fill_keys(i)
+
+            for barrier in ("v_free", "h_free", "qk_free"):
+                plgpu.barrier_wait(s[barrier])
+
+        def make_pairs(at: SimpleNamespace, slot: Any) -> None:
+            """E (first warpgroup) or F (second) strictly below the diagonal; the diagonal apart."""
+            rows_of = s["d"].at[at.wg]
+            (raw,) = multiply(([(rows_of.at[j], u.T) for j, u in enumerate(at.u)], (C, C)))
+            s["rows"].at[at.wg][...] = jnp.sum(jnp.where(at.row() == at.col(), raw, 0.0), axis=1)
+            keep = at.row() > at.col()
+            if documents:
+                ids = s["segment"].at[slot, 0]
+                keep = keep & (blocks.by_row(blocks.row_vector(ids)) == blocks.by_col(blocks.col_vector(ids)))
+            store(at.own_pairs, jnp.where(keep, raw, 0.0) * (1.0 - 2.0 * at.wg.astype(F32)))
+
+        def halve(at: SimpleNamespace, size: Any) -> None:
+            """E and F without the pairs, `middle` for blocks of `size` tokens."""
+
+            def narrow() -> None:
+                x = blocks.tile(at.own_pairs)
+                store(at.own_pairs, jnp.where((at.row() ^ at.col()) < size, x, 0.0))
+
+            narrow() if delta else pl.when(at.wg == 0)(narrow)
+            pl.when(at.wg == 0)(lambda: set_middle(size))
+            plgpu.commit_smem()
+
+        def set_middle(size: Any) -> None:
+            blocks.store(s["middle"].at[0], channel_math.from_middle(size), interpret=interpret)
+
+        def step(i: Any, none: None) -> None:
+            slot, n = blocks.rem(i, 2), first + i
+            rows = pl.ds(n * C, C)
+            plgpu.barrier_wait(s["numbers_filled"].at[slot])
+            norms_s = s["norms"].at[slot]
+            over = range(blocks_v)
+            seen_by = count()
+
+            def here() -> SimpleNamespace:
+                """What the next steps name. The 0 in it is unknown to the compiler and new each time: else it
+                lifts the addresses, descriptors and masks of a whole chunk to its start, and spills."""
+                zero = (norms_s[NORM_K, next(seen_by)] < -1.0).astype(jnp.int32)
+                wg = warpgroup + zero
+                norm_q = blocks.by_row(blocks.row_vector(norms_s.at[NORM_Q]), tile)
+                norm_k = blocks.by_row(blocks.row_vector(norms_s.at[NORM_K]), tile)
+                q, k = s["q"].at[wg], s["k"].at[wg]
+                return SimpleNamespace(
+                    wg=wg,
+                    columns=pl.ds(wg * half, half),
+                    row=lambda shape=(C, C): blocks.row_index(shape) + zero,
+                    col=lambda shape=(C, C): blocks.col_index(shape) + zero,
+                    q=q,
+                    k=k,
+                    norm_q=norm_q,
+                    norm_k=norm_k,
+                    query=lambda: blocks.tile(q) * norm_q,
+                    key=lambda: blocks.tile(k) * norm_k,
+                    steps=s["steps"].at[wg],
+                    middle=lambda: left(s["middle"].at[zero], F16),
+                    tiles=[s["tiles"].at[wg, which] for which in range(2)],
+                    h=[s["h"].at[wg, j] for j in over],
+                    g=[s["g"].at[wg, j] for j in over],
+                    u=[s["u"].at[zero + j] for j in over],
+                    do=[s["d"].at[zero, j] for j in over],
+                    dv=[[s["d"].at[zero + 1, j] for j in over]] if delta else [],
+                    pairs=[s["pairs"].at[zero + which] for which in range(1 + delta)],
+                    own_pairs=s["pairs"].at[wg],
+                )
+
+            at = here()
+            log_decay = plgpu.load(
+                refs["decay"].at[b, rows, head, at.columns], layout=blocks.WGMMA, optimized=False
+            )
+
+            def mask(x: jax.Array, of: Any) -> jax.Array:
+                """Rows of tokens of the document `of`."""
+                if not documents:
+                    return x
+                ids = blocks.row_vector(s["segment"].at[slot, 0])
+                return x * blocks.by_row(jnp.where(ids == of, 1.0, 0.0), tile)
+
+            plgpu.barrier_wait(s["v_filled"])
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dV.U of the last chunk has left
+            if delta:
+                make_pairs(at, slot)
+            else:
+                pl.when(at.wg == 0)(lambda: make_pairs(at, slot))
+            plgpu.barrier_wait(s["h_filled"])
+            at = here()
+            dq, written, *rest = multiply(
+                ([(left(x), y) for x, y in zip(at.do, at.h, strict=True)], tile),
+                ([(left(x), y) for x, y in zip(at.u, at.g, strict=True)], tile),
+                *[([(left(x), y) for x, y in zip(dv, at.h, strict=True)], tile) for dv in at.dv],
+            )
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results have left
+            steps2 = jnp.maximum(log_decay * blocks.LOG2E, channel_math.LEAST).astype(F16)
+            blocks.store(at.steps, steps2, interpret=interpret)
+            plgpu.commit_smem()  # also: all have read the states and the values
+            plgpu.barrier_arrive(s["v_free"])
+            plgpu.barrier_wait(s["qk_filled"])
+            at = here()
+
+            entering = s["segment"][slot, 1, 0] if documents else None
+            leaving = s["segment"][slot, 0, C - 1] if documents else None
+            part = lambda value: plgpu.layout_cast(jnp.full((C, C // 2), value, F16), blocks.WGMMA)
+            # Sums up to i: those of the first half's steps and the offset; after i: all others.
+            (behind,) = multiply(
+                ([(at.middle(), at.steps), (blocks.concatenate([part(0.0), part(-1.0)]), at.steps)], tile)
+            )
+            dk = written * mask(jnp.exp2(behind * -1.0), leaving)
+            written = jnp.where(at.row(tile) < C - 1, at.key() * dk, 0.0).astype(BF16)
+            store(at.tiles[0], written)
+            d_sum = written.astype(F32) * -1.0
+            plgpu.commit_smem()
+            at = here()
+            (before,) = multiply(
+                ([(at.middle(), at.steps), (blocks.concatenate([part(1.0), part(0.0)]), at.steps)], tile)
+            )
+            read = mask(jnp.exp2(before), entering)
+            dq = dq * read
+            d_sum = d_sum + at.query() * dq
+            if delta:
+                seen = rest[0] * read * -1.0
+                d_sum = d_sum + at.key() * seen
+                dk = dk + seen
+            carried = blocks.by_col(blocks.col_vector(s["carry"].at[slot, at.columns]), tile)
+            for h, g in zip(at.h, at.g, strict=True):
+                store(h, blocks.tile(h) * blocks.tile(g) * carried)
+            plgpu.commit_smem()
+            at = here()
+            last = jnp.where(at.row() == C - 1, 1.0, 0.0).astype(BF16)
+            (d_sum,) = multiply(([(last, x) for x in [at.tiles[0], *at.h]], d_sum))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s["h_free"])
+            sync()  # E and F are there
+            if delta:
+                pl.when(warpgroup == 1)(
+                    lambda: plgpu.copy_smem_to_gmem(s["rows"].at[1], refs["error"].at[b, head, rows])
+                )
+            at = here()
+            own = blocks.by_row(blocks.row_vector(s["rows"].at[0]), tile)
+            dq, dk = dq + own * at.key(), dk + own * at.query()
+            span = norms_s[SPAN, 0].astype(jnp.int32)
+
+            def level(carried: tuple) -> tuple:
+                size, dq, dk, d_sum = carried
+                at = here()
+                (offset,) = multiply(([(at.middle(), at.steps)], tile))
+                finest = (size == span) & (size > 2)  # blocks of 2 have one pair
+                second = (at.row(tile) & (size >> 1)) != 0
+                up = lambda x: jnp.exp2(jnp.where(finest | second, x, -jnp.inf))
+                down = lambda x: jnp.exp2(jnp.where(finest | ~second, x * -1.0, -jnp.inf))
+                store(at.tiles[0], at.key() * down(offset))
+                plgpu.commit_smem()
+                at = here()
+                (found,) = multiply(([(left(at.pairs[0]), at.tiles[0])], tile))
+                factor = up(lax.optimization_barrier(offset))  # else exponentials of both signs are kept
+                dq = dq + factor * found
+                x = (at.query() * factor).astype(BF16)
+                d_sum = d_sum + x.astype(F32) * found
+                store(at.tiles[1], x)
+                if delta:
+                    (found,) = multiply(([(left(at.pairs[1]), at.tiles[0])], tile))
+                    plgpu.commit_smem()  # all have read the tile
+                    at = here()
+                    factor = up(lax.optimization_barrier(offset))
+                    dk = dk + factor * found
+                    x = (at.key() * factor).astype(BF16)
+                    d_sum = d_sum + x.astype(F32) * found
+                    store(at.tiles[0], x)
+                plgpu.commit_smem()
+                at = here()
+                pairs = [(left(x.T), y) for x, y in zip(at.pairs, at.tiles[::-1], strict=False)]
+                (found,) = multiply((pairs, tile))
+                factor = down(lax.optimization_barrier(offset))
+                dk = dk + factor * found
+                d_sum = d_sum - (at.key() * factor).astype(BF16).astype(F32) * found
+                plgpu.commit_smem()
+
+                @pl.when(~finest)
+                def _() -> None:  # only pairs within half a block are left
+                    sync()
+                    halve(here(), size >> 1)
+                    sync()
+
+                return size >> 1, dq, dk, d_sum
+
+            _, dq, dk, d_sum = lax.while_loop(
+                lambda carried: (carried[0] >= span) & (carried[0] > 1), level, (jnp.int32(C), dq, dk, d_sum)
+            )
+            at = here()
+            high = d_sum.astype(BF16)
+            store(at.tiles[0], high)
+            store(at.tiles[1], d_sum - high.astype(F32))
+            if inputs.l2norm:
+                s["rows"].at[2 + at.wg][...] = jnp.sum(blocks.tile(at.q) * dq, axis=1)
+                s["rows"].at[4 + at.wg][...] = jnp.sum(blocks.tile(at.k) * dk, axis=1)
+            plgpu.commit_smem()
+            at = here()
+            later = jnp.where(at.col() >= at.row(), 1.0, 0.0).astype(BF16)
+            (d_decay,) = multiply(([(later, x) for x in at.tiles], tile))
+            refs["d_decay"].at[b, rows, head, at.columns][...] = d_decay
+            plgpu.commit_smem()
+            sync()  # E and F may be overwritten, and both halves of the inner products are there
+
+            @pl.when(span < C)
+            def _() -> None:
+                pl.when(warpgroup == 0)(lambda: set_middle(jnp.int32(C)))
+                plgpu.commit_smem()
+                sync()
+
+            at = here()
+            if inputs.l2norm:  # take out the part along q, along k
+                norm = blocks.row_vector(norms_s.at[NORM_Q]) * (1 / inputs.scale)
+                along = blocks.row_vector(s["rows"].at[2]) + blocks.row_vector(s["rows"].at[3])
+                dq = dq + blocks.tile(at.q) * blocks.by_row(along * norm * norm * -1.0, tile)
+                norm = blocks.row_vector(norms_s.at[NORM_K])
+                along = blocks.row_vector(s["rows"].at[4]) + blocks.row_vector(s["rows"].at[5])
+                dk = dk + blocks.tile(at.k) * blocks.by_row(along * norm * norm * -1.0, tile)
+            store(at.tiles[0], dq * at.norm_q)
+            store(at.tiles[1], dk * at.norm_k)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(s["qk_free"])
+            plgpu.copy_smem_to_gmem(at.tiles[0], refs["dq"].at[b, rows, head, at.columns])
+            plgpu.copy_smem_to_gmem(at.tiles[1], refs["dk"].at[b, rows, head, at.columns])
+
+        @pl.when(warpgroup < 2)
+        def _() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            pl.when(warpgroup == 0)(lambda: set_middle(jnp.int32(C)))
+            plgpu.commit_smem()
+            sync()
+            lax.fori_loop(0, steps, step, None)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 2)
+        def _() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            issue_copies()
+
+        blocks.finish_together(s["done"])
+
+    out = blocks.kernel(
+        body,
+        name=("delta_" if delta else "additive_") + "channel_gradients",
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=list(results.values()),
+        grid=(batch, value_heads, pl.cdiv(chunks, run)),
+        grid_names=("b", "h", "n"),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types=scratch,
+    )(*arrays.values())
+    return (*out, None)[:4]
