@@ -1,4 +1,4 @@
-"""The Hopper backward kernels with a decay per key channel against float64: interpreted, compiled, on a GPU."""
+"""The Hopper gradients with a decay per key channel against float64: interpreted, compiled, on a GPU."""
 
 import dataclasses
 

@@ -20,9 +20,7 @@ def channel_gradients(
     saved: ChannelSaved,
     do: jax.Array,
     d_state: jax.Array | None,
-    *,
-    value_tile: int,
-    run: int,
+    value_tile: int | None = None,
 ) -> Gradients:
     """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None.
 
