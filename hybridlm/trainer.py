@@ -285,9 +285,13 @@ def validation(program: Program, mesh: Mesh, dataset: data.Dataset, batches: int
     put = lambda i: sharding.put_batch(dataset.batch(i), mesh, dataset.batch_size)
     sums = [program.evaluate(params, put(i)) for i in range(count)]
     host = jax.device_get(sums)
-    means = per_token({name: sum(float(one[name]) for one in host) for name in host[0]})
+    return held_out({name: sum(float(one[name]) for one in host) for name in host[0]})
+
+
+def held_out(sums: dict[str, float]) -> Metrics:
+    """Sums over held-out batches as the metrics of a validation."""
     names = {"loss": "val_loss", "accuracy": "val_accuracy", "bits_per_byte": "val_bpb"}
-    return {names.get(name, f"val_{name}"): value for name, value in means.items()}
+    return {names.get(name, f"val_{name}"): value for name, value in per_token(sums).items()}
 
 
 def sample(config: Any, definition: lm.Definition, tokenizer: Any, params: Any) -> Metrics:

@@ -21,6 +21,7 @@ from launch.grid import Run
 log = logging.getLogger("hybridlm")
 
 POLL_SECONDS = 0.5
+STOPPED = 3  # exit code of a worker that was asked to stop and saved a checkpoint
 GRACE_SECONDS = 30  # for a stopped run to save its checkpoint
 CONTEXT_BYTES = 1 << 30  # that a process takes on a GPU before it computes anything
 MOST_JOBS = 8  # processes on one device, if its memory and the CPU cores allow
@@ -34,7 +35,7 @@ class Device(NamedTuple):
 
 
 class Status(NamedTuple):
-    """state: queued, running, finished or failed.  last: newest line of metrics.jsonl.  error: its last line."""
+    """state: queued, running, finished or failed.  last: line of metrics.jsonl.  error: last line of it."""
 
     state: str
     last: dict[str, Any]
@@ -93,6 +94,8 @@ class Job:
         code = self.process.poll()
         if code is None:
             return False
+        if code == STOPPED:
+            return True
         for run, folder in zip(self.runs, self.folders, strict=True):
             if status(folder, run.config.train.steps).state == "queued":
                 why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
@@ -121,7 +124,7 @@ def jobs(runs: Sequence[Run], workdir: Path, vmap: bool) -> list[Job]:
 
 
 def fitting(jobs: Sequence[Job], found: Sequence[Device]) -> int:
-    """How many of ``jobs`` run on one device at once: what its memory and the CPU cores allow, at most MOST_JOBS."""
+    """How many of ``jobs`` run on one device at once: what memory and CPU cores allow, at most MOST_JOBS."""
     cores = os.cpu_count() or 1
     if found[0].memory is None:
         return min(MOST_JOBS, cores)

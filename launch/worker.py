@@ -3,8 +3,8 @@
     python -m launch.worker runs/x/kda_3-1            # one run, as train.py would train it
     python -m launch.worker runs/x/seed0 runs/x/seed1 # together in one program
 
-A folder holds point.json, the run's resolved config. What goes wrong is left there as error.txt, its last line
-the reason. With --die_with_parent the process ends when its standard input does, that is, with its parent.
+A folder holds point.json, the run's resolved config. What goes wrong is left there as error.txt, its last
+line the reason. With --die_with_parent the process ends when its standard input does, that is, with its parent.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, Stopped
 
 POINT, ERROR, LOCK = "point.json", "error.txt", "worker.lock"
 LOCK_SECONDS = 60  # a killed sweep's worker may take a moment to go
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def work(folders: list[Path]) -> int:
-    """Trains the runs; 0 when all of them finished. Each failed one has its error.txt."""
+    """Trains the runs; 0 when all of them finished, 1 when some failed, each with its error.txt, 3 when stopped."""
     from eval import in_loop
     from hybridlm import config as configs
     from hybridlm import trainer
@@ -56,6 +56,9 @@ def work(folders: list[Path]) -> int:
             trainer.train(resolved[0], folders[0], "auto", in_loop.build(resolved[0]))
         else:
             failed = packed.train(resolved, folders)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        return 3
     except (ConfigError, RunError) as error:
         failed = dict.fromkeys(folders, str(error))
     except Exception as error:
