@@ -113,7 +113,7 @@ def by_parameter(
     """Canonical parameter name -> squared norm, from the loss down: head, last layer, ..., embedding."""
     squares = {name: float(squared_norms[entry.path][entry.place]) for name, entry in entries.items()}
     layers = [name for name in squares if name.startswith("layers.")]
-    after = [name for name in squares if name.startswith(("head", "final_norm"))]
+    after = [name for top in ("head", "final_norm") for name in squares if name.split(".")[0] == top]
     before = [name for name in squares if name not in layers and name not in after]
     depth = lambda name: int(name.split(".")[1])
     order = [*after, *sorted(layers, key=depth, reverse=True), *before]

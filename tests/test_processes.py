@@ -1,0 +1,65 @@
+"""Two real processes as one run (CPU, gloo): killed, named, resumed by another number of processes."""
+
+import random
+import re
+import signal
+
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import trainer
+from hybridlm.errors import ConfigError
+from hybridlm.processes import join
+from tests import multiprocess, tiny
+
+FIELDS = {"train__steps": 16, "checkpoint__every_steps": 5, "eval__every_steps": 7, "log__every_steps": 2}
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The second start of a run need not compile again."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def test_a_killed_process_ends_all_and_the_run_resumes_alone(tmp_path, cached):
+    text = tiny.write_text(tmp_path)
+    workdir, logs = tmp_path / "run", tmp_path / "logs"
+    arguments = multiprocess.arguments(tmp_path, workdir, **FIELDS)
+    running = multiprocess.start(2, arguments, logs)
+    multiprocess.await_lines(workdir, 5, running)
+    victim = random.Random().randint(0, 1)
+    running[victim].send_signal(signal.SIGKILL)
+    codes = multiprocess.finish(running, seconds=60)
+    other = (logs / str(1 - victim)).read_text()
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, other
+    assert re.search(rf"error: process {victim}.* ended without a word: killed or crashed", other)
+
+    config = configs.resolve(tiny.config(text, **FIELDS))
+    trainer.train(config, workdir, resume="must")
+    trainer.train(config, tmp_path / "whole")
+    lines, whole = tiny.lines(workdir), tiny.lines(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [line["step"] for line in whole]
+    for line, expected in zip(lines, whole, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_failure_of_one_is_told_by_all(tmp_path, cached):
+    """A workdir in use is seen by process 0 alone."""
+    tiny.write_text(tmp_path)
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with trainer.Lock(workdir):
+        running = multiprocess.start(
+            2, multiprocess.arguments(tmp_path, workdir, **FIELDS), tmp_path / "logs"
+        )
+        assert multiprocess.finish(running, seconds=100) == [2, 2]
+    for index in (0, 1):
+        assert "is in use by process" in (tmp_path / "logs" / str(index)).read_text()
+    assert re.search(r"process 0 \(pid \d+ on .*\): error: --workdir", (tmp_path / "logs" / "1").read_text())
+
+
+@pytest.mark.parametrize("spec", ["", "here", "localhost,2,0", "localhost:1,two,0"])
+def test_an_address_that_is_none_is_refused(spec):
+    with pytest.raises(ConfigError, match=r"--distributed = .*must be auto or HOST:PORT,COUNT,INDEX"):
+        join(spec)

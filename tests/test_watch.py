@@ -1,0 +1,139 @@
+"""Updates that are not finite, jumps of loss and gradient, and the replay of a step that went wrong."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import layered, model, program, replay, sharding, trainer, watch
+from hybridlm.checkpoint import Checkpoints
+from hybridlm.errors import RunError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+def resolved(text, **fields):
+    return configs.resolve(tiny.config(text, model__pattern="retnet", **fields))
+
+
+def poison(monkeypatch, config, steps):
+    """Makes the loss of ``steps`` nan, in the compiled program, by the sum of their tokens."""
+    source = trainer.build_data(config, "train")
+    sums = [int(source.batch(step - 1)["tokens"].sum()) for step in range(1, config.train.steps + 1)]
+    bad = [sums[step - 1] for step in steps]
+    assert all(sums.count(one) == 1 for one in bad), "two batches with one sum"
+    honest = model.loss_fn
+
+    def loss_fn(definition, params, batch, **options):
+        loss, aux = honest(definition, params, batch, **options)
+        struck = jnp.isin(jnp.sum(batch["tokens"]), jnp.array(bad))
+        return loss * jnp.where(struck, jnp.nan, 1.0), aux
+
+    monkeypatch.setattr(program.lm, "loss_fn", loss_fn)
+    return source
+
+
+def events(workdir):
+    return [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_named(text, tmp_path, monkeypatch):
+    config = resolved(text, train__steps=8, checkpoint__every_steps=4)
+    source = poison(monkeypatch, config, [3, 4, 6])
+    trainer.train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as saves:
+        assert saves.record(4)["skipped"] == [2, 2] and saves.record(8)["skipped"] == [3, 0]
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        built = program.build(config, model.build(config), mesh, source.token_bytes)
+        with jax.set_mesh(mesh):
+            end = saves.restore(8, built.shapes)
+            state = built.init(jax.random.key(config.train.seed))
+            for step in (1, 2, 5, 7, 8):  # as if the others had never been there
+                state, _ = built.step(state, sharding.put_batch(source.batch(step - 1), mesh))
+    jax.tree.map(np.testing.assert_array_equal, state, end)
+    assert [line["skipped"] for line in tiny.lines(tmp_path)] == [0, 0, 1, 2, 2, 3, 3, 3]
+    assert [event["step"] for event in events(tmp_path)] == [3, 4, 6]
+    for event in events(tmp_path):
+        assert event["event"] == "skipped" and event["grad_norm"] == "nan" and event["first"] == "head"
+        assert event["samples"] == source.sample_ids(event["step"] - 1) and len(event["samples"]) == 8
+
+    shorter = tiny.lines(tmp_path)
+    for path in (tmp_path / "checkpoints" / "8").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    trainer.train(config, tmp_path)  # from step 4, in the middle of a row of two
+    assert tiny.lines(tmp_path) == shorter
+    assert [event["step"] for event in events(tmp_path)] == [3, 4, 6]
+
+
+def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, tmp_path, capsys):
+    config = resolved(
+        text,
+        train__steps=9,
+        train__max_skipped=2,
+        checkpoint__every_steps=2,
+        optimizer__learning_rate=1e30,
+        optimizer__warmup_steps=0,
+    )
+    with pytest.raises(RunError, match=r"step (\d): .* 3 updates in a row since step (\d)") as caught:
+        trainer.train(config, tmp_path)
+    first = events(tmp_path)[0]["step"]
+    assert [event["step"] for event in events(tmp_path)] == [first, first + 1, first + 2]
+    dump = tmp_path / f"dump-{first}"
+    assert f"python -m hybridlm.replay {dump} repeats step {first}" in str(caught.value)
+    step, metrics, squares = replay.replay(dump)
+    assert step == first and str(metrics["loss"]) == str(events(tmp_path)[0]["loss"])
+    assert watch.first_not_finite(squares) == events(tmp_path)[0]["first"]
+    assert replay.main([str(dump)]) == 0
+    assert f"first that is not finite: {events(tmp_path)[0]['first']}" in capsys.readouterr().out
+    assert replay.main([str(tmp_path / "gone")]) == 2
+
+
+def test_the_first_parameter_is_the_one_nearest_to_the_loss(text):
+    """A parameter of layer 1 of 3 is made nan: its own layer and what lies below get nan, nothing above."""
+    config = configs.resolve(tiny.config(text, model__pattern="retnet*3"))
+    definition = model.build(config)
+    entries = layered.entries(definition)
+    params = model.init(definition, jax.random.key(0))
+    grads = jax.tree.map(jnp.ones_like, params)
+    names = ["layers.1.mixer.o_proj.kernel", "layers.0.mixer.q_proj.kernel", "embedding"]
+    flat = watch.layered.flatten(grads)
+    for name in names:
+        path, place, _ = entries[name]
+        flat[path] = flat[path].at[place].set(jnp.nan)
+    squares = watch.by_parameter(jax.device_get(program.squared_norms(flat)), entries)
+    assert watch.first_not_finite(squares) == names[0]
+    assert {name for name, value in squares.items() if not math.isfinite(value)} == set(names)
+    others = {name: math.prod(entry.shape) for name, entry in entries.items() if name not in names}
+    assert {name: squares[name] for name in others} == others
+    assert watch.first_not_finite(others) == "none"
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "event"),
+    [(2.5, 1.0, "loss spike"), (2.0, 9.0, "gradient spike"), (2.05, 2.0, None), (1.0, 0.1, None)],
+)
+def test_jumps_are_reported_with_their_samples(text, tmp_path, loss, norm, event, caplog):
+    config = resolved(text)
+    watched = watch.Watch(tmp_path / "events.jsonl", model.build(config), lambda step: [f"batch {step}"], 0)
+    squares = program.squared_norms(
+        jax.tree.map(jnp.ones_like, model.init(model.build(config), jax.random.key(0)))
+    )
+    for step in range(1, 40):
+        quiet = {"loss": 2.0 + 0.01 * math.sin(step), "grad_norm": 1.0 + 0.1 * math.cos(step)}
+        assert watched.see(step, quiet, squares) == quiet | {"skipped": 0}
+    watched.see(40, {"loss": loss, "grad_norm": norm}, squares)
+    found = events(tmp_path) if (tmp_path / "events.jsonl").exists() else []
+    assert [(one["step"], one["event"], one["samples"]) for one in found] == (
+        [(40, event, ["batch 39"])] if event else []
+    )
+    if found:
+        assert sum(found[0]["largest"].values()) <= 1.0 and f"step 40: {event}" in caplog.text
