@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from eval import haystack, report, runner, subject, tasks
 from hybridlm import logbook
@@ -66,13 +65,11 @@ def plan(flags: argparse.Namespace) -> runner.Plan:
     return runner.Plan(lengths, flags.samples, flags.seed, haystack.load(flags.haystack), flags.data_dir)
 
 
-def listing() -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("task", "what is asked", "definition"):
-        table.add_column(column, no_wrap=column == "task")
-    for task in tasks.TASKS.values():
-        table.add_row(task.name, task.about, task.source)
-    return table
+def listing() -> str:
+    """A line for each task."""
+    every = list(tasks.TASKS.values())
+    name, about = (max(len(getattr(task, field)) for task in every) for field in ("name", "about"))
+    return "\n".join(f"{task.name:{name}}  {task.about:{about}}  {task.source}" for task in every)
 
 
 def evaluate(flags: argparse.Namespace, console: Console) -> None:
@@ -115,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     log.setLevel(logging.INFO)
     try:
         if flags.list:
-            console.print(listing())
+            print(listing())
         else:
             evaluate(flags, console)
     except ConfigError as error:

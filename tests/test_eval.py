@@ -162,7 +162,11 @@ def test_command_line(workdir, capsys):
     assert (workdir / "eval.json").stat().st_mtime_ns == before  # nothing was measured again
     assert command.main(["--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in tasks.TASKS)
+    lines = [line.split() for line in listed.splitlines()]
+    assert [line[0] for line in lines] == list(tasks.TASKS)
+    assert all(
+        " ".join(line).endswith(task.source) for line, task in zip(lines, tasks.TASKS.values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
