@@ -55,8 +55,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def default_workdir(spec: str) -> Path:
-    """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1"""
+    """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's runs/x/kda/point.json -> runs/x/kda"""
     filename, _, argument = spec.partition(":")
+    if Path(filename).name == "point.json":
+        return Path(filename).parent
     return Path("runs") / re.sub(r"\W+", "-", f"{Path(filename).stem} {argument}").strip("-")
 
 

@@ -4,6 +4,7 @@ A run is finished when its metrics.jsonl has its last step, failed when it has a
 remembered, so a sweep that was killed goes on from what lies on the disk.
 """
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridlm import cost, logbook
+from hybridlm.schema import Count, NonNegative
 from launch import worker
 from launch.grid import Run
 
@@ -25,6 +27,16 @@ STOPPED = 3  # exit code of a worker that was asked to stop and saved a checkpoi
 GRACE_SECONDS = 30  # for a stopped run to save its checkpoint
 CONTEXT_BYTES = 1 << 30  # that a process takes on a GPU before it computes anything
 MOST_JOBS = 8  # processes on one device, if its memory and the CPU cores allow
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """jobs: processes on each device; 0 is as many as fit, at most MOST_JOBS.
+    seconds: after which the sweep stops what runs and reports what there is; 0 sets no limit.
+    """
+
+    jobs: Count = 0
+    seconds: NonNegative = 0.0
 
 
 class Device(NamedTuple):

@@ -9,24 +9,32 @@ Exit codes: 0 all runs finished (or were handed over), 1 some failed or are left
 
 import argparse
 import fcntl
+import importlib
 import logging
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import rich
 
 import train
 from hybridlm.errors import ConfigError, RunError
-from launch import grid, local, plan
+from launch import engines, grid, local, plan
 from launch.view import View
 
 log = logging.getLogger("hybridlm")
 
-LAUNCHERS = ("local", "slurm", "skypilot", "xpk", "wandb")
+LAUNCHERS = {
+    "local": "launch.local",
+    "slurm": "launch.slurm",
+    "skypilot": "launch.skypilot",
+    "xpk": "launch.xpk",
+    "wandb": "launch.wandb_sweep",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,16 +52,7 @@ def parser() -> argparse.ArgumentParser:
         help="of the hours in --dry_run, such as H100; default: cpu, or this machine's GPU",
     )
     result.add_argument("--mfu", type=float, default=plan.MFU, help="share of its peak; default: %(default)s")
-    result.add_argument(
-        "--jobs",
-        type=int,
-        default=0,
-        help="local: processes on each device; default: as many as fit, at most 8",
-    )
     result.add_argument("--retry", action="store_true", help="train failed runs again")
-    result.add_argument(
-        "--seconds", type=float, default=float("inf"), help="local: stop then, and report what there is"
-    )
     result.add_argument("--no_submit", action="store_true", help="only write the job files")
     result.add_argument(
         "--engine",
@@ -101,8 +100,8 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0
     workdir = flags.workdir or train.default_workdir(flags.config)
-    if flags.launcher != "local":
-        raise NotImplementedError
+    engine = importlib.import_module(LAUNCHERS[flags.launcher])
+    settings = engines.settings(engine.Settings, flags.engine)
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("w") as lock:
         try:
@@ -111,11 +110,28 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
             raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
         command = f"python -m launch.sweep {shlex.join(sys.argv[1:])}"
         plan.write(runs, workdir, {"command": command})
-        left = run_local(runs, workdir, definition.vmap, flags)
-    return 1 if left else 0
+        if flags.launcher == "local":
+            return 1 if run_local(runs, workdir, definition.vmap, settings, flags) else 0
+        hand_over(engine, local.jobs(runs, workdir, definition.vmap), workdir, settings, flags.no_submit)
+    return 0
 
 
-def run_local(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespace) -> int:
+def hand_over(engine: Any, jobs: list[local.Job], workdir: Path, settings: Any, only_write: bool) -> None:
+    """Writes the engine's files and, where its client is here, submits them."""
+    say = lambda text: rich.get_console().print(text, highlight=False, markup=False, soft_wrap=True)
+    for path in engine.write(jobs, workdir, settings):
+        say(f"written: {path}")
+    reason = "--no_submit" if only_write else engine.missing(settings)
+    if reason:
+        say(f"not submitted: {reason}")
+        return
+    for name in engine.submit(jobs, workdir, settings):
+        say(f"submitted: {name}")
+
+
+def run_local(
+    runs: list[grid.Run], workdir: Path, vmap: bool, settings: local.Settings, flags: argparse.Namespace
+) -> int:
     """Runs what is left on this machine and writes the report; how many runs did not finish."""
     console = rich.get_console()
     view = View(runs, workdir, console)
@@ -127,12 +143,12 @@ def run_local(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.N
     ]
     found = local.devices()
     jobs = local.jobs(ready, workdir, vmap)
-    per_device = flags.jobs or local.fitting(jobs, found)
+    per_device = settings.jobs or local.fitting(jobs, found)
     view.say(
         f"{len(runs)} runs in {workdir}: {view.summary()}; {len(jobs)} to start, {per_device} at a time on each of {len(found)} devices"
     )
     with view:
-        local.run_all(jobs, found, per_device, view.show, flags.seconds)
+        local.run_all(jobs, found, per_device, view.show, settings.seconds or float("inf"))
     failed = [run for run in runs if view.states[run.name].state == "failed"]
     for run in failed:
         view.say(f"failed: {run.name}: {view.states[run.name].error}")

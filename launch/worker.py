@@ -31,13 +31,22 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--die_with_parent", action="store_true")
+    parser.add_argument("--distributed", action="store_true", help="join the processes of a multi-node run")
     flags = parser.parse_args(argv)
     if flags.die_with_parent:
         threading.Thread(target=_die_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("hybridlm").setLevel(logging.INFO)
-    with locked(flags.folders):
-        return work([folder.absolute() for folder in flags.folders])
+    folders = [folder.absolute() for folder in flags.folders]
+    if flags.distributed:
+        from hybridlm import processes
+
+        processes.join("auto")
+        code = work(folders)
+        processes.leave(code, "")
+        return code
+    with locked(folders):
+        return work(folders)
 
 
 def work(folders: list[Path]) -> int:

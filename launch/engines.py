@@ -1,0 +1,68 @@
+"""What all cluster engines share: settings from the command line, and the command of a run."""
+
+import dataclasses
+import hashlib
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridlm import schema
+from hybridlm.errors import ConfigError, nearest
+from launch.grid import Run
+from launch.local import Job
+
+
+def settings(engine: type, given: Sequence[str]) -> Any:
+    """An ``engine`` module's Settings from KEY=VALUE texts. ConfigError for an unknown key or a wrong value."""
+    known = schema.fields(engine)
+    values = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            allowed = "must be KEY=VALUE with a setting of the launcher"
+            raise ConfigError("--engine", text, allowed, nearest(key, known))
+        try:
+            values[key] = schema.parse(known[key], value)
+        except ValueError as error:
+            raise ConfigError(f"--engine {key}", value, str(error)) from None
+    for field in dataclasses.fields(engine):
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"--engine {field.name}", "", "must be given", f"--engine {field.name}=...")
+    return engine(**values)
+
+
+def train_command(run: Run, workdir: str, distributed: str = "") -> str:
+    """The shell command that trains ``run`` from a checkout, wherever that is. distributed: train.py's flag."""
+    words = ["python", "train.py", *run.command(), f"--workdir={workdir}/{run.name}"]
+    return shlex.join(words) + (f" --distributed={distributed}" if distributed else "")
+
+
+def runs(jobs: Sequence[Job]) -> list[Run]:
+    """One by one, for engines that start train.py."""
+    return [run for job in jobs for run in job.runs]
+
+
+def kubernetes_name(text: str, length: int) -> str:
+    """``text`` in small letters, digits and hyphens; what is too long ends in a hash instead."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if name[:1].isdigit():
+        name = f"run-{name}"
+    return (
+        name
+        if len(name) <= length
+        else f"{name[: length - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    )
+
+
+def last_line(text: str) -> str:
+    return ([line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"])[-1]
+
+
+def write(path: Path, text: str, executable: bool = False) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    if executable:
+        path.chmod(0o755)
+    return path

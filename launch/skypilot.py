@@ -1,0 +1,85 @@
+"""SkyPilot: one task file, and a managed job for each run, which SkyPilot starts again after pre-emption."""
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from hybridlm.errors import RunError
+from hybridlm.schema import Positive
+from launch import engines
+from launch.grid import Run
+from launch.local import Job
+
+SETUP = "pip install -q -e '.[cuda]'"
+HEAD = '$(echo "$SKYPILOT_NODE_IPS" | head -n1):8476,$SKYPILOT_NUM_NODES,$SKYPILOT_NODE_RANK'
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """accelerators: of a node, as SkyPilot names them.  nodes: of one run.  spot: pre-emptible machines.
+    bucket: name of the bucket that keeps the runs; it is mounted at /runs on every machine.
+    data: a folder or bucket mounted at ~/sky_workdir/data; "" for configs that need none.
+    """
+
+    accelerators: str = "H100:8"
+    nodes: Positive = 1
+    spot: bool = True
+    bucket: str = "hybridlm-runs"
+    data: str = ""
+
+
+def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
+    """skypilot.yaml, the task, and skypilot.sh, which submits it once for each run."""
+    mounts: dict[str, object] = {"/runs": {"name": settings.bucket, "mode": "MOUNT"}}
+    if settings.data:
+        mounts["~/sky_workdir/data"] = settings.data
+    several = f" --distributed={HEAD}" if settings.nodes > 1 else ""
+    task = {
+        "name": _name(workdir.name),
+        "resources": {"accelerators": settings.accelerators, "use_spot": settings.spot},
+        "num_nodes": settings.nodes,
+        "workdir": ".",
+        "file_mounts": mounts,
+        "envs": {"RUN": "", "ARGUMENTS": ""},
+        "setup": SETUP,
+        "run": f"eval python train.py $ARGUMENTS --workdir=/runs/{workdir.name}/$RUN{several}\n",
+    }
+    path = engines.write(workdir / "skypilot.yaml", yaml.safe_dump(task, sort_keys=False))
+    lines = [shlex.join(command(run, path)) for run in engines.runs(jobs)]
+    return [
+        path,
+        engines.write(
+            workdir / "skypilot.sh", "#!/bin/bash\nset -e\n" + "\n".join(lines) + "\n", executable=True
+        ),
+    ]
+
+
+def command(run: Run, task: Path) -> list[str]:
+    environment = [f"RUN={run.name}", f"ARGUMENTS={shlex.join(run.command())}"]
+    flags = [word for text in environment for word in ("--env", text)]
+    return ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", _name(run.name), *flags, str(task)]
+
+
+def missing(settings: Settings) -> str:
+    """Why nothing can be submitted from here; "" if it can."""
+    return "" if shutil.which("sky") else "SkyPilot's client `sky` is not installed"
+
+
+def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
+    """Names of the managed jobs."""
+    for run in engines.runs(jobs):
+        done = subprocess.run(
+            command(run, workdir / "skypilot.yaml"), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RunError(f"sky refused {run.name}: {engines.last_line(done.stderr or done.stdout)}")
+    return [_name(run.name) for run in engines.runs(jobs)]
+
+
+def _name(text: str) -> str:
+    return engines.kubernetes_name(text, 63)

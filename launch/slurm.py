@@ -1,0 +1,134 @@
+"""SLURM: one array over the runs, through submitit; and the same array as a batch script.
+
+A run that is about to be pre-empted or to reach its time limit saves a checkpoint, and its array element is
+queued again.
+"""
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybridlm.errors import RunError
+from hybridlm.schema import Positive
+from launch import engines, local
+
+SIGNAL_SECONDS = 300  # before the time limit, for the checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """nodes, gpus: of one run, gpus a node; there is a process on each GPU.  cpus: of one process.
+    minutes: until a run is stopped and queued again.  parallel: runs at the same time.
+    partition, account, qos, constraint: as the cluster calls them.
+    cluster: "slurm", or "local" for submitit's own executor on this machine.
+    """
+
+    nodes: Positive = 1
+    gpus: Positive = 8
+    cpus: Positive = 8
+    minutes: Positive = 1440
+    parallel: Positive = 8
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    cluster: str = "slurm"
+
+
+class Task:
+    """What submitit pickles: trains the runs in ``folders`` in a process of its own, and requeues itself."""
+
+    def __init__(self, distributed: bool):
+        self.distributed = distributed
+        self.process: subprocess.Popen | None = None
+
+    def __call__(self, folders: list[str]) -> int:
+        command = [
+            sys.executable,
+            "-m",
+            "launch.worker",
+            *(["--distributed"] if self.distributed else []),
+            *folders,
+        ]
+        self.process = subprocess.Popen(command)
+        return self.process.wait()
+
+    def checkpoint(self, folders: list[str]) -> Any:
+        """submitit calls this ahead of pre-emption and time-out; what it returns is queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait()
+        return DelayedSubmission(Task(self.distributed), folders)
+
+
+def write(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[Path]:
+    """slurm.sh, for `sbatch`, and slurm_runs.txt, a line for each element of its array."""
+    lines = "".join(" ".join(str(folder) for folder in job.folders) + "\n" for job in jobs)
+    runs = engines.write(workdir / "slurm_runs.txt", lines)
+    chosen = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
+    flags = {
+        "job-name": workdir.name,
+        "array": f"0-{len(jobs) - 1}%{settings.parallel}",
+        "nodes": settings.nodes,
+        "ntasks-per-node": settings.gpus,
+        "gpus-per-node": settings.gpus,
+        "cpus-per-task": settings.cpus,
+        "time": settings.minutes,
+        "signal": f"USR1@{SIGNAL_SECONDS}",
+        "output": workdir / "slurm_%A_%a.log",
+        "open-mode": "append",
+        **{name: value for name, value in chosen.items() if value},
+    }
+    head = "".join(f"#SBATCH --{name}={value}\n" for name, value in flags.items())
+    distributed = " --distributed" if settings.nodes * settings.gpus > 1 else ""
+    script = (
+        f"#!/bin/bash\n{head}#SBATCH --requeue\n\n"
+        f"mapfile -t runs < {runs}\n"
+        f"srun python -m launch.worker{distributed} ${{runs[$SLURM_ARRAY_TASK_ID]}}\ncode=$?\n"
+        "# 3: stopped ahead of the time limit, with a checkpoint\n"
+        '[ $code = 3 ] && exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"\nexit $code\n'
+    )
+    return [engines.write(workdir / "slurm.sh", script, executable=True), runs]
+
+
+def missing(settings: Settings) -> str:
+    """Why nothing can be submitted from here; "" if it can."""
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        return "submitit is not installed (pip install -e '.[launch]')"
+    return (
+        "" if settings.cluster == "local" or shutil.which("sbatch") else "there is no sbatch on this machine"
+    )
+
+
+def submit(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[str]:
+    """Ids of the array's elements."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=settings.cluster)
+    chosen = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
+    executor.update_parameters(
+        name=workdir.name,
+        nodes=settings.nodes,
+        tasks_per_node=settings.gpus,
+        cpus_per_task=settings.cpus,
+        gpus_per_node=settings.gpus,
+        timeout_min=settings.minutes,
+        slurm_array_parallelism=settings.parallel,
+        slurm_signal_delay_s=SIGNAL_SECONDS,
+        **{f"slurm_{name}": value for name, value in chosen.items() if value},
+    )
+    task = Task(distributed=settings.nodes * settings.gpus > 1)
+    try:
+        found = executor.map_array(task, [list(map(str, job.folders)) for job in jobs])
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        raise RunError(f"sbatch refused the sweep: {error}") from error
+    return [job.job_id for job in found]

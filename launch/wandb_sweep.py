@@ -1,0 +1,63 @@
+"""W&B sweeps: a grid over the runs' configs, so that `wandb agent` on any machine drives train.py."""
+
+import dataclasses
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from hybridlm import logbook
+from hybridlm.errors import RunError
+from launch import engines
+from launch.local import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """project, entity: in W&B; an empty entity is the key's own."""
+
+    project: str = "hybridlm"
+    entity: str = ""
+
+
+def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
+    """wandb.yaml. Its one parameter is the config: matched widths and steps belong to a point as a whole.
+
+    Agents need the sweep's folder, where each run's point.json is, and where it trains.
+    """
+    metric = {"name": "val_loss", "goal": "minimize"}
+    if all(run.config.data.kind not in ("text", "shards", "mixture") for run in engines.runs(jobs)):
+        metric = {"name": "val_accuracy", "goal": "maximize"}
+    sweep = {
+        "name": workdir.name,
+        "project": settings.project,
+        **({"entity": settings.entity} if settings.entity else {}),
+        "program": "train.py",
+        "method": "grid",
+        "metric": metric,
+        "parameters": {"config": {"values": [str(workdir / run.name / "point.json") for run in engines.runs(jobs)]}},
+        "command": [
+            "${env}", "python", "${program}", "${args}",
+            "--config.log.wandb_mode=online", f"--config.log.project={settings.project}",
+        ],
+    }  # fmt: skip
+    return [engines.write(workdir / "wandb.yaml", yaml.safe_dump(sweep, sort_keys=False))]
+
+
+def missing(settings: Settings) -> str:
+    """Why no sweep can be made from here; "" if it can."""
+    return "" if logbook.has_key() else "there is no W&B key on this machine (`wandb login`)"
+
+
+def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
+    """The sweep's id, for `wandb agent`."""
+    done = subprocess.run(
+        ["wandb", "sweep", str(workdir / "wandb.yaml")], capture_output=True, text=True, check=False
+    )
+    said = done.stderr + done.stdout
+    found = re.search(r"wandb agent (\S+)", said)
+    if done.returncode or not found:
+        raise RunError(f"wandb refused the sweep: {engines.last_line(said)}")
+    return [found[1]]

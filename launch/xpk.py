@@ -1,0 +1,80 @@
+"""xpk: a GKE workload for each run, TPU slices or GPU nodes, which GKE starts again up to ``restarts`` times."""
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybridlm.errors import RunError
+from hybridlm.schema import Count, Positive
+from launch import engines
+from launch.grid import Run
+from launch.local import Job
+
+NAME_LENGTH = 39  # xpk's limit is below 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """cluster, project, zone: of GKE.  image: a Docker image with this package and its dependencies.
+    type: --tpu-type such as v5p-8, or with gpu=true a --device-type such as h100-80gb-8.
+    count: slices, or nodes, of one run.  output: where the runs go, a path mounted in the image.
+    restarts: of a run that fails or is pre-empted.  priority: of the queue.
+    """
+
+    cluster: str
+    image: str
+    project: str = ""
+    zone: str = ""
+    type: str = "v5p-8"
+    gpu: bool = False
+    count: Positive = 1
+    output: str = "/runs"
+    restarts: Count = 3
+    priority: str = "medium"
+
+
+def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
+    """xpk.sh, which creates a workload for each run."""
+    lines = [shlex.join(command(run, workdir, settings)) for run in engines.runs(jobs)]
+    return [
+        engines.write(workdir / "xpk.sh", "#!/bin/bash\nset -e\n" + "\n".join(lines) + "\n", executable=True)
+    ]
+
+
+def command(run: Run, workdir: Path, settings: Settings) -> list[str]:
+    kind = ["--device-type", "--num-nodes"] if settings.gpu else ["--tpu-type", "--num-slices"]
+    flags = {
+        "--cluster": settings.cluster,
+        "--workload": engines.kubernetes_name(run.name, NAME_LENGTH),
+        kind[0]: settings.type,
+        kind[1]: str(settings.count),
+        "--docker-image": settings.image,
+        "--max-restarts": str(settings.restarts),
+        "--priority": settings.priority,
+        "--project": settings.project,
+        "--zone": settings.zone,
+        "--command": engines.train_command(run, f"{settings.output}/{workdir.name}", "auto"),
+    }
+    return [
+        "xpk",
+        "workload",
+        "create",
+        *(word for name, value in flags.items() if value for word in (name, value)),
+    ]
+
+
+def missing(settings: Settings) -> str:
+    """Why nothing can be submitted from here; "" if it can."""
+    return "" if shutil.which("xpk") else "the client `xpk` is not installed"
+
+
+def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
+    """Names of the workloads."""
+    for run in engines.runs(jobs):
+        done = subprocess.run(command(run, workdir, settings), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RunError(f"xpk refused {run.name}: {engines.last_line(done.stderr or done.stdout)}")
+    return [engines.kubernetes_name(run.name, NAME_LENGTH) for run in engines.runs(jobs)]
