@@ -36,11 +36,11 @@ from typing import Any
 
 import numpy as np
 
-SHAPES = [(1, 256, 1, 64), (2, 128, 2, 64)]
+SHAPES = [(8, 4096, 16, 128), (2, 16384, 16, 128), (1, 65536, 8, 128), (4, 2048, 16, 128), (8, 4096, 16, 64)]
 OPS = ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla")
 PEERS = ("ours", "jla", "fla")
 CASES = ("plain", "hard")
-ACCURACY_SHAPE = (1, 128, 2, 64)
+ACCURACY_SHAPE = (1, 1024, 2, 128)
 BYTES_PER_SECOND = 3.0e12
 RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta")
 
