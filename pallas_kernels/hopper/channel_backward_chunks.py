@@ -197,11 +197,16 @@ def chunk_gradients(
                 store(at.own_pairs, jnp.where((at.row() ^ at.col()) < size, x, 0.0))
 
             narrow() if delta else pl.when(at.wg == 0)(narrow)
-            pl.when(at.wg == 0)(lambda: set_middle(size))
+            pl.when(at.wg == 0)(lambda: set_middle(at, size))
             plgpu.commit_smem()
 
-        def set_middle(size: Any) -> None:
-            blocks.store(s["middle"].at[0], channel_math.from_middle(size), interpret=interpret)
+        def set_middle(at: Any, size: Any) -> None:
+            """Row i sums the tokens from the middle of its block of `size` to i: 1 after it, -1 before."""
+            row, col, half_size = at.row(), at.col(), size >> 1
+            late = (row & half_size) != 0
+            between = ((row ^ col) < half_size) & (late == (col <= row))
+            middle = jnp.where(between, jnp.where(late, 1.0, -1.0), 0.0)
+            blocks.store(s["middle"].at[0], middle.astype(F16), interpret=interpret)
 
         def step(i: Any, none: None) -> None:
             slot, n = blocks.rem(i, 2), first + i
@@ -214,7 +219,7 @@ def chunk_gradients(
             def here() -> SimpleNamespace:
                 """What the next steps name. The 0 in it is unknown to the compiler and new each time: else it
                 lifts the addresses, descriptors and masks of a whole chunk to its start, and spills."""
-                zero = (norms_s[NORM_K, next(seen_by)] < -1.0).astype(jnp.int32)
+                zero = jnp.minimum(norms_s[NORM_K, next(seen_by)].astype(jnp.int32), 0)
                 wg = warpgroup + zero
                 norm_q = blocks.by_row(blocks.row_vector(norms_s.at[NORM_Q]), tile)
                 norm_k = blocks.by_row(blocks.row_vector(norms_s.at[NORM_K]), tile)
@@ -328,17 +333,22 @@ def chunk_gradients(
                 store(at.tiles[0], at.key() * down(offset))
                 plgpu.commit_smem()
                 at = here()
-                (found,) = multiply(([(left(at.pairs[0]), at.tiles[0])], tile))
-                factor = up(lax.optimization_barrier(offset))  # else exponentials of both signs are kept
+                # The offsets are made again with each product: kept, they would not fit into the registers.
+                found, offset = multiply(
+                    ([(left(at.pairs[0]), at.tiles[0])], tile), ([(at.middle(), at.steps)], tile)
+                )
+                factor = up(offset)
                 dq = dq + factor * found
                 x = (at.query() * factor).astype(BF16)
                 d_sum = d_sum + x.astype(F32) * found
                 store(at.tiles[1], x)
                 if delta:
-                    (found,) = multiply(([(left(at.pairs[1]), at.tiles[0])], tile))
+                    found, offset = multiply(
+                        ([(left(at.pairs[1]), at.tiles[0])], tile), ([(at.middle(), at.steps)], tile)
+                    )
                     plgpu.commit_smem()  # all have read the tile
                     at = here()
-                    factor = up(lax.optimization_barrier(offset))
+                    factor = up(offset)
                     dk = dk + factor * found
                     x = (at.key() * factor).astype(BF16)
                     d_sum = d_sum + x.astype(F32) * found
@@ -346,8 +356,8 @@ def chunk_gradients(
                 plgpu.commit_smem()
                 at = here()
                 pairs = [(left(x.T), y) for x, y in zip(at.pairs, at.tiles[::-1], strict=False)]
-                (found,) = multiply((pairs, tile))
-                factor = down(lax.optimization_barrier(offset))
+                found, offset = multiply((pairs, tile), ([(at.middle(), at.steps)], tile))
+                factor = down(offset)
                 dk = dk + factor * found
                 d_sum = d_sum - (at.key() * factor).astype(BF16).astype(F32) * found
                 plgpu.commit_smem()
@@ -380,7 +390,8 @@ def chunk_gradients(
 
             @pl.when(span < C)
             def _() -> None:
-                pl.when(warpgroup == 0)(lambda: set_middle(jnp.int32(C)))
+                at = here()
+                pl.when(at.wg == 0)(lambda: set_middle(at, jnp.int32(C)))
                 plgpu.commit_smem()
                 sync()
 
@@ -402,7 +413,8 @@ def chunk_gradients(
         @pl.when(warpgroup < 2)
         def _() -> None:
             plgpu.set_max_registers(232, action="increase")
-            pl.when(warpgroup == 0)(lambda: set_middle(jnp.int32(C)))
+            indices = SimpleNamespace(row=blocks.row_index, col=blocks.col_index)
+            pl.when(warpgroup == 0)(lambda: set_middle(indices, jnp.int32(C)))
             plgpu.commit_smem()
             sync()
             lax.fori_loop(0, steps, step, None)
