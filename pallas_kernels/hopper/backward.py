@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.hopper import blocks, pieces, table
 from pallas_kernels.hopper.backward_additive import additive_gradients
-from pallas_kernels.hopper.backward_chunks import DECAY, ERROR, KEPT, LEAVING, chunk_gradients
+from pallas_kernels.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.hopper.backward_scan import reverse_scan
-from pallas_kernels.hopper.blocks import BETA, CARRY, F32, C
+from pallas_kernels.hopper.blocks import F32
 from pallas_kernels.hopper.inputs import Inputs
 
 CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
@@ -116,20 +115,8 @@ def _delta(
         ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]
-    dq, dk, sums = chunk_gradients(
+    dq, dk, per_token = chunk_gradients(
         inputs, saved.gates, saved.states, state_gradients, saved.values, do, dv, run=CHUNK_RUN
     )
-    d_log_decay = None
-    if inputs.log_decay is not None:
-        d_sum = jnp.sum(sums[..., DECAY, :], 3)
-        end = jnp.sum(sums[..., LEAVING, :], (3, 4)) + saved.gates[..., CARRY, 0] * jnp.sum(
-            sums[..., KEPT, :], (3, 4)
-        )
-        later = jnp.triu(jnp.ones((C, C), F32))  # log_decay_t is part of G_i for every i >= t
-        d_log_decay = (
-            jnp.einsum("bhni,ti->bhnt", d_sum, later, precision=lax.Precision.HIGHEST) + end[..., None]
-        )
-        d_log_decay = d_log_decay.reshape(inputs.log_decay.shape)
-    beta = saved.gates[..., BETA, :]
-    d_beta = sums[..., 1, ERROR, :] / jnp.where(beta == 0, 1.0, beta * beta)
-    return dq, dk, dv, d_log_decay, d_beta.reshape(*d_beta.shape[:2], -1), first
+    d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
+    return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

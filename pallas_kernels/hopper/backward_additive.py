@@ -175,16 +175,14 @@ def additive_gradients(
             blocks.store(s["pairs_s"].at[1], (raw * decay).astype(BF16), interpret=interpret)
 
         def decay_gradient(i: Any, d_sum: jax.Array, leaving: jax.Array, gate_s: Any) -> None:
-            """log_decay_t is part of G_i for every i >= t, and of G_C."""
             sums_s = s["sums_s"]
             sums_s.at[0][...] = d_sum
             sums_s.at[1][...] = leaving
             plgpu.commit_smem()
             kept = [blocks.col_vector(s["kept_s"].at[blocks.rem(i, 2), j]) for j in over]
             end = blocks.col_vector(sums_s.at[1]) + sum(kept[1:], kept[0]) * gate_s[CARRY, 0]
-            later = blocks.col_index() >= blocks.row_index() + opaque_zero(gate_s)
-            own = jnp.where(later, blocks.by_col(blocks.col_vector(sums_s.at[0])), 0.0)
-            sums_s.at[2][...] = jnp.sum(own + blocks.by_col(end), axis=1)
+            own = blocks.col_vector(sums_s.at[0])
+            sums_s.at[2][...] = chunk_math.log_decay_gradient(own, end, opaque_zero(gate_s))
 
         def finish(d: jax.Array, x_s: Any, gate_s: Any, row: int, factor: float) -> tuple[jax.Array, Any]:
             """The gradient of x, for l2norm without its part along x, in bf16; inner products x_i.d_i."""

@@ -1,8 +1,8 @@
-"""The gradients of q, k, log_decay and beta, chunk by chunk: no chunk waits for another.
+"""The gradients of q, k, log_decay and beta of the delta rule, chunk by chunk: no chunk waits for another.
 
-With S the state that enters a chunk, dS the gradient of the one that leaves, U = V' (additive: V), dV from
-the reverse scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document, the gradients of the products
-q_i.k_j and k_i.k_j are
+With S the state that enters a chunk, dS the gradient of the one that leaves, U = V', dV from the reverse
+scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document, the gradients of the products q_i.k_j and
+k_i.k_j are
     E = scale D * (dO U^T)      F = -(D, j < i) * (dV U^T)
 and then
     dQ = scale e (dO S^T) + E K
@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks, chunk_math
-from pallas_kernels.hopper.blocks import F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
+from pallas_kernels.hopper.blocks import BETA, CARRY, F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
 from pallas_kernels.hopper.inputs import Inputs
 
-# Rows of `sums`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
+# Rows of `sums_s`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
 # dS^T)_i, <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
 DECAY, LEAVING, KEPT, ERROR = range(4)
 
@@ -40,21 +40,21 @@ def chunk_gradients(
     state_gradients: jax.Array,
     values: jax.Array,
     do: jax.Array,
-    dv: jax.Array | None,
+    dv: jax.Array,
     *,
     run: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one per value head, and sums [B, HV, T/C, 2, 4, C] float32 (see above).
+    """dq, dk [B, T, HV, K] bf16, one per value head; dlog_decay (junk without decay) and dbeta [B, HV, 2, T].
 
-    states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16; dv None: additive.
-    run: chunks that one block of threads takes in turn.
+    states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16.  run: chunks that
+    one block of threads takes in turn.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
     group = value_heads // heads
     chunks = length // C
     half, blocks_v = key_dim // 2, value_dim // C
-    delta, documents, decays = dv is not None, inputs.segment is not None, inputs.log_decay is not None
+    documents, decays = inputs.segment is not None, inputs.log_decay is not None
     interpret = inputs.interpret
     bf16 = jnp.bfloat16
     slots = 2
@@ -63,17 +63,18 @@ def chunk_gradients(
     scratch = dict(
         qk_s=blocks.smem((slots, 2, 2, C, half), bf16),  # q, k by halves of the key dimension
         u_s=blocks.smem((blocks_v, C, C), bf16),
-        d_s=blocks.smem((1 + delta, blocks_v, C, C), bf16),  # dO, dV
+        d_s=blocks.smem((2, blocks_v, C, C), bf16),  # dO, dV
         h_s=blocks.smem((2, blocks_v, C, half), bf16),
         g_s=blocks.smem((2, blocks_v, C, half), bf16),
-        e_s=blocks.smem((1 + delta, C, C), bf16),  # E, F
+        e_s=blocks.smem((2, C, C), bf16),  # E, F
         gate_s=plgpu.SMEM((slots, 8, C), F32),
         segment_s=plgpu.SMEM((slots, C), F32) if documents else None,
         norm_s=plgpu.SMEM((2, 2, C), F32) if inputs.l2norm else None,
-        sums_s=plgpu.SMEM((2, 4, C), F32),
+        sums_s=plgpu.SMEM((2, 2, 4, C), F32),  # of even and odd chunks, see above
+        out_s=plgpu.SMEM((2, C), F32),
         qk_filled=plgpu.Barrier(num_arrivals=5 + documents, num_barriers=slots),
         qk_free=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
+        v_filled=plgpu.Barrier(num_arrivals=3 * blocks_v),
         v_free=plgpu.Barrier(num_arrivals=2),
         h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v),
         h_free=plgpu.Barrier(num_arrivals=2),
@@ -84,10 +85,9 @@ def chunk_gradients(
 
     def body(*refs: Any, **s: Any) -> None:
         rest = list(refs)
-        q_ref, k_ref, u_ref, do_ref, h_ref, g_ref, gates_ref = (rest.pop(0) for _ in range(7))
-        dv_ref: Any = rest.pop(0) if delta else None
+        q_ref, k_ref, u_ref, do_ref, h_ref, g_ref, gates_ref, dv_ref = (rest.pop(0) for _ in range(8))
         segment_ref: Any = rest.pop(0) if documents else None
-        dq_ref, dk_ref, sums_ref = rest
+        dq_ref, dk_ref, out_ref = rest
         b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
@@ -117,8 +117,7 @@ def chunk_gradients(
                 columns = pl.ds(block * C, C)
                 copy(u_ref.at[b, rows, head, columns], s["u_s"].at[block], s["v_filled"])
                 copy(do_ref.at[b, rows, head, columns], s["d_s"].at[0, block], s["v_filled"])
-                if delta:
-                    copy(dv_ref.at[b, rows, head, columns], s["d_s"].at[1, block], s["v_filled"])
+                copy(dv_ref.at[b, rows, head, columns], s["d_s"].at[1, block], s["v_filled"])
 
         def fill_states(i: Any) -> None:
             for part in range(2):
@@ -171,6 +170,19 @@ def chunk_gradients(
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
             s["e_s"].at[wg][...] = (raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))).astype(bf16)
 
+        def per_token(wg: Any, gate_s: Any, sums_s: Any) -> jax.Array:
+            """dlog_decay (first warpgroup) or dbeta (second) of the chunk."""
+            beta = blocks.row_vector(gate_s.at[BETA])
+            error = blocks.row_vector(sums_s.at[1, ERROR]) / (beta * beta)
+            if not decays:
+                return error
+            d_sum, leaving, kept = (
+                blocks.col_vector(sums_s.at[0, row]) + blocks.col_vector(sums_s.at[1, row])
+                for row in (DECAY, LEAVING, KEPT)
+            )
+            d_log = chunk_math.log_decay_gradient(d_sum, leaving + kept * gate_s[CARRY, 0], wg - warpgroup)
+            return jnp.where(wg == 0, d_log, error)
+
         def gradients() -> None:
             def step(i: Any, none: None) -> None:
                 slot, n = blocks.rem(i, slots), first + i
@@ -180,7 +192,7 @@ def chunk_gradients(
                 # registers, and spills 200 bytes.
                 wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
                 q_s, k_s = (s["qk_s"].at[slot, part, wg] for part in range(2))
-                sums_s = s["sums_s"].at[wg]
+                sums_s = s["sums_s"].at[blocks.rem(i, 2), wg]
                 plgpu.barrier_wait(s["v_filled"])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results have left
 
@@ -188,20 +200,18 @@ def chunk_gradients(
                 def _() -> None:
                     plgpu.barrier_arrive(s["qk_free"].at[blocks.rem(i + 1, slots)])
 
-                make_pairs = lambda: pair_gradients(
-                    wg, gate_s, s["segment_s"].at[slot] if documents else None, sums_s.at[ERROR]
-                )
-                make_pairs() if delta else pl.when(wg == 0)(make_pairs)
+                segment_s = s["segment_s"].at[slot] if documents else None
+                pair_gradients(wg, gate_s, segment_s, sums_s.at[ERROR])
 
                 plgpu.barrier_wait(s["h_filled"])
                 h_s, g_s, over = s["h_s"].at[wg], s["g_s"].at[wg], range(blocks_v)
                 if decays:
                     products = [blocks.tile(h_s.at[j]) * blocks.tile(g_s.at[j]) for j in over]
                     sums_s.at[KEPT][...] = jnp.sum(sum(products[1:], products[0]), axis=1)
-                dq, dk, *rest = multiply(
+                dq, dk, seen = multiply(
                     ([(left(s["d_s"].at[0, j]), h_s.at[j]) for j in over], tile),
                     ([(left(s["u_s"].at[j]), g_s.at[j]) for j in over], tile),
-                    *[([(left(s["d_s"].at[1, j]), h_s.at[j]) for j in over], tile) for _ in range(delta)],
+                    ([(left(s["d_s"].at[1, j]), h_s.at[j]) for j in over], tile),
                 )
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["v_free"])
@@ -211,26 +221,20 @@ def chunk_gradients(
                 if decays:
                     sums_s.at[LEAVING][...] = jnp.sum(blocks.tile(k_s) * dk, axis=1)
                 sync()  # E and F are there
-                e_s = s["e_s"].at[0]
-                if delta:
-                    seen = rest[0] * blocks.by_row(blocks.row_vector(gate_s.at[READ_K]) * -1.0, tile)
-                    f_s = s["e_s"].at[1]
-                    dq, dk, seen = multiply(
-                        ([(left(e_s), k_s)], dq),
-                        ([(left(e_s.T), q_s), (left(f_s.T), k_s)], dk),
-                        ([(left(f_s), k_s)], seen),
-                    )
-                    dk = dk + seen
-                else:
-                    dq, dk = multiply(([(left(e_s), k_s)], dq), ([(left(e_s.T), q_s)], dk))
+                seen = seen * blocks.by_row(blocks.row_vector(gate_s.at[READ_K]) * -1.0, tile)
+                e_s, f_s = s["e_s"].at[0], s["e_s"].at[1]
+                dq, dk, seen = multiply(
+                    ([(left(e_s), k_s)], dq),
+                    ([(left(e_s.T), q_s), (left(f_s.T), k_s)], dk),
+                    ([(left(f_s), k_s)], seen),
+                )
+                dk = dk + seen
                 if decays or inputs.l2norm:
                     along_q = jnp.sum(blocks.tile(q_s) * dq, axis=1)
                     along_k = jnp.sum(blocks.tile(k_s) * dk, axis=1)
                 if decays:
-                    d_sum = along_q - along_k
-                    if delta:
-                        d_sum = d_sum + 2.0 * jnp.sum(blocks.tile(k_s) * seen, axis=1)
-                    sums_s.at[DECAY][...] = d_sum
+                    seen_k = jnp.sum(blocks.tile(k_s) * seen, axis=1)
+                    sums_s.at[DECAY][...] = along_q - along_k + 2.0 * seen_k
                 if inputs.l2norm:
                     norm_s = s["norm_s"]
                     norm_s.at[wg, 0][...] = along_q
@@ -246,11 +250,12 @@ def chunk_gradients(
                     dk = dk + blocks.tile(k_s) * blocks.by_row(along * norm * norm * -1.0, tile)
                 q_s[...] = dq.astype(bf16)
                 k_s[...] = dk.astype(bf16)
+                s["out_s"].at[wg][...] = per_token(wg, gate_s, s["sums_s"].at[blocks.rem(i, 2)])
                 plgpu.commit_smem()
                 target = (b, pl.ds(n * C, C), head, pl.ds(wg * half, half))
                 plgpu.copy_smem_to_gmem(q_s, dq_ref.at[target])
                 plgpu.copy_smem_to_gmem(k_s, dk_ref.at[target])
-                plgpu.copy_smem_to_gmem(sums_s, sums_ref.at[b, head, n, wg])
+                plgpu.copy_smem_to_gmem(s["out_s"].at[wg], out_ref.at[b, head, wg, pl.ds(n * C, C)])
 
             lax.fori_loop(0, steps, step, None)
             plgpu.wait_smem_to_gmem(0)
@@ -268,12 +273,12 @@ def chunk_gradients(
         blocks.finish_together(s["done"])
 
     dq = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), bf16)
-    arguments = (inputs.q, inputs.k, values, do, states, state_gradients, gates, dv, inputs.segment)
+    arguments: tuple = (inputs.q, inputs.k, values, do, states, state_gradients, gates, dv, inputs.segment)
     return blocks.kernel(
         body,
-        name="delta_chunk_gradients" if delta else "additive_chunk_gradients",
+        name="delta_chunk_gradients",
         interpret=interpret,
-        out_type=[dq, dq, jax.ShapeDtypeStruct((batch, value_heads, chunks, 2, 4, C), F32)],
+        out_type=[dq, dq, jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)],
         grid=(batch, value_heads, pl.cdiv(chunks, run)),
         grid_names=("b", "h", "n"),
         num_threads=3,

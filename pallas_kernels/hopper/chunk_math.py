@@ -1,4 +1,4 @@
-"""Sums of products of tiles, as the chunkwise gradients need them."""
+"""What the chunkwise gradients share: sums of products of tiles, and the gradient of the log-decay."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -44,3 +44,13 @@ def _interpreted(pairs: Sequence[tuple], start: Any) -> jax.Array:
     for a, b in pairs:
         out = out + jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
     return out
+
+
+def log_decay_gradient(d_sum: jax.Array, d_end: jax.Array, shift: Any = 0) -> jax.Array:
+    """Numbers per row from numbers per column: log_decay_t is part of G_i for every i >= t, and of G_C.
+
+    d_sum: gradient of G_i.  d_end: numbers whose sum is the gradient of G_C.  shift: 0, or a zero unknown to
+    the compiler, which then cannot keep the mask in registers over a loop.
+    """
+    later = blocks.col_index() >= blocks.row_index() + shift
+    return jnp.sum(jnp.where(later, blocks.by_col(d_sum), 0.0) + blocks.by_col(d_end), axis=1)
