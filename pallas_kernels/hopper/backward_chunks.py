@@ -168,7 +168,8 @@ def chunk_gradients(
                 1.0 - 2.0 * wg.astype(F32)
             )
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
-            s["e_s"].at[wg][...] = (raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))).astype(bf16)
+            raw = raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+            blocks.store(s["e_s"].at[wg], raw.astype(bf16), interpret=interpret)
 
         def per_token(wg: Any, gate_s: Any, sums_s: Any) -> jax.Array:
             """dlog_decay (first warpgroup) or dbeta (second) of the chunk."""
@@ -248,8 +249,8 @@ def chunk_gradients(
                     norm = blocks.row_vector(gate_s.at[NORM_K])
                     along = blocks.row_vector(norm_s.at[0, 1]) + blocks.row_vector(norm_s.at[1, 1])
                     dk = dk + blocks.tile(k_s) * blocks.by_row(along * norm * norm * -1.0, tile)
-                q_s[...] = dq.astype(bf16)
-                k_s[...] = dk.astype(bf16)
+                blocks.store(q_s, dq.astype(bf16), interpret=interpret)
+                blocks.store(k_s, dk.astype(bf16), interpret=interpret)
                 s["out_s"].at[wg][...] = per_token(wg, gate_s, s["sums_s"].at[blocks.rem(i, 2)])
                 plgpu.commit_smem()
                 target = (b, pl.ds(n * C, C), head, pl.ds(wg * half, half))
@@ -278,6 +279,7 @@ def chunk_gradients(
         body,
         name="delta_chunk_gradients",
         interpret=interpret,
+        manual_barriers=True,
         out_type=[dq, dq, jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)],
         grid=(batch, value_heads, pl.cdiv(chunks, run)),
         grid_names=("b", "h", "n"),
