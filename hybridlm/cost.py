@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from hybridlm import mixers, mlps, model
-from hybridlm.loss import CHUNK_ELEMENTS
+from hybridlm.loss import chunk_tokens
 
 STATE_BYTES = 4  # recurrent states are float32
 
@@ -157,11 +157,15 @@ def memory(config: Any, mesh: Mapping[str, int]) -> Memory:
     tokens = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"]) * train.seq_len
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
-    kept = {"full": 0.0, "dots": sum(work), "none": 3 * sum(work)}[definition.remat]
-    elements = len(table) * definition.d_model + kept + 3 * max(work)
-    logits = 4 * min(CHUNK_ELEMENTS, tokens * definition.vocab_size)
-    activations = tokens * elements * definition.dtype.itemsize + 2 * logits
-    return Memory(4 * total / shards, 4 * total / shards, 4 * moments / shards, activations)
+    inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
+    kept = {"full": 0.0, "mixer": inner, "dots": sum(work), "none": 3 * sum(work)}[definition.remat]
+    elements = len(table) * definition.d_model + kept
+    vocab = definition.vocab_size / mesh["tensor"]
+    logits = 8 * min(chunk_tokens(definition.d_model, int(vocab)), tokens) * vocab
+    one_layer = 3 * max(work) * tokens * definition.dtype.itemsize
+    activations = tokens * elements * definition.dtype.itemsize + max(one_layer, logits)
+    copies = 2 if train.microbatches > 1 else 1  # of the gradients: the sum so far and the next
+    return Memory(4 * total / shards, copies * 4 * total / shards, 4 * moments / shards, activations)
 
 
 def matched_mlp_hidden(config: Any, target: int, multiple: int = 64) -> int:

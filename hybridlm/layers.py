@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm.rows import Rows
 
 Initializer = Callable[..., jax.Array]
+MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
 INIT_STD = 0.02  # FLA and most public checkpoints: N(0, 0.02) for every matrix
 
 
@@ -99,7 +101,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class ShortConv(nnx.Module):

@@ -75,13 +75,17 @@ def _chunks(x: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
 
+def chunk_tokens(d_model: int, vocab: int) -> int:
+    """Tokens in a chunk on one device, at most; ``vocab``: its part of the vocabulary."""
+    return max(CHUNK_ELEMENTS // vocab, HEAD_REUSE * d_model)
+
+
 def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
     """The longest power-of-two chunk of time of as many tokens a device as the constants above allow."""
     d_model, vocab = head_shape
     rows, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
-    tokens = max(CHUNK_ELEMENTS // columns, HEAD_REUSE * d_model)
     chunk = 1
-    while chunk < length and 2 * chunk * rows <= tokens:
+    while chunk < length and 2 * chunk * rows <= chunk_tokens(d_model, columns):
         chunk *= 2
     return chunk
 

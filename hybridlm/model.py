@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import loss, mixers, mlps, pattern
-from hybridlm.layers import RMSNorm, normal, param
+from hybridlm.layers import MLP_INNER, RMSNorm, normal, param
 from hybridlm.layout import Layout, plan, run_indices
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
@@ -28,11 +28,11 @@ from hybridlm.sharding import constrain
 Params = dict[str, Any]
 Cache = tuple[Any, ...]  # one pytree per layer, in layer order
 
-REMAT: dict[
-    str, Callable[..., Any] | None
-] = {  # what the backward pass may keep of a layer, apart from its input
+# What the backward pass may keep of a layer, apart from its input.
+REMAT: dict[str, Callable[..., Any] | None] = {
     "none": None,  # everything: no rematerialisation
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
+    "mixer": jax.checkpoint_policies.save_only_these_names(MLP_INNER),  # the MLP's, before its activation
     "full": jax.checkpoint_policies.nothing_saveable,  # nothing
 }
 

@@ -38,7 +38,8 @@ class Model:
     norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
     dtype: of activations; parameters, recurrent states and the loss are float32.
-    remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls).
+    remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
+        mixer (all but the MLP's first matmuls). What is kept costs memory, what is recomputed time.
     scan: False unrolls the stack, for debugging; compile time then grows with depth.
     """
 
@@ -52,7 +53,7 @@ class Model:
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "full"
+    remat: Literal["none", "full", "dots", "mixer"] = "full"
     scan: bool = True
 
 
