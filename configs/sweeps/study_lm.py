@@ -23,6 +23,7 @@ def get_sweep(path: str = "data/source") -> Sweep:
             "model.num_layers": 14,
             "model.d_model": 384,
             "model.dtype": "bfloat16",
+            "model.remat": "full",
             "train.seq_len": 1024,
             "train.batch_size": 32,
             "optimizer.name": "adamw",
