@@ -13,6 +13,7 @@ dependencies only pyarrow and tokenizers, which `hybridlm.data` imports.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import vmapped
@@ -64,16 +66,17 @@ def state_elements(layers: Sequence[tuple[str, dict[str, Any]]], d_model: int) -
 
 def prepare(name: str, flags: argparse.Namespace, train: vmapped.Data, test: vmapped.Data) -> vmapped.Runs:
     model = vmapped.definition(STUDY[name][0], d_model=flags.d_model, vocab=flags.vocab, mlp_hidden=0)
+    model = dataclasses.replace(model, dtype=jnp.dtype(flags.dtype))
     rates = np.logspace(*(float(x) for x in flags.log_rates.split(",")), flags.num_rates).tolist()
     runs = vmapped.runs(
         model, rates=rates, seeds=range(flags.seeds), batch_size=flags.batch_size,
-        num_rows=train.tokens.shape[0], steps_per_call=flags.steps_per_call,
+        steps_per_call=flags.steps_per_call,
     )  # fmt: skip
-    return vmapped.compiled(runs, train, vmapped.first_rows(test, test_rows(flags, test)))
+    return vmapped.compiled(runs, train, vmapped.first_rows(test, test_rows(test)))
 
 
-def test_rows(flags: argparse.Namespace, test: vmapped.Data) -> int:
-    return max(1, flags.batch_size * 256 // test.tokens.shape[1])
+def test_rows(test: vmapped.Data) -> int:
+    return max(1, min(test.tokens.shape[0], 2**15 // test.tokens.shape[1]))
 
 
 def study(
@@ -90,7 +93,7 @@ def study(
     say = lambda text: print(text, flush=True)
     result = vmapped.train(runs, train, steps=flags.steps, seconds=flags.seconds, say=say)
     began = time.perf_counter()
-    correct_RN = vmapped.count_correct(runs, result.params, test, test_rows(flags, test))
+    correct_RN = vmapped.count_correct(runs, result.params, test, test_rows(test))
     labels_N = np.asarray((test.labels >= 0).sum(axis=1))
     slices = [
         correct.sum(axis=1) / labels.sum()
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--d_model", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--dtype", default="bfloat16", help="of activations; parameters are float32")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training and test examples")
     parser.add_argument("--max_test_length", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=8, help="that compile")
@@ -163,13 +167,13 @@ def main() -> None:
     names = [name.strip() for name in flags.mixers.split(";")]
     with ThreadPoolExecutor(flags.threads) as pool:
         ready = {name: pool.submit(prepare, name, flags, train, test) for name in names}
-        runs = {name: future.result() for name, future in ready.items()}
-    print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
-    results: list[dict[str, Any]] = []
-    for name in names:
-        results.append(study(name, runs[name], flags, train, test, ends))
-        Path(flags.output).write_text(json.dumps(results, indent=1))
-        print(table(results[-1:]), flush=True)
+        results: list[dict[str, Any]] = []
+        for name in names:
+            runs = ready[name].result()
+            print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
+            results.append(study(name, runs, flags, train, test, ends))
+            Path(flags.output).write_text(json.dumps(results, indent=1))
+            print(table(results[-1:]), flush=True)
     print(table(results))
 
 

@@ -9,10 +9,12 @@ four heads, SwiGLU of 256.
 """
 
 import argparse
+import functools
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,27 +42,45 @@ def rows(group: str, count: int, length: int, split: str) -> tuple[dict, int]:
     return source.rows(np.arange(count)), length
 
 
-def study(group: str, name: str, layers: int, flags: argparse.Namespace) -> dict[str, Any]:
-    train = vmapped.data([rows(group, flags.examples, 128, "train")])
-    test = vmapped.data([rows(group, flags.test_examples, 512, "val")])
-    model = vmapped.definition([STUDY[name]] * layers, d_model=128, vocab=128, mlp_hidden=256)
-    rates, seeds = [float(rate) for rate in flags.rates.split(",")], range(flags.seeds)
+class Case(NamedTuple):
+    group: str
+    layers: int
+    name: str
+
+
+@functools.cache
+def data(group: str, examples: int, test_examples: int) -> tuple[vmapped.Data, vmapped.Data]:
+    """(words of 128 to train on, words of 512 to test on)."""
+    train, test = rows(group, examples, 128, "train"), rows(group, test_examples, 512, "val")
+    return vmapped.data([train]), vmapped.data([test])
+
+
+def test_rows(flags: argparse.Namespace) -> int:
+    return min(64, flags.test_examples)
+
+
+def prepare(case: Case, flags: argparse.Namespace) -> vmapped.Runs:
+    train, test = data(case.group, flags.examples, flags.test_examples)
+    model = vmapped.definition([STUDY[case.name]] * case.layers, d_model=128, vocab=128, mlp_hidden=256)
     runs = vmapped.runs(
-        model, rates=rates, seeds=seeds, batch_size=flags.batch_size, num_rows=flags.examples,
-        weight_decay=1e-6, steps_per_call=flags.steps_per_call,
+        model, rates=[float(rate) for rate in flags.rates.split(",")], seeds=range(flags.seeds),
+        batch_size=flags.batch_size, weight_decay=1e-6, steps_per_call=flags.steps_per_call,
     )  # fmt: skip
-    size = min(64, flags.test_examples)
-    runs = vmapped.compiled(runs, train, vmapped.first_rows(test, size))
-    print(f"{group}, {name}, {layers} layers", flush=True)
+    return vmapped.compiled(runs, train, vmapped.first_rows(test, test_rows(flags)))
+
+
+def study(case: Case, runs: vmapped.Runs, flags: argparse.Namespace) -> dict[str, Any]:
+    train, test = data(case.group, flags.examples, flags.test_examples)
+    print(f"{case.group}, {case.name}, {case.layers} layers", flush=True)
     result = vmapped.train(runs, train, steps=flags.steps, seconds=flags.seconds)
-    correct = vmapped.count_correct(runs, result.params, test, size).sum(axis=1)
-    score = (correct / (flags.test_examples * 512)).reshape(len(rates), len(seeds))
-    trained = result.curve[-1][1].reshape(len(rates), len(seeds))
+    correct = vmapped.count_correct(runs, result.params, test, test_rows(flags)).sum(axis=1)
+    score = (correct / (flags.test_examples * 512)).reshape(len(runs.rates), len(runs.seeds))
+    trained = result.curve[-1][1].reshape(len(runs.rates), len(runs.seeds))
     best = int(score.mean(axis=1).argmax())
     return {
-        "group": group, "mixer": name, "layers": layers, "rate": rates[best], "steps": result.steps,
-        "seconds": round(result.seconds, 1), "at_128": trained[best].tolist(), "at_512": score[best].tolist(),
-        "chance": 1 / len(state_tracking.elements(group)),
+        "group": case.group, "mixer": case.name, "layers": case.layers, "rate": runs.rates[best],
+        "steps": result.steps, "seconds": round(result.seconds, 1), "at_128": trained[best].tolist(),
+        "at_512": score[best].tolist(), "chance": 1 / len(state_tracking.elements(case.group)),
     }  # fmt: skip
 
 
@@ -86,17 +106,27 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--test_examples", type=int, default=512)
     parser.add_argument("--steps_per_call", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--output", default="state_tracking_study.json")
     flags = parser.parse_args()
     print(f"{jax.devices()[0]}, {time.strftime('%F')}")
     header = "| group | mixer | layers | trained, 128 | 512, mean (min to max) | guessing | rate | steps |"
-    results = []
+    mixers = [name.strip() for name in flags.mixers.split(";")]
+    cases = [
+        Case(group, layers, name)
+        for group in flags.groups.split(",")
+        for layers in map(int, flags.layers.split(","))
+        for name in mixers
+    ]
     for group in flags.groups.split(","):
-        for layers in map(int, flags.layers.split(",")):
-            for name in flags.mixers.split(";"):
-                results.append(study(group, name.strip(), layers, flags))
-                Path(flags.output).write_text(json.dumps(results, indent=1))
-                print(line(results[-1]), flush=True)
+        data(group, flags.examples, flags.test_examples)  # once, not in every thread
+    results = []
+    with ThreadPoolExecutor(flags.threads) as pool:
+        ready = {case: pool.submit(prepare, case, flags) for case in cases}
+        for case in cases:
+            results.append(study(case, ready[case].result(), flags))
+            Path(flags.output).write_text(json.dumps(results, indent=1))
+            print(line(results[-1]), flush=True)
     print("\n".join([header, "|" + "---|" * 8, *map(line, results)]))
 
 

@@ -1,14 +1,14 @@
 """Many runs of one small model in one program: learning rates and seeds are a leading axis of the parameters.
 
-All runs read the same batches. The data lie on the device and an epoch's order is drawn there, so that
-hundreds of steps go by in one call.
+All runs read the same batches. The data lie on the device, so that hundreds of steps go by in one call.
 
-Shape legend: R runs, N rows of data, B rows of a batch, L tokens, P labelled tokens of a row at most.
+Shape legend: R runs, N rows of data, S steps of a call, B rows of a batch, L tokens, P labelled tokens of a
+row at most.
 """
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,8 +82,9 @@ class Runs(NamedTuple):
     """R = rates x seeds runs of one model, rate first, as functions on a device.
 
     init: seeds [R] -> (params, optimiser state).
-    call: (params, state, number of the first step, factors of the learning rate [S], data) -> (params, state,
-        share of the labels predicted right by each run [R]), after S steps; the first two are donated.
+    call: (params, state, rows of each step's batch [S, B], factors of the learning rate [S], data) ->
+        (params, state, share of the labels predicted right by each run [R]), after S steps; the first two are
+        donated.
     correct: (params, data) -> labels predicted right, [R, N].
     """
 
@@ -102,18 +103,16 @@ def runs(
     rates: Sequence[float],
     seeds: Sequence[int],
     batch_size: int,
-    num_rows: int,
     weight_decay: float = 0.1,
     steps_per_call: int = 200,
 ) -> Runs:
-    """AdamW, clipped at 1; rows are drawn without replacement in each epoch. Nothing is compiled yet."""
+    """AdamW, clipped at 1. Nothing is compiled yet."""
     every = [(rate, seed) for rate in rates for seed in seeds]
     rate_R = np.array([rate for rate, _ in every], np.float32)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98))
     decays = jax.tree.map(
         lambda meta: meta.decay, lm.metadata(model), is_leaf=lambda x: isinstance(x, lm.Meta)
     )
-    per_epoch = num_rows // batch_size
 
     @jax.vmap
     def init(seed: jax.Array) -> tuple[lm.Params, Any]:
@@ -127,18 +126,14 @@ def runs(
         move = lambda p, u, decay: p - rate * (u + (weight_decay * p if decay else 0))
         return jax.tree.map(move, params, updates, decays), state, hits
 
-    def call(params: lm.Params, state: Any, first: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
+    def call(params: lm.Params, state: Any, chosen_SB: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
         def step(carry: tuple, xs: tuple) -> tuple:
-            number, scale = xs
-            epoch, place = number // per_epoch, number % per_epoch
-            order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), epoch), num_rows)
-            chosen = jax.lax.dynamic_slice_in_dim(order, place * batch_size, batch_size)
-            batch = jax.tree.map(lambda x: x[chosen], rows)
+            chosen_B, scale = xs
+            batch = jax.tree.map(lambda x: x[chosen_B], rows)
             params, state, hits = jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, scale * rate_R, batch)
             return (params, state), hits
 
-        numbers = first + jnp.arange(scale_S.shape[0])
-        (params, state), hits = jax.lax.scan(step, (params, state), (numbers, scale_S))
+        (params, state), hits = jax.lax.scan(step, (params, state), (chosen_SB, scale_S))
         return params, state, jnp.mean(hits, axis=0)
 
     def correct(params: lm.Params, batch: Data) -> jax.Array:
@@ -160,10 +155,10 @@ def compiled(runs: Runs, train: Data, test: Data) -> Runs:
         seeds = jax.ShapeDtypeStruct((len(runs.rates) * len(runs.seeds),), jnp.int32)
         params, state = jax.eval_shape(runs.init, seeds)
         scales = jax.ShapeDtypeStruct((runs.steps_per_call,), jnp.float32)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
+        chosen = jax.ShapeDtypeStruct((runs.steps_per_call, runs.batch_size), jnp.int32)
         return runs._replace(
             init=runs.init.lower(seeds).compile(),
-            call=runs.call.lower(params, state, number, scales, shaped(train)).compile(),
+            call=runs.call.lower(params, state, chosen, scales, shaped(train)).compile(),
             correct=runs.correct.lower(params, shaped(test)).compile(),
         )
 
@@ -182,9 +177,11 @@ def train(
 ) -> Outcome:
     """Trains until ``steps`` or ``seconds`` are over, or a learning rate has all its seeds above .995.
 
-    The schedule, a cosine to 0 behind a linear warm-up of 1/20, follows the clock where that is shorter.
+    The schedule, a cosine to 0 behind a linear warm-up of 1/20, follows the clock where that is shorter. Rows
+    are drawn without replacement in each epoch.
     """
     rates, seeds = len(runs.rates), len(runs.seeds)
+    order = batches(rows.tokens.shape[0], runs.batch_size)
 
     def factor(done: float) -> float:
         return min(done / 0.05, 0.5 + 0.5 * np.cos(np.pi * (done - 0.05) / 0.95)) if done < 1 else 0.0
@@ -195,13 +192,22 @@ def train(
     while (done := max(step / steps, (spent := time.perf_counter() - began) / seconds)) < 1:
         per_step = max(1 / steps, spent / step / seconds if step else 0)
         scales = [factor(done + per_step * i) for i in range(runs.steps_per_call)]
-        params, state, hits = runs.call(params, state, jnp.int32(step), jnp.array(scales, jnp.float32), rows)
+        chosen = jnp.array([next(order) for _ in scales], jnp.int32)
+        params, state, hits = runs.call(params, state, chosen, jnp.array(scales, jnp.float32), rows)
         step += runs.steps_per_call
         curve.append((step, np.asarray(hits)))
         say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy {hits.max():.3f}")
         if curve[-1][1].reshape(rates, seeds).min(axis=1).max() > 0.995:
             break
     return Outcome(params, curve, step, time.perf_counter() - began)
+
+
+def batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Rows [B] of each step's batch, epoch after epoch."""
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(num_rows)
+        yield from order[: num_rows // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def count_correct(runs: Runs, params: lm.Params, rows: Data, batch_size: int) -> np.ndarray:

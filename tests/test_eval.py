@@ -160,6 +160,7 @@ def test_command_line(workdir, capsys):
     before = (workdir / "eval.json").stat().st_mtime_ns
     assert run("--tasks=passkey", "--lengths=512", "--samples=3") == 0
     assert (workdir / "eval.json").stat().st_mtime_ns == before  # nothing was measured again
+    capsys.readouterr()
     assert command.main(["--list"]) == 0
     listed = capsys.readouterr().out
     lines = [line.split() for line in listed.splitlines()]

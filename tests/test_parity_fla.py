@@ -74,6 +74,13 @@ def attention(q, k, v, causal: bool = True, window_size: tuple[int, int] = (-1, 
     return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
+def packed_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+    """flash_attn's function of concatenated sequences: [tokens, H, D]."""
+    ends = lambda lengths: lengths.tolist()[1:-1]
+    parts = [x.tensor_split(ends(at)) for x, at in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
+    return torch.cat([attention(*(x[None] for x in one), **options)[0] for one in zip(*parts, strict=True)])
+
+
 @pytest.fixture(scope="module")
 def fla():
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
@@ -86,7 +93,7 @@ def fla():
     from fla import models
     from fla.layers import attn
 
-    attn.flash_attn_func = attention
+    attn.flash_attn_func, attn.flash_attn_varlen_func = attention, packed_attention
     return models
 
 

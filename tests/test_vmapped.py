@@ -34,7 +34,7 @@ def test_a_run_is_a_run_alone():
     model = vmapped.definition([("attention", {"head_dim": 8})], d_model=8, vocab=40, mlp_hidden=0)
 
     def trained(rates, seeds):
-        runs = vmapped.runs(model, rates=rates, seeds=seeds, batch_size=4, num_rows=32, steps_per_call=5)
+        runs = vmapped.runs(model, rates=rates, seeds=seeds, batch_size=4, steps_per_call=5)
         runs = vmapped.compiled(runs, rows, vmapped.first_rows(rows, 8))
         result = vmapped.train(runs, rows, steps=10, seconds=1e9, say=lambda text: None)
         assert result.steps == 10 and [step for step, _ in result.curve] == [5, 10]
