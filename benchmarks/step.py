@@ -4,32 +4,36 @@
 
 --steps tokens run in one compiled loop whose state is donated, as in generation; H 16, K = V = 128, bf16 q,
 k, v, a float32 state, Gated DeltaNet and KDA (q, k normalised). The floor reads and writes the state once a
-step at 3.0 TB/s. One JSON line a batch size and op.
+step at 3.0 TB/s. One JSON line a batch size, op and backend (auto: the kernel).
 """
 
 import argparse
 import functools
+import itertools
 import json
 import time
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import linear_attention_step
+from pallas_kernels import auto_means, linear_attention_step
 
 HEADS, DIM = 16, 128
 BYTES_PER_SECOND = 3.0e12
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
-def decode(state: jax.Array, x: dict[str, jax.Array], steps: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("steps", "backend"), donate_argnames="state")
+def decode(
+    state: jax.Array, x: dict[str, jax.Array], steps: int, backend: str
+) -> tuple[jax.Array, jax.Array]:
     def step(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q, state = carry  # the output is the next query, so that no step can be left out
         return linear_attention_step(
             q, x["k"], x["v"], state=state, log_decay=x["log_decay"], beta=x["beta"], qk_l2norm=True
         )
 
-    return jax.lax.fori_loop(0, steps, step, (x["v"], state))
+    with auto_means(backend):
+        return jax.lax.fori_loop(0, steps, step, (x["v"], state))
 
 
 def main() -> None:
@@ -44,17 +48,19 @@ def main() -> None:
         x["beta"] = jax.nn.sigmoid(normal(batch, HEADS))
         gate = jax.nn.log_sigmoid(normal(batch, HEADS, DIM))
         floor = 2 * 4 * batch * HEADS * DIM * DIM / BYTES_PER_SECOND * 1e6
-        for op, decay in {"gated_deltanet": gate[..., 0], "kda": gate}.items():
+        gates = {"gated_deltanet": gate[..., 0], "kda": gate}
+        for op, backend in itertools.product(gates, ("auto", "xla")):
             times = []
             state = jnp.zeros((batch, HEADS, DIM, DIM))
             for _ in range(4):
                 start = time.perf_counter()
-                o, state = decode(state, x | {"log_decay": decay}, args.steps)
+                o, state = decode(state, x | {"log_decay": gates[op]}, args.steps, backend)
                 jax.block_until_ready((o, state))
                 times.append((time.perf_counter() - start) / args.steps * 1e6)
             us = sorted(times[1:])[1]
-            row = {"op": op, "batch": batch, "step_us": us, "floor_us": floor, "ratio": us / floor}
-            print(json.dumps({n: v if isinstance(v, (str, int)) else round(v, 2) for n, v in row.items()}))
+            row = {"op": op, "backend": backend, "batch": batch, "step_us": us, "floor_us": floor}
+            row["ratio"] = us / floor
+            print(json.dumps({n: round(v, 2) if isinstance(v, float) else v for n, v in row.items()}))
 
 
 if __name__ == "__main__":

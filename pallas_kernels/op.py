@@ -5,7 +5,7 @@ import contextvars
 import functools
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import jax
@@ -123,10 +123,21 @@ def linear_attention_step(
         raise ValueError(f"state.dtype = {state.dtype}: must be float32 or float64")
     _expect("log_decay", log_decay, {(*batch, value_heads), (*batch, value_heads, key_dim)})
     _expect("beta", beta, {(*batch, value_heads)})
-    o, state = reference.update(
+    o, state = _update(state)(
         state, q_BHK, k_BHK, v_BHV, log_decay, beta, scale=_scale(scale, key_dim), qk_l2norm=qk_l2norm
     )
     return o.astype(v_BHV.dtype), state
+
+
+def _update(state: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The kernel of a single token where it supports this state, else the recurrence, which XLA compiles."""
+    if platform() != "gpu" or _auto.get() in ("reference", "xla"):
+        return reference.update
+    reason = _refusal_of_step(state)
+    if reason is None:
+        return _module("hopper.step").update
+    _log_fallback(f"a single token: {reason}", logging.WARNING)
+    return reference.update
 
 
 def _normalize(
@@ -238,6 +249,14 @@ def _select(call: Call, backend: str) -> ModuleType:
         raise ValueError(f"backend = 'pallas': the kernels do not support this call: {reason}")
     _log_fallback(reason, logging.WARNING if where == "gpu" else logging.INFO)
     return _module("xla")
+
+
+def _refusal_of_step(state: jax.Array) -> str | None:
+    try:
+        step = _module("hopper.step")
+    except Exception as error:
+        return f"pallas_kernels.hopper cannot be imported with jax {jax.__version__} ({error})"
+    return step.supports(state)
 
 
 def _module(name: str) -> ModuleType:

@@ -36,7 +36,7 @@ def supports(call: Call) -> str | None:
         return f"T = {call.q.shape[1]} (below 2^24)"
     if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
         return "more than 65535 sequences or heads"
-    return None if call.interpret else _device_reason()
+    return None if call.interpret else device_reason()
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -92,7 +92,7 @@ def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Sa
     return (out.o[:, : call.q.shape[1]], final), saved
 
 
-def _device_reason() -> str | None:
+def device_reason() -> str | None:
     try:
         device = jax.devices("gpu")[0]
     except RuntimeError:
