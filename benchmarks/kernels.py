@@ -14,8 +14,8 @@ dO, dq, dk, dv besides (and the channel decay and its gradient) backward. First-
 compile) are honest only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on
 the same bf16 inputs, B1 T1024 H2 D128: "plain" is distributed as above, "hard" has a decay of -20 (-5 per
 channel) at every eighth token, beta up to 2 and keys that are not normalised. "same bits" compares two runs.
-Prints JSON rows and tables in Markdown; --out also writes them to kernels.json and kernels.md. --profile adds
-the milliseconds of every kernel on the device.
+Prints JSON rows and tables in Markdown; --out also writes them to kernels.json and kernels.md. --profile 3
+adds the milliseconds of every kernel on the device at shape 3, which is so small that calls wait for the host.
 """
 
 import argparse
@@ -179,8 +179,10 @@ class Jax:
             memory = function.lower(struct).compile().memory_analysis()
             row |= {f"{name}_first_s": time.perf_counter() - start}
             row |= {f"{name}_temp_MiB": memory.temp_size_in_bytes / 2**20}
+        draw = jax.jit(functools.partial(self.draw, op, shape))
+        draw.lower().compile()
         with alone():
-            x = jax.jit(functools.partial(self.draw, op, shape))()
+            x = draw()
             for name, function in functions.items():
                 run = functools.partial(function, x)
                 row[f"{name}_ms"] = median_ms(run, jax.block_until_ready)
@@ -336,6 +338,7 @@ def work(role: str, op: str, what: str, lock: str, profile: bool) -> None:
         def alone() -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
             fcntl.flock(file, fcntl.LOCK_EX)
+            time.sleep(0.5)  # whoever measured before may still be leaving the GPU
             yield
 
         row: dict[str, Any] = {"peer": role, "op": op}
@@ -360,15 +363,15 @@ def tables(rows: list[dict[str, Any]]) -> str:
     jla = {(r["op"], *r["shape"]): r for r in rows if r["peer"] == "jla" and "fwd_bwd_ms" in r}
     lines = [
         "| op, B T H D | path | fwd ms | of jla | % of floor | fwd+bwd ms | of jla | % of floor | temp MiB "
-        "| of jla | first s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| of jla | first s | kernels ms |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "shape" not in r:
             continue
         cells = [f"{r['op']} {' '.join(map(str, r['shape']))}", r["peer"]]
         if "error" in r:
-            lines.append("| " + " | ".join([*cells, r["error"].replace("|", "/"), *[""] * 8]) + " |")
+            lines.append("| " + " | ".join([*cells, r["error"].replace("|", "/"), *[""] * 9]) + " |")
             continue
         base = jla.get((r["op"], *r["shape"]))
         of = lambda name, r=r, base=base: f"{r[name] / base[name]:.2f}" if base and base[name] else ""
@@ -377,6 +380,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             cells += [f"{ms:.3f}", of(f"{name}_ms"), f"{100 * floor / ms:.0f}"]
         first = f"{r['fwd_first_s']:.0f}, {r['fwd_bwd_first_s']:.0f}"
         cells += [f"{r['fwd_bwd_temp_MiB']:.0f}", of("fwd_bwd_temp_MiB"), first]
+        cells += [", ".join(f"{sum(r[n].values()):.3f}" for n in r if n.endswith("_kernels"))]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"| op, case | path | {' | '.join(RESULTS)} | same bits |", "|---" * 10 + "|"]
     for r in rows:
@@ -399,13 +403,13 @@ def main() -> None:
     parser.add_argument("--cases", type=lambda s: [c for c in s.split(",") if c], default=CASES)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
     parser.add_argument("--fla_seconds", type=float, default=300, help="time allowed for an op of FLA")
-    parser.add_argument("--profile", action="store_true", help="also the time of every kernel")
+    parser.add_argument("--profile", type=names, default=(), help="shapes whose kernels are timed one by one")
     parser.add_argument("--out", type=pathlib.Path, help="folder for kernels.json and kernels.md")
     parser.add_argument("--role", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
         role, op, what, lock = args.role
-        work(role, op, what, lock, args.profile)
+        work(role, op, what, lock, bool(args.profile))
         return
     rows: list[dict[str, Any]] = []
     tasks = [(peer, op, str(i)) for op in args.ops for i in args.shapes for peer in args.peers]
@@ -433,7 +437,7 @@ def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]
     peer, op, what = task
     if peer == "fla":
         environment["JAX_PLATFORMS"] = "cpu"
-    command = [sys.executable, __file__, "--role", *task, lock, *["--profile"] * args.profile]
+    command = [sys.executable, __file__, "--role", *task, lock, *["--profile", what] * (what in args.profile)]
     limit = args.fla_seconds if peer == "fla" else None
     row = {"peer": peer, "op": op} | ({"case": what} if what in CASES else {"shape": SHAPES[int(what)]})
     try:
