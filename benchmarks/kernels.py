@@ -15,7 +15,7 @@ compile) are honest only with --jobs 1. Accuracy is the relative RMS error again
 the same bf16 inputs, B1 T1024 H2 D128: "plain" is distributed as above, "hard" has a decay of -20 (-5 per
 channel) at every eighth token, beta up to 2 and keys that are not normalised. "same bits" compares two runs.
 Prints JSON rows and tables in Markdown; --out also writes them to kernels.json and kernels.md. --profile 3
-adds the milliseconds of every kernel on the device at shape 3, which is so small that calls wait for the host.
+adds the milliseconds of every kernel on the device at shape 3, so small that its calls wait for the host.
 """
 
 import argparse
