@@ -13,11 +13,14 @@ import numpy as np
 from pallas_kernels.call import Call
 from pallas_kernels.hopper import wide
 from pallas_kernels.hopper.backward import Saved, gradients
+from pallas_kernels.hopper.channel import ChannelSaved, channel_forward
+from pallas_kernels.hopper.channel_backward import channel_gradients
 from pallas_kernels.hopper.forward import forward_pass
 from pallas_kernels.hopper.inputs import prepare
 
 TESTED_JAX = ("0.11.2",)  # Mosaic GPU changes between releases: only what the tests have run on
 KEY_DIMS = (64, 128)
+_Saved = Saved | ChannelSaved
 
 
 def supports(call: Call) -> str | None:
@@ -30,13 +33,18 @@ def supports(call: Call) -> str | None:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
     if key_dim not in KEY_DIMS or not wide.slices(value_dim):
         return f"head dims K = {key_dim}, V = {value_dim} (K 64 or 128, V a multiple of 64)"
-    if call.log_decay is not None and call.log_decay.ndim == 4:
+    if per_channel(call):
         return "a log-decay per key channel"
     if call.q.shape[1] >= 2**24:
         return f"T = {call.q.shape[1]} (below 2^24)"
     if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
         return "more than 65535 sequences or heads"
     return None if call.interpret else device_reason()
+
+
+def per_channel(call: Call) -> bool:
+    """Whether the log-decay is per key channel."""
+    return call.log_decay is not None and call.log_decay.ndim == 4
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -50,14 +58,15 @@ def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
     return _run(call, keep=False)[0]
 
 
-def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Saved | None]]:
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, _Saved | None]]:
     out, saved = _run(call, keep=True)
     return out, (call, saved)
 
 
-def _backward(kept: tuple[Call, Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
+def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
     call, saved = kept
-    d = gradients(prepare(call), saved, *cotangents)
+    differentiate: Any = channel_gradients if per_channel(call) else gradients
+    d = differentiate(prepare(call), saved, *cotangents)
 
     def like(x: Any, gradient: Any) -> Any:
         return None if x is None else gradient.astype(x.dtype)
@@ -85,11 +94,17 @@ _attend_interpreted = jax.custom_vjp(_primal)  # the interpreter's effects rule 
 _attend_interpreted.defvjp(_forward, _backward)
 
 
-def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Saved | None]:
-    out, inverses, moves = forward_pass(prepare(call), final=call.output_final_state, keep=keep)
-    final = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
-    saved = Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
-    return (out.o[:, : call.q.shape[1]], final), saved
+def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _Saved | None]:
+    inputs, final = prepare(call), call.output_final_state
+    out: Any
+    saved: _Saved | None
+    if per_channel(call):
+        out, saved = channel_forward(inputs, final=final, keep=keep)
+    else:
+        out, inverses, moves = forward_pass(inputs, final=final, keep=keep)
+        saved = Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
+    state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
+    return (out.o[:, : call.q.shape[1]], state), saved
 
 
 def device_reason() -> str | None:
