@@ -15,8 +15,8 @@ token's f = 1: under strong decay nothing large is left whose difference would b
     dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>.
 dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
 
-Two warpgroups take half of the key dimension each; the first also makes E, the second F.
-A third issues copies.
+Two warpgroups take half of the key dimension each, 32 channels after 32 channels: more do not fit into the
+registers. The first also makes E, the second F. A third issues copies.
 """
 
 from itertools import count
@@ -35,6 +35,7 @@ from pallas_kernels.hopper.channel_tiles import NORM_K, NORM_Q, SPAN
 from pallas_kernels.hopper.inputs import Inputs
 
 BF16, F16 = jnp.bfloat16, jnp.float16
+WIDTH = 32  # channels at work in a warpgroup
 
 
 def chunk_gradients(
@@ -59,10 +60,11 @@ def chunk_gradients(
     value_heads, value_dim = inputs.v.shape[2:]
     group = value_heads // heads
     chunks = length // C
-    half, blocks_v = key_dim // 2, value_dim // C
+    parts, blocks_v = key_dim // WIDTH, value_dim // C
+    turns = parts // 2  # parts a warpgroup takes, one after the other
     delta, documents = dv is not None, inputs.segment is not None
     interpret = inputs.interpret
-    tile = (C, half)
+    tile = (C, WIDTH)
     arrays = dict(
         q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do, h=states, g=state_gradients
     )
@@ -71,27 +73,27 @@ def chunk_gradients(
     arrays |= dict(segment=inputs.segment, entering=inputs.entering) if documents else {}
 
     scratch = dict(
-        q=blocks.smem((2, C, half), BF16),  # by halves of the key dimension
-        k=blocks.smem((2, C, half), BF16),
-        steps=blocks.smem((2, C, half), F16),
-        middle=blocks.smem((1, C, C), F16),  # offsets from the middle = middle @ steps
+        q=blocks.smem((parts, C, WIDTH), BF16),
+        k=blocks.smem((parts, C, WIDTH), BF16),
         u=blocks.smem((blocks_v, C, C), BF16),
         d=blocks.smem((1 + delta, blocks_v, C, C), BF16),  # dO, dV
-        h=blocks.smem((2, blocks_v, C, half), BF16),
-        g=blocks.smem((2, blocks_v, C, half), BF16),
-        pairs=blocks.smem((1 + delta, C, C), BF16),  # E, F
-        tiles=blocks.smem((2, 2, C, half), BF16),
+        h=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
+        g=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
+        pairs=blocks.smem((2, 1 + delta, C, C), BF16),  # E, F of all pairs and of those left at a level
+        middle=blocks.smem((2, C, C), F16),  # the same for: offsets from the middle = middle @ steps
+        steps=blocks.smem((2, C, WIDTH), F16),
+        tiles=blocks.smem((2, 2, C, WIDTH), BF16),
         norms=plgpu.SMEM((2, 3, C), F32),
         carry=plgpu.SMEM((2, key_dim), F32),
         segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
         rows=plgpu.SMEM((6, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk of each half
         numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
-        qk_filled=plgpu.Barrier(num_arrivals=4),
+        qk_filled=plgpu.Barrier(num_arrivals=2 * parts),
         qk_free=plgpu.Barrier(num_arrivals=2),
         v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
         v_free=plgpu.Barrier(num_arrivals=2),
-        h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v),
-        h_free=plgpu.Barrier(num_arrivals=2),
+        h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v, num_barriers=turns),
+        h_free=plgpu.Barrier(num_arrivals=2, num_barriers=turns),
         both=plgpu.Barrier(num_arrivals=2),
         done=plgpu.Barrier(num_arrivals=3),
     )
@@ -123,10 +125,9 @@ def chunk_gradients(
         def store(ref: Any, value: jax.Array) -> None:
             blocks.store(ref, value.astype(BF16), interpret=interpret)
 
-        def left(ref: Any, dtype: Any = BF16) -> Any:
-            """A [C, C] left operand; two operands in shared memory must be swizzled alike, so narrow halves
-            of K want it in registers."""
-            return ref if half == C else blocks.tile(ref, dtype)
+        def left(ref: Any, dtype: Any = BF16) -> jax.Array:
+            """A left operand; two in shared memory would have to be swizzled alike, so this one is loaded."""
+            return blocks.tile(ref, dtype)
 
         def fill_numbers(i: Any) -> None:
             slot, n = blocks.rem(i, 2), first + i
@@ -140,8 +141,8 @@ def chunk_gradients(
 
         def fill_keys(i: Any) -> None:
             rows = pl.ds((first + i) * C, C)
-            for part in range(2):
-                source = (b, rows, key_head, pl.ds(part * half, half))
+            for part in range(parts):
+                source = (b, rows, key_head, pl.ds(part * WIDTH, WIDTH))
                 plgpu.copy_gmem_to_smem(refs["q"].at[source], s["q"].at[part], s["qk_filled"])
                 plgpu.copy_gmem_to_smem(refs["k"].at[source], s["k"].at[part], s["qk_filled"])
 
@@ -154,79 +155,80 @@ def chunk_gradients(
                 if delta:
                     plgpu.copy_gmem_to_smem(refs["dv"].at[source], s["d"].at[1, block], s["v_filled"])
 
-        def fill_states(i: Any) -> None:
-            for part in range(2):
+        def fill_states(i: Any, turn: int) -> None:
+            barrier = s["h_filled"].at[turn]
+            for part in (turn, turns + turn):
                 for block in range(blocks_v):
-                    source = (b, head, first + i, pl.ds(block * C, C), pl.ds(part * half, half))
-                    plgpu.copy_gmem_to_smem(refs["h"].at[source], s["h"].at[part, block], s["h_filled"])
-                    plgpu.copy_gmem_to_smem(refs["g"].at[source], s["g"].at[part, block], s["h_filled"])
+                    source = (b, head, first + i, pl.ds(block * C, C), pl.ds(part * WIDTH, WIDTH))
+                    plgpu.copy_gmem_to_smem(refs["h"].at[source], s["h"].at[part, block], barrier)
+                    plgpu.copy_gmem_to_smem(refs["g"].at[source], s["g"].at[part, block], barrier)
 
         def issue_copies() -> None:
-            for fill in (fill_numbers, fill_values, fill_states, fill_keys):
+            for fill in (fill_numbers, fill_values, fill_keys):
                 fill(jnp.int32(0))
+            for turn in range(turns):
+                fill_states(jnp.int32(0), turn)
 
             @pl.loop(1, steps)
             def _(i: Any) -> None:
                 fill_numbers(i)
+                for turn in range(turns):
+                    plgpu.barrier_wait(s["h_free"].at[turn])
+                    fill_states(i, turn)
                 plgpu.barrier_wait(s["v_free"])
                 fill_values(i)
-                plgpu.barrier_wait(s["h_free"])
-                fill_states(i)
                 plgpu.barrier_wait(s["qk_free"])
                 fill_keys(i)
 
-            for barrier in ("v_free", "h_free", "qk_free"):
-                plgpu.barrier_wait(s[barrier])
+            for turn in range(turns):
+                plgpu.barrier_wait(s["h_free"].at[turn])
+            plgpu.barrier_wait(s["v_free"])
+            plgpu.barrier_wait(s["qk_free"])
 
-        def make_pairs(at: SimpleNamespace, slot: Any) -> None:
-            """E (first warpgroup) or F (second) strictly below the diagonal; the diagonal apart."""
-            rows_of = s["d"].at[at.wg]
-            (raw,) = multiply(([(rows_of.at[j], u.T) for j, u in enumerate(at.u)], (C, C)))
-            s["rows"].at[at.wg][...] = jnp.sum(jnp.where(at.row() == at.col(), raw, 0.0), axis=1)
-            keep = at.row() > at.col()
-            if documents:
-                ids = s["segment"].at[slot, 0]
-                keep = keep & (blocks.by_row(blocks.row_vector(ids)) == blocks.by_col(blocks.col_vector(ids)))
-            store(at.own_pairs, jnp.where(keep, raw, 0.0) * (1.0 - 2.0 * at.wg.astype(F32)))
-
-        def halve(at: SimpleNamespace, size: Any) -> None:
+        def halve(at: SimpleNamespace, wg: Any, size: Any) -> None:
             """E and F without the pairs, `middle` for blocks of `size` tokens."""
 
             def narrow() -> None:
-                x = blocks.tile(at.own_pairs)
-                store(at.own_pairs, jnp.where((at.row() ^ at.col()) < size, x, 0.0))
+                x = blocks.tile(s["pairs"].at[0, wg])
+                store(s["pairs"].at[1, wg], jnp.where((at.row() ^ at.col()) < size, x, 0.0))
 
-            narrow() if delta else pl.when(at.wg == 0)(narrow)
-            pl.when(at.wg == 0)(lambda: set_middle(at, size))
+            narrow() if delta else pl.when(wg == 0)(narrow)
+            pl.when(wg == 0)(lambda: set_middle(at, size, s["middle"].at[1]))
             plgpu.commit_smem()
 
-        def set_middle(at: Any, size: Any) -> None:
+        def set_middle(at: Any, size: Any, ref: Any) -> None:
             """Row i sums the tokens from the middle of its block of `size` to i: 1 after it, -1 before."""
-            row, col, half_size = at.row(), at.col(), size >> 1
-            late = (row & half_size) != 0
-            between = ((row ^ col) < half_size) & (late == (col <= row))
+            row, col, half = at.row(), at.col(), size >> 1
+            late = (row & half) != 0
+            between = ((row ^ col) < half) & (late == (col <= row))
             middle = jnp.where(between, jnp.where(late, 1.0, -1.0), 0.0)
-            blocks.store(s["middle"].at[0], middle.astype(F16), interpret=interpret)
+            blocks.store(ref, middle.astype(F16), interpret=interpret)
 
-        def step(i: Any, none: None) -> None:
+        def load_decay(i: Any, turn: Any) -> jax.Array:
+            columns = pl.ds((warpgroup * turns + turn) * WIDTH, WIDTH)
+            source = refs["decay"].at[b, pl.ds((first + i) * C, C), head, columns]
+            return plgpu.load(source, layout=blocks.WGMMA, optimized=False)
+
+        def step(i: Any, decay: jax.Array) -> jax.Array:
             slot, n = blocks.rem(i, 2), first + i
             rows = pl.ds(n * C, C)
             plgpu.barrier_wait(s["numbers_filled"].at[slot])
             norms_s = s["norms"].at[slot]
-            over = range(blocks_v)
             seen_by = count()
 
-            def here() -> SimpleNamespace:
+            def here(turn: Any) -> SimpleNamespace:
                 """What the next steps name. The 0 in it is unknown to the compiler and new each time: else it
                 lifts the addresses, descriptors and masks of a whole chunk to its start, and spills."""
                 zero = jnp.minimum(norms_s[NORM_K, next(seen_by)].astype(jnp.int32), 0)
                 wg = warpgroup + zero
+                part = wg * turns + turn
                 norm_q = blocks.by_row(blocks.row_vector(norms_s.at[NORM_Q]), tile)
                 norm_k = blocks.by_row(blocks.row_vector(norms_s.at[NORM_K]), tile)
-                q, k = s["q"].at[wg], s["k"].at[wg]
+                over = range(blocks_v)
+                q, k = s["q"].at[part], s["k"].at[part]
                 return SimpleNamespace(
                     wg=wg,
-                    columns=pl.ds(wg * half, half),
+                    columns=pl.ds(part * WIDTH, WIDTH),
                     row=lambda shape=(C, C): blocks.row_index(shape) + zero,
                     col=lambda shape=(C, C): blocks.col_index(shape) + zero,
                     q=q,
@@ -236,21 +238,15 @@ def chunk_gradients(
                     query=lambda: blocks.tile(q) * norm_q,
                     key=lambda: blocks.tile(k) * norm_k,
                     steps=s["steps"].at[wg],
-                    middle=lambda: left(s["middle"].at[zero], F16),
+                    middle=lambda level: left(s["middle"].at[level + zero], F16),
                     tiles=[s["tiles"].at[wg, which] for which in range(2)],
-                    h=[s["h"].at[wg, j] for j in over],
-                    g=[s["g"].at[wg, j] for j in over],
+                    h=[s["h"].at[part, j] for j in over],
+                    g=[s["g"].at[part, j] for j in over],
                     u=[s["u"].at[zero + j] for j in over],
                     do=[s["d"].at[zero, j] for j in over],
                     dv=[[s["d"].at[zero + 1, j] for j in over]] if delta else [],
-                    pairs=[s["pairs"].at[zero + which] for which in range(1 + delta)],
-                    own_pairs=s["pairs"].at[wg],
+                    pairs=lambda level: [s["pairs"].at[level + zero, which] for which in range(1 + delta)],
                 )
-
-            at = here()
-            log_decay = plgpu.load(
-                refs["decay"].at[b, rows, head, at.columns], layout=blocks.WGMMA, optimized=False
-            )
 
             def mask(x: jax.Array, of: Any) -> jax.Array:
                 """Rows of tokens of the document `of`."""
@@ -259,165 +255,201 @@ def chunk_gradients(
                 ids = blocks.row_vector(s["segment"].at[slot, 0])
                 return x * blocks.by_row(jnp.where(ids == of, 1.0, 0.0), tile)
 
-            plgpu.barrier_wait(s["v_filled"])
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # dV.U of the last chunk has left
-            if delta:
-                make_pairs(at, slot)
-            else:
-                pl.when(at.wg == 0)(lambda: make_pairs(at, slot))
-            plgpu.barrier_wait(s["h_filled"])
-            at = here()
-            dq, written, *rest = multiply(
-                ([(left(x), y) for x, y in zip(at.do, at.h, strict=True)], tile),
-                ([(left(x), y) for x, y in zip(at.u, at.g, strict=True)], tile),
-                *[([(left(x), y) for x, y in zip(dv, at.h, strict=True)], tile) for dv in at.dv],
-            )
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last chunk's results have left
-            steps2 = jnp.maximum(log_decay * blocks.LOG2E, channel_math.LEAST).astype(F16)
-            blocks.store(at.steps, steps2, interpret=interpret)
-            plgpu.commit_smem()  # also: all have read the states and the values
-            plgpu.barrier_arrive(s["v_free"])
-            plgpu.barrier_wait(s["qk_filled"])
-            at = here()
+            def make_pairs() -> None:
+                """E (first warpgroup) or F (second) strictly below the diagonal; the diagonal apart."""
+                at = here(0)
+                rows_of = s["d"].at[at.wg]
+                (raw,) = multiply(([(rows_of.at[j], u.T) for j, u in enumerate(at.u)], (C, C)))
+                s["rows"].at[at.wg][...] = jnp.sum(jnp.where(at.row() == at.col(), raw, 0.0), axis=1)
+                keep = at.row() > at.col()
+                if documents:
+                    ids = s["segment"].at[slot, 0]
+                    keep = keep & (
+                        blocks.by_row(blocks.row_vector(ids)) == blocks.by_col(blocks.col_vector(ids))
+                    )
+                store(s["pairs"].at[0, at.wg], jnp.where(keep, raw, 0.0) * (1.0 - 2.0 * at.wg.astype(F32)))
 
-            entering = s["segment"][slot, 1, 0] if documents else None
-            leaving = s["segment"][slot, 0, C - 1] if documents else None
-            part = lambda value: plgpu.layout_cast(jnp.full((C, C // 2), value, F16), blocks.WGMMA)
-            # Sums up to i: those of the first half's steps and the offset; after i: all others.
-            (behind,) = multiply(
-                ([(at.middle(), at.steps), (blocks.concatenate([part(0.0), part(-1.0)]), at.steps)], tile)
-            )
-            dk = written * mask(jnp.exp2(behind * -1.0), leaving)
-            written = jnp.where(at.row(tile) < C - 1, at.key() * dk, 0.0).astype(BF16)
-            store(at.tiles[0], written)
-            d_sum = written.astype(F32) * -1.0
+            plgpu.barrier_wait(s["v_filled"])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dV.U of the last chunk has left
+            make_pairs() if delta else pl.when(warpgroup == 0)(make_pairs)
             plgpu.commit_smem()
-            at = here()
-            (before,) = multiply(
-                ([(at.middle(), at.steps), (blocks.concatenate([part(1.0), part(0.0)]), at.steps)], tile)
-            )
-            read = mask(jnp.exp2(before), entering)
-            dq = dq * read
-            d_sum = d_sum + at.query() * dq
-            if delta:
-                seen = rest[0] * read * -1.0
-                d_sum = d_sum + at.key() * seen
-                dk = dk + seen
-            carried = blocks.by_col(blocks.col_vector(s["carry"].at[slot, at.columns]), tile)
-            for h, g in zip(at.h, at.g, strict=True):
-                store(h, blocks.tile(h) * blocks.tile(g) * carried)
-            plgpu.commit_smem()
-            at = here()
-            last = jnp.where(at.row() == C - 1, 1.0, 0.0).astype(BF16)
-            (d_sum,) = multiply(([(last, x) for x in [at.tiles[0], *at.h]], d_sum))
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(s["h_free"])
             sync()  # E and F are there
             if delta:
                 pl.when(warpgroup == 1)(
                     lambda: plgpu.copy_smem_to_gmem(s["rows"].at[1], refs["error"].at[b, head, rows])
                 )
-            at = here()
-            own = blocks.by_row(blocks.row_vector(s["rows"].at[0]), tile)
-            dq, dk = dq + own * at.key(), dk + own * at.query()
             span = norms_s[SPAN, 0].astype(jnp.int32)
+            entering = s["segment"][slot, 1, 0] if documents else None
+            leaving = s["segment"][slot, 0, C - 1] if documents else None
 
-            def level(carried: tuple) -> tuple:
-                size, dq, dk, d_sum = carried
-                at = here()
-                (offset,) = multiply(([(at.middle(), at.steps)], tile))
-                finest = (size == span) & (size > 2)  # blocks of 2 have one pair
-                second = (at.row(tile) & (size >> 1)) != 0
-                up = lambda x: jnp.exp2(jnp.where(finest | second, x, -jnp.inf))
-                down = lambda x: jnp.exp2(jnp.where(finest | ~second, x * -1.0, -jnp.inf))
-                store(at.tiles[0], at.key() * down(offset))
-                plgpu.commit_smem()
-                at = here()
-                # The offsets are made again with each product: kept, they would not fit into the registers.
-                found, offset = multiply(
-                    ([(left(at.pairs[0]), at.tiles[0])], tile), ([(at.middle(), at.steps)], tile)
+            def take(turn: Any, decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+                """dq, dk of one part, but for their norms, and the log-decays of the next."""
+                at = here(turn)
+                steps2 = jnp.maximum(decay * blocks.LOG2E, channel_math.LEAST).astype(F16)
+                blocks.store(at.steps, steps2, interpret=interpret)
+                following = i * turns + turn + 1
+                following = jnp.minimum(following, steps * turns - 1)
+                decay = load_decay(blocks.div(following, turns), blocks.rem(following, turns))
+                plgpu.barrier_wait(s["h_filled"].at[turn])
+                dq, written, *rest = multiply(
+                    ([(left(x), y) for x, y in zip(at.do, at.h, strict=True)], tile),
+                    ([(left(x), y) for x, y in zip(at.u, at.g, strict=True)], tile),
+                    *[([(left(x), y) for x, y in zip(dv, at.h, strict=True)], tile) for dv in at.dv],
                 )
-                factor = up(offset)
-                dq = dq + factor * found
-                x = (at.query() * factor).astype(BF16)
-                d_sum = d_sum + x.astype(F32) * found
-                store(at.tiles[1], x)
+                plgpu.commit_smem()  # all have read the values and the states, and the steps are there
+                pl.when(turn == turns - 1)(lambda: plgpu.barrier_arrive(s["v_free"]))
+                pl.when(turn == 0)(lambda: plgpu.barrier_wait(s["qk_filled"]))
+                at = here(turn)
+                half = lambda value: plgpu.layout_cast(jnp.full((C, C // 2), value, F16), blocks.WGMMA)
+                # Sums up to i: those of the first half's steps and the offset; after i: all others.
+                behind, before = multiply(
+                    (
+                        [(at.middle(0), at.steps), (blocks.concatenate([half(0.0), half(-1.0)]), at.steps)],
+                        tile,
+                    ),
+                    (
+                        [(at.middle(0), at.steps), (blocks.concatenate([half(1.0), half(0.0)]), at.steps)],
+                        tile,
+                    ),
+                )
+                dk = written * mask(jnp.exp2(behind * -1.0), leaving)
+                written = jnp.where(at.row(tile) < C - 1, at.key() * dk, 0.0).astype(BF16)
+                store(at.tiles[0], written)
+                read = mask(jnp.exp2(before), entering)
+                dq = dq * read
+                d_sum = at.query() * dq - written.astype(F32)
                 if delta:
-                    found, offset = multiply(
-                        ([(left(at.pairs[1]), at.tiles[0])], tile), ([(at.middle(), at.steps)], tile)
-                    )
+                    seen = rest[0] * read * -1.0
+                    d_sum = d_sum + at.key() * seen
+                    dk = dk + seen
+                carried = blocks.by_col(blocks.col_vector(s["carry"].at[slot, at.columns]), tile)
+                for h, g in zip(at.h, at.g, strict=True):
+                    store(h, blocks.tile(h) * blocks.tile(g) * carried)
+                plgpu.commit_smem()
+                at = here(turn)
+                last = jnp.where(at.row() == C - 1, 1.0, 0.0).astype(BF16)
+                (d_sum,) = multiply(([(last, x) for x in [at.tiles[0], *at.h]], d_sum))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["h_free"].at[turn])
+                at = here(turn)
+                own = blocks.by_row(blocks.row_vector(s["rows"].at[0]), tile)
+                dq, dk = dq + own * at.key(), dk + own * at.query()
+
+                def level(carried: tuple) -> tuple:
+                    size, dq, dk, d_sum = carried
+                    which = (size < C).astype(jnp.int32)
+                    at = here(turn)
+                    (offset,) = multiply(([(at.middle(which), at.steps)], tile))
+                    finest = (size == span) & (size > 2)  # blocks of 2 have one pair
+                    second = (at.row(tile) & (size >> 1)) != 0
+                    up = lambda x: jnp.exp2(jnp.where(finest | second, x, -jnp.inf))
+                    down = lambda x: jnp.exp2(jnp.where(finest | ~second, x * -1.0, -jnp.inf))
+                    store(at.tiles[0], at.key() * down(offset))
+                    plgpu.commit_smem()
+                    at = here(turn)
+                    found = multiply(*[([(left(x), at.tiles[0])], tile) for x in at.pairs(which)])
                     plgpu.commit_smem()  # all have read the tile
-                    at = here()
-                    factor = up(offset)
-                    dk = dk + factor * found
-                    x = (at.key() * factor).astype(BF16)
-                    d_sum = d_sum + x.astype(F32) * found
+                    at = here(turn)
+                    factor = up(lax.optimization_barrier(offset))  # else exponentials of both signs are kept
+                    dq = dq + factor * found[0]
+                    x = (at.query() * factor).astype(BF16)
+                    d_sum = d_sum + x.astype(F32) * found[0]
                     store(at.tiles[0], x)
+                    if delta:
+                        dk = dk + factor * found[1]
+                        x = (at.key() * factor).astype(BF16)
+                        d_sum = d_sum + x.astype(F32) * found[1]
+                        store(at.tiles[1], x)
+                    plgpu.commit_smem()
+                    at = here(turn)
+                    pairs = [(left(x.T), y) for x, y in zip(at.pairs(which), at.tiles, strict=False)]
+                    (found_k,) = multiply((pairs, tile))
+                    factor = down(lax.optimization_barrier(offset))
+                    dk = dk + factor * found_k
+                    d_sum = d_sum - (at.key() * factor).astype(BF16).astype(F32) * found_k
+                    plgpu.commit_smem()
+
+                    @pl.when(~finest)
+                    def _() -> None:  # only pairs within half a block are left
+                        sync()
+                        at = here(turn)
+                        halve(at, at.wg, size >> 1)
+                        sync()
+
+                    return size >> 1, dq, dk, d_sum
+
+                _, dq, dk, d_sum = lax.while_loop(
+                    lambda carried: (carried[0] >= span) & (carried[0] > 1),
+                    level,
+                    (jnp.int32(C), dq, dk, d_sum),
+                )
+                at = here(turn)
+                high = d_sum.astype(BF16)
+                store(at.tiles[0], high)
+                store(at.tiles[1], d_sum - high.astype(F32))
                 plgpu.commit_smem()
-                at = here()
-                pairs = [(left(x.T), y) for x, y in zip(at.pairs, at.tiles[::-1], strict=False)]
-                found, offset = multiply((pairs, tile), ([(at.middle(), at.steps)], tile))
-                factor = down(offset)
-                dk = dk + factor * found
-                d_sum = d_sum - (at.key() * factor).astype(BF16).astype(F32) * found
+                at = here(turn)
+                later = jnp.where(at.col() >= at.row(), 1.0, 0.0).astype(BF16)
+                (d_decay,) = multiply(([(later, x) for x in at.tiles], tile))
+                refs["d_decay"].at[b, rows, head, at.columns][...] = d_decay
                 plgpu.commit_smem()
+                return dq, dk, decay
 
-                @pl.when(~finest)
-                def _() -> None:  # only pairs within half a block are left
-                    sync()
-                    halve(here(), size >> 1)
-                    sync()
+            empty = (blocks.zeros(tile), blocks.zeros(tile))
 
-                return size >> 1, dq, dk, d_sum
+            def in_turn(turn: Any, carried: tuple) -> tuple:
+                *done, decay = carried
+                dq, dk, decay = take(turn, decay)
+                return *done[1:], (dq, dk), decay
 
-            _, dq, dk, d_sum = lax.while_loop(
-                lambda carried: (carried[0] >= span) & (carried[0] > 1), level, (jnp.int32(C), dq, dk, d_sum)
-            )
-            at = here()
-            high = d_sum.astype(BF16)
-            store(at.tiles[0], high)
-            store(at.tiles[1], d_sum - high.astype(F32))
+            if turns == 1:
+                *done, decay = in_turn(0, (empty, decay))
+            else:
+                *done, decay = lax.fori_loop(0, turns, in_turn, (*[empty] * turns, decay))
+
             if inputs.l2norm:
-                s["rows"].at[2 + at.wg][...] = jnp.sum(blocks.tile(at.q) * dq, axis=1)
-                s["rows"].at[4 + at.wg][...] = jnp.sum(blocks.tile(at.k) * dk, axis=1)
-            plgpu.commit_smem()
-            at = here()
-            later = jnp.where(at.col() >= at.row(), 1.0, 0.0).astype(BF16)
-            (d_decay,) = multiply(([(later, x) for x in at.tiles], tile))
-            refs["d_decay"].at[b, rows, head, at.columns][...] = d_decay
-            plgpu.commit_smem()
-            sync()  # E and F may be overwritten, and both halves of the inner products are there
-
-            @pl.when(span < C)
-            def _() -> None:
-                at = here()
-                pl.when(at.wg == 0)(lambda: set_middle(at, jnp.int32(C)))
+                along: list = [0.0, 0.0]
+                for turn, (dq, dk) in enumerate(done):
+                    at = here(turn)
+                    along[0] += jnp.sum(blocks.tile(at.q) * dq, axis=1)
+                    along[1] += jnp.sum(blocks.tile(at.k) * dk, axis=1)
+                s["rows"].at[2 + warpgroup][...] = along[0]
+                s["rows"].at[4 + warpgroup][...] = along[1]
                 plgpu.commit_smem()
-                sync()
-
-            at = here()
+            sync()  # E and F may be overwritten, and both halves of the inner products are there
             if inputs.l2norm:  # take out the part along q, along k
-                norm = blocks.row_vector(norms_s.at[NORM_Q]) * (1 / inputs.scale)
-                along = blocks.row_vector(s["rows"].at[2]) + blocks.row_vector(s["rows"].at[3])
-                dq = dq + blocks.tile(at.q) * blocks.by_row(along * norm * norm * -1.0, tile)
-                norm = blocks.row_vector(norms_s.at[NORM_K])
-                along = blocks.row_vector(s["rows"].at[4]) + blocks.row_vector(s["rows"].at[5])
-                dk = dk + blocks.tile(at.k) * blocks.by_row(along * norm * norm * -1.0, tile)
-            store(at.tiles[0], dq * at.norm_q)
-            store(at.tiles[1], dk * at.norm_k)
+                norm_q = blocks.row_vector(norms_s.at[NORM_Q]) * (1 / inputs.scale)
+                norm_k = blocks.row_vector(norms_s.at[NORM_K])
+                along_q = (
+                    (blocks.row_vector(s["rows"].at[2]) + blocks.row_vector(s["rows"].at[3]))
+                    * norm_q
+                    * norm_q
+                )
+                along_k = (
+                    (blocks.row_vector(s["rows"].at[4]) + blocks.row_vector(s["rows"].at[5]))
+                    * norm_k
+                    * norm_k
+                )
+            for turn, (dq, dk) in enumerate(done):
+                at = here(turn)
+                if inputs.l2norm:
+                    dq = dq - blocks.tile(at.q) * blocks.by_row(along_q, tile)
+                    dk = dk - blocks.tile(at.k) * blocks.by_row(along_k, tile)
+                target = (b, rows, head, at.columns)
+                refs["dq"].at[target][...] = (dq * at.norm_q).astype(BF16)
+                refs["dk"].at[target][...] = (dk * at.norm_k).astype(BF16)
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["qk_free"])
-            plgpu.copy_smem_to_gmem(at.tiles[0], refs["dq"].at[b, rows, head, at.columns])
-            plgpu.copy_smem_to_gmem(at.tiles[1], refs["dk"].at[b, rows, head, at.columns])
+            return decay
 
         @pl.when(warpgroup < 2)
         def _() -> None:
             plgpu.set_max_registers(232, action="increase")
             indices = SimpleNamespace(row=blocks.row_index, col=blocks.col_index)
-            pl.when(warpgroup == 0)(lambda: set_middle(indices, jnp.int32(C)))
+            pl.when(warpgroup == 0)(lambda: set_middle(indices, jnp.int32(C), s["middle"].at[0]))
             plgpu.commit_smem()
             sync()
-            lax.fori_loop(0, steps, step, None)
+            lax.fori_loop(0, steps, step, load_decay(0, 0))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 2)
