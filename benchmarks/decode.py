@@ -3,7 +3,7 @@
     python -m benchmarks.decode --contexts=1024,4096,16384,65536,262144
 
 Caches are filled as by a prompt of that length and --steps tokens are decoded from there, greedily, in one
-compiled loop. Weights are random: time and memory do not depend on them. By default 8 layers of d_model
+compiled XX of d_model
 2048 in bfloat16; the loop has them unrolled, so that more take long to compile.
 """
 
@@ -42,7 +42,7 @@ def definition(linear: str, ratio: int, layers: int, d_model: int) -> lm.Definit
     """``ratio`` linear layers to one full layer, the full one last; 0 is full attention alone."""
     kinds = ["attention" if i % (ratio + 1) == ratio else linear for i in range(layers)]
     stack = [layer(kind, d_model) for kind in kinds]
-    built = vmapped.definition(stack, d_model=d_model, vocab=32_000, mlp_hidden=8 * d_model // 3)
+    built = vmapped.definition(stack, d_model=d_model, vocab=32_000, mlp_hidden=d_model // 48 * 128)
     return dataclasses.replace(built, dtype=jnp.dtype("bfloat16"))
 
 
@@ -82,8 +82,12 @@ class Decoder(NamedTuple):
     run: Callable
 
 
+def weights(definition: lm.Definition) -> lm.Params:
+    return jax.tree.map(lambda x: x.astype(definition.dtype), lm.init(definition, jax.random.key(0)))
+
+
 def compiled(definition: lm.Definition, context: int, batch: int, steps: int) -> Decoder:
-    params = lm.shapes(definition)
+    params = jax.eval_shape(lambda: weights(definition))
     make = jax.jit(lambda params: filled(lm.merge(definition, params), batch, context, steps))
     scalars = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     cache = jax.eval_shape(make, params)
@@ -130,7 +134,7 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}: batch {flags.batch}, {flags.layers} layers, {flags.linear}")
     contexts = [int(context) for context in flags.contexts.split(",")]
     built = {ratio: definition(flags.linear, ratio, flags.layers, flags.d_model) for ratio in ratios}
-    params = {r: jax.jit(functools.partial(lm.init, built[r]))(jax.random.key(0)) for r in ratios}
+    params = {ratio: jax.jit(weights, static_argnums=0)(built[ratio]) for ratio in ratios}
     cases = [(context, ratio) for context in contexts for ratio in ratios]
     began = time.perf_counter()
     with ThreadPoolExecutor(flags.threads) as pool:

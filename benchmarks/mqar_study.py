@@ -81,6 +81,7 @@ def test_rows(test: vmapped.Data) -> int:
 
 def study(
     name: str,
+    seconds: float,
     runs: vmapped.Runs,
     flags: argparse.Namespace,
     train: vmapped.Data,
@@ -91,7 +92,7 @@ def study(
     layers, published = STUDY[name]
     print(f"{name}: {len(runs.rates)} learning rates x {len(runs.seeds)} seeds", flush=True)
     say = lambda text: print(text, flush=True)
-    result = vmapped.train(runs, train, steps=flags.steps, seconds=flags.seconds, say=say)
+    result = vmapped.train(runs, train, steps=flags.steps, seconds=seconds, say=say)
     began = time.perf_counter()
     correct_RN = vmapped.count_correct(runs, result.params, test, test_rows(test))
     labels_N = np.asarray((test.labels >= 0).sum(axis=1))
@@ -138,7 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mixers", default=";".join(STUDY), help="separated by semicolons")
+    parser.add_argument(
+        "--mixers",
+        default=";".join(STUDY),
+        help="separated by semicolons; NAME=SECONDS gives one its own time",
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of training for each mixer")
     parser.add_argument("--steps", type=int, default=20_000, help="at most")
     parser.add_argument("--batch_size", type=int, default=128, help="rows of 256 tokens")
@@ -164,14 +169,15 @@ def main() -> None:
     tests = [rows(length, pairs, scaled(1000), width, flags.vocab, "val") for length, pairs in shown]
     test, ends = vmapped.data(tests), np.cumsum([len(part["tokens"]) for part, _ in tests]).tolist()
     print(f"data: {train.tokens.shape[0]:,} rows, {time.perf_counter() - began:.0f} s, {jax.devices()[0]}")
-    names = [name.strip() for name in flags.mixers.split(";")]
+    given = [item.partition("=") for item in flags.mixers.split(";")]
+    seconds = {name.strip(): float(own or flags.seconds) for name, _, own in given}
     with ThreadPoolExecutor(flags.threads) as pool:
-        ready = {name: pool.submit(prepare, name, flags, train, test) for name in names}
+        ready = {name: pool.submit(prepare, name, flags, train, test) for name in seconds}
         results: list[dict[str, Any]] = []
-        for name in names:
+        for name in seconds:
             runs = ready[name].result()
             print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
-            results.append(study(name, runs, flags, train, test, ends))
+            results.append(study(name, seconds[name], runs, flags, train, test, ends))
             Path(flags.output).write_text(json.dumps(results, indent=1))
             print(table(results[-1:]), flush=True)
     print(table(results))
