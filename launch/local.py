@@ -22,6 +22,7 @@ from launch.grid import Run
 
 log = logging.getLogger("hybridlm")
 
+WORKER = [sys.executable, "-m", "launch.worker"]
 POLL_SECONDS = 0.5
 STOPPED = 3  # exit code of a worker that was asked to stop and saved a checkpoint
 GRACE_SECONDS = 30  # for a stopped run to save its checkpoint
@@ -94,7 +95,7 @@ class Job:
                 environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         for folder in self.folders:
             (folder / worker.ERROR).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "launch.worker", "--die_with_parent", *map(str, self.folders)]
+        command = [*WORKER, "--die_with_parent", *map(str, self.folders)]
         with (self.folders[0] / "log.txt").open("ab") as out:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, cwd=Path.cwd()

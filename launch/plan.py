@@ -17,7 +17,7 @@ from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
 from launch.grid import Run
 
-MFU = 0.4  # of the device's peak, what dense models of 340M and more reach; small ones get a fraction of it
+MFU = 0.25  # of the peak: what the 340M hybrid of docs/kernels.md reaches on an H100; small models less
 CPU = "cpu"
 
 

@@ -1,0 +1,135 @@
+"""Sweep files to points: which runs there are, what they are called, and what bad sweeps get."""
+
+from pathlib import Path
+
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import cost
+from hybridlm.errors import ConfigError
+from launch import grid, plan, sweep
+from launch.grid import Sweep, axis, zipped
+
+MQAR = "configs/mqar.py"
+SMALL = {"model.num_layers": 4, "model.d_model": 32, "model.vocab_size": 300, "mixers.full.head_dim": 16}
+
+
+def test_points_in_order_of_the_axes_and_named_by_them():
+    axes = [axis("mixer", "gla", "kda"), axis("ratio", "pure", "3:1", "full"), axis("seed", 0, 1)]
+    runs = grid.runs(Sweep(MQAR, axes, SMALL))
+    assert [run.name for run in runs] == [
+        "gla_pure_seed0", "gla_pure_seed1", "gla_3-1_seed0", "gla_3-1_seed1", "full_full_seed0",
+        "full_full_seed1", "kda_pure_seed0", "kda_pure_seed1", "kda_3-1_seed0", "kda_3-1_seed1",
+    ]  # fmt: skip
+    by_name = {run.name: run for run in runs}
+    assert cost.full_layers(by_name["kda_3-1_seed1"].config) == [3]
+    assert cost.full_layers(by_name["full_full_seed0"].config) == [0, 1, 2, 3]
+    assert by_name["kda_3-1_seed1"].config.train.seed == 1
+    assert by_name["kda_3-1_seed1"].config.mixers.kda.kind == "kda"
+
+
+def test_a_point_is_a_command_line_of_train():
+    run = grid.runs(Sweep(MQAR, [axis("ratio", "1:1"), axis("learning_rate", 1e-4)], {**SMALL, "mixer": "gla"}))[0]
+    spec, *fields = run.command()
+    overrides = dict(field.removeprefix("--config.").split("=", 1) for field in fields)
+    assert configs.resolve(configs.load(spec.removeprefix("--config="), overrides)) == run.config
+    assert run.config.optimizer.learning_rate == 1e-4
+
+
+def test_placements_and_extra_points():
+    also = [{"mixer": "gla", "ratio": "1:1", "placement": where} for where in ("0,1", "first")]
+    runs = grid.runs(Sweep(MQAR, [axis("mixer", "gla"), axis("ratio", "1:1")], SMALL, also=also))
+    assert [cost.full_layers(run.config) for run in runs] == [[1, 3], [0, 1], [0, 2]]
+
+
+def test_parts_of_the_base_zips_labels_and_filters():
+    sized = axis("size", small={"model.d_model": 32}, wide={"model.d_model": 64, "train.batch_size": 8})
+    both = zipped(axis("mixer", "kda", "gdn"), axis("ratio", "3:1", "6:1"))
+    found = Sweep("configs/hybrid.py:340m,{mixer},{ratio}", [both, sized], keep=lambda p: p["mixer"] != "kda" or p["size"][0] == "small")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"0 splits a width of 32 .* \(at mixer=kda, ratio=3:1, size=small\)"):
+        grid.runs(found)
+    heads = {f"mixers.{name}.num_heads": 2 for name in ("kda", "gdn", "full")}
+    runs = grid.runs(Sweep(found.base, found.axes, heads, keep=found.keep))
+    assert [run.name for run in runs] == ["kda_3-1_small", "gdn_6-1_small", "gdn_6-1_wide"]
+    assert runs[2].config.train.batch_size == 8 and runs[2].config.model.d_model == 64
+
+
+def test_matched_parameters_and_token_budget():
+    """Counted from the modules' shapes: no two runs differ by more than 2%, while mixers alone do by far more."""
+    axes = [axis("mixer", "gla", "hgrn2", "retnet"), axis("ratio", "pure", "1:1", "full")]
+    fields = {**SMALL, "model.d_model": 64, "mixers.retnet.v_head_dim": 96}
+    matched = plan.facts(grid.runs(Sweep(MQAR, axes, fields, match="parameters", tokens=1e6)))
+    sizes = [facts.parameters for facts in matched.values()]
+    assert max(sizes) / min(sizes) < 1.04
+    assert {facts.tokens for facts in matched.values()} == {62 * 64 * 256}  # the first whole step above 1e6
+    loose = [f.parameters for f in plan.facts(grid.runs(Sweep(MQAR, axes, fields))).values()]
+    assert max(loose) / min(loose) > 1.1
+
+
+BAD: list[tuple[str, Sweep, list[str]]] = [
+    ("no values", Sweep(MQAR, [axis("ratio")]), ["the grid has an axis without values"]),
+    ("nothing kept", Sweep(MQAR, [axis("seed", 0)], keep=lambda p: False), ["keep leaves none"]),
+    ("no field", Sweep(MQAR, [axis("mixr", "kda")]), ["axes = 'mixr'", "Did you mean 'mixer'"]),
+    ("no such field", Sweep(MQAR, [axis("train.stepz", 1)]), ["train.stepz", "Did you mean 'steps'", "train.stepz=1"]),
+    ("field twice", Sweep(MQAR, [axis("seed", 0), axis("train.seed", 1)]), ["'seed', 'train.seed'", "both set train.seed"]),
+    ("pattern twice", Sweep(MQAR, [axis("ratio", "pure"), axis("model.pattern", "kda")]), ["both set model.pattern"]),
+    ("field for all", Sweep(MQAR, [axis("seed", 0)], {"train.seed": 1}), ["also set for all points"]),
+    ("no base", Sweep("configs/mqr.py", [axis("seed", 0)]), ["configs/mqr.py", "Did you mean 'configs/mqar.py'"]),
+    ("no axis for the base", Sweep("configs/hybrid.py:340m,{mixer},3:1", [axis("seed", 0)]), ["{mixer}", "no axis"]),
+    ("no ratio", Sweep(MQAR, [axis("ratio", "3to1")], SMALL), ["ratio = '3to1'", "such as 3:1", "ratio=3to1"]),
+    ("no mixer", Sweep(MQAR, [axis("mixer", "kad")], SMALL), ["no mixer named 'kad'", "Did you mean 'kda'"]),
+    ("deeper than the stack", Sweep(MQAR, [axis("ratio", "6:1")], SMALL), ["needs at least 7 layers"]),
+    ("steps twice", Sweep(MQAR, [axis("train.steps", 1)], tokens=1e6), ["tokens already decides"]),
+    ("unmatchable", Sweep(MQAR, [axis("mixer", "kda")], {**SMALL, "mixers.kda.num_heads": 8}, match="parameters"), ["cannot bring"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "parts"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_sweep(found: Sweep, parts: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        grid.runs(found)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_zip_of_unequal_lengths():
+    with pytest.raises(ConfigError, match="must have equally many values, here"):
+        zipped(axis("seed", 0, 1), axis("ratio", "pure"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config=configs/sweeps/ratio_mqr.py"], ["Did you mean 'configs/sweeps/ratio_mqar.py'"]),
+        (["--config=configs/quickstart.py"], ["defines no function get_sweep", "train.py runs configs"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--config.train.stepz=1"], ["train.stepz", "'steps'"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--dry_run", "--device=H10"], ["--device", "'H100'"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--launcher=slurm", "--engine", "gpu=8"], ["'gpus'"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--launcher=slurm", "--engine", "gpus=two"], ["whole number"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--launcher=xpk"], ["--engine cluster", "must be given"]),
+    ],
+)  # fmt: skip
+def test_bad_command(arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    workdir = tmp_path / "sweep"
+    assert sweep.main([*arguments, f"--workdir={workdir}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message
+    for part in parts:
+        assert part in message
+    assert not workdir.exists()
+
+
+def test_a_folder_of_another_sweep_is_refused(tmp_path: Path):
+    plan.write(grid.runs(Sweep(MQAR, [axis("seed", 0)], SMALL)), tmp_path, {})
+    plan.write(grid.runs(Sweep(MQAR, [axis("seed", 0, 1)], SMALL)), tmp_path, {})  # more points are welcome
+    changed = grid.runs(Sweep(MQAR, [axis("seed", 0)], {**SMALL, "train.steps": 7}))
+    with pytest.raises(ConfigError, match=r"'seed0' with another config: train.steps: 20000 -> 7"):
+        plan.write(changed, tmp_path, {})
+
+
+def test_hours_follow_from_the_device(capsys: pytest.CaptureFixture[str]):
+    """20B tokens of a 374M transformer at 4096: 53 EFLOP, so 59.5 hours of an H100's 989 TFLOP/s at a quarter."""
+    assert plan.hours(53e18, "H100", 0.25) == pytest.approx(59.5, rel=1e-2)
+    assert sweep.main(["--config=configs/sweeps/ratio_340m.py", "--dry_run", "--device=H100", "--mfu=0.25"]) == 0
+    shown = capsys.readouterr().out
+    assert "31 runs, 620 G tokens" in shown and "3 of 24: 6, 13, 20" in shown
