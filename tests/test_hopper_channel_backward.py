@@ -19,6 +19,7 @@ from pallas_kernels.hopper.channel_tiles import Tiles
 
 BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
+SPILLS = 2000  # bytes (each counted twice) of the chunk kernel: a dozen registers around its loops
 CASES = {
     "delta": dict(),
     "delta, beta to 2, gates of -5": dict(decay=5.0, beta_max=2.0),
@@ -159,3 +160,81 @@ def check(call, do, d_state, pieces=1):
 def test_interpreted_gradients(name, capfd):
     check(*make_case(**CASES[name]))
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_interpreted_pieces(capfd):
+    """A sequence cut in two: the second reverse scan starts from what the short one found."""
+    check(*make_case(delta=False, l2norm=False, tokens=256, decay=0.1), pieces=2)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_finest_is_what_the_forward_finds():
+    from pallas_kernels.hopper import channel_tiles
+
+    call, _, _ = make_case(tokens=128, decay="extreme")
+    for log_decay in (call.log_decay, 0.1 * call.log_decay.clip(-5), 5.0 * call.log_decay.clip(-1)):
+        changed = dataclasses.replace(call, log_decay=log_decay, interpret=True)
+        norms = channel_tiles.channel_tiles(inputs.prepare(changed), keep=True).norms
+        np.testing.assert_array_equal(norms[..., channel_tiles.SPAN, :], make_tiles(changed).norms[..., 2, :])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_on_gpu(name, dim):
+    from pallas_kernels import hopper
+
+    call, do, d_state = make_case(**{"tokens": 512} | CASES[name] | {"dim": dim})
+    _, _, want, _ = expect(call, do, d_state)
+    names = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
+    leaves = {field: getattr(call, field) for field in names if getattr(call, field) is not None}
+    attend = lambda leaves: hopper.linear_attention(dataclasses.replace(call, **leaves))
+    vjp = jax.jit(lambda leaves, *d: jax.vjp(attend, leaves)[1](d)[0])
+    got, again = vjp(leaves, do, d_state), vjp(leaves, do, d_state)
+    for field in leaves:
+        assert relative_error(got[field], want[names[field]]) < 2 * TOLERANCE[field], field
+        assert jnp.array_equal(got[field], again[field]), field
+
+
+SHAPES = {  # B, T, H, HV, K, V, delta, documents, pieces
+    "kda": (8, 4096, 16, 16, 128, 128, True, False, 1),
+    "gla, in pieces": (1, 65536, 4, 8, 64, 128, False, True, 8),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_without_spills(shape):
+    B, T, H, HV, K, V, delta, documents, pieces = SHAPES[shape]
+    f32, n = jnp.float32, T // 64
+    struct = jax.ShapeDtypeStruct
+    keys, square = struct((B, T, HV, K), BF16), struct((B, HV, T, 64), BF16)
+    arrays = dict(
+        q=struct((B, T, H, K), BF16),
+        k=struct((B, T, H, K), BF16),
+        v=struct((B, T, HV, V), BF16),
+        log_decay=struct((B, T, HV, K), f32),
+        beta=struct((B, HV, T), f32) if delta else None,
+        segment=struct((B, T), f32) if documents else None,
+        entering=struct((B, T), f32) if documents else None,
+        state=None,
+    )
+    tiles = Tiles(keys, keys, struct((B, HV, n, K), f32), square, norms=struct((B, HV, n, 3, 64), f32))
+    if delta:
+        tiles = tiles._replace(read_k=keys, inverses=square)
+    values = struct((B, T, HV, V), BF16)
+    saved = channel.ChannelSaved(
+        tiles,
+        struct((B, HV, n, V, K), BF16),
+        values if delta else None,
+        struct((B, pieces, HV, *(K,) * (1 + delta)), f32) if pieces > 1 else None,
+    )
+
+    def gradients(arrays, saved, do):
+        prepared = inputs.Inputs(**arrays, scale=K**-0.5, l2norm=delta, interpret=False)
+        return channel_backward.channel_gradients(prepared, saved, do, None)
+
+    report = hopper_aot.compile_for_hopper(gradients, arrays, saved, values)
+    assert len(report) == 2 + (pieces > 1), report
+    for kernel in report:
+        assert kernel.spills <= (SPILLS if "gradients" in kernel.name else 0), report

@@ -1,5 +1,7 @@
 """The backward pass with a decay per key channel: a reverse scan, then all chunks at once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -37,6 +39,8 @@ def channel_gradients(
         pieces = saved.moves.shape[1]
         *_, alone = reverse_scan(inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True)
         d_state = chain(saved.moves, alone, d_state, reverse=True)
+    state_gradients: Any
+    dv: Any
     state_gradients, dv, first = reverse_scan(
         inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces
     )
@@ -60,7 +64,7 @@ def channel_gradients(
         return grouped.sum(3).astype(x.dtype)[:, :tokens]
 
     d_beta = None
-    if delta:
+    if inputs.beta is not None:
         d_beta = jnp.swapaxes(error / (inputs.beta * inputs.beta), 1, 2)[:, :tokens]
     return Gradients(
         over_group(dq),
