@@ -30,6 +30,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack t
 State = dict[str, Any]
 
 ITEMS = ("params", "opt_state", "step", "run")  # of a training state
+COMMITTED = "commit_success.txt"  # to Orbax a directory without it is no checkpoint
 HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 CHUNK_BYTES = 1 << 25  # on disk, of arrays that are written in pieces
 COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own
@@ -129,6 +130,7 @@ class Checkpoints:
             self._intact,
         ):
             self.manager.save(step, args=args, metrics=scores, force=True)
+            self._clear_marks()
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record that was saved with ``step``; RunError when the checkpoint is damaged."""
@@ -204,6 +206,7 @@ class Checkpoints:
         with translated(self.directory, what, self._intact):
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
+            self._clear_marks()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -222,8 +225,17 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Called by Orbax when all files of a save are written and the directory has not got its name yet."""
-        for written in self.directory.glob(HALF_WRITTEN) if self.filling is None else ():
-            seal.write(written)
+        for written in self.directory.glob(HALF_WRITTEN):
+            for mark in written.glob(f"*/{COMMITTED}"):
+                mark.write_text("committed\n")
+            if self.filling is None:
+                seal.write(written)
+
+    def _clear_marks(self) -> None:
+        """Orbax writes the path of a checkpoint into it, and with it the user's name; it reads it nowhere."""
+        for mark in self.directory.glob(f"[0-9]*/{COMMITTED}") if jax.process_index() == 0 else ():
+            if mark.stat().st_size > len("committed\n"):
+                mark.write_text("committed\n")
 
     def _verify(self, step: int) -> None:
         """RunError when the files of ``step`` are not what was written; each step is read once for this."""
@@ -304,6 +316,8 @@ def damage(path: Path) -> str | None:
         if problem := seal.damage(path):
             return problem
         json.loads((path / "_CHECKPOINT_METADATA").read_bytes())
+        if not (path / COMMITTED).exists():
+            return f"{COMMITTED} is missing"
         if not (path / seal.NAME).exists():
             log.info("%s: has no %s; reading it whole", path, seal.NAME)
             for item in ITEMS:

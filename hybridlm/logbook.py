@@ -29,6 +29,9 @@ log = logging.getLogger("hybridlm")
 
 PLAIN_LINES = 20  # progress lines of a whole run when the output is no terminal
 
+# W&B would record who ran the program where: command line, paths, host, account, git remote.
+PRIVATE = {"x_disable_meta": True, "disable_git": True, "program": "train.py", "host": "host"}
+
 Metrics = dict[str, Any]
 
 
@@ -170,7 +173,7 @@ class Tracker:
                 mode=mode,
                 id=run_id(workdir),
                 resume="allow",
-                settings=wandb.Settings(silent=mode == "offline", console="off"),
+                settings=wandb.Settings(silent=mode == "offline", console="off", **PRIVATE),
             )
         except (
             Exception

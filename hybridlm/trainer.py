@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,7 @@ from hybridlm.watch import Watch
 
 log = logging.getLogger("hybridlm")
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # on a CPU the bits are the same anyway
 Metrics = dict[str, Any]
 Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, params, tokenizer, step)
 
@@ -120,8 +122,10 @@ class Run:
         start, saved = self.choose(resume)
         write_json(self.workdir / "config.json", self.record["config"])
         write_json(self.workdir / "layers.json", self.record["layers"])
-        self.train_data.verify(jax.process_index(), jax.process_count())
+        for dataset in (self.train_data, self.val_data):
+            dataset.verify(jax.process_index(), jax.process_count())
 
+        self.say_determinism()
         self.program = build(config, self.definition, self.mesh, self.train_data.token_bytes)
         state = self.begin(start)
         with logbook.Logbook(self.workdir, config, start=start) as self.book:
@@ -140,6 +144,12 @@ class Run:
             elif not metrics:  # resumed a run that was finished: only its summary is wanted
                 metrics = self.validate(state["params"], steps) | self.sample(state["params"])
         return metrics
+
+    def say_determinism(self) -> None:
+        if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+            log.info(
+                "two runs may differ in the last bits here: for equal ones set XLA_FLAGS=%s", DETERMINISTIC
+            )
 
     def choose(self, resume: str) -> tuple[int, dict[str, Any]]:
         """The step to start from, 0 for a new run, and what was recorded there."""
@@ -200,8 +210,6 @@ class Run:
                     metrics = self.finish(step, state, metrics)
                 elif due(step, config.log.every_steps):
                     self.book.write(step, metrics)
-                if step == steps:
-                    self.train_data.verified()
                 if step == steps or due(step, config.checkpoint.every_steps):
                     self.save(step, state, metrics)
                 clock.restart()
@@ -245,6 +253,8 @@ class Run:
         raise Stopped(f"stopped by {reason} with a complete checkpoint at step {step}")
 
     def save(self, step: int, state: State, metrics: Metrics, more: dict[str, Any] | None = None) -> None:
+        for dataset in (self.train_data, self.val_data):
+            dataset.verified()  # no checkpoint holds what was learnt from damaged data
         record = self.record | {"step": step, "skipped": self.watch.counts} | (more or {})
         self.saves.save(step, state, record, metrics)
 

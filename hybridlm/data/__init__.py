@@ -68,7 +68,7 @@ class Dataset:
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Starts to hold the stored files against their checksums in the background: each ``parts``-th one.
 
-        A run need not wait for terabytes to be read: the first batch after a damaged file was found raises.
+        Training need not wait for terabytes to be read: the next batch after a damaged file was found raises.
         """
 
         def read() -> None:
@@ -103,9 +103,11 @@ class Dataset:
 
         stop = self.num_batches if self.num_batches is not None else 1 << 62
         steps = grain.MapDataset.range(start_step, max(stop, start_step))
-        return iter(
-            steps.map(self.batch).to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
-        )
+        options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+        try:
+            yield from steps.map(self.batch).to_iter_dataset(options)
+        except RunError as error:  # Grain adds lines about itself
+            raise RunError(str(error).partition("\n")[0]) from None
 
     def held_out_bytes(self, num_batches: int | None = None) -> bytes:
         """The text that the loss of the first ``num_batches`` batches (None: all) is computed on, row by row.
