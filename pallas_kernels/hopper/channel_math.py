@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks
@@ -35,14 +36,24 @@ def store_parts(log_decay: jax.Array, high: Any, low: Any, *, interpret: Any) ->
     blocks.store(low, (steps - part.astype(F32)).astype(F16), interpret=interpret)
 
 
-def up_to() -> jax.Array:
-    """Row i sums the tokens t <= i of the chunk."""
-    return _flags(blocks.col_index() <= blocks.row_index(), 1.0)
+def hidden_zero(reach: Any) -> jax.Array:
+    """0, which the compiler cannot know: `reach` is a shared-memory vector of numbers that are not negative.
+
+    Added to indices it keeps addresses and masks from being hoisted into registers. Added to a mask that is a
+    left operand it is needed: registers that the compiler knows to be constant reach wgmma wrong (seen on
+    hardware, ptxas of CUDA 13.0).
+    """
+    return jnp.where(reach[0] < 0.0, 1, 0)
 
 
-def after() -> jax.Array:
+def up_to(zero: jax.Array) -> jax.Array:
+    """Row i sums the tokens t <= i of the chunk; zero: a `hidden_zero`."""
+    return _flags(blocks.col_index() <= blocks.by_row(_row() + zero), 1.0)
+
+
+def after(zero: jax.Array) -> jax.Array:
     """Row i sums the tokens t > i of the chunk."""
-    return _flags(blocks.col_index() > blocks.row_index(), 1.0)
+    return _flags(blocks.col_index() > blocks.by_row(_row() + zero), 1.0)
 
 
 def from_middle(size: jax.Array) -> jax.Array:
@@ -94,3 +105,19 @@ def next_size(size: jax.Array, reach: Any) -> jax.Array:
     ends = [reach[i] for block in range(0, C, 16) for i in (block, block + 15)]
     done = (functools.reduce(jnp.maximum, ends) <= RANGE) & (size >= 16)
     return jnp.where(done, 0, size >> 1)
+
+
+def any_row(x: jax.Array, *, interpret: Any) -> jax.Array:
+    """A row of a tile [C, C] whose rows are alike, as a number per column; no exchange between threads."""
+    if interpret:
+        return x[0]
+
+    @plgpu.inline_mgpu(
+        arg_types=(blocks.WGMMA,), return_type=plgpu.ShapeDtypeStruct((C,), x.dtype, layout=blocks.COLS)
+    )
+    def take(_: Any, tile: Any) -> Any:
+        layout = blocks.COLS.to_mgpu()
+        first = tile.registers[0, :, 0, 0, 0].reshape(layout.registers_shape((C,)))
+        return mgpu.FragmentedArray(_registers=first, _layout=layout, _is_signed=None)
+
+    return take(x)

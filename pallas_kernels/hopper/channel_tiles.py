@@ -98,8 +98,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
 
         def level(carried: tuple) -> tuple:
             size, _, *old = carried
-            # Always 0, which the compiler cannot know: addresses do not stay in registers through the loop.
-            zero = jnp.where(s["reach"][0] < 0.0, 1, 0)
+            zero = channel_math.hidden_zero(s["reach"])
             slots = [half + zero for half in range(halves)]
             parts = [(parts_s.at[half, 0], parts_s.at[half, 1]) for half in slots]
             middle = channel_math.from_middle(size)
@@ -155,17 +154,19 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
 
         blocks.store(scores_s, finish(found[0], norm_q).astype(BF16), interpret=interpret)
 
+        zero = channel_math.hidden_zero(s["reach"])
+        up_to, after = channel_math.up_to(zero), channel_math.after(zero)
         for half in range(halves):
-            (total,) = channel_math.sums(channel_math.up_to(), parts[half : half + 1], interpret=interpret)
+            (total,) = channel_math.sums(up_to, parts[half : half + 1], interpret=interpret)
             decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
-            last = jnp.where(blocks.row_index() == C - 1, decay, 0.0)
-            s["carry"].at[pl.ds(half * C, C)][...] = jnp.sum(last, axis=0) * carry
             q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * decay
             blocks.store(q_s.at[half], q.astype(BF16), interpret=interpret)
             if delta:
                 seen = k * blocks.by_row(norm_k * read) * decay
                 blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
-            (later,) = channel_math.sums(channel_math.after(), parts[half : half + 1], interpret=interpret)
+            (later,) = channel_math.sums(after, parts[half : half + 1], interpret=interpret)
+            end = channel_math.any_row(total + later, interpret=interpret)
+            s["carry"].at[pl.ds(half * C, C)][...] = jnp.exp2(end) * carry
             written = k * blocks.by_row(norm_k * write) * jnp.exp2(later)
             blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
         plgpu.commit_smem()
