@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,3 +186,58 @@ def test_kill_and_resume_equals_an_uninterrupted_run(finished, tmp_path):
     trainer.train(config, tmp_path, resume="auto")
     assert tiny.lines(tmp_path) == tiny.lines(whole), f"killed {pause:.4f} s after line {count}"
     assert before == tiny.lines(whole)[: len(before)]
+
+
+def test_resumption_keeps_to_the_data_when_the_split_and_the_schedule_change(text, tmp_path):
+    """Six steps, then nine in two microbatches: as nine steps without an interruption."""
+    fields = {"model__pattern": "retnet", "optimizer__schedule": "constant", "checkpoint__every_steps": 6}
+    whole = resolved(text, train__steps=9, **fields)
+    trainer.train(whole, tmp_path / "whole")
+    trainer.train(resolved(text, train__steps=6, **fields), tmp_path / "run")
+    trainer.train(resolved(text, train__steps=9, train__microbatches=2, **fields), tmp_path / "run")
+    lines, expected = tiny.lines(tmp_path / "run"), tiny.lines(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for one, other in zip(lines, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_checkpoint_from_before_a_field_existed_resumes(finished, tmp_path, caplog):
+    """A field that an older version did not know has its default there: nothing has changed."""
+    whole, _, config = finished
+    shutil.copytree(whole, tmp_path / "old")
+    checkpoint = tmp_path / "old" / "checkpoints" / "40"
+    (checkpoint / "SHA256SUMS").unlink()  # nor did it know seals
+    path = checkpoint / "run" / "metadata"
+    record = json.loads(path.read_text())
+    del record["config"]["model"]["post_norm"], record["config"]["train"]["max_skipped"]
+    path.write_text(json.dumps(record))
+    with caplog.at_level("INFO", "hybridlm"):
+        trainer.train(config, tmp_path / "old", resume="must")
+    assert "has no SHA256SUMS; reading it whole" in caplog.text and "with a change" not in caplog.text
+    bigger = config.to_dict()
+    bigger["model"].update(d_model=32, post_norm=("retnet",))
+    with pytest.raises(ConfigError, match=r"model.d_model: 16 -> 32; model.post_norm: \[\] -> \['retnet'\]"):
+        trainer.train(configs.resolve(ConfigDict(bigger)), tmp_path / "old")
+
+
+def test_training_and_sampling_twice_give_the_same_bits(finished, tmp_path):
+    whole, _, config = finished
+    trainer.train(config, tmp_path)
+    assert tiny.lines(tmp_path) == tiny.lines(whole)
+
+
+def test_a_backend_that_may_differ_says_so(caplog, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with caplog.at_level("INFO", "hybridlm"):
+        trainer.Run.say_determinism(None)
+        monkeypatch.setenv("XLA_FLAGS", trainer.DETERMINISTIC)
+        trainer.Run.say_determinism(None)
+    assert caplog.text.count("two runs may differ in the last bits here") == 1
+
+
+def test_an_imported_model_is_no_run(finished, tmp_path):
+    _, _, config = finished
+    with Checkpoints(tmp_path / "checkpoints") as saves:
+        saves.save(0, {"params": {"w": np.ones(3, np.float32)}}, {"step": 0}, {})
+    with pytest.raises(ConfigError, match=r"holds an imported model, not a run.*--config.init_from="):
+        trainer.train(config, tmp_path)
