@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,3 +66,51 @@ def arguments(folder: Path, workdir: Path, **fields: object) -> list[str]:
     path = folder / "given.json"
     path.write_text(configs.to_json(configs.resolve(tiny.config(f"{folder}/*.txt", **fields))))
     return [f"--config={path}", f"--workdir={workdir}"]
+
+
+CASES = ((2, 1, 2), (2, 0, 1), (4, 2, 2), (2, 1, 4), (4, 0, 4))  # processes, the one killed, processes after
+FIELDS = {
+    "model__pattern": "retnet", "optimizer__learning_rate": 1e-3, "train__steps": 24,
+    "checkpoint__every_steps": 5, "eval__every_steps": 7, "log__every_steps": 2,
+}  # fmt: skip
+
+
+def main() -> None:
+    """One row a case: killed after at least 8 lines, all ended, resumed, compared with an undisturbed run."""
+    print(
+        "| processes | killed | all ended after | who says so | then | steps | largest difference of losses |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        tiny.write_text(folder)
+        assert finish(start(1, arguments(folder, folder / "whole", **FIELDS), folder / "logs")) == [0]
+        whole = tiny.lines(folder / "whole")
+        for number, (before, victim, after) in enumerate(CASES):
+            workdir, logs = folder / f"run{number}", folder / f"logs{number}"
+            given = arguments(folder, workdir, **FIELDS)
+            running = start(before, given, logs)
+            await_lines(workdir, 8, running)
+            running[victim].kill()
+            began = time.monotonic()
+            codes = finish(running, 60)
+            seconds = time.monotonic() - began
+            others = [index for index in range(before) if index != victim]
+            assert all(codes[index] == 1 for index in others), codes
+            said = f"error: process {victim}"
+            naming = [index for index in others if said in (logs / str(index)).read_text()]
+            assert finish(start(after, given, logs)) == [0] * after
+            lines = tiny.lines(workdir)
+            assert [line["step"] for line in lines] == [line["step"] for line in whole]
+            worst = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(lines, whole, strict=True))
+            print(
+                f"| {before} | {victim} | {seconds:.1f} s | {len(naming)} of {len(others)} | {after} "
+                f"| the same {len(lines)} | {worst:.1e} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
