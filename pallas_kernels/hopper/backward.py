@@ -24,12 +24,13 @@ CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in tur
 class Saved(NamedTuple):
     """What the forward keeps beside its inputs; T is padded to whole chunks.
 
-    gates: [B, HV, T/C, 8, C] float32, see blocks.  states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
-    inverses: A [B, HV, T, C] bf16, values: V' [B, T, HV, V] bf16; both None if additive.
+    states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
+    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses A [B, HV, T, C] bf16, values V'
+    [B, T, HV, V] bf16.
     moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
     """
 
-    gates: jax.Array
+    gates: jax.Array | None
     states: jax.Array
     inverses: jax.Array | None = None
     values: jax.Array | None = None
@@ -92,10 +93,10 @@ def _additive(
     """dq, dk, dv, dlog_decay [B, HV, T], dS_0^T."""
     count = choice.pieces
     if count > 1:
-        scan = functools.partial(reverse_scan, inputs, saved.gates, None, do, None)
+        scan = functools.partial(reverse_scan, inputs, None, None, do, None)
         *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True)
         d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True)
-    *out, first = additive_gradients(inputs, saved.gates, saved.states, do, d_state, pieces=count)
+    *out, first = additive_gradients(inputs, saved.states, do, d_state, pieces=count)
     return *out, first[::count]
 
 
@@ -103,7 +104,7 @@ def _delta(
     inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, choice: table.Choice
 ) -> tuple:
     """dq, dk, dv, dlog_decay and dbeta [B, HV, T], dS_0^T."""
-    assert saved.inverses is not None and saved.values is not None
+    assert saved.gates is not None and saved.inverses is not None and saved.values is not None
     scan = functools.partial(
         reverse_scan, inputs, saved.gates, saved.inverses, do, value_tile=choice.value_tile
     )

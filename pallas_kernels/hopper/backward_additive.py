@@ -21,8 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks, chunk_math
-from pallas_kernels.hopper.blocks import CARRY, F32, NORM_K, NORM_Q, READ_Q, SUM, WRITE, C
-from pallas_kernels.hopper.inputs import Inputs
+from pallas_kernels.hopper.blocks import CARRY, F32, NORM_K, NORM_Q, READ_Q, WRITE, C
+from pallas_kernels.hopper.gates import write_gates
+from pallas_kernels.hopper.inputs import Inputs, Vectors
 
 BF16 = jnp.bfloat16
 SMEM_BYTES = 227 * 1024
@@ -32,7 +33,6 @@ REGISTERS = {1: (208, 232, 40), 2: (144, 200, 24)}
 
 def additive_gradients(
     inputs: Inputs,
-    gates: jax.Array,
     states: jax.Array,
     do: jax.Array,
     d_state: jax.Array | None,
@@ -48,20 +48,21 @@ def additive_gradients(
     value_heads, value_dim = inputs.v.shape[2:]
     chunks, tiles = length // C, value_dim // C
     count = chunks // pieces
-    documents, decays = inputs.segment is not None, inputs.log_decay is not None
+    decays = inputs.log_decay is not None
     interpret = inputs.interpret
     shape, over = (C, key_dim), range(tiles)
     registers = REGISTERS[tiles]
 
-    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, do=do, gates=gates, states=states)
-    arrays |= dict(segment=inputs.segment, last=d_state)
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, do=do, states=states, last=d_state)
+    vectors = Vectors(inputs, ("log_decay", "segment", "entering"))
+    arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays, strict=True)}
     arrays = {name: value for name, value in arrays.items() if value is not None}
     keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
     results = dict(dq=keys, dk=keys, dv=jax.ShapeDtypeStruct(inputs.v.shape, BF16))
     if decays:
         results |= dict(d_log=jax.ShapeDtypeStruct((batch, value_heads, length), F32))
     results |= dict(first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32))
-    stage = 2 * 2 * C * (key_dim + value_dim) + 9 * 4 * C
+    stage = 2 * 2 * C * (key_dim + value_dim) + 3 * 4 * C
     fixed = 2 * (2 * tiles * C * key_dim + 2 * C * C) + 6 * 1024
     stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
     scratch = dict(
@@ -69,21 +70,22 @@ def additive_gradients(
         k_s=blocks.smem((stages, C, key_dim), BF16),
         v_s=blocks.smem((stages, tiles, C, C), BF16),
         do_s=blocks.smem((stages, tiles, C, C), BF16),
-        gate_s=plgpu.SMEM((stages, 8, C), F32),
-        segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
+        vectors_s=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
+        gate_s=plgpu.SMEM((8, C), F32),
+        zero_s=plgpu.SMEM((tiles + 1, C), F32),
         h_s=blocks.smem((tiles, C, key_dim), BF16),
         g_s=blocks.smem((tiles, C, key_dim), BF16),
         pairs_s=blocks.smem((2, C, C), BF16),  # P, E
         kept_s=plgpu.SMEM((2, tiles, C), F32) if decays else None,
         sums_s=plgpu.SMEM((3, C), F32) if decays else None,
-        filled=plgpu.Barrier(num_arrivals=3 + documents + 2 * tiles, num_barriers=stages),
+        filled=plgpu.Barrier(num_arrivals=2 + len(vectors) + 2 * tiles, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
         h_filled=plgpu.Barrier(num_arrivals=tiles),
         h_free=plgpu.Barrier(num_arrivals=1 + tiles * decays),
         g_ready=plgpu.Barrier(num_arrivals=tiles),  # dS is in g_s
-        p_ready=plgpu.Barrier(),
+        p_ready=plgpu.Barrier(),  # P is in pairs_s, and gate_s is written
         taken=plgpu.Barrier(),  # v_s and g_s have been read
-        stepped=plgpu.Barrier(num_arrivals=tiles),  # q_s, k_s, P have been read, kept_s is written
+        stepped=plgpu.Barrier(num_arrivals=tiles),  # q_s, k_s, P, gate_s have been read, kept_s is written
         done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
     scratch = {name: value for name, value in scratch.items() if value is not None}
@@ -97,9 +99,13 @@ def additive_gradients(
         def rows(i: Any) -> Any:
             return pl.ds((last - i) * C, C)
 
-        def opaque_zero(gate_s: Any) -> jax.Array:
+        def hide_zero() -> None:
+            s["zero_s"].at[wg][...] = plgpu.layout_cast(jnp.zeros((C,), F32), blocks.ROWS)
+            plgpu.commit_smem()
+
+        def hidden_zero() -> jax.Array:
             """0, unknown to the compiler: else it lifts every descriptor out of the loop, and spills."""
-            return (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
+            return (s["zero_s"][wg, 0] < -1.0).astype(jnp.int32)
 
         def release(i: Any) -> None:
             """Chunk i's results have left: its buffers may be filled again."""
@@ -108,6 +114,7 @@ def additive_gradients(
 
         def hold_state() -> None:
             columns = pl.ds(wg * C, C)
+            hide_zero()
             if d_state is None:
                 g = blocks.zeros(shape)
             else:
@@ -115,14 +122,14 @@ def additive_gradients(
 
             def step(i: Any, g: jax.Array) -> jax.Array:
                 slot = blocks.rem(i, stages)
-                q_s, k_s, gate_s = (s[name].at[slot] for name in ("q_s", "k_s", "gate_s"))
+                q_s, k_s, gate_s = s["q_s"].at[slot], s["k_s"].at[slot], s["gate_s"]
                 by_token = lambda row: blocks.by_col(blocks.col_vector(gate_s.at[row]))
                 blocks.store(s["g_s"].at[wg], g.astype(BF16), interpret=interpret)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["g_ready"])
                 pl.when(i > 0)(lambda: release(i - 1))
                 plgpu.barrier_wait(s["filled"].at[slot])
-                zero = opaque_zero(gate_s)
+                zero = hidden_zero()
                 if decays:
                     plgpu.barrier_wait(s["h_filled"])
                     kept = None
@@ -131,10 +138,11 @@ def additive_gradients(
                         part = jnp.sum(g[:, first : first + C] * h, axis=1)
                         kept = part if kept is None else kept + part
                     s["kept_s"].at[blocks.rem(i, 2), wg][...] = kept
-                dv = blocks.matmul((s["g_s"].at[wg + zero], k_s.T), interpret=interpret) * by_token(WRITE)
+                dv = blocks.matmul((s["g_s"].at[wg + zero], k_s.T), interpret=interpret)
                 do_t = s["do_s"].at[slot, wg].T
-                read_t = (blocks.tile(do_t) * by_token(READ_Q)).astype(BF16)
                 plgpu.barrier_wait(s["p_ready"])
+                dv = dv * by_token(WRITE)
+                read_t = (blocks.tile(do_t) * by_token(READ_Q)).astype(BF16)
                 dv, g = blocks.matmul(
                     (do_t, s["pairs_s"].at[zero], dv),
                     (read_t, q_s, g * gate_s[CARRY, 0]),
@@ -160,17 +168,16 @@ def additive_gradients(
             return chunk_math.sums_of_products(*sums, interpret=interpret)
 
         def pairs(slot: Any, scores: jax.Array, raw: jax.Array) -> None:
-            """P and E to pairs_s."""
-            gate_s = s["gate_s"].at[slot]
-            segment = None
-            if documents:
-                ids = s["segment_s"].at[slot]
-                segment = blocks.row_vector(ids), blocks.col_vector(ids)
-            sums = blocks.row_vector(gate_s.at[SUM]), blocks.col_vector(gate_s.at[SUM])
+            """gate_s; P and E to pairs_s."""
+            numbers = s["vectors_s"].at[slot] if len(vectors) else None
+            norm_q, sums, segment = write_gates(
+                inputs, vectors, numbers, s["gate_s"],
+                q=s["q_s"].at[slot], k=s["k_s"].at[slot], every=inputs.l2norm,
+            )  # fmt: skip
             decay = blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
-            decay *= blocks.by_row(blocks.row_vector(gate_s.at[NORM_Q]))
+            decay *= blocks.by_row(norm_q)
             if inputs.l2norm:
-                decay *= blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+                decay *= blocks.by_col(blocks.col_vector(s["gate_s"].at[NORM_K]))
             blocks.store(s["pairs_s"].at[0], (scores * decay).astype(BF16), interpret=interpret)
             blocks.store(s["pairs_s"].at[1], (raw * decay).astype(BF16), interpret=interpret)
 
@@ -182,7 +189,7 @@ def additive_gradients(
             kept = [blocks.col_vector(s["kept_s"].at[blocks.rem(i, 2), j]) for j in over]
             end = blocks.col_vector(sums_s.at[1]) + sum(kept[1:], kept[0]) * gate_s[CARRY, 0]
             own = blocks.col_vector(sums_s.at[0])
-            sums_s.at[2][...] = chunk_math.log_decay_gradient(own, end, opaque_zero(gate_s))
+            sums_s.at[2][...] = chunk_math.log_decay_gradient(own, end, hidden_zero())
 
         def finish(d: jax.Array, x_s: Any, gate_s: Any, row: int, factor: float) -> tuple[jax.Array, Any]:
             """The gradient of x, for l2norm without its part along x, in bf16; inner products x_i.d_i."""
@@ -195,11 +202,12 @@ def additive_gradients(
             return d.astype(BF16), along
 
         def make_gradients() -> None:
+            hide_zero()
+
             def step(i: Any, none: None) -> None:
                 slot = blocks.rem(i, stages)
-                q_s, k_s, v_s, do_s, gate_s = (
-                    s[name].at[slot] for name in ("q_s", "k_s", "v_s", "do_s", "gate_s")
-                )
+                q_s, k_s, v_s, do_s = (s[name].at[slot] for name in ("q_s", "k_s", "v_s", "do_s"))
+                gate_s = s["gate_s"]
                 by_token = lambda row: blocks.by_row(blocks.row_vector(gate_s.at[row]), shape)
                 plgpu.barrier_wait(s["filled"].at[slot])
                 raw = [(do_s.at[j], v_s.at[j].T) for j in over]
@@ -208,7 +216,7 @@ def additive_gradients(
                 plgpu.barrier_arrive(s["p_ready"])
                 pl.when(i > 0)(lambda: release(i - 1))
                 plgpu.barrier_wait(s["g_ready"])
-                zero = opaque_zero(gate_s)
+                zero = hidden_zero()
                 e_s = s["pairs_s"].at[zero + 1]
                 (dk,) = multiply(([(v_s.at[j], s["g_s"].at[zero + j]) for j in over], shape))
                 plgpu.commit_smem()
@@ -247,9 +255,9 @@ def additive_gradients(
             copy = lambda source, name: plgpu.copy_gmem_to_smem(source, s[name].at[slot], barrier)
             copy(refs["k"].at[b, rows(i), key_head], "k_s")
             copy(refs["q"].at[b, rows(i), key_head], "q_s")
-            copy(refs["gates"].at[b, head, last - i], "gate_s")
-            if documents:
-                copy(refs["segment"].at[b, rows(i)], "segment_s")
+            if len(vectors):
+                sources = [refs["in_" + name] for name in vectors.names]
+                vectors.copy(sources, s["vectors_s"].at[slot], barrier, b, head, rows(i))
             for name in ("do", "v"):
                 for j in over:
                     source = refs[name].at[b, rows(i), head, pl.ds(j * C, C)]

@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks
 from pallas_kernels.hopper.blocks import BETA, CARRY, F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
-from pallas_kernels.hopper.inputs import Inputs
+from pallas_kernels.hopper.gates import write_gates
+from pallas_kernels.hopper.inputs import Inputs, Vectors
 
 AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
 SMEM_BYTES = 227 * 1024
@@ -30,7 +31,7 @@ REGISTERS = {1: (232, 232, 40), 2: (184, 120, 24)}
 
 def reverse_scan(
     inputs: Inputs,
-    gates: jax.Array,
+    gates: jax.Array | None,
     inverses: jax.Array | None,
     do: jax.Array,
     d_state: jax.Array | None,
@@ -41,8 +42,9 @@ def reverse_scan(
 ) -> tuple[Any, Any, jax.Array]:
     """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T before each piece, float32.
 
-    do: [B, T, HV, V] bf16.  d_state: dS^T after each piece [B * pieces, HV, V, K] float32, or None.
-    summary: only the last result, None for the others.
+    gates: what the forward saved; None (additive, summary) to make them here.  do: [B, T, HV, V] bf16.
+    d_state: dS^T after each piece [B * pieces, HV, V, K] float32, or None.  summary: only the last result,
+    None for the others.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -57,21 +59,25 @@ def reverse_scan(
     interpret = inputs.interpret
     bf16 = jnp.bfloat16
 
+    vectors = Vectors(inputs, ("log_decay", "segment", "entering") if gates is None else ())
+
     stage = 2 * ((1 + chained) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
     fixed = 2 * (AHEAD * C * C + tiles * C * C + tiles * C * key_dim) + 8 * 1024
     stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
 
+    loads = 1 + chained + tiles + delta + documents + (len(vectors) if gates is None else 1)
     scratch = dict(
         q_s=blocks.smem((stages, C, key_dim), bf16),
         k_s=blocks.smem((stages, C, key_dim), bf16) if chained else None,
         do_s=blocks.smem((stages, tiles, C, C), bf16),
         a_s=blocks.smem((stages, C, C), bf16) if delta else None,
         gate_s=plgpu.SMEM((stages, 8, C), F32),
+        vectors_s=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
         segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
         p_s=blocks.smem((AHEAD, C, C), bf16) if chained else None,
         dv_s=blocks.smem((tiles, C, C), bf16) if output else None,
         g_s=blocks.smem((tiles, C, key_dim), bf16) if output else None,
-        filled=plgpu.Barrier(num_arrivals=2 + chained + tiles + delta + documents, num_barriers=stages),
+        filled=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
         p_ready=plgpu.Barrier(num_barriers=AHEAD),
         p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
@@ -81,7 +87,9 @@ def reverse_scan(
 
     def body(*refs: Any, **s: Any) -> None:
         rest = list(refs)
-        q_ref, do_ref, gates_ref = (rest.pop(0) for _ in range(3))
+        q_ref, do_ref = (rest.pop(0) for _ in range(2))
+        gates_ref: Any = rest.pop(0) if gates is not None else None
+        vector_refs = [rest.pop(0) for _ in vectors.arrays]
         k_ref: Any = rest.pop(0) if chained else None
         a_ref: Any = rest.pop(0) if delta else None
         segment_ref: Any = rest.pop(0) if documents else None
@@ -98,7 +106,10 @@ def reverse_scan(
             if chained:
                 plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], s["k_s"].at[slot], barrier)
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], s["q_s"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(gates_ref.at[b, head, n], s["gate_s"].at[slot], barrier)
+            if gates is not None:
+                plgpu.copy_gmem_to_smem(gates_ref.at[b, head, n], s["gate_s"].at[slot], barrier)
+            if len(vectors):
+                vectors.copy(vector_refs, s["vectors_s"].at[slot], barrier, b, head, rows)
             for tile in range(tiles):
                 columns = pl.ds(value_block * value_tile + tile * C, C)
                 plgpu.copy_gmem_to_smem(do_ref.at[b, rows, head, columns], s["do_s"].at[slot, tile], barrier)
@@ -181,6 +192,9 @@ def reverse_scan(
                     scores *= blocks.by_row(blocks.row_vector(gate_s.at[NORM_Q]))
                     scores *= blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
                     blocks.store(s["p_s"].at[ahead], scores.astype(bf16), interpret=interpret)
+                if gates is None:
+                    numbers = s["vectors_s"].at[slot] if len(vectors) else None
+                    write_gates(inputs, vectors, numbers, gate_s, q=q_s, every=False)
                 read = blocks.by_row(blocks.row_vector(gate_s.at[READ_Q]), (C, key_dim))
                 read_q = (blocks.tile(q_s) * read).astype(bf16)
                 blocks.store(q_s, read_q, interpret=interpret)
@@ -229,7 +243,7 @@ def reverse_scan(
             *results,
         ]
     keys, segment = inputs.k if chained else None, inputs.segment if documents else None
-    arguments = (inputs.q, do, gates, keys, inverses, segment, d_state)
+    arguments = (inputs.q, do, gates, *vectors.arrays, keys, inverses, segment, d_state)
     out = blocks.kernel(
         body,
         name=("delta_reverse_" if delta else "additive_reverse_") + ("summary" if summary else "scan"),

@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks
-from pallas_kernels.hopper.blocks import BETA, CARRY, F32, NORM_K, NORM_Q, READ_K, READ_Q, SUM, WRITE, C
+from pallas_kernels.hopper.blocks import CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
+from pallas_kernels.hopper.gates import write_gates
 from pallas_kernels.hopper.inputs import Inputs, Vectors
 
 BF16 = jnp.bfloat16
@@ -44,8 +45,8 @@ class Scanned(NamedTuple):
     """Results of `scan`; None for what was not asked for.
 
     o: [B, T, HV, V] bf16.  final: S^T after each piece [B * pieces, HV, V, K] float32.
-    gates: [B, HV, T/C, 8, C] float32.  states: S^T before each chunk [B, HV, T/C, V, K] bf16.
-    values: V' [B, T, HV, V] bf16.
+    states: S^T before each chunk [B, HV, T/C, V, K] bf16.  With the delta rule also gates [B, HV, T/C, 8, C]
+    float32 and values, V' [B, T, HV, V] bf16.
     """
 
     o: Any = None
@@ -98,7 +99,9 @@ class Scan:
             final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
             if self.final or not output
             else None,
-            gates=jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32) if self.keep else None,
+            gates=jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
+            if self.keep and delta
+            else None,
             states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
             if self.keep
             else None,
@@ -152,6 +155,7 @@ class Scan:
                 output=output,
                 transition=transition,
                 key_dim=key_dim,
+                keep_gates=self.keep and delta,
             )
 
             @pl.when(wg < tiles)
@@ -237,7 +241,7 @@ class Scan:
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(smem.ready.at[ahead])
                 plgpu.barrier_arrive(smem.free.at[slot])
-                if self.keep:
+                if at.keep_gates:
 
                     @pl.when(at.first_value == 0)
                     def _() -> None:
@@ -255,48 +259,13 @@ class Scan:
         plgpu.wait_smem_to_gmem(0)
 
     def prepare_chunk(self, at: SimpleNamespace, slot: Any, ahead: Any) -> None:
-        i, smem, vectors = self.inputs, at.smem, at.vectors
-        k, gates = smem.k.at[slot], smem.gates.at[ahead]
-        inputs = smem.vectors.at[slot] if len(vectors) else None
-        one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
-        read = write = norm_k = one
-        carry: Any = 1.0
-        sums = segment = None
-        if vectors.has("log_decay"):
-            sum_row = blocks.cumulative(blocks.col_vector(vectors.get("log_decay", inputs)) * blocks.LOG2E)
-            gates.at[SUM][...] = sum_row
-        elif self.keep:
-            gates.at[SUM][...] = one * 0.0
-        if i.l2norm:
-            norm_k = blocks.inverse_norm(blocks.tile(k))
-        if i.l2norm or self.keep:
-            gates.at[NORM_K][...] = norm_k
-        plgpu.commit_smem()
-        if vectors.has("log_decay"):
-            sums = sum_row, blocks.col_vector(gates.at[SUM])
-            last = gates[SUM, C - 1]
-            read, write, carry = jnp.exp2(sum_row), jnp.exp2(last - sum_row), jnp.exp2(last)
-        if vectors.has("segment"):
-            ids = vectors.get("segment", inputs)
-            segment = blocks.row_vector(ids), blocks.col_vector(ids)
-            entering, leaving = vectors.get("entering", inputs)[0], ids[C - 1]
-            read = jnp.where(segment[0] == entering, read, 0.0)
-            write = jnp.where(segment[0] == leaving, write, 0.0)
-            carry = jnp.where(entering == leaving, carry, 0.0)
-        gates.at[READ_K][...] = read * norm_k
-        gates.at[WRITE][...] = write * norm_k
-        gates.at[CARRY][...] = one * carry
-        if self.keep:
-            gates.at[BETA][...] = (
-                blocks.row_vector(vectors.get("beta", inputs)) if vectors.has("beta") else one
-            )
+        i, smem = self.inputs, at.smem
+        k, q = smem.k.at[slot], smem.q.at[slot] if at.output else None
+        numbers = smem.vectors.at[slot] if len(at.vectors) else None
+        gates = smem.gates.at[ahead]
+        norm_q, sums, segment = write_gates(i, at.vectors, numbers, gates, q=q, k=k, every=at.keep_gates)
         if not at.output:
             return
-        q = smem.q.at[slot]
-        norm_q = (blocks.inverse_norm(blocks.tile(q)) if i.l2norm else one) * i.scale
-        gates.at[READ_Q][...] = read * norm_q
-        if self.keep:
-            gates.at[NORM_Q][...] = norm_q
         scores = blocks.matmul((q, k.T), interpret=i.interpret) * blocks.by_row(norm_q)
         if i.l2norm:
             scores *= blocks.by_col(blocks.col_vector(gates.at[NORM_K]))
