@@ -84,15 +84,16 @@ class Stack(nnx.Module):
 
     def __init__(self, shape: Shape, *, rngs: nnx.Rngs):
         self.shape = shape
-        self.embedding = param(rngs, (shape.vocab_size, shape.d_model), ("vocab", "embed"), normal(), decay=True)
+        self.embedding = param(
+            rngs, (shape.vocab_size, shape.d_model), ("vocab", "embed"), normal(), decay=True
+        )
         block = lambda key: Block(shape, rngs=nnx.Rngs(params=key))
         graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
         keys = jax.random.split(rngs.params(), shape.num_layers)
         self.blocks = nnx.merge(graph, jax.vmap(lambda key: nnx.state(block(key)))(keys))
         kind = mixers.load(shape.linear.kind)
-        self.shared = None
-        if hasattr(kind, "Shared"):
-            self.shared = kind.Shared(shape.linear.config, shape.d_model, shape.num_layers, rngs=rngs)
+        of_stack = (shape.linear.config, shape.d_model, shape.num_layers)
+        self.shared = kind.Shared(*of_stack, rngs=rngs) if hasattr(kind, "Shared") else None
         self.final_norm = RMSNorm(shape.d_model, rngs=rngs, eps=shape.norm_eps)
 
     def __call__(self, tokens_BT: jax.Array, rows: Rows, full_L: jax.Array, mask_H: jax.Array) -> jax.Array:
@@ -105,7 +106,9 @@ class Stack(nnx.Module):
         policy = lm.REMAT[self.shape.remat]
         body = layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
         shared = None if self.shared is None else self.shared.per_layer()
-        x, _ = jax.lax.scan(body, self.embedding[...].astype(self.shape.dtype)[tokens_BT], (state, full_L, shared))
+        x, _ = jax.lax.scan(
+            body, self.embedding[...].astype(self.shape.dtype)[tokens_BT], (state, full_L, shared)
+        )
         return self.final_norm(x)
 
 
@@ -199,7 +202,9 @@ def held_out(program: Program, params: Any, batches: Sequence[dict]) -> list[dic
     """`trainer.validation` of each run."""
     sums = jax.device_get([program.sums(params, batch) for batch in batches])
     count = len(sums[0]["tokens"])
-    return [trainer.held_out({k: sum(float(one[k][r]) for one in sums) for k in sums[0]}) for r in range(count)]
+    return [
+        trainer.held_out({k: sum(float(one[k][r]) for one in sums) for k in sums[0]}) for r in range(count)
+    ]
 
 
 def study(runs: Sequence[grid.Run], workdir: Path, flags: argparse.Namespace) -> bool:
@@ -239,11 +244,18 @@ def study(runs: Sequence[grid.Run], workdir: Path, flags: argparse.Namespace) ->
                 for line in lines if token_bytes is not None else ():
                     line["val_bpb"] = line["val_loss"] / np.log(2)  # a token is a byte
                 for part, own in by_slice.items() if step == steps else ():
-                    lines = [a | {f"val_accuracy@{part}": b["val_accuracy"]} for a, b in zip(lines, held_out(program, params, own), strict=True)]
+                    lines = [
+                        a | {f"val_accuracy@{part}": b["val_accuracy"]}
+                        for a, b in zip(lines, held_out(program, params, own), strict=True)
+                    ]
             for file, line in zip(files, lines, strict=True):
-                file.write(json.dumps(line | {"tokens_per_second": tokens / seconds, "packed": len(runs)}) + "\n")
+                file.write(
+                    json.dumps(line | {"tokens_per_second": tokens / seconds, "packed": len(runs)}) + "\n"
+                )
             best = max(line.get("val_accuracy", line["accuracy"]) for line in lines)
-            say(f"step {step}/{steps}  {1000 * seconds:.0f} ms  loss {min(line['loss'] for line in lines):.3f} to {max(line['loss'] for line in lines):.3f}  accuracy to {best:.3f}")
+            say(
+                f"step {step}/{steps}  {1000 * seconds:.0f} ms  loss {min(line['loss'] for line in lines):.3f} to {max(line['loss'] for line in lines):.3f}  accuracy to {best:.3f}"
+            )
             mark, marked = time.time(), step
             if time.time() + seconds * (steps - step) > end:
                 say(f"no time for the {steps - step} steps that are left")
@@ -252,12 +264,18 @@ def study(runs: Sequence[grid.Run], workdir: Path, flags: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a sweep file")
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--mixer", required=True, help="whose runs to train; attention alone comes with the first mixer")
+    parser.add_argument(
+        "--mixer", required=True, help="whose runs to train; attention alone comes with the first mixer"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--began", type=float, default=time.time(), help="Unix time from which --seconds counts")
+    parser.add_argument(
+        "--began", type=float, default=time.time(), help="Unix time from which --seconds counts"
+    )
     parser.add_argument("--turn", default="", help="a file that processes lock while they train")
     flags, rest = parser.parse_known_args()
     overrides = dict(text.removeprefix("--config.").split("=", 1) for text in rest)
@@ -265,9 +283,15 @@ def main() -> None:
     flags.workdir.mkdir(parents=True, exist_ok=True)
     with (flags.workdir / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        plan.write(runs, flags.workdir, {"command": f"python -m benchmarks.ratio_study --config={flags.config}"})
+        if not (flags.workdir / "sweep.json").exists():
+            command = f"python -m benchmarks.ratio_study --config={flags.config}"
+            plan.write(runs, flags.workdir, {"command": command})
     first = runs[0].point["mixer"]
-    own = [r for r in runs if r.point["mixer"] == flags.mixer or (r.point["mixer"] == "full" and first == flags.mixer)]
+    own = [
+        r
+        for r in runs
+        if r.point["mixer"] == flags.mixer or (r.point["mixer"] == "full" and first == flags.mixer)
+    ]
     with auto_means("xla"):  # the kernels have no rule for a batch of runs
         done = study(own, flags.workdir, flags)
     print("done" if done else "not run", flags.mixer)

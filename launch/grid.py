@@ -7,7 +7,7 @@ An axis sets, by its name,
     the argument of the base config      base "configs/hybrid.py:340m,{mixer},{ratio}" has {mixer} and {ratio}
     the layers                           mixer, ratio, placement: what `hybridlm.pattern.ratio` takes
     a field                              any dotted one; seed and learning_rate for short
-    several fields                       values that are mappings: axis("size", small={"model.d_model": 64, ...})
+    several fields                       values that are mappings: axis("size", small={"model.d_model": 64})
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ class Run:
 
 
 def load(spec: str) -> Sweep:
-    """The sweep of "file.py" or "file.py:argument". Runs the file. ConfigError for one that gives no sweep."""
+    """The sweep of "file.py" or "file.py:argument". Runs the file; ConfigError if it gives no sweep."""
     filename, _, argument = spec.partition(":")
     path = Path(filename)
     if not path.is_file():
@@ -134,9 +134,10 @@ def runs(sweep: Sweep, overrides: Mapping[str, str] | None = None) -> list[Run]:
     names = [name for one in sweep.axes for name in one.names]
     _check(sweep, names, placeholders, overrides or {})
     found: dict[str, Run] = {}
+    known: dict[str, dict[str, str]] = {}
     for point in points(sweep):
         try:
-            run = _run(sweep, point, names, placeholders, overrides or {})
+            run = _run(sweep, point, names, placeholders, overrides or {}, known)
         except ConfigError as error:
             shown = ", ".join(f"{k}={_label(v)}" for k, v in point.items() if k in names)
             raise ConfigError(error.field, error.value, f"{error.allowed} (at {shown})", error.fix) from None
@@ -224,7 +225,12 @@ def _check(sweep: Sweep, names: list[str], placeholders: set[str], overrides: Ma
 
 
 def _run(
-    sweep: Sweep, point: Point, names: list[str], placeholders: set[str], overrides: Mapping[str, str]
+    sweep: Sweep,
+    point: Point,
+    names: list[str],
+    placeholders: set[str],
+    overrides: Mapping[str, str],
+    known: dict[str, dict[str, str]],
 ) -> Run:
     spec = PLACEHOLDER.sub(lambda match: _label(point[match[1]]), sweep.base)
     fields: dict[str, Any] = {}
@@ -234,15 +240,12 @@ def _run(
         fields |= {SHORT.get(k, k): v for k, v in (value[1].items() if _labelled(value) else [(name, value)])}
     texts = {field: _text(value) for field, value in fields.items()} | dict(overrides)
     layers = {name: point[name] for name in LAYERS if name in point and name not in placeholders}
-    if layers:
-        texts["model.pattern"] = _pattern(
-            layers, point.get("full", "full"), configs.resolve(configs.load(spec, texts))
-        )
-    config = configs.resolve(configs.load(spec, texts))
-    if sweep.tokens:
-        texts["train.steps"] = str(math.ceil(sweep.tokens / (config.train.batch_size * config.train.seq_len)))
-    if sweep.match:
-        texts["model.mlp_hidden"] = str(_matched(spec, texts, point.get("full", "full"), config))
+    shared = {field: text for field, text in texts.items() if field not in SHORT.values()}
+    full = point.get("full", "full")
+    key = repr((spec, shared, layers, full))  # seeds and learning rates decide none of what follows
+    if key not in known:
+        known[key] = _derived(sweep, spec, shared, layers, full)
+    texts |= known[key]
     label = {
         name: _label(point[name]) for name in dict.fromkeys((*names, *point)) if name in (*LAYERS, *names)
     }
@@ -253,12 +256,24 @@ def _run(
     return Run(run_name, label, spec, texts, configs.resolve(configs.load(spec, texts)))
 
 
+def _derived(
+    sweep: Sweep, spec: str, texts: dict[str, str], layers: Mapping[str, Any], full: str
+) -> dict[str, str]:
+    """The fields that follow from the others: pattern, steps, matched width."""
+    found = {}
+    if layers:
+        found["model.pattern"] = _pattern(layers, full, configs.resolve(configs.load(spec, texts)))
+    config = configs.resolve(configs.load(spec, texts | found))
+    if sweep.tokens:
+        found["train.steps"] = str(math.ceil(sweep.tokens / (config.train.batch_size * config.train.seq_len)))
+    if sweep.match:
+        found["model.mlp_hidden"] = str(_matched(spec, texts | found, full, config))
+    return found
+
+
 def _pattern(layers: Mapping[str, Any], full: str, config: Any) -> str:
-    mixer, ratio, depth = (
-        layers.get("mixer", "kda"),
-        str(layers.get("ratio", "pure")),
-        config.model.num_layers,
-    )
+    mixer, ratio = layers.get("mixer", "kda"), str(layers.get("ratio", "pure"))
+    depth = config.model.num_layers
     placement = layers.get("placement") or "last"
     if ratio in ("pure", "full"):
         return f"{mixer if ratio == 'pure' else full}*{depth}"
@@ -277,10 +292,9 @@ def _matched(spec: str, texts: Mapping[str, str], full: str, config: Any) -> int
     hidden = cost.matched_mlp_hidden(config, target, multiple)
     reached = cost.parameters(configs.resolve(configs.load(spec, {**texts, "model.mlp_hidden": str(hidden)})))
     if abs(reached / target - 1) > 0.02:
-        problem = f"cannot bring {config.model.pattern!r} to the {target:,} parameters of attention: {reached:,} at model.mlp_hidden={hidden}"
-        raise ConfigError(
-            "match", "parameters", problem, "Give the mixer fewer heads, or a wider MLP to all."
-        )
+        problem = f"cannot bring {config.model.pattern!r} to the {target:,} parameters of attention"
+        fix = f"It has {reached:,} at model.mlp_hidden={hidden}: give it fewer heads, or a wider MLP to all."
+        raise ConfigError("match", "parameters", problem, fix)
     return hidden
 
 

@@ -4,7 +4,7 @@
     python -m launch.sweep --config=configs/sweeps/ratio_mqar.py:deltanet --dry_run
 
 The argument is the linear mixer. MQAR with up to 8 pairs in 32 tokens for a stack of four layers whose linear
-ones keep two states of 4 x 4: without a full layer, with one and with two; two seeds.
+ones keep two states of 4 x 4: without a full layer, with one, and with nothing else; two seeds.
 """
 
 from launch.grid import Sweep, axis
@@ -28,13 +28,13 @@ def get_sweep(mixer: str = "gla") -> Sweep:
             "train.seq_len": 32,
             "train.batch_size": 64,
             "train.steps": 1000,
-            "optimizer.learning_rate": 5e-3,
+            "optimizer.learning_rate": 2e-3,
             "optimizer.warmup_steps": 50,
             "log.every_steps": 20,
             "eval.every_steps": 100,
             "eval.batches": 4,
             "checkpoint.every_steps": 200,
         },
-        axes=[axis("ratio", "pure", "3:1", "1:1"), axis("seed", 0, 1)],
+        axes=[axis("ratio", "pure", "3:1", "full"), axis("seed", 0, 1)],
         match="parameters",
     )

@@ -3,7 +3,8 @@
     python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source --workdir=runs/study_lm
 
 The argument is a folder of shards that `python -m hybridlm.data.prepare` wrote. 14 layers of width 384, about
-25M parameters, matched through the MLPs; every run sees the same 8 Mi bytes, which is too few to converge.
+25M parameters, matched through the MLPs; every run sees the same 2 Mi bytes in the same
+order, which is far from converged.
 """
 
 from launch.grid import Sweep, axis
@@ -25,17 +26,17 @@ def get_sweep(path: str = "data/source") -> Sweep:
             "model.dtype": "bfloat16",
             "model.remat": "full",
             "train.seq_len": 1024,
-            "train.batch_size": 32,
+            "train.batch_size": 8,
             "optimizer.name": "adamw",
             "optimizer.learning_rate": 2e-3,
             "optimizer.warmup_steps": 30,
             "eval.every_steps": 64,
-            "eval.batches": 16,
+            "eval.batches": 32,
             "eval.sample_tokens": 0,
             "log.every_steps": 8,
             "checkpoint.every_steps": 0,
         },
         axes=[axis("mixer", *MIXERS), axis("ratio", "pure", "12:1", "6:1", "3:1", "1:1", "full")],
         match="parameters",
-        tokens=2**23,
+        tokens=2**21,
     )
