@@ -69,7 +69,7 @@ def prepare(name: str, flags: argparse.Namespace, train: vmapped.Data, test: vma
     model = dataclasses.replace(model, dtype=jnp.dtype(flags.dtype))
     rates = np.logspace(*(float(x) for x in flags.log_rates.split(",")), flags.num_rates).tolist()
     runs = vmapped.runs(
-        model, rates=rates, seeds=range(flags.seeds), batch_size=flags.batch_size,
+        vmapped.language_model(model), rates=rates, seeds=range(flags.seeds), batch_size=flags.batch_size,
         steps_per_call=flags.steps_per_call,
     )  # fmt: skip
     return vmapped.compiled(runs, train, vmapped.first_rows(test, test_rows(test)))

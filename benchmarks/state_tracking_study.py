@@ -62,9 +62,10 @@ def test_rows(flags: argparse.Namespace) -> int:
 def prepare(case: Case, flags: argparse.Namespace) -> vmapped.Runs:
     train, test = data(case.group, flags.examples, flags.test_examples)
     model = vmapped.definition([STUDY[case.name]] * case.layers, d_model=128, vocab=128, mlp_hidden=256)
+    rates = [float(rate) for rate in flags.rates.split(",")]
     runs = vmapped.runs(
-        model, rates=[float(rate) for rate in flags.rates.split(",")], seeds=range(flags.seeds),
-        batch_size=flags.batch_size, weight_decay=1e-6, steps_per_call=flags.steps_per_call,
+        vmapped.language_model(model), rates=rates, seeds=range(flags.seeds), batch_size=flags.batch_size,
+        weight_decay=1e-6, steps_per_call=flags.steps_per_call,
     )  # fmt: skip
     return vmapped.compiled(runs, train, vmapped.first_rows(test, test_rows(flags)))
 

@@ -1,4 +1,4 @@
-"""Many runs of one small model in one program: learning rates and seeds are a leading axis of the parameters.
+"""Many runs of one small problem in one program: learning rates and seeds are a leading axis of parameters.
 
 All runs read the same batches. The data lie on the device, so that hundreds of steps go by in one call.
 
@@ -63,23 +63,46 @@ def definition(
     )  # fmt: skip
 
 
-def at_labels(model: lm.LM, batch: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states at the labelled tokens [B, P, D], the head [D, V], and the labels [B, P]."""
-    tokens, lengths, places, labels = batch
-    index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    rows = Rows(index // lengths[:, None] + 1, index % lengths[:, None])
-    hidden, _ = model(tokens, rows)
-    return jnp.take_along_axis(hidden, places[..., None], axis=1), model.head_matrix(), labels
+class Problem(NamedTuple):
+    """What is trained.
+
+    init: key -> parameters.  decays: the same pytree of bools, whether weight decay applies.
+    readout: (parameters, rows of `Data`) -> hidden states [B, P, D], head [D, V] and labels [B, P].
+    """
+
+    init: Callable[[jax.Array], Any]
+    decays: Any
+    readout: Callable[[Any, Data], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def loss_and_hits(definition: lm.Definition, params: lm.Params, batch: Data) -> tuple[jax.Array, jax.Array]:
+def language_model(definition: lm.Definition) -> Problem:
+    """Labels are predicted at their own tokens."""
+    metadata = lm.metadata(definition)
+    decays = jax.tree.map(lambda meta: meta.decay, metadata, is_leaf=lambda x: isinstance(x, lm.Meta))
+
+    def readout(params: lm.Params, batch: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
+        model = lm.merge(definition, params)
+        hidden = hidden_states(model, batch)
+        return jnp.take_along_axis(hidden, batch.places[..., None], axis=1), model.head_matrix(), batch.labels
+
+    return Problem(functools.partial(lm.init, definition), decays, readout)
+
+
+def hidden_states(model: lm.LM, batch: Data) -> jax.Array:
+    """[B, L, D], documents apart."""
+    index = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
+    rows = Rows(index // batch.lengths[:, None] + 1, index % batch.lengths[:, None])
+    return model(batch.tokens, rows)[0]
+
+
+def loss_and_hits(problem: Problem, params: Any, batch: Data) -> tuple[jax.Array, jax.Array]:
     """(mean cross-entropy of the labels, share of them predicted right) of one run."""
-    total, sums = loss.cross_entropy(*at_labels(lm.merge(definition, params), batch))
+    total, sums = loss.cross_entropy(*problem.readout(params, batch))
     return total / sums.tokens, sums.correct / sums.tokens
 
 
 class Runs(NamedTuple):
-    """R = rates x seeds runs of one model, rate first, as functions on a device.
+    """R = rates x seeds runs of one problem, rate first, as functions on a device.
 
     init: seeds [R] -> (params, optimiser state).
     call: (params, state, rows of each step's batch [S, B], factors of the learning rate [S], data) ->
@@ -98,7 +121,7 @@ class Runs(NamedTuple):
 
 
 def runs(
-    model: lm.Definition,
+    problem: Problem,
     *,
     rates: Sequence[float],
     seeds: Sequence[int],
@@ -110,23 +133,20 @@ def runs(
     every = [(rate, seed) for rate in rates for seed in seeds]
     rate_R = np.array([rate for rate, _ in every], np.float32)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98))
-    decays = jax.tree.map(
-        lambda meta: meta.decay, lm.metadata(model), is_leaf=lambda x: isinstance(x, lm.Meta)
-    )
 
     @jax.vmap
-    def init(seed: jax.Array) -> tuple[lm.Params, Any]:
-        params = lm.init(model, jax.random.key(seed))
+    def init(seed: jax.Array) -> tuple[Any, Any]:
+        params = problem.init(jax.random.key(seed))
         return params, adam.init(params)
 
-    def update(params: lm.Params, state: Any, rate: jax.Array, batch: Data) -> tuple:
-        loss_of = functools.partial(loss_and_hits, model)
+    def update(params: Any, state: Any, rate: jax.Array, batch: Data) -> tuple:
+        loss_of = functools.partial(loss_and_hits, problem)
         (_, hits), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
         updates, state = adam.update(grads, state)
         move = lambda p, u, decay: p - rate * (u + (weight_decay * p if decay else 0))
-        return jax.tree.map(move, params, updates, decays), state, hits
+        return jax.tree.map(move, params, updates, problem.decays), state, hits
 
-    def call(params: lm.Params, state: Any, chosen_SB: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
+    def call(params: Any, state: Any, chosen_SB: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
         def step(carry: tuple, xs: tuple) -> tuple:
             chosen_B, scale = xs
             batch = jax.tree.map(lambda x: x[chosen_B], rows)
@@ -136,9 +156,9 @@ def runs(
         (params, state), hits = jax.lax.scan(step, (params, state), (chosen_SB, scale_S))
         return params, state, jnp.mean(hits, axis=0)
 
-    def correct(params: lm.Params, batch: Data) -> jax.Array:
-        def one(params: lm.Params) -> jax.Array:
-            return loss.per_token(*at_labels(lm.merge(model, params), batch))[1].sum(axis=1)
+    def correct(params: Any, batch: Data) -> jax.Array:
+        def one(params: Any) -> jax.Array:
+            return loss.per_token(*problem.readout(params, batch))[1].sum(axis=1)
 
         return jax.lax.map(one, params)
 
@@ -166,7 +186,7 @@ def compiled(runs: Runs, train: Data, test: Data) -> Runs:
 class Outcome(NamedTuple):
     """params: stacked over R.  curve: (step, training accuracy of each run [R]) per call."""
 
-    params: lm.Params
+    params: Any
     curve: list[tuple[int, np.ndarray]]
     steps: int
     seconds: float
@@ -210,7 +230,7 @@ def batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
         yield from order[: num_rows // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def count_correct(runs: Runs, params: lm.Params, rows: Data, batch_size: int) -> np.ndarray:
+def count_correct(runs: Runs, params: Any, rows: Data, batch_size: int) -> np.ndarray:
     """Number of labels predicted right in each row, [R, N]."""
     count = rows.tokens.shape[0]
     parts = []
