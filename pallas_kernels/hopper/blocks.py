@@ -66,9 +66,12 @@ def _varying(x: jax.Array) -> frozenset:
     return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
 
 
-def smem(shape: Sequence[int], dtype: Any) -> Any:
-    """A shared-memory tile that TMA fills and wgmma reads: tiled and swizzled along the last axis."""
-    return plgpu.SMEM(tuple(shape), dtype, transforms=_arrangement(shape[-1], dtype)[0])
+def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
+    """A shared-memory tile that TMA fills and wgmma reads: tiled and swizzled along the last axis.
+
+    width: swizzled like tiles that are so wide; wgmma wants both its operands swizzled alike.
+    """
+    return plgpu.SMEM(tuple(shape), dtype, transforms=_arrangement(width or shape[-1], dtype)[0])
 
 
 def _arrangement(width: int, dtype: Any) -> tuple[tuple, int]:
@@ -77,7 +80,9 @@ def _arrangement(width: int, dtype: Any) -> tuple[tuple, int]:
     return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)), swizzle
 
 
-def store(ref: Any, value: jax.Array, *, interpret: Any, transposed: bool = False) -> None:
+def store(
+    ref: Any, value: jax.Array, *, interpret: Any, transposed: bool = False, width: int | None = None
+) -> None:
     """ref[...] = value (or value^T) for a tile from `smem`, with no barrier.
 
     Unlike Pallas's own store it does not load the old contents (which no compiler removes): half the traffic.
@@ -85,7 +90,7 @@ def store(ref: Any, value: jax.Array, *, interpret: Any, transposed: bool = Fals
     if interpret:
         (ref.T if transposed else ref)[...] = value
         return
-    transforms, swizzle = _arrangement(ref.shape[-1], value.dtype)
+    transforms, swizzle = _arrangement(width or ref.shape[-1], value.dtype)
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(transforms)))
     def write(_: Any, registers: Any, tile: Any) -> None:

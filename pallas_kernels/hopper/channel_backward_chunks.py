@@ -75,12 +75,14 @@ def chunk_gradients(
     scratch = dict(
         q=blocks.smem((parts, C, WIDTH), BF16),
         k=blocks.smem((parts, C, WIDTH), BF16),
-        u=blocks.smem((blocks_v, C, C), BF16),
-        d=blocks.smem((1 + delta, blocks_v, C, C), BF16),  # dO, dV
+        u=blocks.smem((blocks_v, C, C), BF16, WIDTH),
+        d=blocks.smem((1 + delta, blocks_v, C, C), BF16, WIDTH),  # dO, dV
         h=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
         g=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
-        pairs=blocks.smem((2, 1 + delta, C, C), BF16),  # E, F of all pairs and of those left at a level
-        middle=blocks.smem((2, C, C), F16),  # the same for: offsets from the middle = middle @ steps
+        pairs=blocks.smem(
+            (2, 1 + delta, C, C), BF16, WIDTH
+        ),  # E, F of all pairs and of those left at a level
+        middle=blocks.smem((2, C, C), F16, WIDTH),  # the same for: offsets from the middle = middle @ steps
         steps=blocks.smem((2, C, WIDTH), F16),
         tiles=blocks.smem((2, 2, C, WIDTH), BF16),
         norms=plgpu.SMEM((2, 3, C), F32),
@@ -123,11 +125,7 @@ def chunk_gradients(
             return chunk_math.sums_of_products(*sums, interpret=interpret)
 
         def store(ref: Any, value: jax.Array) -> None:
-            blocks.store(ref, value.astype(BF16), interpret=interpret)
-
-        def left(ref: Any, dtype: Any = BF16) -> jax.Array:
-            """A left operand; two in shared memory would have to be swizzled alike, so this one is loaded."""
-            return blocks.tile(ref, dtype)
+            blocks.store(ref, value.astype(BF16), interpret=interpret, width=WIDTH)
 
         def fill_numbers(i: Any) -> None:
             slot, n = blocks.rem(i, 2), first + i
@@ -202,7 +200,7 @@ def chunk_gradients(
             late = (row & half) != 0
             between = ((row ^ col) < half) & (late == (col <= row))
             middle = jnp.where(between, jnp.where(late, 1.0, -1.0), 0.0)
-            blocks.store(ref, middle.astype(F16), interpret=interpret)
+            blocks.store(ref, middle.astype(F16), interpret=interpret, width=WIDTH)
 
         def load_decay(i: Any, turn: Any) -> jax.Array:
             columns = pl.ds((warpgroup * turns + turn) * WIDTH, WIDTH)
@@ -238,7 +236,7 @@ def chunk_gradients(
                     query=lambda: blocks.tile(q) * norm_q,
                     key=lambda: blocks.tile(k) * norm_k,
                     steps=s["steps"].at[wg],
-                    middle=lambda level: left(s["middle"].at[level + zero], F16),
+                    middle=lambda level: s["middle"].at[level + zero],
                     tiles=[s["tiles"].at[wg, which] for which in range(2)],
                     h=[s["h"].at[part, j] for j in over],
                     g=[s["g"].at[part, j] for j in over],
@@ -292,9 +290,9 @@ def chunk_gradients(
                 decay = load_decay(blocks.div(following, turns), blocks.rem(following, turns))
                 plgpu.barrier_wait(s["h_filled"].at[turn])
                 dq, written, *rest = multiply(
-                    ([(left(x), y) for x, y in zip(at.do, at.h, strict=True)], tile),
-                    ([(left(x), y) for x, y in zip(at.u, at.g, strict=True)], tile),
-                    *[([(left(x), y) for x, y in zip(dv, at.h, strict=True)], tile) for dv in at.dv],
+                    ([(x, y) for x, y in zip(at.do, at.h, strict=True)], tile),
+                    ([(x, y) for x, y in zip(at.u, at.g, strict=True)], tile),
+                    *[([(x, y) for x, y in zip(dv, at.h, strict=True)], tile) for dv in at.dv],
                 )
                 plgpu.commit_smem()  # all have read the values and the states, and the steps are there
                 pl.when(turn == turns - 1)(lambda: plgpu.barrier_arrive(s["v_free"]))
@@ -347,7 +345,7 @@ def chunk_gradients(
                     store(at.tiles[0], at.key() * down(offset))
                     plgpu.commit_smem()
                     at = here(turn)
-                    found = multiply(*[([(left(x), at.tiles[0])], tile) for x in at.pairs(which)])
+                    found = multiply(*[([(x, at.tiles[0])], tile) for x in at.pairs(which)])
                     plgpu.commit_smem()  # all have read the tile
                     at = here(turn)
                     factor = up(lax.optimization_barrier(offset))  # else exponentials of both signs are kept
@@ -362,7 +360,7 @@ def chunk_gradients(
                         store(at.tiles[1], x)
                     plgpu.commit_smem()
                     at = here(turn)
-                    pairs = [(left(x.T), y) for x, y in zip(at.pairs(which), at.tiles, strict=False)]
+                    pairs = [(x.T, y) for x, y in zip(at.pairs(which), at.tiles, strict=False)]
                     (found_k,) = multiply((pairs, tile))
                     factor = down(lax.optimization_barrier(offset))
                     dk = dk + factor * found_k
