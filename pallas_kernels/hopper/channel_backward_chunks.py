@@ -226,6 +226,7 @@ def chunk_gradients(
                 q, k = s["q"].at[part], s["k"].at[part]
                 return SimpleNamespace(
                     wg=wg,
+                    one=jnp.where(blocks.row_vector(norms_s.at[NORM_K]) < 0.0, 0.0, 1.0),
                     columns=pl.ds(part * WIDTH, WIDTH),
                     row=lambda shape=(C, C): blocks.row_index(shape) + zero,
                     col=lambda shape=(C, C): blocks.col_index(shape) + zero,
@@ -298,17 +299,13 @@ def chunk_gradients(
                 pl.when(turn == turns - 1)(lambda: plgpu.barrier_arrive(s["v_free"]))
                 pl.when(turn == 0)(lambda: plgpu.barrier_wait(s["qk_filled"]))
                 at = here(turn)
-                half = lambda value: plgpu.layout_cast(jnp.full((C, C // 2), value, F16), blocks.WGMMA)
+                # Ones that the compiler does not know: constant left operands are wrong on hardware.
+                ones = blocks.by_row(at.one.astype(F16), (C, C // 2))
+                early, late = (at.steps.at[pl.ds(start, C // 2)] for start in (0, C // 2))
                 # Sums up to i: those of the first half's steps and the offset; after i: all others.
-                behind, before = multiply(
-                    (
-                        [(at.middle(0), at.steps), (blocks.concatenate([half(0.0), half(-1.0)]), at.steps)],
-                        tile,
-                    ),
-                    (
-                        [(at.middle(0), at.steps), (blocks.concatenate([half(1.0), half(0.0)]), at.steps)],
-                        tile,
-                    ),
+                before, behind = multiply(
+                    ([(at.middle(0), at.steps), (ones, early)], tile),
+                    ([(at.middle(0), at.steps), (ones * jnp.asarray(-1.0, F16), late)], tile),
                 )
                 dk = written * mask(jnp.exp2(behind * -1.0), leaving)
                 written = jnp.where(at.row(tile) < C - 1, at.key() * dk, 0.0).astype(BF16)
