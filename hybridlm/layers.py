@@ -17,6 +17,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm.rows import Rows
+from hybridlm.sharding import per_shard
+from pallas_kernels import short_conv
 
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
@@ -109,8 +111,7 @@ class ShortConv(nnx.Module):
     """Causal depthwise convolution of a few taps that never reaches across a document boundary.
 
     kernel [width, F], tap width-1 on the current token; ``history`` is the last width-1 raw inputs
-    [B, width-1, F], oldest first. Summed in float32, returned in x's dtype; the caller applies the
-    activation. Source: FLA ShortConvolution.
+    [B, width-1, F], oldest first. Summed in float32, returned in x's dtype. Source: FLA ShortConvolution.
     """
 
     def __init__(self, features: int, width: int, *, rngs: nnx.Rngs):
@@ -122,31 +123,16 @@ class ShortConv(nnx.Module):
         return jnp.zeros((batch, self.width - 1, self.kernel.shape[-1]), dtype)
 
     def __call__(
-        self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None
+        self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None, *, silu: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (y [B, T, F], the history after the last token)."""
-        kernel_WF = self.kernel[...]
+        """Returns (y [B, T, F], with ``silu`` its SiLU; the history after the last token)."""
+        token_axes = ("batch", None, "heads")
+        in_axes = token_axes, ("taps", "heads"), ("batch", None), None if history is None else token_axes
+        convolve = per_shard(lambda *args: (short_conv(*args, silu=silu),), in_axes, (token_axes,))
+        (y_BTF,) = convolve(x_BTF, self.kernel[...], rows.positions, history)
         before = self.init_history(x_BTF.shape[0], x_BTF.dtype) if history is None else history
         padded = jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)
-        # Without the checkpoint, the backward pass would keep a float32 copy of the input for every tap.
-        if history is None:  # a shift by padding needs no copy of the input
-            y = jax.checkpoint(_taps)(x_BTF, kernel_WF, rows.positions)
-        else:
-            y = _taps(padded, kernel_WF, rows.positions)
-        return y, padded[:, x_BTF.shape[1] :]
-
-
-def _taps(x_BSF: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """x_BSF: the inputs of positions_BT, after S - T earlier ones."""
-    earlier = x_BSF.shape[1] - positions_BT.shape[1]
-    y = jnp.zeros((), jnp.float32)
-    for back, kernel_F in enumerate(kernel_WF[::-1]):
-        x_BTF = jax.lax.pad(
-            x_BSF, jnp.zeros((), x_BSF.dtype), [(0, 0, 0), (back - earlier, -back, 0), (0, 0, 0)]
-        )
-        # A tap `back` tokens ago counts only inside the document: the position must be at least `back`.
-        y += jnp.where((positions_BT >= back)[..., None], x_BTF.astype(jnp.float32), 0) * kernel_F
-    return y.astype(x_BSF.dtype)
+        return y_BTF, padded[:, x_BTF.shape[1] :]
 
 
 def rotate(

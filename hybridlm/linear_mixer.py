@@ -137,9 +137,11 @@ class LinearMixer(TokenMixer):
 
     gate_rank: of the output gate: 0 for one matrix, else the middle width of two.
     gate_bias: bias of the second of the two.
+    silu: whether SiLU acts on q, k and v, after their convolutions if there are any.
     """
 
     qk_l2norm = False
+    silu = True
 
     def __init__(
         self, config: Config, d_model: int, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
@@ -165,10 +167,6 @@ class LinearMixer(TokenMixer):
         self.o_proj = Linear(value_width, d_model, rngs=rngs, axes=("heads", "embed"))
 
     # What a kind overrides.
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        """Activation of q, k and v after their convolutions."""
-        return jax.nn.silu(x)
 
     def inputs(
         self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: Any
@@ -205,11 +203,13 @@ class LinearMixer(TokenMixer):
         past: tuple[jax.Array, ...] = ()
         if self.conv_size:
             before = history or (None, None, None)
-            q, past_q = self.q_conv(q, rows, before[0])
-            k, past_k = self.k_conv(k, rows, before[1])
-            v, past_v = self.v_conv(v, rows, before[2])
+            q, past_q = self.q_conv(q, rows, before[0], silu=self.silu)
+            k, past_k = self.k_conv(k, rows, before[1], silu=self.silu)
+            v, past_v = self.v_conv(v, rows, before[2], silu=self.silu)
             past = (past_q, past_k, past_v)
-        return self.activate(q), self.activate(k), self.activate(v), past
+        elif self.silu:
+            q, k, v = (jax.nn.silu(x) for x in (q, k, v))
+        return q, k, v, past
 
     def _gate(self, x_BTD: jax.Array) -> jax.Array | None:
         act = OUTPUT_GATES[self.output_gate]

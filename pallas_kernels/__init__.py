@@ -1,5 +1,6 @@
 """Gated linear attention with one op and one backend per module; imports nothing of hybridlm."""
 
+from pallas_kernels.conv import short_conv
 from pallas_kernels.op import auto_means, linear_attention, linear_attention_step
 
-__all__ = ["auto_means", "linear_attention", "linear_attention_step"]
+__all__ = ["auto_means", "linear_attention", "linear_attention_step", "short_conv"]

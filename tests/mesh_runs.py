@@ -19,7 +19,9 @@ MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2))
 
 def curves(folder: Path) -> dict:
     """Loss curves of one run on each mesh, each from the checkpoint that the mesh before it wrote."""
-    config = configs.resolve(tiny.config(tiny.write_text(folder)))
+    config = tiny.config(tiny.write_text(folder))
+    config.mixers.retnet.conv_size = 4
+    config = configs.resolve(config)
     source = trainer.build_data(config, "train")
     result: dict = {"losses": {}, "restored": []}
     started = None

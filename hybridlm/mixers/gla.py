@@ -57,14 +57,12 @@ class Config(linear_mixer.Config):
 class Mixer(LinearMixer):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         super().__init__(config, d_model, rngs=rngs)
+        self.silu = config.conv_size > 0
         self.gate_normalizer = config.gate_normalizer
         self.f_a_proj = Linear(d_model, config.gate_rank, rngs=rngs, axes=("embed", None))
         self.f_b_proj = Linear(
             config.gate_rank, self.heads.key_width, rngs=rngs, axes=(None, "heads"), bias=True
         )
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        return jax.nn.silu(x) if self.conv_size else x
 
     def inputs(
         self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array | None

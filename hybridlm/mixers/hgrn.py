@@ -68,8 +68,9 @@ class Mixer(TokenMixer):
         i, f = self.i_proj(x_BTD), self.f_proj(x_BTD)
         history: tuple[jax.Array, ...] = ()
         if self.conv_size:
-            i, past_i = self.i_conv(i, rows, before.history[0])
-            f, past_f = self.f_conv(f, rows, before.history[1])
+            past = (None, None) if cache is None else cache.history
+            i, past_i = self.i_conv(i, rows, past[0])
+            f, past_f = self.f_conv(f, rows, past[1])
             history = (past_i, past_f)
         assert shared is not None
         log_f = log_forget(f, shared)

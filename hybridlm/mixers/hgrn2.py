@@ -61,14 +61,13 @@ class Shared(LowerBounds):
 
 
 class Mixer(LinearMixer):
+    silu = False
+
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         heads = config.heads(d_model)
         common = linear_mixer.Config(heads.num, heads.key, heads.value, config.conv_size, norm_eps=NORM_EPS)
         super().__init__(common, d_model, rngs=rngs)
         self.o_norm = RMSNorm(heads.value_width, rngs=rngs, eps=NORM_EPS, axis="heads")
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        return x
 
     def inputs(
         self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array

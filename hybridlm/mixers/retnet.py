@@ -45,10 +45,8 @@ class Config(linear_mixer.Config):
 class Mixer(LinearMixer):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         super().__init__(config, d_model, rngs=rngs)
+        self.silu = config.conv_size > 0
         self.rope_theta = config.rope_theta
-
-    def activate(self, x: jax.Array) -> jax.Array:
-        return jax.nn.silu(x) if self.conv_size else x
 
     def inputs(
         self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array | None

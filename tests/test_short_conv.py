@@ -1,0 +1,217 @@
+"""The short convolution against float64: XLA, interpreted kernel, compiled ahead of time, on a GPU."""
+
+import functools
+import logging
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import short_conv
+
+kernels_only = pytest.mark.skipif(
+    jax.__version__ != hopper_aot.KERNEL_JAX, reason=f"the kernels are for jax {hopper_aot.KERNEL_JAX}"
+)
+
+
+def make_case(tokens=150, features=256, width=4, batch=2, seed=0):
+    """(x, kernel, positions, dy): documents of 1 to 40 tokens, so that some begin in one tile of tokens and
+    end in the next; the second row continues a document that it does not hold."""
+    rng = np.random.default_rng(seed)
+    x, dy = (jnp.asarray(rng.normal(size=(batch, tokens, features)), jnp.bfloat16) for _ in range(2))
+    kernel = jnp.asarray(rng.uniform(-(width**-0.5), width**-0.5, size=(width, features)), jnp.float32)
+    lengths = rng.integers(1, 40, size=(batch, tokens))
+    positions = np.stack([np.concatenate([np.arange(n) for n in row])[:tokens] for row in lengths])
+    first_document = np.argmax(positions[-1, 1:] == 0) + 1
+    positions[-1, :first_document] += 2
+    return x, kernel, jnp.asarray(positions, jnp.int32), dy
+
+
+def float64(array):
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+def oracle(x, kernel, positions, dy, silu):
+    """(y, dx, dkernel), float64, a token and a tap at a time."""
+    x, kernel, positions, dy = map(float64, (x, kernel, positions, dy))
+    width = len(kernel)
+    pairs = [
+        (b, t, back)
+        for b, t in np.ndindex(positions.shape)
+        for back in range(width)
+        if back <= min(t, positions[b, t])
+    ]
+    y = np.zeros_like(x)
+    for b, t, back in pairs:
+        y[b, t] += x[b, t - back] * kernel[width - 1 - back]
+    d, gate = dy, 1 / (1 + np.exp(-y))
+    if silu:
+        y, d = y * gate, dy * gate * (1 + y * (1 - gate))
+    dx, dkernel = np.zeros_like(x), np.zeros_like(kernel)
+    for b, t, back in pairs:
+        dx[b, t - back] += d[b, t] * kernel[width - 1 - back]
+        dkernel[width - 1 - back] += d[b, t] * x[b, t - back]
+    return y, dx, dkernel
+
+
+def check(run, case, silu, tolerance):
+    """``run``(x, kernel, positions) and its gradients; tolerance of (y, dx, dkernel)."""
+    x, kernel, positions, dy = case
+    y, pull = jax.vjp(lambda x, kernel: run(x, kernel, positions), x, kernel)
+    got = (y, *pull(dy.astype(y.dtype)))
+    for name, array, want, bound in zip(
+        ("y", "dx", "dkernel"), got, oracle(*case, silu), tolerance, strict=True
+    ):
+        error = np.linalg.norm(float64(array) - want) / np.linalg.norm(want)
+        assert error < bound, (name, error)
+    return got
+
+
+KERNEL_TOLERANCE = (2e-3, 2e-3, 1e-6)  # one rounding to bf16; dkernel stays float32
+CASES = {
+    "4 taps, ragged": (dict(), True),
+    "3 taps, linear": (dict(width=3, tokens=64, features=512), False),
+    "2 taps, short": (dict(width=2, tokens=5), True),
+}
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("width", [1, 4])
+def test_xla(width, silu):
+    case = make_case(width=width, features=8)
+    x, *rest = case
+    run = jax.jit(functools.partial(short_conv, silu=silu))
+    check(run, (x.astype(jnp.float32), *rest), silu, (1e-6, 1e-6, 1e-6))
+    check(run, case, silu, (4e-3, 5e-3, 5e-3))
+
+
+def test_history_continues_a_row():
+    x, kernel, positions, _ = make_case(features=8)
+    whole = short_conv(x, kernel, positions, silu=True)
+    past = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))
+    for cut in (0, 1, 70):
+        rest = short_conv(x[:, cut:], kernel, positions[:, cut:], past[:, cut : cut + 3], silu=True)
+        np.testing.assert_array_equal(rest, whole[:, cut:])
+
+
+def test_bad_shapes_are_named():
+    x, kernel, positions, _ = make_case(features=8, tokens=4)
+    with pytest.raises(ValueError, match="x_BTF"):
+        short_conv(x[..., 1:], kernel, positions)
+    with pytest.raises(ValueError, match="positions_BT"):
+        short_conv(x, kernel, positions[:, 1:])
+    with pytest.raises(ValueError, match="history_BPF"):
+        short_conv(x, kernel, positions, x)
+    with pytest.raises(ValueError, match="interpret"):
+        short_conv(x, kernel, positions, interpret=True)
+
+
+def test_fallback_is_logged_once(caplog):
+    if jax.default_backend() == "gpu":
+        pytest.skip("the kernels may run here")
+    from pallas_kernels import conv
+
+    conv._log_fallback.cache_clear()
+    x, kernel, positions, _ = make_case(features=8, tokens=4)
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            short_conv(x, kernel, positions)
+    assert [r.message for r in caplog.records if "the platform is cpu" in r.message] == [
+        "short_conv runs on XLA instead of the Pallas kernels: the platform is cpu"
+    ]
+
+
+@kernels_only
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name, capfd):
+    options, silu = CASES[name]
+    run = functools.partial(short_conv, silu=silu, interpret=True)
+    check(run, make_case(**options), silu, KERNEL_TOLERANCE)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@kernels_only
+def test_documents_do_not_leak_what_is_not_a_number():
+    x, kernel, positions, dy = make_case(tokens=20, batch=1)
+    start = int(np.argmax(positions[0] == 0)) or int(np.argmax(positions[0, 1:] == 0)) + 1
+    poisoned = x.at[:, :start].set(jnp.nan)
+    y, pull = jax.vjp(lambda x: short_conv(x, kernel, positions, silu=True, interpret=True), poisoned)
+    assert jnp.isnan(y[:, start - 1]).all() and not jnp.isnan(y[:, start:]).any()
+    assert not jnp.isnan(pull(dy)[0][:, start:]).any()
+
+
+@kernels_only
+def test_vmapped():
+    x, kernel, positions, _ = make_case(tokens=20, batch=1)
+    run = functools.partial(short_conv, kernel_WF=kernel, positions_BT=positions, silu=True, interpret=True)
+    together = jax.vmap(run)(jnp.stack([x, x[:, ::-1]]))
+    np.testing.assert_array_equal(together[0], run(x))
+    np.testing.assert_array_equal(together[1], run(x[:, ::-1]))
+
+
+@kernels_only
+def test_refusals_say_why():
+    from pallas_kernels.hopper.short_conv import refusal
+
+    x, kernel, _, _ = make_case(tokens=4)
+    assert refusal(x, kernel, True) is None
+    assert "float32 of x" in refusal(x.astype(jnp.float32), kernel, True)
+    assert "5 taps" in refusal(x, jnp.zeros((5, 256)), True)
+    assert "96 features" in refusal(x[..., :96], kernel[:, :96], True)
+    if jax.default_backend() == "cpu":
+        assert refusal(x, kernel, False) == "no GPU"
+
+
+def structs(batch=8, tokens=4096, features=2048, width=4):
+    shape = jax.ShapeDtypeStruct
+    x = shape((batch, tokens, features), jnp.bfloat16)
+    return x, shape((width, features), jnp.float32), shape((batch, tokens), jnp.int32)
+
+
+def gradients_of_layers(x, kernel, positions):
+    """Through two checkpointed layers in a scan; the kernels directly, since dispatch looks for a GPU."""
+    from pallas_kernels.hopper.short_conv import short_conv
+
+    def loss(x, kernel):
+        layer = lambda x, _: (short_conv(x, kernel, positions, silu=True, interpret=False), None)
+        y = jax.lax.scan(jax.checkpoint(layer), x, length=2)[0]
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    return jax.grad(loss, (0, 1))(x, kernel)
+
+
+@kernels_only
+def test_traces_under_shard_map():
+    """With check_vma, results and gradients must vary along the mesh axes of the arguments."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = P("data"), P(), P("data")
+    sharded = jax.shard_map(gradients_of_layers, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    x, kernel, positions = structs(2, 64, 256)
+    dx, dkernel = jax.eval_shape(jax.jit(sharded), x, kernel, positions)
+    assert (dx.shape, dkernel.shape) == (x.shape, kernel.shape)
+
+
+@pytest.mark.aot
+@kernels_only
+@pytest.mark.parametrize("shape", [dict(), dict(tokens=100, features=256, width=3)])
+def test_compiles_without_spills(shape):
+    kernels = hopper_aot.compile_for_hopper(gradients_of_layers, *structs(**shape))
+    assert {k.name.rstrip("_0123456789") for k in kernels} == {"short_conv", "short_conv_gradients"}
+    assert not any(kernel.spills for kernel in kernels), kernels
+
+
+@pytest.mark.gpu
+@kernels_only
+@pytest.mark.parametrize("features", [256, 2048])
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name, features, caplog):
+    options, silu = CASES[name]
+    case = make_case(**options | dict(features=features))
+    run = jax.jit(functools.partial(short_conv, silu=silu))
+    first = check(run, case, silu, KERNEL_TOLERANCE)
+    assert not [r for r in caplog.records if "instead of the Pallas kernels" in r.message]
+    for a, b in zip(first, check(run, case, silu, KERNEL_TOLERANCE), strict=True):
+        np.testing.assert_array_equal(a, b)
