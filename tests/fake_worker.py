@@ -37,5 +37,11 @@ for folder in [Path(name) for name in sys.argv[1:] if not name.startswith("--")]
                 if train["seed"] == 66:
                     print("out of memory", flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
-            line = {"step": step, "loss": 4.0 - step / 100, "tokens_per_second": 100.0, "val_loss": 1.0, "val_accuracy": 0.5}
+            line = {
+                "step": step,
+                "loss": 4.0 - step / 100,
+                "tokens_per_second": 100.0,
+                "val_loss": 1.0,
+                "val_accuracy": 0.5,
+            }
             file.write(json.dumps(line) + "\n")

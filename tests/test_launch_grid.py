@@ -29,7 +29,9 @@ def test_points_in_order_of_the_axes_and_named_by_them():
 
 
 def test_a_point_is_a_command_line_of_train():
-    run = grid.runs(Sweep(MQAR, [axis("ratio", "1:1"), axis("learning_rate", 1e-4)], {**SMALL, "mixer": "gla"}))[0]
+    run = grid.runs(
+        Sweep(MQAR, [axis("ratio", "1:1"), axis("learning_rate", 1e-4)], {**SMALL, "mixer": "gla"})
+    )[0]
     spec, *fields = run.command()
     overrides = dict(field.removeprefix("--config.").split("=", 1) for field in fields)
     assert configs.resolve(configs.load(spec.removeprefix("--config="), overrides)) == run.config
@@ -46,7 +48,9 @@ def test_parts_of_the_base_zips_labels_and_filters():
     sized = axis("size", small={"model.d_model": 32}, wide={"model.d_model": 64, "train.batch_size": 8})
     both = zipped(axis("mixer", "kda", "gdn"), axis("ratio", "3:1", "6:1"))
     found = Sweep("configs/hybrid.py:340m,{mixer},{ratio}", [both, sized], keep=lambda p: p["mixer"] != "kda" or p["size"][0] == "small")  # fmt: skip
-    with pytest.raises(ConfigError, match=r"0 splits a width of 32 .* \(at mixer=kda, ratio=3:1, size=small\)"):
+    with pytest.raises(
+        ConfigError, match=r"0 splits a width of 32 .* \(at mixer=kda, ratio=3:1, size=small\)"
+    ):
         grid.runs(found)
     heads = {f"mixers.{name}.num_heads": 2 for name in ("kda", "gdn", "full")}
     runs = grid.runs(Sweep(found.base, found.axes, heads, keep=found.keep))
@@ -109,7 +113,9 @@ def test_zip_of_unequal_lengths():
         (["--config=configs/sweeps/ratio_mqar.py", "--launcher=xpk"], ["--engine cluster", "must be given"]),
     ],
 )  # fmt: skip
-def test_bad_command(arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_bad_command(
+    arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     workdir = tmp_path / "sweep"
     assert sweep.main([*arguments, f"--workdir={workdir}"]) == 2
     message = capsys.readouterr().err
@@ -130,6 +136,8 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path):
 def test_hours_follow_from_the_device(capsys: pytest.CaptureFixture[str]):
     """20B tokens of a 374M transformer at 4096: 53 EFLOP, so 59.5 hours of an H100's 989 TFLOP/s at a quarter."""
     assert plan.hours(53e18, "H100", 0.25) == pytest.approx(59.5, rel=1e-2)
-    assert sweep.main(["--config=configs/sweeps/ratio_340m.py", "--dry_run", "--device=H100", "--mfu=0.25"]) == 0
+    assert (
+        sweep.main(["--config=configs/sweeps/ratio_340m.py", "--dry_run", "--device=H100", "--mfu=0.25"]) == 0
+    )
     shown = capsys.readouterr().out
     assert "31 runs, 620 G tokens" in shown and "3 of 24: 6, 13, 20" in shown

@@ -37,7 +37,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_bad_run_stops_no_other(fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
-    command = [write(tmp_path / "s.py", (0, 13, 66, 1, 2), 8), f"--workdir={tmp_path}/w", "--engine", "jobs=2"]
+    command = [
+        write(tmp_path / "s.py", (0, 13, 66, 1, 2), 8),
+        f"--workdir={tmp_path}/w",
+        "--engine",
+        "jobs=2",
+    ]
     assert sweep.main(command) == 1
     shown = capsys.readouterr().out
     assert "failed: pure_seed13: RunError: loss is nan" in shown

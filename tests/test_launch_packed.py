@@ -55,7 +55,10 @@ def test_a_run_is_what_it_would_be_alone(together, tmp_path: Path):
             assert (name in record) == (name in same)
             assert same.get(name, 0) == pytest.approx(record.get(name, 0), rel=1e-4)
         assert same["packed"] == 3
-    with Checkpoints(workdirs[1] / "checkpoints") as packed_saves, Checkpoints(tmp_path / "alone" / "checkpoints") as saves:
+    with (
+        Checkpoints(workdirs[1] / "checkpoints") as packed_saves,
+        Checkpoints(tmp_path / "alone" / "checkpoints") as saves,
+    ):
         assert packed_saves.steps() == saves.steps()
 
 
