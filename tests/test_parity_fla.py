@@ -6,8 +6,9 @@ transformers calls its kernels: keep test_parity.py's environment apart. Run wit
 
 Three things stand in for what fla's models need besides fla: one Triton configuration per kernel instead of
 minutes of autotuning; PyTorch's attention for the flash-attn package; and float32 products in Triton instead
-of TF32. fla refuses the backward kernel of gated chunks on Hopper with Triton 3.4 to 3.7 (its issue 640):
-there Gated DeltaNet's gradients come from fla's recurrence in PyTorch.
+of TF32. The gradients of Gated DeltaNet and KDA are those of fla's recurrence in PyTorch: fla refuses the
+former's backward kernel on Hopper with Triton 3.4 to 3.7 (its issue 640), and the latter's takes minutes to
+compile for float32. fla's DeltaNet kernels refuse float32 in chunks, so that DeltaNet runs token by token.
 """
 
 import os
@@ -168,21 +169,23 @@ def fla_logits(net, ids: np.ndarray) -> np.ndarray:
         return net(torch.tensor(ids, device=DEVICE), use_cache=False).logits.float().cpu().numpy()
 
 
-def fla_gradients(net, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+def recurrence(q, k, v, g, beta, *, A_log, dt_bias, allow_neg_eigval, lower_bound=None, **options):
+    """fla's gates and recurrence in PyTorch, in place of its chunk kernels of KDA and Gated DeltaNet."""
+    from fla.ops.kda.gate import naive_kda_gate, naive_kda_lowerbound_gate
+    from fla.ops.kda.naive import naive_recurrent_kda
+
+    assert options["use_qk_l2norm_in_kernel"] and options["use_gate_in_kernel"]
+    assert options["use_beta_sigmoid_in_kernel"]
+    unit = lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    g = g if g.ndim == 4 else g[..., None]  # one decay for all channels of a head
+    bound = () if lower_bound is None else (lower_bound,)
+    g = (naive_kda_lowerbound_gate if bound else naive_kda_gate)(g, A_log, dt_bias, *bound)
+    beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
+    return naive_recurrent_kda(unit(q), unit(k), v, g, beta)
+
+
+def fla_gradients(net, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Of the mean cross-entropy of the next token."""
-    from fla.layers import gated_deltanet
-
-    def recurrence(q, k, v, g, beta, use_qk_l2norm_in_kernel, **others):
-        from fla.modules.l2norm import l2norm
-        from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
-
-        assert use_qk_l2norm_in_kernel
-        q, k = (l2norm(x).repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
-        if others.get("use_gate_in_kernel"):
-            g = -others["A_log"].float().exp() * torch.nn.functional.softplus(g.float() + others["dt_bias"])
-        return naive_recurrent_gated_delta_rule(q, k, v, beta, g)
-
-    monkeypatch.setattr(gated_deltanet, "chunk_gated_delta_rule", recurrence)
     net.train()
     tokens = torch.tensor(ids, device=DEVICE)
     logits = net(tokens, use_cache=False).logits
@@ -227,7 +230,10 @@ def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.Monk
     errors["first 50 tokens"] = error(logits[:, :50], fla_logits(net, ids[:, :50]))  # fla: token by token
     print(f"\n{name}: {errors}", flush=True)
 
-    theirs = fla_gradients(net, ids, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("fla.layers.gated_deltanet.chunk_gated_delta_rule", recurrence)
+        patch.setattr("fla.layers.kda.chunk_kda", recurrence)
+        theirs = fla_gradients(net, ids)
     ours = gradients(tmp_path / "theirs", definition, params, ids)
     worst = {key: error(ours[key].reshape(theirs[key].shape), theirs[key]) for key in theirs if key in ours}
     key = max(worst, key=worst.__getitem__)
@@ -235,8 +241,8 @@ def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.Monk
     print(f"{name}: gradients {worst[key]:.1e} {key}", flush=True)
 
     transfer.export_hf(tmp_path / "run", tmp_path / "again", model_type=net.config.model_type)
-    mode = getattr(net.config, "attn_mode", None)  # which of its kernels fla uses
-    back, report = type(net).from_pretrained(tmp_path / "again", attn_mode=mode, output_loading_info=True)
+    kernels = {key: value for key, value in CASES[name][1].items() if key == "attn_mode"}
+    back, report = type(net).from_pretrained(tmp_path / "again", **kernels, output_loading_info=True)
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     errors["export"] = error(fla_logits(back.to(DEVICE).eval(), ids), want)
     prompt = torch.tensor(ids[:, :20], device=DEVICE)
