@@ -352,7 +352,7 @@ def change_config(trial: Trial, chance: random.Random) -> bool:
     kill(trial, chance)
     if trial.newest() is None:
         return False
-    changes = ("model.d_model=32", "model.pattern=full", "model.vocab_size=300", "train.seed=5")
+    changes = ("model.d_model=32", "model.pattern=retnet*2", "model.vocab_size=300", "train.seed=5")
     code = trial.run(f"--config.{chance.choice((*changes, 'train.batch_size=4'))}")
     return trial.refused(2, r"a resumed run cannot change it; changed since the checkpoint: ", code)
 
