@@ -124,6 +124,10 @@ def chunk_gradients(
         def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
             return chunk_math.sums_of_products(*sums, interpret=interpret)
 
+        def rounded(x: jax.Array) -> jax.Array:
+            """bf16 pairs; the barrier keeps a way back to float32 from becoming a slow conversion of each."""
+            return lax.optimization_barrier(x.astype(BF16))
+
         def store(ref: Any, value: jax.Array) -> None:
             blocks.store(ref, value.astype(BF16), interpret=interpret, width=WIDTH)
 
@@ -308,7 +312,7 @@ def chunk_gradients(
                     ([(at.middle(0), at.steps), (ones * jnp.asarray(-1.0, F16), late)], tile),
                 )
                 dk = written * mask(jnp.exp2(behind * -1.0), leaving)
-                written = jnp.where(at.row(tile) < C - 1, at.key() * dk, 0.0).astype(BF16)
+                written = rounded(jnp.where(at.row(tile) < C - 1, at.key() * dk, 0.0))
                 store(at.tiles[0], written)
                 read = mask(jnp.exp2(before), entering)
                 dq = dq * read
@@ -317,13 +321,14 @@ def chunk_gradients(
                     seen = rest[0] * read * -1.0
                     d_sum = d_sum + at.key() * seen
                     dk = dk + seen
-                carried = blocks.by_col(blocks.col_vector(s["carry"].at[slot, at.columns]), tile)
                 for h, g in zip(at.h, at.g, strict=True):
-                    store(h, blocks.tile(h) * blocks.tile(g) * carried)
+                    store(h, blocks.tile(h, BF16) * blocks.tile(g, BF16))
                 plgpu.commit_smem()
                 at = here(turn)
                 last = jnp.where(at.row() == C - 1, 1.0, 0.0).astype(BF16)
-                (d_sum,) = multiply(([(last, x) for x in [at.tiles[0], *at.h]], d_sum))
+                d_sum, kept = multiply(([(last, at.tiles[0])], d_sum), ([(last, h) for h in at.h], tile))
+                carried = blocks.by_col(blocks.col_vector(s["carry"].at[slot, at.columns]), tile)
+                d_sum = d_sum + kept * carried
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["h_free"].at[turn])
                 at = here(turn)
@@ -347,12 +352,12 @@ def chunk_gradients(
                     at = here(turn)
                     factor = up(lax.optimization_barrier(offset))  # else exponentials of both signs are kept
                     dq = dq + factor * found[0]
-                    x = (at.query() * factor).astype(BF16)
+                    x = rounded(at.query() * factor)
                     d_sum = d_sum + x.astype(F32) * found[0]
                     store(at.tiles[0], x)
                     if delta:
                         dk = dk + factor * found[1]
-                        x = (at.key() * factor).astype(BF16)
+                        x = rounded(at.key() * factor)
                         d_sum = d_sum + x.astype(F32) * found[1]
                         store(at.tiles[1], x)
                     plgpu.commit_smem()
@@ -361,7 +366,7 @@ def chunk_gradients(
                     (found_k,) = multiply((pairs, tile))
                     factor = down(lax.optimization_barrier(offset))
                     dk = dk + factor * found_k
-                    d_sum = d_sum - (at.key() * factor).astype(BF16).astype(F32) * found_k
+                    d_sum = d_sum - rounded(at.key() * factor).astype(F32) * found_k
                     plgpu.commit_smem()
 
                     @pl.when(~finest)
@@ -379,7 +384,7 @@ def chunk_gradients(
                     (jnp.int32(C), dq, dk, d_sum),
                 )
                 at = here(turn)
-                high = d_sum.astype(BF16)
+                high = rounded(d_sum)
                 store(at.tiles[0], high)
                 store(at.tiles[1], d_sum - high.astype(F32))
                 plgpu.commit_smem()
