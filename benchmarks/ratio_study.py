@@ -1,7 +1,6 @@
 """A sweep whose runs share programs: every pattern of one linear mixer and attention is the same program.
 
-    python -m launch.sweep --config=configs/sweeps/study_mqar.py --workdir=runs/study_mqar --launcher=none
-    python -m benchmarks.ratio_study --config=configs/sweeps/study_mqar.py --workdir=runs/study_mqar --mixer=kda
+    python -m benchmarks.ratio_study --config=configs/sweeps/study_mqar.py --workdir=runs/x --mixer=kda
 
 Each layer holds the linear mixer, attention, and a flag that says which of the two it is; the MLP is as wide
 as the widest and masked to the run's own width. Flags and masks are data, so that ratios, placements, seeds
@@ -252,10 +251,10 @@ def study(runs: Sequence[grid.Run], workdir: Path, flags: argparse.Namespace) ->
                 file.write(
                     json.dumps(line | {"tokens_per_second": tokens / seconds, "packed": len(runs)}) + "\n"
                 )
+            losses = [line["loss"] for line in lines]
             best = max(line.get("val_accuracy", line["accuracy"]) for line in lines)
-            say(
-                f"step {step}/{steps}  {1000 * seconds:.0f} ms  loss {min(line['loss'] for line in lines):.3f} to {max(line['loss'] for line in lines):.3f}  accuracy to {best:.3f}"
-            )
+            say(f"step {step}/{steps}  {1000 * seconds:.0f} ms  loss {min(losses):.3f} to {max(losses):.3f}")
+            say(f"  accuracy to {best:.3f}")
             mark, marked = time.time(), step
             if time.time() + seconds * (steps - step) > end:
                 say(f"no time for the {steps - step} steps that are left")

@@ -15,7 +15,7 @@ from launch.local import Job
 
 
 def settings(engine: type, given: Sequence[str]) -> Any:
-    """An ``engine`` module's Settings from KEY=VALUE texts. ConfigError for an unknown key or a wrong value."""
+    """The Settings ``engine`` from KEY=VALUE texts. ConfigError for an unknown key or a wrong value."""
     known = schema.fields(engine)
     values = {}
     for text in given:
@@ -34,7 +34,7 @@ def settings(engine: type, given: Sequence[str]) -> Any:
 
 
 def train_command(run: Run, workdir: str, distributed: str = "") -> str:
-    """The shell command that trains ``run`` from a checkout, wherever that is. distributed: train.py's flag."""
+    """The shell command that trains ``run`` from a checkout anywhere. distributed: train.py's flag."""
     words = ["python", "train.py", *run.command(), f"--workdir={workdir}/{run.name}"]
     return shlex.join(words) + (f" --distributed={distributed}" if distributed else "")
 

@@ -143,7 +143,7 @@ def _cost(mean: Mean, against: str) -> float:
 
 def curves(runs: Sequence[Result], metric: str) -> Figure | None:
     """The metric while training, a panel for each mixer, a colour for each share of full layers."""
-    drawn = [run for run in runs if len(run.curve) > 1]
+    drawn = [run for run in runs if len(run.curves[metric]) > 1]
     mixers = sorted({run.mixer for run in drawn})
     if not drawn:
         return None
@@ -158,7 +158,7 @@ def curves(runs: Sequence[Result], metric: str) -> Figure | None:
         for run in (r for r in drawn if r.mixer == mixer):
             colour = _shade(seen.index(run.fraction) / max(1, len(seen) - 1))
             label = f"{len(run.full_layers)} of {run.num_layers}"
-            x, y = zip(*run.curve, strict=True)
+            x, y = zip(*run.curves[metric], strict=True)
             axes.plot(x, y, color=colour, linewidth=1, label=label)
         axes.set_title(mixer, fontsize=9)
         axes.xaxis.set_major_formatter(lambda value, _: quantity(value, ""))

@@ -1,4 +1,4 @@
-"""Runs that differ in seed and learning rate only, trained in one program: `jax.vmap` over the trainer's step.
+"""Runs that differ in seed and learning rate only, in one program: `jax.vmap` over the trainer's step.
 
 Each run has its own batches, checkpoints and metrics.jsonl, the same files as if it had been trained alone.
 A run whose loss is no longer finite fails by itself; the others go on.
@@ -109,7 +109,7 @@ class Pack:
         self.evaluate = jax.jit(jax.vmap(self.alone.evaluate, in_axes=(0, None)))
 
     def begin(self) -> tuple[int, Any]:
-        """The newest step that every run has a checkpoint of, and the states there; 0 and new ones without."""
+        """The newest step that all runs have a checkpoint of, and the states there; else 0 and new ones."""
         common = set.intersection(*(set(one.saves.steps()) for one in self.members))
         if not common:
             seeds = jnp.array([one.config.train.seed for one in self.members])

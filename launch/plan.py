@@ -101,16 +101,11 @@ def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> N
     sizes = [f.parameters for f in known.values()]
     spread = max(sizes) / min(sizes) - 1
     say = lambda text: console.print(text, highlight=False, soft_wrap=True)
-    say(
-        f"{len(runs)} runs, {quantity(sum(f.tokens for f in known.values()), '')} tokens, {total:,.3g} hours of one {device} at {mfu:.0%} of its peak"
-    )
-    say(
-        f"parameters: {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart; states: {_range([f.state_bytes for f in known.values()])}"
-    )
-
-
-def _range(sizes: Sequence[int]) -> str:
-    return f"{quantity(min(sizes), 'B')} to {quantity(max(sizes), 'B')}"
+    tokens, states = sum(f.tokens for f in known.values()), [f.state_bytes for f in known.values()]
+    say(f"{len(runs)} runs, {quantity(tokens, '')} tokens")
+    say(f"estimate: {total:,.3g} hours of one {device}, at {mfu:.0%} of its peak")
+    say(f"parameters: {min(sizes):,} to {max(sizes):,}, {spread:.1%} apart")
+    say(f"states: {quantity(min(states), 'B')} to {quantity(max(states), 'B')}, which are not matched")
 
 
 def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:

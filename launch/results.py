@@ -12,9 +12,11 @@ from scipy import stats
 
 from hybridlm import logbook
 from hybridlm.errors import ConfigError
+from launch import worker
 from launch.local import status
 
 SEED, RATE = ("seed", "train.seed"), ("learning_rate", "optimizer.learning_rate")
+COPIED = ("name", "point", "full_layers", "num_layers", "parameters", "tokens", "steps")  # from sweep.json
 HIGHER = ("recall",)  # metrics of which more is better
 
 
@@ -24,7 +26,7 @@ class Result(NamedTuple):
     recall: accuracy on held-out examples of a task without text, else the mean of the recall tasks measured
         in the loop (`eval.tasks`); None without either.
     loss: held-out, nats per token; None for a task without text.
-    curve: (training tokens, recall or loss) at each validation.
+    curves: "recall" and "loss" -> (training tokens, value) at each validation.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Result(NamedTuple):
     recall: float | None
     loss: float | None
     tokens_per_second: float | None
-    curve: list[tuple[float, float]]
+    curves: dict[str, list[tuple[float, float]]]
 
     @property
     def fraction(self) -> float:
@@ -74,6 +76,8 @@ def read(workdir: Path) -> tuple[dict[str, Any], list[Result]]:
             "workdir", str(workdir), "holds no sweep.json", "python -m launch.sweep writes one."
         )
     record = json.loads(path.read_text())
+    machines = [workdir / run["name"] / worker.MACHINE for run in record["runs"]]
+    record["machines"] = sorted({path.read_text().strip() for path in machines if path.is_file()})
     return record, [_result(workdir / run["name"], run) for run in record["runs"]]
 
 
@@ -84,17 +88,23 @@ def _result(folder: Path, run: dict[str, Any]) -> Result:
     speeds = [r["tokens_per_second"] for r in records[1:] if "tokens_per_second" in r]
     per_step = run["tokens"] / run["steps"]
     finished = now.state == "finished"
-    measured = [(r["step"] * per_step, _recall(r), _loss(r)) for r in records]
+    at = [r["step"] * per_step for r in records]
+    lines = {
+        "recall": list(zip(at, map(_recall, records), strict=True)),
+        "loss": list(zip(at, map(_loss, records), strict=True)),
+    }
     return Result(
-        **{key: run[key] for key in ("name", "point", "full_layers", "num_layers", "parameters", "tokens", "steps")},
+        **{key: run[key] for key in COPIED},
         state=now.state,
         error=now.error,
         bytes=run["state_bytes"] + run["cache_bytes"],
         recall=_recall(last) if finished else None,
         loss=_loss(last) if finished else None,
         tokens_per_second=float(np.median(speeds)) if speeds and finished else None,
-        curve=[(tokens, value) for tokens, *values in measured for value in values if value is not None][: 1 << 16],
-    )  # fmt: skip
+        curves={
+            name: [(at, value) for at, value in line if value is not None] for name, line in lines.items()
+        },
+    )
 
 
 def _recall(record: dict[str, Any]) -> float | None:

@@ -4,7 +4,7 @@ The same command again continues: finished runs are skipped, unfinished ones res
 trained again with --retry. With --launcher=local it ends in report.html; the others write, and where their
 client is installed submit, the job files.
 
-Exit codes: 0 all runs finished (or were handed over), 1 some failed or are left, 2 bad input, 130 interrupted.
+Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 bad input, 130 interrupted.
 """
 
 import argparse
@@ -144,9 +144,9 @@ def run_local(
     found = local.devices()
     jobs = local.jobs(ready, workdir, vmap)
     per_device = settings.jobs or local.fitting(jobs, found)
-    view.say(
-        f"{len(runs)} runs in {workdir}: {view.summary()}; {len(jobs)} to start, {per_device} at a time on each of {len(found)} devices"
-    )
+    view.say(f"{len(runs)} runs in {workdir}: {view.summary()}; {len(jobs)} to start")
+    if jobs:
+        view.say(f"{per_device} at a time on each of {len(found)} devices")
     with view:
         local.run_all(jobs, found, per_device, view.show, settings.seconds or float("inf"))
     failed = [run for run in runs if view.states[run.name].state == "failed"]

@@ -27,8 +27,9 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
 
     Agents need the sweep's folder, where each run's point.json is, and where it trains.
     """
+    runs = engines.runs(jobs)
     metric = {"name": "val_loss", "goal": "minimize"}
-    if all(run.config.data.kind not in ("text", "shards", "mixture") for run in engines.runs(jobs)):
+    if all(run.config.data.kind not in ("text", "shards", "mixture") for run in runs):
         metric = {"name": "val_accuracy", "goal": "maximize"}
     sweep = {
         "name": workdir.name,
@@ -37,7 +38,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
         "program": "train.py",
         "method": "grid",
         "metric": metric,
-        "parameters": {"config": {"values": [str(workdir / run.name / "point.json") for run in engines.runs(jobs)]}},
+        "parameters": {"config": {"values": [str(workdir / run.name / "point.json") for run in runs]}},
         "command": [
             "${env}", "python", "${program}", "${args}",
             "--config.log.wandb_mode=online", f"--config.log.project={settings.project}",

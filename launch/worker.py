@@ -4,7 +4,7 @@
     python -m launch.worker runs/x/seed0 runs/x/seed1 # together in one program
 
 A folder holds point.json, the run's resolved config. What goes wrong is left there as error.txt, its last
-line the reason. With --die_with_parent the process ends when its standard input does, that is, with its parent.
+line the reason. With --die_with_parent the process ends when its standard input does: with its parent.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hybridlm.errors import ConfigError, RunError, Stopped
 
-POINT, ERROR, LOCK = "point.json", "error.txt", "worker.lock"
+POINT, ERROR, LOCK, MACHINE = "point.json", "error.txt", "worker.lock", "machine.txt"
 LOCK_SECONDS = 60  # a killed sweep's worker may take a moment to go
 
 
@@ -50,7 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def work(folders: list[Path]) -> int:
-    """Trains the runs; 0 when all of them finished, 1 when some failed, each with its error.txt, 3 when stopped."""
+    """Trains the runs; 0: all finished, 1: some failed, each with its error.txt, 3: stopped when asked."""
+    import jax
+
     from eval import in_loop
     from hybridlm import config as configs
     from hybridlm import trainer
@@ -58,6 +60,7 @@ def work(folders: list[Path]) -> int:
 
     for folder in folders:
         (folder / ERROR).unlink(missing_ok=True)
+        (folder / MACHINE).write_text(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
     failed: dict[Path, str] = {}
     try:
         resolved = [configs.resolve(configs.from_json(folder / POINT)) for folder in folders]

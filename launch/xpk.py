@@ -1,4 +1,4 @@
-"""xpk: a GKE workload for each run, TPU slices or GPU nodes, which GKE starts again up to ``restarts`` times."""
+"""xpk: a GKE workload for each run, on TPU slices or GPU nodes, restarted when it fails or is pre-empted."""
 
 import dataclasses
 import shlex

@@ -106,7 +106,7 @@ def mean(name: str, size: int, value: float) -> Mean:
         "num_layers": 1,
         "parameters": 1,
     }
-    rest |= {"tokens": 1, "steps": 1, "recall": value, "loss": None, "tokens_per_second": None, "curve": []}
+    rest |= {"tokens": 1, "steps": 1, "recall": value, "loss": None, "tokens_per_second": None, "curves": {}}
     return Mean((Result(name=name, bytes=size, **rest),), value, float("nan"))
 
 

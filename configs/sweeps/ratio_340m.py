@@ -1,4 +1,4 @@
-"""The 340M grid of "A Systematic Analysis of Hybrid Linear Attention" (arXiv 2507.06457): 5 ratios x 6 mixers.
+"""The 340M grid of "A Systematic Analysis of Hybrid Linear Attention" (2507.06457): 5 ratios x 6 mixers.
 
     python -m launch.sweep --config=configs/sweeps/ratio_340m.py --dry_run --device=H100
     python -m launch.sweep --config=configs/sweeps/ratio_340m.py --launcher=slurm --engine partition=gpu

@@ -3,7 +3,7 @@
     python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source --workdir=runs/study_lm
 
 The argument is a folder of shards that `python -m hybridlm.data.prepare` wrote. 14 layers of width 384, about
-25M parameters, matched through the MLPs; every run sees the same 2 Mi bytes in the same
+25M parameters, matched through the MLPs; every run sees the same 3 Mi bytes in the same
 order, which is far from converged.
 """
 
@@ -24,19 +24,18 @@ def get_sweep(path: str = "data/source") -> Sweep:
             "model.num_layers": 14,
             "model.d_model": 384,
             "model.dtype": "bfloat16",
-            "model.remat": "full",
             "train.seq_len": 1024,
-            "train.batch_size": 8,
+            "train.batch_size": 16,
             "optimizer.name": "adamw",
             "optimizer.learning_rate": 2e-3,
             "optimizer.warmup_steps": 30,
             "eval.every_steps": 64,
-            "eval.batches": 32,
+            "eval.batches": 16,
             "eval.sample_tokens": 0,
             "log.every_steps": 8,
             "checkpoint.every_steps": 0,
         },
         axes=[axis("mixer", *MIXERS), axis("ratio", "pure", "12:1", "6:1", "3:1", "1:1", "full")],
         match="parameters",
-        tokens=2**21,
+        tokens=3 * 2**20,
     )
