@@ -7,11 +7,13 @@ Runs in a scratch folder; the checkpoint and disk rows train a tiny model first 
 
 import contextlib
 import io
+import re
 import subprocess
 import tempfile
 from pathlib import Path
 
 import train
+from hybridlm.lock import Lock
 
 TINY = [
     "--config=configs/mqar.py", "--config.model.d_model=16", "--config.model.num_layers=1",
@@ -73,7 +75,9 @@ def cases(scratch: Path) -> list[tuple[str, list[str]]]:
         ("resume=must without a checkpoint", [*TINY, workdir, "--resume=must"]),
         ("resume=never over a run", [*TINY, f"--workdir={scratch}/done", "--resume=never"]),
         ("resume with another model", [*TINY, f"--workdir={scratch}/done", "--config.model.d_model=32"]),
-        ("unreadable checkpoint", [*TINY, f"--workdir={scratch}/broken", "--config.train.steps=4"]),
+        ("workdir that another run has", [*TINY, f"--workdir={scratch}/held"]),
+        ("processes at no address", [*TINY, workdir, "--distributed=here"]),
+        ("no sound checkpoint", [*TINY, f"--workdir={scratch}/broken", "--config.train.steps=4"]),
         ("no room for a checkpoint", [*TINY, f"--workdir={scratch}/disk", "--config.model.d_model=256"]),
     ]  # fmt: skip
 
@@ -85,7 +89,7 @@ def main() -> None:
     )
     print("compiled or written; 1: the run could not go on, and earlier checkpoints are intact.\n")
     print("| input | exit | message |\n|---|---|---|")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         scratch = Path(name)
         rows = cases(scratch)
         for run in ("done", "broken"):
@@ -99,10 +103,13 @@ def main() -> None:
             ["mount", "-t", "tmpfs", "-o", "size=8m", "none", scratch / "disk"], check=False
         )
         try:
+            (scratch / "held").mkdir()
+            stack.enter_context(Lock(scratch / "held"))
             for what, arguments in rows:
                 if what.startswith("no room") and disk.returncode:
                     continue  # no root, no small disk
                 code, said = message(arguments)
+                said = re.sub(r"process \d+ on [\w.-]+", "process 4242 on node1", said)
                 lines = said.replace(str(scratch), "...").replace("|", "\\|").splitlines()
                 shown = "<br>".join(f"`{line}`" for line in lines if line.strip())
                 print(f"| {what} | {code} | {shown} |", flush=True)
