@@ -88,11 +88,11 @@ def test_tiles_of_any_gate(gate):
     assert np.abs(np.asarray(tiles.scores[0, 0], np.float64) - scores).max() < 8e-3 * np.abs(scores).max()
     assert relative_error(tiles.inverses[0, 0], np.linalg.inv(np.eye(64) + lower)) < 3e-3
     start = np.exp(np.cumsum(decay, 0))
-    atol = dict(rtol=8e-3, atol=1e-6)
-    np.testing.assert_allclose(np.float64(tiles.read_q[0, :, 0]), call.scale * q * start, **atol)
-    np.testing.assert_allclose(np.float64(tiles.read_k[0, :, 0]), k * start, **atol)
-    np.testing.assert_allclose(np.float64(tiles.write[0, :, 0]), k * pairs[-1], **atol)
-    np.testing.assert_allclose(tiles.carry[0, 0, 0], start[-1], rtol=1e-3, atol=1e-30)
+    close = dict(rtol=8e-3, atol=5e-5)  # log-decays are float16: exp(-x) is right to x exp(-x) 2^-11
+    np.testing.assert_allclose(np.float64(tiles.read_q[0, :, 0]), call.scale * q * start, **close)
+    np.testing.assert_allclose(np.float64(tiles.read_k[0, :, 0]), k * start, **close)
+    np.testing.assert_allclose(np.float64(tiles.write[0, :, 0]), k * pairs[-1], **close)
+    np.testing.assert_allclose(tiles.carry[0, 0, 0], start[-1], rtol=1e-3, atol=2e-4)
     assert set(np.unique(tiles.norms[0, 0, 0, SPAN])) == {SPANS[gate]}
 
 

@@ -8,7 +8,8 @@ levels b = 64, 32, ..., 2 each overwrite the pairs of their blocks, and end as s
 exceeds RANGE. Ordinary gates need one level, log-decays of -5 a step at most three, any at most six.
 
 E is a product of a matrix of 0, 1 and -1 with the log-decays: sums of terms of one sign, so nothing cancels.
-The products take them as two float16 parts (22 bits) and accumulate in float32.
+The products take the log-decays in float16 and accumulate in float32. Rounding a sum of x by at most x 2^-12
+moves exp(-x) by at most x exp(-x) 2^-12 < 1e-4.
 """
 
 import functools
@@ -20,20 +21,16 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks
-from pallas_kernels.hopper.blocks import F32, C
-from pallas_kernels.hopper.chunk_math import sums_of_products
+from pallas_kernels.hopper.blocks import C
 
 LEAST = -128.0  # a log2-decay whose power is 0 in float32; below it nothing changes but the size of sums
 RANGE = 96.0  # 2^96 times a bf16 number stays finite, and 2^-96 times one keeps its 8 bits
 F16 = jnp.float16
 
 
-def store_parts(log_decay: jax.Array, high: Any, low: Any, *, interpret: Any) -> None:
-    """A float32 tile of natural log-decays as two float16 tiles whose sum is it in base 2."""
-    steps = jnp.maximum(log_decay * blocks.LOG2E, LEAST)
-    part = steps.astype(F16)
-    blocks.store(high, part, interpret=interpret)
-    blocks.store(low, (steps - part.astype(F32)).astype(F16), interpret=interpret)
+def steps(log_decay: jax.Array) -> jax.Array:
+    """Natural log-decays in base 2 and float16."""
+    return jnp.maximum(log_decay * blocks.LOG2E, LEAST).astype(F16)
 
 
 def hidden_zero(reach: Any) -> jax.Array:
@@ -56,18 +53,18 @@ def after(zero: jax.Array) -> jax.Array:
     return _flags(blocks.col_index() > blocks.by_row(_row() + zero), 1.0)
 
 
-def from_middle(size: jax.Array) -> jax.Array:
+def from_middle(size: jax.Array, zero: jax.Array) -> jax.Array:
     """Row i sums the tokens from the middle of its block of `size` to i: 1 after the middle, -1 before."""
-    row = _row()
+    row = _row() + zero
     middle = (row & -size) + (size >> 1)
     late = row >= middle
     first, last = jnp.where(late, middle, row + 1), jnp.where(late, row, middle - 1)
     return _flags(_columns(first, last), blocks.by_row(jnp.where(late, 1.0, -1.0).astype(F16)))
 
 
-def within(size: jax.Array) -> jax.Array:
+def within(size: jax.Array, zero: jax.Array) -> jax.Array:
     """Pairs (i, j), j < i, of one block of `size` tokens."""
-    row = _row()
+    row = _row() + zero
     return _columns(row & -size, row - 1)
 
 
@@ -85,22 +82,16 @@ def _flags(keep: jax.Array, value: Any) -> jax.Array:
     return jnp.where(keep, jnp.asarray(value, F16), jnp.zeros((), F16))
 
 
-def sums(which: jax.Array, parts: list[tuple[Any, Any]], *, interpret: Any) -> tuple[jax.Array, ...]:
-    """`which` @ log-decays for every 64 channels, given as (high, low): float32 tiles in base 2."""
-    products = [([(which, high), (which, low)], (C, C)) for high, low in parts]
-    return sums_of_products(*products, interpret=interpret)
-
-
-def note_reach(offsets: tuple[jax.Array, ...], reach: Any) -> None:
-    """The largest |E| of every token, for `next_size` (which wants a barrier in between)."""
-    largest = (jnp.max(jnp.abs(x), axis=1) for x in offsets)
-    reach[...] = functools.reduce(jnp.maximum, largest)
+def sums(which: jax.Array, steps: Any, *, interpret: Any) -> jax.Array:
+    """`which` @ `steps`, a float16 tile [C, 64] in shared memory: float32 sums in base 2."""
+    return blocks.matmul((which, steps), interpret=interpret)
 
 
 def next_size(size: jax.Array, reach: Any) -> jax.Array:
     """Size of the blocks of the next level; 0 if this one was exact for all pairs of its blocks.
 
-    |E| is largest at the ends of a block. Only ends of 16 tokens are read: below that, go to the end.
+    reach: the largest |E| of every token. It is largest at the ends of a block, of which only those of 16
+    tokens are read: below that, go to the end.
     """
     ends = [reach[i] for block in range(0, C, 16) for i in (block, block + 15)]
     done = (functools.reduce(jnp.maximum, ends) <= RANGE) & (size >= 16)

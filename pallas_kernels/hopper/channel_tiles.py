@@ -66,24 +66,27 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))
         rows, key_head = pl.ds(n * C, C), blocks.div(head, group)
         decay_s, (x_s, scores_s, a_s) = s["decay_or_products"]
-        q_s, k_s, parts_s, in_s, norm_s, ready = (
-            s[name] for name in ("q", "k", "parts", "vectors", "norms", "ready")
-        )
-        parts = [(parts_s.at[half, 0], parts_s.at[half, 1]) for half in range(halves)]
+        q_s, k_s, steps_s, in_s, norm_s = (s[name] for name in ("q", "k", "steps", "vectors", "norms"))
+        decay_ready, ready = s["decay_ready"], s["ready"]
 
         for half in range(halves):
             columns = pl.ds(half * C, C)
-            plgpu.copy_gmem_to_smem(decay_ref.at[b, rows, head, columns], decay_s.at[half], ready)
+            plgpu.copy_gmem_to_smem(decay_ref.at[b, rows, head, columns], decay_s.at[half], decay_ready)
+        for half in range(halves):
+            columns = pl.ds(half * C, C)
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head, columns], k_s.at[half], ready)
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head, columns], q_s.at[half], ready)
         vectors.copy(vector_refs, in_s, ready, b, head, rows)
+        plgpu.barrier_wait(decay_ready)
+        for half in range(halves):
+            steps = channel_math.steps(blocks.tile(decay_s.at[half]))
+            blocks.store(steps_s.at[half], steps, interpret=interpret)
         plgpu.barrier_wait(ready)
 
         squares_q: Any = 0.0
         squares_k: Any = 0.0
         diagonal: Any = 0.0
         for half in range(halves):
-            channel_math.store_parts(blocks.tile(decay_s.at[half]), *parts[half], interpret=interpret)
             q, k = blocks.tile(q_s.at[half]), blocks.tile(k_s.at[half])
             diagonal += jnp.sum(q * k, axis=1)
             if i.l2norm:
@@ -100,27 +103,27 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
             size, _, *old = carried
             zero = channel_math.hidden_zero(s["reach"])
             slots = [half + zero for half in range(halves)]
-            parts = [(parts_s.at[half, 0], parts_s.at[half, 1]) for half in slots]
-            middle = channel_math.from_middle(size)
+            middle = channel_math.from_middle(size, zero)
             reach = one * 0.0
             left: list = [[], []]
             for half in range(halves):  # one after the other: both at once are too many registers
-                (offset,) = channel_math.sums(middle, parts[half : half + 1], interpret=interpret)
+                offset = channel_math.sums(middle, steps_s.at[slots[half]], interpret=interpret)
                 reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
                 up, k = jnp.exp2(offset), blocks.tile(k_s.at[slots[half]])
-                blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
                 left[0].append((blocks.tile(q_s.at[slots[half]]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
+                blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
             s["reach"][...] = reach
             plgpu.commit_smem()
+            zero = channel_math.hidden_zero(s["reach"])
             new = sums_of_products(
                 *[
-                    ([(x, x_s.at[slots[half]].T) for half, x in enumerate(row)], (C, C))
+                    ([(x, x_s.at[half + zero].T) for half, x in enumerate(row)], (C, C))
                     for row in left[: len(old)]
                 ],
                 interpret=interpret,
             )
-            pairs = channel_math.within(size)
+            pairs = channel_math.within(size, zero)
             found = [jnp.where(pairs, x, y) for x, y in zip(new, old, strict=True)]
             following = channel_math.next_size(size, s["reach"])
             plgpu.commit_smem()  # all have read x_s and reach
@@ -157,14 +160,14 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         zero = channel_math.hidden_zero(s["reach"])
         up_to, after = channel_math.up_to(zero), channel_math.after(zero)
         for half in range(halves):
-            (total,) = channel_math.sums(up_to, parts[half : half + 1], interpret=interpret)
+            total = channel_math.sums(up_to, steps_s.at[half], interpret=interpret)
             decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
             q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * decay
             blocks.store(q_s.at[half], q.astype(BF16), interpret=interpret)
             if delta:
                 seen = k * blocks.by_row(norm_k * read) * decay
                 blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
-            (later,) = channel_math.sums(after, parts[half : half + 1], interpret=interpret)
+            later = channel_math.sums(after, steps_s.at[half], interpret=interpret)
             end = channel_math.any_row(total + later, interpret=interpret)
             s["carry"].at[pl.ds(half * C, C)][...] = jnp.exp2(end) * carry
             written = k * blocks.by_row(norm_k * write) * jnp.exp2(later)
@@ -182,8 +185,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 plgpu.copy_smem_to_gmem(k_s.at[half], out["read_k"].at[b, rows, head, columns])
         if delta:
             lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
-            scratch = parts_s if halves == 2 else s["ladder"]
-            inverse = blocks.unit_lower_inverse(lower, scratch.at[0], scratch.at[1], interpret=interpret)
+            inverse = blocks.unit_lower_inverse(lower, steps_s, s["ladder"], interpret=interpret)
             blocks.store(a_s, inverse.astype(BF16), interpret=interpret)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(a_s, out["inverses"].at[b, head, rows])
@@ -197,14 +199,15 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     scratch = dict(
         q=blocks.smem((halves, C, C), BF16),
         k=blocks.smem((halves, C, C), BF16),
-        parts=blocks.smem((halves, 2, C, C), jnp.float16),
-        ladder=blocks.smem((2, 2, C, C), jnp.float16) if delta and halves == 1 else None,
+        steps=blocks.smem((2 if delta else halves, C, C), jnp.float16),  # later scratch of the inverse
+        ladder=blocks.smem((2, C, C), jnp.float16) if delta else None,
         decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), F32), products),
         vectors=plgpu.SMEM((len(vectors), C), F32) if len(vectors) else None,
         norms=plgpu.SMEM((3, C), F32),
         reach=plgpu.SMEM((C,), F32),
         carry=plgpu.SMEM((key_dim,), F32),
-        ready=plgpu.Barrier(num_arrivals=3 * halves + len(vectors)),
+        decay_ready=plgpu.Barrier(num_arrivals=halves),
+        ready=plgpu.Barrier(num_arrivals=2 * halves + len(vectors)),
     )
     scratch = {name: value for name, value in scratch.items() if value is not None}
 
