@@ -92,7 +92,7 @@ def study(
     layers, published = STUDY[name]
     print(f"{name}: {len(runs.rates)} learning rates x {len(runs.seeds)} seeds", flush=True)
     say = lambda text: print(text, flush=True)
-    result = vmapped.train(runs, train, steps=flags.steps, seconds=seconds, say=say)
+    result = vmapped.train(runs, train, steps=flags.steps, seconds=seconds, until=2.0, say=say)
     began = time.perf_counter()
     correct_RN = vmapped.count_correct(runs, result.params, test, test_rows(test))
     labels_N = np.asarray((test.labels >= 0).sum(axis=1))

@@ -193,9 +193,15 @@ class Outcome(NamedTuple):
 
 
 def train(
-    runs: Runs, rows: Data, *, steps: int, seconds: float, say: Callable[[str], None] = print
+    runs: Runs,
+    rows: Data,
+    *,
+    steps: int,
+    seconds: float,
+    until: float = 0.995,
+    say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Trains until ``steps`` or ``seconds`` are over, or a learning rate has all its seeds above .995.
+    """Trains until ``steps`` or ``seconds`` are over, or a learning rate has all its seeds above ``until``.
 
     The schedule, a cosine to 0 behind a linear warm-up of 1/20, follows the clock where that is shorter. Rows
     are drawn without replacement in each epoch.
@@ -217,7 +223,7 @@ def train(
         step += runs.steps_per_call
         curve.append((step, np.asarray(hits)))
         say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy {hits.max():.3f}")
-        if curve[-1][1].reshape(rates, seeds).min(axis=1).max() > 0.995:
+        if curve[-1][1].reshape(rates, seeds).min(axis=1).max() > until:
             break
     return Outcome(params, curve, step, time.perf_counter() - began)
 
