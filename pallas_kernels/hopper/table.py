@@ -1,4 +1,4 @@
-"""Committed choices by shape class, from benchmarks/kernels.py on one H100; nothing is tuned at run time."""
+"""Committed choices by shape class, from benchmarks/choices.py on one H100; nothing is tuned at run time."""
 
 from typing import NamedTuple
 
