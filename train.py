@@ -8,6 +8,7 @@ import argparse
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def default_workdir(spec: str) -> Path:
-    """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's runs/x/kda/point.json -> runs/x/kda"""
+    """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's x/kda/point.json -> x/kda"""
     filename, _, argument = spec.partition(":")
     if Path(filename).name == "point.json":
         return Path(filename).parent
@@ -75,9 +76,10 @@ def main(argv: Sequence[str]) -> int:
         code, message = 3, f"{stopped}; start again with --resume=auto"
     except KeyboardInterrupt:
         code, message = 130, "interrupted before training began"
-    except Exception:
+    except Exception as error:
         processes.await_verdict()
-        raise
+        traceback.print_exc()
+        code, message = 1, f"error: {type(error).__name__}: {error}"
     if message:
         print(private.hide(message), file=sys.stderr, flush=True)
     processes.leave(code, private.hide(message))

@@ -114,6 +114,7 @@ class Checkpoints:
 
         RunError when the disk has no room or the previous save failed; earlier checkpoints are intact.
         """
+        self.wait()
         self.need = need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.directory).free
         if free < need:
@@ -249,8 +250,9 @@ class Checkpoints:
         self.sound.add(step)
 
     def _intact(self) -> str:
-        steps = self.steps()
-        return f"the checkpoint at step {steps[-1]} is intact" if steps else "no earlier checkpoint exists"
+        """By what is on disk: Orbax counts a save among its steps before it has succeeded."""
+        steps = [int(mark.parent.name) for mark in self.directory.glob(f"[0-9]*/{COMMITTED}")]
+        return f"the checkpoint at step {max(steps)} is intact" if steps else "no earlier checkpoint exists"
 
     def _without(self, step: int) -> str:
         older = [other for other in self.steps() if other < step]

@@ -5,6 +5,7 @@ systems keep it to one host. So the owner also counts up a beat in the file, and
 for that before it takes a lock whose owner it cannot look up. Clocks of two hosts are never compared.
 """
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -93,10 +94,11 @@ class Lock:
 
     def _keep(self) -> None:
         while not self.ended.wait(self.beat_seconds):
-            if self._read().get("token") != self.token:
+            if self._read().get("token", self.token) != self.token:
                 self.lost = True
                 return
-            self._beat()
+            with contextlib.suppress(OSError):  # the next beat may pass
+                self._beat()
 
     def _beat(self) -> None:
         self.beats += 1

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -52,8 +53,10 @@ def join(spec: str) -> None:
         jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         raise ConfigError("--distributed", spec, f"the processes did not meet ({error})") from error
-    if jax.process_count() > 1:
-        _peers = Peers()
+    try:
+        _peers = Peers() if jax.process_count() > 1 else None
+    except OSError as error:
+        raise ConfigError("--distributed", spec, f"process 0 cannot be reached ({error})") from error
 
 
 def first() -> bool:
@@ -93,8 +96,8 @@ def await_verdict() -> None:
 class Peers:
     """One socket between process 0 and each other; lines of JSON.
 
-    {"index", "who"} on joining, {"bye"} before an orderly end, {"end", "code"} for the end of all. A socket
-    that closes without "bye" is the death of its process.
+    {"token", "index", "who"} on joining, {"bye"} before an orderly end, {"end", "code"} for the end of all.
+    A socket that closes without "bye" is the death of its process.
     """
 
     def __init__(self) -> None:
@@ -106,23 +109,30 @@ class Peers:
         client, coordinator = joined.client, joined.coordinator_address
         assert client is not None and coordinator is not None
         if self.index == 0:
+            token = secrets.token_hex(16)  # others may find the port
             server = socket.create_server(("", 0), backlog=jax.process_count())
-            client.key_value_set(PORT_KEY, str(server.getsockname()[1]))
-            for _ in range(jax.process_count() - 1):
-                connection, _ = server.accept()
-                self._follow(connection)
+            client.key_value_set(PORT_KEY, f"{server.getsockname()[1]} {token}")
+            while len(self.sockets) < jax.process_count() - 1:
+                self._welcome(server.accept()[0], token)
             server.close()
         else:
             host = coordinator.rsplit(":", 1)[0].strip("[]")
-            port = int(client.blocking_key_value_get(PORT_KEY, 60_000))
-            connection = socket.create_connection((host, port), timeout=60)
+            port, token = client.blocking_key_value_get(PORT_KEY, 60_000).split()
+            connection = socket.create_connection((host, int(port)), timeout=60)
             connection.settimeout(None)
             self.sockets[0] = connection
-            self._send(0, {"index": self.index, "who": self.who})
+            self._send(0, {"token": token, "index": self.index, "who": self.who})
             threading.Thread(target=self._listen, args=(0, "", connection), daemon=True).start()
 
-    def _follow(self, connection: socket.socket) -> None:
-        hello = json.loads(connection.makefile("r").readline())
+    def _welcome(self, connection: socket.socket, token: str) -> None:
+        try:
+            connection.settimeout(10)
+            hello = json.loads(connection.makefile("r").readline(1000))
+            assert hello["token"] == token
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            connection.close()
+            return
+        connection.settimeout(None)
         self.sockets[hello["index"]] = connection
         args = (hello["index"], f" ({hello['who']})", connection)
         threading.Thread(target=self._listen, args=args, daemon=True).start()

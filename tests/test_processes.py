@@ -12,7 +12,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.processes import join
 from tests import multiprocess, tiny
 
-FIELDS = {"train__steps": 16, "checkpoint__every_steps": 5, "eval__every_steps": 7, "log__every_steps": 2}
+FIELDS = {"train__steps": 30, "checkpoint__every_steps": 5, "eval__every_steps": 7, "log__every_steps": 2}
 
 
 @pytest.fixture
@@ -22,12 +22,19 @@ def cached(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def test_a_killed_process_ends_all_and_the_run_resumes_alone(tmp_path, cached):
+def test_stopped_then_killed_then_resumed_alone(tmp_path, cached):
     text = tiny.write_text(tmp_path)
     workdir, logs = tmp_path / "run", tmp_path / "logs"
     arguments = multiprocess.arguments(tmp_path, workdir, **FIELDS)
     running = multiprocess.start(2, arguments, logs)
-    multiprocess.await_lines(workdir, 5, running)
+    multiprocess.await_lines(workdir, 2, running)
+    running[1].send_signal(signal.SIGTERM)  # to one: both leave, after the same step
+    assert multiprocess.finish(running, seconds=60) == [3, 3]
+    stopped = [re.findall(r"complete checkpoint at step \d+", (logs / str(i)).read_text()) for i in (0, 1)]
+    assert stopped[0] == stopped[1] != []
+
+    running = multiprocess.start(2, arguments, logs)
+    multiprocess.await_lines(workdir, len(tiny.lines(workdir)) + 2, running)
     victim = random.Random().randint(0, 1)
     running[victim].send_signal(signal.SIGKILL)
     codes = multiprocess.finish(running, seconds=60)
