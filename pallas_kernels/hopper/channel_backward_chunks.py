@@ -166,19 +166,22 @@ def chunk_gradients(
                     plgpu.copy_gmem_to_smem(refs["g"].at[source], s["g"].at[part, block], barrier)
 
         def issue_copies() -> None:
-            for fill in (fill_numbers, fill_values, fill_keys):
-                fill(jnp.int32(0))
+            start = jnp.int32(0)
+            fill_numbers(start)
+            fill_values(start)
             for turn in range(turns):
-                fill_states(jnp.int32(0), turn)
+                fill_states(start, turn)
+            fill_keys(start)
 
             @pl.loop(1, steps)
             def _(i: Any) -> None:
                 fill_numbers(i)
-                for turn in range(turns):
+                for turn in range(turns):  # in the order in which buffers become free
+                    if turn == turns - 1:
+                        plgpu.barrier_wait(s["v_free"])
+                        fill_values(i)
                     plgpu.barrier_wait(s["h_free"].at[turn])
                     fill_states(i, turn)
-                plgpu.barrier_wait(s["v_free"])
-                fill_values(i)
                 plgpu.barrier_wait(s["qk_free"])
                 fill_keys(i)
 
