@@ -192,6 +192,9 @@ def test_a_write_that_fails_in_the_background_is_an_error_and_harms_nothing(tmp_
         with pytest.raises(RunError, match=message), Checkpoints(tmp_path) as saves:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
             saves.save(5, {"params": params}, record(5), {})
+            with pytest.raises(RunError, match=message):  # told at once, and 5 is not said to be intact
+                saves.save(6, state(6), record(6), {})
+            saves.save(7, {"params": params}, record(7), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with Checkpoints(tmp_path) as saves:
