@@ -16,6 +16,7 @@ if jax.__version__ != hopper_aot.KERNEL_JAX:
 from test_hopper_backward import make_case, relative_error
 from test_hopper_forward import SHAPES, TOLERANCE, oracle, struct_call
 
+from pallas_kernels import linear_attention
 from pallas_kernels.hopper.channel import channel_forward
 from pallas_kernels.hopper.channel_tiles import SPAN, channel_tiles
 from pallas_kernels.hopper.inputs import prepare
@@ -94,6 +95,19 @@ def test_tiles_of_any_gate(gate):
     np.testing.assert_allclose(np.float64(tiles.write[0, :, 0]), k * pairs[-1], **close)
     np.testing.assert_allclose(tiles.carry[0, 0, 0], start[-1], rtol=1e-3, atol=2e-4)
     assert set(np.unique(tiles.norms[0, 0, 0, SPAN])) == {SPANS[gate]}
+
+
+def test_op_vmapped():
+    """Through the public op: dispatch, ragged T, batching."""
+    call = channel_case(dict(tokens=70, delta=False, l2norm=False), "mild")[0]
+
+    def run(q, **backend):
+        return linear_attention(q, call.k, call.v, log_decay=call.log_decay, **backend)[0]
+
+    queries = jnp.stack([call.q, call.q[:, ::-1]])
+    together = jax.vmap(functools.partial(run, backend="pallas", interpret=True))(queries)
+    for got, q in zip(together, queries, strict=True):
+        assert relative_error(got, np.asarray(run(q, backend="reference"), np.float64)) < TOLERANCE
 
 
 def struct_channel_call(shape, delta):

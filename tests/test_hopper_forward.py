@@ -89,7 +89,6 @@ def test_refusals_say_why():
     refused = {
         "bfloat16 only": dict(q=call.q.astype(jnp.float32)),
         "K = 96": dict(q=wide, k=wide),
-        "per key channel": dict(log_decay=jnp.zeros((1, 128, 1, 64))),
         "Hopper|no GPU": dict(interpret=False),
     }
     for reason, change in refused.items():

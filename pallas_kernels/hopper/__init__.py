@@ -1,6 +1,7 @@
 """The Hopper backend of `linear_attention`: Pallas Mosaic GPU kernels (sm_90a), forward and backward.
 
-No decay or one decay per head, additive or delta. docs/kernels.md explains the algorithm and has the numbers.
+No decay, one decay per head or one per key channel; additive or delta. docs/kernels.md explains the algorithm
+and has the numbers.
 """
 
 import dataclasses
@@ -33,8 +34,6 @@ def supports(call: Call) -> str | None:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
     if key_dim not in KEY_DIMS or not wide.slices(value_dim):
         return f"head dims K = {key_dim}, V = {value_dim} (K 64 or 128, V a multiple of 64)"
-    if per_channel(call):
-        return "a log-decay per key channel"
     if call.q.shape[1] >= 2**24:
         return f"T = {call.q.shape[1]} (below 2^24)"
     if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
