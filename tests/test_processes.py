@@ -12,7 +12,13 @@ from hybridlm.errors import ConfigError
 from hybridlm.processes import join
 from tests import multiprocess, tiny
 
-FIELDS = {"train__steps": 30, "checkpoint__every_steps": 5, "eval__every_steps": 7, "log__every_steps": 2}
+FIELDS = {
+    "model__pattern": "retnet",
+    "train__steps": 30,
+    "checkpoint__every_steps": 5,
+    "eval__every_steps": 7,
+    "log__every_steps": 2,
+}
 
 
 @pytest.fixture
