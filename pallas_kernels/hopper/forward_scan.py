@@ -2,12 +2,9 @@
 
 Warpgroups: one or two hold S^T (64 values by K, float32, in registers) and run the chain of products; one or
 two prepare a chunk ahead, scores P = q.k exp(G_i - G_j) and the numbers per token; one issues the copies.
-With 64 values the chain is what takes the time, so one more makes the outputs, from the state in shared
-memory.
 """
 
 import dataclasses
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,29 +25,20 @@ SMEM_BYTES = 227 * 1024
 
 
 class Roles(NamedTuple):
-    """Warpgroups of each kind and registers a thread of each, in steps of 8, `launched` in the mean."""
+    """Warpgroups of each kind, and registers a thread of each: 65,536 in all, in steps of 8."""
 
     state: int
     prepare: int
-    output: int
     state_registers: int
     prepare_registers: int
-    output_registers: int
     copy_registers: int
 
     @property
     def threads(self) -> int:
-        return self.state + self.prepare + self.output + 1
-
-    @property
-    def launched(self) -> int:
-        """Registers a thread has before the warpgroups share them out."""
-        return 65536 // (128 * self.threads) // 8 * 8
+        return self.state + self.prepare + 1
 
 
-# By values in a slice of V; without outputs, with them.
-ROLES = {64: Roles(1, 2, 0, 232, 128, 0, 24), 128: Roles(2, 1, 0, 192, 104, 0, 24)}
-OUTPUT_ROLES = {64: ROLES[64], 128: ROLES[128]}
+ROLES = {64: Roles(1, 2, 232, 128, 24), 128: Roles(2, 1, 192, 104, 24)}  # by values in a slice of V
 
 
 class Scanned(NamedTuple):
@@ -93,8 +81,8 @@ class Scan:
         output, transition = self.mode == "output", self.mode == "transition"
         value_dim = key_dim if transition else value_dim
         delta = self.inverses is not None
-        roles = (OUTPUT_ROLES if output else ROLES)[self.value_tile]
-        tiles, apart = roles.state, roles.output
+        roles = ROLES[self.value_tile]
+        tiles = roles.state
         chunks = length // C
         names = ("log_decay", "beta", "segment", "entering")
         vectors = Vectors(i, names)
@@ -103,8 +91,7 @@ class Scan:
             vectors
         )
         fixed = AHEAD * (2 * C * C * output + 32 * C)
-        states, values = (1 + apart) * (self.keep or apart), (1 + apart) * (self.keep or apart) * delta
-        fixed += 2 * tiles * C * (C * output + states * key_dim + values * C) + 10 * 1024
+        fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
         stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
 
         results = dict(
@@ -136,17 +123,14 @@ class Scan:
             gates=plgpu.SMEM((AHEAD, 8, C), F32),
             scores=blocks.smem((AHEAD, C, C), BF16) if output else None,
             o=blocks.smem((tiles, C, C), BF16) if output else None,
-            states=blocks.smem((states, tiles, C, key_dim), BF16) if states else None,
-            values=blocks.smem((values, tiles, C, C), BF16) if values else None,
+            states=blocks.smem((tiles, C, key_dim), BF16) if self.keep else None,
+            values=blocks.smem((tiles, C, C), BF16) if self.keep and delta else None,
             filled=plgpu.Barrier(
                 num_arrivals=1 + output + tiles * (not transition) + delta + len(vectors), num_barriers=stages
             ),
-            free=plgpu.Barrier(num_arrivals=tiles + 1 + apart, num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
             ready=plgpu.Barrier(num_barriers=AHEAD),
-            taken=plgpu.Barrier(num_arrivals=tiles + apart, num_barriers=AHEAD),
-            state_ready=plgpu.Barrier(num_barriers=2) if apart else None,
-            values_ready=plgpu.Barrier(num_barriers=2) if apart and delta else None,
-            state_free=plgpu.Barrier(num_barriers=2) if apart else None,
+            taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
             done=plgpu.Barrier(num_arrivals=roles.threads),
         )
         scratch = {name: value for name, value in scratch.items() if value is not None}
@@ -172,23 +156,25 @@ class Scan:
                 transition=transition,
                 key_dim=key_dim,
                 keep_gates=self.keep and delta,
-                apart=apart,
             )
 
-            def play(first: int, count: int, registers: int, part: Callable[[], None]) -> None:
-                @pl.when((wg >= first) & (wg < first + count))
-                def _() -> None:
-                    if registers != roles.launched:
-                        action = "increase" if registers > roles.launched else "decrease"
-                        plgpu.set_max_registers(registers, action=action)
-                    part()
+            @pl.when(wg < tiles)
+            def _() -> None:
+                plgpu.set_max_registers(roles.state_registers, action="increase")
+                self.hold_state(at, wg)
 
-            outputs, copies = tiles + roles.prepare, roles.threads - 1
-            play(0, tiles, roles.state_registers, lambda: self.hold_state(at, wg))
-            play(tiles, roles.prepare, roles.prepare_registers, lambda: self.prepare_chunks(at, wg - tiles))
-            if apart:
-                play(outputs, 1, roles.output_registers, lambda: self.make_outputs(at))
-            play(copies, 1, roles.copy_registers, lambda: self.issue_copies(at))
+            @pl.when((wg >= tiles) & (wg < tiles + roles.prepare))
+            def _() -> None:
+                action = "increase" if roles.prepare_registers > 128 else "decrease"
+                if roles.prepare_registers != 128:
+                    plgpu.set_max_registers(roles.prepare_registers, action=action)
+                self.prepare_chunks(at, wg - tiles)
+
+            @pl.when(wg == tiles + roles.prepare)
+            def _() -> None:
+                plgpu.set_max_registers(roles.copy_registers, action="decrease")
+                self.issue_copies(at)
+
             blocks.finish_together(at.smem.done)
 
         out = blocks.kernel(
@@ -299,38 +285,24 @@ class Scan:
         else:
             initial = refs.initial.at[at.piece, at.head, columns]
             state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
-        together = at.output and not at.apart  # this warpgroup makes the outputs as well
-        # Groups of copies out of shared memory in two chunks, or in one where a buffer is used in each.
-        in_flight = together + self.keep if not at.apart else 2 * (1 + at.delta) * self.keep
+        in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
 
         def step(n: Any, state: jax.Array) -> jax.Array:
             slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
-            turn = blocks.rem(n, 2) if at.apart else 0
             k, gates = smem.k.at[slot], smem.gates.at[ahead]
             rows = pl.ds((at.first + n) * C, C)
             by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))
-            state_lo: Any = state.astype(BF16)
-            if at.apart:
-
-                @pl.when(n >= 2)
-                def _() -> None:
-                    plgpu.barrier_wait(smem.state_free.at[turn])
-
-            if self.keep or at.apart:
-                if self.keep:
-                    plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                blocks.store(smem.states.at[turn, wg], state_lo, interpret=i.interpret)
+            state_lo = state.astype(BF16)
+            if self.keep:
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                blocks.store(smem.states.at[wg], state_lo, interpret=i.interpret)
                 plgpu.commit_smem()
-                if at.apart:
-                    plgpu.barrier_arrive(smem.state_ready.at[turn])
-                    state_lo = smem.states.at[turn, wg]  # fewer registers
-                if self.keep:
-                    plgpu.copy_smem_to_gmem(
-                        smem.states.at[turn, wg], refs.states.at[at.b, at.head, at.first + n, columns]
-                    )
+                plgpu.copy_smem_to_gmem(
+                    smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns]
+                )
             plgpu.barrier_wait(smem.filled.at[slot])
             reads = [(state_lo, k.T)] if at.delta else []
-            reads += [(state_lo, smem.q.at[slot].T)] if together else []
+            reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
             read = blocks.products(*reads, interpret=i.interpret)
             plgpu.barrier_wait(smem.ready.at[ahead])
             value: Any = 0.0 if at.transition else blocks.tile(smem.v.at[slot, wg].T)
@@ -338,19 +310,8 @@ class Scan:
                 beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
                 value = (value - read[0] * by_token(READ_K)) * beta
                 value = blocks.matmul((value.astype(BF16), smem.a.at[slot].T), interpret=i.interpret)
-            if at.apart and at.delta:
-                if self.keep:
-                    plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                blocks.store(
-                    smem.values.at[turn, wg], value.astype(BF16), interpret=i.interpret, transposed=True
-                )
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(smem.values_ready.at[turn])
-                if self.keep:
-                    values = refs.values.at[at.b, rows, at.head, columns]
-                    plgpu.copy_smem_to_gmem(smem.values.at[turn, wg], values)
             written = ((value * by_token(WRITE)).astype(BF16), k, state * gates[CARRY, 0])
-            if not together:
+            if not at.output:
                 state = blocks.matmul(written, interpret=i.interpret)
             else:
                 value_lo = value.astype(BF16)
@@ -359,49 +320,18 @@ class Scan:
                 plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
                 blocks.store(smem.o.at[wg], o.astype(BF16), interpret=i.interpret, transposed=True)
                 if self.keep and at.delta:
-                    blocks.store(smem.values.at[0, wg], value_lo, interpret=i.interpret, transposed=True)
+                    blocks.store(smem.values.at[wg], value_lo, interpret=i.interpret, transposed=True)
             plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.taken.at[ahead])
             plgpu.barrier_arrive(smem.free.at[slot])
-            if together:
+            if at.output:
                 if self.keep and at.delta:
                     values = refs.values.at[at.b, rows, at.head, columns]
-                    plgpu.copy_smem_to_gmem(smem.values.at[0, wg], values, commit_group=False)
+                    plgpu.copy_smem_to_gmem(smem.values.at[wg], values, commit_group=False)
                 plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
             return state
 
         state = lax.fori_loop(0, at.count, step, state)
-        if at.apart:
-            for n in range(max(at.count - 2, 0), at.count):
-                plgpu.barrier_wait(smem.state_free.at[n % 2])
         if self.final or not at.output:
             refs.final.at[at.piece, at.head, columns][...] = state
-        plgpu.wait_smem_to_gmem(0)
-
-    def make_outputs(self, at: SimpleNamespace) -> None:
-        """o = scale e Q S + P V', from S and V' in shared memory."""
-        smem, interpret = at.smem, self.inputs.interpret
-        columns = pl.ds(at.first_value, C)
-
-        @pl.loop(0, at.count)
-        def _(n: Any) -> None:
-            slot, ahead, turn = (blocks.rem(n, count) for count in (at.stages, AHEAD, 2))
-            plgpu.barrier_wait(smem.filled.at[slot])
-            plgpu.barrier_wait(smem.state_ready.at[turn])
-            o = blocks.matmul((smem.q.at[slot], smem.states.at[turn, 0].T), interpret=interpret)
-            plgpu.barrier_wait(smem.ready.at[ahead])
-            o = o * blocks.by_row(blocks.row_vector(smem.gates.at[ahead, READ_Q]))
-            values = smem.v.at[slot, 0]
-            if at.delta:
-                plgpu.barrier_wait(smem.values_ready.at[turn])
-                values = smem.values.at[turn, 0]
-            o = blocks.matmul((smem.scores.at[ahead], values, o), interpret=interpret)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            blocks.store(smem.o.at[0], o.astype(BF16), interpret=interpret)
-            plgpu.commit_smem()
-            for barrier in (smem.taken.at[ahead], smem.free.at[slot], smem.state_free.at[turn]):
-                plgpu.barrier_arrive(barrier)
-            rows = pl.ds((at.first + n) * C, C)
-            plgpu.copy_smem_to_gmem(smem.o.at[0], at.refs.o.at[at.b, rows, at.head, columns])
-
         plgpu.wait_smem_to_gmem(0)
