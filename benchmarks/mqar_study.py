@@ -92,7 +92,7 @@ def study(
     layers, published = STUDY[name]
     print(f"{name}: {len(runs.rates)} learning rates x {len(runs.seeds)} seeds", flush=True)
     say = lambda text: print(text, flush=True)
-    result = vmapped.train(runs, train, steps=flags.steps, seconds=seconds, until=2.0, say=say)
+    result = vmapped.train(runs, train, steps=flags.steps, seconds=seconds, until=flags.until, say=say)
     began = time.perf_counter()
     correct_RN = vmapped.count_correct(runs, result.params, test, test_rows(test))
     labels_N = np.asarray((test.labels >= 0).sum(axis=1))
@@ -146,6 +146,9 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=60, help="of training for each mixer")
     parser.add_argument("--steps", type=int, default=20_000, help="at most")
+    parser.add_argument(
+        "--until", type=float, default=2.0, help="training accuracy of all seeds of a rate that ends it early"
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="rows of 256 tokens")
     parser.add_argument("--log_rates", default="-3,-1.5", help="learning rates: 10^a to 10^b")
     parser.add_argument("--num_rates", type=int, default=4)
