@@ -4,10 +4,12 @@ Shape legend: B batch, T time, H key heads, HV value heads (a multiple of H), K 
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
+Arrays = TypeVar("Arrays")
 L2NORM_EPS = 1e-6  # inside the square root, as FLA and the public checkpoints have it
 
 
@@ -65,8 +67,8 @@ class Call:
         return jax.lax.full_like(self.v, 0, self.compute_dtype, shape)
 
 
-def alike(call: Call) -> Call:
-    """Inside `shard_map`, ``call`` with all arrays varying over the mesh axes over which any of them varies.
+def alike(call: Arrays) -> Arrays:
+    """Inside `shard_map`, a pytree with all arrays varying over the mesh axes over which any of them varies.
 
     Scans and custom gradients need equal types; a replicated argument's gradient is then summed.
     """

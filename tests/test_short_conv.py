@@ -17,7 +17,7 @@ kernels_only = pytest.mark.skipif(
 )
 
 
-def make_case(tokens=150, features=256, width=4, batch=2, seed=0):
+def make_case(tokens=100, features=256, width=4, batch=2, seed=0):
     """(x, kernel, positions, dy): documents of 1 to 40 tokens, so that some begin in one tile of tokens and
     end in the next; the second row continues a document that it does not hold."""
     rng = np.random.default_rng(seed)
@@ -84,8 +84,8 @@ def test_xla(width, silu):
     case = make_case(width=width, features=8)
     x, *rest = case
     run = jax.jit(functools.partial(short_conv, silu=silu))
-    check(run, (x.astype(jnp.float32), *rest), silu, (1e-6, 1e-6, 1e-6))
-    check(run, case, silu, (4e-3, 5e-3, 5e-3))
+    check(run, (x.astype(jnp.float32), *rest), silu, (1e-6, 1e-6, 1e-5))
+    check(run, case, silu, (5e-3, 8e-3, 8e-3))
 
 
 def test_history_continues_a_row():
@@ -201,6 +201,7 @@ def test_compiles_without_spills(shape):
     kernels = hopper_aot.compile_for_hopper(gradients_of_layers, *structs(**shape))
     assert {k.name.rstrip("_0123456789") for k in kernels} == {"short_conv", "short_conv_gradients"}
     assert not any(kernel.spills for kernel in kernels), kernels
+    assert max(kernel.registers for kernel in kernels) <= 128, kernels  # four blocks on a multiprocessor
 
 
 @pytest.mark.gpu
