@@ -29,6 +29,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -329,16 +330,21 @@ def truth(op: str, case: str) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in run(x, do).items()}
 
 
-def work(role: str, op: str, what: str, lock: str, profile: bool) -> None:
+def work(role: str, op: str, what: str, lock: str, profile: bool, seconds: float) -> None:
     """One row: accuracy on the case `what`, or times at the shape of that number."""
+    # One that compiles for ever must not hold up the rest.
+    stop = threading.Timer(seconds, os._exit, [1])
+    stop.daemon = True
+    stop.start()
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # while it compiles; whoever measures waits for all of these
 
         @contextlib.contextmanager
         def alone() -> Iterator[None]:
+            stop.cancel()
             fcntl.flock(file, fcntl.LOCK_UN)
             fcntl.flock(file, fcntl.LOCK_EX)
-            time.sleep(0.5)  # whoever measured before may still be leaving the GPU
+            time.sleep(0.2)  # whoever measured before may still be leaving the GPU
             yield
 
         row: dict[str, Any] = {"peer": role, "op": op}
@@ -402,6 +408,9 @@ def main() -> None:
     parser.add_argument("--peers", type=names, default=("ours", "jla"))
     parser.add_argument("--cases", type=lambda s: [c for c in s.split(",") if c], default=CASES)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
+    parser.add_argument(
+        "--compile_seconds", type=float, default=600, help="time allowed before a row is given up"
+    )
     parser.add_argument("--fla_seconds", type=float, default=300, help="time allowed for an op of FLA")
     parser.add_argument("--profile", type=names, default=(), help="shapes whose kernels are timed one by one")
     parser.add_argument("--out", type=pathlib.Path, help="folder for kernels.json and kernels.md")
@@ -409,7 +418,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.role:
         role, op, what, lock = args.role
-        work(role, op, what, lock, bool(args.profile))
+        work(role, op, what, lock, bool(args.profile), args.compile_seconds)
         return
     rows: list[dict[str, Any]] = []
     tasks = [(peer, op, str(i)) for op in args.ops for i in args.shapes for peer in args.peers]
@@ -438,6 +447,7 @@ def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]
     if peer == "fla":
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, __file__, "--role", *task, lock, *["--profile", what] * (what in args.profile)]
+    command += ["--compile_seconds", str(args.compile_seconds)]
     limit = args.fla_seconds if peer == "fla" else None
     row = {"peer": peer, "op": op} | ({"case": what} if what in CASES else {"shape": SHAPES[int(what)]})
     try:
