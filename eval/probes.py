@@ -187,8 +187,9 @@ def example(tested: Subject, length: int, seed: int = 0) -> tuple[list[int], tup
     if tested.tokenizer is None:
         pairs = max(1, min(16, length // 8))
         config = {"kind": "mqar", "num_pairs": pairs, "power_a": 1.0, "val_examples": 1}
-        sizes = {"batch_size": 1, "seq_len": length, "vocab_size": tested.definition.vocab_size}
-        batch = data.build(config, split="val", seed=0, **sizes).batch(0)
+        vocab = tested.definition.vocab_size
+        source = data.build(config, split="val", seed=0, batch_size=1, seq_len=length, vocab_size=vocab)
+        batch = source.batch(0)
         tokens = batch["tokens"][0]
         end = int(np.flatnonzero(batch["targets"][0] >= 0)[-1])
         key = int(np.flatnonzero(tokens[: 2 * pairs : 2] == tokens[end])[0]) * 2
