@@ -5,6 +5,7 @@ nor the devices of the run.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm import checkpoint, layered, model, program, sharding, watch
+from hybridlm import checkpoint, layered, model, processes, program, sharding, watch
 from hybridlm import config as configs
 from hybridlm.errors import ConfigError, RunError
 
@@ -22,6 +23,9 @@ def dump(path: Path, config: Any, step: int, state: program.State, batch: dict[s
 
     state: before the step.  batch: the whole of it, as process 0 has it from the data.
     """
+    if jax.process_index() == 0 and path.exists():
+        shutil.rmtree(path)  # of an earlier start that came to the same step
+    processes.barrier("dump")
     with checkpoint.Checkpoints(path / "checkpoints") as saves:
         saves.save(step, state, {"step": step}, {})
     if jax.process_index() == 0:

@@ -85,6 +85,8 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
     )
     with pytest.raises(RunError, match=r"step (\d): .* 3 updates in a row since step (\d)") as caught:
         trainer.train(config, tmp_path)
+    with pytest.raises(RunError, match=r"3 updates in a row since step"):
+        trainer.train(config, tmp_path)  # once more comes to the same end, and writes the same dump
     first = events(tmp_path)[0]["step"]
     assert [event["step"] for event in events(tmp_path)] == [first, first + 1, first + 2]
     dump = tmp_path / f"dump-{first}"
