@@ -246,7 +246,7 @@ def damage_checkpoint(trial: Trial, chance: random.Random) -> bool:
     newest = trial.newest()
     if newest is None:
         return False
-    count = len(list(newest.parent.glob("[0-9]*")))
+    count = sum(path.name.isdigit() for path in newest.parent.iterdir())
     backup = trial.folder / f"backup-{trial.starts}"
     shutil.copytree(newest, backup)
     path = chance.choice([one for one in sorted(newest.rglob("*")) if one.is_file() and one.stat().st_size])
