@@ -13,7 +13,7 @@ each input read and each output written once at 3.0 TB/s: q, k, v, o (and the ch
 dO, dq, dk, dv besides (and the channel decay and its gradient) backward. First-call seconds (trace, lower,
 compile) are honest only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on
 the same bf16 inputs, B1 T1024 H2 D128: "plain" is distributed as above, "hard" has a decay of -20 (-5 per
-channel) at every eighth token, beta up to 2 and keys that are not normalised. "same bits" compares two runs.
+channel) at every eighth token and beta up to 2. "same bits" compares two runs.
 Prints JSON rows and tables in Markdown; --out also writes them to kernels.json and kernels.md. --profile 3
 adds the milliseconds of every kernel on the device at shape 3, so small that its calls wait for the host.
 """
@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import functools
 import glob
+import itertools
 import json
 import os
 import pathlib
@@ -82,13 +83,9 @@ def exact_inputs(op: str, case: str) -> dict[str, np.ndarray]:
             x["g"] = np.maximum(x["g"], -5)
     if "beta" in x:
         x["beta"] = (1 + (case == "hard")) / (1 + np.exp(-x["beta"]))
-    if case == "hard" or not delta(op):
+    if not delta(op):
         x["k"] *= ACCURACY_SHAPE[3] ** -0.5
     return x
-
-
-def normalised(op: str, case: str) -> bool:
-    return delta(op) and case != "hard"
 
 
 def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], groups: int = 5) -> float:
@@ -132,29 +129,29 @@ class Jax:
             x["beta"] = jax.nn.sigmoid(x["beta"])
         return {name: value.astype(self.dtype(name, value.ndim)) for name, value in x.items()}
 
-    def attend(self, op: str, x: dict[str, Any], l2norm: bool, final: bool) -> tuple[Any, Any]:
+    def attend(self, op: str, x: dict[str, Any], final: bool) -> tuple[Any, Any]:
         gates: dict[str, Any] = {name: x[name] for name in ("g", "beta") if name in x}
         if self.peer == "jla":
             from jla import ops
 
             options: dict[str, Any] = {"output_final_state": final}
-            if l2norm:
+            if delta(op):
                 options["use_qk_l2norm"] = True
             return ops.linear_attention(op, x["q"], x["k"], x["v"], **gates, **options)
         from pallas_kernels import linear_attention
 
         gates = {"log_decay": gates.get("g"), "beta": gates.get("beta")}
-        return linear_attention(x["q"], x["k"], x["v"], **gates, qk_l2norm=l2norm, output_final_state=final)
+        return linear_attention(
+            x["q"], x["k"], x["v"], **gates, qk_l2norm=delta(op), output_final_state=final
+        )
 
     def forward(self, op: str) -> Callable[[dict[str, Any]], Any]:
-        return lambda x: self.attend(op, x, delta(op), False)[0]
+        return lambda x: self.attend(op, x, False)[0]
 
-    def both(self, op: str, l2norm: bool | None = None) -> Callable[[dict[str, Any]], Any]:
-        norm = delta(op) if l2norm is None else l2norm
-
+    def both(self, op: str) -> Callable[[dict[str, Any]], Any]:
         def run(x: dict[str, Any]) -> Any:
             leaves = {name: x[name] for name in x if name != "do"}
-            o, vjp = self.jax.vjp(lambda leaves: self.attend(op, leaves, norm, False)[0], leaves)
+            o, vjp = self.jax.vjp(lambda leaves: self.attend(op, leaves, False)[0], leaves)
             return o, vjp(x["do"].astype(o.dtype))[0]
 
         return run
@@ -207,19 +204,21 @@ class Jax:
                 total[event.name] = total.get(event.name, 0.0) + event.duration_ns / 1e6 / calls
         return total
 
-    def results(self, op: str, case: str, alone: Callable) -> list[dict[str, np.ndarray]]:
-        jax, norm = self.jax, normalised(op, case)
-        x = {n: self.jnp.asarray(v, self.dtype(n, v.ndim)) for n, v in exact_inputs(op, case).items()}
+    def results(self, op: str, alone: Callable) -> dict[str, list[dict[str, np.ndarray]]]:
+        """By case, of two runs."""
+        cast = lambda name, value: self.jnp.asarray(value, self.dtype(name, value.ndim))
+        inputs = {c: {n: cast(n, v) for n, v in exact_inputs(op, c).items()} for c in CASES}
 
-        @jax.jit
+        @self.jax.jit
         def run(x: dict[str, Any]) -> dict[str, Any]:
-            state = self.attend(op, {n: x[n] for n in x if n != "do"}, norm, True)[1]
-            o, grads = self.both(op, norm)(x)
+            state = self.attend(op, {n: x[n] for n in x if n != "do"}, True)[1]
+            o, grads = self.both(op)(x)
             return {"o": o, "state": state} | {f"d{n}": d for n, d in grads.items()}
 
-        run.lower(x).compile()
+        run.lower(inputs["plain"]).compile()
+        exact = lambda results: {n: np.asarray(v, np.float64) for n, v in results.items()}
         with alone():
-            return [{n: np.asarray(v, np.float64) for n, v in run(x).items()} for _ in range(2)]
+            return {case: [exact(run(x)) for _ in range(2)] for case, x in inputs.items()}
 
 
 class Fla:
@@ -244,7 +243,7 @@ class Fla:
             x["beta"] = x["beta"].sigmoid()
         return self.leaves(x)
 
-    def attend(self, op: str, x: dict[str, Any], l2norm: bool, final: bool) -> Any:
+    def attend(self, op: str, x: dict[str, Any], final: bool) -> Any:
         if op == "kda":
             from fla.ops.kda import chunk_kda as fn
         elif op == "gated_deltanet":
@@ -255,15 +254,15 @@ class Fla:
             from fla.ops.gla import chunk_gla as fn
         else:
             from fla.ops.simple_gla import chunk_simple_gla as fn
-        options: dict[str, Any] = {"use_qk_l2norm_in_kernel": l2norm} if delta(op) else {}
+        options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True} if delta(op) else {}
         if op == "kda":  # the faster of its two ways, for decays of at least -5 a token
             options["safe_gate"] = True
         return fn(**{n: x[n] for n in x if n != "do"}, **options, output_final_state=final)
 
-    def both(self, op: str, x: dict[str, Any], l2norm: bool, final: bool = False) -> Any:
+    def both(self, op: str, x: dict[str, Any], final: bool = False) -> Any:
         for value in x.values():
             value.grad = None
-        o, state = self.attend(op, x, l2norm, final)
+        o, state = self.attend(op, x, final)
         o.backward(x["do"])
         return o, state
 
@@ -274,8 +273,8 @@ class Fla:
         with alone():
             x = self.draw(op, shape)
             runs = {
-                "fwd": lambda: self.attend(op, x, delta(op), False)[0],
-                "fwd_bwd": lambda: self.both(op, x, delta(op)),
+                "fwd": lambda: self.attend(op, x, False)[0],
+                "fwd_bwd": lambda: self.both(op, x),
             }
             for name, run in runs.items():
                 start = time.perf_counter()
@@ -291,47 +290,49 @@ class Fla:
                 row[f"{name}_ms"] = median_ms(run, lambda _: synchronize())
         return row
 
-    def results(self, op: str, case: str, alone: Callable) -> list[dict[str, np.ndarray]]:
-        out, norm = [], normalised(op, case)
+    def results(self, op: str, alone: Callable) -> dict[str, list[dict[str, np.ndarray]]]:
         with alone():
-            for _ in range(2):
-                x = self.leaves({n: self.torch.tensor(v).cuda() for n, v in exact_inputs(op, case).items()})
-                o, state = self.both(op, x, norm, final=True)
-                got = {"o": o, "state": state} | {f"d{n}": x[n].grad for n in x if n != "do"}
-                out.append({n: v.detach().double().cpu().numpy() for n, v in got.items()})
-        return out
+            return {case: [self.result(op, case) for _ in range(2)] for case in CASES}
+
+    def result(self, op: str, case: str) -> dict[str, np.ndarray]:
+        x = self.leaves({n: self.torch.tensor(v).cuda() for n, v in exact_inputs(op, case).items()})
+        o, state = self.both(op, x, final=True)
+        got = {"o": o, "state": state} | {f"d{n}": x[n].grad for n in x if n != "do"}
+        return {n: v.detach().double().cpu().numpy() for n, v in got.items()}
 
 
-def truth(op: str, case: str) -> dict[str, np.ndarray]:
-    """Output, final state and gradients in float64, token by token, of the bf16 inputs, on the CPU."""
+def truth(op: str) -> dict[str, dict[str, np.ndarray]]:
+    """By case: output, final state and gradients in float64, token by token, on the CPU."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import linear_attention
 
+    def forward(x: dict[str, Any]) -> Any:
+        return linear_attention(
+            x["q"], x["k"], x["v"], log_decay=x.get("g"), beta=x.get("beta"), qk_l2norm=delta(op),
+            output_final_state=True, backend="reference",
+        )  # fmt: skip
+
+    @jax.jit
+    def run(x: dict[str, Any], do: Any) -> dict[str, Any]:
+        (o, state), vjp = jax.vjp(forward, x)
+        (grads,) = vjp((do, jnp.zeros_like(state)))
+        return {"o": o, "state": state} | {f"d{n}": d for n, d in grads.items()}
+
     dtype = Jax("ours").dtype
+    out = {}
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        rounded = {n: jnp.asarray(v, dtype(n, v.ndim)) for n, v in exact_inputs(op, case).items()}
-        x = {n: v.astype(jnp.float64) for n, v in rounded.items()}
-        do = x.pop("do")
-
-        @jax.jit
-        def run(x: dict[str, Any], do: Any) -> dict[str, Any]:
-            def forward(x: dict[str, Any]) -> Any:
-                return linear_attention(
-                    x["q"], x["k"], x["v"], log_decay=x.get("g"), beta=x.get("beta"),
-                    qk_l2norm=normalised(op, case), output_final_state=True, backend="reference",
-                )  # fmt: skip
-
-            (o, state), vjp = jax.vjp(forward, x)
-            (grads,) = vjp((do, jnp.zeros_like(state)))
-            return {"o": o, "state": state} | {f"d{n}": d for n, d in grads.items()}
-
-        return {name: np.asarray(value) for name, value in run(x, do).items()}
+        for case in CASES:
+            rounded = {n: jnp.asarray(v, dtype(n, v.ndim)) for n, v in exact_inputs(op, case).items()}
+            x = {n: v.astype(jnp.float64) for n, v in rounded.items()}
+            do = x.pop("do")
+            out[case] = {name: np.asarray(value) for name, value in run(x, do).items()}
+    return out
 
 
 def work(role: str, op: str, what: str, lock: str, profile: bool, seconds: float) -> None:
-    """One row: accuracy on the case `what`, or times at the shape of that number."""
+    """Prints rows: accuracy by case (`what` = "accuracy"), or times at the shape of number `what`."""
     # One that compiles for ever must not hold up the rest.
     stop = threading.Timer(seconds, os._exit, [1])
     stop.daemon = True
@@ -347,21 +348,27 @@ def work(role: str, op: str, what: str, lock: str, profile: bool, seconds: float
             time.sleep(0.2)  # whoever measured before may still be leaving the GPU
             yield
 
-        row: dict[str, Any] = {"peer": role, "op": op}
-        row |= {"case": what} if what in CASES else {"shape": SHAPES[int(what)]}
+        row = heading(role, op, what)
+        rows = [row]
         try:
             peer = Fla() if role == "fla" else Jax(role)
-            if what in CASES:
-                row["peer"] = role if role != "ours" else Jax(role).path(op, ACCURACY_SHAPE)
-                want = truth(op, what)
-                first, second = peer.results(op, what, alone)
-                row["same_bits"] = all(np.array_equal(first[n], second[n]) for n in first)
-                row["errors"] = {n: relative_error(first[n], want[n]) for n in want}
+            if what == "accuracy":
+                path = role if role != "ours" else Jax(role).path(op, ACCURACY_SHAPE)
+                want, rows = truth(op), []
+                for case, (first, second) in peer.results(op, alone).items():
+                    same = all(np.array_equal(first[n], second[n]) for n in first)
+                    errors = {n: relative_error(first[n], want[case][n]) for n in want[case]}
+                    rows += [{"peer": path, "op": op, "case": case, "same_bits": same, "errors": errors}]
             else:
                 row |= peer.time(op, SHAPES[int(what)], alone, profile)
         except Exception as error:
-            row["error"] = f"{type(error).__name__}: {str(error)[:150]}"
-        print(json.dumps(row), flush=True)
+            rows = [row | {"error": f"{type(error).__name__}: {str(error)[:150]}"}]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+
+
+def heading(peer: str, op: str, what: str) -> dict[str, Any]:
+    return {"peer": peer, "op": op} | ({"case": what} if what == "accuracy" else {"shape": SHAPES[int(what)]})
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
@@ -406,7 +413,7 @@ def main() -> None:
     parser.add_argument("--ops", type=names, default=OPS)
     parser.add_argument("--shapes", type=lambda s: [int(i) for i in s.split(",")], default=range(len(SHAPES)))
     parser.add_argument("--peers", type=names, default=("ours", "jla"))
-    parser.add_argument("--cases", type=lambda s: [c for c in s.split(",") if c], default=CASES)
+    parser.add_argument("--no_accuracy", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
     parser.add_argument(
         "--compile_seconds", type=float, default=600, help="time allowed before a row is given up"
@@ -422,7 +429,8 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     tasks = [(peer, op, str(i)) for op in args.ops for i in args.shapes for peer in args.peers]
-    tasks += [(peer, op, case) for op in args.ops for case in args.cases for peer in args.peers]
+    if not args.no_accuracy:
+        tasks += [(peer, op, "accuracy") for op in args.ops for peer in args.peers]
     with tempfile.TemporaryDirectory() as folder:
         start = functools.partial(start_worker, args, f"{folder}/lock")
         together = [task for task in tasks if task[0] != "fla"]
@@ -430,7 +438,7 @@ def main() -> None:
         groups += [[task] for task in tasks if task[0] == "fla"]
         for group in groups:
             with ThreadPoolExecutor(len(group)) as pool:
-                rows += pool.map(start, group)
+                rows += itertools.chain(*pool.map(start, group))
     text = tables(rows)
     print(text)
     if args.out:
@@ -439,27 +447,27 @@ def main() -> None:
         (args.out / "kernels.md").write_text(text + "\n")
 
 
-def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]) -> dict[str, Any]:
+def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]) -> list[dict[str, Any]]:
     root = pathlib.Path(__file__).resolve().parent.parent
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_CPP_MIN_LOG_LEVEL="2")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    peer, op, what = task
+    peer, _, what = task
     if peer == "fla":
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, __file__, "--role", *task, lock, *["--profile", what] * (what in args.profile)]
     command += ["--compile_seconds", str(args.compile_seconds)]
     limit = args.fla_seconds if peer == "fla" else None
-    row = {"peer": peer, "op": op} | ({"case": what} if what in CASES else {"shape": SHAPES[int(what)]})
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=limit
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        row = json.loads(lines[-1]) if lines else row | {"error": f"exit status {done.returncode}"}
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        rows = rows or [heading(*task) | {"error": f"exit status {done.returncode}"}]
     except subprocess.TimeoutExpired:
-        row |= {"error": f"not done after {limit:.0f} s"}
-    print(json.dumps(row), flush=True)
-    return row
+        rows = [heading(*task) | {"error": f"not done after {limit:.0f} s"}]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
 
 
 if __name__ == "__main__":
