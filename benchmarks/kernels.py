@@ -8,7 +8,7 @@ the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsig
 channel; beta sigmoid(normal); q, k normalised in the op by the delta family; no final state. A peer that is
 not installed or refuses is a row too. FLA autotunes for minutes at the first call of an op, hence its bound.
 
-Times are medians of 5 groups of calls, a group of at least 20 ms, around block_until_ready. The floor counts
+Times are medians of 5 groups of calls, a group of at least 10 ms, around block_until_ready. The floor counts
 each input read and each output written once at 3.0 TB/s: q, k, v, o (and the channel decay) forward; q, k, v,
 dO, dq, dk, dv besides (and the channel decay and its gradient) backward. First-call seconds (trace, lower,
 compile) are honest only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on
@@ -97,7 +97,7 @@ def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], groups: int = 
         return (time.perf_counter() - start) / calls * 1e3
 
     group(3)
-    calls = int(np.clip(20 / group(5), 5, 300))
+    calls = int(np.clip(10 / group(3), 5, 200))
     return sorted(group(calls) for _ in range(groups))[groups // 2]
 
 
