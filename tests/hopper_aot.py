@@ -16,11 +16,15 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 class Kernel(NamedTuple):
-    """Registers a thread at launch, bytes a thread spills."""
+    """Registers a thread at launch, bytes a thread spills, constant registers that wgmma has on the left.
+
+    A constant there is wrong on hardware (docs/kernels.md, section 6), so `compile_for_hopper` refuses it.
+    """
 
     name: str
     registers: int
     spills: int
+    constants: int
 
 
 def compile_for_hopper(function, *arguments):
@@ -29,7 +33,7 @@ def compile_for_hopper(function, *arguments):
 
     with tempfile.TemporaryDirectory() as folder:
         before = dict(os.environ)
-        os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=folder)
+        os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=folder)
         try:
             try:
                 devices = topologies.get_topology_desc(
@@ -43,10 +47,28 @@ def compile_for_hopper(function, *arguments):
         finally:
             os.environ.clear()
             os.environ.update(before)
-        return [_read(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas"))]
+        kernels = [_read(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas"))]
+    assert not any(kernel.constants for kernel in kernels), kernels
+    return kernels
 
 
 def _read(path):
     text = path.read_text()
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-    return Kernel(path.stem, int(re.findall(r"Used (\d+) registers", text)[0]), sum(map(int, spills)))
+    constants = len(constant_operands(path.with_suffix(".ptx").read_text()))
+    registers = int(re.findall(r"Used (\d+) registers", text)[0])
+    return Kernel(path.stem, registers, sum(map(int, spills)), constants)
+
+
+def constant_operands(ptx):
+    """Left operands of wgmma in registers that were last moved from a literal, [(line, literal)]."""
+    source, found = {}, []
+    for number, line in enumerate(ptx.splitlines()):
+        if move := re.match(r"\s*mov\.b32\s+(%r\d+), (%r\d+|\d+);", line):
+            source[move[1]] = source.get(move[2], move[2])
+        elif other := re.match(r"\s*[\w.]+\s+(%r\d+),", line):
+            source.pop(other[1], None)
+        if left := re.search(r"wgmma\.mma_async.*?\}, \{([^}]*)\}", line):
+            values = (source.get(register.strip(), "%") for register in left[1].split(","))
+            found += [(number, value) for value in values if not value.startswith("%")]
+    return found

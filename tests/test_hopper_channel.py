@@ -110,6 +110,15 @@ def test_op_vmapped():
         assert relative_error(got, np.asarray(run(q, backend="reference"), np.float64)) < TOLERANCE
 
 
+def test_constant_left_operands_are_found():
+    """What made these kernels wrong on hardware and right interpreted; `compile_for_hopper` refuses it."""
+    product = "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%r1,%r2}, {%r3,%r4}, %rd1, p, 1, 1, 1;"
+    made = ["mov.b32 %r9, 1006648320;", "mov.b32 %r3, %r9;", "mov.b32 %r4, 0;"]
+    assert hopper_aot.constant_operands("\n".join([*made, product])) == [(3, "1006648320"), (3, "0")]
+    made += ["add.s32 %r3, %r3, %r7;", "mov.b32 %r4, %r7;"]
+    assert hopper_aot.constant_operands("\n".join([*made, product])) == []
+
+
 def struct_channel_call(shape, delta):
     call = struct_call(SHAPES[shape], delta)
     steps = (*call.v.shape[:3], call.k.shape[3])
