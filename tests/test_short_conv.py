@@ -160,6 +160,7 @@ def test_refusals_say_why():
     assert refusal(x, kernel, True) is None
     assert "float32 of x" in refusal(x.astype(jnp.float32), kernel, True)
     assert "5 taps" in refusal(x, jnp.zeros((5, 256)), True)
+    assert "65536 sequences" in refusal(jax.ShapeDtypeStruct((65536, 4, 256), x.dtype), kernel, True)
     assert "96 features" in refusal(x[..., :96], kernel[:, :96], True)
     if jax.default_backend() == "cpu":
         assert refusal(x, kernel, False) == "no GPU"

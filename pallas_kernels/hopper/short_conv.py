@@ -30,7 +30,7 @@ WIDTHS = (2, 3, 4)
 
 def refusal(x: jax.Array, kernel: jax.Array, interpret: bool) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
-    features, width = x.shape[2], kernel.shape[0]
+    (batch, length, features), width = x.shape, kernel.shape[0]
     if jax.__version__ not in TESTED_JAX:
         return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
     if (x.dtype, kernel.dtype) != (jnp.bfloat16, jnp.float32):
@@ -39,6 +39,8 @@ def refusal(x: jax.Array, kernel: jax.Array, interpret: bool) -> str | None:
         return f"{width} taps (2 to 4)"
     if features % (THREADS * CHANNELS[-1]):
         return f"{features} features (a multiple of {THREADS * CHANNELS[-1]})"
+    if max(batch, pl.cdiv(length, RUN)) > 65535:
+        return f"{batch} sequences of {length} tokens (at most 65535 of {65535 * RUN})"
     return None if interpret else device_reason()
 
 
