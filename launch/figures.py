@@ -126,6 +126,8 @@ def pareto(found: Sequence[Mean], metric: str, against: str) -> Figure | None:
         label="front",
     )
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: quantity(value, ""))
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_xlabel(
         "state + KV cache of one sequence (bytes)"
         if against == "bytes"

@@ -20,10 +20,12 @@ from launch.results import Mean, Result
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 68rem; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 68rem; }
+body { padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, figcaption { max-width: 44rem; } .facts, figcaption, .note { color: #555; font-size: .9rem; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.pictures { display: grid; gap: 1rem; }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; } figure.wide { grid-column: 1 / -1; max-width: 46rem; }
 img { width: 100%; height: auto; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
@@ -97,7 +99,7 @@ def _pictures(measured: Sequence[Mean], found: Sequence[Result], metric: str, wo
     drawn = {
         "by_fraction": (
             figures.over_fraction(measured, metric),
-            "A line for each linear mixer; it ends in attention alone. Bands are 95% intervals over seeds.",
+            "A line for each linear mixer, to attention alone if that was run. Bands: 95% intervals over seeds.",
         ),
         "by_placement": (
             figures.placements(measured, metric),
