@@ -99,7 +99,7 @@ def _pictures(measured: Sequence[Mean], found: Sequence[Result], metric: str, wo
     drawn = {
         "by_fraction": (
             figures.over_fraction(measured, metric),
-            "A line for each linear mixer, to attention alone if that was run. Bands: 95% intervals over seeds.",
+            "A line for each linear mixer, to attention alone where that ran. Bands: 95% over seeds.",
         ),
         "by_placement": (
             figures.placements(measured, metric),

@@ -1,4 +1,4 @@
-"""Stands in for `launch.worker` in tests of the queue: the same files, no JAX, a step each hundredth of a second.
+"""Stands in for `launch.worker` in tests of the queue: the same files, no JAX, a hundred steps a second.
 
 A run whose seed is 13 fails at its fifth step, one of seed 66 is killed there; FIXED=1 mends both.
 """

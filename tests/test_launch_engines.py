@@ -1,4 +1,4 @@
-"""Job files, and submission through stand-ins of the clients: submitit as a module, sky and xpk as commands."""
+"""Job files, and submission through stand-ins of the clients: submitit a module, the others commands."""
 
 import importlib.util
 import json
@@ -124,7 +124,7 @@ def test_submitit_runs_a_task_and_requeues_it(tmp_path: Path, monkeypatch: pytes
     """submitit's own local executor, with a stand-in for the worker that trains."""
     import submitit
 
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}")
     executor = submitit.AutoExecutor(folder=tmp_path / "log", cluster="local")
     executor.update_parameters(timeout_min=1)
     job = executor.map_array(slurm.Task(distributed=False), [["no-such-folder"]])[0]
@@ -188,7 +188,7 @@ def trains(words: list[str], run: grid.Run, workdir: str) -> None:
 
 
 def test_wandb_agents_are_given_train_commands(jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What an agent runs, the macros of `command` put in as its documentation says, is the run in its own folder."""
+    """What an agent runs, macros put in as W&B documents them, is the run in its own folder."""
     (path,) = wandb_sweep.write(jobs, tmp_path / "grid", wandb_sweep.Settings(project="p"))
     written = yaml.safe_load(path.read_text())
     assert written["method"] == "grid" and written["metric"] == {"name": "val_loss", "goal": "minimize"}
@@ -211,8 +211,13 @@ def test_wandb_agents_are_given_train_commands(jobs, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("launcher", "reason"),
-    [("slurm", "submitit is not installed|no sbatch"), ("skypilot", "`sky` is not installed"), ("xpk", "`xpk` is not"), ("wandb", "no W&B key")],
-)  # fmt: skip
+    [
+        ("slurm", "submitit is not installed|no sbatch"),
+        ("skypilot", "`sky` is not installed"),
+        ("xpk", "`xpk` is not"),
+        ("wandb", "no W&B key"),
+    ],
+)
 def test_without_a_client_the_files_are_written(
     launcher: str, reason: str, tmp_path: Path, capsys, monkeypatch
 ):

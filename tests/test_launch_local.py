@@ -18,8 +18,10 @@ from launch.grid import Sweep, axis
 def get_sweep():
     heads = {"mixers.full.head_dim": 8, "mixers.gla.num_heads": 2}
     sizes = {"model.d_model": 16, "model.vocab_size": 32, "data.slices": "", "data.num_pairs": 2}
-    train = {"train.seq_len": 16, "train.batch_size": 2, "train.steps": STEPS, "eval.batches": 1, "log.every_steps": 1}
-    return Sweep("configs/mqar.py", [axis("ratio", "pure"), axis("seed", *SEEDS)], {"mixer": "full", **heads, **sizes, **train}, vmap=VMAP)
+    train = {"train.seq_len": 16, "train.batch_size": 2, "train.steps": STEPS, "eval.batches": 1}
+    fields = {"mixer": "full", "log.every_steps": 1, **heads, **sizes, **train}
+    axes = [axis("ratio", "pure"), axis("seed", *SEEDS)]
+    return Sweep("configs/mqar.py", axes, fields, vmap=VMAP)
 """
 
 

@@ -13,16 +13,30 @@ from hybridlm.errors import Stopped
 from launch import packed
 
 SMALL = {
-    "model.pattern": "full", "model.num_layers": "1", "model.d_model": "16", "model.vocab_size": "32",
-    "mixers.full.num_heads": "2", "mixers.full.head_dim": "8", "data.slices": "", "data.num_pairs": "2",
-    "data.val_examples": "16", "train.seq_len": "16", "train.batch_size": "4", "train.steps": "12",
-    "checkpoint.every_steps": "4", "eval.every_steps": "6", "eval.batches": "2", "log.every_steps": "3",
+    "model.pattern": "full",
+    "model.num_layers": "1",
+    "model.d_model": "16",
+    "model.vocab_size": "32",
+    "mixers.full.num_heads": "2",
+    "mixers.full.head_dim": "8",
+    "data.slices": "",
+    "data.num_pairs": "2",
+    "data.val_examples": "16",
+    "train.seq_len": "16",
+    "train.batch_size": "4",
+    "train.steps": "12",
+    "checkpoint.every_steps": "4",
+    "eval.every_steps": "6",
+    "eval.batches": "2",
+    "log.every_steps": "3",
     "optimizer.warmup_steps": "2",
-}  # fmt: skip
+}
 
 
 def resolved(**fields: str):
-    return configs.resolve(configs.load("configs/mqar.py", SMALL | {k.replace("__", "."): v for k, v in fields.items()}))  # fmt: skip
+    return configs.resolve(
+        configs.load("configs/mqar.py", SMALL | {k.replace("__", "."): v for k, v in fields.items()})
+    )
 
 
 def records(folder: Path) -> list[dict]:
@@ -38,8 +52,12 @@ def folders(path: Path, names: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory):
-    """(configs, workdirs, what failed) of three runs: another seed, another learning rate, and one that diverges."""
-    chosen = [resolved(), resolved(train__seed="1", optimizer__learning_rate="1e-2"), resolved(optimizer__learning_rate="1e30")]  # fmt: skip
+    """(configs, workdirs, what failed) of three runs: another seed, another rate, and one that diverges."""
+    chosen = [
+        resolved(),
+        resolved(train__seed="1", optimizer__learning_rate="1e-2"),
+        resolved(optimizer__learning_rate="1e30"),
+    ]
     workdirs = folders(tmp_path_factory.mktemp("packed"), "abc")
     return chosen, workdirs, packed.train(chosen, workdirs)
 
@@ -71,7 +89,7 @@ def test_one_that_diverges_fails_by_itself(together):
 
 
 def test_stopped_and_resumed(together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Asked to stop after step 5, both save there, and what they write on resumption is what was written without."""
+    """Asked to stop after step 5, both save there, and go on as if they had not been."""
     chosen, workdirs, _ = together
     again = folders(tmp_path, "ab")
     asked = iter([0] * 4)

@@ -1,4 +1,4 @@
-"""The report from runs whose numbers are known: means, intervals, fronts, budgets, and a page that stands alone."""
+"""The report from runs whose numbers are known: means, intervals, fronts, budgets, a whole page."""
 
 import csv
 import json
@@ -69,7 +69,7 @@ def run(workdir: Path, name: str, point: dict, full: list[int], value: float | N
 
 
 def test_means_and_student_intervals(tmp_path: Path):
-    """Two seeds 0.01 apart: s = 0.01/sqrt(2), t(0.975, 1) = 12.706, so half the interval is 12.706 * 0.005."""
+    """Two seeds 0.01 apart: s = 0.01/sqrt(2), t(0.975, 1) = 12.706, so half is 12.706 * 0.005."""
     write(tmp_path)
     _, found = results.read(tmp_path)
     by = {(m.runs[0].mixer, m.fraction): m for m in results.means(found, "recall") if not results.placed(m)}

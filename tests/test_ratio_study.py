@@ -24,7 +24,14 @@ def test_masked_stack_is_the_model():
         "data.num_pairs": 4,
     }
     sizes |= {"train.seq_len": 32, "train.batch_size": 2}
-    runs = grid.runs(Sweep("configs/mqar.py", [axis("ratio", "pure", "3:1", "full")], {"mixer": mixer, **fields, **sizes}, match="parameters"))  # fmt: skip
+    runs = grid.runs(
+        Sweep(
+            "configs/mqar.py",
+            [axis("ratio", "pure", "3:1", "full")],
+            {"mixer": mixer, **fields, **sizes},
+            match="parameters",
+        )
+    )
     program = ratio_study.Program(runs)
     full_RL, mask_RH = ratio_study.flags_and_masks(runs, program.shape)
     params_R, _ = program.init(program.seeds_R)
