@@ -128,7 +128,8 @@ class Run:
         self.say_determinism()
         self.program = build(config, self.definition, self.mesh, self.train_data.token_bytes)
         state = self.begin(start)
-        with logbook.Logbook(self.workdir, config, start=start) as self.book:
+        kept = start - 1 if "unwritten" in saved else start  # that line comes anew, at each resumption
+        with logbook.Logbook(self.workdir, config, start=kept) as self.book:
             self.watch = Watch(
                 self.workdir / "events.jsonl",
                 self.definition,

@@ -109,7 +109,7 @@ def main() -> None:
                 if what.startswith("no room") and disk.returncode:
                     continue  # no root, no small disk
                 code, said = message(arguments)
-                said = re.sub(r"process \d+ on [\w.-]+", "process 4242 on node1", said)
+                said = re.sub(r"process \d+ on [\w-]+", "process 4242 on node1", said)
                 lines = said.replace(str(scratch), "...").replace("|", "\\|").splitlines()
                 shown = "<br>".join(f"`{line}`" for line in lines if line.strip())
                 print(f"| {what} | {code} | {shown} |", flush=True)
