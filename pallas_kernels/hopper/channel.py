@@ -33,7 +33,10 @@ def channel_forward(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
-    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
+    if choice is None:
+        choice = table.forward(inputs.k.shape, inputs.v.shape)
+        if inputs.beta is not None:  # delta in pieces: right interpreted, not yet on a GPU at every length
+            choice = choice._replace(pieces=1)
     tiles = channel_tiles(inputs, keep=keep)
     moves = None
     if choice.pieces > 1:
