@@ -437,8 +437,8 @@ def main() -> int:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    until = begun + 60 * flags.minutes
     corpus = Corpus(folder)
+    until = time.monotonic() + 60 * flags.minutes
     injected, refused, lost = Counter[str](), Counter[str](), Counter[str]()
     numbers, trials = itertools.count(), []
 
@@ -465,7 +465,7 @@ def main() -> int:
     print(f"\n{count - total} of {count} trials ended on the undisturbed run's metrics")
     if not total and not flags.folder:
         shutil.rmtree(folder)
-    return int(total > 0)
+    return int(total > 0 or not trials)
 
 
 if __name__ == "__main__":
