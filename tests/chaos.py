@@ -40,7 +40,7 @@ FIELDS = {
 }  # fmt: skip
 KINDS = ("text", "shards", "poisoned", "two processes")
 # What tensorstore's threads print of a write that failed, besides the error that they return.
-NOISE = r"Traceback \(most recent call last\):\n( .*\n)*RuntimeError: Event loop is closed\n"
+NOISE = "RuntimeError: Event loop is closed"
 PAUSE = "0.02"  # seconds before each step, so that faults fall between steps and not only into the start
 
 
@@ -150,7 +150,7 @@ class Trial:
         """Asserts that the last start ended with the right error."""
         named = re.search(pattern, self.said())
         assert found == code and named, f"exit code {found}, wanted {code} and {pattern!r}"
-        assert "Traceback" not in re.sub(NOISE, "", self.said()), "a traceback"
+        assert self.said().count("Traceback") <= self.said().count(NOISE), "a traceback"  # threads interleave
         return True
 
     def lines(self) -> int:
