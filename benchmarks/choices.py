@@ -12,7 +12,8 @@ import itertools
 from typing import Any
 
 import jax
-from kernels import SHAPES, Jax, median_ms
+from kernels import SHAPES
+from peers import Jax, median_ms
 
 from pallas_kernels.hopper import table
 from pallas_kernels.hopper.table import Choice

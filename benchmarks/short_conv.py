@@ -14,7 +14,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels import median_ms
+from benchmarks.peers import median_ms
 from pallas_kernels import auto_means, short_conv
 
 BYTES_PER_SECOND = 3.0e12
