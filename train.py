@@ -8,7 +8,6 @@ import argparse
 import logging
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,8 @@ import rich
 from rich.logging import RichHandler
 
 from eval import in_loop
+from hybridlm import cli, private, processes, report, trainer
 from hybridlm import config as configs
-from hybridlm import private, processes, report, trainer
-from hybridlm.errors import ConfigError, RunError, Stopped
 
 log = logging.getLogger("hybridlm")
 
@@ -65,28 +63,10 @@ def default_workdir(spec: str) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(argv)
-    try:
-        code, message = 0, ""
-        run(flags, overrides)
-    except ConfigError as error:
-        code, message = 2, f"error: {error}"
-    except RunError as error:
-        code, message = 1, f"error: {error}"
-    except Stopped as stopped:
-        code, message = 3, f"{stopped}; start again with --resume=auto"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted before training began"
-    except Exception as error:
-        processes.await_verdict()
-        traceback.print_exc()
-        code, message = 1, f"error: {type(error).__name__}: {error}"
-    if message:
-        print(private.hide(message), file=sys.stderr, flush=True)
-    processes.leave(code, private.hide(message))
-    return code
+    return cli.run(lambda: train(flags, overrides), "training had not begun")
 
 
-def run(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
+def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
     if flags.distributed:
         processes.join(flags.distributed)
     config = configs.resolve(configs.load(flags.config, overrides))

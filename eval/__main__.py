@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import Progress as Bars
 
 from eval import haystack, report, runner, subject, tasks
-from hybridlm import logbook
+from hybridlm import cli, logbook
 from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger("hybridlm")
@@ -110,21 +110,10 @@ def main(argv: Sequence[str]) -> int:
     console = Console()
     logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     log.setLevel(logging.INFO)
-    try:
-        if flags.list:
-            print(listing())
-        else:
-            evaluate(flags, console)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is kept, call again to go on", file=sys.stderr)
-        return 130
-    return 0
+    if flags.list:
+        print(listing())
+        return 0
+    return cli.run(lambda: evaluate(flags, console), "what was measured is kept, the same command continues")
 
 
 if __name__ == "__main__":

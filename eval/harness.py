@@ -18,6 +18,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from eval import subject
+from hybridlm import cli
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.generate import Sampling
 
@@ -138,24 +139,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="default: the run's own")
     parser.add_argument("--batch_tokens", type=int, default=1 << 15)
     flags = parser.parse_args(argv)
-    try:
-        tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens)
-        results = evaluate(
-            tested, flags.tasks.split(","), max_length=flags.max_length, num_fewshot=flags.num_fewshot,
-            limit=flags.limit, include_path=flags.include_path,
-        )  # fmt: skip
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return cli.run(lambda: harness(flags))
+
+
+def harness(flags: argparse.Namespace) -> None:
+    tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens)
+    results = evaluate(
+        tested, flags.tasks.split(","), max_length=flags.max_length, num_fewshot=flags.num_fewshot,
+        limit=flags.limit, include_path=flags.include_path,
+    )  # fmt: skip
     print(utils.make_table(results))
     path = Path(flags.workdir) / "harness.json"
     kept = {name: results[name] for name in ("results", "versions", "n-samples")}
     path.write_text(json.dumps({"step": tested.step, **kept}, indent=2, default=str) + "\n")
     print(f"wrote {path}")
-    return 0
 
 
 if __name__ == "__main__":

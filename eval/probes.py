@@ -25,9 +25,9 @@ import numpy as np
 from eval import subject
 from eval.subject import Subject
 from eval.tasks import base, ruler
-from hybridlm import cost, data, generate
+from hybridlm import cli, cost, data, generate
 from hybridlm import model as lm
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError
 from hybridlm.mixers import attention, mla
 from hybridlm.rows import Rows, single_document
 
@@ -292,22 +292,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="default: the run's own")
     flags = parser.parse_args(argv)
+    return cli.run(lambda: probe(flags))
+
+
+def probe(flags: argparse.Namespace) -> None:
+    tested = subject.load(flags.workdir, flags.step, flags.tokenizer)
+    length = flags.length or tested.config.train.seq_len
     try:
-        tested = subject.load(flags.workdir, flags.step, flags.tokenizer)
-        length = flags.length or tested.config.train.seq_len
         readings = run(tested, Path(flags.workdir), length=length, samples=flags.samples)
     except base.TooShort as error:
-        print(f"error: --length = {length}: is too short: {error}", file=sys.stderr)
-        return 2
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise ConfigError("--length", length, f"is too short: {error}") from error
     for name, reading in readings.items():
         print(f"{Path(flags.workdir) / name}: {reading}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm import checkpoint, layered, model, processes, program, sharding, watch
+from hybridlm import checkpoint, cli, layered, model, processes, program, sharding, watch
 from hybridlm import config as configs
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError
 
 
 def dump(path: Path, config: Any, step: int, state: program.State, batch: dict[str, np.ndarray]) -> None:
@@ -61,17 +61,17 @@ def main(argv: list[str]) -> int:
         "python -m hybridlm.replay", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("dump", type=Path, help="the folder that the run named")
-    try:
-        step, metrics, squares = replay(parser.parse_args(argv).dump)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = parser.parse_args(argv).dump
+    return cli.run(lambda: show(path))
+
+
+def show(path: Path) -> None:
+    step, metrics, squares = replay(path)
     print(f"step {step}: " + ", ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
     print("gradient norms, from the loss down:")
     for name, square in squares.items():
         print(f"  {name:<48} {square**0.5:.6g}")
     print(f"first that is not finite: {watch.first_not_finite(squares)}")
-    return 0
 
 
 if __name__ == "__main__":

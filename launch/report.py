@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hybridlm.errors import ConfigError
+from hybridlm import cli
 from hybridlm.report import quantity
 from launch import figures, results
 from launch.results import Mean, Result
@@ -181,12 +181,8 @@ def main(argv: Sequence[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="launch.report", description=__doc__, formatter_class=raw)
     parser.add_argument("workdir", type=Path)
-    try:
-        print(f"written: {write(parser.parse_args(argv).workdir)}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    workdir = parser.parse_args(argv).workdir
+    return cli.run(lambda: print(f"written: {write(workdir)}"))
 
 
 if __name__ == "__main__":

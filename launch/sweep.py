@@ -22,7 +22,8 @@ import jax
 import rich
 
 import train
-from hybridlm.errors import ConfigError, RunError
+from hybridlm import cli
+from hybridlm.errors import ConfigError
 from launch import engines, grid, local, plan
 from launch.view import View
 
@@ -79,17 +80,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(argv)
-    try:
-        return sweep(flags, overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
+    return cli.run(lambda: sweep(flags, overrides), "the same command continues")
 
 
 def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -108,8 +99,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
-        command = f"python -m launch.sweep {shlex.join(sys.argv[1:])}"
-        plan.write(runs, workdir, {"command": command})
+        plan.write(runs, workdir, {"command": f"python -m launch.sweep {shlex.join(sys.argv[1:])}"})
         if flags.launcher == "local":
             return 1 if run_local(runs, workdir, definition.vmap, settings, flags) else 0
         hand_over(engine, local.jobs(runs, workdir, definition.vmap), workdir, settings, flags.no_submit)

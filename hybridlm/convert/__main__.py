@@ -11,9 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hybridlm import cost, report
+from hybridlm import cli, cost, report
 from hybridlm.convert import evaluate, transfer
-from hybridlm.errors import ConfigError, RunError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,24 +41,20 @@ def main(argv: Sequence[str]) -> int:
             added.add_argument("--step", type=int, help="default: the newest checkpoint")
     given = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
-    try:
-        if given.command == "import":
-            config = transfer.import_hf(given.hf, given.workdir)
-            console = Console()
-            console.print(report.layer_table(config))
-            console.print(f"{cost.parameters(config):,} parameters in {given.workdir}", highlight=False)
-        elif given.command == "export":
-            args = (given.workdir, given.hf, given.model_type, given.dtype, given.step)
-            print(f"{transfer.export_hf(*args)} checkpoint in {given.hf}")
-        else:
-            evaluate.save_logits(Path(given.workdir), Path(given.ids), Path(given.out), given.step)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return cli.run(lambda: convert(given))
+
+
+def convert(given: argparse.Namespace) -> None:
+    if given.command == "import":
+        config = transfer.import_hf(given.hf, given.workdir)
+        console = Console()
+        console.print(report.layer_table(config))
+        console.print(f"{cost.parameters(config):,} parameters in {given.workdir}", highlight=False)
+    elif given.command == "export":
+        args = (given.workdir, given.hf, given.model_type, given.dtype, given.step)
+        print(f"{transfer.export_hf(*args)} checkpoint in {given.hf}")
+    else:
+        evaluate.save_logits(Path(given.workdir), Path(given.ids), Path(given.out), given.step)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hybridlm import cli
 from hybridlm.data import files, shards, tokenizer
 from hybridlm.errors import ConfigError
 
@@ -141,18 +142,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--holdout", type=float, default=0.0, help="part of the documents to hold out")
     parser.add_argument("--shard_tokens", type=int, default=1 << 27, help="tokens in a shard")
     args = parser.parse_args(arguments)
-    try:
-        index = prepare(
-            ",".join(args.input),
-            args.output,
-            args.tokenizer,
-            text_field=args.text_field,
-            holdout=args.holdout,
-            shard_tokens=args.shard_tokens,
-        )
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return cli.run(lambda: report(args), "nothing was kept")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prepares as the flags say, and prints what came of it."""
+    index = prepare(
+        ",".join(args.input),
+        args.output,
+        args.tokenizer,
+        text_field=args.text_field,
+        holdout=args.holdout,
+        shard_tokens=args.shard_tokens,
+    )
     for split, entry in index["splits"].items():
         print(
             f"{split}: {entry['documents']:,} documents, {entry['text_bytes']:,} bytes, "
@@ -160,7 +162,6 @@ def main(arguments: list[str] | None = None) -> int:
         )
     print(f"left out: {index['empty_documents']:,} documents without tokens")
     print(f"{args.output}: vocab_size {index['vocab_size']}, {index['dtype']}, tokenizer {args.tokenizer}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""How every command ends: with an exit code and, unless it finished, one line on stderr.
+
+0 done, 1 it could not go on, 2 bad input, 3 stopped as asked with a complete checkpoint, 130 interrupted.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from hybridlm import private, processes
+from hybridlm.errors import ConfigError, RunError, Stopped
+
+
+def run(body: Callable[[], int | None], interrupted: str = "") -> int:
+    """The exit code: ``body()``'s (None is 0), or that of the exception that ended it.
+
+    interrupted: what to tell a user who pressed Ctrl-C. Only an error of the program shows a traceback.
+    """
+    code, message = 0, ""
+    try:
+        code = body() or 0
+    except ConfigError as error:
+        code, message = 2, f"error: {error}"
+    except RunError as error:
+        code, message = 1, f"error: {error}"
+    except Stopped as stopped:
+        code, message = 3, f"{stopped}; start again with --resume=auto"
+    except KeyboardInterrupt:
+        code, message = 130, ": ".join(filter(None, ["interrupted", interrupted]))
+    except Exception as error:
+        processes.await_verdict()  # the death of another process of this run may explain it
+        traceback.print_exc()
+        code, message = 1, f"error: {type(error).__name__}: {error}"
+    if message:
+        print(private.hide(message), file=sys.stderr, flush=True)
+    processes.leave(code, private.hide(message))
+    return code

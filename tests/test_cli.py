@@ -1,0 +1,51 @@
+"""Exit codes and last lines of commands, as docs and launchers rely on them."""
+
+import pytest
+
+from hybridlm import cli
+from hybridlm.errors import ConfigError, RunError, Stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            ConfigError("train.steps", 0, "must be positive", "Give more."),
+            2,
+            "error: train.steps = 0: must be",
+        ),
+        (RunError("disk full"), 1, "error: disk full"),
+        (Stopped("stopped at step 3"), 3, "stopped at step 3; start again with --resume=auto"),
+        (KeyboardInterrupt(), 130, "interrupted: all is kept"),
+    ],
+)
+def test_an_expected_end_is_one_line(error, code, message, capsys):
+    def body() -> None:
+        raise error
+
+    assert cli.run(body, "all is kept") == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(message) and printed.count("\n") == 1
+
+
+def test_an_error_of_the_program_shows_where(capsys):
+    assert cli.run(lambda: 1 // 0) == 1
+    printed = capsys.readouterr().err
+    assert "test_cli.py" in printed and printed.endswith(
+        "\nerror: ZeroDivisionError: integer division or modulo by zero\n"
+    )
+
+
+def test_the_body_gives_the_code_of_a_finished_command(capsys):
+    assert cli.run(lambda: None) == 0 and cli.run(lambda: 4) == 4
+    assert capsys.readouterr().err == ""
+
+
+def test_the_home_directory_is_not_printed(capsys, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+
+    def body() -> None:
+        raise RunError("/home/ada/runs/x is full")
+
+    cli.run(body)
+    assert capsys.readouterr().err == "error: ~/runs/x is full\n"
