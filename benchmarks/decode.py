@@ -2,9 +2,9 @@
 
     python -m benchmarks.decode --contexts=1024,4096,16384,65536,262144
 
-Caches are filled as by a prompt of that length and --steps tokens are decoded from there, greedily, in one
-compiled XX of d_model
-2048 in bfloat16; the loop has them unrolled, so that more take long to compile.
+Caches have the size that a prompt of that length leaves, filled with zeros, and --steps tokens are decoded from
+there, greedily, in one compiled loop. Layers of d_model 2048 in bfloat16; the loop has them unrolled, so that
+more take long to compile. A line is printed, and --output written, as soon as a context is measured.
 """
 
 import argparse
@@ -68,31 +68,38 @@ def decode(
     return jax.lax.fori_loop(0, steps, step, (token_B, cache))
 
 
-def filled(model: lm.LM, batch: int, context: int, steps: int) -> lm.Cache:
-    """Caches with room for ``steps`` tokens behind ``context`` of them."""
+def cache_shapes(definition: lm.Definition, batch: int, size: int) -> Any:
+    """Shapes and dtypes of the caches of ``batch`` rows of at most ``size`` tokens."""
+    params = jax.eval_shape(lambda: weights(definition, jax.random.key(0)))
+    return jax.eval_shape(lambda params: lm.merge(definition, params).init_cache(batch, size), params)
+
+
+def filled(shapes: Any, context: int) -> lm.Cache:
+    """Caches of these shapes, of zeros, that hold ``context`` tokens."""
+    caches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     is_tokens = lambda leaf: isinstance(leaf, TokenCache)
     set_length = lambda leaf: leaf._replace(length=jnp.int32(context)) if is_tokens(leaf) else leaf
-    return jax.tree.map(set_length, model.init_cache(batch, context + 2 * steps), is_leaf=is_tokens)
+    return jax.tree.map(set_length, caches, is_leaf=is_tokens)
 
 
 class Decoder(NamedTuple):
-    """Compiled: make(params) -> cache filled to the context; run(params, cache, token, start)."""
+    """cache: shapes and dtypes.  run: (params, cache, token, start) -> (token, cache), the loop compiled."""
 
-    make: Callable
+    cache: Any
     run: Callable
 
 
-def weights(definition: lm.Definition) -> lm.Params:
-    return jax.tree.map(lambda x: x.astype(definition.dtype), lm.init(definition, jax.random.key(0)))
+def weights(definition: lm.Definition, key: jax.Array) -> lm.Params:
+    return jax.tree.map(lambda x: x.astype(definition.dtype), lm.init(definition, key))
 
 
 def compiled(definition: lm.Definition, context: int, batch: int, steps: int) -> Decoder:
-    params = jax.eval_shape(lambda: weights(definition))
-    make = jax.jit(lambda params: filled(lm.merge(definition, params), batch, context, steps))
+    """A loop of ``steps`` steps from ``context`` tokens; nothing is allocated."""
+    cache = cache_shapes(definition, batch, context + steps)
+    params = jax.eval_shape(lambda: weights(definition, jax.random.key(0)))
     scalars = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    cache = jax.eval_shape(make, params)
     run = decode.lower(params, cache, *scalars, definition=definition, steps=steps)
-    return Decoder(make.lower(params).compile(), run.compile())
+    return Decoder(cache, run.compile())
 
 
 def measure(decoder: Decoder, params: lm.Params, context: int, batch: int, steps: int) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def measure(decoder: Decoder, params: lm.Params, context: int, batch: int, steps
     token, start = jnp.zeros(batch, jnp.int32), jnp.int32(context)
     sizes, seconds = [], []
     for _ in range(1 + RUNS):  # the first warms up
-        cache = jax.block_until_ready(decoder.make(params))
+        cache = jax.block_until_ready(filled(decoder.cache, context))
         sizes = [
             sum(x.nbytes for x in jax.tree.leaves(layer)) * (-1 if isinstance(layer, TokenCache) else 1)
             for layer in cache
@@ -134,7 +141,8 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}: batch {flags.batch}, {flags.layers} layers, {flags.linear}")
     contexts = [int(context) for context in flags.contexts.split(",")]
     built = {ratio: definition(flags.linear, ratio, flags.layers, flags.d_model) for ratio in ratios}
-    params = {ratio: jax.jit(weights, static_argnums=0)(built[ratio]) for ratio in ratios}
+    init = jax.jit(weights, static_argnums=0)
+    params = {ratio: init(built[ratio], jax.random.key(0)) for ratio in ratios}
     cases = [(context, ratio) for context in contexts for ratio in ratios]
     began = time.perf_counter()
     with ThreadPoolExecutor(flags.threads) as pool:

@@ -37,7 +37,11 @@ STUDY: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def rows(group: str, count: int, length: int, split: str) -> tuple[dict, int]:
-    config = state_tracking.Config(group=group, train_examples=count, val_examples=count)
+    """``group`` is a group's name; "S3-swaps" draws from its exchanges of two points alone."""
+    name, _, only = group.partition("-")
+    config = state_tracking.Config(
+        group=name, only_swaps=only == "swaps", train_examples=count, val_examples=count
+    )
     source = state_tracking.open_source(config, View(split, length, 0, 128))
     return source.rows(np.arange(count)), length
 
@@ -81,7 +85,7 @@ def study(case: Case, runs: vmapped.Runs, flags: argparse.Namespace) -> dict[str
     return {
         "group": case.group, "mixer": case.name, "layers": case.layers, "rate": runs.rates[best],
         "steps": result.steps, "seconds": round(result.seconds, 1), "at_128": trained[best].tolist(),
-        "at_512": score[best].tolist(), "chance": 1 / len(state_tracking.elements(case.group)),
+        "at_512": score[best].tolist(), "chance": 1 / len(state_tracking.elements(case.group.partition("-")[0])),
     }  # fmt: skip
 
 

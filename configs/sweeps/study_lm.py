@@ -2,15 +2,15 @@
 
     python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source --workdir=runs/study_lm
 
-The argument is a folder of shards that `python -m hybridlm.data.prepare` wrote. 14 layers of width 384, about
-25M parameters, matched through the MLPs; every run sees the same 3 Mi bytes in the same
-order, which is far from converged.
+The argument is a folder of shards that `python -m hybridlm.data.prepare` wrote. 14 layers of width 512, about
+45M parameters, matched through the MLPs; every run sees the same bytes in the same order. One learning rate for
+all, fixed before any of them was run.
 """
 
 from launch.grid import Sweep, axis
 
 MIXERS = ("kda", "gdn", "deltanet", "gla", "hgrn2", "retnet")
-HEADS = {"num_heads": 6, "head_dim": 64}
+HEADS = {"num_heads": 8, "head_dim": 64}
 
 
 def get_sweep(path: str = "data/source") -> Sweep:
@@ -22,20 +22,20 @@ def get_sweep(path: str = "data/source") -> Sweep:
             "data.kind": "shards",
             "data.path": path,
             "model.num_layers": 14,
-            "model.d_model": 384,
+            "model.d_model": 512,
             "model.dtype": "bfloat16",
             "train.seq_len": 1024,
-            "train.batch_size": 16,
+            "train.batch_size": 32,
             "optimizer.name": "adamw",
             "optimizer.learning_rate": 2e-3,
-            "optimizer.warmup_steps": 30,
-            "eval.every_steps": 64,
+            "optimizer.warmup_steps": 50,
+            "eval.every_steps": 100,
             "eval.batches": 16,
             "eval.sample_tokens": 0,
-            "log.every_steps": 8,
+            "log.every_steps": 20,
             "checkpoint.every_steps": 0,
         },
         axes=[axis("mixer", *MIXERS), axis("ratio", "pure", "12:1", "6:1", "3:1", "1:1", "full")],
         match="parameters",
-        tokens=3 * 2**20,
+        tokens=16 * 2**20,
     )

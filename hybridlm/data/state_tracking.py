@@ -25,11 +25,14 @@ GROUPS = {"parity": (2, False), "S3": (3, False), "S4": (4, False), "A5": (5, Tr
 @dataclasses.dataclass(frozen=True)
 class Config:
     """group: parity, S3, S4, A5 or S5.
+    only_swaps: draw from the identity and the exchanges of two points, which generate the group; one
+        reflection a token then suffices (arXiv 2411.12537).
     train_examples: size of the training set (DeltaProduct: 100k); 0 never repeats an example.
     val_examples: held-out examples.
     """
 
     group: str = "S3"
+    only_swaps: bool = False
     train_examples: int = 0
     val_examples: int = 1000
 
@@ -38,15 +41,18 @@ class Config:
         if self.group not in GROUPS:
             allowed = "must be one of " + ", ".join(GROUPS)
             raise ConfigError("group", self.group, allowed, nearest(self.group, GROUPS))
+        if self.only_swaps and GROUPS[self.group][1]:
+            raise ConfigError("only_swaps", True, f"{self.group} has no exchange of two points")
 
 
 def open_source(config: Config, view: View) -> Source:
     table = multiplication(config.group)
     check_vocab(config.group, len(table), view)
     number = list(GROUPS).index(config.group)
+    drawn = swaps(config.group) if config.only_swaps else np.arange(len(table), dtype=np.int32)
 
     def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        tokens = rng.integers(len(table), size=(BLOCK, view.seq_len), dtype=np.int32)
+        tokens = drawn[rng.integers(len(drawn), size=(BLOCK, view.seq_len), dtype=np.int32)]
         targets = np.empty_like(tokens)
         product = np.zeros(BLOCK, np.int32)
         for t in range(view.seq_len):
@@ -54,7 +60,8 @@ def open_source(config: Config, view: View) -> Source:
         return tokens, targets
 
     return Generated(
-        make, view, name=config.group, length=view.seq_len, entropy=(3, number, view.seq_len),
+        make, view, name=config.group + ("-swaps" if config.only_swaps else ""), length=view.seq_len,
+        entropy=(3, number, view.seq_len),
         examples=config.train_examples if view.split == "train" else config.val_examples,
     )  # fmt: skip
 
@@ -65,6 +72,12 @@ def elements(group: str) -> list[tuple[int, ...]]:
     points, even_only = GROUPS[group]
     inversions = lambda p: sum(a > b for a, b in itertools.combinations(p, 2))
     return [p for p in itertools.permutations(range(points)) if not even_only or inversions(p) % 2 == 0]
+
+
+def swaps(group: str) -> np.ndarray:
+    """int32 ids of the permutations of ``group`` that move two points or none."""
+    moved = [sum(point != place for place, point in enumerate(p)) for p in elements(group)]
+    return np.array([i for i, count in enumerate(moved) if count in (0, 2)], np.int32)
 
 
 @functools.cache
