@@ -82,10 +82,11 @@ def study(case: Case, runs: vmapped.Runs, flags: argparse.Namespace) -> dict[str
     score = (correct / (flags.test_examples * 512)).reshape(len(runs.rates), len(runs.seeds))
     trained = result.curve[-1][1].reshape(len(runs.rates), len(runs.seeds))
     best = int(score.mean(axis=1).argmax())
+    order = len(state_tracking.elements(case.group.partition("-")[0]))
     return {
         "group": case.group, "mixer": case.name, "layers": case.layers, "rate": runs.rates[best],
         "steps": result.steps, "seconds": round(result.seconds, 1), "at_128": trained[best].tolist(),
-        "at_512": score[best].tolist(), "chance": 1 / len(state_tracking.elements(case.group.partition("-")[0])),
+        "at_512": score[best].tolist(), "chance": 1 / order,
     }  # fmt: skip
 
 

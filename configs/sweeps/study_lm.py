@@ -3,8 +3,8 @@
     python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source --workdir=runs/study_lm
 
 The argument is a folder of shards that `python -m hybridlm.data.prepare` wrote. 14 layers of width 512, about
-45M parameters, matched through the MLPs; every run sees the same bytes in the same order. One learning rate for
-all, fixed before any of them was run.
+48M parameters, matched through the MLPs; every run sees the same bytes in the same order. One learning rate
+for all, fixed before any of them was run.
 """
 
 from launch.grid import Sweep, axis
