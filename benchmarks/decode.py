@@ -3,8 +3,8 @@
     python -m benchmarks.decode --contexts=1024,4096,16384,65536,262144
 
 Caches have the size that a prompt of that length leaves, filled with zeros, and --steps tokens are decoded
-from there, greedily, in one compiled loop. Layers are of d_model 2048 in bfloat16; the loop has them unrolled,
-so that more take long to compile. --output is written as soon as a context is measured.
+from there, greedily, in one compiled loop, its layers unrolled. Layers are of d_model 2048 in bfloat16.
+--output is written as soon as a context is measured.
 """
 
 import argparse

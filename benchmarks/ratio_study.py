@@ -37,7 +37,7 @@ from hybridlm.layers import RMSNorm, SwiGLU, normal, param
 from hybridlm.program import per_token
 from hybridlm.rows import Rows
 from launch import grid, plan
-from pallas_kernels.op import auto_means
+from pallas_kernels import auto_means
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import optax
 from hybridlm import layout, loss, mixers, mlps
 from hybridlm import model as lm
 from hybridlm.rows import Rows
-from pallas_kernels.op import auto_means
+from pallas_kernels import auto_means
 
 
 class Data(NamedTuple):

@@ -25,7 +25,7 @@ from hybridlm import checkpoint, cost, data, interrupt, logbook, program, schema
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.errors import Stopped
-from pallas_kernels.op import auto_means
+from pallas_kernels import auto_means
 
 log = logging.getLogger("hybridlm")
 
