@@ -3,17 +3,10 @@
 Shape legend: B batch, T time, F features, W taps.
 """
 
-import functools
-import logging
-from types import ModuleType
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.call import platform
-from pallas_kernels.op import _auto, _module
-
-logger = logging.getLogger("pallas_kernels")
+from pallas_kernels import dispatch
 
 
 def short_conv(
@@ -55,9 +48,12 @@ def short_conv(
     if history_BPF is not None:
         x_BSF = jnp.concatenate([history_BPF.astype(x_BTF.dtype), x_BTF], axis=1)
         return _activate(_taps(x_BSF, kernel_WF, positions_BT), silu)
-    kernels = _kernels(x_BTF, kernel_WF, interpret)
-    if kernels is not None:
-        return kernels.short_conv(x_BTF, kernel_WF, positions_BT, silu=silu, interpret=interpret)
+    if interpret or dispatch.meaning() not in ("reference", "xla"):
+        supports = lambda kernels: kernels.supports(x_BTF, kernel_WF, interpret)
+        required = "interpret = True" if interpret else ""
+        kernels = dispatch.kernels("hopper.short_conv", "short_conv", supports, required=required)
+        if kernels is not None:
+            return kernels.short_conv(x_BTF, kernel_WF, positions_BT, silu=silu, interpret=interpret)
     # Without the checkpoint, the backward pass would keep a float32 copy of the input for every tap.
     return _activate(jax.checkpoint(_taps)(x_BTF, kernel_WF, positions_BT), silu)
 
@@ -77,31 +73,3 @@ def _taps(x_BSF: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> ja
 
 def _activate(y: jax.Array, silu: bool) -> jax.Array:
     return jax.nn.silu(y) if silu else y
-
-
-def _kernels(x: jax.Array, kernel: jax.Array, interpret: bool) -> ModuleType | None:
-    """The module of the kernels if they are to compute this call, chosen while tracing."""
-    if not interpret and _auto.get() in ("xla", "reference"):
-        return None
-    where = platform()
-    reason: str | None
-    if where != "gpu" and not interpret:
-        reason = f"the platform is {where}"
-    else:
-        try:
-            kernels = _module("hopper.short_conv")
-        except Exception as error:  # as for the recurrence: an unsuitable jax fails in many ways
-            reason = f"pallas_kernels.hopper cannot be imported with jax {jax.__version__} ({error})"
-        else:
-            reason = kernels.refusal(x, kernel, interpret)
-            if reason is None:
-                return kernels
-    if interpret:
-        raise ValueError(f"interpret = True: the kernels do not support this call: {reason}")
-    _log_fallback(reason, logging.WARNING if where == "gpu" else logging.INFO)
-    return None
-
-
-@functools.cache
-def _log_fallback(reason: str, level: int) -> None:
-    logger.log(level, "short_conv runs on XLA instead of the Pallas kernels: %s", reason)

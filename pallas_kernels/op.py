@@ -1,23 +1,14 @@
-"""The public op: checks its arguments, normalises them into a `Call` and picks a backend."""
+"""The public op: checks its arguments, normalises them into a `Call` and hands it to a backend."""
 
-import contextlib
-import contextvars
-import functools
-import importlib
-import logging
-from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
-from pallas_kernels.call import Call, alike, compute_dtype, platform
+from pallas_kernels import dispatch, reference, xla
+from pallas_kernels.call import Call, alike, compute_dtype
 
-BACKENDS = ("auto", "reference", "xla", "pallas")
-_auto: contextvars.ContextVar[str] = contextvars.ContextVar("auto", default="auto")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-logger = logging.getLogger("pallas_kernels")
 
 
 def linear_attention(
@@ -74,18 +65,7 @@ def linear_attention(
     call = _normalize(
         q, k, v, log_decay, beta, initial_state, segment_ids, scale, qk_l2norm, output_final_state, interpret
     )
-    return _select(call, backend).linear_attention(call)
-
-
-@contextlib.contextmanager
-def auto_means(backend: str) -> Iterator[None]:
-    """Calls with backend="auto" traced inside use ``backend``, to compare backends under a whole model."""
-    _known(backend)
-    token = _auto.set(backend)
-    try:
-        yield
-    finally:
-        _auto.reset(token)
+    return _backend(call, backend).linear_attention(call)
 
 
 def linear_attention_step(
@@ -123,21 +103,27 @@ def linear_attention_step(
         raise ValueError(f"state.dtype = {state.dtype}: must be float32 or float64")
     _expect("log_decay", log_decay, {(*batch, value_heads), (*batch, value_heads, key_dim)})
     _expect("beta", beta, {(*batch, value_heads)})
-    o, state = _update(state)(
+    update = reference.update
+    if dispatch.meaning() not in ("reference", "xla"):
+        module = dispatch.kernels("hopper.step", "linear_attention_step", lambda step: step.supports(state))
+        update = module.update if module else reference.update
+    o, state = update(
         state, q_BHK, k_BHK, v_BHV, log_decay, beta, scale=_scale(scale, key_dim), qk_l2norm=qk_l2norm
     )
     return o.astype(v_BHV.dtype), state
 
 
-def _update(state: jax.Array) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel of a single token where it supports this state, else the recurrence, which XLA compiles."""
-    if platform() != "gpu" or _auto.get() in ("reference", "xla"):
-        return reference.update
-    reason = _refusal_of_step(state)
-    if reason is None:
-        return _module("hopper.step").update
-    _log_fallback(f"a single token: {reason}", logging.WARNING)
-    return reference.update
+def _backend(call: Call, backend: str) -> ModuleType:
+    """The backend's module for this call."""
+    backend = dispatch.meaning(backend)
+    if backend in ("reference", "xla"):
+        return reference if backend == "reference" else xla
+    required = "backend = 'pallas'" if backend == "pallas" else ""
+    supports = lambda hopper: hopper.supports(call)
+    kernels = dispatch.kernels(
+        "hopper", "linear_attention", supports, interpret=call.interpret, required=required
+    )
+    return kernels or xla
 
 
 def _normalize(
@@ -222,55 +208,3 @@ def _scale(scale: float | None, key_dim: int) -> float:
         return float(scale)
     except (TypeError, ValueError, jax.errors.JAXTypeError):
         raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None
-
-
-def _known(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
-
-
-def _select(call: Call, backend: str) -> ModuleType:
-    """The backend module for this call, chosen while tracing."""
-    _known(backend)
-    if backend == "auto":
-        backend = _auto.get()
-    if backend == "reference":
-        return reference
-    if backend == "xla":
-        return _module("xla")
-    where = platform()
-    if backend == "auto" and where != "gpu" and not call.interpret:
-        reason: str | None = f"the platform is {where}"
-    else:
-        reason = _refusal_of_pallas(call)
-    if reason is None:
-        return _module("hopper")
-    if backend == "pallas":
-        raise ValueError(f"backend = 'pallas': the kernels do not support this call: {reason}")
-    _log_fallback(reason, logging.WARNING if where == "gpu" else logging.INFO)
-    return _module("xla")
-
-
-def _refusal_of_step(state: jax.Array) -> str | None:
-    try:
-        step = _module("hopper.step")
-    except Exception as error:
-        return f"pallas_kernels.hopper cannot be imported with jax {jax.__version__} ({error})"
-    return step.supports(state)
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.{name}")
-
-
-def _refusal_of_pallas(call: Call) -> str | None:
-    try:
-        kernels = _module("hopper")
-    except Exception as error:  # an unsuitable jax fails in many ways; each only means: no kernels here
-        return f"pallas_kernels.hopper cannot be imported with jax {jax.__version__} ({error})"
-    return kernels.supports(call)
-
-
-@functools.cache
-def _log_fallback(reason: str, level: int) -> None:
-    logger.log(level, "linear_attention uses the xla backend instead of the Pallas kernels: %s", reason)

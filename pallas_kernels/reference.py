@@ -9,10 +9,6 @@ import jax.numpy as jnp
 from pallas_kernels.call import Call, l2_normalize
 
 
-def supports(call: Call) -> str | None:
-    return None
-
-
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`; a `lax.scan` over the T axis."""
     tokens = (call.q, call.k, call.v, call.log_decay, call.beta, call.starts())

@@ -54,10 +54,6 @@ class _Spec(NamedTuple):
     precision: Precision
 
 
-def supports(call: Call) -> str | None:
-    return None
-
-
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`. Differentiable once; memory is linear in T."""
     batch, length, heads, _ = call.v.shape

@@ -75,7 +75,7 @@ class Kernels(types.ModuleType):
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "pallas_kernels.hopper", Kernels("hopper"))
-    pallas_kernels.op._log_fallback.cache_clear()
+    pallas_kernels.dispatch.log_once.cache_clear()
 
 
 SHORT = {name: jnp.zeros((1, 3, 1, 4)) for name in "qkv"}
@@ -83,7 +83,7 @@ LONG = {name: jnp.zeros((1, 5, 1, 4)) for name in "qkv"}
 
 
 def test_auto_prefers_supported_kernels_on_a_gpu(kernels, monkeypatch, caplog):
-    monkeypatch.setattr(pallas_kernels.op, "platform", lambda: "gpu")
+    monkeypatch.setattr(pallas_kernels.dispatch, "platform", lambda: "gpu")
     assert linear_attention(**SHORT)[0] == "kernels"
     assert not caplog.records
     for _ in range(2):

@@ -112,9 +112,9 @@ def test_bad_shapes_are_named():
 def test_fallback_is_logged_once(caplog):
     if jax.default_backend() == "gpu":
         pytest.skip("the kernels may run here")
-    from pallas_kernels import conv
+    from pallas_kernels import dispatch
 
-    conv._log_fallback.cache_clear()
+    dispatch.log_once.cache_clear()
     x, kernel, positions, _ = make_case(features=8, tokens=4)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         for _ in range(2):
@@ -154,16 +154,16 @@ def test_vmapped():
 
 @kernels_only
 def test_refusals_say_why():
-    from pallas_kernels.hopper.short_conv import refusal
+    from pallas_kernels.hopper.short_conv import supports
 
     x, kernel, _, _ = make_case(tokens=4)
-    assert refusal(x, kernel, True) is None
-    assert "float32 of x" in refusal(x.astype(jnp.float32), kernel, True)
-    assert "5 taps" in refusal(x, jnp.zeros((5, 256)), True)
-    assert "65536 sequences" in refusal(jax.ShapeDtypeStruct((65536, 4, 256), x.dtype), kernel, True)
-    assert "96 features" in refusal(x[..., :96], kernel[:, :96], True)
+    assert supports(x, kernel, True) is None
+    assert "float32 of x" in supports(x.astype(jnp.float32), kernel, True)
+    assert "5 taps" in supports(x, jnp.zeros((5, 256)), True)
+    assert "65536 sequences" in supports(jax.ShapeDtypeStruct((65536, 4, 256), x.dtype), kernel, True)
+    assert "96 features" in supports(x[..., :96], kernel[:, :96], True)
     if jax.default_backend() == "cpu":
-        assert refusal(x, kernel, False) == "no GPU"
+        assert supports(x, kernel, False) == "no GPU"
 
 
 def structs(batch=8, tokens=4096, features=2048, width=4):

@@ -28,7 +28,7 @@ GROUP, GROUP_BACK = 8, 4  # tokens that a thread loads at once, forward and back
 WIDTHS = (2, 3, 4)
 
 
-def refusal(x: jax.Array, kernel: jax.Array, interpret: bool) -> str | None:
+def supports(x: jax.Array, kernel: jax.Array, interpret: bool) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
     (batch, length, features), width = x.shape, kernel.shape[0]
     if jax.__version__ not in TESTED_JAX:

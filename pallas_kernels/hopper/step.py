@@ -34,19 +34,9 @@ def supports(state: jax.Array) -> str | None:
 
 
 def update(
-    state: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-    interpret: bool = False,
+    *arguments: jax.Array | None, interpret: bool = False, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """As `reference.update`; gradients are those of `reference.update`."""
-    options: dict[str, Any] = dict(scale=scale, qk_l2norm=qk_l2norm)
+    """`reference.update` of the same arguments, and its gradients."""
 
     @jax.custom_vjp
     def run(*arguments: Any) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +46,7 @@ def update(
         return jax.vjp(functools.partial(reference.update, **options), *arguments)[1](cotangents)
 
     run.defvjp(lambda *arguments: (run(*arguments), arguments), backward)
-    return run(state, q, k, v, log_decay, beta)
+    return run(*arguments)
 
 
 def _update(
