@@ -92,6 +92,17 @@ def test_state_tracking(group):
         np.testing.assert_array_equal(targets, np.cumsum(tokens) % 2)
 
 
+def test_state_tracking_by_swaps():
+    """Of S4 the identity and the six exchanges, all of them; the labels still walk through the whole group."""
+    permutations = state_tracking.elements("S4")
+    tokens, targets = rows_of("state_tracking", n=16, vocab=128, group="S4", only_swaps=True)
+    moved = {sum(point != place for place, point in enumerate(permutations[t])) for t in np.unique(tokens)}
+    assert len(np.unique(tokens)) == 7 and moved == {0, 2}
+    table = state_tracking.multiplication("S4")
+    np.testing.assert_array_equal(targets[:, 1:], table[targets[:, :-1], tokens[:, 1:]])
+    assert len(np.unique(targets)) == 24
+
+
 def test_tables_are_groups():
     table = state_tracking.multiplication("A5")
     every = np.arange(60)
@@ -182,6 +193,7 @@ def test_rows_are_a_function_of_seed_and_index():
         ({"kind": "copying", "task": "palindrom"}, "data.task"),
         ({"kind": "mad", "task": "compression"}, "data.task"),
         ({"kind": "state_tracking", "group": "S6"}, "data.group"),
+        ({"kind": "state_tracking", "group": "A5", "only_swaps": True}, "data.only_swaps"),
         ({"kind": "state_tracking", "group": "S5"}, "data.kind"),  # 120 elements, 32 ids
         ({"kind": "stack"}, "data.kind"),  # 64 stacks, 32 ids
         ({"kind": "stack", "num_stacks": 0}, "data.num_stacks"),
