@@ -93,7 +93,7 @@ def test_state_tracking(group):
 
 
 def test_state_tracking_by_swaps():
-    """Of S4 the identity and the six exchanges, all of them; the labels still walk through the whole group."""
+    """Of S4 the identity and the six exchanges, all of them; the labels still reach the whole group."""
     permutations = state_tracking.elements("S4")
     tokens, targets = rows_of("state_tracking", n=16, vocab=128, group="S4", only_swaps=True)
     moved = {sum(point != place for place, point in enumerate(permutations[t])) for t in np.unique(tokens)}
