@@ -73,6 +73,19 @@ def test_a_time_limit_stops_a_line_that_is_due_is_written_on_resumption(config, 
     assert tiny.lines(tmp_path) == whole
 
 
+def test_a_line_left_to_the_resumption_is_written_once(config, whole, tmp_path, monkeypatch):
+    """Stopped before the line of step 8; the resumption wrote it, and was killed before it saved anything."""
+    asked = iter([0] * 8 + [interrupt.TIME_LIMIT])  # once before the first step, then after each
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="complete checkpoint at step 8"):
+        patch.setattr(interrupt.Stop, "asked", lambda stop: next(asked))
+        trainer.train(config, tmp_path)
+    assert tiny.lines(tmp_path) == [line for line in whole if line["step"] < 8]
+    written = [json.dumps(line) + "\n" for line in whole if line["step"] <= 10]
+    (tmp_path / "metrics.jsonl").write_text("".join(written))
+    trainer.train(config, tmp_path, resume="must")
+    assert tiny.lines(tmp_path) == whole
+
+
 def test_the_limit_is_of_wall_clock_time():
     assert not interrupt.Stop(0.0).asked() and not interrupt.Stop(1.0).asked()
     assert interrupt.Stop(1e-9).asked() == interrupt.TIME_LIMIT
