@@ -1,4 +1,4 @@
-"""The named pieces that the Hopper kernels share: tiles, products, gates, masks and the triangular inverse.
+"""The named pieces that the Hopper kernels share: tiles, products, gates and masks.
 
 All kernels work on chunks of C = 64 tokens with warpgroup tiles in the WGMMA register layout. Two habits
 keep them short. No gate and no norm is ever multiplied into a tile of q or k: per head they are numbers per
@@ -219,80 +219,6 @@ def pair_decay(keep: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax
     if sums is None:
         return jnp.where(keep, 1.0, 0.0)
     return jnp.exp2(jnp.where(keep, by_row(sums[0]) - by_col(sums[1]), -jnp.inf))
-
-
-def unit_lower_inverse(lower: jax.Array, x_s: Any, y_s: Any, *, interpret: Any) -> jax.Array:
-    """(I + L)^-1 by block doubling in float16 products, L the part of `lower` strictly below the diagonal.
-
-    With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
-    of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding does not
-    grow as it does in a Neumann product (powers of L that cancel). x_s, y_s: float16 scratch [2, C, C]; the
-    two halves take turns, so that the one barrier a level also keeps a fast warp from overwriting what a
-    slow one still reads.
-    """
-    minus = (lower * -1.0).astype(jnp.float16)
-    tiles = _diagonal_tiles(minus)
-    ones = _diagonal_tiles(None)
-    x = concatenate([one + link for one, link in zip(ones, _within(tiles, 1), strict=True)]).astype(F32)
-    for level in range(1, C.bit_length() - 1):
-        size = 2**level
-        x_l, y_l = x_s.at[level % 2], y_s.at[level % 2]
-        x_lo = x.astype(jnp.float16)
-        store(x_l, x_lo, interpret=interpret)
-        store(
-            y_l,
-            concatenate(_within(tiles, size)) if size < TILE else _between(minus, size),
-            interpret=interpret,
-        )
-        plgpu.commit_smem()
-        y = matmul((x_lo, y_l), interpret=interpret)
-        x = matmul((y.astype(jnp.float16), x_l, x), interpret=interpret)
-    return x
-
-
-# The masks of the inverse are products with ones and zeros, made per row and per 8 columns: a thread needs
-# few of them and pairs of float16 stay packed; one comparison and one selection an element were a quarter
-# of the kernel.
-TILE = 8
-
-
-def concatenate(columns: list[jax.Array]) -> jax.Array:
-    return lax.concatenate(columns, 1)
-
-
-def _flags(keep: jax.Array) -> jax.Array:
-    return jnp.where(keep, jnp.ones((), jnp.float16), jnp.zeros((), jnp.float16))
-
-
-def _rows_of(block: int, size: int, width: int) -> jax.Array:
-    """[C, width] float16: 1 in the rows of this block of `size` rows, else 0."""
-    row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
-    return by_row(_flags(div(row, size) == block), (C, width))
-
-
-def _diagonal_tiles(x: jax.Array | None) -> list[jax.Array]:
-    """For each 8 columns, x (the identity if None) in the 8 rows that meet them on the diagonal, else 0."""
-    if x is None:
-        row, col = row_index((C, TILE)), col_index((C, TILE))
-        same = _flags((row & (TILE - 1)) == col)
-        return [_rows_of(j, TILE, TILE) * same for j in range(C // TILE)]
-    return [x[:, j * TILE : (j + 1) * TILE] * _rows_of(j, TILE, TILE) for j in range(C // TILE)]
-
-
-def _within(tiles: list[jax.Array], size: int) -> list[jax.Array]:
-    """Of 8 x 8 tiles, what links an odd block of this size (< 8) to the even one before it."""
-    row, col = row_index((C, TILE)) & (TILE - 1), col_index((C, TILE))
-    links = _flags((((row ^ col) & -size) == size) & (row > col))
-    return [tile * links for tile in tiles]
-
-
-def _between(x: jax.Array, size: int) -> jax.Array:
-    """Of a tile [C, C], what links an odd block of this size (>= 8) to the even one before it."""
-    empty = plgpu.layout_cast(jnp.zeros((C, size), x.dtype), WGMMA)
-    columns = []
-    for block in range(0, C // size, 2):
-        columns += [x[:, block * size : (block + 1) * size] * _rows_of(block + 1, size, size), empty]
-    return concatenate(columns)
 
 
 def finish_together(done: Any) -> None:

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import blocks, channel_math
+from pallas_kernels.hopper import blocks, channel_math, inverse
 from pallas_kernels.hopper.blocks import F32, C
 from pallas_kernels.hopper.chunk_math import sums_of_products
 from pallas_kernels.hopper.inputs import Inputs, Vectors
@@ -185,8 +185,8 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 plgpu.copy_smem_to_gmem(k_s.at[half], out["read_k"].at[b, rows, head, columns])
         if delta:
             lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
-            inverse = blocks.unit_lower_inverse(lower, steps_s, s["ladder"], interpret=interpret)
-            blocks.store(a_s, inverse.astype(BF16), interpret=interpret)
+            a = inverse.unit_lower_inverse(lower, s["exchange"], interpret=interpret)
+            blocks.store(a_s, a, interpret=interpret)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(a_s, out["inverses"].at[b, head, rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -199,8 +199,8 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     scratch = dict(
         q=blocks.smem((halves, C, C), BF16),
         k=blocks.smem((halves, C, C), BF16),
-        steps=blocks.smem((2 if delta else halves, C, C), jnp.float16),  # later scratch of the inverse
-        ladder=blocks.smem((2, C, C), jnp.float16) if delta else None,
+        steps=blocks.smem((halves, C, C), jnp.float16),
+        exchange=inverse.exchange() if delta else None,
         decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), F32), products),
         vectors=plgpu.SMEM((len(vectors), C), F32) if len(vectors) else None,
         norms=plgpu.SMEM((3, C), F32),
@@ -212,7 +212,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     scratch = {name: value for name, value in scratch.items() if value is not None}
 
     def with_optional(*refs: Any, **s: Any) -> None:
-        body(*refs, **(dict(vectors=None, ladder=None) | s))
+        body(*refs, **(dict(vectors=None, exchange=None) | s))
 
     tiles = blocks.kernel(
         with_optional,
