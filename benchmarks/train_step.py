@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import pallas_kernels
-from benchmarks import profile
+from benchmarks import gpu_profile
 from hybridlm import config as configs
 from hybridlm import cost, model, sharding, trainer
 
@@ -46,7 +46,7 @@ def measure(
             loss = float(metrics["loss"])
             seconds.append(time.perf_counter() - start)
         if profiled:
-            print(profile.table(profile.kernels(lambda: run(state, on_device))))
+            print(gpu_profile.table(gpu_profile.kernels(lambda: run(state, on_device))))
     memory = run.memory_analysis()  # type: ignore[attr-defined]
     tokens = batch["tokens"].size
     median = float(np.median(seconds[1:]))
