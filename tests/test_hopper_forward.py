@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chunk_oracle
 import hopper_aot
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warp_emulator
 from jax.sharding import PartitionSpec as P
 
 if jax.__version__ != hopper_aot.KERNEL_JAX:
@@ -17,6 +19,7 @@ if jax.__version__ != hopper_aot.KERNEL_JAX:
 from test_hopper_backward import make_case, relative_error
 
 from pallas_kernels import hopper, linear_attention
+from pallas_kernels.hopper import inverse
 from pallas_kernels.hopper.forward import forward_pass, prepare
 from pallas_kernels.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.hopper.table import Choice
@@ -66,20 +69,43 @@ def test_interpreted(name, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("cosine, beta, tolerance", [(0.0, 0.9, 3e-3), (0.9, 0.9, 3e-3), (0.95, 1.9, 2e-2)])
-def test_inverse_of_alike_keys(cosine, beta, tolerance):
+ALIKE = [(0.0, 0.9, 3e-3), (0.9, 0.9, 3e-3), (0.95, 1.9, 2e-2)]  # cosine of two keys, beta, tolerance
+
+
+def alike(cosine, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.sqrt(cosine) * rng.normal(size=(1, 64)) + np.sqrt(1 - cosine) * rng.normal(size=(64, 64))
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("cosine, beta, tolerance", ALIKE)
+def test_inverse_of_alike_keys(cosine, beta, tolerance, interpret):
     """Where a Neumann product loses everything, block doubling in float16 keeps the rounding of bf16."""
-    rng = np.random.default_rng(0)
-    call = dataclasses.replace(make_case(tokens=64, decay=0.0)[0], interpret=True)
-    k = np.sqrt(cosine) * rng.normal(size=(1, 1, 1, 64)) + np.sqrt(1 - cosine) * rng.normal(
-        size=(1, 64, 1, 64)
-    )
-    k = jnp.asarray(k, jnp.bfloat16)
-    call = dataclasses.replace(call, k=k, beta=jnp.full((1, 64, 1), beta))
+    k = jnp.asarray(alike(cosine)[None, :, None], jnp.bfloat16)
+    call = make_case(tokens=64, decay=0.0)[0]
+    call = dataclasses.replace(call, k=k, beta=jnp.full((1, 64, 1), beta), interpret=interpret)
     keys = np.asarray(k, np.float64)[0, :, 0]
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     want = np.linalg.inv(np.eye(64) + beta * np.tril(keys @ keys.T, -1))
     assert relative_error(chunk_inverses(prepare(call))[0, 0], want) < tolerance
+
+
+@pytest.mark.parametrize("cosine, beta, tolerance", ALIKE)
+def test_inverse_thread_by_thread(cosine, beta, tolerance, monkeypatch):
+    """The instructions that the interpreter replaces by products of blocks."""
+    keys = alike(cosine)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    lower = beta * keys @ keys.T  # with what it must ignore on and above the diagonal
+    warp_emulator.patch(monkeypatch, inverse)
+    places = [warp_emulator.place((column, half)) for column in range(8) for half in range(2)]
+    registers = [warp_emulator.pair(-lower[r, c], -lower[r, c + 1]) for r, c in places]
+    blocks = inverse._inverse(inverse._Warp(None), [registers[j : j + 4] for j in range(0, 16, 4)])
+    got = np.zeros((64, 64), np.float32)
+    for (r, c), register in zip(places, itertools.chain(*blocks), strict=True):
+        got[r, c], got[r, c + 1] = ((register >> s << 16).view(np.float32) for s in (0, 16))
+    want = np.linalg.inv(np.eye(64) + np.tril(lower, -1))
+    assert relative_error(got, want) < tolerance
+    assert not np.triu(got, 1).any()
 
 
 def test_refusals_say_why():

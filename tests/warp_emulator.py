@@ -1,0 +1,122 @@
+"""The PTX of `pallas_kernels.hopper.inverse` in numpy: a register is an array of the threads of a warpgroup."""
+
+import types
+
+import numpy as np
+
+THREADS = np.arange(128)
+GROUP, PAIR = (
+    np.arange(32) // 4,
+    2 * (np.arange(32) % 4),
+)  # of a thread in its warp: row, first column of 8 x 8
+WARPS = [slice(w, w + 32) for w in range(0, 128, 32)]
+
+
+def place(part):
+    """Rows and first columns, by thread, of part (8 columns, 8 rows of each warp) of a 64 x 64 tile."""
+    column, half = part
+    return 16 * (THREADS // 32) + 8 * half + (THREADS % 32) // 4, 8 * column + 2 * (THREADS % 4)
+
+
+def pair(low, high):
+    """Two float16 in a register."""
+    low, high = (np.asarray(x, np.float16).view(np.uint16).astype(np.uint32) for x in (low, high))
+    return low | high << 16
+
+
+def halves(register):
+    return [(register >> shift).astype(np.uint16).view(np.float16) for shift in (0, 16)]
+
+
+def _bf16_pair(low, high):
+    bits = [x.view(np.uint32) for x in (low, high)]
+    low, high = (b + 0x7FFF + (b >> 16 & 1) >> 16 for b in bits)
+    return low | high << 16
+
+
+def _matrix(registers, warp, order):
+    """The 8 x 8 parts at `order`, [(row, column)], that a warp holds in pairs."""
+    out = np.zeros((16, 16))
+    for register, (i, j) in zip(registers, order, strict=True):
+        for e, x in enumerate(halves(register)):
+            out[8 * i + GROUP, 8 * j + PAIR + e] = x[warp]
+    return out
+
+
+def _transpose(register):
+    out = np.zeros((2, 128), np.float16)
+    for warp in WARPS:
+        tile = _matrix([register], warp, [(0, 0)])[:8, :8].T
+        out[0, warp], out[1, warp] = tile[GROUP, PAIR], tile[GROUP, PAIR + 1]
+    return pair(*out)
+
+
+def _multiply(*registers):
+    a, b, c = registers[:4], registers[4:6], registers[6:]
+    out = np.zeros((4, 128), np.float32)
+    for warp in WARPS:
+        left = _matrix(a, warp, [(0, 0), (1, 0), (0, 1), (1, 1)])
+        right = _matrix(b, warp, [(0, 0), (0, 1)])[:8].T  # its columns are spread like the rows of the left
+        product = left @ right
+        for i in range(4):
+            out[i, warp] = c[i][warp] + product[8 * (i // 2) + GROUP, PAIR + i % 2]
+    return list(out)
+
+
+class _Memory:
+    def __init__(self):
+        self.words = {}
+
+    def store(self, address, *block, predicate):
+        for thread in np.flatnonzero(predicate):
+            self.words[int(address[thread])] = [x[thread] for x in block]
+
+    def load(self, address):
+        return list(np.array([self.words[int(a)] for a in address], np.uint32).T)
+
+
+def patch(monkeypatch, module):
+    """Makes the module's MLIR builders compute at once."""
+    memory = _Memory()
+    instructions = {
+        "cvt.rn.f16x2.f32": pair,
+        "cvt.rn.bf16x2.f32": _bf16_pair,
+        "{.reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16": lambda x: np.float32(halves(x)[0]),
+        "movmatrix.sync.aligned.m8n8.trans.b16": _transpose,
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": _multiply,
+        "st.shared.v4.b32": memory.store,
+        "ld.shared.v4.b32": memory.load,
+    }
+
+    def inline_ptx(ptx, *operands, predicate=None, **_):
+        (run,) = (run for start, run in instructions.items() if ptx.startswith(start))
+        return run(*operands) if predicate is None else run(*operands, predicate=predicate)
+
+    dtypes = {"i32": np.uint32, "f32": np.float32}
+    number = lambda value, kind: np.full(128, value, dtypes[kind])
+    names = types.SimpleNamespace
+    replacements = dict(
+        ir=names(IntegerType=names(get_signless=lambda bits: f"i{bits}"), F32Type=names(get=lambda: "f32")),
+        arith=names(
+            andi=np.bitwise_and,
+            addi=np.add,
+            muli=np.multiply,
+            shrui=np.right_shift,
+            addf=np.add,
+            subf=np.subtract,
+            select=np.where,
+            cmpi=lambda compare, a, b: compare(a, b),
+            CmpIPredicate=names(eq=np.equal, ult=np.less, uge=np.greater_equal),
+        ),
+        llvm=names(ptrtoint=lambda kind, pointer: pointer),
+        mgpu=names(c=number),
+        utils=names(
+            thread_idx=lambda: THREADS.astype(np.uint32),
+            warp_idx=lambda: (THREADS // 32).astype(np.uint32),
+            memref_ptr=lambda memory: number(0, "i32"),
+            warpgroup_barrier=lambda: None,
+            inline_ptx=inline_ptx,
+        ),
+    )
+    for name, replacement in replacements.items():
+        monkeypatch.setattr(module, name, replacement)
