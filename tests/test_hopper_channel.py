@@ -98,11 +98,12 @@ def test_tiles_of_any_gate(gate):
 
 
 def test_op_vmapped():
-    """Through the public op: dispatch, ragged T, batching."""
+    """Through the public op: dispatch, ragged T, batching, log-decays in bf16."""
     call = channel_case(dict(tokens=70, delta=False, l2norm=False), "mild")[0]
+    log_decay = call.log_decay.astype(jnp.bfloat16)
 
     def run(q, **backend):
-        return linear_attention(q, call.k, call.v, log_decay=call.log_decay, **backend)[0]
+        return linear_attention(q, call.k, call.v, log_decay=log_decay, **backend)[0]
 
     queries = jnp.stack([call.q, call.q[:, ::-1]])
     together = jax.vmap(functools.partial(run, backend="pallas", interpret=True))(queries)

@@ -19,6 +19,8 @@ from pallas_kernels.hopper.channel_tiles import Tiles
 
 BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
+# Additive: v and dO are bf16 as given, pairs are in two parts: little but the rounding of results is left.
+ADDITIVE = TOLERANCE | dict(q=1.9e-3, k=2.1e-3, log_decay=2.4e-3)
 SPILLS = 2000  # bytes (each counted twice) of the chunk kernel: a dozen registers around its loops
 CASES = {
     "delta": dict(),
@@ -26,12 +28,15 @@ CASES = {
     "delta, gates of -1e4, zero decay": dict(decay="extreme"),
     "delta, documents, groups, ragged": dict(documents=True, value_heads=2, tokens=150),
     "additive": dict(delta=False, l2norm=False),
-    "additive, documents, gates of -20": dict(delta=False, l2norm=False, documents=True, decay=20.0),
+    "additive, documents, gates of -20 in bf16": dict(
+        delta=False, l2norm=False, documents=True, decay=20.0, gates=BF16
+    ),
 }
 
 
 def make_case(
-    tokens=128, value_heads=1, dim=64, delta=True, decay=1.0, documents=False, l2norm=True, beta_max=1.0
+    tokens=128, value_heads=1, dim=64, delta=True, decay=1.0, documents=False, l2norm=True, beta_max=1.0,
+    gates=jnp.float32,
 ):  # fmt: skip
     """(Call, gradient of o, gradient of the final state)."""
     rng = np.random.default_rng(0)
@@ -53,7 +58,7 @@ def make_case(
         q=q,
         k=k,
         v=v,
-        log_decay=jnp.asarray(log_decay, jnp.float32),
+        log_decay=jnp.asarray(log_decay, gates),
         beta=beta if delta else None,
         initial_state=state,
         segment_ids=jnp.asarray(chunk_oracle.segments(ids), jnp.int32) if documents else None,
@@ -152,7 +157,9 @@ def check(call, do, d_state, pieces=1):
     for field, key in zip(got._fields, ("q", "k", "v", "g", "beta", "S0"), strict=True):
         if getattr(got, field) is not None:
             errors[field] = relative_error(getattr(got, field), want[key])
-    assert all(error < TOLERANCE[field] for field, error in errors.items()), errors
+    tolerance = TOLERANCE if call.beta is not None else ADDITIVE
+    assert all(error < tolerance[field] for field, error in errors.items()), errors
+    assert got.log_decay.dtype == call.log_decay.dtype
     return errors
 
 

@@ -33,10 +33,7 @@ def channel_forward(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
-    if choice is None:
-        choice = table.forward(inputs.k.shape, inputs.v.shape)
-        # Pieces are right interpreted; on a GPU delta failed a test and additive was checked at one length.
-        choice = choice._replace(pieces=1)
+    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     tiles = channel_tiles(inputs, keep=keep)
     moves = None
     if choice.pieces > 1:

@@ -26,7 +26,7 @@ def channel_gradients(
 ) -> Gradients:
     """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None.
 
-    The gradient of log_decay is [B, T, HV, K] float32.
+    The gradient of log_decay is [B, T, HV, K], of its dtype.
     """
     value_tile = value_tile or table.forward(inputs.k.shape, inputs.v.shape).value_tile
     batch, length, heads, key_dim = inputs.k.shape

@@ -50,7 +50,7 @@ def chunk_gradients(
     *,
     run: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one per value head, dlog_decay [B, T, HV, K] float32, dV.U [B, HV, T].
+    """dq, dk [B, T, HV, K] bf16, one per value head, dlog_decay [B, T, HV, K] as it is, dV.U [B, HV, T].
 
     norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
     needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
@@ -65,10 +65,9 @@ def chunk_gradients(
     delta, documents = dv is not None, inputs.segment is not None
     interpret = inputs.interpret
     tile = (C, WIDTH)
-    arrays = dict(
-        q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do, h=states, g=state_gradients
-    )
-    arrays |= dict(norms=norms, carry=carry)
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do)
+    arrays |= dict(h=states, g=state_gradients, norms=norms, carry=carry)
+    decay_type = arrays["decay"].dtype
     arrays |= dict(dv=dv) if delta else {}
     arrays |= dict(segment=inputs.segment, entering=inputs.entering) if documents else {}
 
@@ -79,9 +78,8 @@ def chunk_gradients(
         d=blocks.smem((1 + delta, blocks_v, C, C), BF16, WIDTH),  # dO, dV
         h=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
         g=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
-        pairs=blocks.smem(
-            (2, 1 + delta, C, C), BF16, WIDTH
-        ),  # E, F of all pairs and of those left at a level
+        # E and F, additive the two parts of E; of all pairs and of those left at a level
+        pairs=blocks.smem((2, 2, C, C), BF16, WIDTH),
         middle=blocks.smem((2, C, C), F16, WIDTH),  # the same for: offsets from the middle = middle @ steps
         steps=blocks.smem((2, C, WIDTH), F16),
         tiles=blocks.smem((2, 2, C, WIDTH), BF16),
@@ -104,7 +102,7 @@ def chunk_gradients(
     results = dict(
         dq=jax.ShapeDtypeStruct(keys, BF16),
         dk=jax.ShapeDtypeStruct(keys, BF16),
-        d_decay=jax.ShapeDtypeStruct(keys, F32),
+        d_decay=jax.ShapeDtypeStruct(keys, decay_type),
         error=jax.ShapeDtypeStruct((batch, value_heads, length), F32),
     )
     if not delta:
@@ -130,6 +128,18 @@ def chunk_gradients(
 
         def store(ref: Any, value: jax.Array) -> None:
             blocks.store(ref, value.astype(BF16), interpret=interpret, width=WIDTH)
+
+        def store_parts(tiles: list, x: jax.Array) -> None:
+            """x as the sum of two bf16 tiles."""
+            high = rounded(x)
+            store(tiles[0], high)
+            store(tiles[1], x - high.astype(F32))
+
+        def in_parts(pairs: list, tiles: list) -> list:
+            """Operands of E, F times a tile in two parts; additive: of E in two parts times it."""
+            if delta:
+                return [[(x, y) for y in tiles] for x in pairs]
+            return [[(pairs[0], tiles[0]), (pairs[0], tiles[1]), (pairs[1], tiles[0])]]
 
         def fill_numbers(i: Any) -> None:
             slot, n = blocks.rem(i, 2), first + i
@@ -192,12 +202,8 @@ def chunk_gradients(
 
         def halve(at: SimpleNamespace, wg: Any, size: Any) -> None:
             """E and F without the pairs, `middle` for blocks of `size` tokens."""
-
-            def narrow() -> None:
-                x = blocks.tile(s["pairs"].at[0, wg])
-                store(s["pairs"].at[1, wg], jnp.where((at.row() ^ at.col()) < size, x, 0.0))
-
-            narrow() if delta else pl.when(wg == 0)(narrow)
+            x = blocks.tile(s["pairs"].at[0, wg])
+            store(s["pairs"].at[1, wg], jnp.where((at.row() ^ at.col()) < size, x, 0.0))
             pl.when(wg == 0)(lambda: set_middle(at, size, s["middle"].at[1]))
             plgpu.commit_smem()
 
@@ -251,7 +257,7 @@ def chunk_gradients(
                     u=[s["u"].at[zero + j] for j in over],
                     do=[s["d"].at[zero, j] for j in over],
                     dv=[[s["d"].at[zero + 1, j] for j in over]] if delta else [],
-                    pairs=lambda level: [s["pairs"].at[level + zero, which] for which in range(1 + delta)],
+                    pairs=lambda level: [s["pairs"].at[level + zero, which] for which in range(2)],
                 )
 
             def mask(x: jax.Array, of: Any) -> jax.Array:
@@ -262,9 +268,10 @@ def chunk_gradients(
                 return x * blocks.by_row(jnp.where(ids == of, 1.0, 0.0), tile)
 
             def make_pairs() -> None:
-                """E (first warpgroup) or F (second) strictly below the diagonal; the diagonal apart."""
+                """E (first warpgroup), F (second) strictly below the diagonal; the diagonal apart. Additive:
+                the two parts of E."""
                 at = here(0)
-                rows_of = s["d"].at[at.wg]
+                rows_of = s["d"].at[at.wg if delta else at.wg * 0]
                 (raw,) = multiply(([(rows_of.at[j], u.T) for j, u in enumerate(at.u)], (C, C)))
                 s["rows"].at[at.wg][...] = jnp.sum(jnp.where(at.row() == at.col(), raw, 0.0), axis=1)
                 keep = at.row() > at.col()
@@ -273,11 +280,13 @@ def chunk_gradients(
                     keep = keep & (
                         blocks.by_row(blocks.row_vector(ids)) == blocks.by_col(blocks.col_vector(ids))
                     )
-                store(s["pairs"].at[0, at.wg], jnp.where(keep, raw, 0.0) * (1.0 - 2.0 * at.wg.astype(F32)))
+                x, second = jnp.where(keep, raw, 0.0), at.wg.astype(F32)
+                x = x * (1.0 - 2.0 * second) if delta else x - rounded(x).astype(F32) * second
+                store(s["pairs"].at[0, at.wg], x)
 
             plgpu.barrier_wait(s["v_filled"])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dV.U of the last chunk has left
-            make_pairs() if delta else pl.when(warpgroup == 0)(make_pairs)
+            make_pairs()
             plgpu.commit_smem()
             sync()  # E and F are there
             if delta:
@@ -291,8 +300,7 @@ def chunk_gradients(
             def take(turn: Any, decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
                 """dq, dk of one part, but for their norms, and the log-decays of the next."""
                 at = here(turn)
-                steps2 = jnp.maximum(decay * blocks.LOG2E, channel_math.LEAST).astype(F16)
-                blocks.store(at.steps, steps2, interpret=interpret)
+                blocks.store(at.steps, channel_math.steps(decay.astype(F32)), interpret=interpret)
                 following = i * turns + turn + 1
                 following = jnp.minimum(following, steps * turns - 1)
                 decay = load_decay(blocks.div(following, turns), blocks.rem(following, turns))
@@ -344,32 +352,37 @@ def chunk_gradients(
                     at = here(turn)
                     (offset,) = multiply(([(at.middle(which), at.steps)], tile))
                     finest = (size == span) & (size > 2)  # blocks of 2 have one pair
-                    second = (at.row(tile) & (size >> 1)) != 0
-                    up = lambda x: jnp.exp2(jnp.where(finest | second, x, -jnp.inf))
-                    down = lambda x: jnp.exp2(jnp.where(finest | ~second, x * -1.0, -jnp.inf))
-                    store(at.tiles[0], at.key() * down(offset))
+                    late = (at.row(tile) & (size >> 1)) != 0
+                    up = lambda x: jnp.exp2(jnp.where(finest | late, x, -jnp.inf))
+                    down = lambda x: jnp.exp2(jnp.where(finest | ~late, x * -1.0, -jnp.inf))
+                    store_parts(at.tiles, at.key() * down(offset))
                     plgpu.commit_smem()
                     at = here(turn)
-                    found = multiply(*[([(x, at.tiles[0])], tile) for x in at.pairs(which)])
-                    plgpu.commit_smem()  # all have read the tile
+                    found = multiply(*[(x, tile) for x in in_parts(at.pairs(which), at.tiles)])
+                    plgpu.commit_smem()  # all have read the tiles
                     at = here(turn)
                     factor = up(lax.optimization_barrier(offset))  # else exponentials of both signs are kept
                     dq = dq + factor * found[0]
-                    x = rounded(at.query() * factor)
-                    d_sum = d_sum + x.astype(F32) * found[0]
-                    store(at.tiles[0], x)
+                    x = at.query() * factor
+                    d_sum = d_sum + x * found[0]
+                    store_parts(at.tiles, x)
                     if delta:
                         dk = dk + factor * found[1]
-                        x = rounded(at.key() * factor)
-                        d_sum = d_sum + x.astype(F32) * found[1]
-                        store(at.tiles[1], x)
+                        x_k = rounded(at.key() * factor)
+                        d_sum = d_sum + x_k.astype(F32) * found[1]
                     plgpu.commit_smem()
                     at = here(turn)
-                    pairs = [(x.T, y) for x, y in zip(at.pairs(which), at.tiles, strict=False)]
-                    (found_k,) = multiply((pairs, tile))
+                    (found_k,) = multiply((in_parts([x.T for x in at.pairs(which)], at.tiles)[0], tile))
+                    if delta:
+                        plgpu.commit_smem()  # all have read the tiles
+                        at = here(turn)
+                        store(at.tiles[0], x_k)
+                        plgpu.commit_smem()
+                        at = here(turn)
+                        (found_k,) = multiply(([(at.pairs(which)[1].T, at.tiles[0])], found_k))
                     factor = down(lax.optimization_barrier(offset))
                     dk = dk + factor * found_k
-                    d_sum = d_sum - rounded(at.key() * factor).astype(F32) * found_k
+                    d_sum = d_sum - at.key() * factor * found_k
                     plgpu.commit_smem()
 
                     @pl.when(~finest)
@@ -387,14 +400,12 @@ def chunk_gradients(
                     (jnp.int32(C), dq, dk, d_sum),
                 )
                 at = here(turn)
-                high = rounded(d_sum)
-                store(at.tiles[0], high)
-                store(at.tiles[1], d_sum - high.astype(F32))
+                store_parts(at.tiles, d_sum)
                 plgpu.commit_smem()
                 at = here(turn)
                 later = jnp.where(at.col() >= at.row(), 1.0, 0.0).astype(BF16)
                 (d_decay,) = multiply(([(later, x) for x in at.tiles], tile))
-                refs["d_decay"].at[b, rows, head, at.columns][...] = d_decay
+                refs["d_decay"].at[b, rows, head, at.columns][...] = d_decay.astype(decay_type)
                 plgpu.commit_smem()
                 return dq, dk, decay
 

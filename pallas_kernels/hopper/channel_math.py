@@ -53,6 +53,11 @@ def after(zero: jax.Array) -> jax.Array:
     return _flags(blocks.col_index() > blocks.by_row(_row() + zero), 1.0)
 
 
+def every(reach: Any) -> jax.Array:
+    """Each row sums all tokens of the chunk, in the same order: the rows are the same bits."""
+    return blocks.by_row(jnp.where(blocks.row_vector(reach) < 0.0, 0.0, 1.0).astype(F16))
+
+
 def from_middle(size: jax.Array, zero: jax.Array) -> jax.Array:
     """Row i sums the tokens from the middle of its block of `size` to i: 1 after the middle, -1 before."""
     row = _row() + zero
@@ -99,7 +104,11 @@ def next_size(size: jax.Array, reach: Any) -> jax.Array:
 
 
 def any_row(x: jax.Array, *, interpret: Any) -> jax.Array:
-    """A row of a tile [C, C] whose rows are alike, as a number per column; no exchange between threads."""
+    """A row of a tile [C, C] whose rows are the same bits, as a number per column.
+
+    No exchange between threads: each has its own row. Were the rows equal but for rounding, so would be
+    the result of two runs.
+    """
     if interpret:
         return x[0]
 

@@ -41,6 +41,7 @@ class Tiles(NamedTuple):
 
 def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     i = inputs
+    assert i.log_decay is not None
     batch, length, heads, key_dim = i.k.shape
     value_heads = i.v.shape[2]
     group, chunks, halves = value_heads // heads, length // C, key_dim // C
@@ -157,9 +158,13 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
 
         blocks.store(scores_s, finish(found[0], norm_q).astype(BF16), interpret=interpret)
 
-        zero = channel_math.hidden_zero(s["reach"])
-        up_to, after = channel_math.up_to(zero), channel_math.after(zero)
         for half in range(halves):
+            zero = channel_math.hidden_zero(s["reach"])
+            up_to, after = channel_math.up_to(zero), channel_math.after(zero)
+            every = channel_math.every(s["reach"])
+            ends = channel_math.sums(every, steps_s.at[half], interpret=interpret)
+            end = channel_math.any_row(ends, interpret=interpret)
+            s["carry"].at[pl.ds(half * C, C)][...] = jnp.exp2(end) * carry
             total = channel_math.sums(up_to, steps_s.at[half], interpret=interpret)
             decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
             q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * decay
@@ -168,8 +173,6 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 seen = k * blocks.by_row(norm_k * read) * decay
                 blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
             later = channel_math.sums(after, steps_s.at[half], interpret=interpret)
-            end = channel_math.any_row(total + later, interpret=interpret)
-            s["carry"].at[pl.ds(half * C, C)][...] = jnp.exp2(end) * carry
             written = k * blocks.by_row(norm_k * write) * jnp.exp2(later)
             blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
         plgpu.commit_smem()
@@ -201,7 +204,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         k=blocks.smem((halves, C, C), BF16),
         steps=blocks.smem((halves, C, C), jnp.float16),
         exchange=inverse.exchange() if delta else None,
-        decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), F32), products),
+        decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), i.log_decay.dtype), products),
         vectors=plgpu.SMEM((len(vectors), C), F32) if len(vectors) else None,
         norms=plgpu.SMEM((3, C), F32),
         reach=plgpu.SMEM((C,), F32),

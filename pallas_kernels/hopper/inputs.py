@@ -20,7 +20,7 @@ class Inputs:
     """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
 
     q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  beta: None or [B, HV, T].
-    log_decay: None, [B, HV, T], or per key channel [B, T, HV, K].
+    log_decay: None, [B, HV, T], or per key channel [B, T, HV, K], which may be bf16.
     segment: None or [B, T], the document of each token (a whole number below 2^24).
     entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
     state: None or S_0^T [B, HV, V, K] float32.
@@ -52,7 +52,8 @@ def prepare(call: Call) -> Inputs:
         beta = jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
     log_decay = call.log_decay
     if log_decay is not None and log_decay.ndim == 4:
-        log_decay = blocks.pad_time(log_decay.astype(F32), length)
+        steps = log_decay if log_decay.dtype == jnp.bfloat16 else log_decay.astype(F32)
+        log_decay = blocks.pad_time(steps, length)
     elif log_decay is not None:
         log_decay = blocks.head_major(log_decay, length)
     return Inputs(
