@@ -92,7 +92,7 @@ class Job:
         if device.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(device.gpu)
             if per_device > 1:
-                environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+                environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / per_device:.2f}")
         for folder in self.folders:
             (folder / worker.ERROR).unlink(missing_ok=True)
         command = [*WORKER, "--die_with_parent", *map(str, self.folders)]

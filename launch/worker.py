@@ -102,7 +102,8 @@ def locked(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def _die_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # sys.stdin would be locked by this thread when the interpreter closes it
+        pass
     os._exit(1)
 
 

@@ -15,6 +15,7 @@ from launch.grid import Sweep, axis
 def get_sweep() -> Sweep:
     deep = grid.load("configs/sweeps/study_mqar.py")
     ratios = axis("ratio", "pure", "3:1", "1:1", "full")
-    fields = {"model.num_layers": 4, "optimizer.name": "muon", "train.steps": 1000}
+    fields = {**deep.fields, "model.num_layers": 4}
+    del fields["optimizer.learning_rate"]
     axes = [deep.axes[0], ratios, axis("learning_rate", 3e-3, 1e-2), axis("seed", 0, 1, 2)]
-    return dataclasses.replace(deep, axes=axes, fields={**deep.fields, **fields}, also=())
+    return dataclasses.replace(deep, axes=axes, fields=fields, also=())
