@@ -11,6 +11,7 @@ Shape legend: B rows, T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -153,6 +154,28 @@ class Block(nnx.Module):
         return norm(x) if self.post_norm else x
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The tokens' rows of the table [B, T, D] in ``dtype``. Their gradients are added up in float32.
+
+    A frequent token has thousands of them: bfloat16 would round their sum off, and GPUs, which cannot add it
+    in memory, would take turns at it.
+    """
+    return constrain(table_VD.astype(dtype), ("vocab", None))[tokens_BT]
+
+
+def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> tuple:
+    return embed(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
+
+
+def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, tokens_BT = residuals
+    return jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype)), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
 class LM(nnx.Module):
     """A decoder-only language model over the stack that ``definition`` plans."""
 
@@ -202,8 +225,7 @@ class LM(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """What `__call__` returns, and the mean load-balancing loss of the layers that have one or None."""
         definition = self.definition
-        x = constrain(self.embedding[...].astype(definition.dtype), ("vocab", None))[tokens_BT]
-        x = constrain(x, ("batch", None, None))
+        x = constrain(embed(self.embedding[...], tokens_BT, definition.dtype), ("batch", None, None))
         per_layer = self._per_layer()
         appended: list[Any] = [None] * len(definition.layers)
         balances: list[jax.Array] = []
