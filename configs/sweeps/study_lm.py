@@ -29,7 +29,7 @@ def get_sweep(path: str = "data/source") -> Sweep:
             "optimizer.name": "adamw",
             "optimizer.learning_rate": 1e-3,
             "optimizer.warmup_steps": 50,
-            "eval.every_steps": 96,
+            "eval.every_steps": 80,
             "eval.batches": 16,
             "eval.sample_tokens": 0,
             "log.every_steps": 16,
@@ -37,5 +37,5 @@ def get_sweep(path: str = "data/source") -> Sweep:
         },
         axes=[axis("mixer", *MIXERS), axis("ratio", "pure", "12:1", "6:1", "3:1", "1:1", "full")],
         match="parameters",
-        tokens=12 * 2**20,
+        tokens=10 * 2**20,
     )

@@ -7,8 +7,8 @@ where the easy ones teach. A linear layer's state is two heads of 4 x 4, so that
 orthogonal keys a head. 14 layers of width 64: 12:1 has a full layer, 6:1 two, 3:1 three and 1:1 seven; two of
 them stand at the end of each period, or both at the bottom, in the middle or at the top. MLPs make up for
 what mixers differ in parameters. Every linear mixer has a short convolution of 4, also those that their
-papers give none, since MQAR needs a token's neighbour. Muon at one learning rate for all, between the two that
-study_mqar4.py found good in four layers.
+papers give none, since MQAR needs a token's neighbour. Muon at one learning rate for all, between the two
+that study_mqar4.py tries in four layers.
 """
 
 from launch.grid import Sweep, axis
