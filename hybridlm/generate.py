@@ -114,7 +114,7 @@ def _generate(
     stops_V: jax.Array,
 ) -> jax.Array:
     """New tokens [B, steps]; -1 from ``limit`` on, and after a first token that ``stops_V`` [V] marks."""
-    model = lm.merge(definition, params)
+    model = lm.merge(definition, lm.cast_to_compute(definition, params))  # once, not at every token
     batch, length = tokens_BT.shape
     head = model.head_matrix().astype(definition.dtype)
     blocks = model.unstacked()

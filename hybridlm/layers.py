@@ -1,10 +1,10 @@
 """Parameters with logical axes, and the small layers that mixers and the model are made of.
 
-Every parameter is an ``nnx.Param`` with two pieces of metadata, read by `hybridlm.sharding` and
-`hybridlm.optimizer` and by nobody else:
+Every parameter is an ``nnx.Param``, created in float32, with three pieces of metadata (`model.Meta`):
   axes: one logical axis name (or None) per dimension; `sharding.RULES` maps names to mesh axes.
   decay: whether weight decay applies (matrices yes; norms, biases, A_log, dt_bias no).
-Parameters are created in float32 and cast to the activation's dtype where they are used.
+  cast: whether it is only ever used in the activation's dtype, so that it may be given in it
+    (`model.cast_to_compute`).
 
 Shape legend: B batch, T time, D model width, H heads, K head dim, F features.
 """
@@ -39,16 +39,26 @@ def uniform(low: float, high: float) -> Initializer:
 
 
 def param(
-    rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str | None], init: Initializer, *, decay: bool
+    rngs: nnx.Rngs,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    init: Initializer,
+    *,
+    decay: bool,
+    cast: bool = False,
 ) -> nnx.Param:
-    """A float32 parameter of ``shape`` with logical ``axes``; see the module docstring."""
+    """A float32 parameter of ``shape``; see the module docstring."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {tuple(axes)} do not match shape {tuple(shape)}")
-    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes), decay=decay)
+    value = init(rngs.params(), tuple(shape), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes), decay=decay, cast=cast)
 
 
 class Linear(nnx.Module):
-    """y_..F' = x_..F @ kernel_FF' (+ bias); computes in x's dtype."""
+    """y_..F' = x_..F @ kernel_FF' (+ bias); computes in x's dtype.
+
+    cast: see the module docstring; False where x is float32 in a model that computes in bfloat16.
+    """
 
     def __init__(
         self,
@@ -59,9 +69,10 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None] = ("embed", "heads"),
         bias: bool = False,
         init: Initializer = matrix,
+        cast: bool = True,
     ):
-        self.kernel = param(rngs, (in_features, out_features), axes, init, decay=True)
-        self.bias = param(rngs, (out_features,), axes[1:], zeros, decay=False) if bias else None
+        self.kernel = param(rngs, (in_features, out_features), axes, init, decay=True, cast=cast)
+        self.bias = param(rngs, (out_features,), axes[1:], zeros, decay=False, cast=cast) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)

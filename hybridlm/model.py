@@ -39,10 +39,11 @@ REMAT: dict[str, Callable[..., Any] | None] = {
 
 
 class Meta(NamedTuple):
-    """What sharding and the optimiser know of a parameter: logical axes (None: stacked layers) and decay."""
+    """What is known of a parameter outside its module, `hybridlm.layers`; None: an axis of stacked layers."""
 
     axes: tuple[str | None, ...]
     decay: bool
+    cast: bool = False
 
 
 class Spec(NamedTuple):
@@ -319,7 +320,7 @@ class LM(nnx.Module):
 
         Layers are unrolled: their caches stay apart, so that a decode loop updates each in place.
         """
-        x = self.embedding[...].astype(self.definition.dtype)[token_B]
+        x = self.embedding[...][token_B].astype(self.definition.dtype)
         appended = []
         for (block, shared_row), layer_cache in zip(blocks, cache, strict=True):
             x, layer_cache = block.step(x, rows, layer_cache, shared_row)
@@ -388,10 +389,17 @@ def metadata(definition: Definition) -> dict[str, Any]:
 
     def meta(variable: Any) -> Meta:
         stacked = len(variable.get_value().shape) - len(variable.axes)
-        return Meta((None,) * stacked + tuple(variable.axes), variable.decay)
+        return Meta((None,) * stacked + tuple(variable.axes), variable.decay, variable.cast)
 
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
     return nnx.to_pure_dict(jax.tree.map(meta, state, is_leaf=is_variable))
+
+
+def cast_to_compute(definition: Definition, params: Params) -> Params:
+    """``params`` with every matrix that layers cast to ``definition.dtype`` in it, to be cast once and not at
+    each use; the model computes the same."""
+    cast = lambda meta, leaf: leaf.astype(definition.dtype) if meta.cast else leaf
+    return jax.tree.map(cast, metadata(definition), params, is_leaf=lambda leaf: isinstance(leaf, Meta))
 
 
 def shapes(definition: Definition) -> Params:

@@ -63,26 +63,28 @@ def build(config: Any, definition: lm.Definition, mesh: Mesh, token_bytes: np.nd
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def gradients(params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        """Gradient of the summed loss, and the sums, both over the whole batch."""
-        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+    def gradients(weights: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        """Gradient of the summed loss, in float32, and the sums, both over the whole batch."""
+        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, batch)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.lax.with_sharding_constraint(grads, param_shardings), sums
 
-    def accumulated(params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+    def accumulated(weights: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         # Microbatch i is every microbatches-th row from i on, so that each device splits its own rows.
         split = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, train.microbatches, *x.shape[1:]), 1, 0), batch
         )
         part = jax.tree.map(lambda x: x[0], split)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, params, part))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, weights, part))
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part)), None
+            return jax.tree.map(jnp.add, total, gradients(weights, part)), None
 
         return jax.lax.scan(add, zeros, split)[0]
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        grads, sums = (accumulated if train.microbatches > 1 else gradients)(state["params"], batch)
+        weights = lm.cast_to_compute(definition, state["params"])  # once, not in each layer and microbatch
+        grads, sums = (accumulated if train.microbatches > 1 else gradients)(weights, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1), grads)
         squares = squared_norms(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(x) for x in squares.values()))

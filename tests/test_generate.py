@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,12 +36,10 @@ MIXERS = {
 
 
 @functools.cache
-def built(pattern):
+def built(pattern, dtype="float32"):
     config = configs.default()
     config.mixers, config.data = MIXERS, configs.data("mqar")
-    config.model.update(
-        pattern=pattern, d_model=16, vocab_size=300, mlp_hidden=32, dtype="float32", remat="none"
-    )
+    config.model.update(pattern=pattern, d_model=16, vocab_size=300, mlp_hidden=32, dtype=dtype, remat="none")
     definition = model.build(configs.resolve(config))
     params = jax.jit(lambda key: model.init(definition, key), compiler_options=FAST)(jax.random.key(0))
     return definition, jax.tree.map(lambda x: 3 * x if x.ndim > 3 else x, params)  # sharper than at birth
@@ -54,17 +53,26 @@ def full_forward(definition, params, tokens):
 EVERY_KIND = "full mla deltanet gdn kda gla hgrn hgrn2 retnet"
 
 
-@pytest.mark.parametrize("pattern", [EVERY_KIND, "kda*3 nope", "gdn swa", "retnet*2 mla"])
-def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern):
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "error"),
+    [
+        (EVERY_KIND, "float32", 2e-5),
+        ("kda*3 nope", "float32", 2e-5),
+        ("gdn swa", "float32", 2e-5),
+        ("retnet*2 mla", "float32", 2e-5),
+        ("kda mla", "bfloat16", 2e-2),
+    ],
+)
+def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern, dtype, error):
     """Prompts of 3 and 14 tokens, prefilled in chunks of 8, then 5 given tokens one at a time."""
     monkeypatch.setattr(generate, "PREFILL_CHUNK", 8)
-    definition, params = built(pattern)
+    definition, params = built(pattern, dtype)
     rng = np.random.default_rng(0)
     prompts, given = [rng.integers(300, size=n) for n in (3, 14)], rng.integers(300, size=(2, 5))
 
     @functools.partial(jax.jit, compiler_options=FAST)
     def decoded(params, tokens, rows, given):
-        lm = model.merge(definition, params)
+        lm = model.merge(definition, model.cast_to_compute(definition, params))
         blocks = lm.unstacked()
         hidden, cache = generate.prefill(lm, tokens, rows, lm.init_cache(2, tokens.shape[1] + 5))
 
@@ -82,7 +90,43 @@ def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern):
         whole = np.concatenate([prompt, given[row]])[None]
         padded = np.pad(whole, ((0, 0), (0, 19 - whole.shape[1])))  # unseen, as causal: one program
         want = full_forward(definition, params, padded)[0, len(prompt) - 1 : whole.shape[1]]
-        np.testing.assert_allclose(got[row], want, atol=2e-5 * float(jnp.abs(want).max()))
+        np.testing.assert_allclose(got[row], want, atol=error * float(jnp.abs(want).max()))
+
+
+def test_matrices_are_used_in_the_dtype_of_the_model_only():
+    """So that one cast before a loop does what a cast at each use did."""
+    definition, params = built(EVERY_KIND, "bfloat16")
+    params = jax.tree.map(lambda leaf: 1.003 * leaf + 0.003, params)  # ones and zeros round to themselves
+    tokens = np.arange(12)[None]
+    given = model.cast_to_compute(definition, params)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), given)
+    np.testing.assert_array_equal(*(full_forward(definition, p, tokens) for p in (params, rounded)))
+
+
+def test_the_decoding_loop_casts_no_matrix():
+    definition, params = built("kda mla", "bfloat16")
+    given = jax.tree.leaves(model.cast_to_compute(definition, params))
+    shapes = {leaf.shape[2:] for leaf in given if leaf.dtype == jnp.bfloat16}
+    tokens, rows = generate.left_pad([[1, 2]], 64)
+    options = dict(definition=definition, steps=4, sampling=generate.GREEDY, limit=4)
+    traced = generate._generate.trace(
+        params, jnp.asarray(tokens), rows, jax.random.key(0), stops_V=jnp.zeros(300, bool), **options
+    )
+    (loop,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while")
+    found = {
+        eqn.invars[0].aval.shape
+        for eqn in equations(loop.params["body_jaxpr"].jaxpr)
+        if eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == jnp.bfloat16
+    }
+    assert len(shapes) > 5 and found and not found & shapes
+
+
+def equations(jaxpr):
+    """Of a jaxpr and of all inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def test_greedy_tokens_are_those_of_the_full_forward_and_independent_of_the_batch():

@@ -86,13 +86,13 @@ class Mlp(nnx.Module):
     def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
         self.config = config
         experts, hidden = config.num_experts, config.hidden
-        self.router = Linear(d_model, experts, rngs=rngs, axes=("embed", None))
+        self.router = Linear(d_model, experts, rngs=rngs, axes=("embed", None), cast=False)
         bias = config.selection_bias
         self.selection_bias = param(rngs, (experts,), (None,), zeros, decay=False) if bias else None
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
-        self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True)
-        self.up = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True)
-        self.down = param(rngs, (experts, hidden, d_model), down_axes, normal(), decay=True)
+        self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
+        self.up = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
+        self.down = param(rngs, (experts, hidden, d_model), down_axes, normal(), decay=True, cast=True)
         if config.shared_hidden:
             self.shared = SwiGLU(d_model, config.shared_hidden, rngs=rngs)
         if config.shared_gate:
