@@ -1,8 +1,11 @@
 """Settings of the whole suite, made before jax is imported."""
 
 import os
+import tempfile
 
 import pytest
+
+from tests.flags import FAST
 
 GPU = os.path.exists("/dev/nvidiactl")
 # Interpreted kernels park a CPU thread per warpgroup; with fewer threads than warpgroups they deadlock.
@@ -12,10 +15,14 @@ os.environ.setdefault("PJRT_NPROC", "16")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 # No test logs to a server.
 os.environ.setdefault("WANDB_MODE", "disabled")
-# Half of the suite's time is LLVM's; unoptimised code computes the same. (On a GPU it would slow kernels.)
+# Most of the suite's time is XLA's, and quickly compiled code computes the same. (On a GPU it slows kernels.)
 if not GPU:
-    flag = "--xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}".strip()
+# Many tests train the same tiny models: workers and child processes compile each once, and inherit this.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,6 +28,7 @@ from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
@@ -111,7 +112,7 @@ def test_gradients(root: Path) -> None:
 
 def test_training_goes_on_over_a_mesh(tmp_path: Path) -> None:
     """Gated DeltaNet, gated attention and experts, imported: 8 devices give the losses of one."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {FAST}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "tests.convert_mesh", GOLDEN / "qwen3_next", tmp_path]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)

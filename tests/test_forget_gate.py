@@ -6,15 +6,18 @@ from test_layers import close, load
 
 from hybridlm.forget_gate import LowerBounds, cumulative, log_forget
 
+# tests/flags.py: there a sigmoid is half of 1 + tanh, which loses digits where it is small.
+GATE = 2e-5
+
 
 def test_bounds_and_gate_against_the_reference():
     _, a = load("gate_hgrn2")
     gate = jax.jit(lambda f, P: (log_forget(f, cumulative(P)), cumulative(P)))
     (g, lb), pull = jax.vjp(gate, jnp.asarray(a["f"]), jnp.asarray(a["P"]))
-    close(g, a["g"])
+    close(g, a["g"], GATE)
     close(lb, a["lb"])
     df, dP = pull((jnp.asarray(a["dg"]), jnp.asarray(a["dlb"])))
-    close(df, a["grad_f"])
+    close(df, a["grad_f"], GATE)
     close(dP, a["grad_P"], 1e-5)
 
 

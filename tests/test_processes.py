@@ -22,14 +22,7 @@ FIELDS = {
 }
 
 
-@pytest.fixture
-def cached(tmp_path, monkeypatch):
-    """The second start of a run need not compile again."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
-def test_stopped_then_killed_then_resumed_alone(tmp_path, cached):
+def test_stopped_then_killed_then_resumed_alone(tmp_path):
     text = tiny.write_text(tmp_path)
     workdir, logs = tmp_path / "run", tmp_path / "logs"
     arguments = multiprocess.arguments(tmp_path, workdir, **FIELDS)
@@ -58,7 +51,7 @@ def test_stopped_then_killed_then_resumed_alone(tmp_path, cached):
         assert line == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_failure_of_one_is_told_by_all(tmp_path, cached):
+def test_a_failure_of_one_is_told_by_all(tmp_path):
     """A workdir in use is seen by process 0 alone."""
     tiny.write_text(tmp_path)
     workdir = tmp_path / "run"

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from hybridlm import config as configs
 from hybridlm import model, sharding
 from hybridlm.errors import ConfigError
+from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
@@ -84,7 +85,7 @@ def eight(tmp_path_factory):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
     }
     command = [sys.executable, "-m", "tests.mesh_runs", tmp_path_factory.mktemp("eight")]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)

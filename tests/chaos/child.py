@@ -1,0 +1,46 @@
+"""train.py as a trial of `tests.chaos` runs it: slowed down, and with the loss of some steps made nan.
+
+CHAOS_POISON: checksums of the batches whose loss becomes nan, in the compiled program.
+CHAOS_PAUSE: seconds before each step, so that faults fall between steps and not only into the start.
+"""
+
+import os
+import sys
+import time
+
+import jax.numpy as jnp
+
+import train
+from hybridlm import program, sharding
+
+NONE = -1  # no batch's checksum
+POISONED_AT_MOST = 5
+
+
+def checksum(tokens, numpy):
+    """Tells the batches of these small runs apart."""
+    flat = tokens.reshape(-1)
+    return numpy.sum(flat * numpy.arange(1, flat.size + 1, dtype=flat.dtype))
+
+
+def main(arguments: list[str]) -> int:
+    poisoned = [int(total) for total in os.environ["CHAOS_POISON"].split(",") if total]
+    poisoned += [NONE] * (POISONED_AT_MOST - len(poisoned))  # one program, whether poisoned or not: its bits
+    honest, put = program.lm.loss_fn, sharding.put_batch
+
+    def loss_fn(definition, params, batch, **options):
+        loss, aux = honest(definition, params, batch, **options)
+        struck = jnp.isin(checksum(batch["tokens"], jnp), jnp.array(poisoned))
+        return loss * jnp.where(struck, jnp.nan, 1.0), aux
+
+    def slowly(*args):
+        time.sleep(float(os.environ["CHAOS_PAUSE"]))
+        return put(*args)
+
+    program.lm.loss_fn = loss_fn
+    sharding.put_batch = slowly
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

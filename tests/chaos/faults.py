@@ -1,0 +1,224 @@
+"""Faults. Each starts the run of a trial at least once and returns whether the right answer was a refusal."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests import multiprocess
+from tests.chaos.trial import STEPS, Trial, finish
+
+
+def kill(trial: Trial, chance: random.Random) -> bool:
+    """SIGKILL at a random moment."""
+    process = trial.start()
+    trial.at_random(process, chance)
+    process.kill()
+    finish(process)
+    return False
+
+
+def kill_in_a_save(trial: Trial, chance: random.Random) -> bool:
+    """SIGKILL while a checkpoint is being written."""
+    process = trial.start()
+    trial.at_random(process, chance)
+    while process.poll() is None and not list(trial.workdir.glob("checkpoints/*tmp*")):
+        time.sleep(0.0005)
+    time.sleep(chance.choice((0, 0.001, 0.003, 0.01, 0.03)))
+    process.kill()
+    finish(process)
+    return False
+
+
+def stop(trial: Trial, chance: random.Random) -> bool:
+    """SIGTERM, SIGINT or SIGUSR1, and at times a second one."""
+    process = trial.start()
+    first = chance.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    training = trial.at_random(process, chance) and "compiled" in trial.said()
+    process.send_signal(first)
+    second = chance.random() < 0.3
+    if second:
+        time.sleep(chance.uniform(0, 0.02))
+        process.send_signal(signal.SIGTERM)
+    code = finish(process)
+    if training and not second:
+        assert code in (0, 3), f"exit code {code} after {first.name}"
+    if code == 3:
+        step = int(re.findall(r"a complete checkpoint at step (\d+)", trial.said())[-1])
+        assert trial.newest() is not None and trial.newest().name == str(step), "the checkpoint is not there"
+    return False
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+def damage_checkpoint(trial: Trial, chance: random.Random) -> bool:
+    """A bit flipped in, an end cut off or a file deleted from the newest checkpoint of a killed run."""
+    kill(trial, chance)
+    newest = trial.newest()
+    if newest is None:
+        return False
+    count = sum(path.name.isdigit() for path in newest.parent.iterdir())
+    backup = trial.folder / f"backup-{trial.starts}"
+    shutil.copytree(newest, backup)
+    path = chance.choice([one for one in sorted(newest.rglob("*")) if one.is_file() and one.stat().st_size])
+    how = chance.choice(("flip", "cut", "delete"))
+    if how == "flip":
+        flip(path, chance)
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+    else:
+        path.unlink()
+    unsealed = ("_CHECKPOINT_METADATA", "commit_success.txt", "SHA256SUMS")  # written after the seal, or it
+    if count > 1 or (path.parent == newest and path.name in unsealed):
+        return False  # passed over, or harmless; `check` will tell
+    trial.refused(1, r"no checkpoint is sound \(\d+: ", trial.run("--resume=must"))
+    shutil.rmtree(newest)
+    shutil.copytree(backup, newest)
+    return True
+
+
+def harm_shard(trial: Trial, chance: random.Random) -> bool:
+    """Before a start, a bit flipped, an end cut off or a file deleted; during one, cut or deleted."""
+    path = chance.choice(sorted((trial.folder / "shards").glob("train-*.tokens")))
+    whole, how = path.read_bytes(), chance.choice(("flip", "cut", "delete"))
+    during = how != "flip" and chance.random() < 0.6
+    if during:
+        process = trial.start()
+        if not trial.at_random(process, chance):
+            return False
+        training = "compiled" in trial.said()
+    if how == "flip":
+        flip(path, chance)
+    elif how == "cut":
+        os.truncate(path, len(whole) // 2)
+    else:
+        path.unlink()
+    code = finish(process) if during else trial.run()
+    path.write_bytes(whole)
+    if during and training and code == 0:
+        return False  # every batch had been read ahead
+    wanted = 1 if how == "flip" or (during and training) else code
+    return trial.refused(wanted, r"the shard (has|is|cannot)|is damaged: ", code)
+
+
+def disk(trial: Trial, chance: random.Random) -> bool:
+    """The workdir on a tmpfs too small for its checkpoints, or one that turns read-only."""
+    trial.workdir.mkdir(exist_ok=True)
+    inner = trial.folder / "disk"
+    inner.mkdir()
+    read_only = chance.random() < 0.3
+    size = "64m" if read_only else f"{chance.randint(60, 900)}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", inner], check=True)
+    there, trial.workdir = trial.workdir, inner
+    try:
+        trial.arguments[1] = f"--workdir={inner}"
+        if read_only:
+            process = trial.start()
+            trial.at_random(process, chance)
+            process.kill()  # files open for writing would keep the mount from turning
+            finish(process)
+            remount = ["mount", "-o", "remount,ro", "none", inner]
+            while subprocess.run(remount, stderr=subprocess.DEVNULL).returncode:
+                time.sleep(0.1)  # its last writes are still under way
+            trial.refused(1, r"[Rr]ead-only", trial.run())
+        else:
+            code = trial.run()
+            refused = code != 0 and trial.refused(1, r"[\d,]+ bytes|No space left|disk is full", code)
+        subprocess.run(["mount", "-o", "remount,rw,size=64m", "none", inner], check=True)
+        kill(trial, chance)
+        there.rmdir() if not any(there.iterdir()) else shutil.rmtree(there)
+        shutil.copytree(inner, there)
+    finally:
+        subprocess.run(["umount", "-l", inner], check=True)
+        trial.workdir, trial.arguments[1] = there, f"--workdir={there}"
+    return read_only or refused
+
+
+def poison(trial: Trial, chance: random.Random) -> bool:
+    """Too many steps in a row whose loss is nan: a named end, and a dump that replays."""
+    kill(trial, chance)
+    newest = trial.newest()
+    begin = int(newest.name) if newest else 0
+    first = chance.randint(min(begin + 1, STEPS - 5), STEPS - 5)
+    code = trial.run(poison=tuple(range(first, first + 5)))
+    trial.refused(1, r"not finite, \d updates in a row since step \d+; .* hybridlm\.replay", code)
+    for step in (path for path in trial.workdir.glob("checkpoints/[0-9]*") if int(path.name) >= first):
+        shutil.rmtree(step)  # saved after skipped updates that the undisturbed run does not skip
+    return True
+
+
+def second_run(trial: Trial, chance: random.Random) -> bool:
+    """A second start on the same workdir."""
+    process = trial.start(pause="0.2")
+    if not trial.at_random(process, chance) or not (trial.workdir / "metrics.jsonl").exists():
+        finish(process) if process.poll() is not None else process.kill()
+        finish(process)
+        return False
+    code = trial.run()
+    alive = process.poll() is None
+    process.kill()
+    finish(process)
+    return alive and trial.refused(2, r"is in use by process \d+", code)
+
+
+def change_config(trial: Trial, chance: random.Random) -> bool:
+    """Resumption with what cannot be honoured: another model, vocabulary, batch, or other data."""
+    kill(trial, chance)
+    if trial.newest() is None:
+        return False
+    changes = ("model.d_model=32", "model.pattern=retnet*2", "model.vocab_size=300", "train.seed=5")
+    code = trial.run(f"--config.{chance.choice((*changes, 'train.batch_size=4'))}")
+    return trial.refused(2, r"a resumed run cannot change it; changed since the checkpoint: ", code)
+
+
+def processes(trial: Trial, chance: random.Random) -> bool:
+    """Two processes, one of them killed."""
+    running = trial.start_two()
+    wanted = min(trial.lines() + chance.randint(1, 12), 26)
+    while trial.lines() < wanted and all(process.poll() is None for process in running):
+        time.sleep(0.01)
+    victim = chance.randint(0, 1)
+    if running[victim].poll() is None and running[1 - victim].poll() is None:
+        running[victim].kill()
+        code = multiprocess.finish(running, 60)[1 - victim]
+        said = (trial.log / str(1 - victim)).read_text()
+        assert code in (0, 1), f"exit code {code} of the survivor"
+        assert code == 0 or f"process {victim}" in said, "the survivor does not name the dead"
+    else:
+        multiprocess.finish(running, 60)
+    return False
+
+
+FAULTS: dict[str, Callable[[Trial, random.Random], bool]] = {
+    "killed": kill,
+    "killed while saving": kill_in_a_save,
+    "signal": stop,
+    "checkpoint damaged": damage_checkpoint,
+    "shard damaged or gone": harm_shard,
+    "disk full or read-only": disk,
+    "nan, too many in a row": poison,
+    "second run": second_run,
+    "config changed": change_config,
+    "one of two processes killed": processes,
+}
+
+
+def fitting(kind: str, root: bool) -> list[str]:
+    """Faults that a trial of this kind can have; nan beyond the poisoned steps needs text."""
+    if kind == "two processes":
+        return ["one of two processes killed"]
+    wanted = [name for name in FAULTS if (root or FAULTS[name] is not disk) and FAULTS[name] is not processes]
+    if kind != "shards":
+        wanted.remove("shard damaged or gone")
+    if kind != "text":
+        wanted.remove("nan, too many in a row")
+    return wanted

@@ -1,0 +1,143 @@
+"""One small real run that is started again and again, and the undisturbed runs that it is compared with."""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tests import multiprocess, tiny
+from tests.chaos.child import checksum
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240  # for one start; far more than it takes
+STEPS, POISONED = 48, (13, 14, 31)
+FIELDS = {
+    "model__pattern": "retnet", "train__steps": STEPS, "train__max_skipped": 3, "log__every_steps": 2,
+    "checkpoint__every_steps": 6, "checkpoint__keep_best": 0, "eval__every_steps": 9,
+}  # fmt: skip
+KINDS = ("text", "shards", "poisoned", "two processes")
+# What tensorstore's threads print of a write that failed, besides the error that they return.
+NOISE = "RuntimeError: Event loop is closed"
+
+
+class Corpus:
+    """Text, shards made of it, and the undisturbed run of each kind."""
+
+    def __init__(self, folder: Path):
+        from hybridlm import config as configs
+        from hybridlm import trainer
+        from hybridlm.data import prepare
+
+        self.folder = folder
+        text = tiny.write_text(folder)
+        with contextlib.redirect_stderr(open(os.devnull, "w")):
+            prepare.prepare(text, str(folder / "shards"), "bytes", holdout=0.3, shard_tokens=2000)
+        self.configs, self.whole = {}, {}
+        for kind in KINDS:
+            config = tiny.config(text, **FIELDS)
+            if kind == "shards":
+                config.data = configs.data("shards", path=str(folder / "shards"))
+            resolved = configs.resolve(config)
+            self.configs[kind] = folder / f"{kind}.json"
+            self.configs[kind].write_text(configs.to_json(resolved))
+            if kind == "poisoned":
+                source = trainer.build_data(resolved, "train")
+                self.sums = [int(checksum(source.batch(step)["tokens"], np)) for step in range(STEPS)]
+        assert len(set(self.sums)) == STEPS
+        for kind in self.configs:
+            trial = Trial(self, kind, folder / f"whole-{kind}")
+            assert trial.run() == 0, trial.said()
+            self.whole[kind] = tiny.lines(trial.workdir)
+
+
+class Trial:
+    """One run that is started again and again. workdir: what it writes; shards: a copy that may be harmed."""
+
+    def __init__(self, corpus: Corpus, kind: str, folder: Path):
+        folder.mkdir()
+        self.corpus, self.kind, self.folder, self.workdir = corpus, kind, folder, folder / "run"
+        self.starts = 0
+        self.arguments = [f"--config={corpus.configs[kind]}", f"--workdir={self.workdir}"]
+        if kind == "shards":
+            shutil.copytree(corpus.folder / "shards", folder / "shards")
+            self.arguments.append(f"--config.data.path={folder / 'shards'}")
+
+    def start(self, *more: str, pause: str = "0.02", poison: tuple[int, ...] = ()) -> subprocess.Popen:
+        steps = poison or (POISONED if self.kind == "poisoned" else ())
+        sums = ",".join(str(self.corpus.sums[step - 1]) for step in steps)
+        environment = os.environ | {"CHAOS_POISON": sums, "CHAOS_PAUSE": pause, "JAX_PLATFORMS": "cpu"}
+        self.starts += 1
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.child", *self.arguments, *more],
+                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def start_two(self) -> list[subprocess.Popen]:
+        self.starts += 1
+        return multiprocess.start(2, self.arguments, self.folder / f"log-{self.starts}")
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"log-{self.starts}"
+
+    def said(self) -> str:
+        logs = sorted(self.log.iterdir()) if self.log.is_dir() else [self.log]
+        return "".join(log.read_text(errors="replace") for log in logs)
+
+    def run(self, *more: str, poison: tuple[int, ...] = ()) -> int:
+        """A start that nothing happens to; its exit code."""
+        if self.kind == "two processes":
+            return max(multiprocess.finish(self.start_two(), SECONDS))
+        return finish(self.start(*more, pause="0", poison=poison))
+
+    def refused(self, code: int, pattern: str, found: int) -> bool:
+        """Asserts that the last start ended with the right error."""
+        named = re.search(pattern, self.said())
+        assert found == code and named, f"exit code {found}, wanted {code} and {pattern!r}"
+        assert self.said().count("Traceback") <= self.said().count(NOISE), "a traceback"  # threads interleave
+        return True
+
+    def lines(self) -> int:
+        path = self.workdir / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def at_random(self, process: subprocess.Popen, chance: random.Random) -> bool:
+        """Waits for a random moment: mostly after some line, at times in the start. False: it had ended."""
+        if chance.random() < 0.2:
+            moment = time.monotonic() + chance.uniform(0.5, 8)
+            waits = lambda: time.monotonic() < moment
+        else:
+            wanted = min(self.lines() + chance.randint(1, 12), 26)
+            waits = lambda: self.lines() < wanted
+        begun = time.monotonic()
+        while waits() and process.poll() is None and time.monotonic() < begun + SECONDS:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.03))
+        return process.poll() is None
+
+    def newest(self) -> Path | None:
+        steps = [int(path.name) for path in self.workdir.glob("checkpoints/*") if path.name.isdigit()]
+        return self.workdir / "checkpoints" / str(max(steps)) if steps else None
+
+    def check(self) -> None:
+        """Lets the run finish and compares."""
+        code = self.run()
+        assert code == 0, f"the last start ended with exit code {code}"
+        found, whole = tiny.lines(self.workdir), self.corpus.whole[self.kind]
+        assert found == whole, "metrics differ from the undisturbed run's"
+
+
+def finish(process: subprocess.Popen) -> int:
+    try:
+        return process.wait(SECONDS)
+    finally:
+        process.kill()
+        process.wait()
