@@ -164,6 +164,8 @@ def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: flo
     (sums, d_head), d_chunks = jax.lax.scan(step, start, (_chunks(padded, chunk), _chunks(targets, chunk)))
     d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(padded.shape)[:, :length]
     total = sums.cross_entropy + z_loss * sums.log_z_squared
+    # Folded into the product above, the transpose of a tied head is one that the CPU cannot run in bfloat16.
+    d_head = jax.lax.optimization_barrier(d_head)
     return (total, sums), (d_hidden, d_head.astype(head.dtype))
 
 
