@@ -72,6 +72,12 @@ def relative_error(got, want):
     return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
 
 
+def less_identity(inverses):
+    """A [B, T, HV, 64] of the oracle as A - I [B, HV, T, 64]."""
+    ones = np.tile(np.eye(64), (inverses.shape[1] // 64, 1))
+    return np.swapaxes(inverses, 1, 2) - ones
+
+
 def moves(call, kept, pieces):
     """M^T of each piece [B, pieces, HV, K, K] (a factor [B, pieces, HV] if additive), chunk by chunk."""
     gates = chunk_oracle.gates(call, call.q.shape[1])  # [B, HV, chunks, 8, 64]
@@ -98,7 +104,7 @@ def kernel_gradients(call, kept, do, d_state, pieces):
     saved = backward.Saved(
         gates=None if call.beta is None else jnp.asarray(chunk_oracle.gates(call, length), jnp.float32),
         states=jnp.asarray(np.swapaxes(kept["h"], 3, 4), BF16),
-        inverses=None if call.beta is None else jnp.asarray(np.swapaxes(kept["A"], 1, 2), BF16),
+        inverses=None if call.beta is None else jnp.asarray(less_identity(kept["A"]), BF16),
         values=None if call.beta is None else blocks.pad_time(jnp.asarray(kept["u"], BF16), length),
         moves=jnp.asarray(moves(call, kept, pieces), jnp.float32) if pieces > 1 else None,
     )

@@ -125,7 +125,7 @@ def make_tiles(call):
         scores[b, h, c] = np.einsum("ic,jc,ijc->ij", x, y, pair)
         if beta is not None:
             lower = beta[b, h, c, None] * np.tril(np.einsum("ic,jc,ijc->ij", y, y, pair), -1)
-            inverses[b, h, c] = np.linalg.inv(np.eye(64) + lower)
+            inverses[b, h, c] = np.linalg.inv(np.eye(64) + lower) - np.eye(64)
     bf16, f32 = lambda x: jnp.asarray(x, BF16), lambda x: jnp.asarray(x, jnp.float32)
     delta = dict(read_k=bf16(read_k), inverses=bf16(inverses)) if beta is not None else {}
     return Tiles(bf16(read_q), bf16(write), f32(carry), bf16(scores), norms=f32(norms), **delta)

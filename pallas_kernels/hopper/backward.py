@@ -25,8 +25,8 @@ class Saved(NamedTuple):
     """What the forward keeps beside its inputs; T is padded to whole chunks.
 
     states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
-    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses A [B, HV, T, C] bf16, values V'
-    [B, T, HV, V] bf16.
+    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses A - I [B, HV, T, C] bf16,
+    values V' [B, T, HV, V] bf16.
     moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
     """
 

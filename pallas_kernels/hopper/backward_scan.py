@@ -151,9 +151,7 @@ def reverse_scan(
                 if delta:
                     beta = blocks.col_vector(gate_s.at[BETA])
                     back = beta * blocks.col_vector(gate_s.at[READ_K]) * -1.0
-                    dv_lo = dv.astype(bf16)  # the diagonal of A is 1: what rounding took off is added back
-                    rest = dv - dv_lo.astype(F32)
-                    dx = blocks.matmul((dv_lo, s["a_s"].at[slot], rest), interpret=interpret)
+                    dx = blocks.matmul((dv.astype(bf16), s["a_s"].at[slot], dv), interpret=interpret)
                     g = blocks.matmul(((dx * blocks.by_col(back)).astype(bf16), k_s, g), interpret=interpret)
                     dv = dx * blocks.by_col(beta)
                 if output:

@@ -131,9 +131,7 @@ def reverse_scan(
                     interpret=interpret,
                 )
                 if delta:
-                    dv_lo = dv.astype(BF16)  # the diagonal of A is 1: what rounding took off is added back
-                    rest = dv - dv_lo.astype(F32)
-                    dv = blocks.matmul((dv_lo, s["inverses"].at[slot], rest), interpret=interpret)
+                    dv = blocks.matmul((dv.astype(BF16), s["inverses"].at[slot], dv), interpret=interpret)
                     dv = dv * blocks.by_col(blocks.col_vector(s["beta"].at[slot]))
                     ds = blocks.matmul(
                         ((dv * -1.0).astype(BF16), s["read_k"].at[slot], ds), interpret=interpret

@@ -223,9 +223,8 @@ class ChannelScan:
             value: Any = blocks.tile(smem.v.at[slot, wg].T) if at.values else 0.0
             if at.delta:
                 value = (value - read[0]) * blocks.by_col(blocks.col_vector(smem.beta.at[slot]))
-                value_lo = value.astype(BF16)  # the diagonal of A is 1: what rounding took off is added back
-                rest = value - value_lo.astype(F32)
-                value = blocks.matmul((value_lo, smem.inverses.at[slot].T, rest), interpret=i.interpret)
+                operands = value.astype(BF16), smem.inverses.at[slot].T, value
+                value = blocks.matmul(operands, interpret=i.interpret)
             value_lo = value.astype(BF16)
             kept = state * blocks.by_col(blocks.col_vector(smem.carry.at[slot]), shape)
             written = (value_lo, smem.write.at[slot], kept)

@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
     write: k exp(G_C - G) of tokens of the document that leaves it, else 0.  All [B, T, HV, K] bf16.
     carry: exp(G_C), or 0 if no document spans the chunk, [B, HV, T/C, K] float32.
     scores: scale q_i.k_j exp(G_i - G_j), j <= i of one document, [B, HV, T, C] bf16.
-    inverses: A, as `chunk_inverses` has it.
+    inverses: A - I, as `chunk_inverses` has it.
     norms: 1 / |k|, scale / |q| and the size of the last level's blocks (for all tokens), NORM_K, NORM_Q and
         SPAN, [B, HV, T/C, 3, C] float32.
     read_k and inverses are None if additive, norms unless kept; q and k are normalised with `l2norm`.

@@ -1,6 +1,6 @@
 """The forward pass with no decay or one decay per head, additive or delta.
 
-`chunk_inverses` (delta only; every chunk on its own): A = (I + L)^-1 with
+`chunk_inverses` (delta only; every chunk on its own): A - I, A = (I + L)^-1 with
     L_ij = beta_i k_i.k_j exp(G_i - G_j), j < i, pairs of one document.
 `Scan` (chunks in order): with S the state before the chunk and e, f as in `blocks` (READ_K, WRITE),
     V' = A beta (V - e K S)     (additive: V' = V)
@@ -27,7 +27,7 @@ __all__ = ["Inputs", "forward_pass", "prepare"]
 def forward_pass(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
 ) -> tuple[Scanned, jax.Array | None, jax.Array | None]:
-    """(results, A, moves): `final` for the last state, `keep` for what the backward pass wants.
+    """(results, A - I, moves): `final` for the last state, `keep` for what the backward pass wants.
 
     moves: what each piece does to the state (`pieces.chain`), None without pieces.
     """

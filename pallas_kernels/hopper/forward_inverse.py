@@ -14,9 +14,10 @@ from pallas_kernels.hopper.inputs import Inputs, Vectors
 
 
 def chunk_inverses(inputs: Inputs) -> jax.Array:
-    """A = (I + L)^-1 [B, HV, T, C] in bf16, row i of each chunk's A at token i.
+    """A - I [B, HV, T, C] in bf16, A = (I + L)^-1, row i of each chunk's at token i.
 
-    L_ij = beta_i k_i.k_j exp(G_i - G_j) for pairs j < i of one document.
+    L_ij = beta_i k_i.k_j exp(G_i - G_j) for pairs j < i of one document. Whoever multiplies by A starts the
+    accumulator with the other operand: so the unit diagonal passes it on in float32, not rounded to bf16.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads = inputs.v.shape[2]

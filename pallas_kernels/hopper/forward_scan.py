@@ -309,9 +309,7 @@ class Scan:
             if at.delta:
                 beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
                 value = (value - read[0] * by_token(READ_K)) * beta
-                value_lo = value.astype(BF16)  # the diagonal of A is 1: what rounding took off is added back
-                rest = value - value_lo.astype(F32)
-                value = blocks.matmul((value_lo, smem.a.at[slot].T, rest), interpret=i.interpret)
+                value = blocks.matmul((value.astype(BF16), smem.a.at[slot].T, value), interpret=i.interpret)
             written = ((value * by_token(WRITE)).astype(BF16), k, state * gates[CARRY, 0])
             if not at.output:
                 state = blocks.matmul(written, interpret=i.interpret)

@@ -31,7 +31,7 @@ def exchange() -> Any:
 
 
 def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> jax.Array:
-    """(I + L)^-1 in bf16, L the part of `lower` [C, C] strictly below the diagonal, by block doubling.
+    """(I + L)^-1 - I in bf16, L the part of `lower` [C, C] strictly below the diagonal, by block doubling.
 
     With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
     of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding (operands
@@ -60,7 +60,7 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> ja
 
 
 def _inverse(m: Any, minus: list) -> list:
-    """The blocks of X in the rows of each warp, bf16, from those of N = -L, float16; m: a `_Warp`.
+    """The blocks of X - I in the rows of each warp, bf16, from those of N = -L, float16; m: a `_Warp`.
 
     Blocks of 16: X_10 = X_11 N_10 X_00 in warp 1, X_32 = X_33 N_32 X_22 in warp 3. Blocks of 32, in warps
     i = 2, 3: X_i0 = Y_i0 X_00 + Y_i1 X_10 and X_i1 = Y_i1 X_11 with Y_ij = X_ii N_ij + X_i2 N_2j (i = 3).
@@ -89,7 +89,7 @@ def _inverse(m: Any, minus: list) -> list:
     first, second = m.product(y[0], m.get(X_00)), m.product(y[1], m.get(X_11))
     m.barrier()
     first = m.product(y[1], m.get(X_10), first)
-    x, z, first, second = map(m.result, (x, z, first, second))
+    x, z, first, second = map(m.result, (m.less_identity(x), z, first, second))
     none = m.zeros(x)
     columns = [x, z, first, first], [none, x, second, second], [none, none, x, z], [none, none, none, x]
     return [m.by_warp(list(column)) for column in columns]
@@ -109,6 +109,9 @@ class _Interpreted:
 
     def identity_plus(self, block: jax.Array) -> jax.Array:
         return jnp.where(self.row == self.col, 1.0, block.astype(F32))
+
+    def less_identity(self, block: jax.Array) -> jax.Array:
+        return jnp.where(self.row == self.col, 0.0, block)
 
     def rounded(self, block: jax.Array) -> jax.Array:
         return block.astype(F16)
@@ -188,16 +191,26 @@ class _Warp:
         """I + the links of size 1, whose columns are even."""
         f32 = ir.F32Type.get()
         zero, one = mgpu.c(0.0, f32), mgpu.c(1.0, f32)
-        here = _equal(arith.shrui(self.r, _int(1)), self.c)
-        odd = _equal(arith.andi(self.r, _int(1)), _int(1))
-        second = arith.select(arith.andi(here, odd), one, zero)
-        first = arith.subf(arith.select(here, one, zero), second)
+        first, second = self._diagonal()
         out = [zero] * 8
         for part in (0, 3):
             ptx = "{.reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low;}"
             link = utils.inline_ptx(ptx, block[part], result_types=f32)
-            out[2 * part : 2 * part + 2] = [arith.addf(first, link), second]
+            out[2 * part : 2 * part + 2] = [arith.select(first, one, link), arith.select(second, one, zero)]
         return out
+
+    def less_identity(self, block: list) -> list:
+        zero, (first, second) = mgpu.c(0.0, ir.F32Type.get()), self._diagonal()
+        out = list(block)
+        for part in (0, 3):
+            out[2 * part] = arith.select(first, zero, block[2 * part])
+            out[2 * part + 1] = arith.select(second, zero, block[2 * part + 1])
+        return out
+
+    def _diagonal(self) -> tuple:
+        """Whether it meets the thread's first, its second column in an 8 x 8 part."""
+        first = _equal(self.r, arith.muli(self.c, _int(2)))
+        return first, _equal(self.r, arith.addi(arith.muli(self.c, _int(2)), _int(1)))
 
     def rounded(self, block: list) -> list:
         return self._pairs(block, "cvt.rn.f16x2.f32 $0, $2, $1;")
