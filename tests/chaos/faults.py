@@ -49,8 +49,13 @@ def stop(trial: Trial, chance: random.Random) -> bool:
     if training and not second:
         assert code in (0, 3), f"exit code {code} after {first.name}"
     if code == 3:
-        step = int(re.findall(r"a complete checkpoint at step (\d+)", trial.said())[-1])
-        assert trial.newest() is not None and trial.newest().name == str(step), "the checkpoint is not there"
+        said = re.search(
+            r"stopped by \w+ (before step|with a complete checkpoint at step) (\d+)", trial.said()
+        )
+        assert said, "exit code 3 without a word"
+        if said[1] != "before step":
+            newest = trial.newest()
+            assert newest is not None and newest.name == said[2], "the checkpoint is not there"
     return False
 
 
