@@ -31,11 +31,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import blocks, channel_math, chunk_math
 from pallas_kernels.hopper.blocks import F32, C
+from pallas_kernels.hopper.channel_backward_copies import issue_copies
 from pallas_kernels.hopper.channel_tiles import NORM_K, NORM_Q, SPAN
 from pallas_kernels.hopper.inputs import Inputs
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 WIDTH = 32  # channels at work in a warpgroup
+WORKERS = 2  # warpgroups at work
+REGISTERS = (232, 40)  # a thread that works, that copies
 
 
 def chunk_gradients(
@@ -61,7 +64,7 @@ def chunk_gradients(
     group = value_heads // heads
     chunks = length // C
     parts, blocks_v = key_dim // WIDTH, value_dim // C
-    turns = parts // 2  # parts a warpgroup takes, one after the other
+    turns = parts // WORKERS  # parts a warpgroup takes, one after the other
     delta, documents = dv is not None, inputs.segment is not None
     interpret = inputs.interpret
     tile = (C, WIDTH)
@@ -81,21 +84,21 @@ def chunk_gradients(
         # E and F, additive the two parts of E; of all pairs and of those left at a level
         pairs=blocks.smem((2, 2, C, C), BF16, WIDTH),
         middle=blocks.smem((2, C, C), F16, WIDTH),  # the same for: offsets from the middle = middle @ steps
-        steps=blocks.smem((2, C, WIDTH), F16),
-        tiles=blocks.smem((2, 2, C, WIDTH), BF16),
+        steps=blocks.smem((WORKERS, C, WIDTH), F16),
+        tiles=blocks.smem((WORKERS, 2, C, WIDTH), BF16),
         norms=plgpu.SMEM((2, 3, C), F32),
         carry=plgpu.SMEM((2, key_dim), F32),
         segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
-        rows=plgpu.SMEM((6, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk of each half
+        rows=plgpu.SMEM((2 + 2 * WORKERS, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk of each half
         numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
         qk_filled=plgpu.Barrier(num_arrivals=2 * parts),
-        qk_free=plgpu.Barrier(num_arrivals=2),
+        qk_free=plgpu.Barrier(num_arrivals=WORKERS),
         v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
-        v_free=plgpu.Barrier(num_arrivals=2),
-        h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v, num_barriers=turns),
-        h_free=plgpu.Barrier(num_arrivals=2, num_barriers=turns),
-        both=plgpu.Barrier(num_arrivals=2),
-        done=plgpu.Barrier(num_arrivals=3),
+        v_free=plgpu.Barrier(num_arrivals=WORKERS),
+        h_filled=plgpu.Barrier(num_arrivals=2 * WORKERS * blocks_v, num_barriers=turns),
+        h_free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=turns),
+        both=plgpu.Barrier(num_arrivals=WORKERS),
+        done=plgpu.Barrier(num_arrivals=WORKERS + 1),
     )
     scratch = {name: value for name, value in scratch.items() if value is not None}
     keys = (batch, length, value_heads, key_dim)
@@ -141,69 +144,14 @@ def chunk_gradients(
                 return [[(x, y) for y in tiles] for x in pairs]
             return [[(pairs[0], tiles[0]), (pairs[0], tiles[1]), (pairs[1], tiles[0])]]
 
-        def fill_numbers(i: Any) -> None:
-            slot, n = blocks.rem(i, 2), first + i
-            barrier = s["numbers_filled"].at[slot]
-            plgpu.copy_gmem_to_smem(refs["norms"].at[b, head, n], s["norms"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(refs["carry"].at[b, head, n], s["carry"].at[slot], barrier)
-            if documents:
-                for which, name in enumerate(("segment", "entering")):
-                    source = refs[name].at[b, pl.ds(n * C, C)]
-                    plgpu.copy_gmem_to_smem(source, s["segment"].at[slot, which], barrier)
-
-        def fill_keys(i: Any) -> None:
-            rows = pl.ds((first + i) * C, C)
-            for part in range(parts):
-                source = (b, rows, key_head, pl.ds(part * WIDTH, WIDTH))
-                plgpu.copy_gmem_to_smem(refs["q"].at[source], s["q"].at[part], s["qk_filled"])
-                plgpu.copy_gmem_to_smem(refs["k"].at[source], s["k"].at[part], s["qk_filled"])
-
-        def fill_values(i: Any) -> None:
-            rows = pl.ds((first + i) * C, C)
-            for block in range(blocks_v):
-                source = (b, rows, head, pl.ds(block * C, C))
-                plgpu.copy_gmem_to_smem(refs["u"].at[source], s["u"].at[block], s["v_filled"])
-                plgpu.copy_gmem_to_smem(refs["do"].at[source], s["d"].at[0, block], s["v_filled"])
-                if delta:
-                    plgpu.copy_gmem_to_smem(refs["dv"].at[source], s["d"].at[1, block], s["v_filled"])
-
-        def fill_states(i: Any, turn: int) -> None:
-            barrier = s["h_filled"].at[turn]
-            for part in (turn, turns + turn):
-                for block in range(blocks_v):
-                    source = (b, head, first + i, pl.ds(block * C, C), pl.ds(part * WIDTH, WIDTH))
-                    plgpu.copy_gmem_to_smem(refs["h"].at[source], s["h"].at[part, block], barrier)
-                    plgpu.copy_gmem_to_smem(refs["g"].at[source], s["g"].at[part, block], barrier)
-
-        def issue_copies() -> None:
-            start = jnp.int32(0)
-            fill_numbers(start)
-            fill_values(start)
-            for turn in range(turns):
-                fill_states(start, turn)
-            fill_keys(start)
-
-            @pl.loop(1, steps)
-            def _(i: Any) -> None:
-                fill_numbers(i)
-                for turn in range(turns):  # in the order in which buffers become free
-                    if turn == turns - 1:
-                        plgpu.barrier_wait(s["v_free"])
-                        fill_values(i)
-                    plgpu.barrier_wait(s["h_free"].at[turn])
-                    fill_states(i, turn)
-                plgpu.barrier_wait(s["qk_free"])
-                fill_keys(i)
-
-            for turn in range(turns):
-                plgpu.barrier_wait(s["h_free"].at[turn])
-            plgpu.barrier_wait(s["v_free"])
-            plgpu.barrier_wait(s["qk_free"])
-
         def halve(at: SimpleNamespace, wg: Any, size: Any) -> None:
             """E and F without the pairs, `middle` for blocks of `size` tokens."""
-            x = blocks.tile(s["pairs"].at[0, wg])
-            store(s["pairs"].at[1, wg], jnp.where((at.row() ^ at.col()) < size, x, 0.0))
+
+            @pl.when(wg < 2)
+            def _() -> None:
+                x = blocks.tile(s["pairs"].at[0, wg])
+                store(s["pairs"].at[1, wg], jnp.where((at.row() ^ at.col()) < size, x, 0.0))
+
             pl.when(wg == 0)(lambda: set_middle(at, size, s["middle"].at[1]))
             plgpu.commit_smem()
 
@@ -286,7 +234,7 @@ def chunk_gradients(
 
             plgpu.barrier_wait(s["v_filled"])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dV.U of the last chunk has left
-            make_pairs()
+            pl.when(warpgroup < 2)(make_pairs)
             plgpu.commit_smem()
             sync()  # E and F are there
             if delta:
@@ -428,22 +376,15 @@ def chunk_gradients(
                     along[0] += jnp.sum(blocks.tile(at.q) * dq, axis=1)
                     along[1] += jnp.sum(blocks.tile(at.k) * dk, axis=1)
                 s["rows"].at[2 + warpgroup][...] = along[0]
-                s["rows"].at[4 + warpgroup][...] = along[1]
+                s["rows"].at[2 + WORKERS + warpgroup][...] = along[1]
                 plgpu.commit_smem()
             sync()  # E and F may be overwritten, and both halves of the inner products are there
             if inputs.l2norm:  # take out the part along q, along k
                 norm_q = blocks.row_vector(norms_s.at[NORM_Q]) * (1 / inputs.scale)
                 norm_k = blocks.row_vector(norms_s.at[NORM_K])
-                along_q = (
-                    (blocks.row_vector(s["rows"].at[2]) + blocks.row_vector(s["rows"].at[3]))
-                    * norm_q
-                    * norm_q
-                )
-                along_k = (
-                    (blocks.row_vector(s["rows"].at[4]) + blocks.row_vector(s["rows"].at[5]))
-                    * norm_k
-                    * norm_k
-                )
+                sums = [blocks.row_vector(s["rows"].at[2 + row]) for row in range(2 * WORKERS)]
+                along_q = sum(sums[:WORKERS]) * norm_q * norm_q
+                along_k = sum(sums[WORKERS:]) * norm_k * norm_k
             for turn, (dq, dk) in enumerate(done):
                 at = here(turn)
                 if inputs.l2norm:
@@ -456,9 +397,9 @@ def chunk_gradients(
             plgpu.barrier_arrive(s["qk_free"])
             return decay
 
-        @pl.when(warpgroup < 2)
+        @pl.when(warpgroup < WORKERS)
         def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(REGISTERS[0], action="increase")
             indices = SimpleNamespace(row=blocks.row_index, col=blocks.col_index)
             pl.when(warpgroup == 0)(lambda: set_middle(indices, jnp.int32(C), s["middle"].at[0]))
             plgpu.commit_smem()
@@ -466,10 +407,12 @@ def chunk_gradients(
             lax.fori_loop(0, steps, step, load_decay(0, 0))
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == 2)
+        @pl.when(warpgroup == WORKERS)
         def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-            issue_copies()
+            plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            sizes = dict(steps=steps, parts=parts, turns=turns, blocks_v=blocks_v, width=WIDTH)
+            place = dict(b=b, head=head, key_head=key_head, first=first)
+            issue_copies(refs, s, SimpleNamespace(**place, **sizes))
 
         blocks.finish_together(s["done"])
 
@@ -481,7 +424,7 @@ def chunk_gradients(
         out_type=list(results.values()),
         grid=(batch, value_heads, pl.cdiv(chunks, run)),
         grid_names=("b", "h", "n"),
-        num_threads=3,
+        num_threads=WORKERS + 1,
         thread_name="wg",
         scratch_types=scratch,
     )(*arrays.values())
