@@ -26,7 +26,7 @@ X_00, X_11, X_22, L_20, L_21, X_10 = range(6)  # the blocks that pass between wa
 
 
 def exchange() -> Any:
-    """The shared memory that `unit_lower_inverse` wants."""
+    """The shared memory that `unit_lower_inverse` wants; used again only after a barrier of the warpgroup."""
     return plgpu.SMEM((6 * 4 * 32,), jnp.int32)
 
 
