@@ -123,6 +123,9 @@ def test_runs_that_differ_in_seed_and_rate_are_one_job(tmp_path: Path):
     assert [len(job.runs) for job in local.jobs(runs, tmp_path, vmap=False)] == [1] * 8
 
 
+SHOW = "echo on $CUDA_VISIBLE_DEVICES with $XLA_PYTHON_CLIENT_MEM_FRACTION of its memory"
+
+
 def test_gpus_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A stand-in of the client, and what a job on the second GPU is given."""
     smi = tmp_path / "nvidia-smi"
@@ -135,22 +138,23 @@ def test_gpus_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     (device,) = local.devices()
     assert device == local.Device(1, 81559 << 20)
-    monkeypatch.setattr(local, "WORKER", ["sh", "-c", "echo on $CUDA_VISIBLE_DEVICES", "--"])
+    monkeypatch.setattr(local, "WORKER", ["sh", "-c", SHOW, "--"])
     runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", 0)]))
     (tmp_path / "seed0").mkdir()
     (job,) = local.jobs(runs, tmp_path, vmap=False)
-    job.start(device, per_device=2)
+    job.start(device, per_device=3)
     assert job.process is not None and job.process.wait(10) == 0
-    assert (tmp_path / "seed0" / "log.txt").read_text() == "on 1\n"
+    assert (tmp_path / "seed0" / "log.txt").read_text() == "on 1 with 0.30 of its memory\n"
     assert 1 <= local.fitting([job], [device]) <= local.MOST_JOBS
 
 
 def test_the_real_worker(tmp_path: Path, capsys):
-    """Two seeds in one program, and the report."""
+    """Two seeds in one program, and the report; the process ends as one that finished."""
     command = [write(tmp_path / "s.py", (0, 1), 6, vmap=True), f"--workdir={tmp_path}/w"]
     assert sweep.main(command) == 0, (tmp_path / "w" / "pure_seed0" / "log.txt").read_text()
     for seed in (0, 1):
         folder = tmp_path / "w" / f"pure_seed{seed}"
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
         assert {"config.json", "layers.json", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    assert "Fatal" not in (tmp_path / "w" / "pure_seed0" / "log.txt").read_text()
     assert (tmp_path / "w" / "report.html").exists()
