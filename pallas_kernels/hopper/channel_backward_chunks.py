@@ -89,7 +89,7 @@ def chunk_gradients(
         norms=plgpu.SMEM((2, 3, C), F32),
         carry=plgpu.SMEM((2, key_dim), F32),
         segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
-        rows=plgpu.SMEM((2 + 2 * WORKERS, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk of each half
+        rows=plgpu.SMEM((2 + 2 * WORKERS, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk by warpgroup
         numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
         qk_filled=plgpu.Barrier(num_arrivals=2 * parts),
         qk_free=plgpu.Barrier(num_arrivals=WORKERS),
