@@ -145,10 +145,7 @@ def load(
     tokenizer: "bytes" or a tokenizer.json, where the run's own is not to be found.
     """
     workdir = Path(workdir).absolute()
-    if not (workdir / "config.json").is_file():
-        fix = "Name a directory that train.py wrote."
-        raise ConfigError("--workdir", str(workdir), "holds no config.json", fix)
-    config = configs.resolve(configs.from_json(workdir / "config.json"))
+    config = configs.of_run(workdir)
     definition = lm.build(config)
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError("--workdir", str(workdir), "holds no checkpoints", "Train the run first.")

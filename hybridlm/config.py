@@ -104,7 +104,8 @@ def _run(path: Path, argument: str) -> ConfigDict:
         exec(compile(path.read_bytes(), path, "exec"), module)
         get_config = module.get("get_config")
         if get_config is None:
-            raise ConfigError("--config", spec, "the file defines no function get_config")
+            fix = "A sweep runs with python -m launch.sweep." if "get_sweep" in module else ""
+            raise ConfigError("--config", spec, "the file defines no function get_config", fix)
         if argument and not inspect.signature(get_config).parameters:
             raise ConfigError(
                 "--config", spec, "this file's get_config takes no argument", f"Use {str(path)!r}."
@@ -334,3 +335,12 @@ def from_json(path: str | Path) -> ConfigDict:
         return ConfigDict(private.in_paths(json.loads(Path(path).read_text()), private.reveal))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error
+
+
+def of_run(workdir: str | Path) -> FrozenConfigDict:
+    """The config, resolved, of the run in ``workdir``; ConfigError where there is none."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        fix = "Name a directory that train.py wrote."
+        raise ConfigError("--workdir", str(workdir), "holds no config.json", fix)
+    return resolve(from_json(path))

@@ -17,7 +17,7 @@ from hybridlm.rows import single_document
 def load(workdir: str | Path, step: int | None = None) -> tuple[model.Definition, model.Params]:
     """(definition that computes in float32, parameters of the newest checkpoint or of that at ``step``)."""
     workdir = Path(workdir).absolute()
-    config = configs.resolve(configs.from_json(workdir / "config.json")).to_dict()
+    config = configs.of_run(workdir).to_dict()
     config["model"] |= {"dtype": "float32", "remat": "none"}
     definition = model.build(configs.FrozenConfigDict(config))
     with checkpoint.Checkpoints(workdir / "checkpoints") as saves:

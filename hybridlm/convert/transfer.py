@@ -50,6 +50,9 @@ class Source(NamedTuple):
 def read_config(directory: str | Path) -> Source:
     """ConfigError when config.json is missing, of no known model_type or asks for something not supported."""
     file = Path(directory) / CONFIG
+    if not file.is_file():
+        fix = "Name a local folder; a model of the Hub is to be downloaded first."
+        raise ConfigError("--hf", str(directory), f"holds no {CONFIG}", fix)
     try:
         values = json.loads(file.read_text())
         model_type = values["model_type"]
@@ -250,7 +253,7 @@ def export_hf(
         raise ConfigError("--hf", str(directory), "must be a new or empty directory")
     if dtype and dtype not in tensors.DTYPES:
         raise ConfigError("--dtype", dtype, "must be one of " + ", ".join(tensors.DTYPES))
-    definition = model.build(configs.resolve(configs.from_json(workdir / CONFIG)))
+    definition = model.build(configs.of_run(workdir))
     with checkpoint.Checkpoints(workdir / "checkpoints") as saves:
         steps = saves.steps()
         if not steps or step not in (None, *steps):
