@@ -22,6 +22,7 @@ from pallas_kernels import hopper, linear_attention
 from pallas_kernels.hopper import inverse
 from pallas_kernels.hopper.forward import forward_pass, prepare
 from pallas_kernels.hopper.forward_inverse import chunk_inverses
+from pallas_kernels.hopper.forward_scan import ROLES
 from pallas_kernels.hopper.table import Choice
 
 # Relative RMS error: o and V' are rounded to bf16 (1.7e-3) and made of bf16 products.
@@ -170,6 +171,14 @@ def test_op_vmapped():
     together = jax.vmap(run)(queries)
     assert jnp.array_equal(together[0], run(queries[0]))
     assert jnp.array_equal(together[1], run(queries[1]))
+
+
+@pytest.mark.parametrize("roles", ROLES.values(), ids=map(str, ROLES))
+def test_warpgroups_take_no_more_registers_than_the_block_was_launched_with(roles):
+    """`setmaxnreg` waits for ever for registers that nobody gives back."""
+    launched = 65536 // (128 * roles.threads) // 8 * 8 * roles.threads
+    taken = roles.state * roles.state_registers + roles.prepare * roles.prepare_registers
+    assert taken + roles.copy_registers <= launched
 
 
 SHAPES = {  # B, T, H, HV, K, V
