@@ -6,9 +6,10 @@ Every parameter is an ``nnx.Param``, created in float32, with three pieces of me
   cast: whether it is only ever used in the activation's dtype, so that it may be given in it
     (`model.cast_to_compute`).
 
-Shape legend: B batch, T time, D model width, H heads, K head dim, F features.
+Shape legend: B batch, T time, D model width, V vocabulary, H heads, K head dim, F features.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm.rows import Rows
-from hybridlm.sharding import per_shard
+from hybridlm.sharding import constrain, per_shard
 from pallas_kernels import short_conv
 
 Initializer = Callable[..., jax.Array]
@@ -77,6 +78,28 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The tokens' rows of the table [B, T, D] in ``dtype``. Their gradients are added up in float32.
+
+    A frequent token has thousands of them: bfloat16 would round their sum off, and GPUs, which cannot add it
+    in memory, would take turns at it.
+    """
+    return constrain(table_VD.astype(dtype), ("vocab", None))[tokens_BT]
+
+
+def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> tuple:
+    return embed(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
+
+
+def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
+    table_VD, tokens_BT = residuals
+    return jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype)), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 class RMSNorm(nnx.Module):

@@ -11,7 +11,6 @@ Shape legend: B rows, T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import loss, mixers, mlps, pattern
-from hybridlm.layers import MLP_INNER, RMSNorm, normal, param
+from hybridlm.layers import MLP_INNER, RMSNorm, embed, normal, param
 from hybridlm.layout import Layout, plan, run_indices
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
@@ -106,18 +105,13 @@ def build(config: Any) -> Definition:
         layers=tuple(specs[name] for name in names),
         plan=plan(names),
         dtype=jnp.dtype(model.dtype),
-        **{
-            k: model[k]
-            for k in (
-                "d_model",
-                "vocab_size",
-                "norm_eps",
-                "norm_unit_offset",
-                "tie_embeddings",
-                "remat",
-                "scan",
-            )
-        },
+        d_model=model.d_model,
+        vocab_size=model.vocab_size,
+        norm_eps=model.norm_eps,
+        norm_unit_offset=model.norm_unit_offset,
+        tie_embeddings=model.tie_embeddings,
+        remat=model.remat,
+        scan=model.scan,
     )
 
 
@@ -155,28 +149,6 @@ class Block(nnx.Module):
         return norm(x) if self.post_norm else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The tokens' rows of the table [B, T, D] in ``dtype``. Their gradients are added up in float32.
-
-    A frequent token has thousands of them: bfloat16 would round their sum off, and GPUs, which cannot add it
-    in memory, would take turns at it.
-    """
-    return constrain(table_VD.astype(dtype), ("vocab", None))[tokens_BT]
-
-
-def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> tuple:
-    return embed(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
-
-
-def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
-    table_VD, tokens_BT = residuals
-    return jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype)), None
-
-
-embed.defvjp(_embed_forward, _embed_backward)
-
-
 class LM(nnx.Module):
     """A decoder-only language model over the stack that ``definition`` plans."""
 
@@ -184,9 +156,8 @@ class LM(nnx.Module):
         d_model, vocab = definition.d_model, definition.vocab_size
         self.definition = definition
         self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
-        self.segments: nnx.List = nnx.List(
-            []
-        )  # of lists of stacked Blocks, shaped like definition.plan.segments
+        # Lists of stacked Blocks, shaped like definition.plan.segments.
+        self.segments: nnx.List = nnx.List([])
         keys = jax.random.split(rngs.params(), len(definition.layers))
         for runs in run_indices(definition.plan):
             self.segments.append(nnx.List([self._stack(indices, keys) for _, indices in runs]))
@@ -357,9 +328,8 @@ def _layers(indices: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
 
 def _gather(cache: Cache, indices: np.ndarray) -> Any:
     """The caches of the layers ``indices`` [repeats, length] as one pytree with those leading axes."""
-    layers = [
-        cache[index if index >= 0 else indices.max()] for index in indices.flat
-    ]  # absent: any of the kind
+    # In the place of an absent layer stands any of its kind.
+    layers = [cache[index if index >= 0 else indices.max()] for index in indices.flat]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(indices.shape + leaves[0].shape), *layers)
 
 

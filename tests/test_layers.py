@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.layers import Linear, RMSNorm, ShortConv, SwiGLU, param, rotate, zeros
+from hybridlm.layers import Linear, RMSNorm, ShortConv, SwiGLU, embed, param, rotate, zeros
 from hybridlm.rows import Rows, single_document
 
 COMPONENTS = Path(__file__).parent / "golden" / "components"
@@ -122,3 +122,11 @@ def test_layers_compute_in_the_activation_dtype_and_mark_their_parameters():
     assert not norm.scale.get_metadata("decay")
     with pytest.raises(ValueError, match="axes"):
         param(RNGS, (2, 3), ("embed",), zeros, decay=True)
+
+
+def test_the_embeddings_gradient_is_a_sum_in_float32():
+    """Of 4096 ones; a sum in bfloat16 stops at 256."""
+    tokens = jnp.zeros((4, 1024), jnp.int32).at[0, 0].set(2)
+    total = lambda table: jnp.sum(embed(table, tokens, jnp.dtype("bfloat16")), dtype=jnp.float32)
+    gradient = jax.grad(total)(jnp.ones((3, 2)))
+    np.testing.assert_array_equal(gradient, [[4095, 4095], [0, 0], [1, 1]])
