@@ -93,7 +93,7 @@ def stored(workdir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or workdir
-        raise RunError(f"{where}: {error.strerror or error}. Checkpoints are intact.") from error
+        raise RunError(f"{where}: {error.strerror or error}. Checkpoints saved before are intact.") from error
 
 
 @dataclasses.dataclass

@@ -87,7 +87,7 @@ def main() -> None:
     print(
         "Written by `python -m tests.write_errors > docs/errors.md`. Exit code 2: refused before anything was"
     )
-    print("compiled or written; 1: the run could not go on, and earlier checkpoints are intact.\n")
+    print("compiled or written; 1: the run could not go on; earlier checkpoints are intact.\n")
     print("| input | exit | message |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         scratch = Path(name)
