@@ -21,7 +21,7 @@ BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
 # Additive: v and dO are bf16 as given, pairs are in two parts: little but the rounding of results is left.
 ADDITIVE = TOLERANCE | dict(q=1.9e-3, k=2.1e-3, log_decay=2.4e-3)
-SPILLS = 600  # bytes stored and loaded again by the chunk kernel: a few registers around its loops
+SPILLS = 600  # bytes (each counted twice) of the chunk kernel: a few registers around its loops
 CASES = {
     "delta": dict(),
     "delta, beta to 2, gates of -5": dict(decay=5.0, beta_max=2.0),
