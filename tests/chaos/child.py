@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import train
 from hybridlm import program, sharding
 
-NONE = -1  # no batch's checksum
-POISONED_AT_MOST = 5
+NONE = (-1, -2, -3, -4, -5)  # no batch's checksums; equal ones XLA would fold, and fuse the rest otherwise
 
 
 def checksum(tokens, numpy):
@@ -25,7 +24,7 @@ def checksum(tokens, numpy):
 
 def main(arguments: list[str]) -> int:
     poisoned = [int(total) for total in os.environ["CHAOS_POISON"].split(",") if total]
-    poisoned += [NONE] * (POISONED_AT_MOST - len(poisoned))  # one program, whether poisoned or not: its bits
+    poisoned += NONE[len(poisoned) :]  # poisoned or not, one program up to constants, and so the same bits
     honest, put = program.lm.loss_fn, sharding.put_batch
 
     def loss_fn(definition, params, batch, **options):

@@ -153,6 +153,8 @@ def poison(trial: Trial, chance: random.Random) -> bool:
     kill(trial, chance)
     newest = trial.newest()
     begin = int(newest.name) if newest else 0
+    if begin == STEPS:
+        return False  # it had ended before it could be killed
     first = chance.randint(min(begin + 1, STEPS - 5), STEPS - 5)
     code = trial.run(poison=tuple(range(first, first + 5)))
     trial.refused(1, r"not finite, \d updates in a row since step \d+; .* hybridlm\.replay", code)
