@@ -26,6 +26,7 @@ log = logging.getLogger("hybridlm")
 
 HEARTBEAT_SECONDS = 40  # until a host that vanished is given up
 VERDICT_SECONDS = 20  # that a process waits, after a failed collective, to hear who is gone
+LEAVE_SECONDS = 5  # that process 0 waits for the others to end first: JAX aborts who is left without it
 PORT_KEY = "hybridlm/peers"
 INTACT = "Earlier checkpoints are intact: start all processes again with --resume=auto"
 
@@ -103,6 +104,7 @@ class Peers:
     def __init__(self) -> None:
         self.index, self.who = jax.process_index(), f"pid {os.getpid()} on {socket.gethostname()}"
         self.sockets: dict[int, socket.socket] = {}
+        self.listeners: list[threading.Thread] = []
         self.leaving = False
         self.lock = threading.Lock()
         joined = jax._src.distributed.global_state
@@ -122,7 +124,7 @@ class Peers:
             connection.settimeout(None)
             self.sockets[0] = connection
             self._send(0, {"token": token, "index": self.index, "who": self.who})
-            threading.Thread(target=self._listen, args=(0, "", connection), daemon=True).start()
+            self._start_listening(0, "", connection)
 
     def _welcome(self, connection: socket.socket, token: str) -> None:
         try:
@@ -134,8 +136,11 @@ class Peers:
             return
         connection.settimeout(None)
         self.sockets[hello["index"]] = connection
-        args = (hello["index"], f" ({hello['who']})", connection)
-        threading.Thread(target=self._listen, args=args, daemon=True).start()
+        self._start_listening(hello["index"], f" ({hello['who']})", connection)
+
+    def _start_listening(self, *args: Any) -> None:
+        self.listeners.append(threading.Thread(target=self._listen, args=args, daemon=True))
+        self.listeners[-1].start()
 
     def _listen(self, index: int, who: str, connection: socket.socket) -> None:
         try:
@@ -156,10 +161,8 @@ class Peers:
     def _end(self, message: str, code: int) -> None:
         """Tells everyone that this process can reach, and ends: the main thread may hang in a collective."""
         with self.lock:
-            for index in self.sockets if self.index == 0 else ():
-                self._send(index, {"end": message, "code": code})
             print(f"error: {message}", file=sys.stderr, flush=True)
-            os._exit(code)
+            self._exit(code, message if self.index == 0 else "")
 
     def goodbye(self) -> None:
         self.leaving = True
@@ -169,8 +172,16 @@ class Peers:
     def fail(self, message: str, code: int) -> None:
         """The caller has said ``message`` already; here it is told to the others."""
         with self.lock:
-            self.leaving = True
-            for index in self.sockets:
-                self._send(index, {"end": f"process {self.index} ({self.who}): {message}", "code": code})
             sys.stdout.flush()
-            os._exit(code)
+            self._exit(code, f"process {self.index} ({self.who}): {message}")
+
+    def _exit(self, code: int, message: str) -> None:
+        """The end of this process, once the others have heard ``message``, if any."""
+        self.leaving = True
+        for index in self.sockets if message else ():
+            self._send(index, {"end": message, "code": code})
+        deadline = time.monotonic() + LEAVE_SECONDS
+        for listener in self.listeners if self.index == 0 else ():  # ends with the process it listens to
+            if listener is not threading.current_thread():
+                listener.join(max(0.0, deadline - time.monotonic()))
+        os._exit(code)

@@ -39,8 +39,12 @@ def test_stopped_then_killed_then_resumed_alone(tmp_path):
     running[victim].send_signal(signal.SIGKILL)
     codes = multiprocess.finish(running, seconds=60)
     other = (logs / str(1 - victim)).read_text()
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, other
-    assert re.search(rf"error: process {victim}.* ended without a word: killed or crashed", other)
+    assert codes[victim] == -signal.SIGKILL, other
+    if victim == 0 and codes[1] == -signal.SIGABRT:  # JAX, whose service process 0 carries, was quicker
+        assert "another task died" in other
+    else:
+        assert codes[1 - victim] == 1, other
+        assert re.search(rf"error: process {victim}.* ended without a word: killed or crashed", other)
 
     config = configs.resolve(tiny.config(text, **FIELDS))
     trainer.train(config, workdir, resume="must")
