@@ -67,8 +67,9 @@ class Keep(NamedTuple):
     best: int
     metric: str
 
-    def score(self, metrics: dict[str, float | None]) -> float:
-        value = metrics[self.metric]
+    def score(self, metrics: dict[str, float | None] | None) -> float:
+        """metrics: None for the remains of a checkpoint whose removal was killed; then they go too."""
+        value = metrics[self.metric] if metrics else None
         return math.inf if value is None else value
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:

@@ -1,6 +1,7 @@
 import json
 import logging
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -206,6 +207,18 @@ def test_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="checkpoints cannot be kept there"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_removal_cut_short_by_a_kill_is_ended_by_the_next_save(tmp_path):
+    save(tmp_path, {3: 0.3, 5: 0.5, 7: 0.7}, last=2, best=1)
+    for entry in (tmp_path / "3").iterdir():
+        if entry.name != "step":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    checkpoint.mend(tmp_path)
+    save(tmp_path, {9: None}, last=2, best=1)
+    with Checkpoints(tmp_path) as saves:
+        assert saves.steps() == [5, 7, 9]
+        jax.tree.map(np.testing.assert_array_equal, saves.restore(9, shapes(state(0))), state(9))
 
 
 def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
