@@ -7,6 +7,7 @@ config and the step are all the randomness there is. Arrays are global: what one
 Every file is hashed before the directory gets its name (`hybridlm.seal`), and again before it is read.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -235,9 +236,14 @@ class Checkpoints:
 
     def _clear_marks(self) -> None:
         """Orbax writes the path of a checkpoint into it, and with it the user's name; it reads it nowhere."""
-        for mark in self.directory.glob(f"[0-9]*/{COMMITTED}") if jax.process_index() == 0 else ():
-            if mark.stat().st_size > len("committed\n"):
-                mark.write_text("committed\n")
+        for mark in self._marks() if jax.process_index() == 0 else ():
+            with contextlib.suppress(FileNotFoundError):  # its checkpoint is being removed
+                if mark.stat().st_size > len("committed\n"):
+                    mark.write_text("committed\n")
+
+    def _marks(self) -> list[Path]:
+        """Of complete checkpoints; one being written may have its mark already, under a name of its own."""
+        return [mark for mark in self.directory.glob(f"*/{COMMITTED}") if mark.parent.name.isdigit()]
 
     def _verify(self, step: int) -> None:
         """RunError when the files of ``step`` are not what was written; each step is read once for this."""
@@ -252,7 +258,7 @@ class Checkpoints:
 
     def _intact(self) -> str:
         """By what is on disk: Orbax counts a save among its steps before it has succeeded."""
-        steps = [int(mark.parent.name) for mark in self.directory.glob(f"[0-9]*/{COMMITTED}")]
+        steps = [int(mark.parent.name) for mark in self._marks()]
         return f"the checkpoint at step {max(steps)} is intact" if steps else "no earlier checkpoint exists"
 
     def _without(self, step: int) -> str:

@@ -174,6 +174,9 @@ def test_unreadable_checkpoint_is_named(tmp_path):
 def test_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     save(tmp_path, {3: None})
     with Checkpoints(tmp_path) as saves:
+        half_written = tmp_path / "4.orbax-checkpoint-tmp"
+        half_written.mkdir()
+        (half_written / checkpoint.COMMITTED).write_text("committed\n")
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
         with pytest.raises(
             RunError, match=r"step 5 needs 76 bytes .* 10 free; the checkpoint at step 3 is intact"
