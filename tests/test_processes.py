@@ -10,7 +10,7 @@ from hybridlm import config as configs
 from hybridlm import trainer
 from hybridlm.errors import ConfigError
 from hybridlm.processes import join
-from tests import multiprocess, tiny
+from tests import process_runs, tiny
 
 FIELDS = {
     "model__pattern": "retnet",
@@ -25,19 +25,19 @@ FIELDS = {
 def test_stopped_then_killed_then_resumed_alone(tmp_path):
     text = tiny.write_text(tmp_path)
     workdir, logs = tmp_path / "run", tmp_path / "logs"
-    arguments = multiprocess.arguments(tmp_path, workdir, **FIELDS)
-    running = multiprocess.start(2, arguments, logs)
-    multiprocess.await_lines(workdir, 2, running)
+    arguments = process_runs.arguments(tmp_path, workdir, **FIELDS)
+    running = process_runs.start(2, arguments, logs)
+    process_runs.await_lines(workdir, 2, running)
     running[1].send_signal(signal.SIGTERM)  # to one: both leave, after the same step
-    assert multiprocess.finish(running, seconds=60) == [3, 3]
+    assert process_runs.finish(running, seconds=60) == [3, 3]
     stopped = [re.findall(r"complete checkpoint at step \d+", (logs / str(i)).read_text()) for i in (0, 1)]
     assert stopped[0] == stopped[1] != []
 
-    running = multiprocess.start(2, arguments, logs)
-    multiprocess.await_lines(workdir, len(tiny.lines(workdir)) + 2, running)
+    running = process_runs.start(2, arguments, logs)
+    process_runs.await_lines(workdir, len(tiny.lines(workdir)) + 2, running)
     victim = random.Random().randint(0, 1)
     running[victim].send_signal(signal.SIGKILL)
-    codes = multiprocess.finish(running, seconds=60)
+    codes = process_runs.finish(running, seconds=60)
     other = (logs / str(1 - victim)).read_text()
     assert codes[victim] == -signal.SIGKILL, other
     if victim == 0 and codes[1] == -signal.SIGABRT:  # JAX, whose service process 0 carries, was quicker
@@ -61,10 +61,10 @@ def test_a_failure_of_one_is_told_by_all(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     with trainer.Lock(workdir):
-        running = multiprocess.start(
-            2, multiprocess.arguments(tmp_path, workdir, **FIELDS), tmp_path / "logs"
+        running = process_runs.start(
+            2, process_runs.arguments(tmp_path, workdir, **FIELDS), tmp_path / "logs"
         )
-        assert multiprocess.finish(running, seconds=100) == [2, 2]
+        assert process_runs.finish(running, seconds=100) == [2, 2]
     for index in (0, 1):
         assert "is in use by process" in (tmp_path / "logs" / str(index)).read_text()
     assert re.search(r"process 0 \(pid \d+ on .*\): error: --workdir", (tmp_path / "logs" / "1").read_text())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests import multiprocess
+from tests import process_runs
 from tests.chaos.trial import STEPS, Trial, finish
 
 
@@ -196,12 +196,12 @@ def processes(trial: Trial, chance: random.Random) -> bool:
     victim = chance.randint(0, 1)
     if running[victim].poll() is None and running[1 - victim].poll() is None:
         running[victim].kill()
-        code = multiprocess.finish(running, 60)[1 - victim]
+        code = process_runs.finish(running, 60)[1 - victim]
         said = (trial.log / str(1 - victim)).read_text()
         assert code in (0, 1), f"exit code {code} of the survivor"
         assert code == 0 or f"process {victim}" in said, "the survivor does not name the dead"
     else:
-        multiprocess.finish(running, 60)
+        process_runs.finish(running, 60)
     return False
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import multiprocess, tiny
+from tests import process_runs, tiny
 from tests.chaos.child import checksum
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ class Trial:
 
     def start_two(self) -> list[subprocess.Popen]:
         self.starts += 1
-        return multiprocess.start(2, self.arguments, self.folder / f"log-{self.starts}")
+        return process_runs.start(2, self.arguments, self.folder / f"log-{self.starts}")
 
     @property
     def log(self) -> Path:
@@ -95,7 +95,7 @@ class Trial:
     def run(self, *more: str, poison: tuple[int, ...] = ()) -> int:
         """A start that nothing happens to; its exit code."""
         if self.kind == "two processes":
-            return max(multiprocess.finish(self.start_two(), SECONDS))
+            return max(process_runs.finish(self.start_two(), SECONDS))
         return finish(self.start(*more, pause="0", poison=poison))
 
     def refused(self, code: int, pattern: str, found: int) -> bool:

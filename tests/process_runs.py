@@ -1,6 +1,6 @@
 """Runs train.py as several real processes on this machine (CPU, gloo), for tests and for docs/trust.md.
 
-python -m tests.multiprocess        prints the table of docs/trust.md
+python -m tests.process_runs        prints the table of docs/trust.md
 """
 
 import os
