@@ -3,6 +3,7 @@
 0 done, 1 it could not go on, 2 bad input, 3 stopped as asked with a complete checkpoint, 130 interrupted.
 """
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,7 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
     interrupted: what to tell a user who pressed Ctrl-C. Only an error of the program shows a traceback.
     """
     code, message = 0, ""
+    ignore_abandoned_writes()
     try:
         code = body() or 0
     except ConfigError as error:
@@ -35,3 +37,12 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
         print(private.hide(message), file=sys.stderr, flush=True)
     processes.leave(code, private.hide(message))
     return code
+
+
+def ignore_abandoned_writes() -> None:
+    """Orbax closes its event loop at the first write that fails; what its others say then is no news."""
+    show = sys.unraisablehook
+    is_news = lambda unraisable: str(unraisable.exc_value) != "Event loop is closed"
+    sys.unraisablehook = lambda unraisable: show(unraisable) if is_news(unraisable) else None
+    abandoned = lambda text: "never retrieved" in text and "orbax" in text
+    logging.getLogger("asyncio").addFilter(lambda record: not abandoned(record.getMessage()))

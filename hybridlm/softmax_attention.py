@@ -166,6 +166,13 @@ def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array, scal
     return o.reshape(batch, length, heads, v.shape[-1])
 
 
+def slots(tokens: int) -> int:
+    """Slots of a cache for ``tokens`` tokens: many are a multiple of 1024, or XLA, which splits the sum over
+    a long cache, copies it at every step into whole parts (docs/eval.md, decoding).
+    """
+    return tokens if tokens <= 16384 else -(-tokens // 1024) * 1024
+
+
 def packed_indices(rows: Rows, start: jax.Array | int, window: int) -> tuple[jax.Array, jax.Array]:
     """(index_T, first_BT) of tokens whose first is at place ``start`` of the row."""
     index_T = start + jnp.arange(rows.positions.shape[1], dtype=jnp.int32)

@@ -1,5 +1,8 @@
 """Exit codes and last lines of commands, as docs and launchers rely on them."""
 
+import subprocess
+import sys
+
 import pytest
 
 from hybridlm import cli
@@ -49,3 +52,28 @@ def test_the_home_directory_is_not_printed(capsys, monkeypatch):
 
     cli.run(body)
     assert capsys.readouterr().err == "error: ~/runs/x is full\n"
+
+
+ONE_OF_MANY_WRITES_FAILS = """
+import resource, sys, tempfile
+from pathlib import Path
+import jax.numpy as jnp
+from hybridlm import cli
+from hybridlm.checkpoint import Checkpoints
+from tests.test_checkpoint import record
+
+def body():
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as saves:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))
+        saves.save(5, {"params": {str(i): jnp.arange(1 << 16) for i in range(40)}}, record(5), {})
+
+sys.exit(cli.run(body))
+"""
+
+
+def test_a_failed_save_is_one_line():
+    """Without `ignore_abandoned_writes` some 35 tracebacks of Orbax's other writes come with it."""
+    script = [sys.executable, "-c", ONE_OF_MANY_WRITES_FAILS]
+    ended = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "could not be written" in ended.stderr
+    assert "Traceback" not in ended.stderr

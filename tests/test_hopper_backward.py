@@ -35,17 +35,19 @@ CASES = {
 
 def make_case(
     tokens=128, value_heads=1, dim=64, delta=True, decay=1.0, documents=False, l2norm=True, beta_max=1.0,
-    pieces=1,
+    pieces=1, value_dim=None,
 ):  # fmt: skip
-    """(Call, gradient of o, gradient of the final state); decay 0 means none."""
+    """(Call, gradient of o, gradient of the final state); decay 0 means none; value_dim: dim unless given."""
+    value_dim = value_dim or dim
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), BF16)
     q, k = normal(1, tokens, 1, dim), normal(1, tokens, 1, dim)
     if not l2norm:
         k = k * jnp.asarray(dim**-0.5, BF16)
-    v, do = normal(1, tokens, value_heads, dim), normal(1, tokens, value_heads, dim)
+    v, do = normal(1, tokens, value_heads, value_dim), normal(1, tokens, value_heads, value_dim)
     gate = jnp.asarray(rng.normal(size=(1, tokens, value_heads)), jnp.float32)
-    state, d_state = (jnp.asarray(rng.normal(size=(1, value_heads, dim, dim)), jnp.float32) for _ in range(2))
+    shape = 1, value_heads, dim, value_dim
+    state, d_state = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
     ids = np.sort(rng.integers(0, 12, (1, tokens)))
     call = Call(
         q=q,

@@ -32,6 +32,8 @@ CASES = {
     "delta, two warpgroups": (dict(tokens=130, dim=128, decay=0.0), Choice(128)),
     "delta, documents, groups": (dict(documents=True, value_heads=2, tokens=100), Choice(64)),
     "delta, pieces": (dict(documents=True, tokens=128, decay=0.1), Choice(64, 2)),
+    "delta, pieces, few values": (dict(tokens=128, decay=0.1, dim=128, value_dim=64), Choice(64, 2)),
+    "delta, pieces, many values": (dict(tokens=128, decay=0.1, value_dim=128), Choice(64, 2)),
     "additive, pieces": (dict(delta=False, l2norm=False, tokens=256, decay=0.1), Choice(64, 4)),
     "additive, strong decay": (dict(delta=False, l2norm=False, decay=20.0), Choice(64)),
 }

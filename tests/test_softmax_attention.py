@@ -9,7 +9,7 @@ import pytest
 
 from hybridlm import softmax_attention
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, fused, packed_indices
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, fused, packed_indices, slots
 
 POSITIONS = np.stack([np.r_[np.arange(5), np.arange(1), np.arange(17)], np.r_[np.arange(3), np.arange(20)]])
 
@@ -101,3 +101,10 @@ def test_cache_in_pieces_equals_the_whole(arrays, pieces, window):
         outputs.append(output)
         at += piece
     np.testing.assert_allclose(np.concatenate(outputs, 1), naive(*arrays, POSITIONS, 0.4, window), atol=2e-6)
+
+
+def test_long_caches_are_whole_blocks():
+    """With room for every token, a sixteenth to spare at most, and short ones exact."""
+    for tokens in (1, 23, 16384, 16385, 17408, 262144 + 64):
+        size = slots(tokens)
+        assert size == tokens if tokens <= 16384 else size % 1024 == 0 and tokens <= size < tokens * 17 / 16

@@ -17,7 +17,7 @@ from hybridlm.layers import Linear, RMSNorm, rotate
 from hybridlm.linear_mixer import merge_heads, split_heads
 from hybridlm.mixers import Cost, TokenMixer, at_least, one_of, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Mixer(TokenMixer):
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache:
         window = self.config.window
-        size = min(window, max_length) if window else max_length
+        size = min(window, max_length) if window else slots(max_length)
         shape = (batch, size, self.kv_heads, self.config.head_dim)
         return TokenCache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.int32(0))
 

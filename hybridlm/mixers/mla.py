@@ -20,7 +20,7 @@ from hybridlm.layers import Linear, RMSNorm, rotate
 from hybridlm.linear_mixer import merge_heads, split_heads
 from hybridlm.mixers import Cost, TokenMixer, at_least, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Mixer(TokenMixer):
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache:
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
-        return TokenCache(jnp.zeros((batch, max_length, width), dtype), jnp.int32(0))
+        return TokenCache(jnp.zeros((batch, slots(max_length), width), dtype), jnp.int32(0))
 
 
 def cost(config: Config, d_model: int) -> Cost:

@@ -8,8 +8,8 @@
     S <- exp(G_C) [one document] S + (f K)^T V'.
 W = A beta e K and U = A beta V, the usual intermediates of the delta rule, never exist.
 
-Where sequences times heads leave most of the GPU idle, each sequence is cut into pieces (pieces.py): two
-short scans give what every piece does to the state, and the full scan runs all pieces at once.
+Where sequences times heads leave most of the GPU idle, each sequence is cut into pieces (pieces.py): a short
+scan gives what every piece does to the state, and the full scan runs all pieces at once.
 """
 
 import dataclasses
@@ -46,11 +46,9 @@ def forward_pass(
 def _starts(inputs: Inputs, inverses: jax.Array | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:
     """What each piece does to the state, and S^T before each piece [B * pieces, HV, V, K] float32."""
     alone = dataclasses.replace(inputs, state=None)
-    summary = Scan(alone, inverses, choice.value_tile, choice.pieces, "summary")().final
+    summary = Scan(alone, inverses, choice.value_tile, choice.pieces, "summary")()
     if inverses is None:
         moves = pieces.factors(inputs, choice.pieces)
     else:
-        key_tile = min(choice.value_tile, inputs.k.shape[-1])
-        moves = Scan(alone, inverses, key_tile, choice.pieces, "transition")().final
-        moves = moves.reshape(inputs.k.shape[0], choice.pieces, *moves.shape[1:])
-    return moves, pieces.chain(moves, summary, inputs.state)
+        moves = summary.moves.reshape(inputs.k.shape[0], choice.pieces, *summary.moves.shape[1:])
+    return moves, pieces.chain(moves, summary.final, inputs.state)

@@ -45,12 +45,15 @@ class Scanned(NamedTuple):
     """Results of `scan`; None for what was not asked for.
 
     o: [B, T, HV, V] bf16.  final: S^T after each piece [B * pieces, HV, V, K] float32.
+    moves: what each piece does to the state it starts from: S^T after it when it starts from the identity and
+    writes no values, [B * pieces, HV, K, K] float32.
     states: S^T before each chunk [B, HV, T/C, V, K] bf16.  With the delta rule also gates [B, HV, T/C, 8, C]
     float32 and values, V' [B, T, HV, V] bf16.
     """
 
     o: Any = None
     final: Any = None
+    moves: Any = None
     gates: Any = None
     states: Any = None
     values: Any = None
@@ -60,10 +63,9 @@ class Scanned(NamedTuple):
 class Scan:
     """One compiled scan.
 
-    mode: "output"; "summary", the state after each piece alone; "transition", the same with no values and
-    the identity for S_0, so that the result is what a piece does to the state it starts from. pieces: every
-    sequence is cut into so many equal runs of chunks, each with its own initial state. final: also return
-    the last states. keep: also return what the backward pass wants.
+    mode: "output"; "summary", the state after each piece alone, and with the delta rule its moves. pieces:
+    every sequence is cut into so many equal runs of chunks, each with its own initial state. final: also
+    return the last states. keep: also return what the backward pass wants.
     """
 
     inputs: Inputs
@@ -78,18 +80,16 @@ class Scan:
         i = self.inputs
         batch, length, heads, key_dim = i.k.shape
         value_heads, value_dim = i.v.shape[2:]
-        output, transition = self.mode == "output", self.mode == "transition"
-        value_dim = key_dim if transition else value_dim
-        delta = self.inverses is not None
-        roles = ROLES[self.value_tile]
+        output, delta = self.mode == "output", self.inverses is not None
+        moves = delta and not output  # one warpgroup holds 64 values, the other 64 rows of the moves
+        roles = ROLES[128 if moves else self.value_tile]
         tiles = roles.state
+        value_tiles = 1 if moves else tiles
         chunks = length // C
         names = ("log_decay", "beta", "segment", "entering")
         vectors = Vectors(i, names)
 
-        stage = 2 * C * (key_dim * (1 + output) + C * (tiles * (not transition) + delta)) + 4 * C * len(
-            vectors
-        )
+        stage = 2 * C * (key_dim * (1 + output) + C * (value_tiles + delta)) + 4 * C * len(vectors)
         fixed = AHEAD * (2 * C * C * output + 32 * C)
         fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
         stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
@@ -98,6 +98,9 @@ class Scan:
             o=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
             final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
             if self.final or not output
+            else None,
+            moves=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, key_dim, key_dim), F32)
+            if moves
             else None,
             gates=jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
             if self.keep and delta
@@ -110,14 +113,14 @@ class Scan:
             else None,
         )
         results = {name: value for name, value in results.items() if value is not None}
-        arrays = dict(q=i.q if output else None, k=i.k, v=None if transition else i.v)
+        arrays = dict(q=i.q if output else None, k=i.k, v=i.v)
         arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays, strict=True)}
-        arrays |= dict(a=self.inverses, initial=None if transition else i.state)
+        arrays |= dict(a=self.inverses, initial=i.state)
         arrays = {name: value for name, value in arrays.items() if value is not None}
         scratch = dict(
             k=blocks.smem((stages, C, key_dim), BF16),
             q=blocks.smem((stages, C, key_dim), BF16) if output else None,
-            v=None if transition else blocks.smem((stages, tiles, C, C), BF16),
+            v=blocks.smem((stages, value_tiles, C, C), BF16),
             a=blocks.smem((stages, C, C), BF16) if delta else None,
             vectors=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
             gates=plgpu.SMEM((AHEAD, 8, C), F32),
@@ -126,7 +129,7 @@ class Scan:
             states=blocks.smem((tiles, C, key_dim), BF16) if self.keep else None,
             values=blocks.smem((tiles, C, C), BF16) if self.keep and delta else None,
             filled=plgpu.Barrier(
-                num_arrivals=1 + output + tiles * (not transition) + delta + len(vectors), num_barriers=stages
+                num_arrivals=1 + output + value_tiles + delta + len(vectors), num_barriers=stages
             ),
             free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
             ready=plgpu.Barrier(num_barriers=AHEAD),
@@ -144,24 +147,29 @@ class Scan:
                 b=blocks.div(b, self.pieces),
                 head=head,
                 key_head=blocks.div(head, value_heads // heads),
-                first_value=value_block * self.value_tile,
+                value_block=value_block,
+                first_value=blocks.rem(value_block, value_dim // C) * C
+                if moves
+                else value_block * self.value_tile,
+                first_key=blocks.rem(value_block, key_dim // C) * C,
                 count=chunks // self.pieces,
                 first=blocks.rem(b, self.pieces) * (chunks // self.pieces),
                 stages=stages,
-                tiles=tiles,
+                value_tiles=value_tiles,
                 roles=roles,
                 vectors=vectors,
                 delta=delta,
                 output=output,
-                transition=transition,
                 key_dim=key_dim,
                 keep_gates=self.keep and delta,
             )
 
-            @pl.when(wg < tiles)
+            @pl.when(wg < (1 if moves else tiles))
             def _() -> None:
-                plgpu.set_max_registers(roles.state_registers, action="increase")
-                self.hold_state(at, wg)
+                self.hold_state(at, 0 if moves else wg)
+
+            if moves:
+                pl.when(wg == 1)(lambda: self.hold_state(at, 0, moves=True))
 
             @pl.when((wg >= tiles) & (wg < tiles + roles.prepare))
             def _() -> None:
@@ -183,7 +191,11 @@ class Scan:
             interpret=i.interpret,
             manual_barriers=True,
             out_type=list(results.values()),
-            grid=(batch * self.pieces, value_heads, value_dim // self.value_tile),
+            grid=(
+                batch * self.pieces,
+                value_heads,
+                max(value_dim, key_dim) // C if moves else value_dim // self.value_tile,
+            ),
             grid_names=("b", "h", "v"),
             num_threads=roles.threads,
             thread_name="wg",
@@ -201,7 +213,7 @@ class Scan:
                 plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head], smem.q.at[slot], barrier)
             if at.delta:
                 plgpu.copy_gmem_to_smem(refs.a.at[at.b, at.head, rows], smem.a.at[slot], barrier)
-            for tile in range(0 if at.transition else at.tiles):
+            for tile in range(at.value_tiles):
                 columns = pl.ds(at.first_value + tile * C, C)
                 plgpu.copy_gmem_to_smem(
                     refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
@@ -272,14 +284,14 @@ class Scan:
         scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
         blocks.store(smem.scores.at[ahead], scores.astype(BF16), interpret=i.interpret)
 
-    def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
+    def hold_state(self, at: SimpleNamespace, wg: Any, moves: bool = False) -> None:
+        """The state of 64 values; with ``moves`` of 64 rows of the identity, without values."""
+        plgpu.set_max_registers(at.roles.state_registers, action="increase")
         i, smem, refs = self.inputs, at.smem, at.refs
-        columns = pl.ds(at.first_value + wg * C, C)
+        columns = pl.ds((at.first_key if moves else at.first_value) + wg * C, C)
         shape = (C, at.key_dim)
-        if at.transition:
-            state = jnp.where(
-                blocks.row_index(shape) + (at.first_value + wg * C) == blocks.col_index(shape), 1.0, 0.0
-            )
+        if moves:
+            state = jnp.where(blocks.row_index(shape) + at.first_key == blocks.col_index(shape), 1.0, 0.0)
         elif i.state is None:
             state = blocks.zeros(shape)
         else:
@@ -305,7 +317,7 @@ class Scan:
             reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
             read = blocks.products(*reads, interpret=i.interpret)
             plgpu.barrier_wait(smem.ready.at[ahead])
-            value: Any = 0.0 if at.transition else blocks.tile(smem.v.at[slot, wg].T)
+            value: Any = 0.0 if moves else blocks.tile(smem.v.at[slot, wg].T)
             if at.delta:
                 beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
                 value = (value - read[0] * by_token(READ_K)) * beta
@@ -333,5 +345,10 @@ class Scan:
 
         state = lax.fori_loop(0, at.count, step, state)
         if self.final or not at.output:
-            refs.final.at[at.piece, at.head, columns][...] = state
+            last = refs.moves if moves else refs.final
+
+            @pl.when(at.value_block < last.shape[2] // C)  # where K is not V, the smaller is held twice
+            def _() -> None:
+                last.at[at.piece, at.head, columns][...] = state
+
         plgpu.wait_smem_to_gmem(0)
