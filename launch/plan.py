@@ -54,7 +54,7 @@ def facts(runs: Sequence[Run]) -> dict[str, Facts]:
 
 def hours(flops: float, device: str, mfu: float) -> float:
     """Hours of ``flops`` at ``mfu`` of one device's peak. device: a name in `cost.PEAK_FLOPS`, or "cpu"."""
-    peak = cpu_flops() if device == CPU else cost.peak_flops(device)
+    peak = cpu_flops() if device == CPU else cost.PEAK_FLOPS.get(device)
     if peak is None:
         known = (*cost.PEAK_FLOPS, CPU)
         raise ConfigError("--device", device, "has no known peak", nearest(device, known))

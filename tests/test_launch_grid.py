@@ -147,7 +147,7 @@ def test_zip_of_unequal_lengths():
         (["--config=configs/sweeps/ratio_mqr.py"], ["Did you mean 'configs/sweeps/ratio_mqar.py'"]),
         (["--config=configs/quickstart.py"], ["defines no function get_sweep", "train.py runs configs"]),
         (["--config=configs/sweeps/ratio_mqar.py", "--config.train.stepz=1"], ["train.stepz", "'steps'"]),
-        (["--config=configs/sweeps/ratio_mqar.py", "--dry_run", "--device=H10"], ["--device", "'H100'"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--dry_run", "--device=H1000"], ["--device", "'H100'"]),
         (["--config=configs/sweeps/ratio_mqar.py", "--launcher=slurm", "--engine", "gpu=8"], ["'gpus'"]),
         (
             ["--config=configs/sweeps/ratio_mqar.py", "--launcher=slurm", "--engine", "gpus=two"],
