@@ -170,7 +170,7 @@ def slots(tokens: int) -> int:
     """Slots of a cache for ``tokens`` tokens: many are a multiple of 1024, or XLA, which splits the sum over
     a long cache, copies it at every step into whole parts (docs/eval.md, decoding).
     """
-    return tokens if tokens <= 16384 else -(-tokens // 1024) * 1024
+    return tokens if tokens <= 65536 else -(-tokens // 1024) * 1024
 
 
 def packed_indices(rows: Rows, start: jax.Array | int, window: int) -> tuple[jax.Array, jax.Array]:

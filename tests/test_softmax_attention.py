@@ -104,7 +104,7 @@ def test_cache_in_pieces_equals_the_whole(arrays, pieces, window):
 
 
 def test_long_caches_are_whole_blocks():
-    """With room for every token, a sixteenth to spare at most, and short ones exact."""
-    for tokens in (1, 23, 16384, 16385, 17408, 262144 + 64):
+    """With room for every token, a sixty-fourth to spare at most, and short ones exact."""
+    for tokens in (1, 23, 65536, 65537, 66560, 262144 + 64):
         size = slots(tokens)
-        assert size == tokens if tokens <= 16384 else size % 1024 == 0 and tokens <= size < tokens * 17 / 16
+        assert size == tokens if tokens <= 65536 else size % 1024 == 0 and tokens <= size < tokens * 65 / 64
