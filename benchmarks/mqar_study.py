@@ -5,8 +5,9 @@
 Two layers without MLP and a tied head, as in Zoology, at d_model 128 and 8192 ids; trained on (length, pairs)
 x examples: (64, 4) x 100k, (128, 8), (256, 16), (256, 32), (256, 64) x 20k; tested on (64, 4), (64, 8), (64,
 16), (128, 32), (256, 64), (512, 128), (1024, 256) x 1000; the score is the mean over these slices.
-Mixers have the state sizes of the published curves. What differs from there: no BaseConv before a mixer, but
-the linear ones' own short convolution of 4; slices are mixed in a batch; fewer epochs (in the table).
+Mixers have the state sizes of the published curves. What differs from there: both layers are of the mixer, with
+the linear ones' own short convolution of 4, where theirs are a BaseConv and the mixer, so that their "attention"
+is nearest to "hybrid" here; slices are mixed in a batch; fewer epochs (in the table).
 
 Prints a table and writes JSON to --output. Needs JAX, Flax, Optax and NumPy, and of the project's other
 dependencies only pyarrow and tokenizers, which `hybridlm.data` imports.
