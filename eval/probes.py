@@ -49,7 +49,7 @@ def recall(tested: Subject, length: int, samples: int, seed: int = 0) -> Grid:
     if tested.tokenizer is None:
         return _recall_mqar(tested, length, samples)
     cells, asked, distances = [], [], np.zeros((len(PAIRS), DEPTHS))
-    for row, pairs in enumerate(PAIRS):
+    for row, pairs in reversed([*enumerate(PAIRS)]):  # so that an error names the length that all need
         for column in range(DEPTHS):
             for index in range(samples):
                 rng = random.Random(f"{seed} {pairs} {column} {index}")

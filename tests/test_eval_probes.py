@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from eval import probes, subject
+from eval.tasks import base
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.data import tokenizer
@@ -80,6 +82,16 @@ def test_needles_stand_where_they_are_wanted(tested):
     tokens, (start, end) = probes.example(tested, 1000)
     shown = tested.text_tokenizer.decode(tokens[start:end])
     assert shown.startswith("One of the special") and shown.endswith(".")
+
+
+def test_a_length_too_short_is_told_what_all_rows_need(tested, monkeypatch):
+    """Not what the smallest needs, at which the next row would be refused."""
+    needed = r"at least (\d+) tokens"
+    with pytest.raises(base.TooShort, match=needed) as refused:
+        probes.recall(tested, 400, samples=1)
+    length = int(re.search(needed, str(refused.value))[1]) + 16  # 16 for the answer
+    monkeypatch.setattr(subject.Subject, "log_likelihoods", lambda self, asked: [(0.0, True)] * len(asked))
+    assert probes.recall(tested, length + 100, samples=1).accuracy.min() == 1  # keys differ in length
 
 
 def test_pictures_and_readings(tested, tmp_path, monkeypatch):
