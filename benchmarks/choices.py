@@ -39,7 +39,7 @@ def additive(choice: Choice, shape: tuple[int, ...]) -> Choice:
 def lower(function: Callable, x: Any, shape: tuple[int, ...], choice: Choice) -> Any:
     """The function with this choice in place of the table's."""
     chosen = table.forward, table.backward
-    table.forward = lambda *_, **__: choice
+    table.forward = lambda *_: choice
     table.backward = lambda *call: choice if call[-1] else additive(choice, shape)
     try:
         return jax.jit(function).lower(x)

@@ -135,7 +135,7 @@ def test_gradients_on_gpu(name, dim, monkeypatch):
     from pallas_kernels import hopper
 
     if "pieces" in CASES[name]:
-        monkeypatch.setattr(table, "forward", lambda *shapes, moves: table.Choice(64, CASES[name]["pieces"]))
+        monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, CASES[name]["pieces"]))
         monkeypatch.setattr(table, "backward", lambda *shapes: table.Choice(dim, CASES[name]["pieces"]))
     call, do, d_state = make_case(**{"tokens": 512} | CASES[name] | {"dim": dim})
     _, _, want, _ = expect(call, do, d_state)

@@ -19,7 +19,7 @@ if jax.__version__ != hopper_aot.KERNEL_JAX:
 from test_hopper_backward import less_identity, make_case, relative_error
 
 from pallas_kernels import hopper, linear_attention
-from pallas_kernels.hopper import inverse
+from pallas_kernels.hopper import inverse, table
 from pallas_kernels.hopper.forward import forward_pass, prepare
 from pallas_kernels.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.hopper.forward_scan import ROLES
@@ -107,6 +107,14 @@ def test_inverse_thread_by_thread(cosine, beta, tolerance, monkeypatch):
     want = np.linalg.inv(np.eye(64) + np.tril(lower, -1)) - np.eye(64)
     assert relative_error(got, want) < tolerance
     assert not np.triu(got).any()
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_only_what_ran_on_a_gpu_is_cut_into_pieces(delta):
+    shape = lambda dim: (1, 65536, 8, dim)
+    chosen = lambda k, v: (table.forward(shape(k), shape(v)), table.backward(shape(k), shape(v), delta))
+    assert all(choice.pieces > 1 for dim in (64, 128) for choice in chosen(dim, dim))
+    assert all(choice.pieces == 1 for dims in ((64, 128), (128, 64)) for choice in chosen(*dims))
 
 
 def test_refusals_say_why():

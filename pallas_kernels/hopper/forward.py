@@ -31,7 +31,7 @@ def forward_pass(
 
     moves: what each piece does to the state (`pieces.chain`), None without pieces.
     """
-    choice = choice or table.forward(inputs.k.shape, inputs.v.shape, moves=inputs.beta is not None)
+    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     inverses = None if inputs.beta is None else chunk_inverses(inputs)
     moves = None
     if choice.pieces > 1:

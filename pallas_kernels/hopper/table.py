@@ -14,18 +14,15 @@ class Choice(NamedTuple):
     pieces: int = 1
 
 
-def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], moves: bool = False) -> Choice:
-    """k_shape [B, T, H, K] and v_shape [B, T, HV, V], T padded to whole chunks.
-
-    moves: the short scan of the pieces also finds matrices, K by K, beside the states, K by V.
-    """
+def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice:
+    """k_shape [B, T, H, K] and v_shape [B, T, HV, V], T padded to whole chunks."""
     chunks = k_shape[1] // 64
     blocks = k_shape[0] * v_shape[2] * v_shape[3] // 64  # with 64 values each
     if v_shape[3] % 128 == 0 and blocks // 2 >= WIDE:
         return Choice(128)
+    if k_shape[3] != v_shape[3]:  # their pieces have been interpreted, but never run on a GPU
+        return Choice(64)
     pieces = 1
-    if moves and k_shape[3] != v_shape[3]:  # interpreted, but never run on a GPU
-        return Choice(64, pieces)
     while chunks >= LONG and chunks % (2 * pieces) == 0 and 4 <= FILL // blocks >= 2 * pieces and pieces < 16:
         pieces *= 2
     return Choice(64, pieces)
@@ -35,7 +32,9 @@ def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) ->
     """As `forward`. With the delta rule the same, so that both passes share what the pieces do to the state;
     additive, a block of threads takes all values of a head."""
     if delta:
-        return forward(k_shape, v_shape, moves=True)
+        return forward(k_shape, v_shape)
+    if k_shape[3] != v_shape[3]:
+        return Choice(v_shape[3])
     pieces, chunks, blocks = 1, k_shape[1] // 64, k_shape[0] * v_shape[2]
     while chunks >= LONG and chunks % (2 * pieces) == 0 and 2 * pieces * blocks <= FILL and pieces < 16:
         pieces *= 2
