@@ -18,8 +18,8 @@ import jax
 from kernels import INDICES, SHAPES, some_of
 from peers import OPS, Jax, median_ms
 
-from pallas_kernels.hopper import table
-from pallas_kernels.hopper.table import Choice
+from pallas_kernels.linear_attention.hopper import table
+from pallas_kernels.linear_attention.hopper.table import Choice
 
 HEAD_OPS = [op for op in OPS if op in ("gated_deltanet", "deltanet", "simple_gla")]
 

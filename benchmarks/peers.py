@@ -118,8 +118,8 @@ class Jax:
         """ours (kernels), ours (xla) or jla."""
         if self.peer == "jla":
             return "jla"
-        from pallas_kernels import hopper
-        from pallas_kernels.call import Call
+        from pallas_kernels.linear_attention import hopper
+        from pallas_kernels.linear_attention.call import Call
 
         x = self.jax.eval_shape(lambda: self.draw(op, shape))
         call = Call(x["q"], x["k"], x["v"], x.get("g"), x.get("beta"), None, None, scale=1.0)

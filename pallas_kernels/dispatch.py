@@ -13,7 +13,7 @@ from types import ModuleType
 
 import jax
 
-from pallas_kernels.call import platform
+from pallas_kernels.linear_attention.call import platform
 
 BACKENDS = ("auto", "reference", "xla", "pallas")
 logger = logging.getLogger("pallas_kernels")
@@ -59,7 +59,7 @@ def kernels(
         try:
             found = importlib.import_module(f"pallas_kernels.{module}")
         except Exception as error:  # an unsuitable jax fails in many ways; each only means: no kernels here
-            reason = f"pallas_kernels.hopper cannot be imported with jax {jax.__version__} ({error})"
+            reason = f"pallas_kernels.linear_attention.hopper cannot be imported with jax {jax.__version__} ({error})"
         else:
             reason = supports(found)
             if reason is None:

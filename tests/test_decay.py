@@ -7,7 +7,7 @@ import pytest
 from jax.lax import Precision
 from op_problems import relative_errors
 
-from pallas_kernels.decay import decay_matrix, decayed_products
+from pallas_kernels.linear_attention.decay import decay_matrix, decayed_products
 
 N, C, R, D = 2, 16, 2, 3
 DECAYS = {

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.call import Call
+from pallas_kernels.linear_attention.call import Call
 
 if jax.__version__ != hopper_aot.KERNEL_JAX:
     pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
 
-from pallas_kernels.hopper import backward, blocks, inputs, table
+from pallas_kernels.linear_attention.hopper import backward, blocks, inputs, table
 
 BF16 = jnp.bfloat16
 # Relative RMS error. Operands, A, V', dV and states are bf16; dbeta is an inner product of two of them,
@@ -132,7 +132,7 @@ def test_interpreted_gradients(name, capfd):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_on_gpu(name, dim, monkeypatch):
-    from pallas_kernels import hopper
+    from pallas_kernels.linear_attention import hopper
 
     if "pieces" in CASES[name]:
         monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, CASES[name]["pieces"]))

@@ -17,10 +17,10 @@ from test_hopper_backward import make_case, relative_error
 from test_hopper_forward import SHAPES, TOLERANCE, oracle, struct_call
 
 from pallas_kernels import linear_attention
-from pallas_kernels.hopper.channel import channel_forward
-from pallas_kernels.hopper.channel_tiles import SPAN, channel_tiles
-from pallas_kernels.hopper.inputs import prepare
-from pallas_kernels.hopper.table import Choice
+from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN, channel_tiles
+from pallas_kernels.linear_attention.hopper.inputs import prepare
+from pallas_kernels.linear_attention.hopper.table import Choice
 
 CASES = {
     "delta, two slices of V": (dict(tokens=100, dim=128), "mild", Choice(64)),

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.call import Call
+from pallas_kernels.linear_attention.call import Call
 
 if jax.__version__ != hopper_aot.KERNEL_JAX:
     pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
 
-from pallas_kernels.hopper import blocks, channel, channel_backward, inputs
-from pallas_kernels.hopper.channel_tiles import Tiles
+from pallas_kernels.linear_attention.hopper import blocks, channel, channel_backward, inputs
+from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 
 BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
@@ -176,7 +176,7 @@ def test_interpreted_pieces(capfd):
 
 
 def test_finest_is_what_the_forward_finds():
-    from pallas_kernels.hopper import channel_tiles
+    from pallas_kernels.linear_attention.hopper import channel_tiles
 
     call, _, _ = make_case(tokens=128, decay="extreme")
     for log_decay in (call.log_decay, 0.1 * call.log_decay.clip(-5), 5.0 * call.log_decay.clip(-1)):
@@ -189,7 +189,7 @@ def test_finest_is_what_the_forward_finds():
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_on_gpu(name, dim):
-    from pallas_kernels import hopper
+    from pallas_kernels.linear_attention import hopper
 
     call, do, d_state = make_case(**{"tokens": 512} | CASES[name] | {"dim": dim})
     _, _, want, _ = expect(call, do, d_state)

@@ -18,12 +18,13 @@ if jax.__version__ != hopper_aot.KERNEL_JAX:
 
 from test_hopper_backward import less_identity, make_case, relative_error
 
-from pallas_kernels import hopper, linear_attention
-from pallas_kernels.hopper import inverse, table
-from pallas_kernels.hopper.forward import forward_pass, prepare
-from pallas_kernels.hopper.forward_inverse import chunk_inverses
-from pallas_kernels.hopper.forward_scan import ROLES
-from pallas_kernels.hopper.table import Choice
+from pallas_kernels import linear_attention
+from pallas_kernels.linear_attention import hopper
+from pallas_kernels.linear_attention.hopper import inverse, table
+from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
+from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
+from pallas_kernels.linear_attention.hopper.forward_scan import ROLES
+from pallas_kernels.linear_attention.hopper.table import Choice
 
 # Relative RMS error: o and V' are rounded to bf16 (1.7e-3) and made of bf16 products.
 TOLERANCE = 6e-3

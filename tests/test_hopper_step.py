@@ -11,8 +11,8 @@ import pytest
 if jax.__version__ != hopper_aot.KERNEL_JAX:
     pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
 
-from pallas_kernels import reference
-from pallas_kernels.hopper import step
+from pallas_kernels.linear_attention import reference
+from pallas_kernels.linear_attention.hopper import step
 
 CASES = {  # batch, H, HV, K, V, decay per key channel (None: none), delta
     "kda": ((2,), 1, 2, 128, 64, True, True),

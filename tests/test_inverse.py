@@ -6,7 +6,7 @@ import numpy as np
 from jax.lax import Precision
 from op_problems import relative_errors
 
-from pallas_kernels.inverse import solve_unit_lower
+from pallas_kernels.linear_attention.inverse import solve_unit_lower
 
 
 def test_solve_and_gradients_hold_up_with_repeated_keys():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from op_problems import cast, random_problem
 
-import pallas_kernels.op
+import pallas_kernels.linear_attention.op
 from pallas_kernels import linear_attention, linear_attention_step
 
 
@@ -63,7 +63,7 @@ def test_outputs_have_the_promised_dtypes():
 
 
 class Kernels(types.ModuleType):
-    """In the place of pallas_kernels.hopper: refuses long calls, and answers with its own name."""
+    """In the place of pallas_kernels.linear_attention.hopper: refuses long calls, and answers with its own name."""
 
     def supports(self, call):
         return "T is above 4" if call.q.shape[1] > 4 else None
@@ -74,7 +74,7 @@ class Kernels(types.ModuleType):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pallas_kernels.hopper", Kernels("hopper"))
+    monkeypatch.setitem(sys.modules, "pallas_kernels.linear_attention.hopper", Kernels("hopper"))
     pallas_kernels.dispatch.log_once.cache_clear()
 
 
@@ -109,7 +109,7 @@ def test_pallas_by_name_runs_or_explains(kernels):
 
 
 def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pallas_kernels.hopper", None)
+    monkeypatch.setitem(sys.modules, "pallas_kernels.linear_attention.hopper", None)
     with pytest.raises(ValueError, match="cannot be imported with jax"):
         linear_attention(**SHORT, backend="pallas")
 

@@ -154,7 +154,7 @@ def test_vmapped():
 
 @kernels_only
 def test_refusals_say_why():
-    from pallas_kernels.hopper.short_conv import supports
+    from pallas_kernels.short_conv.hopper import supports
 
     x, kernel, _, _ = make_case(tokens=4)
     assert supports(x, kernel, True) is None
@@ -174,7 +174,7 @@ def structs(batch=8, tokens=4096, features=2048, width=4):
 
 def gradients_of_layers(x, kernel, positions):
     """Through two checkpointed layers in a scan; the kernels directly, since dispatch looks for a GPU."""
-    from pallas_kernels.hopper.short_conv import short_conv
+    from pallas_kernels.short_conv.hopper import short_conv
 
     def loss(x, kernel):
         layer = lambda x, _: (short_conv(x, kernel, positions, silu=True, interpret=False), None)

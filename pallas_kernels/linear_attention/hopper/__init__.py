@@ -1,0 +1,115 @@
+"""The Hopper backend of `linear_attention`: Pallas Mosaic GPU kernels (sm_90a), forward and backward.
+
+No decay, one decay per head or one per key channel; additive or delta. docs/kernels.md explains the algorithm
+and has the numbers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.hopper import wide
+from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
+from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
+from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
+from pallas_kernels.linear_attention.hopper.forward import forward_pass
+from pallas_kernels.linear_attention.hopper.inputs import prepare
+
+TESTED_JAX = ("0.11.2",)  # Mosaic GPU changes between releases: only what the tests have run on
+KEY_DIMS = (64, 128)
+_Saved = Saved | ChannelSaved
+
+
+def supports(call: Call) -> str | None:
+    """None if the kernels compute this call, else the reason why not."""
+    key_dim, value_dim = call.q.shape[3], call.v.shape[3]
+    dtypes = sorted({str(x.dtype) for x in (call.q, call.k, call.v)})
+    if jax.__version__ not in TESTED_JAX:
+        return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
+    if dtypes != ["bfloat16"]:
+        return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
+    if key_dim not in KEY_DIMS or not wide.slices(value_dim):
+        return f"head dims K = {key_dim}, V = {value_dim} (K 64 or 128, V a multiple of 64)"
+    if call.q.shape[1] >= 2**24:
+        return f"T = {call.q.shape[1]} (below 2^24)"
+    if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
+        return "more than 65535 sequences or heads"
+    return None if call.interpret else device_reason()
+
+
+def per_channel(call: Call) -> bool:
+    """Whether the log-decay is per key channel."""
+    return call.log_decay is not None and call.log_decay.ndim == 4
+
+
+def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    attend = _attend_interpreted if call.interpret else _attend
+    if wide.slices(call.v.shape[3]) == 1:
+        return attend(call)
+    return wide.join(*attend(wide.cut(call)), call.v.shape)
+
+
+def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    return _run(call, keep=False)[0]
+
+
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, _Saved | None]]:
+    out, saved = _run(call, keep=True)
+    return out, (call, saved)
+
+
+def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
+    call, saved = kept
+    differentiate: Any = channel_gradients if per_channel(call) else gradients
+    d = differentiate(prepare(call), saved, *cotangents)
+
+    def like(x: Any, gradient: Any) -> Any:
+        return None if x is None else gradient.astype(x.dtype)
+
+    def like_integers(x: Any) -> Any:
+        return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
+
+    return (
+        dataclasses.replace(
+            call,
+            q=like(call.q, d.q),
+            k=like(call.k, d.k),
+            v=like(call.v, d.v),
+            log_decay=like(call.log_decay, d.log_decay),
+            beta=like(call.beta, d.beta),
+            initial_state=like(call.initial_state, d.state),
+            segment_ids=like_integers(call.segment_ids),
+        ),
+    )
+
+
+_attend = jax.custom_vjp(_primal)
+_attend.defvjp(_forward, _backward, optimize_remat=True)  # under jax.checkpoint the first pass keeps nothing
+_attend_interpreted = jax.custom_vjp(_primal)  # the interpreter's effects rule that out
+_attend_interpreted.defvjp(_forward, _backward)
+
+
+def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _Saved | None]:
+    inputs, final = prepare(call), call.output_final_state
+    out: Any
+    saved: _Saved | None
+    if per_channel(call):
+        out, saved = channel_forward(inputs, final=final, keep=keep)
+    else:
+        out, inverses, moves = forward_pass(inputs, final=final, keep=keep)
+        saved = Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
+    state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
+    return (out.o[:, : call.q.shape[1]], state), saved
+
+
+def device_reason() -> str | None:
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        return "no GPU"
+    capability = getattr(device, "compute_capability", "unknown")
+    return None if capability == "9.0" else f"compute capability {capability} (Hopper, 9.0, only)"

@@ -1,0 +1,123 @@
+"""The backward pass with no decay or one decay per head.
+
+Additive: one reverse scan makes every gradient. Delta: a reverse scan, then all chunks at once.
+The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight
+numbers per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_attention.hopper import blocks, pieces, table
+from pallas_kernels.linear_attention.hopper.backward_additive import additive_gradients
+from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
+from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
+from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
+
+CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
+
+
+class Saved(NamedTuple):
+    """What the forward keeps beside its inputs; T is padded to whole chunks.
+
+    states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
+    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses A - I [B, HV, T, C] bf16,
+    values V' [B, T, HV, V] bf16.
+    moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
+    """
+
+    gates: jax.Array | None
+    states: jax.Array
+    inverses: jax.Array | None = None
+    values: jax.Array | None = None
+    moves: jax.Array | None = None
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes of the op's arguments, float32 but for q, k, v."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    beta: jax.Array | None
+    state: jax.Array
+
+
+def gradients(
+    inputs: Inputs,
+    saved: Saved,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    choice: table.Choice | None = None,
+) -> Gradients:
+    """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None."""
+    choice = choice or table.backward(inputs.k.shape, inputs.v.shape, saved.inverses is not None)
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, tokens = inputs.v.shape[2], do.shape[1]
+    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    if d_state is not None:
+        d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
+    if saved.inverses is None:
+        dq, dk, dv, d_log_decay, first = _additive(inputs, saved, do, d_state, choice)
+        d_beta = None
+    else:
+        dq, dk, dv, d_log_decay, d_beta, first = _delta(inputs, saved, do, d_state, choice)
+
+    def over_group(x: jax.Array) -> jax.Array:
+        if value_heads == heads:
+            return x[:, :tokens]
+        grouped = x.reshape(batch, length, heads, value_heads // heads, key_dim).astype(F32)
+        return grouped.sum(3).astype(x.dtype)[:, :tokens]
+
+    def per_token(x: jax.Array | None) -> jax.Array | None:  # [B, HV, T] -> [B, T, HV]
+        return None if x is None else jnp.swapaxes(x, 1, 2)[:, :tokens]
+
+    return Gradients(
+        over_group(dq),
+        over_group(dk),
+        dv[:, :tokens],
+        per_token(d_log_decay),
+        per_token(d_beta),
+        jnp.swapaxes(first, 2, 3),
+    )
+
+
+def _additive(
+    inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, choice: table.Choice
+) -> tuple:
+    """dq, dk, dv, dlog_decay [B, HV, T], dS_0^T."""
+    count = choice.pieces
+    if count > 1:
+        scan = functools.partial(reverse_scan, inputs, None, None, do, None)
+        *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True)
+        d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True)
+    *out, first = additive_gradients(inputs, saved.states, do, d_state, pieces=count)
+    return *out, first[::count]
+
+
+def _delta(
+    inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, choice: table.Choice
+) -> tuple:
+    """dq, dk, dv, dlog_decay and dbeta [B, HV, T], dS_0^T."""
+    assert saved.gates is not None and saved.inverses is not None and saved.values is not None
+    scan = functools.partial(
+        reverse_scan, inputs, saved.gates, saved.inverses, do, value_tile=choice.value_tile
+    )
+    if saved.moves is None:
+        state_gradients, dv, first = scan(d_state)
+    else:
+        count = saved.moves.shape[1]
+        *_, alone = scan(None, pieces=count, summary=True)
+        ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
+        state_gradients, dv, first = scan(ends, pieces=count)
+        first = first[::count]
+    dq, dk, per_token = chunk_gradients(
+        inputs, saved.gates, saved.states, state_gradients, saved.values, do, dv, run=CHUNK_RUN
+    )
+    d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
+    return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

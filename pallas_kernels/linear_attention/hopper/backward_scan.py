@@ -1,0 +1,270 @@
+"""The reverse scan over chunks: the gradient of the state, and the gradient of v on the way.
+
+With dS the gradient of the state that leaves a chunk, and e, f, P, A as in forward.py,
+    dV' = P^T dO + f K dS
+    dV  = beta A^T dV'                 (additive: dV = dV')
+    dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV      (additive: without the last term)
+One block of threads per sequence (or piece of one, pieces.py), value head and slice of V. Two or one
+warpgroups hold dS^T, 64 values by K, in registers; one computes P and scale e Q a chunk ahead; one issues the
+copies. The dS that enters each step and dV are stored: backward_chunks.py makes everything else of them, all
+chunks at once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import (
+    BETA,
+    CARRY,
+    F32,
+    NORM_K,
+    NORM_Q,
+    READ_K,
+    READ_Q,
+    SUM,
+    WRITE,
+    C,
+)
+from pallas_kernels.linear_attention.hopper.gates import write_gates
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
+
+AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
+SMEM_BYTES = 227 * 1024
+# Registers a thread of the warpgroups that hold state, prepare and copy, by warpgroups that hold state.
+REGISTERS = {1: (232, 232, 40), 2: (184, 120, 24)}
+
+
+def reverse_scan(
+    inputs: Inputs,
+    gates: jax.Array | None,
+    inverses: jax.Array | None,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    *,
+    value_tile: int,
+    pieces: int = 1,
+    summary: bool = False,
+) -> tuple[Any, Any, jax.Array]:
+    """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T before each piece, float32.
+
+    gates: what the forward saved; None (additive, summary) to make them here.  do: [B, T, HV, V] bf16.
+    d_state: dS^T after each piece [B * pieces, HV, V, K] float32, or None.  summary: only the last result,
+    None for the others.
+    """
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, value_dim = inputs.v.shape[2:]
+    group = value_heads // heads
+    chunks = length // C
+    count = chunks // pieces  # that one block of threads takes
+    tiles = value_tile // C
+    registers = REGISTERS[tiles]
+    delta, output = inverses is not None, not summary
+    chained = delta or output  # whether dV is wanted: with the delta rule it drives dS
+    documents = chained and inputs.segment is not None
+    interpret = inputs.interpret
+    bf16 = jnp.bfloat16
+
+    vectors = Vectors(inputs, ("log_decay", "segment", "entering") if gates is None else ())
+
+    stage = 2 * ((1 + chained) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
+    fixed = 2 * (AHEAD * C * C + tiles * C * C + tiles * C * key_dim) + 8 * 1024
+    stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
+
+    loads = 1 + chained + tiles + delta + documents + (len(vectors) if gates is None else 1)
+    scratch = dict(
+        q_s=blocks.smem((stages, C, key_dim), bf16),
+        k_s=blocks.smem((stages, C, key_dim), bf16) if chained else None,
+        do_s=blocks.smem((stages, tiles, C, C), bf16),
+        a_s=blocks.smem((stages, C, C), bf16) if delta else None,
+        gate_s=plgpu.SMEM((stages, 8, C), F32),
+        vectors_s=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
+        segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
+        p_s=blocks.smem((AHEAD, C, C), bf16) if chained else None,
+        dv_s=blocks.smem((tiles, C, C), bf16) if output else None,
+        g_s=blocks.smem((tiles, C, key_dim), bf16) if output else None,
+        filled=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
+        p_ready=plgpu.Barrier(num_barriers=AHEAD),
+        p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
+        done=plgpu.Barrier(num_arrivals=tiles + 2),
+    )
+    scratch = {name: value for name, value in scratch.items() if value is not None}
+
+    def body(*refs: Any, **s: Any) -> None:
+        rest = list(refs)
+        q_ref, do_ref = (rest.pop(0) for _ in range(2))
+        gates_ref: Any = rest.pop(0) if gates is not None else None
+        vector_refs = [rest.pop(0) for _ in vectors.arrays]
+        k_ref: Any = rest.pop(0) if chained else None
+        a_ref: Any = rest.pop(0) if delta else None
+        segment_ref: Any = rest.pop(0) if documents else None
+        last_ref: Any = rest.pop(0) if d_state is not None else None
+        g_ref, dv_ref, first_ref = rest if output else (None, None, *rest)
+        piece, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
+        wg = lax.axis_index("wg")
+        key_head = blocks.div(head, group)
+        b, last = blocks.div(piece, pieces), (blocks.rem(piece, pieces) + 1) * count - 1
+
+        def fill(i: Any, slot: Any) -> None:
+            n = last - i
+            rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
+            if chained:
+                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], s["k_s"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], s["q_s"].at[slot], barrier)
+            if gates is not None:
+                plgpu.copy_gmem_to_smem(gates_ref.at[b, head, n], s["gate_s"].at[slot], barrier)
+            if len(vectors):
+                vectors.copy(vector_refs, s["vectors_s"].at[slot], barrier, b, head, rows)
+            for tile in range(tiles):
+                columns = pl.ds(value_block * value_tile + tile * C, C)
+                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, head, columns], s["do_s"].at[slot, tile], barrier)
+            if delta:
+                plgpu.copy_gmem_to_smem(a_ref.at[b, head, rows], s["a_s"].at[slot], barrier)
+            if documents:
+                plgpu.copy_gmem_to_smem(segment_ref.at[b, rows], s["segment_s"].at[slot], barrier)
+
+        def hold_state() -> None:
+            columns = pl.ds(value_block * value_tile + wg * C, C)
+            if last_ref is None:
+                g = blocks.zeros((C, key_dim))
+            else:
+                g = plgpu.load(last_ref.at[piece, head, columns], layout=blocks.WGMMA, optimized=False)
+
+            def step(i: Any, g: jax.Array) -> jax.Array:
+                n = last - i
+                slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
+                q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
+                k_s: Any = s["k_s"].at[slot] if chained else None
+                g_lo = g.astype(bf16)
+                if output:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the previous step's dS has left g_s
+                    blocks.store(s["g_s"].at[wg], g_lo, interpret=interpret)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(s["g_s"].at[wg], g_ref.at[b, head, n, columns])
+                plgpu.barrier_wait(s["filled"].at[slot])
+                if chained:
+                    dv = blocks.matmul((g_lo, k_s.T), interpret=interpret)
+                    dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[WRITE]))
+                plgpu.barrier_wait(s["p_ready"].at[ahead])
+                written = (do_s.at[wg].T, q_s, g * gate_s[CARRY, 0])
+                if chained:
+                    dv, g = blocks.matmul(
+                        (do_s.at[wg].T, s["p_s"].at[ahead], dv), written, interpret=interpret
+                    )
+                else:
+                    g = blocks.matmul(written, interpret=interpret)
+                if delta:
+                    beta = blocks.col_vector(gate_s.at[BETA])
+                    back = beta * blocks.col_vector(gate_s.at[READ_K]) * -1.0
+                    dx = blocks.matmul((dv.astype(bf16), s["a_s"].at[slot], dv), interpret=interpret)
+                    g = blocks.matmul(((dx * blocks.by_col(back)).astype(bf16), k_s, g), interpret=interpret)
+                    dv = dx * blocks.by_col(beta)
+                if output:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    blocks.store(s["dv_s"].at[wg], dv.astype(bf16), interpret=interpret, transposed=True)
+                plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
+                plgpu.barrier_arrive(s["p_free"].at[ahead])
+                plgpu.barrier_arrive(s["free"].at[slot])
+                if output:
+                    plgpu.copy_smem_to_gmem(s["dv_s"].at[wg], dv_ref.at[b, pl.ds(n * C, C), head, columns])
+                return g
+
+            g = lax.fori_loop(0, count, step, g)
+            first_ref.at[piece, head, columns][...] = g
+            plgpu.wait_smem_to_gmem(0)
+
+        def prepare_chunk() -> None:
+            @pl.loop(0, count)
+            def _(i: Any) -> None:
+                slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
+                q_s, gate_s = s["q_s"].at[slot], s["gate_s"].at[slot]
+                plgpu.barrier_wait(s["filled"].at[slot])
+
+                @pl.when(i >= AHEAD)
+                def _() -> None:
+                    plgpu.barrier_wait(s["p_free"].at[ahead])
+
+                if chained:
+                    k_s = s["k_s"].at[slot]
+                    sums = blocks.row_vector(gate_s.at[SUM]), blocks.col_vector(gate_s.at[SUM])
+                    segment = None
+                    if documents:
+                        ids = s["segment_s"].at[slot]
+                        segment = blocks.row_vector(ids), blocks.col_vector(ids)
+                    scores = blocks.matmul((q_s, k_s.T), interpret=interpret)
+                    plgpu.commit_smem()  # every warp is done with q before it is overwritten
+                    scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+                    scores *= blocks.by_row(blocks.row_vector(gate_s.at[NORM_Q]))
+                    scores *= blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+                    blocks.store(s["p_s"].at[ahead], scores.astype(bf16), interpret=interpret)
+                if gates is None:
+                    numbers = s["vectors_s"].at[slot] if len(vectors) else None
+                    write_gates(inputs, vectors, numbers, gate_s, q=q_s, every=False)
+                read = blocks.by_row(blocks.row_vector(gate_s.at[READ_Q]), (C, key_dim))
+                read_q = (blocks.tile(q_s) * read).astype(bf16)
+                blocks.store(q_s, read_q, interpret=interpret)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(s["p_ready"].at[ahead])
+                plgpu.barrier_arrive(s["free"].at[slot])
+
+            for i in range(max(count - AHEAD, 0), count):
+                plgpu.barrier_wait(s["p_free"].at[i % AHEAD])
+
+        def issue_copies() -> None:
+            for i in range(min(stages, count)):
+                fill(i, i)
+
+            @pl.loop(stages, count)
+            def _(i: Any) -> None:
+                slot = blocks.rem(i, stages)
+                plgpu.barrier_wait(s["free"].at[slot])
+                fill(i, slot)
+
+            for i in range(max(count - stages, 0), count):
+                plgpu.barrier_wait(s["free"].at[i % stages])
+
+        @pl.when(wg < tiles)
+        def _() -> None:
+            plgpu.set_max_registers(registers[0], action="increase")
+            hold_state()
+
+        @pl.when(wg == tiles)
+        def _() -> None:
+            plgpu.set_max_registers(registers[1], action="decrease" if tiles == 2 else "increase")
+            prepare_chunk()
+
+        @pl.when(wg == tiles + 1)
+        def _() -> None:
+            plgpu.set_max_registers(registers[2], action="decrease")
+            issue_copies()
+
+        blocks.finish_together(s["done"])
+
+    results = [jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32)]
+    if output:
+        results = [
+            jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16),
+            jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), bf16),
+            *results,
+        ]
+    keys, segment = inputs.k if chained else None, inputs.segment if documents else None
+    arguments = (inputs.q, do, gates, *vectors.arrays, keys, inverses, segment, d_state)
+    out = blocks.kernel(
+        body,
+        name=("delta_reverse_" if delta else "additive_reverse_") + ("summary" if summary else "scan"),
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=results,
+        grid=(batch * pieces, value_heads, value_dim // value_tile),
+        grid_names=("b", "h", "v"),
+        num_threads=tiles + 2,
+        thread_name="wg",
+        scratch_types=scratch,
+    )(*[x for x in arguments if x is not None])
+    return (None, None, out[0]) if summary else tuple(out)

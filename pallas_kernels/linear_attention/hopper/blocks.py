@@ -1,0 +1,244 @@
+"""The named pieces that the Hopper kernels share: tiles, products, gates and masks.
+
+All kernels work on chunks of C = 64 tokens with warpgroup tiles in the WGMMA register layout. Two habits
+keep them short. No gate and no norm is ever multiplied into a tile of q or k: per head they are numbers per
+token, so they scale the rows or columns of float32 products instead. And products keep their left operand
+in registers, so a chain of products needs no trip through shared memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.call import L2NORM_EPS
+
+C = 64  # tokens in a chunk: one warpgroup tile
+LOG2E = math.log2(math.e)
+F32 = jnp.float32
+
+# Rows of a chunk's `gates` [8, C]. Token i reads the state S0 before the chunk with weight e_i = exp(G_i)
+# if it is of the document that enters the chunk, else 0; its write is in the state after it with weight f_i
+# = exp(G_C - G_i) if it is of the document that leaves, else 0. G: sums of log-decays from the chunk's
+# start.
+READ_K, READ_Q, WRITE, CARRY, SUM, NORM_K, NORM_Q, BETA = range(8)
+# e / |k|, scale e / |q|, f / |k|, exp(G_C) or 0 for all tokens, G log2(e), 1 / |k|, scale / |q|, beta
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)  # one number per row of a tile
+COLS = WGMMA.reduce(0)  # one number per column
+
+
+def kernel(
+    body: Callable, *, name: str, interpret: Any, manual_barriers: bool = False, **options: Any
+) -> Callable:
+    """`plgpu.kernel` with Lane semantics (Warpgroup inference breaks transposed and row-shifted views).
+
+    manual_barriers: no barrier around each store to shared memory; the body puts commit_smem (a fence and a
+    barrier of the warpgroup) between a store and what reads it, and between a read and what overwrites it.
+    """
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=manual_barriers,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+    )
+    if interpret is True:
+        interpret = plgpu.InterpretGPUParams(detect_races=True)
+    run = plgpu.kernel(body, compiler_params=params, interpret=interpret or None, kernel_name=name, **options)
+
+    def call(*arrays: jax.Array) -> Any:
+        # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
+        varying = frozenset().union(*map(_varying, arrays))
+        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying")
+        return jax.tree.map(cast, run(*arrays)) if varying else run(*arrays)
+
+    return call
+
+
+def _varying(x: jax.Array) -> frozenset:
+    kind = jax.typeof(x)
+    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
+
+
+def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
+    """A shared-memory tile that TMA fills and wgmma reads: tiled and swizzled along the last axis.
+
+    width: swizzled like tiles that are so wide; wgmma wants both its operands swizzled alike.
+    """
+    return plgpu.SMEM(tuple(shape), dtype, transforms=_arrangement(width or shape[-1], dtype)[0])
+
+
+def _arrangement(width: int, dtype: Any) -> tuple[tuple, int]:
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle(width * bits)
+    return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)), swizzle
+
+
+def store(
+    ref: Any, value: jax.Array, *, interpret: Any, transposed: bool = False, width: int | None = None
+) -> None:
+    """ref[...] = value (or value^T) for a tile from `smem`, with no barrier.
+
+    Unlike Pallas's own store it does not load the old contents (which no compiler removes): half the traffic.
+    """
+    if interpret:
+        (ref.T if transposed else ref)[...] = value
+        return
+    transforms, swizzle = _arrangement(width or ref.shape[-1], value.dtype)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(transforms)))
+    def write(_: Any, registers: Any, tile: Any) -> None:
+        if transposed:
+            tile = mgpu.memref_transpose(tile, (1, 0, 3, 2))
+        registers.store_tiled(tile, swizzle=swizzle)
+
+    write(value, ref)
+
+
+def tile(ref: Any, dtype: Any = F32) -> jax.Array:
+    """A shared-memory tile as registers."""
+    return plgpu.load(ref, layout=WGMMA).astype(dtype)
+
+
+def div(x: jax.Array, n: int) -> jax.Array:
+    return lax.div(x, jnp.asarray(n, x.dtype))
+
+
+def rem(x: jax.Array, n: int) -> jax.Array:
+    return lax.rem(x, jnp.asarray(n, x.dtype))
+
+
+def row_vector(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=ROWS)
+
+
+def col_vector(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=COLS)
+
+
+def by_row(vector: jax.Array, shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def by_col(vector: jax.Array, shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def row_index(shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+
+
+def col_index(shape: tuple[int, int] = (C, C)) -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+
+
+def zeros(shape: tuple[int, int]) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA)
+
+
+def matmul(*products: tuple, interpret: Any) -> Any:
+    """float32 tiles `init + a @ b` for each product (a, b) or (a, b, init); all are in flight together.
+
+    a: a 16-bit tile in registers or shared memory; b: in shared memory; init: a float32 tile or None. To
+    read an accumulator is only to wait, with no data dependency that the compiler sees, so it may move
+    arithmetic before the wait (seen on hardware as silent zeros): the optimization barrier is part of the
+    product.
+    """
+    products = tuple((*product, None)[:3] for product in products)
+    if interpret:  # the interpreter has no wgmma on registers
+        out = tuple(_interpreted(*product) for product in products)
+        return out[0] if len(out) == 1 else out
+
+    def issue(accumulators: Any) -> None:
+        for accumulator, (a, b, _) in zip(accumulators, products, strict=True):
+            plgpu.wgmma(accumulator, a, b)
+
+    def fresh(*accumulators: Any) -> tuple:
+        issue(accumulators)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    shapes = [(a.shape[0], b.shape[1]) for a, b, _ in products]
+    if all(init is None for *_, init in products):
+        out = pl.run_scoped(fresh, *[plgpu.ACC(shape, F32) for shape in shapes])
+    else:
+        starts = [
+            zeros(shape) if init is None else init for shape, (*_, init) in zip(shapes, products, strict=True)
+        ]
+        out = pl.run_state(issue)(tuple(map(plgpu.ACC.init, starts)))
+    out = lax.optimization_barrier(tuple(out))
+    return out[0] if len(out) == 1 else out
+
+
+def products(*operands: tuple, interpret: Any) -> tuple:
+    """`matmul`, with a tuple as its result for any number of products."""
+    out = matmul(*operands, interpret=interpret) if operands else ()
+    return (out,) if len(operands) == 1 else out
+
+
+def _interpreted(a: Any, b: Any, init: jax.Array | None) -> jax.Array:
+    out = jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
+    return out if init is None else out + init
+
+
+def inverse_norm(x: jax.Array) -> jax.Array:
+    """1 / |x| of each row, as the op defines it: rsqrt(sum(x^2) + 1e-6)."""
+    return lax.rsqrt(jnp.sum(x * x, axis=1) + L2NORM_EPS)
+
+
+def inverse_norms(halves: Any) -> jax.Array:
+    """`inverse_norm` of a tile given as shared-memory pieces side by side (fewer registers at once)."""
+    squares: Any = None
+    for half in halves:
+        x = tile(half)
+        part = jnp.sum(x * x, axis=1)
+        squares = part if squares is None else squares + part
+    return lax.rsqrt(squares + L2NORM_EPS)
+
+
+def cumulative(step_col: jax.Array) -> jax.Array:
+    """Inclusive running sum over the chunk: from a number per column to a number per row."""
+    return jnp.sum(jnp.where(col_index() <= row_index(), by_col(step_col), 0.0), axis=1)
+
+
+def causal(strict: bool, segment: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    """Pairs (i, j), j <= i (j < i if strict), of one document; segment: its number per row and per column."""
+    keep = row_index() > col_index() if strict else row_index() >= col_index()
+    if segment is not None:
+        keep = keep & (by_row(segment[0]) == by_col(segment[1]))
+    return keep
+
+
+def pair_decay(keep: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """2^(G_i - G_j) on the pairs kept, 0 elsewhere; G falls along the chunk, so nothing kept overflows."""
+    if sums is None:
+        return jnp.where(keep, 1.0, 0.0)
+    return jnp.exp2(jnp.where(keep, by_row(sums[0]) - by_col(sums[1]), -jnp.inf))
+
+
+def finish_together(done: Any) -> None:
+    """No warpgroup may leave while another still issues wgmma (an illegal instruction on hardware)."""
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
+
+
+def head_major(x: jax.Array, length: int) -> jax.Array:
+    """Numbers per token [B, T, HV] as float32 [B, HV, length], 0 after T: a chunk is one contiguous row."""
+    x = jnp.swapaxes(x.astype(F32), 1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
+
+
+def pad_time(x: jax.Array, length: int, mode: str = "constant") -> jax.Array:
+    """x [B, T, ...] with axis 1 padded to `length` with zeros (or mode="edge")."""
+    widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, mode=mode) if length > x.shape[1] else x
+
+
+@functools.cache
+def round_up(length: int, multiple: int = C) -> int:
+    return -(-length // multiple) * multiple

@@ -1,0 +1,58 @@
+"""The forward pass with a decay per key channel, additive (GLA, HGRN-2) or delta (KDA).
+
+`channel_tiles` (every chunk on its own) makes all operands; `ChannelScan` (chunks in order) is, with S the
+state before the chunk and the tiles named as there,
+    V' = A beta (V - read_k S)     (additive: V' = V)
+    o  = read_q S + scores V'
+    S <- carry S + write^T V'.
+Few heads: sequences in pieces, as in forward.py; an additive piece multiplies the state channel by channel.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_attention.hopper import pieces, table
+from pallas_kernels.linear_attention.hopper.channel_scan import ChannelScan, Scanned
+from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles, channel_tiles
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
+
+
+class ChannelSaved(NamedTuple):
+    """What the forward keeps beside its inputs: see `Tiles` and `Scanned`; moves as in pieces.py."""
+
+    tiles: Tiles
+    states: jax.Array
+    values: jax.Array | None = None
+    moves: jax.Array | None = None
+
+
+def channel_forward(
+    inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
+) -> tuple[Scanned, ChannelSaved | None]:
+    """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
+    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
+    tiles = channel_tiles(inputs, keep=keep)
+    moves = None
+    if choice.pieces > 1:
+        alone = dataclasses.replace(inputs, state=None)
+        summary = ChannelScan(alone, tiles, choice.value_tile, choice.pieces, "summary")().final
+        moves = _moves(alone, tiles, choice)
+        inputs = dataclasses.replace(inputs, state=pieces.chain(moves, summary, inputs.state))
+    out = ChannelScan(inputs, tiles, choice.value_tile, choice.pieces, "output", final, keep)()
+    if final and choice.pieces > 1:
+        out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
+    return out, ChannelSaved(tiles, out.states, out.values, moves) if keep else None
+
+
+def _moves(inputs: Inputs, tiles: Tiles, choice: table.Choice) -> jax.Array:
+    """What a piece does to S: M^T [B, pieces, HV, K, K], or if additive factors [B, pieces, HV, K]."""
+    batch, value_heads, chunks, key_dim = tiles.carry.shape
+    if tiles.inverses is None:
+        carry = tiles.carry.reshape(batch, value_heads, choice.pieces, chunks // choice.pieces, key_dim)
+        return jnp.swapaxes(jnp.prod(carry, axis=3), 1, 2)
+    key_tile = min(choice.value_tile, key_dim)
+    moves = ChannelScan(inputs, tiles, key_tile, choice.pieces, "transition")().final
+    return moves.reshape(batch, choice.pieces, *moves.shape[1:])

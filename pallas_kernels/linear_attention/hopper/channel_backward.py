@@ -1,0 +1,76 @@
+"""The backward pass with a decay per key channel: a reverse scan, then all chunks at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_attention.hopper import blocks, table
+from pallas_kernels.linear_attention.hopper.backward import Gradients
+from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
+from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients
+from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.pieces import chain
+
+RUN = 8  # chunks a block of threads of the chunk kernel takes in turn
+
+
+def channel_gradients(
+    inputs: Inputs,
+    saved: ChannelSaved,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    value_tile: int | None = None,
+) -> Gradients:
+    """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None.
+
+    The gradient of log_decay is [B, T, HV, K], of its dtype.
+    """
+    value_tile = value_tile or table.forward(inputs.k.shape, inputs.v.shape).value_tile
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, tokens = inputs.v.shape[2], do.shape[1]
+    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    if d_state is not None:
+        d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
+    tiles, pieces = saved.tiles, 1
+    if saved.moves is not None:
+        pieces = saved.moves.shape[1]
+        *_, alone = reverse_scan(inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True)
+        d_state = chain(saved.moves, alone, d_state, reverse=True)
+    state_gradients: Any
+    dv: Any
+    state_gradients, dv, first = reverse_scan(
+        inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces
+    )
+    delta = tiles.inverses is not None
+    dq, dk, d_log_decay, error = chunk_gradients(
+        inputs,
+        tiles.norms,
+        tiles.carry,
+        saved.states,
+        state_gradients,
+        inputs.v if saved.values is None else saved.values,
+        do,
+        dv if delta else None,
+        run=RUN,
+    )
+
+    def over_group(x: jax.Array) -> jax.Array:
+        if value_heads == heads:
+            return x[:, :tokens]
+        grouped = x.reshape(batch, length, heads, value_heads // heads, key_dim).astype(F32)
+        return grouped.sum(3).astype(x.dtype)[:, :tokens]
+
+    d_beta = None
+    if inputs.beta is not None:
+        d_beta = jnp.swapaxes(error / (inputs.beta * inputs.beta), 1, 2)[:, :tokens]
+    return Gradients(
+        over_group(dq),
+        over_group(dk),
+        dv[:, :tokens],
+        d_log_decay[:, :tokens],
+        d_beta,
+        jnp.swapaxes(first[::pieces], 2, 3),
+    )

@@ -1,0 +1,193 @@
+"""The reverse scan with a decay per key channel: the gradient of the state, and that of v on the way.
+
+With dS the gradient of the state that leaves a chunk, and the forward's tiles QE, KE, KF, P, A and carry c,
+    dV' = P^T dO + KF dS
+    dV  = beta A^T dV'                 (additive: dV = dV')
+    dS <- c dS + QE^T dO - KE^T dV     (additive: without the last term)
+One block of threads per sequence (or piece of one), value head and slice of V. One or two warpgroups hold
+dS^T, 64 values by K, in registers, and one issues the copies: every factor of a product lies in memory as
+the forward left it, gates, norms and masks included. The dS that enters each step and dV are stored:
+channel_backward_chunks.py makes everything else of them, all chunks at once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
+
+BF16 = jnp.bfloat16
+SMEM_BYTES = 226 * 1024
+REGISTERS = (232, 40)  # a thread, with two warpgroups that hold state: those, and the one that copies
+
+
+def reverse_scan(
+    inputs: Inputs,
+    tiles: Any,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    *,
+    value_tile: int,
+    pieces: int = 1,
+    summary: bool = False,
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
+    """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T at the start of each piece.
+
+    do: [B, T, HV, V] bf16.  d_state: gradient of the state after each piece, transposed, float32
+    [B * pieces, HV, V, K], or None (zero).  summary: only the last result, [B * pieces, HV, V, K] float32.
+    """
+    batch, length, _, key_dim = inputs.k.shape
+    value_heads, value_dim = inputs.v.shape[2:]
+    chunks, count = length // C, length // C // pieces
+    wide = value_tile // C
+    delta = tiles.inverses is not None
+    interpret = inputs.interpret
+    factors = dict(write=tiles.write, read_q=tiles.read_q, read_k=tiles.read_k)
+    pairs = dict(scores=tiles.scores, inverses=tiles.inverses)
+    factors, pairs = ({n: x for n, x in d.items() if x is not None} for d in (factors, pairs))
+    arrays = factors | pairs | dict(do=do, carry=tiles.carry)
+    arrays |= dict(beta=inputs.beta) if delta else {}
+    arrays |= dict(last=d_state) if d_state is not None else {}
+
+    stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
+    fixed = 0 if summary else 2 * wide * C * (C + key_dim)
+    stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
+    scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
+    scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}
+    scratch |= dict(
+        do=blocks.smem((stages, wide, C, C), BF16),
+        carry=plgpu.SMEM((stages, key_dim), F32),
+        filled=plgpu.Barrier(num_arrivals=len(scratch) + wide + 1 + delta, num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=wide, num_barriers=stages),
+        done=plgpu.Barrier(num_arrivals=wide + 1),
+    )
+    if delta:
+        scratch |= dict(beta=plgpu.SMEM((stages, C), F32))
+    if not summary:
+        scratch |= dict(dv=blocks.smem((wide, C, C), BF16), ds=blocks.smem((wide, C, key_dim), BF16))
+    results = dict(first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32))
+    if not summary:
+        results["ds"] = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
+        results["dv"] = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
+
+    def body(*all_refs: Any, **s: Any) -> None:
+        refs = dict(zip([*arrays, *("out_" + name for name in results)], all_refs, strict=True))
+        piece, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
+        wg = lax.axis_index("wg")
+        b = blocks.div(piece, pieces)
+        after = (blocks.rem(piece, pieces) + 1) * count  # the chunk after the piece
+
+        def fill(i: Any, slot: Any) -> None:
+            n = after - 1 - i
+            rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
+
+            def copy(source: Any, target: Any) -> None:
+                plgpu.copy_gmem_to_smem(source, target.at[slot], barrier)
+
+            copy(refs["write"].at[b, rows, head], s["write"])
+            for tile in range(wide):
+                columns = pl.ds(value_block * value_tile + tile * C, C)
+                plgpu.copy_gmem_to_smem(
+                    refs["do"].at[b, rows, head, columns], s["do"].at[slot, tile], barrier
+                )
+            for name in pairs:
+                copy(refs[name].at[b, head, rows], s[name])
+            copy(refs["carry"].at[b, head, n], s["carry"])
+            for name in factors:
+                if name != "write":
+                    copy(refs[name].at[b, rows, head], s[name])
+            if delta:
+                copy(refs["beta"].at[b, head, rows], s["beta"])
+
+        def hold_state() -> None:
+            columns = pl.ds(value_block * value_tile + wg * C, C)
+            if d_state is None:
+                ds = blocks.zeros((C, key_dim))
+            else:
+                last = refs["last"].at[piece, head, columns]
+                ds = plgpu.load(last, layout=blocks.WGMMA, optimized=False)
+
+            def step(i: Any, ds: jax.Array) -> jax.Array:
+                n, slot = after - 1 - i, blocks.rem(i, stages)
+                do_s = s["do"].at[slot, wg]
+                ds_lo = ds.astype(BF16)
+                if not summary:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the previous step's dS has left
+                    blocks.store(s["ds"].at[wg], ds_lo, interpret=interpret)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(s["ds"].at[wg], refs["out_ds"].at[b, head, n, columns])
+                plgpu.barrier_wait(s["filled"].at[slot])
+                carry = blocks.by_col(blocks.col_vector(s["carry"].at[slot]), (C, key_dim))
+                dv = blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
+                dv, ds = blocks.matmul(
+                    (do_s.T, s["scores"].at[slot], dv),
+                    (do_s.T, s["read_q"].at[slot], ds * carry),
+                    interpret=interpret,
+                )
+                if delta:
+                    dv = blocks.matmul((dv.astype(BF16), s["inverses"].at[slot], dv), interpret=interpret)
+                    dv = dv * blocks.by_col(blocks.col_vector(s["beta"].at[slot]))
+                    ds = blocks.matmul(
+                        ((dv * -1.0).astype(BF16), s["read_k"].at[slot], ds), interpret=interpret
+                    )
+                if not summary:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    blocks.store(s["dv"].at[wg], dv.astype(BF16), interpret=interpret, transposed=True)
+                plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
+                plgpu.barrier_arrive(s["free"].at[slot])
+                if not summary:
+                    target = refs["out_dv"].at[b, pl.ds(n * C, C), head, columns]
+                    plgpu.copy_smem_to_gmem(s["dv"].at[wg], target)
+                return ds
+
+            ds = lax.fori_loop(0, count, step, ds)
+            refs["out_first"].at[piece, head, columns][...] = ds
+            plgpu.wait_smem_to_gmem(0)
+
+        def issue_copies() -> None:
+            for i in range(min(stages, count)):
+                fill(i, i)
+
+            @pl.loop(stages, count)
+            def _(i: Any) -> None:
+                slot = blocks.rem(i, stages)
+                plgpu.barrier_wait(s["free"].at[slot])
+                fill(i, slot)
+
+            for i in range(max(count - stages, 0), count):
+                plgpu.barrier_wait(s["free"].at[i % stages])
+
+        @pl.when(wg < wide)
+        def _() -> None:
+            if wide == 2:
+                plgpu.set_max_registers(REGISTERS[0], action="increase")
+            hold_state()
+
+        @pl.when(wg == wide)
+        def _() -> None:
+            if wide == 2:
+                plgpu.set_max_registers(REGISTERS[1], action="decrease")
+            issue_copies()
+
+        blocks.finish_together(s["done"])
+
+    out = blocks.kernel(
+        body,
+        name="channel_reverse_" + ("summary" if summary else "scan"),
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=list(results.values()),
+        grid=(batch * pieces, value_heads, value_dim // value_tile),
+        grid_names=("b", "h", "v"),
+        num_threads=wide + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+    )(*arrays.values())
+    out = dict(zip(results, out, strict=True))
+    return out.get("ds"), out.get("dv"), out["first"]

@@ -1,0 +1,123 @@
+"""Pairs of tokens of a chunk under a decay per key channel, exact for any decay.
+
+Within a block of b tokens let m be the last token of its first half and E_i the sum of log-decays from m to
+i: positive before m, negative after it. A pair j < i of the block needs 2^(E_i - E_j) = 2^E_i 2^-E_j in
+every channel, two scaled copies of the tile and one product. For a pair across the middle both factors are
+at most 1. For a pair within a half one may overflow, and then the blocks of b / 2 tokens serve it: the
+levels b = 64, 32, ..., 2 each overwrite the pairs of their blocks, and end as soon as no |E| of the level
+exceeds RANGE. Ordinary gates need one level, log-decays of -5 a step at most three, any at most six.
+
+E is a product of a matrix of 0, 1 and -1 with the log-decays: sums of terms of one sign, so nothing cancels.
+The products take the log-decays in float16 and accumulate in float32. Rounding a sum of x by at most x 2^-12
+moves exp(-x) by at most x exp(-x) 2^-12 < 1e-4.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import C
+
+LEAST = -128.0  # a log2-decay whose power is 0 in float32; below it nothing changes but the size of sums
+RANGE = 96.0  # 2^96 times a bf16 number stays finite, and 2^-96 times one keeps its 8 bits
+F16 = jnp.float16
+
+
+def steps(log_decay: jax.Array) -> jax.Array:
+    """Natural log-decays in base 2 and float16."""
+    return jnp.maximum(log_decay * blocks.LOG2E, LEAST).astype(F16)
+
+
+def hidden_zero(reach: Any) -> jax.Array:
+    """0, which the compiler cannot know: `reach` is a shared-memory vector of numbers that are not negative.
+
+    Added to indices it keeps addresses and masks from being hoisted into registers. Added to a mask that is a
+    left operand it is needed: registers that the compiler knows to be constant reach wgmma wrong (seen on
+    hardware, ptxas of CUDA 13.0).
+    """
+    return jnp.where(reach[0] < 0.0, 1, 0)
+
+
+def up_to(zero: jax.Array) -> jax.Array:
+    """Row i sums the tokens t <= i of the chunk; zero: a `hidden_zero`."""
+    return _flags(blocks.col_index() <= blocks.by_row(_row() + zero), 1.0)
+
+
+def after(zero: jax.Array) -> jax.Array:
+    """Row i sums the tokens t > i of the chunk."""
+    return _flags(blocks.col_index() > blocks.by_row(_row() + zero), 1.0)
+
+
+def every(reach: Any) -> jax.Array:
+    """Each row sums all tokens of the chunk, in the same order: the rows are the same bits."""
+    return blocks.by_row(jnp.where(blocks.row_vector(reach) < 0.0, 0.0, 1.0).astype(F16))
+
+
+def from_middle(size: jax.Array, zero: jax.Array) -> jax.Array:
+    """Row i sums the tokens from the middle of its block of `size` to i: 1 after the middle, -1 before."""
+    row = _row() + zero
+    middle = (row & -size) + (size >> 1)
+    late = row >= middle
+    first, last = jnp.where(late, middle, row + 1), jnp.where(late, row, middle - 1)
+    return _flags(_columns(first, last), blocks.by_row(jnp.where(late, 1.0, -1.0).astype(F16)))
+
+
+def within(size: jax.Array, zero: jax.Array) -> jax.Array:
+    """Pairs (i, j), j < i, of one block of `size` tokens."""
+    row = _row() + zero
+    return _columns(row & -size, row - 1)
+
+
+def _row() -> jax.Array:
+    return plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS)
+
+
+def _columns(first: jax.Array, last: jax.Array) -> jax.Array:
+    """In each row the columns first..last: two numbers a row are all that a thread keeps of such a mask."""
+    col = blocks.col_index()
+    return (col >= blocks.by_row(first)) & (col <= blocks.by_row(last))
+
+
+def _flags(keep: jax.Array, value: Any) -> jax.Array:
+    return jnp.where(keep, jnp.asarray(value, F16), jnp.zeros((), F16))
+
+
+def sums(which: jax.Array, steps: Any, *, interpret: Any) -> jax.Array:
+    """`which` @ `steps`, a float16 tile [C, 64] in shared memory: float32 sums in base 2."""
+    return blocks.matmul((which, steps), interpret=interpret)
+
+
+def next_size(size: jax.Array, reach: Any) -> jax.Array:
+    """Size of the blocks of the next level; 0 if this one was exact for all pairs of its blocks.
+
+    reach: the largest |E| of every token. It is largest at the ends of a block, of which only those of 16
+    tokens are read: below that, go to the end.
+    """
+    ends = [reach[i] for block in range(0, C, 16) for i in (block, block + 15)]
+    done = (functools.reduce(jnp.maximum, ends) <= RANGE) & (size >= 16)
+    return jnp.where(done, 0, size >> 1)
+
+
+def any_row(x: jax.Array, *, interpret: Any) -> jax.Array:
+    """A row of a tile [C, C] whose rows are the same bits, as a number per column.
+
+    No exchange between threads: each has its own row. Were the rows equal but for rounding, so would be
+    the result of two runs.
+    """
+    if interpret:
+        return x[0]
+
+    @plgpu.inline_mgpu(
+        arg_types=(blocks.WGMMA,), return_type=plgpu.ShapeDtypeStruct((C,), x.dtype, layout=blocks.COLS)
+    )
+    def take(_: Any, tile: Any) -> Any:
+        layout = blocks.COLS.to_mgpu()
+        first = tile.registers[0, :, 0, 0, 0].reshape(layout.registers_shape((C,)))
+        return mgpu.FragmentedArray(_registers=first, _layout=layout, _is_signed=None)
+
+    return take(x)

@@ -1,0 +1,259 @@
+"""The scan over chunks for a decay per key channel: every operand is a tile that `channel_tiles` has made.
+
+One block of threads per sequence (or piece of one), value head and slice of V. One or two warpgroups hold
+S^T (64 values by K, float32, in registers) and run the chain of products; one issues the copies.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
+
+BF16 = jnp.bfloat16
+SMEM_BYTES = 227 * 1024
+REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copies; by state warpgroups
+
+
+class Scanned(NamedTuple):
+    """Results; None for what was not asked for.
+
+    o: [B, T, HV, V] bf16.  final: S^T after each piece [B * pieces, HV, V, K] float32.
+    states: S^T before each chunk [B, HV, T/C, V, K] bf16.  values: V' [B, T, HV, V] bf16 (delta).
+    """
+
+    o: Any = None
+    final: Any = None
+    states: Any = None
+    values: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelScan:
+    """One compiled scan; mode, pieces, final and keep as in `forward_scan.Scan`."""
+
+    inputs: Inputs
+    tiles: Tiles
+    value_tile: int
+    pieces: int = 1
+    mode: str = "output"
+    final: bool = False
+    keep: bool = False
+
+    def __call__(self) -> Scanned:
+        i, tiles = self.inputs, self.tiles
+        batch, length, value_heads, key_dim = tiles.write.shape
+        output, transition = self.mode == "output", self.mode == "transition"
+        delta, values = tiles.inverses is not None, not transition
+        value_dim = key_dim if transition else i.v.shape[3]
+        slices = self.value_tile // C  # warpgroups that hold state
+        chunks = length // C
+
+        arrays = dict(
+            read_q=tiles.read_q if output else None,
+            read_k=tiles.read_k,
+            write=tiles.write,
+            scores=tiles.scores if output else None,
+            inverses=tiles.inverses,
+            v=i.v if values else None,
+            carry=tiles.carry,
+            beta=i.beta,
+            initial=None if transition else i.state,
+        )
+        results = dict(
+            o=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
+            final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
+            if self.final or not output
+            else None,
+            states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
+            if self.keep
+            else None,
+            values=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
+            if self.keep and delta
+            else None,
+        )
+        keys, square, slice_ = (C, key_dim), (C, C), (slices, C, C)
+        stage = dict(read_q=keys, read_k=keys, write=keys, scores=square, inverses=square, v=slice_)
+        stage = {name: shape for name, shape in stage.items() if arrays[name] is not None}
+        outgoing = dict(o=slice_, states=(slices, C, key_dim), values=slice_)
+        outgoing = {name: shape for name, shape in outgoing.items() if results[name] is not None}
+        bytes_of = lambda shapes: 2 * sum(map(_size, shapes.values()))
+        room = SMEM_BYTES - bytes_of(outgoing) - 1024
+        each = bytes_of(stage) + 4 * (key_dim + C * delta)
+        stages = max(2, min(4, chunks // self.pieces, room // each))
+        scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
+        scratch |= {"out_" + name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
+        scratch |= dict(
+            carry=plgpu.SMEM((stages, key_dim), F32),
+            filled=plgpu.Barrier(
+                num_arrivals=len(stage) + 1 + delta + values * (slices - 1), num_barriers=stages
+            ),
+            free=plgpu.Barrier(num_arrivals=slices, num_barriers=stages),
+            done=plgpu.Barrier(num_arrivals=slices + 1),
+        )
+        if delta:
+            scratch |= dict(beta=plgpu.SMEM((stages, C), F32))
+        arrays = {name: value for name, value in arrays.items() if value is not None}
+        results = {name: value for name, value in results.items() if value is not None}
+
+        def body(*refs: Any, **smem: Any) -> None:
+            b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
+            count = chunks // self.pieces
+            at = SimpleNamespace(
+                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs, strict=True))),
+                smem=SimpleNamespace(**smem),
+                piece=b,
+                b=blocks.div(b, self.pieces),
+                head=head,
+                first_value=value_block * self.value_tile,
+                count=count,
+                first=blocks.rem(b, self.pieces) * count,
+                stages=stages,
+                slices=slices,
+                delta=delta,
+                output=output,
+                values=values,
+                key_dim=key_dim,
+            )
+            state_registers, copy_registers = REGISTERS[slices]
+
+            @pl.when(wg < slices)
+            def _() -> None:
+                plgpu.set_max_registers(state_registers, action="increase")
+                self.hold_state(at, wg)
+
+            @pl.when(wg == slices)
+            def _() -> None:
+                plgpu.set_max_registers(copy_registers, action="decrease")
+                self.issue_copies(at)
+
+            blocks.finish_together(at.smem.done)
+
+        out = blocks.kernel(
+            body,
+            name=("delta" if delta else "additive") + "_channel_" + self.mode,
+            interpret=i.interpret,
+            manual_barriers=True,
+            out_type=list(results.values()),
+            grid=(batch * self.pieces, value_heads, value_dim // self.value_tile),
+            grid_names=("b", "h", "v"),
+            num_threads=slices + 1,
+            thread_name="wg",
+            scratch_types=scratch,
+        )(*arrays.values())
+        return Scanned(**dict(zip(results, out, strict=True)))
+
+    def issue_copies(self, at: SimpleNamespace) -> None:
+        smem, refs = at.smem, at.refs
+
+        def fill(n: Any, slot: Any) -> None:
+            chunk = at.first + n
+            rows, barrier = pl.ds(chunk * C, C), smem.filled.at[slot]
+
+            def copy(name: str, source: Any) -> None:
+                plgpu.copy_gmem_to_smem(source, getattr(smem, name).at[slot], barrier)
+
+            if at.delta:
+                copy("read_k", refs.read_k.at[at.b, rows, at.head])
+            if at.output:
+                copy("read_q", refs.read_q.at[at.b, rows, at.head])
+            for tile in range(at.slices if at.values else 0):
+                columns = pl.ds(at.first_value + tile * C, C)
+                plgpu.copy_gmem_to_smem(
+                    refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
+                )
+            if at.delta:
+                copy("beta", refs.beta.at[at.b, at.head, rows])
+                copy("inverses", refs.inverses.at[at.b, at.head, rows])
+            if at.output:
+                copy("scores", refs.scores.at[at.b, at.head, rows])
+            copy("write", refs.write.at[at.b, rows, at.head])
+            copy("carry", refs.carry.at[at.b, at.head, chunk])
+
+        for n in range(min(at.stages, at.count)):
+            fill(n, n)
+
+        @pl.loop(at.stages, at.count)
+        def _(n: Any) -> None:
+            slot = blocks.rem(n, at.stages)
+            plgpu.barrier_wait(smem.free.at[slot])
+            fill(n, slot)
+
+        for n in range(max(at.count - at.stages, 0), at.count):
+            plgpu.barrier_wait(smem.free.at[n % at.stages])
+
+    def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
+        i, smem, refs = self.inputs, at.smem, at.refs
+        columns = pl.ds(at.first_value + wg * C, C)
+        shape = (C, at.key_dim)
+        if not at.values:
+            row = blocks.row_index(shape) + (at.first_value + wg * C)
+            state = jnp.where(row == blocks.col_index(shape), 1.0, 0.0)
+        elif i.state is None:
+            state = blocks.zeros(shape)
+        else:
+            initial = refs.initial.at[at.piece, at.head, columns]
+            state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+        in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
+
+        def step(n: Any, state: jax.Array) -> jax.Array:
+            slot = blocks.rem(n, at.stages)
+            rows = pl.ds((at.first + n) * C, C)
+            state_lo = state.astype(BF16)
+            if self.keep:
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                blocks.store(smem.out_states.at[wg], state_lo, interpret=i.interpret)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    smem.out_states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns]
+                )
+            plgpu.barrier_wait(smem.filled.at[slot])
+            reads = [(state_lo, smem.read_k.at[slot].T)] if at.delta else []
+            reads += [(state_lo, smem.read_q.at[slot].T)] if at.output else []
+            read = blocks.products(*reads, interpret=i.interpret)
+            value: Any = blocks.tile(smem.v.at[slot, wg].T) if at.values else 0.0
+            if at.delta:
+                value = (value - read[0]) * blocks.by_col(blocks.col_vector(smem.beta.at[slot]))
+                operands = value.astype(BF16), smem.inverses.at[slot].T, value
+                value = blocks.matmul(operands, interpret=i.interpret)
+            value_lo = value.astype(BF16)
+            kept = state * blocks.by_col(blocks.col_vector(smem.carry.at[slot]), shape)
+            written = (value_lo, smem.write.at[slot], kept)
+            if not at.output:
+                state = blocks.matmul(written, interpret=i.interpret)
+            else:
+                seen = (value_lo, smem.scores.at[slot].T, read[-1])
+                o, state = blocks.matmul(seen, written, interpret=i.interpret)
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                blocks.store(smem.out_o.at[wg], o.astype(BF16), interpret=i.interpret, transposed=True)
+                if self.keep and at.delta:
+                    blocks.store(smem.out_values.at[wg], value_lo, interpret=i.interpret, transposed=True)
+            plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
+            plgpu.barrier_arrive(smem.free.at[slot])
+            if at.output:
+                if self.keep and at.delta:
+                    values = refs.values.at[at.b, rows, at.head, columns]
+                    plgpu.copy_smem_to_gmem(smem.out_values.at[wg], values, commit_group=False)
+                plgpu.copy_smem_to_gmem(smem.out_o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            return state
+
+        state = lax.fori_loop(0, at.count, step, state)
+        if self.final or not at.output:
+            refs.final.at[at.piece, at.head, columns][...] = state
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

@@ -1,0 +1,230 @@
+"""All that a chunk needs before its state is known, for a decay per key channel: every chunk on its own."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks, channel_math, inverse
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
+
+BF16 = jnp.bfloat16
+NORM_K, NORM_Q, SPAN = range(3)  # rows of `Tiles.norms`
+
+
+class Tiles(NamedTuple):
+    """Per value head; G: sums of log-decays from the chunk's start, C: its last token.
+
+    read_q, read_k: scale q exp(G) and k exp(G) of tokens of the document that enters the chunk, else 0.
+    write: k exp(G_C - G) of tokens of the document that leaves it, else 0.  All [B, T, HV, K] bf16.
+    carry: exp(G_C), or 0 if no document spans the chunk, [B, HV, T/C, K] float32.
+    scores: scale q_i.k_j exp(G_i - G_j), j <= i of one document, [B, HV, T, C] bf16.
+    inverses: A - I, as `chunk_inverses` has it.
+    norms: 1 / |k|, scale / |q| and the size of the last level's blocks (for all tokens), NORM_K, NORM_Q and
+        SPAN, [B, HV, T/C, 3, C] float32.
+    read_k and inverses are None if additive, norms unless kept; q and k are normalised with `l2norm`.
+    """
+
+    read_q: jax.Array
+    write: jax.Array
+    carry: jax.Array
+    scores: jax.Array
+    read_k: Any = None
+    inverses: Any = None
+    norms: Any = None
+
+
+def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
+    i = inputs
+    assert i.log_decay is not None
+    batch, length, heads, key_dim = i.k.shape
+    value_heads = i.v.shape[2]
+    group, chunks, halves = value_heads // heads, length // C, key_dim // C
+    delta, interpret = i.beta is not None, i.interpret
+    vectors = Vectors(i, ("beta", "segment", "entering"))
+    keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
+    square = jax.ShapeDtypeStruct((batch, value_heads, length, C), BF16)
+    results = dict(
+        read_q=keys,
+        write=keys,
+        carry=jax.ShapeDtypeStruct((batch, value_heads, chunks, key_dim), F32),
+        scores=square,
+    )
+    if delta:
+        results |= dict(read_k=keys, inverses=square)
+    if keep:
+        results |= dict(norms=jax.ShapeDtypeStruct((batch, value_heads, chunks, 3, C), F32))
+
+    def body(*refs: Any, **s: Any) -> None:
+        q_ref, k_ref, decay_ref, *rest = refs
+        vector_refs = rest[: len(vectors)]
+        out = dict(zip(results, rest[len(vectors) :], strict=True))
+        b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))
+        rows, key_head = pl.ds(n * C, C), blocks.div(head, group)
+        decay_s, (x_s, scores_s, a_s) = s["decay_or_products"]
+        q_s, k_s, steps_s, in_s, norm_s = (s[name] for name in ("q", "k", "steps", "vectors", "norms"))
+        decay_ready, ready = s["decay_ready"], s["ready"]
+
+        for half in range(halves):
+            columns = pl.ds(half * C, C)
+            plgpu.copy_gmem_to_smem(decay_ref.at[b, rows, head, columns], decay_s.at[half], decay_ready)
+        for half in range(halves):
+            columns = pl.ds(half * C, C)
+            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head, columns], k_s.at[half], ready)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head, columns], q_s.at[half], ready)
+        vectors.copy(vector_refs, in_s, ready, b, head, rows)
+        plgpu.barrier_wait(decay_ready)
+        for half in range(halves):
+            steps = channel_math.steps(blocks.tile(decay_s.at[half]))
+            blocks.store(steps_s.at[half], steps, interpret=interpret)
+        plgpu.barrier_wait(ready)
+
+        squares_q: Any = 0.0
+        squares_k: Any = 0.0
+        diagonal: Any = 0.0
+        for half in range(halves):
+            q, k = blocks.tile(q_s.at[half]), blocks.tile(k_s.at[half])
+            diagonal += jnp.sum(q * k, axis=1)
+            if i.l2norm:
+                squares_q += jnp.sum(q * q, axis=1)
+                squares_k += jnp.sum(k * k, axis=1)
+        one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
+        inverse_norm = lambda squares: lax.rsqrt(squares + blocks.L2NORM_EPS) if i.l2norm else one
+        norm_s.at[NORM_K][...] = inverse_norm(squares_k)
+        norm_s.at[NORM_Q][...] = inverse_norm(squares_q) * i.scale
+        s["reach"][...] = one
+        plgpu.commit_smem()
+
+        def level(carried: tuple) -> tuple:
+            size, _, *old = carried
+            zero = channel_math.hidden_zero(s["reach"])
+            slots = [half + zero for half in range(halves)]
+            middle = channel_math.from_middle(size, zero)
+            reach = one * 0.0
+            left: list = [[], []]
+            for half in range(halves):  # one after the other: both at once are too many registers
+                offset = channel_math.sums(middle, steps_s.at[slots[half]], interpret=interpret)
+                reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
+                up, k = jnp.exp2(offset), blocks.tile(k_s.at[slots[half]])
+                left[0].append((blocks.tile(q_s.at[slots[half]]) * up).astype(BF16))
+                left[1].append((k * up).astype(BF16))
+                blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
+            s["reach"][...] = reach
+            plgpu.commit_smem()
+            zero = channel_math.hidden_zero(s["reach"])
+            new = sums_of_products(
+                *[
+                    ([(x, x_s.at[half + zero].T) for half, x in enumerate(row)], (C, C))
+                    for row in left[: len(old)]
+                ],
+                interpret=interpret,
+            )
+            pairs = channel_math.within(size, zero)
+            found = [jnp.where(pairs, x, y) for x, y in zip(new, old, strict=True)]
+            following = channel_math.next_size(size, s["reach"])
+            plgpu.commit_smem()  # all have read x_s and reach
+            return following, size, *found
+
+        diagonal_tile = jnp.where(
+            blocks.row_index() == blocks.col_index(), blocks.by_row(diagonal), blocks.zeros((C, C))
+        )
+        start = (jnp.asarray(C, jnp.int32),) * 2 + (diagonal_tile,) + (blocks.zeros((C, C)),) * delta
+        _, span, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
+        if keep:
+            norm_s.at[SPAN][...] = one * span.astype(F32)
+        norm_k, norm_q = blocks.row_vector(norm_s.at[NORM_K]), blocks.row_vector(norm_s.at[NORM_Q])
+        read = write = one
+        carry: Any = 1.0
+        same: Any = None
+        if vectors.has("segment"):
+            ids = vectors.get("segment", in_s)
+            of_row = blocks.row_vector(ids)
+            entering, leaving = vectors.get("entering", in_s)[0], ids[C - 1]
+            read = jnp.where(of_row == entering, 1.0, 0.0)
+            write = jnp.where(of_row == leaving, 1.0, 0.0)
+            carry = jnp.where(entering == leaving, 1.0, 0.0)
+            same = blocks.by_row(of_row) == blocks.by_col(blocks.col_vector(ids))
+
+        def finish(products: jax.Array, row_scale: jax.Array) -> jax.Array:
+            if i.l2norm:
+                products *= blocks.by_col(blocks.col_vector(norm_s.at[NORM_K]))
+            products *= blocks.by_row(row_scale)
+            return products if same is None else jnp.where(same, products, 0.0)
+
+        blocks.store(scores_s, finish(found[0], norm_q).astype(BF16), interpret=interpret)
+
+        for half in range(halves):
+            zero = channel_math.hidden_zero(s["reach"])
+            up_to, after = channel_math.up_to(zero), channel_math.after(zero)
+            every = channel_math.every(s["reach"])
+            ends = channel_math.sums(every, steps_s.at[half], interpret=interpret)
+            end = channel_math.any_row(ends, interpret=interpret)
+            s["carry"].at[pl.ds(half * C, C)][...] = jnp.exp2(end) * carry
+            total = channel_math.sums(up_to, steps_s.at[half], interpret=interpret)
+            decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
+            q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * decay
+            blocks.store(q_s.at[half], q.astype(BF16), interpret=interpret)
+            if delta:
+                seen = k * blocks.by_row(norm_k * read) * decay
+                blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
+            later = channel_math.sums(after, steps_s.at[half], interpret=interpret)
+            written = k * blocks.by_row(norm_k * write) * jnp.exp2(later)
+            blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scores_s, out["scores"].at[b, head, rows])
+        if keep:
+            plgpu.copy_smem_to_gmem(norm_s, out["norms"].at[b, head, n])
+        plgpu.copy_smem_to_gmem(s["carry"], out["carry"].at[b, head, n])
+        for half in range(halves):
+            columns = pl.ds(half * C, C)
+            plgpu.copy_smem_to_gmem(q_s.at[half], out["read_q"].at[b, rows, head, columns])
+            plgpu.copy_smem_to_gmem(x_s.at[half], out["write"].at[b, rows, head, columns])
+            if delta:
+                plgpu.copy_smem_to_gmem(k_s.at[half], out["read_k"].at[b, rows, head, columns])
+        if delta:
+            lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
+            a = inverse.unit_lower_inverse(lower, s["exchange"], interpret=interpret)
+            blocks.store(a_s, a, interpret=interpret)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(a_s, out["inverses"].at[b, head, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    products = (
+        blocks.smem((halves, C, C), BF16),
+        blocks.smem((C, C), BF16),
+        blocks.smem((C, C), BF16),
+    )
+    scratch = dict(
+        q=blocks.smem((halves, C, C), BF16),
+        k=blocks.smem((halves, C, C), BF16),
+        steps=blocks.smem((halves, C, C), jnp.float16),
+        exchange=inverse.exchange() if delta else None,
+        decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), i.log_decay.dtype), products),
+        vectors=plgpu.SMEM((len(vectors), C), F32) if len(vectors) else None,
+        norms=plgpu.SMEM((3, C), F32),
+        reach=plgpu.SMEM((C,), F32),
+        carry=plgpu.SMEM((key_dim,), F32),
+        decay_ready=plgpu.Barrier(num_arrivals=halves),
+        ready=plgpu.Barrier(num_arrivals=2 * halves + len(vectors)),
+    )
+    scratch = {name: value for name, value in scratch.items() if value is not None}
+
+    def with_optional(*refs: Any, **s: Any) -> None:
+        body(*refs, **(dict(vectors=None, exchange=None) | s))
+
+    tiles = blocks.kernel(
+        with_optional,
+        name=("delta_" if delta else "additive_") + "channel_tiles",
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=list(results.values()),
+        grid=(batch, value_heads, chunks),
+        grid_names=("b", "h", "n"),
+        scratch_types=scratch,
+    )(i.q, i.k, i.log_decay, *vectors.arrays)
+    return Tiles(**dict(zip(results, tiles, strict=True)))

@@ -1,0 +1,54 @@
+"""The forward pass with no decay or one decay per head, additive or delta.
+
+`chunk_inverses` (delta only; every chunk on its own): A - I, A = (I + L)^-1 with
+    L_ij = beta_i k_i.k_j exp(G_i - G_j), j < i, pairs of one document.
+`Scan` (chunks in order): with S the state before the chunk and e, f as in `blocks` (READ_K, WRITE),
+    V' = A beta (V - e K S)     (additive: V' = V)
+    o  = scale (e Q S + P V'),  P_ij = q_i.k_j exp(G_i - G_j), j <= i, pairs of one document
+    S <- exp(G_C) [one document] S + (f K)^T V'.
+W = A beta e K and U = A beta V, the usual intermediates of the delta rule, never exist.
+
+Where sequences times heads leave most of the GPU idle, each sequence is cut into pieces (pieces.py): a short
+scan gives what every piece does to the state, and the full scan runs all pieces at once.
+"""
+
+import dataclasses
+
+import jax
+
+from pallas_kernels.linear_attention.hopper import pieces, table
+from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
+from pallas_kernels.linear_attention.hopper.forward_scan import Scan, Scanned
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, prepare
+
+__all__ = ["Inputs", "forward_pass", "prepare"]
+
+
+def forward_pass(
+    inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
+) -> tuple[Scanned, jax.Array | None, jax.Array | None]:
+    """(results, A - I, moves): `final` for the last state, `keep` for what the backward pass wants.
+
+    moves: what each piece does to the state (`pieces.chain`), None without pieces.
+    """
+    choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
+    inverses = None if inputs.beta is None else chunk_inverses(inputs)
+    moves = None
+    if choice.pieces > 1:
+        moves, starts = _starts(inputs, inverses, choice)
+        inputs = dataclasses.replace(inputs, state=starts)
+    out = Scan(inputs, inverses, choice.value_tile, choice.pieces, "output", final, keep)()
+    if final and choice.pieces > 1:
+        out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
+    return out, inverses, moves
+
+
+def _starts(inputs: Inputs, inverses: jax.Array | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:
+    """What each piece does to the state, and S^T before each piece [B * pieces, HV, V, K] float32."""
+    alone = dataclasses.replace(inputs, state=None)
+    summary = Scan(alone, inverses, choice.value_tile, choice.pieces, "summary")()
+    if inverses is None:
+        moves = pieces.factors(inputs, choice.pieces)
+    else:
+        moves = summary.moves.reshape(inputs.k.shape[0], choice.pieces, *summary.moves.shape[1:])
+    return moves, pieces.chain(moves, summary.final, inputs.state)

@@ -1,0 +1,354 @@
+"""The scan over chunks: one block of threads per sequence (or piece of one), value head and slice of V.
+
+Warpgroups: one or two hold S^T (64 values by K, float32, in registers) and run the chain of products; one or
+two prepare a chunk ahead, scores P = q.k exp(G_i - G_j) and the numbers per token; one issues the copies.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.gates import write_gates
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
+
+BF16 = jnp.bfloat16
+AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
+SMEM_BYTES = 227 * 1024
+
+
+class Roles(NamedTuple):
+    """Warpgroups of each kind, and registers a thread of each: 65,536 in all, in steps of 8."""
+
+    state: int
+    prepare: int
+    state_registers: int
+    prepare_registers: int
+    copy_registers: int
+
+    @property
+    def threads(self) -> int:
+        return self.state + self.prepare + 1
+
+
+ROLES = {64: Roles(1, 2, 232, 128, 24), 128: Roles(2, 1, 192, 104, 24)}  # by values in a slice of V
+
+
+class Scanned(NamedTuple):
+    """Results of `scan`; None for what was not asked for.
+
+    o: [B, T, HV, V] bf16.  final: S^T after each piece [B * pieces, HV, V, K] float32.
+    moves: what each piece does to the state it starts from: S^T after it when it starts from the identity and
+    writes no values, [B * pieces, HV, K, K] float32.
+    states: S^T before each chunk [B, HV, T/C, V, K] bf16.  With the delta rule also gates [B, HV, T/C, 8, C]
+    float32 and values, V' [B, T, HV, V] bf16.
+    """
+
+    o: Any = None
+    final: Any = None
+    moves: Any = None
+    gates: Any = None
+    states: Any = None
+    values: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One compiled scan.
+
+    mode: "output"; "summary", the state after each piece alone, and with the delta rule its moves. pieces:
+    every sequence is cut into so many equal runs of chunks, each with its own initial state. final: also
+    return the last states. keep: also return what the backward pass wants.
+    """
+
+    inputs: Inputs
+    inverses: jax.Array | None
+    value_tile: int
+    pieces: int = 1
+    mode: str = "output"
+    final: bool = False
+    keep: bool = False
+
+    def __call__(self) -> Scanned:
+        i = self.inputs
+        batch, length, heads, key_dim = i.k.shape
+        value_heads, value_dim = i.v.shape[2:]
+        output, delta = self.mode == "output", self.inverses is not None
+        moves = delta and not output  # one warpgroup holds 64 values, the other 64 rows of the moves
+        roles = ROLES[128 if moves else self.value_tile]
+        tiles = roles.state
+        value_tiles = 1 if moves else tiles
+        chunks = length // C
+        names = ("log_decay", "beta", "segment", "entering")
+        vectors = Vectors(i, names)
+
+        stage = 2 * C * (key_dim * (1 + output) + C * (value_tiles + delta)) + 4 * C * len(vectors)
+        fixed = AHEAD * (2 * C * C * output + 32 * C)
+        fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
+        stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
+
+        results = dict(
+            o=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
+            final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
+            if self.final or not output
+            else None,
+            moves=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, key_dim, key_dim), F32)
+            if moves
+            else None,
+            gates=jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
+            if self.keep and delta
+            else None,
+            states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
+            if self.keep
+            else None,
+            values=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
+            if self.keep and delta
+            else None,
+        )
+        results = {name: value for name, value in results.items() if value is not None}
+        arrays = dict(q=i.q if output else None, k=i.k, v=i.v)
+        arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays, strict=True)}
+        arrays |= dict(a=self.inverses, initial=i.state)
+        arrays = {name: value for name, value in arrays.items() if value is not None}
+        scratch = dict(
+            k=blocks.smem((stages, C, key_dim), BF16),
+            q=blocks.smem((stages, C, key_dim), BF16) if output else None,
+            v=blocks.smem((stages, value_tiles, C, C), BF16),
+            a=blocks.smem((stages, C, C), BF16) if delta else None,
+            vectors=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
+            gates=plgpu.SMEM((AHEAD, 8, C), F32),
+            scores=blocks.smem((AHEAD, C, C), BF16) if output else None,
+            o=blocks.smem((tiles, C, C), BF16) if output else None,
+            states=blocks.smem((tiles, C, key_dim), BF16) if self.keep else None,
+            values=blocks.smem((tiles, C, C), BF16) if self.keep and delta else None,
+            filled=plgpu.Barrier(
+                num_arrivals=1 + output + value_tiles + delta + len(vectors), num_barriers=stages
+            ),
+            free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
+            ready=plgpu.Barrier(num_barriers=AHEAD),
+            taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
+            done=plgpu.Barrier(num_arrivals=roles.threads),
+        )
+        scratch = {name: value for name, value in scratch.items() if value is not None}
+
+        def body(*refs: Any, **smem: Any) -> None:
+            b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
+            at = SimpleNamespace(
+                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs, strict=True))),
+                smem=SimpleNamespace(**smem),
+                piece=b,
+                b=blocks.div(b, self.pieces),
+                head=head,
+                key_head=blocks.div(head, value_heads // heads),
+                value_block=value_block,
+                first_value=blocks.rem(value_block, value_dim // C) * C
+                if moves
+                else value_block * self.value_tile,
+                first_key=blocks.rem(value_block, key_dim // C) * C,
+                count=chunks // self.pieces,
+                first=blocks.rem(b, self.pieces) * (chunks // self.pieces),
+                stages=stages,
+                value_tiles=value_tiles,
+                roles=roles,
+                vectors=vectors,
+                delta=delta,
+                output=output,
+                key_dim=key_dim,
+                keep_gates=self.keep and delta,
+            )
+
+            @pl.when(wg < (1 if moves else tiles))
+            def _() -> None:
+                self.hold_state(at, 0 if moves else wg)
+
+            if moves:
+                pl.when(wg == 1)(lambda: self.hold_state(at, 0, moves=True))
+
+            @pl.when((wg >= tiles) & (wg < tiles + roles.prepare))
+            def _() -> None:
+                action = "increase" if roles.prepare_registers > 128 else "decrease"
+                if roles.prepare_registers != 128:
+                    plgpu.set_max_registers(roles.prepare_registers, action=action)
+                self.prepare_chunks(at, wg - tiles)
+
+            @pl.when(wg == tiles + roles.prepare)
+            def _() -> None:
+                plgpu.set_max_registers(roles.copy_registers, action="decrease")
+                self.issue_copies(at)
+
+            blocks.finish_together(at.smem.done)
+
+        out = blocks.kernel(
+            body,
+            name=("delta_" if delta else "additive_") + self.mode,
+            interpret=i.interpret,
+            manual_barriers=True,
+            out_type=list(results.values()),
+            grid=(
+                batch * self.pieces,
+                value_heads,
+                max(value_dim, key_dim) // C if moves else value_dim // self.value_tile,
+            ),
+            grid_names=("b", "h", "v"),
+            num_threads=roles.threads,
+            thread_name="wg",
+            scratch_types=scratch,
+        )(*arrays.values())
+        return Scanned(**dict(zip(results, out, strict=True)))
+
+    def issue_copies(self, at: SimpleNamespace) -> None:
+        smem, refs = at.smem, at.refs
+
+        def fill(n: Any, slot: Any) -> None:
+            rows, barrier = pl.ds((at.first + n) * C, C), smem.filled.at[slot]
+            plgpu.copy_gmem_to_smem(refs.k.at[at.b, rows, at.key_head], smem.k.at[slot], barrier)
+            if at.output:
+                plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head], smem.q.at[slot], barrier)
+            if at.delta:
+                plgpu.copy_gmem_to_smem(refs.a.at[at.b, at.head, rows], smem.a.at[slot], barrier)
+            for tile in range(at.value_tiles):
+                columns = pl.ds(at.first_value + tile * C, C)
+                plgpu.copy_gmem_to_smem(
+                    refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
+                )
+            if len(at.vectors):
+                sources = [getattr(refs, "in_" + name) for name in at.vectors.names]
+                at.vectors.copy(sources, smem.vectors.at[slot], barrier, at.b, at.head, rows)
+
+        for n in range(min(at.stages, at.count)):
+            fill(n, n)
+
+        @pl.loop(at.stages, at.count)
+        def _(n: Any) -> None:
+            slot = blocks.rem(n, at.stages)
+            plgpu.barrier_wait(smem.free.at[slot])
+            fill(n, slot)
+
+        for n in range(max(at.count - at.stages, 0), at.count):
+            plgpu.barrier_wait(smem.free.at[n % at.stages])
+
+    def prepare_chunks(self, at: SimpleNamespace, turn: Any) -> None:
+        """Chunks n with n % (warpgroups of this kind) == turn."""
+        smem, share = at.smem, at.roles.prepare
+
+        @pl.loop(0, at.count)
+        def _(n: Any) -> None:
+            slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
+            plgpu.barrier_wait(smem.filled.at[slot])
+
+            @pl.when(blocks.rem(n, share) == turn)
+            def _() -> None:
+                @pl.when(n >= AHEAD)
+                def _() -> None:
+                    plgpu.barrier_wait(smem.taken.at[ahead])
+
+                self.prepare_chunk(at, slot, ahead)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(smem.ready.at[ahead])
+                plgpu.barrier_arrive(smem.free.at[slot])
+                if at.keep_gates:
+
+                    @pl.when(at.first_value == 0)
+                    def _() -> None:
+                        plgpu.copy_smem_to_gmem(
+                            smem.gates.at[ahead], at.refs.gates.at[at.b, at.head, at.first + n]
+                        )
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        for n in range(max(at.count - AHEAD, 0), at.count):
+
+            @pl.when(turn == n % share)
+            def _(ahead: int = n % AHEAD) -> None:
+                plgpu.barrier_wait(smem.taken.at[ahead])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def prepare_chunk(self, at: SimpleNamespace, slot: Any, ahead: Any) -> None:
+        i, smem = self.inputs, at.smem
+        k, q = smem.k.at[slot], smem.q.at[slot] if at.output else None
+        numbers = smem.vectors.at[slot] if len(at.vectors) else None
+        gates = smem.gates.at[ahead]
+        norm_q, sums, segment = write_gates(i, at.vectors, numbers, gates, q=q, k=k, every=at.keep_gates)
+        if not at.output:
+            return
+        scores = blocks.matmul((q, k.T), interpret=i.interpret) * blocks.by_row(norm_q)
+        if i.l2norm:
+            scores *= blocks.by_col(blocks.col_vector(gates.at[NORM_K]))
+        scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+        blocks.store(smem.scores.at[ahead], scores.astype(BF16), interpret=i.interpret)
+
+    def hold_state(self, at: SimpleNamespace, wg: Any, moves: bool = False) -> None:
+        """The state of 64 values; with ``moves`` of 64 rows of the identity, without values."""
+        plgpu.set_max_registers(at.roles.state_registers, action="increase")
+        i, smem, refs = self.inputs, at.smem, at.refs
+        columns = pl.ds((at.first_key if moves else at.first_value) + wg * C, C)
+        shape = (C, at.key_dim)
+        if moves:
+            state = jnp.where(blocks.row_index(shape) + at.first_key == blocks.col_index(shape), 1.0, 0.0)
+        elif i.state is None:
+            state = blocks.zeros(shape)
+        else:
+            initial = refs.initial.at[at.piece, at.head, columns]
+            state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+        in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
+
+        def step(n: Any, state: jax.Array) -> jax.Array:
+            slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
+            k, gates = smem.k.at[slot], smem.gates.at[ahead]
+            rows = pl.ds((at.first + n) * C, C)
+            by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))
+            state_lo = state.astype(BF16)
+            if self.keep:
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                blocks.store(smem.states.at[wg], state_lo, interpret=i.interpret)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns]
+                )
+            plgpu.barrier_wait(smem.filled.at[slot])
+            reads = [(state_lo, k.T)] if at.delta else []
+            reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
+            read = blocks.products(*reads, interpret=i.interpret)
+            plgpu.barrier_wait(smem.ready.at[ahead])
+            value: Any = 0.0 if moves else blocks.tile(smem.v.at[slot, wg].T)
+            if at.delta:
+                beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
+                value = (value - read[0] * by_token(READ_K)) * beta
+                value = blocks.matmul((value.astype(BF16), smem.a.at[slot].T, value), interpret=i.interpret)
+            written = ((value * by_token(WRITE)).astype(BF16), k, state * gates[CARRY, 0])
+            if not at.output:
+                state = blocks.matmul(written, interpret=i.interpret)
+            else:
+                value_lo = value.astype(BF16)
+                seen = (value_lo, smem.scores.at[ahead].T, read[-1] * by_token(READ_Q))
+                o, state = blocks.matmul(seen, written, interpret=i.interpret)
+                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
+                blocks.store(smem.o.at[wg], o.astype(BF16), interpret=i.interpret, transposed=True)
+                if self.keep and at.delta:
+                    blocks.store(smem.values.at[wg], value_lo, interpret=i.interpret, transposed=True)
+            plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
+            plgpu.barrier_arrive(smem.taken.at[ahead])
+            plgpu.barrier_arrive(smem.free.at[slot])
+            if at.output:
+                if self.keep and at.delta:
+                    values = refs.values.at[at.b, rows, at.head, columns]
+                    plgpu.copy_smem_to_gmem(smem.values.at[wg], values, commit_group=False)
+                plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            return state
+
+        state = lax.fori_loop(0, at.count, step, state)
+        if self.final or not at.output:
+            last = refs.moves if moves else refs.final
+
+            @pl.when(at.value_block < last.shape[2] // C)  # where K is not V, the smaller is held twice
+            def _() -> None:
+                last.at[at.piece, at.head, columns][...] = state
+
+        plgpu.wait_smem_to_gmem(0)

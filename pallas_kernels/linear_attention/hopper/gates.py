@@ -1,0 +1,73 @@
+"""A chunk's numbers per token, from its log-decays, documents and norms, as warpgroups compute them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import (
+    BETA,
+    CARRY,
+    F32,
+    NORM_K,
+    NORM_Q,
+    READ_K,
+    READ_Q,
+    SUM,
+    WRITE,
+    C,
+)
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def write_gates(
+    inputs: Inputs, vectors: Vectors, numbers: Any, gates: Any, *, q: Any = None, k: Any = None, every: bool
+) -> tuple[Any, Pair | None, Pair | None]:
+    """Fills rows of `gates` [8, C] (see blocks) in shared memory; the rows of q and of k only if given.
+
+    numbers: the chunk's `vectors`.  q, k: tiles in shared memory.  every: also the rows SUM, NORM_K, NORM_Q
+    and BETA where the forward could do without. Returns scale / |q_i| by row, the sums of log-decays and the
+    documents, these by row and by column or None. The caller's next commit_smem makes the rows visible.
+    """
+    one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
+    read = write = norm_k = one
+    carry: Any = 1.0
+    norm_q = sums = segment = None
+    if vectors.has("log_decay"):
+        sum_row = blocks.cumulative(blocks.col_vector(vectors.get("log_decay", numbers)) * blocks.LOG2E)
+        gates.at[SUM][...] = sum_row
+    elif every:
+        gates.at[SUM][...] = one * 0.0
+    if k is not None:
+        if inputs.l2norm:
+            norm_k = blocks.inverse_norm(blocks.tile(k))
+        if inputs.l2norm or every:
+            gates.at[NORM_K][...] = norm_k
+    plgpu.commit_smem()
+    if vectors.has("log_decay"):
+        sums = sum_row, blocks.col_vector(gates.at[SUM])
+        last = gates[SUM, C - 1]
+        read, write, carry = jnp.exp2(sum_row), jnp.exp2(last - sum_row), jnp.exp2(last)
+    if vectors.has("segment"):
+        ids = vectors.get("segment", numbers)
+        segment = blocks.row_vector(ids), blocks.col_vector(ids)
+        entering, leaving = vectors.get("entering", numbers)[0], ids[C - 1]
+        read = jnp.where(segment[0] == entering, read, 0.0)
+        write = jnp.where(segment[0] == leaving, write, 0.0)
+        carry = jnp.where(entering == leaving, carry, 0.0)
+    if k is not None:
+        gates.at[READ_K][...] = read * norm_k
+        gates.at[WRITE][...] = write * norm_k
+    gates.at[CARRY][...] = one * carry
+    if every:
+        gates.at[BETA][...] = blocks.row_vector(vectors.get("beta", numbers)) if vectors.has("beta") else one
+    if q is not None:
+        norm_q = (blocks.inverse_norm(blocks.tile(q)) if inputs.l2norm else one) * inputs.scale
+        gates.at[READ_Q][...] = read * norm_q
+        if every:
+            gates.at[NORM_Q][...] = norm_q
+    return norm_q, sums, segment

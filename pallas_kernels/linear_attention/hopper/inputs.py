@@ -1,0 +1,93 @@
+"""What the kernels read, laid out for them once in XLA, and the copies of a chunk's numbers per token."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+
+LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small moves o by less than 4e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
+
+    q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  beta: None or [B, HV, T].
+    log_decay: None, [B, HV, T], or per key channel [B, T, HV, K], which may be bf16.
+    segment: None or [B, T], the document of each token (a whole number below 2^24).
+    entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
+    state: None or S_0^T [B, HV, V, K] float32.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    beta: jax.Array | None
+    segment: jax.Array | None
+    state: jax.Array | None
+    scale: float
+    l2norm: bool
+    interpret: Any
+    entering: jax.Array | None = None
+
+
+def prepare(call: Call) -> Inputs:
+    """Pads T to whole chunks (tokens with k = v = 0 and no decay change nothing) and lays vectors out."""
+    length = blocks.round_up(call.q.shape[1])
+    segment = entering = None
+    if call.segment_ids is not None:
+        segment = blocks.pad_time(call.segment_ids, length, "edge").astype(F32)
+        last = segment[:, C - 1 :: C]
+        entering = jnp.repeat(jnp.concatenate([segment[:, :1], last[:, :-1]], 1), C, axis=1)
+    beta = None if call.beta is None else blocks.head_major(call.beta, length)
+    if beta is not None:
+        beta = jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
+    log_decay = call.log_decay
+    if log_decay is not None and log_decay.ndim == 4:
+        steps = log_decay if log_decay.dtype == jnp.bfloat16 else log_decay.astype(F32)
+        log_decay = blocks.pad_time(steps, length)
+    elif log_decay is not None:
+        log_decay = blocks.head_major(log_decay, length)
+    return Inputs(
+        q=blocks.pad_time(call.q, length),
+        k=blocks.pad_time(call.k, length),
+        v=blocks.pad_time(call.v, length),
+        log_decay=log_decay,
+        beta=beta,
+        segment=segment,
+        entering=entering,
+        state=None if call.initial_state is None else jnp.swapaxes(call.initial_state, 2, 3),
+        scale=call.scale,
+        l2norm=call.qk_l2norm,
+        interpret=call.interpret,
+    )
+
+
+class Vectors:
+    """The numbers per token that a kernel reads: rows of a shared-memory buffer [rows, C]."""
+
+    def __init__(self, inputs: Inputs, names: Sequence[str]):
+        self.names = [name for name in names if getattr(inputs, name) is not None]
+        self.arrays = [getattr(inputs, name) for name in self.names]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def copy(self, refs: Sequence[Any], buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
+        for row, (array, ref) in enumerate(zip(self.arrays, refs, strict=True)):
+            source = ref.at[b, rows] if array.ndim == 2 else ref.at[b, head, rows]
+            plgpu.copy_gmem_to_smem(source, buffer.at[row], barrier)
+
+    def get(self, name: str, buffer: Any) -> Any:
+        return buffer.at[self.names.index(name)]
+
+    def has(self, name: str) -> bool:
+        return name in self.names

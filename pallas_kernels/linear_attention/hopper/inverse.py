@@ -1,0 +1,270 @@
+"""The inverse of a unit lower triangular tile, within the registers of a warpgroup.
+
+In the WGMMA layout warp w holds rows 16 w to 16 w + 15 of a tile. A block of 16 x 16 there is an accumulator
+of the tensor cores' synchronous product (mma.sync m16n8k16) and, rounded to float16, its left operand; with
+the 8 x 8 parts transposed (movmatrix) it is its right operand. So every warp works on its own rows in
+registers, and six blocks pass from warp to warp through shared memory, lane by lane: two barriers, no fence.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
+
+ROWS = 16  # of a warp, and the size of its blocks
+F16, BF16 = jnp.float16, jnp.bfloat16
+X_00, X_11, X_22, L_20, L_21, X_10 = range(6)  # the blocks that pass between warps
+
+
+def exchange() -> Any:
+    """The shared memory that `unit_lower_inverse` wants; used again only after a barrier of the warpgroup."""
+    return plgpu.SMEM((6 * 4 * 32,), jnp.int32)
+
+
+def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> jax.Array:
+    """(I + L)^-1 - I in bf16, L the part of `lower` [C, C] strictly below the diagonal, by block doubling.
+
+    With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
+    of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding (operands
+    are float16, sums float32) does not grow as it does in a Neumann product (powers of L that cancel).
+    """
+    minus = (lower * -1.0).astype(F16)
+    if interpret:
+        columns = [minus[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
+        blocks = _inverse(_Interpreted(), columns)
+        return jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct((C, C), BF16, layout=WGMMA),
+    )
+    def invert(_: Any, minus: Any, memory: Any) -> Any:
+        pairs = [utils.bitcast(x, _i32()) for x in minus.registers.flat]  # by 8 columns, then by 8 rows
+        blocks = _inverse(_Warp(memory), [pairs[j : j + 4] for j in range(0, 16, 4)])
+        type_ = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty(minus.registers.size, dtype=object)
+        registers[:] = [utils.bitcast(x, type_) for block in blocks for x in block]
+        registers = registers.reshape(minus.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=minus.layout, _is_signed=None)
+
+    return invert(minus, exchange)
+
+
+def _inverse(m: Any, minus: list) -> list:
+    """The blocks of X - I in the rows of each warp, bf16, from those of N = -L, float16; m: a `_Warp`.
+
+    Blocks of 16: X_10 = X_11 N_10 X_00 in warp 1, X_32 = X_33 N_32 X_22 in warp 3. Blocks of 32, in warps
+    i = 2, 3: X_i0 = Y_i0 X_00 + Y_i1 X_10 and X_i1 = Y_i1 X_11 with Y_ij = X_ii N_ij + X_i2 N_2j (i = 3).
+    """
+    own = m.by_warp(minus)
+    x = m.identity_plus(m.links(own, 1))
+    for size in (2, 4, 8):
+        left = m.rounded(x)
+        y = m.rounded(m.product(left, m.right(m.links(own, size))))
+        x = m.product(y, m.right(left), x)
+    left = m.rounded(x)
+    right = m.right(left)
+    below = [m.right(minus[0]), m.right(minus[1])]
+    for slot, block, warp in ((X_00, right, 0), (X_11, right, 1), (X_22, right, 2)):
+        m.put(slot, block, warp)
+    for slot, block in zip((L_20, L_21), below, strict=True):
+        m.put(slot, block, 2)
+    none = m.zeros(own)
+    y = m.rounded(m.product(left, m.right(m.by_warp([none, minus[0], none, minus[2]]))))
+    m.barrier()
+    z = m.product(y, m.get(X_00, X_00, X_00, X_22))  # X_10, X_32, 0 in the even warps
+    left_z = m.rounded(z)
+    m.put(X_10, m.right(left_z), 1)
+    y = [m.product(left, block) for block in below]
+    y = [m.rounded(m.product(left_z, m.get(slot), y[j])) for j, slot in enumerate((L_20, L_21))]
+    first, second = m.product(y[0], m.get(X_00)), m.product(y[1], m.get(X_11))
+    m.barrier()
+    first = m.product(y[1], m.get(X_10), first)
+    x, z, first, second = map(m.result, (m.less_identity(x), z, first, second))
+    none = m.zeros(x)
+    columns = [x, z, first, first], [none, x, second, second], [none, none, x, z], [none, none, none, x]
+    return [m.by_warp(list(column)) for column in columns]
+
+
+class _Interpreted:
+    """A block is an array [4 warps, 16, 16]."""
+
+    def __init__(self) -> None:
+        self.memory: dict[int, jax.Array] = {}
+        self.row = lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0)
+        self.col = lax.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1)
+
+    def links(self, block: jax.Array, size: int) -> jax.Array:
+        keep = (((self.row ^ self.col) & -size) == size) & (self.row > self.col)
+        return jnp.where(keep, block, jnp.zeros_like(block))
+
+    def identity_plus(self, block: jax.Array) -> jax.Array:
+        return jnp.where(self.row == self.col, 1.0, block.astype(F32))
+
+    def less_identity(self, block: jax.Array) -> jax.Array:
+        return jnp.where(self.row == self.col, 0.0, block)
+
+    def rounded(self, block: jax.Array) -> jax.Array:
+        return block.astype(F16)
+
+    def result(self, block: jax.Array) -> jax.Array:
+        return block.astype(BF16)
+
+    def right(self, block: jax.Array) -> jax.Array:
+        return block
+
+    def product(self, a: jax.Array, b: jax.Array, start: Any = 0.0) -> jax.Array:
+        return start + jnp.matmul(a.astype(F32), b.astype(F32), precision=lax.Precision.HIGHEST)
+
+    def zeros(self, like: jax.Array) -> jax.Array:
+        return jnp.zeros_like(like)
+
+    def by_warp(self, blocks: list) -> jax.Array:
+        return jnp.stack([block[warp] for warp, block in enumerate(blocks)])
+
+    def put(self, slot: int, block: jax.Array, warp: int) -> None:
+        self.memory[slot] = block[warp]
+
+    def get(self, *slots: int) -> jax.Array:
+        return jnp.stack([self.memory[slot] for slot in (slots * 4)[:4]])
+
+    def barrier(self) -> None:
+        pass
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _int(n: int) -> Any:
+    return mgpu.c(n, _i32())
+
+
+def _equal(a: Any, b: Any) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
+
+def _below(a: Any, n: int) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.ult, a, _int(n))
+
+
+class _Warp:
+    """What a thread does. It holds of a block the rows r and r + 8 in the columns 2c, 2c + 1, 2c + 8, 2c + 9.
+
+    A block is a list of registers: of its 8 x 8 parts (0, 0), (1, 0), (0, 1), (1, 1) in turn, one with a
+    pair of 16 bits or two of float32.
+    """
+
+    def __init__(self, memory: Any):
+        lane = arith.andi(utils.thread_idx(), _int(31))
+        self.warp = arith.andi(utils.warp_idx(), _int(3))
+        self.r, self.c = arith.shrui(lane, _int(2)), arith.andi(lane, _int(3))
+        base = llvm.ptrtoint(_i32(), utils.memref_ptr(memory))
+        self.address = arith.addi(base, arith.muli(lane, _int(16)))
+        self.zero = _int(0)
+
+    def links(self, block: list, size: int) -> list:
+        """Of a block, what links an odd block of this size to the even one before it; the rest is 0."""
+        if size == 8:
+            return [self.zero, block[1], self.zero, self.zero]
+        half = arith.shrui(self.r, _int(1))
+        if size == 1:
+            keep = arith.andi(_equal(half, self.c), _equal(arith.andi(self.r, _int(1)), _int(1)))
+        elif size == 2:
+            even = _equal(arith.andi(self.c, _int(1)), _int(0))
+            keep = arith.andi(_equal(half, arith.addi(self.c, _int(1))), even)
+        else:
+            keep = arith.andi(arith.cmpi(arith.CmpIPredicate.uge, self.r, _int(4)), _below(self.c, 2))
+        first, last = (arith.select(keep, block[part], self.zero) for part in (0, 3))
+        return [first, self.zero, self.zero, last]
+
+    def identity_plus(self, block: list) -> list:
+        """I + the links of size 1, whose columns are even."""
+        f32 = ir.F32Type.get()
+        zero, one = mgpu.c(0.0, f32), mgpu.c(1.0, f32)
+        first, second = self._diagonal()
+        out = [zero] * 8
+        for part in (0, 3):
+            ptx = "{.reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low;}"
+            link = utils.inline_ptx(ptx, block[part], result_types=f32)
+            out[2 * part : 2 * part + 2] = [arith.select(first, one, link), arith.select(second, one, zero)]
+        return out
+
+    def less_identity(self, block: list) -> list:
+        zero, (first, second) = mgpu.c(0.0, ir.F32Type.get()), self._diagonal()
+        out = list(block)
+        for part in (0, 3):
+            out[2 * part] = arith.select(first, zero, block[2 * part])
+            out[2 * part + 1] = arith.select(second, zero, block[2 * part + 1])
+        return out
+
+    def _diagonal(self) -> tuple:
+        """Whether it meets the thread's first, its second column in an 8 x 8 part."""
+        first = _equal(self.r, arith.muli(self.c, _int(2)))
+        return first, _equal(self.r, arith.addi(arith.muli(self.c, _int(2)), _int(1)))
+
+    def rounded(self, block: list) -> list:
+        return self._pairs(block, "cvt.rn.f16x2.f32 $0, $2, $1;")
+
+    def result(self, block: list) -> list:
+        return self._pairs(block, "cvt.rn.bf16x2.f32 $0, $2, $1;")
+
+    def _pairs(self, block: list, ptx: str) -> list:
+        return [utils.inline_ptx(ptx, *block[i : i + 2], result_types=_i32()) for i in range(0, 8, 2)]
+
+    def right(self, block: list) -> list:
+        ptx = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+        turn = lambda x: utils.inline_ptx(ptx, x, result_types=_i32(), convergent=True)
+        return [x if x is self.zero else turn(x) for x in block]
+
+    def product(self, a: list, b: list, start: list | None = None) -> list:
+        f32 = ir.F32Type.get()
+        start = start or [mgpu.c(0.0, f32)] * 8
+        ptx = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        out: list = []
+        for half in range(2):  # 8 columns
+            operands = *a, *b[2 * half : 2 * half + 2], *start[4 * half : 4 * half + 4]
+            out += utils.inline_ptx(ptx, *operands, result_types=[f32] * 4, convergent=True)
+        return out
+
+    def zeros(self, like: list) -> list:
+        return [self.zero] * len(like)
+
+    def by_warp(self, blocks: list) -> list:
+        """blocks[w] in warp w."""
+        out = blocks[-1]
+        for warp in (2, 1, 0):
+            if blocks[warp] is not blocks[warp + 1]:
+                early = _below(self.warp, warp + 1)
+                out = [arith.select(early, x, y) for x, y in zip(blocks[warp], out, strict=True)]
+        return out
+
+    def put(self, slot: int, block: list, warp: int) -> None:
+        """Stores a warp's block for the others, after the next barrier."""
+        address = arith.addi(self.address, _int(slot * 512))
+        ptx = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+        utils.inline_ptx(ptx, address, *block, predicate=_equal(self.warp, _int(warp)))
+
+    def get(self, *slots: int) -> list:
+        """The block of a slot, or of the slot of this warp."""
+        (offset,) = (
+            self.by_warp([[_int(slot * 512)] for slot in slots]) if len(slots) > 1 else [_int(512 * slots[0])]
+        )
+        ptx = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+        address = arith.addi(self.address, offset)
+        return list(utils.inline_ptx(ptx, address, result_types=[_i32()] * 4, has_side_effects=True))
+
+    def barrier(self) -> None:
+        utils.warpgroup_barrier()

@@ -1,0 +1,111 @@
+"""The single-token step: the state is read once and written once, in place.
+
+One warpgroup takes 64 values of a head: S, K by 64, in registers. Everything per key or per value (norms,
+scale, exp of the decay) is made by XLA before, in float32; it is 1/128 of the state.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention import hopper, reference
+from pallas_kernels.linear_attention.call import l2_normalize
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+
+KEY_DIMS = (64, 128, 256)
+
+
+def supports(state: jax.Array) -> str | None:
+    """None if the kernel computes a step with this state [..., HV, K, V], else the reason why not."""
+    *_, key_dim, value_dim = state.shape
+    if jax.__version__ not in hopper.TESTED_JAX:
+        return f"jax {jax.__version__} (tested: {', '.join(hopper.TESTED_JAX)})"
+    if state.dtype != F32:
+        return f"a {state.dtype} state (float32 only)"
+    if key_dim not in KEY_DIMS or value_dim % C:
+        return f"head dims K = {key_dim}, V = {value_dim} (K 64, 128 or 256, V a multiple of 64)"
+    return hopper.device_reason()
+
+
+def update(
+    *arguments: jax.Array | None, interpret: bool = False, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`reference.update` of the same arguments, and its gradients."""
+
+    @jax.custom_vjp
+    def run(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+        return _update(*arguments, **options, interpret=interpret)
+
+    def backward(arguments: tuple, cotangents: tuple) -> tuple:
+        return jax.vjp(functools.partial(reference.update, **options), *arguments)[1](cotangents)
+
+    run.defvjp(lambda *arguments: (run(*arguments), arguments), backward)
+    return run(*arguments)
+
+
+def _update(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    beta: jax.Array | None,
+    *,
+    scale: float,
+    qk_l2norm: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    key_dim, value_dim = state.shape[-2:]
+    q, k = q.astype(F32), k.astype(F32)
+    if qk_l2norm:
+        q, k = l2_normalize(q), l2_normalize(k)
+    group = state.shape[-3] // k.shape[-2]
+    q, k = (jnp.repeat(x, group, axis=-2).reshape(-1, key_dim) for x in (q * scale, k))
+    arrays = dict(q=q, k=k, v=v.astype(F32).reshape(-1, value_dim))
+    if log_decay is not None:
+        per_key = log_decay if log_decay.ndim == v.ndim else log_decay[..., None]
+        decay = jnp.exp(per_key.astype(F32))
+        arrays["decay"] = jnp.broadcast_to(decay, (*decay.shape[:-1], key_dim)).reshape(-1, key_dim)
+    if beta is not None:
+        rate = jnp.broadcast_to(beta.astype(F32)[..., None], v.shape)
+        arrays["beta"] = rate.reshape(-1, value_dim)
+    tile = (key_dim, C)
+
+    def body(*refs: Any) -> None:
+        named = dict(zip([*arrays, "state", "o"], refs, strict=True))
+        n, columns = lax.axis_index("n"), pl.ds(lax.axis_index("v") * C, C)
+
+        def load(source: Any, layout: Any) -> jax.Array:
+            return plgpu.load(source, layout=layout, optimized=False)
+
+        by_key = lambda name: blocks.by_row(load(named[name].at[n], blocks.ROWS), tile)
+        by_value = lambda name: load(named[name].at[n, columns], blocks.COLS)
+        held = load(named["state"].at[n, :, columns], blocks.WGMMA)
+        key, value = by_key("k"), by_value("v")
+        if log_decay is not None:
+            held = held * by_key("decay")
+        if beta is not None:  # a sum over rows crosses warps: safe, as the block is one warpgroup
+            value = (value - jnp.sum(held * key, axis=0)) * by_value("beta")
+        held = held + key * blocks.by_col(value, tile)
+        named["state"].at[n, :, columns][...] = held
+        named["o"].at[n, columns][...] = jnp.sum(held * by_key("q"), axis=0)
+
+    heads = q.shape[0]
+    ref = jax.new_ref(state.reshape(heads, key_dim, value_dim))  # written in place
+    (o,) = blocks.kernel(
+        body,
+        name="step",
+        interpret=interpret,
+        out_type=[jax.ShapeDtypeStruct((heads, value_dim), F32)],
+        grid=(value_dim // C, heads),
+        grid_names=("v", "n"),
+        num_threads=1,
+        thread_name="wg",
+    )(*arrays.values(), ref)
+    return o.reshape(v.shape), jax.freeze(ref).reshape(state.shape)

@@ -1,0 +1,225 @@
+"""Chunkwise linear attention in plain JAX, for any device.
+
+A chunk of C tokens starts from the state S and, with u the values that are really written,
+    u = (I + beta A^kk)^-1 beta (v - (k prefix) S)      (additive: u = v)
+    o = (q prefix) S + A^qk u
+    S' = Diag(prefix_C) S + (k suffix)^T u
+where A^xy_ij = sum_d x_id y_jd exp(g_{j+1..i})_d for j <= i (A^kk: j < i), and prefix and suffix are the
+decays from the chunk's start and to its end (Kimi Linear, arXiv 2510.26692, eq. 6-9; decay.py has the exact
+products). A document's start is a decay of exactly zero.
+
+Groups of chunks are processed one after the other; in a group, all that does not need the state is batched.
+The backward pass runs the groups in reverse and recomputes each: the residuals are the arguments and one
+state a group.
+
+Shape legend: as call.py, and n groups, G chunks a group, C chunk length, N = G*B*HV.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+
+from pallas_kernels.linear_attention.call import Call, l2_normalize, platform
+from pallas_kernels.linear_attention.decay import decay_matrix, decayed_products
+from pallas_kernels.linear_attention.inverse import solve_unit_lower
+
+CHUNK = 64
+# Heads times chunks in a group. CPU: small enough for the caches. Others: large enough to fill the device.
+GROUP_SIZE_CPU = 32
+GROUP_SIZE = 2048
+
+
+class _Arrays(NamedTuple):
+    """The differentiable arguments: [B, T, heads, features]; in a group [G, B, heads, C, features]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    g: jax.Array  # heads is HV or 1, features K or 1
+    beta: jax.Array | None
+
+
+class _Spec(NamedTuple):
+    """What is static: tokens a chunk, chunks a group, and how to compute."""
+
+    chunk: int
+    group: int
+    scale: float
+    qk_l2norm: bool
+    dtype: jnp.dtype
+    precision: Precision
+
+
+def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    """See `pallas_kernels.linear_attention`. Differentiable once; memory is linear in T."""
+    batch, length, heads, _ = call.v.shape
+    g = call.log_decay
+    if g is None:
+        g = call.zeros((batch, length, 1))
+    g = g.reshape(*g.shape[:3], -1)
+    starts_BT = call.starts()
+    if starts_BT is not None:
+        g = jnp.where(starts_BT[..., None, None], -jnp.inf, g)
+    beta = None if call.beta is None else call.beta[..., None]
+    full = any(x.dtype in (jnp.float32, jnp.float64) for x in (call.q, call.k, call.v))
+    chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
+    chunks = math.ceil(length / chunk)
+    groups = math.ceil(chunks * batch * heads / (GROUP_SIZE_CPU if platform() == "cpu" else GROUP_SIZE))
+    spec = _Spec(
+        chunk=chunk,
+        group=math.ceil(chunks / groups),
+        scale=call.scale,
+        qk_l2norm=call.qk_l2norm,
+        dtype=call.compute_dtype,
+        precision=Precision.HIGHEST if full else Precision.DEFAULT,
+    )
+    o, state = _attend(spec, _Arrays(call.q, call.k, call.v, g, beta), call.state())
+    return o, state if call.output_final_state else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _attend_forward(spec, arrays, state)[0]
+
+
+def _attend_forward(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple:
+    def step(state: jax.Array, group: _Arrays) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        after, o = _group(spec, group, state)
+        return after, (o, state)
+
+    final, (o, states) = jax.lax.scan(step, state, _split(spec, arrays))
+    return (_merge(o, arrays.v.shape), final), (arrays, states)
+
+
+def _attend_backward(spec: _Spec, residuals: tuple, cotangents: tuple) -> tuple:
+    arrays, states = residuals
+    o_bar, state_bar = cotangents
+
+    def step(state_bar: jax.Array, xs: tuple) -> tuple[jax.Array, _Arrays]:
+        group, state, o_bar = xs
+        _, vjp = jax.vjp(functools.partial(_group, spec), group, state)
+        group_bar, state_bar = vjp((state_bar, o_bar))
+        return state_bar, group_bar
+
+    xs = (_split(spec, arrays), states, _split(spec, o_bar))
+    state_bar, groups_bar = jax.lax.scan(step, state_bar, xs, reverse=True)
+    return jax.tree.map(lambda bar, x: _merge(bar, x.shape), groups_bar, arrays), state_bar
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _split(spec: _Spec, arrays: Any) -> Any:
+    """[B, T, heads, features] -> [n, G, B, heads, C, features], padded with tokens that change nothing."""
+
+    def split(x: jax.Array) -> jax.Array:
+        batch, length, heads, features = x.shape
+        span = spec.group * spec.chunk
+        x = jnp.pad(x, ((0, 0), (0, -length % span), (0, 0), (0, 0)))
+        return x.reshape(batch, -1, spec.group, spec.chunk, heads, features).transpose(1, 2, 0, 4, 3, 5)
+
+    return jax.tree.map(split, arrays)
+
+
+def _merge(x_nGBHCD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_split` for an array of ``shape``."""
+    batch, length, heads, features = shape
+    return x_nGBHCD.transpose(2, 0, 1, 4, 3, 5).reshape(batch, -1, heads, features)[:, :length]
+
+
+def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """G chunks from ``state`` [B, HV, K, V]; returns (the state after them, o [G, B, HV, C, V])."""
+    G, B, HV, C, V = arrays.v.shape
+    matmul = functools.partial(jnp.matmul, precision=spec.precision)
+    flat = lambda x: x.astype(spec.dtype).reshape(-1, C, x.shape[-1])
+    q, k = arrays.q.astype(spec.dtype), arrays.k.astype(spec.dtype)
+    if spec.qk_l2norm:
+        q, k = l2_normalize(q), l2_normalize(k)
+    q, k = (flat(jnp.repeat(x, HV // x.shape[2], axis=2)) for x in (q * spec.scale, k))
+    v, g = flat(arrays.v), flat(arrays.g)
+    rows = (q,) if arrays.beta is None else (q, k)
+    if g.shape[-1] > 1:
+        products, prefix, suffix = decayed_products(jnp.stack(rows, axis=2), k, g, spec.precision)
+        A = [products[:, :, r] for r in range(len(rows))]
+    else:
+        decay, prefix, suffix = decay_matrix(g[..., 0])
+        per_head = lambda x: flat(
+            jnp.repeat(x.reshape(G * B, -1, *x.shape[1:]), HV // arrays.g.shape[2], axis=1)
+        )
+        decay, prefix, suffix = per_head(decay), per_head(prefix[..., None]), per_head(suffix[..., None])
+        A = [decay * matmul(row, k.mT) for row in rows]
+    if arrays.beta is None:
+        read, values = None, v
+    else:
+        beta = flat(arrays.beta)
+        rhs = beta * jnp.concatenate([k * prefix, v], axis=-1)
+        solution = solve_unit_lower(beta * A[1], rhs, spec.precision)
+        read, values = solution[..., :-V], solution[..., -V:]
+    total = jnp.broadcast_to(prefix[:, -1], (G * B * HV, k.shape[-1]))
+    chunks = jax.tree.map(lambda x: x.reshape(G, B * HV, *x.shape[1:]), (read, values, k * suffix, total))
+    after, states, written = _states(spec.precision, state.reshape(B * HV, *state.shape[2:]), *chunks)
+    o = matmul(q * prefix, states.reshape(-1, *state.shape[2:])) + matmul(A[0], written.reshape(-1, C, V))
+    return after.reshape(state.shape), o.reshape(arrays.v.shape).astype(arrays.v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _states(
+    precision: Precision,
+    state: jax.Array,
+    read: jax.Array | None,
+    values: jax.Array,
+    keys: jax.Array,
+    total: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sequential part, chunk by chunk: written = values - read S; S' = Diag(total) S + keys^T written.
+
+    state [N, K, V]; read, keys [G, N, C, K]; values [G, N, C, V]; total [G, N, K], here with N = B*HV.
+    Returns (final state, the states before each chunk [G, N, K, V], written [G, N, C, V]).
+    """
+    return _states_forward(precision, state, read, values, keys, total)[0]
+
+
+def _states_forward(
+    precision: Precision,
+    state: jax.Array,
+    read: jax.Array | None,
+    values: jax.Array,
+    keys: jax.Array,
+    total: jax.Array,
+) -> tuple:
+    matmul = functools.partial(jnp.matmul, precision=precision)
+
+    def step(state: jax.Array, xs: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        read, values, keys, total = xs
+        written = values if read is None else values - matmul(read, state)
+        return total[..., None] * state + matmul(keys.mT, written), (state, written)
+
+    final, (states, written) = jax.lax.scan(step, state, (read, values, keys, total))
+    return (final, states, written), (read, keys, total, states, written)
+
+
+def _states_backward(precision: Precision, residuals: tuple, cotangents: tuple) -> tuple:
+    read, keys, total, states, written = residuals
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    final_bar, states_bar, written_bar = cotangents
+
+    def step(after_bar: jax.Array, xs: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        read, keys, total, state_bar, written_bar = xs
+        written_bar = written_bar + matmul(keys, after_bar)
+        before_bar = state_bar + total[..., None] * after_bar
+        if read is not None:
+            before_bar = before_bar - matmul(read.mT, written_bar)
+        return before_bar, (after_bar, written_bar)
+
+    xs = (read, keys, total, states_bar, written_bar)
+    state_bar, (after_bar, written_bar) = jax.lax.scan(step, final_bar, xs, reverse=True)
+    read_bar = None if read is None else -matmul(written_bar, states.mT)
+    keys_bar = matmul(written, after_bar.mT)
+    return state_bar, read_bar, written_bar, keys_bar, jnp.sum(states * after_bar, axis=-1)
+
+
+_states.defvjp(_states_forward, _states_backward)
