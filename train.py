@@ -15,8 +15,9 @@ import rich
 from rich.logging import RichHandler
 
 from eval import in_loop
-from hybridlm import cli, private, processes, report, trainer
 from hybridlm import config as configs
+from hybridlm import report, trainer
+from hybridlm.run import cli, private, processes
 
 log = logging.getLogger("hybridlm")
 

@@ -16,8 +16,8 @@ from rich.logging import RichHandler
 from rich.progress import Progress as Bars
 
 from eval import haystack, report, runner, subject, tasks
-from hybridlm import cli, logbook
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import cli, logbook
 
 log = logging.getLogger("hybridlm")
 

@@ -18,9 +18,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from eval import subject
-from hybridlm import cli
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.generate import Sampling
+from hybridlm.run import cli
 
 
 class HybridLM(TemplateLM):

@@ -25,11 +25,12 @@ import numpy as np
 from eval import subject
 from eval.subject import Subject
 from eval.tasks import base, ruler
-from hybridlm import cli, cost, data, generate
+from hybridlm import cost, data, generate
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError
 from hybridlm.mixers import attention, mla
 from hybridlm.rows import Rows, single_document
+from hybridlm.run import cli
 
 PAIRS = (1, 2, 4, 8, 16)
 DEPTHS = 8  # of the heat map, from far to near

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import checkpoint, generate, loss
 from hybridlm import config as configs
+from hybridlm import generate, loss
 from hybridlm import model as lm
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
+from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
 Progress = Callable[[int], None]  # called with the number of samples done since the last call

@@ -19,8 +19,9 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from hybridlm import data as data_kinds
-from hybridlm import mixers, mlps, pattern, private, schema
+from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.errors import ConfigError, nearest
+from hybridlm.run import private
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
 MIXTURE = data_kinds.MIXTURE

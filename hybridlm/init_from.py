@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import checkpoint, layered, model
 from hybridlm import config as configs
+from hybridlm import layered, model
 from hybridlm.convert import transfer
 from hybridlm.errors import ConfigError
+from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
 

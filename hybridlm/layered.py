@@ -8,7 +8,7 @@ Canonical names: "layers.<index>.<path in the block>" for a layer's parameter
 from typing import NamedTuple
 
 from hybridlm import model
-from hybridlm.checkpoint import flatten
+from hybridlm.run.checkpoint import flatten
 
 
 class Entry(NamedTuple):

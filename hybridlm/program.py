@@ -13,8 +13,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridlm import checkpoint, optimizer, sharding
 from hybridlm import model as lm
+from hybridlm import optimizer, sharding
+from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
 

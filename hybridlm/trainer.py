@@ -20,28 +20,16 @@ import numpy as np
 import rich
 from jax.sharding import Mesh
 
-from hybridlm import (
-    checkpoint,
-    cost,
-    data,
-    generate,
-    init_from,
-    interrupt,
-    logbook,
-    private,
-    processes,
-    replay,
-    report,
-    sharding,
-)
 from hybridlm import config as configs
+from hybridlm import cost, data, generate, init_from, report, sharding
 from hybridlm import model as lm
-from hybridlm.clock import Clock
 from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
-from hybridlm.lock import Lock
 from hybridlm.program import Program, State, build, compiled, per_token
-from hybridlm.watch import Watch
+from hybridlm.run import checkpoint, interrupt, logbook, private, processes, replay
+from hybridlm.run.clock import Clock
+from hybridlm.run.lock import Lock
+from hybridlm.run.watch import Watch
 
 log = logging.getLogger("hybridlm")
 
@@ -242,8 +230,8 @@ class Run:
         replay.dump(dump, self.config, first, state, self.train_data.whole_batch(first - 1))
         raise RunError(
             f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
-            f"{first}; earlier checkpoints are intact. python -m hybridlm.replay {dump} repeats step {first};"
-            " events.jsonl names the samples. Lower the learning rate, or look at the data."
+            f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "
+            f"{first}; events.jsonl names the samples. Lower the learning rate, or look at the data."
         )
 
     def leave(self, step: int, state: State, metrics: Metrics, reason: str) -> NoReturn:

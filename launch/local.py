@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hybridlm import cost, logbook
+from hybridlm import cost
+from hybridlm.run import logbook
 from hybridlm.schema import Count, NonNegative
 from launch import worker
 from launch.grid import Run

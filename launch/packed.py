@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval import in_loop
-from hybridlm import checkpoint, cost, data, interrupt, logbook, program, schema, sharding, trainer
 from hybridlm import config as configs
+from hybridlm import cost, data, program, schema, sharding, trainer
 from hybridlm import model as lm
 from hybridlm.errors import Stopped
+from hybridlm.run import checkpoint, interrupt, logbook
 from pallas_kernels import auto_means
 
 log = logging.getLogger("hybridlm")

@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hybridlm import cli
 from hybridlm.report import quantity
+from hybridlm.run import cli
 from launch import figures, results
 from launch.results import Mean, Result
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from hybridlm import logbook
 from hybridlm.errors import ConfigError
+from hybridlm.run import logbook
 from launch import worker
 from launch.local import status
 

@@ -22,8 +22,8 @@ import jax
 import rich
 
 import train
-from hybridlm import cli
 from hybridlm.errors import ConfigError
+from hybridlm.run import cli
 from launch import engines, grid, local, plan
 from launch.view import View
 

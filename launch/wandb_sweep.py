@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from hybridlm import logbook
 from hybridlm.errors import RunError
+from hybridlm.run import logbook
 from launch import engines
 from launch.local import Job
 

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("hybridlm").setLevel(logging.INFO)
     folders = [folder.absolute() for folder in flags.folders]
     if flags.distributed:
-        from hybridlm import processes
+        from hybridlm.run import processes
 
         processes.join("auto")
         code = work(folders)

@@ -11,7 +11,7 @@ import numpy as np
 
 from hybridlm import config as configs
 from hybridlm import model, sharding, trainer
-from hybridlm.checkpoint import Checkpoints
+from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2))

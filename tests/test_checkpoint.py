@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm import checkpoint
-from hybridlm.checkpoint import Checkpoints
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import checkpoint
+from hybridlm.run.checkpoint import Checkpoints
 
 
 def state(value):
@@ -228,7 +228,7 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
     code = """
         import os, sys
         import jax.numpy as jnp
-        from hybridlm.checkpoint import Checkpoints
+        from hybridlm.run.checkpoint import Checkpoints
         saves = Checkpoints(sys.argv[1])
         saves.save(1, {"params": {"w": jnp.ones((1 << 22,))}}, {}, {})
         saves.wait()

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from hybridlm import cli
 from hybridlm.errors import ConfigError, RunError, Stopped
+from hybridlm.run import cli
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ ONE_OF_MANY_WRITES_FAILS = """
 import resource, sys, tempfile
 from pathlib import Path
 import jax.numpy as jnp
-from hybridlm import cli
-from hybridlm.checkpoint import Checkpoints
+from hybridlm.run import cli
+from hybridlm.run.checkpoint import Checkpoints
 from tests.test_checkpoint import record
 
 def body():

@@ -20,14 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm import checkpoint, generate, init_from, layered, model
 from hybridlm import config as configs
+from hybridlm import generate, init_from, layered, model
 from hybridlm.convert import __main__ as command
 from hybridlm.convert import evaluate, tensors, transfer
 from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from hybridlm.run import checkpoint
 from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]

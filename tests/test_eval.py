@@ -12,11 +12,12 @@ import pytest
 import eval.__main__ as command
 from eval import in_loop, report, runner, statistics, subject, tasks
 from eval.haystack import load as haystack
-from hybridlm import checkpoint, data
 from hybridlm import config as configs
+from hybridlm import data
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.rows import single_document
+from hybridlm.run import checkpoint
 from tests import tiny
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import interrupt, trainer
-from hybridlm.checkpoint import Checkpoints
+from hybridlm import trainer
 from hybridlm.errors import Stopped
+from hybridlm.run import interrupt
+from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def test_the_limit_is_of_wall_clock_time():
 
 STUCK = """
     import hashlib, os, signal, time
-    from hybridlm.interrupt import Stop
+    from hybridlm.run.interrupt import Stop
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)

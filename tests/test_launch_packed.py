@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import interrupt, trainer
-from hybridlm.checkpoint import Checkpoints
+from hybridlm import trainer
 from hybridlm.errors import Stopped
+from hybridlm.run import interrupt
+from hybridlm.run.checkpoint import Checkpoints
 from launch import packed
 
 SMALL = {

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from hybridlm import lock
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.lock import Lock
+from hybridlm.run import lock
+from hybridlm.run.lock import Lock
 
 BEAT = 0.05
 HOLD = """
     import sys, time
     from pathlib import Path
-    from hybridlm.lock import Lock
+    from hybridlm.run.lock import Lock
     with Lock(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(60)

@@ -11,8 +11,8 @@ import pytest
 from ml_collections import FrozenConfigDict
 from rich.console import Console
 
-from hybridlm import logbook
 from hybridlm.errors import RunError
+from hybridlm.run import logbook
 
 
 def config(mode="disabled", steps=100):

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridlm import checkpoint, model
 from hybridlm import config as configs
+from hybridlm import model
 from hybridlm.convert import evaluate, transfer
+from hybridlm.run import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 transformers = pytest.importorskip("transformers", reason="needs the parity extra: transformers")

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm import checkpoint, generate, model
+from hybridlm import generate, model
 from hybridlm.convert import evaluate, transfer
 from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from hybridlm.run import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 

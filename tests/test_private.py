@@ -9,8 +9,8 @@ import jax
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import private
-from hybridlm.checkpoint import Checkpoints
+from hybridlm.run import private
+from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 from tests.test_checkpoint import record, shapes, state
 

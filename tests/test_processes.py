@@ -9,7 +9,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import trainer
 from hybridlm.errors import ConfigError
-from hybridlm.processes import join
+from hybridlm.run.processes import join
 from tests import process_runs, tiny
 
 FIELDS = {

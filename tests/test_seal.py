@@ -3,9 +3,9 @@ import subprocess
 
 import pytest
 
-from hybridlm import checkpoint, seal
-from hybridlm.checkpoint import Checkpoints
 from hybridlm.errors import RunError
+from hybridlm.run import checkpoint, seal
+from hybridlm.run.checkpoint import Checkpoints
 from tests.test_checkpoint import record, shapes, state
 
 

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from hybridlm import config as configs
 from hybridlm import model, sharding, trainer
-from hybridlm.checkpoint import Checkpoints
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import layered, model, program, replay, sharding, trainer, watch
-from hybridlm.checkpoint import Checkpoints
+from hybridlm import layered, model, program, sharding, trainer
 from hybridlm.errors import RunError
+from hybridlm.run import replay, watch
+from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
 
@@ -90,7 +91,7 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
     first = events(tmp_path)[0]["step"]
     assert [event["step"] for event in events(tmp_path)] == [first, first + 1, first + 2]
     dump = tmp_path / f"dump-{first}"
-    assert f"python -m hybridlm.replay {dump} repeats step {first}" in str(caught.value)
+    assert f"python -m hybridlm.run.replay {dump} repeats step {first}" in str(caught.value)
     step, metrics, squares = replay.replay(dump)
     assert step == first and str(metrics["loss"]) == str(events(tmp_path)[0]["loss"])
     assert watch.first_not_finite(squares) == events(tmp_path)[0]["first"]

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import logbook
+from hybridlm.run import logbook
 
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "mfu")
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import train
-from hybridlm.lock import Lock
+from hybridlm.run.lock import Lock
 
 TINY = [
     "--config=configs/mqar.py", "--config.model.d_model=16", "--config.model.num_layers=1",

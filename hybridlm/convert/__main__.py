@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hybridlm import cli, cost, report
+from hybridlm import cost, report
 from hybridlm.convert import evaluate, transfer
+from hybridlm.run import cli
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import checkpoint, model
 from hybridlm import config as configs
+from hybridlm import model
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from hybridlm.run import checkpoint
 
 
 def load(workdir: str | Path, step: int | None = None) -> tuple[model.Definition, model.Params]:

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridlm import checkpoint, cost, layered, model
 from hybridlm import config as configs
+from hybridlm import cost, layered, model
 from hybridlm.convert import fla, kimi_linear, olmo_hybrid, qwen3, qwen3_next, tensors
 from hybridlm.convert.family import Family, same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, regroup
 from hybridlm.errors import ConfigError, nearest
+from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
 

@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybridlm import cli
 from hybridlm.data import files, shards, tokenizer
 from hybridlm.errors import ConfigError
+from hybridlm.run import cli
 
 BATCH_DOCUMENTS, BATCH_BYTES = 1024, 1 << 24  # whichever comes first is handed to the tokenizer at once
 

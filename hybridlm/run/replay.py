@@ -1,4 +1,4 @@
-"""A training step set aside because it went wrong, and its replay: python -m hybridlm.replay runs/x/dump-120
+"""A training step set aside because it went wrong, and again: python -m hybridlm.run.replay runs/x/dump-120
 
 A dump holds config.json, the state before the step as a checkpoint, and the batch. It needs neither the data
 nor the devices of the run.
@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm import checkpoint, cli, layered, model, processes, program, sharding, watch
 from hybridlm import config as configs
+from hybridlm import layered, model, program, sharding
 from hybridlm.errors import ConfigError
+from hybridlm.run import checkpoint, cli, processes, watch
 
 
 def dump(path: Path, config: Any, step: int, state: program.State, batch: dict[str, np.ndarray]) -> None:
@@ -58,7 +59,7 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        "python -m hybridlm.replay", description=(__doc__ or "").split("\n\n")[0]
+        "python -m hybridlm.run.replay", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("dump", type=Path, help="the folder that the run named")
     path = parser.parse_args(argv).dump

@@ -8,8 +8,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from hybridlm import private, processes
 from hybridlm.errors import ConfigError, RunError, Stopped
+from hybridlm.run import private, processes
 
 
 def run(body: Callable[[], int | None], interrupted: str = "") -> int:

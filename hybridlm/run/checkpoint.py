@@ -4,7 +4,7 @@ A checkpoint at step s is a directory ``checkpoints/<s>`` with one item per entr
 a flat mapping from dotted names to arrays (``params`` can be read without the rest), and ``run``, a JSON
 record of everything else that resumption needs: step, config, layers, data fingerprint. The seed in the
 config and the step are all the randomness there is. Arrays are global: what one mesh wrote, another reads.
-Every file is hashed before the directory gets its name (`hybridlm.seal`), and again before it is read.
+Every file is hashed before the directory gets its name (`hybridlm.run.seal`), and again before it is read.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from hybridlm import seal
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import seal
 
 log = logging.getLogger("hybridlm")
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack traces, what it also raises

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm import layered, logbook
+from hybridlm import layered
 from hybridlm import model as lm
+from hybridlm.run import logbook
 
 log = logging.getLogger("hybridlm")
 

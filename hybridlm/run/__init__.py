@@ -1,0 +1,1 @@
+"""What may happen to a run besides its mathematics: checkpoints, logs, locks, signals, several processes."""
