@@ -6,11 +6,12 @@ import jax
 
 from eval import haystack, runner, tasks
 from eval.subject import Subject
-from hybridlm import trainer
+from hybridlm.config import Config
 from hybridlm.errors import ConfigError
+from hybridlm.member import Evaluate, Metrics
 
 
-def build(config: Any) -> trainer.Evaluate | None:
+def build(config: Config) -> Evaluate | None:
     """What `trainer.train` calls, None if the config wants no tasks; ConfigError for unknown ones."""
     wanted = config.eval
     if not wanted.tasks:
@@ -25,7 +26,7 @@ def build(config: Any) -> trainer.Evaluate | None:
     lengths = tuple(wanted.task_lengths) or (config.train.seq_len,)
     plan = runner.Plan(lengths, wanted.task_samples, config.train.seed, haystack.load())
 
-    def evaluate(definition: Any, params: Any, tokenizer: Any, step: int) -> trainer.Metrics:
+    def evaluate(definition: Any, params: Any, tokenizer: Any, step: int) -> Metrics:
         subject = Subject(definition, params, tokenizer, config, step)
         return runner.metrics(runner.measure(subject, chosen, plan).items())
 

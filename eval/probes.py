@@ -9,14 +9,12 @@ is asked for numbers hidden in repeated text (RULER's needles), one without text
 """
 
 import argparse
-import contextlib
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +26,6 @@ from eval.tasks import base, ruler
 from hybridlm import cost, data, generate
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError
-from hybridlm.mixers import attention, mla
 from hybridlm.rows import Rows, single_document
 from hybridlm.run import cli
 
@@ -142,45 +139,22 @@ def states(tested: Subject, tokens: Sequence[int], lengths: Sequence[int]) -> di
 
 def attention_mass(tested: Subject, tokens: Sequence[int], span: tuple[int, int]) -> dict[int, np.ndarray]:
     """full-attention layer -> [heads]: weight that the last token puts on the tokens ``span``."""
-    full = cost.full_layers(tested.config)
     first, last = span
 
     @jax.jit
-    def masses(params: lm.Params, tokens_1T: jax.Array) -> list[jax.Array]:
+    def masses(params: lm.Params, tokens_1T: jax.Array) -> dict[int, jax.Array]:
         model = lm.merge(tested.definition, params)
-        rows = single_document(*tokens_1T.shape)
-        x = model.embedding[...].astype(tested.definition.dtype)[tokens_1T]
-        found = []
-        for layer, (block, shared) in enumerate(model.unstacked()):
-            with _recorded() as calls:
-                x = block(x, rows, None, shared)[0]
-            if layer in full:
-                q, k, scale = calls[0]
-                k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
-                scores = jnp.einsum("hk,thk->ht", q[0, -1], k[0], preferred_element_type=jnp.float32) * scale
-                found.append(jax.nn.softmax(scores, axis=-1)[:, first:last].sum(axis=-1))
+        _, taps = model.forward(tokens_1T, single_document(*tokens_1T.shape), ("q", "k"))
+        found = {}
+        for layer in cost.full_layers(tested.config):
+            q_HK, k_TGK = taps[f"layers.{layer}.q"][0, -1], taps[f"layers.{layer}.k"][0]
+            k_THK = jnp.repeat(k_TGK, q_HK.shape[0] // k_TGK.shape[1], axis=1)
+            scores = jnp.einsum("hk,thk->ht", q_HK, k_THK, preferred_element_type=jnp.float32)
+            share = jax.nn.softmax(scores * q_HK.shape[-1] ** -0.5, axis=-1)
+            found[layer] = share[:, first:last].sum(axis=-1)
         return found
 
-    found = masses(tested.params, jnp.array([tokens]))
-    return dict(zip(full, map(np.asarray, found), strict=True))
-
-
-@contextlib.contextmanager
-def _recorded() -> Iterator[list[tuple[jax.Array, jax.Array, float]]]:
-    """(q, k, scale) of every call of softmax attention that is traced inside."""
-    calls: list[tuple[jax.Array, jax.Array, float]] = []
-
-    def recording(original: Any) -> Any:
-        def attend(q: jax.Array, k: jax.Array, *rest: Any, scale: float, **settings: Any) -> jax.Array:
-            calls.append((q, k, scale))
-            return original(q, k, *rest, scale=scale, **settings)
-
-        return attend
-
-    with contextlib.ExitStack() as stack:
-        for module in (attention, mla):
-            stack.enter_context(mock.patch.object(module, "attend", recording(module.attend)))
-        yield calls
+    return {layer: np.asarray(mass) for layer, mass in masses(tested.params, jnp.array([tokens])).items()}
 
 
 def example(tested: Subject, length: int, seed: int = 0) -> tuple[list[int], tuple[int, int]]:

@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import config as configs
-from hybridlm import generate, loss
+from hybridlm import generate, loss, weights
 from hybridlm import model as lm
+from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
-from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
 Progress = Callable[[int], None]  # called with the number of samples done since the last call
@@ -37,7 +36,7 @@ class Subject:
     definition: lm.Definition
     params: lm.Params
     tokenizer: tokenizers.Tokenizer | None
-    config: Any
+    config: Config
     step: int
     batch_tokens: int = 1 << 15
 
@@ -145,20 +144,7 @@ def load(
 
     tokenizer: "bytes" or a tokenizer.json, where the run's own is not to be found.
     """
-    workdir = Path(workdir).absolute()
-    config = configs.of_run(workdir)
-    definition = lm.build(config)
-    if not (workdir / "checkpoints").is_dir():
-        raise ConfigError("--workdir", str(workdir), "holds no checkpoints", "Train the run first.")
-    with checkpoint.Checkpoints(workdir / "checkpoints") as saves:
-        steps = saves.steps()
-        if not steps or (step is not None and step not in steps):
-            allowed = "there are checkpoints at steps " + (", ".join(map(str, steps)) or "(none)")
-            raise ConfigError("--step", step, allowed)
-        step = steps[-1] if step is None else step
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        params = saves.restore(step, {"params": jax.tree.map(place, lm.shapes(definition))})["params"]
+    config, definition, params, step = weights.load(workdir, step)
     tokens = tokenizers.load(tokenizer) if tokenizer else tokenizer_of(config.data)
     if tokens is not None and tokens.vocab_size > definition.vocab_size:
         allowed = f"has {tokens.vocab_size} ids, the model {definition.vocab_size}"

@@ -1,32 +1,42 @@
-"""Configs: files and command-line overrides in, one complete and checked config out.
+"""Configs: files and command-line overrides in, one complete and checked tree of dataclasses out.
 
 A config file is Python with ``get_config()`` or ``get_config(arg)`` that starts from `default` and changes
-what it is about. `load` reads it and applies overrides; `resolve` checks everything and fills in what follows
-from the rest. Nothing after `resolve` has to ask whether a setting is there or makes sense.
+what it is about; up to here it is ml_collections. `resolve` checks everything, fills in what follows from
+the rest, and makes the `Config` that all other code reads: nothing there asks whether a setting makes sense.
 
     config = resolve(load("configs/hybrid.py:340m,kda,3:1", {"train.steps": "100"}))
+    config.mixers["kda"].head_dim
 """
 
-import contextlib
 import dataclasses
 import inspect
 import json
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from hybridlm import data as data_kinds
-from hybridlm import mixers, mlps, pattern, schema
+from hybridlm import mixers, mlps, objectives, pattern, schema
 from hybridlm.errors import ConfigError, nearest
+from hybridlm.fields import Named, build, checked, fields, mapping, parse, under
 from hybridlm.run import private
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
-MIXTURE = data_kinds.MIXTURE
-SECTIONS = (*schema.SECTIONS, "mixers", "mlps", "data")
-KINDS = {"mixers": mixers, "mlps": mlps}  # sections of named definitions, and where their kinds are
+SECTIONS: dict[str, type] = {
+    "model": schema.Model,
+    "optimizer": schema.Optimizer,
+    "train": schema.Train,
+    "mesh": schema.Mesh,
+    "checkpoint": schema.Checkpoint,
+    "log": schema.Log,
+    "eval": schema.Eval,
+}
+NAMED = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, and where their kinds are
+ONE = {"data": data_kinds, "objective": objectives}  # sections that are one definition
+MOVED = {"train.z_loss": "objective.z_loss"}  # since 0.1.0
 
 # Mixers that every config has from `default`, so that any pattern can be tried from the command line.
 STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,39 +51,84 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "hgrn2": ("hgrn2", {}),
     "retnet": ("retnet", {}),
 }
-STANDARD_MLPS = {"dense": "swiglu", "moe": "moe"}
+STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A resolved config. Definitions are instances of their kind's ``Config``: ``config.mixers["kda"]``.
+
+    mixers, mlps: those that the pattern uses.
+    init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
+    """
+
+    model: schema.Model
+    optimizer: schema.Optimizer
+    train: schema.Train
+    mesh: schema.Mesh
+    checkpoint: schema.Checkpoint
+    log: schema.Log
+    eval: schema.Eval
+    mixers: Named[mixers.Config]
+    mlps: Named[mlps.Config]
+    data: data_kinds.Config
+    objective: objectives.Config
+    init_from: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values, from which `resolve` makes the same again."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **fields: Any) -> "Config":
+        """With other values, fields written with a double underscore: ``train__steps=3``."""
+        sections: dict[str, Any] = {}
+        for name, value in fields.items():
+            section, _, field = name.partition("__")
+            old = sections.get(section, getattr(self, section))
+            sections[section] = dataclasses.replace(old, **{field: value}) if field else value
+        return dataclasses.replace(self, **sections)
 
 
 def default() -> ConfigDict:
-    """Every section with its defaults (`hybridlm.schema`), and the STANDARD mixers and MLPs.
-
-    init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
-    """
-    config = ConfigDict({name: dataclasses.asdict(section()) for name, section in schema.SECTIONS.items()})
+    """Every section with its defaults (`hybridlm.schema`), and the STANDARD mixers and MLPs."""
+    config = ConfigDict({name: dataclasses.asdict(section()) for name, section in SECTIONS.items()})
     config.mixers = ConfigDict({name: mixer(kind, **settings) for name, (kind, settings) in STANDARD.items()})
     config.mlps = ConfigDict({name: mlp(kind) for name, kind in STANDARD_MLPS.items()})
     config.data = data("text")
+    config.objective = objective("next_token")
     config.init_from = ""
     return config
 
 
 def mixer(kind: str, **settings: Any) -> ConfigDict:
-    """A definition for ``config.mixers``: the kind with every one of its settings, ``settings`` put in."""
-    return ConfigDict(_definition("mixers", {"kind": kind, **settings}, f"mixer({kind!r})"))
+    """A definition for ``config.mixers``: the kind with every one of its settings, ``settings`` put in.
+
+    kind: a module of `hybridlm.mixers`, or "module:Class" of a mixer that lives anywhere else.
+    """
+    return _written("mixers", kind, settings)
 
 
 def mlp(kind: str, **settings: Any) -> ConfigDict:
     """A definition for ``config.mlps``, likewise."""
-    return ConfigDict(_definition("mlps", {"kind": kind, **settings}, f"mlp({kind!r})"))
+    return _written("mlps", kind, settings)
 
 
 def data(kind: str, **settings: Any) -> ConfigDict:
     """A definition for ``config.data``, likewise.
 
-    Kind "mixture" takes ``components``: name -> a definition, with a ``weight`` beside its settings (1.0).
+    Kind "mixture" takes ``components``: name -> a definition, of which ``weight`` is the share.
     """
+    return _written("data", kind, settings)
+
+
+def objective(kind: str, **settings: Any) -> ConfigDict:
+    """The definition of ``config.objective``, likewise."""
+    return _written("objective", kind, settings)
+
+
+def _written(section: str, kind: str, settings: Mapping[str, Any]) -> ConfigDict:
     given = ConfigDict({"kind": kind, **settings}).to_dict()
-    return ConfigDict(_definition("data", given, f"data({kind!r})"))
+    return ConfigDict(dataclasses.asdict(_definition(section, given, f"{section}({kind!r})")))
 
 
 # Reading files and overrides.
@@ -82,12 +137,12 @@ def data(kind: str, **settings: Any) -> ConfigDict:
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """The config of ``spec``, "file.py", "file.py:argument" or a run's "config.json", with overrides applied.
 
-    overrides: dotted field -> text as on a command line. ``mixers.<name>.kind``, ``mlps.<name>.kind`` and
-        ``data.kind`` come first and put that kind's defaults in place; a name that the file does not have is
-        thereby defined.
-    Runs the file: a config is Python and can do whatever Python can (a config.json cannot).
+    overrides: dotted field -> text as on a command line. Every ``<definition>.kind`` comes first and puts
+        that kind's defaults in place; a name that the file does not have is thereby defined.
+    Runs the file: a config is Python and can do whatever Python can (a config.json cannot, unless it names
+    a mixer outside the package, whose module is then imported).
     """
-    filename, _, argument = spec.partition(":")
+    filename, argument = _split(spec)
     path = Path(filename)
     if not path.is_file():
         known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
@@ -96,6 +151,13 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     for field, text in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(".kind")):
         _override(values, field, text)
     return ConfigDict(values)
+
+
+def _split(spec: str) -> tuple[str, str]:
+    """(file, argument). A file's own name may hold ":", so the longest part that is a file wins."""
+    cuts = [len(spec), *(at for at in range(len(spec) - 1, 0, -1) if spec[at] == ":")]
+    cut = next((at for at in cuts if Path(spec[:at]).is_file()), None)
+    return (spec[:cut], spec[cut + 1 :]) if cut else (spec.partition(":")[0], spec.partition(":")[2])
 
 
 def _run(path: Path, argument: str) -> ConfigDict:
@@ -130,35 +192,32 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
     if field == "init_from":
         config[field] = text
         return
-    section = field.split(".")[0]
-    if section not in SECTIONS:
-        raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, SECTIONS))
-    *path, name = field.split(".")
-    prefix = ".".join(path)
-    form = {name: f"{name}.<name>.<setting>" for name in KINDS}
-    form["data"] = "data.<field> or data.components.<name>.<field>"
-    depths = {**dict.fromkeys(KINDS, (2,)), "data": (1, 3)}.get(section, (1,))
-    if len(path) not in depths or (len(path) == 3 and path[1] != "components"):
-        raise ConfigError(field, text, f"fields here are {form.get(section, section + '.<field>')}")
-    owner = config
+    *path, name = MOVED.get(field, field).split(".")
+    section, depth = path[0] if path else name, len(path)
+    known = (*SECTIONS, *NAMED, *ONE)
+    if section not in known:
+        raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, known))
+    component = section == "data" and depth == 3 and path[1] == "components"
+    if depth != (2 if section in NAMED else 1) and not component:
+        form = f"{section}.<name>.<setting>" if section in NAMED else f"{section}.<field>"
+        form += " or data.components.<name>.<field>" if section == "data" else ""
+        raise ConfigError(field, text, f"fields here are {form}")
+    owner, prefix = config, ".".join(path)
     for key in path[:-1]:
         owner = owner.setdefault(key, {})
-    if name == "kind" and section not in schema.SECTIONS:
-        weight = (
-            {"weight": owner[path[-1]].get("weight", 1.0)} if len(path) == 3 and path[-1] in owner else {}
-        )
-        owner[path[-1]] = _definition(section, {"kind": text}, prefix) | weight
+    if name == "kind" and section not in SECTIONS:
+        kept = {"weight": owner[path[-1]].get("weight", 1.0)} if component and path[-1] in owner else {}
+        owner[path[-1]] = dataclasses.asdict(_definition(section, {"kind": text, **kept}, prefix))
         return
-    if section not in schema.SECTIONS and path[-1] not in owner:
+    if section not in SECTIONS and path[-1] not in owner:
         raise ConfigError(field, text, f"there is no {prefix}", nearest(path[-1], owner))
     target = owner.setdefault(path[-1], {})
-    known = dict(schema.fields(_class(section, target, prefix)))
-    if len(path) == 3:
-        known["weight"] = schema.NonNegative
-    if name not in known:
-        raise ConfigError(field, text, "no such field", nearest(name, known))
+    with under(prefix):
+        described = fields(SECTIONS.get(section) or _class(section, target))
+    if name not in described or name == "components":
+        raise ConfigError(field, text, "no such field", nearest(name, described))
     try:
-        target[name] = schema.parse(known[name], text)
+        target[name] = parse(described[name], text)
     except ValueError as error:
         raise ConfigError(field, text, str(error)) from None
 
@@ -166,52 +225,70 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
 # Checking.
 
 
-def resolve(config: ConfigDict | FrozenConfigDict) -> FrozenConfigDict:
-    """The complete, checked config, frozen: what `model.build`, `data.build` and `trainer.train` take.
+def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
+    """The complete, checked config: what `model.build`, `data.build` and `trainer.train` take.
 
     Fills in defaults of fields that are missing, the number of layers and the MLP width; leaves out mixers
     and MLPs that the pattern does not use. Resolving twice changes nothing. Raises ConfigError.
     """
-    given = config.to_dict()
-    init_from = _convert("init_from", str, given.pop("init_from", ""))
-    for name, values in given.items():
-        if name not in SECTIONS:
-            raise ConfigError(name, values, "there is no such section", nearest(name, SECTIONS))
-        _must_be_mapping(values, name)
-    resolved: dict[str, Any] = {}
-    for name in schema.SECTIONS:
-        section = _build(name, given.get(name, {}), name)
-        if hasattr(section, "check"):
-            with _under(name):
-                section.check()
-        resolved[name] = dataclasses.asdict(section)
-    check_batch(resolved["train"], {axis: max(1, size) for axis, size in resolved["mesh"].items()})
-
-    model, definitions = resolved["model"], {section: given.get(section, {}) for section in KINDS}
-    layers = pattern.fill(pattern.parse(model["pattern"], *definitions.values()), model["num_layers"])
-    names = {section: {pattern.split(layer)[i] for layer in layers} for i, section in enumerate(KINDS)}
-    model["num_layers"] = len(layers)
-    model["mlp_hidden"] = model["mlp_hidden"] or mlp_hidden(model["d_model"])
-    for name in model["post_norm"]:
-        if name not in definitions["mixers"]:
-            problem = f"no mixer named {name!r} in mixers"
-            raise ConfigError(
-                "model.post_norm", model["post_norm"], problem, nearest(name, definitions["mixers"])
-            )
-    for section, given_definitions in definitions.items():
-        checked = {
-            name: _definition(section, given_definitions[name], f"{section}.{name}")
-            for name in sorted(given_definitions)
+    if isinstance(given, Config):
+        return given
+    values = given.to_dict()
+    _move(values)
+    init_from = checked("init_from", str, values.pop("init_from", ""))
+    known = (*SECTIONS, *NAMED, *ONE)
+    for name, section in values.items():
+        if name not in known:
+            raise ConfigError(name, section, "there is no such section", nearest(name, known))
+        mapping(section, name)
+    sections: dict[str, Any] = {}
+    for name, described in SECTIONS.items():
+        sections[name] = build(described, values.get(name, {}), name)
+        with under(name):
+            getattr(sections[name], "check", lambda: None)()
+    axes = dataclasses.asdict(sections["mesh"])
+    check_batch(sections["train"], {axis: max(1, size) for axis, size in axes.items()})
+    definitions = {
+        section: {
+            name: _definition(section, definition, f"{section}.{name}")
+            for name, definition in sorted(values.get(section, {}).items())
         }
-        resolved[section] = {name: checked[name] for name in checked if name in names[section]}
-        for name, definition in resolved[section].items():
-            with _under(f"{section}.{name}"):
-                _build(section, definition, "").check(model["d_model"])
-    resolved["data"] = _definition("data", given.get("data", {"kind": "text"}), "data")
-    with _under("data"):
-        data_kinds.settings(resolved["data"])
-    resolved["init_from"] = init_from
-    return FrozenConfigDict(resolved)
+        for section in NAMED
+    }
+    names = pattern.parse(sections["model"].pattern, *definitions.values())
+    model = _filled(sections["model"], names, definitions["mixers"])
+    layers = pattern.fill(names, model.num_layers)
+    for at, (section, found) in enumerate(definitions.items()):
+        used = {pattern.split(layer)[at] for layer in layers}
+        sections[section] = Named({name: one for name, one in found.items() if name in used})
+        for name, one in sections[section].items():
+            with under(f"{section}.{name}"):
+                one.check(model.d_model)
+    for section, kind in (("data", "text"), ("objective", "next_token")):
+        sections[section] = _definition(section, values.get(section, {"kind": kind}), section)
+        with under(section):
+            sections[section].check()
+    return Config(**(sections | {"model": model}), init_from=init_from)
+
+
+def _move(values: dict[str, Any]) -> None:
+    """Fields of older configs, to where they are now."""
+    for old, new in MOVED.items():
+        (section, field), (to, name) = old.split("."), new.split(".")
+        if isinstance(values.get(section), dict) and field in values[section]:
+            value = values[section].pop(field)
+            values.setdefault(to, {"kind": "next_token"})[name] = value
+
+
+def _filled(model: schema.Model, names: tuple[str, ...], known: Mapping[str, Any]) -> schema.Model:
+    """``model`` with what follows from the rest."""
+    for name in model.post_norm:
+        if name not in known:
+            problem = f"no mixer named {name!r} in mixers"
+            raise ConfigError("model.post_norm", model.post_norm, problem, nearest(name, known))
+    hidden = model.mlp_hidden or mlp_hidden(model.d_model)
+    layers = len(pattern.fill(names, model.num_layers))
+    return dataclasses.replace(model, num_layers=layers, mlp_hidden=hidden)
 
 
 def mlp_hidden(d_model: int) -> int:
@@ -219,92 +296,32 @@ def mlp_hidden(d_model: int) -> int:
     return -(-(8 * d_model // 3) // MLP_MULTIPLE) * MLP_MULTIPLE
 
 
-def check_batch(train: Mapping[str, Any], mesh: Mapping[str, int]) -> None:
+def check_batch(train: schema.Train, mesh: Mapping[str, int]) -> None:
     """A microbatch must split evenly over the mesh axes data and fsdp. mesh: axis -> size, without -1."""
-    microbatches, parts = train["microbatches"], mesh["data"] * mesh["fsdp"]
-    if train["batch_size"] // microbatches % parts:
+    parts = mesh["data"] * mesh["fsdp"]
+    if train.batch_size // train.microbatches % parts:
         raise ConfigError(
             "train.batch_size",
-            train["batch_size"],
+            train.batch_size,
             "must be a multiple of train.microbatches * mesh.data * mesh.fsdp = "
-            f"{microbatches} * {mesh['data']} * {mesh['fsdp']}",
+            f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}",
         )
 
 
-def _definition(
-    section: str, values: Mapping[str, Any], prefix: str, beside: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """A mixer's, an MLP's or the data's definition, complete: its kind and every setting.
-
-    beside: fields that may stand beside these, for error messages.
-    """
-    _must_be_mapping(values, prefix)
-    if section in KINDS or values.get("kind") != MIXTURE:
-        settings = _build(section, values, prefix, beside)
-        return {"kind": values["kind"], **dataclasses.asdict(settings)}
-    with _under(prefix):
-        for name in values:
-            if name not in ("kind", "components"):
-                raise ConfigError(name, values[name], "no such field", "A mixture has components.")
-    components = {}
-    for name, component in values.get("components", {}).items():
-        where = f"{prefix}.components.{name}"
-        _must_be_mapping(component, where)
-        with _under(where):
-            weight = _convert("weight", schema.NonNegative, component.get("weight", 1.0))
-        rest = {key: value for key, value in component.items() if key != "weight"}
-        components[name] = {**_definition("data", rest, where, ("weight",)), "weight": weight}
-    return {"kind": MIXTURE, "components": components}
+def _class(section: str, values: Mapping[str, Any]) -> type:
+    """The dataclass of a definition, which depends on its kind."""
+    rooms = NAMED | ONE
+    return rooms[section].config_class(str(values.get("kind")))
 
 
-def _build(section: str, values: Mapping[str, Any], prefix: str, beside: tuple[str, ...] = ()) -> Any:
-    """The dataclass instance of one section or definition: fields known, types right, defaults added."""
-    described = _class(section, values, prefix)
-    known = schema.fields(described)
-    settings = dict(values)
-    if section not in schema.SECTIONS:
-        del settings["kind"]
-    with _under(prefix):
-        for name, value in settings.items():
-            if name not in known:
-                raise ConfigError(name, value, "no such field", nearest(name, [*known, *beside]))
-            settings[name] = _convert(name, known[name], value)
-    return described(**settings)
-
-
-def _convert(name: str, kind: Any, value: Any) -> Any:
-    try:
-        return schema.convert(kind, value)
-    except ValueError as error:
-        raise ConfigError(name, value, str(error)) from None
-
-
-def _class(section: str, values: Mapping[str, Any], prefix: str) -> Any:
-    """The dataclass that describes ``values``; those of definitions depend on their kind."""
-    if section in schema.SECTIONS:
-        return schema.SECTIONS[section]
-    kind = str(values.get("kind"))
-    with _under(prefix):
-        if section in KINDS:
-            return KINDS[section].load(kind).Config
-        if kind not in data_kinds.KINDS:
-            kinds = [*data_kinds.KINDS, MIXTURE]
-            raise ConfigError("kind", kind, "must be one of " + ", ".join(kinds), nearest(kind, kinds))
-        return data_kinds.KINDS[kind].Config
-
-
-def _must_be_mapping(values: Any, prefix: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ConfigError(prefix, values, "must be a section with fields, not a value")
-
-
-@contextlib.contextmanager
-def _under(prefix: str) -> Iterator[None]:
-    """Errors raised inside get their full dotted field."""
-    try:
-        yield
-    except ConfigError as error:
-        raise error.under(prefix) from None
+def _definition(section: str, values: Any, prefix: str) -> Any:
+    """A mixer's, an MLP's, the data's or the objective's settings, complete."""
+    if section == "data":
+        return data_kinds.settings(values, prefix)
+    mapping(values, prefix)
+    with under(prefix):
+        described = _class(section, values)
+    return build(described, values, prefix)
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
@@ -321,12 +338,12 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
 # config.json
 
 
-def portable(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+def portable(config: Config) -> dict[str, Any]:
     """The config as it is written down: paths without home directory and user name."""
     return private.in_paths(config.to_dict(), private.hide)
 
 
-def to_json(config: ConfigDict | FrozenConfigDict) -> str:
+def to_json(config: Config) -> str:
     return json.dumps(portable(config), indent=2) + "\n"
 
 
@@ -334,12 +351,12 @@ def from_json(path: str | Path) -> ConfigDict:
     """What `to_json` wrote; pass it through `resolve`. ConfigError for a file that is not a config."""
     try:
         return ConfigDict(private.in_paths(json.loads(Path(path).read_text()), private.reveal))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error
 
 
-def of_run(workdir: str | Path) -> FrozenConfigDict:
-    """The config, resolved, of the run in ``workdir``; ConfigError where there is none."""
+def of_run(workdir: str | Path) -> Config:
+    """The config of the run in ``workdir``; ConfigError where there is none."""
     path = Path(workdir) / "config.json"
     if not path.is_file():
         fix = "Name a directory that train.py wrote."

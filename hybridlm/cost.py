@@ -1,6 +1,6 @@
 """What a config costs before anything runs: parameters, decode memory, FLOPs, device memory.
 
-Parameters are counted exactly, from the shapes of the modules themselves. State and cache are those of
+Parameters are counted exactly, from the shapes of the model itself. State and cache are those of
 decoding one sequence of train.seq_len tokens. FLOPs count a multiply-add as two; a training step is three
 forward passes (one forward, two backward), recomputation not counted, as usual for MFU. Memory per device is
 an estimate, good to tens of percent: the compiler decides.
@@ -8,13 +8,12 @@ an estimate, good to tens of percent: the compiler decides.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-from flax import nnx
-
-from hybridlm import mixers, mlps, model
+from hybridlm import model
+from hybridlm.block import Spec
+from hybridlm.config import Config
 from hybridlm.loss import chunk_tokens
 
 STATE_BYTES = 4  # recurrent states are float32
@@ -40,8 +39,7 @@ class Layer(NamedTuple):
     """One row of the layer table; bytes are those of one sequence of train.seq_len tokens.
 
     settings: those that differ from the kinds' defaults, of the mixer and of an MLP other than SwiGLU.
-    full: attends over the whole context, that is, has a KV cache that no window bounds (attention and mla
-        without a window; a sliding window does not count).
+    full: attends over the whole context (`mixers.Config.full_attention`; a sliding window does not count).
     active_parameters: those that a token touches, fewer where it is routed to some of many experts.
     """
 
@@ -70,40 +68,39 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in device_kind), None)
 
 
-def layers(config: Any) -> list[Layer]:
+def layers(config: Config) -> list[Layer]:
     """The layer table of a resolved config."""
     definition, seq_len = model.build(config), config.train.seq_len
     rows = {}
     for spec in set(definition.layers):
-        cost = _mixer_cost(spec, definition.d_model)
+        cost = spec.config.cost(definition.d_model, seq_len)
+        parameters = _block_parameters(definition, spec)
         rows[spec] = Layer(
             layer=-1,
             name=spec.name,
             kind=spec.kind,
             settings=_settings(spec),
-            full=cost.cache_per_token > 0 and not cost.window,
-            parameters=_block_parameters(definition, spec),
-            active_parameters=_block_parameters(definition, spec) - _idle(definition, spec),
-            state_bytes=STATE_BYTES * cost.state,
-            cache_bytes=definition.dtype.itemsize
-            * cost.cache_per_token
-            * min(cost.window or seq_len, seq_len),
+            full=spec.config.full_attention,
+            parameters=parameters,
+            active_parameters=parameters - spec.mlp_config.idle(definition.d_model),
+            state_bytes=round(STATE_BYTES * cost.state),
+            cache_bytes=round(definition.dtype.itemsize * cost.cache),
         )
     return [rows[spec]._replace(layer=index) for index, spec in enumerate(definition.layers)]
 
 
-def full_layers(config: Any) -> list[int]:
+def full_layers(config: Config) -> list[int]:
     """Indices of the full-attention layers; see `Layer`."""
     return [row.layer for row in layers(config) if row.full]
 
 
-def summary(config: Any) -> dict[str, Any]:
+def summary(config: Config) -> dict[str, Any]:
     """What layers.json holds: the layers, which of them are full attention, and the totals."""
     table = layers(config)
     full = [row.layer for row in table if row.full]
     return {
         "pattern": config.model.pattern,
-        "plan": str(model.build(config).plan),
+        "plan": str(model.build(config).layout),
         "num_layers": len(table),
         "num_full_layers": len(full),
         "full_layers": full,
@@ -116,38 +113,31 @@ def summary(config: Any) -> dict[str, Any]:
     }
 
 
-def parameters(config: Any) -> int:
+def parameters(config: Config) -> int:
     """Every parameter of the model, embedding and head included."""
-    definition = model.build(config)
-    stack = sum(_block_parameters(definition, spec) for spec in definition.layers)
-    stack += sum(_shared_parameters(definition, spec) for spec in model.with_shared(definition))
-    return stack + definition.d_model + _embedding(definition) * (1 if definition.tie_embeddings else 2)
+    return sum(math.prod(leaf.shape) for leaf in model.shapes(model.build(config)).values())
 
 
-def active_parameters(config: Any) -> int:
+def active_parameters(config: Config) -> int:
     """Parameters that a token touches: all but those of the experts that it is not routed to."""
     definition = model.build(config)
-    return parameters(config) - sum(_idle(definition, spec) for spec in definition.layers)
+    return parameters(config) - sum(spec.mlp_config.idle(definition.d_model) for spec in definition.layers)
 
 
-def train_flops_per_token(config: Any) -> float:
+def train_flops_per_token(config: Config) -> float:
     """Forward and backward FLOPs per token at train.seq_len, rows of one document each.
 
-    2 per active parameter but the embedding (looked up), the recurrences, and softmax attention over the
-    context that a causal token sees, (T + 1) / 2 on average.
+    2 per active parameter but the embedding (looked up), and what the mixers' own costs say: recurrences, and
+    softmax attention over the context that a causal token sees, (T + 1) / 2 on average.
     """
     definition, seq_len = model.build(config), config.train.seq_len
-    tied = _embedding(definition) if definition.tie_embeddings else 0
+    tied = _embedding(definition) if definition.model.tie_embeddings else 0
     forward = 2.0 * (active_parameters(config) - _embedding(definition) + tied)
-    for spec in definition.layers:
-        cost = _mixer_cost(spec, definition.d_model)
-        window = min(cost.window or seq_len, seq_len)
-        visible = window - window * (window - 1) / (2 * seq_len)  # mean of min(t, window) over t = 1..seq_len
-        forward += cost.flops + cost.flops_per_context * visible
+    forward += sum(spec.config.cost(definition.d_model, seq_len).flops for spec in definition.layers)
     return 3 * forward
 
 
-def memory(config: Any, mesh: Mapping[str, int]) -> Memory:
+def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     """Estimated bytes per device in training. mesh: axis -> size, without -1."""
     definition, train = model.build(config), config.train
     table, total = layers(config), parameters(config)
@@ -158,7 +148,7 @@ def memory(config: Any, mesh: Mapping[str, int]) -> Memory:
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
-    kept = {"full": 0.0, "mixer": inner, "dots": sum(work), "none": 3 * sum(work)}[definition.remat]
+    kept = {"full": 0.0, "mixer": inner, "dots": sum(work), "none": 3 * sum(work)}[definition.model.remat]
     elements = len(table) * definition.d_model + kept
     vocab = definition.vocab_size / mesh["tensor"]
     logits = 8 * min(chunk_tokens(definition.d_model, int(vocab)), tokens) * vocab
@@ -168,7 +158,7 @@ def memory(config: Any, mesh: Mapping[str, int]) -> Memory:
     return Memory(4 * total / shards, copies * 4 * total / shards, 4 * moments / shards, activations)
 
 
-def matched_mlp_hidden(config: Any, target: int, multiple: int = 64) -> int:
+def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
     """The MLP width, a multiple of ``multiple``, that brings the `parameters` nearest to ``target``.
 
     For comparing mixers at equal depth, width and parameters: what one mixer's projections have more than
@@ -179,44 +169,22 @@ def matched_mlp_hidden(config: Any, target: int, multiple: int = 64) -> int:
     return max(multiple, round(wanted / multiple) * multiple)
 
 
-def _settings(spec: model.Spec) -> str:
+def _settings(spec: Spec) -> str:
     def changed(config: Any) -> list[str]:
         defaults = vars(type(config)())
-        return [f"{k}={v}" for k, v in vars(config).items() if v != defaults[k]]
+        return [f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k != "kind"]
 
     mlp = [] if spec.mlp_kind == "swiglu" else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)
-
-
-def _mixer_cost(spec: model.Spec, d_model: int) -> mixers.Cost:
-    return mixers.load(spec.kind).cost(spec.config, d_model)
 
 
 def _embedding(definition: model.Definition) -> int:
     return definition.vocab_size * definition.d_model
 
 
-def _block_parameters(definition: model.Definition, spec: model.Spec) -> int:
-    """Mixer, MLP and two norms."""
-    d_model = definition.d_model
-    mixer = _parameters(mixers.load(spec.kind).Mixer, spec.config, d_model)
-    return mixer + _parameters(mlps.load(spec.mlp_kind).Mlp, spec.mlp_config, d_model) + 2 * d_model
-
-
-def _idle(definition: model.Definition, spec: model.Spec) -> int:
-    return mlps.load(spec.mlp_kind).idle(spec.mlp_config, definition.d_model)
-
-
-@functools.cache
-def _parameters(module: Any, config: Any, d_model: int) -> int:
-    return _count(lambda: module(config, d_model, rngs=nnx.Rngs(params=0)))
-
-
-def _shared_parameters(definition: model.Definition, spec: model.Spec) -> int:
-    return _count(lambda: model.shared(definition, spec, nnx.Rngs(params=0)))
-
-
-def _count(module: Callable[[], nnx.Module]) -> int:
-    return sum(
-        math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(module), nnx.Param))
-    )
+@functools.lru_cache(maxsize=256)
+def _block_parameters(definition: model.Definition, spec: Spec) -> int:
+    """Mixer, MLP and their norms."""
+    index = definition.layers.index(spec)
+    leaves = model.canonical_shapes(definition).items()
+    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(f"layers.{index}."))

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import layered, model
-from hybridlm.convert import transfer
+from hybridlm import model
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
+
+CARRIED = "hf"  # what a workdir keeps of the public checkpoint that it came from
 
 
 class Source(NamedTuple):
@@ -67,8 +67,10 @@ def check(path: str | Path) -> None:
     """ConfigError unless there is a model at ``path``, its config readable; opens no array."""
     path = Path(path).absolute()
     if (path / "checkpoints").is_dir():
-        configs.resolve(configs.from_json(path / "config.json"))
-    elif (path / transfer.CONFIG).is_file():
+        configs.of_run(path)
+    elif (path / "config.json").is_file():
+        from hybridlm.convert import transfer  # only a run that starts from one needs the converters
+
         transfer.read_config(path)
     else:
         problem = "is neither a workdir with checkpoints nor a Hugging Face folder"
@@ -81,24 +83,21 @@ def source(path: str | Path) -> Iterator[Source]:
     check(path)
     path = Path(path).absolute()
     if (path / "checkpoints").is_dir():
-        definition = model.build(configs.resolve(configs.from_json(path / "config.json")))
+        definition = model.build(configs.of_run(path))
         with checkpoint.Checkpoints(path / "checkpoints") as saves:
             steps = saves.steps()
             if not steps:
                 raise ConfigError("init_from", str(path), "has no checkpoint")
-            stacks = saves.open(steps[-1], "params", checkpoint.flatten(model.shapes(definition)))
-            entries = layered.entries(definition).items()
-            arrays: dict[str, Any] = {name: stacks[entry.path][entry.place] for name, entry in entries}
-            yield Source(definition, arrays, lambda workdir: _copy(path / transfer.CARRIED, workdir))
+            arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
+            yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir))
     else:
+        from hybridlm.convert import transfer
+
         imported = transfer.read_config(path)
-        definition = model.build(imported.config)
-        names = {(entry.path, entry.place): name for name, entry in layered.entries(definition).items()}
-        arrays = {}
-        manifest = transfer.fill(
-            path, imported, lambda entry, array: arrays.update({names[entry[:2]]: array})
-        )
-        yield Source(definition, arrays, lambda workdir: transfer.carry(imported, manifest, workdir))
+        read: dict[str, np.ndarray] = {}
+        manifest = transfer.fill(path, imported, read.__setitem__)
+        carry = lambda workdir: transfer.carry(imported, manifest, workdir)
+        yield Source(model.build(imported.config), read, carry)
 
 
 def _copy(carried: Path, workdir: Path) -> None:
@@ -108,36 +107,23 @@ def _copy(carried: Path, workdir: Path) -> None:
 
 def load(other: Source, definition: model.Definition, params: model.Params) -> tuple[model.Params, Report]:
     """``params`` (fresh, wherever they lie) with everything replaced that has a counterpart in ``other``."""
-    entries = layered.entries(definition)
+    ours = model.unstack(definition, params)
     taken = [
         name
-        for name, entry in entries.items()
+        for name, leaf in ours.items()
         if name in other.arrays
-        and tuple(other.arrays[name].shape) == entry.shape
+        and tuple(other.arrays[name].shape) == leaf.shape
         and _same_kind(name, definition, other.definition)
     ]
-    by_path: dict[str, list[str]] = {}
     for name in taken:
-        by_path.setdefault(entries[name].path, []).append(name)
-    leaves = checkpoint.flatten(params)
-    for path, names in by_path.items():
-        leaf = leaves[path]
-        loaded, present = np.zeros(leaf.shape, np.float32), np.zeros(leaf.shape, bool)
-        for name in names:
-            loaded[entries[name].place] = np.asarray(other.arrays[name])
-            present[entries[name].place] = True
-        leaves[path] = loaded_leaf(leaf, loaded, present)
-    new = [name for name in entries if name not in taken]
+        loaded = np.asarray(other.arrays[name]).astype(np.float32, copy=False)
+        put = lambda index, loaded=loaded: loaded[index]
+        ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, put)
+    whole = jax.tree.map(lambda leaf: leaf.sharding, params)
+    restack = jax.jit(lambda flat: model.restack(definition, flat), out_shardings=whole)
+    new = [name for name in ours if name not in taken]
     report = Report(taken, new, [name for name in other.arrays if name not in taken])
-    return checkpoint.unflatten(params, leaves), report
-
-
-def loaded_leaf(leaf: jax.Array, loaded: np.ndarray, present: np.ndarray) -> jax.Array:
-    """``leaf`` with the ``present`` elements taken from ``loaded``, sharded as it was."""
-    put = lambda x: jax.make_array_from_callback(x.shape, leaf.sharding, lambda index: x[index])
-    if present.all():
-        return put(loaded)
-    return jax.jit(jnp.where, out_shardings=leaf.sharding)(put(present), put(loaded), leaf)
+    return restack(ours), report
 
 
 def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> bool:

@@ -1,16 +1,18 @@
 """Parameters with logical axes, and the small layers that mixers and the model are made of.
 
-Every parameter is an ``nnx.Param``, created in float32, with three pieces of metadata (`model.Meta`):
+Every parameter is an ``nnx.Param``, created in float32, with four pieces of metadata (`model.Meta`):
   axes: one logical axis name (or None) per dimension; `sharding.RULES` maps names to mesh axes.
   decay: whether weight decay applies (matrices yes; norms, biases, A_log, dt_bias no).
   cast: whether it is only ever used in the activation's dtype, so that it may be given in it
     (`model.cast_to_compute`).
+  rule: what changes it after each step in place of the optimiser (`Rule`), or None.
 
 Shape legend: B batch, T time, D model width, V vocabulary, H heads, K head dim, F features.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,17 @@ from pallas_kernels import short_conv
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
 INIT_STD = 0.02  # FLA and most public checkpoints: N(0, 0.02) for every matrix
+
+
+class Rule(NamedTuple):
+    """How a parameter that has no gradient changes after each step.
+
+    record: name of what its layer records in training (`Context.record`), added up over the whole batch.
+    update: (value, that sum) -> the next value.
+    """
+
+    record: str
+    update: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def normal(std: float = INIT_STD) -> Initializer:
@@ -47,12 +60,13 @@ def param(
     *,
     decay: bool,
     cast: bool = False,
+    rule: Rule | None = None,
 ) -> nnx.Param:
     """A float32 parameter of ``shape``; see the module docstring."""
     if len(axes) != len(shape):
         raise ValueError(f"axes {tuple(axes)} do not match shape {tuple(shape)}")
     value = init(rngs.params(), tuple(shape), jnp.float32)
-    return nnx.Param(value, axes=tuple(axes), decay=decay, cast=cast)
+    return nnx.Param(value, axes=tuple(axes), decay=decay, cast=cast, rule=rule)
 
 
 class Linear(nnx.Module):
@@ -167,6 +181,45 @@ class ShortConv(nnx.Module):
         before = self.init_history(x_BTF.shape[0], x_BTF.dtype) if history is None else history
         padded = jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)
         return y_BTF, padded[:, x_BTF.shape[1] :]
+
+
+class RecurrentCache(NamedTuple):
+    """Decode state of a recurrent layer.
+
+    state: any pytree, float32 [B, ...] each.
+    history: raw inputs of its short convolutions, [B, width - 1, F] each; () without.
+    """
+
+    state: Any
+    history: tuple[jax.Array, ...] = ()
+
+
+def convolve(
+    convs: Sequence[ShortConv],
+    xs: Sequence[jax.Array],
+    rows: Rows,
+    history: tuple[jax.Array, ...] | None,
+    *,
+    silu: bool = False,
+) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+    """Each of ``xs`` [B, T, F] through its convolution; without convolutions only its SiLU, if ``silu``.
+
+    history: of `RecurrentCache`; None where nothing came before. Returns (ys, the history after the last
+    token).
+    """
+    if not convs:
+        return [jax.nn.silu(x) if silu else x for x in xs], ()
+    before = history or (None,) * len(convs)
+    done = [conv(x, rows, past, silu=silu) for conv, x, past in zip(convs, xs, before, strict=True)]
+    return [y for y, _ in done], tuple(after for _, after in done)
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def rotate(

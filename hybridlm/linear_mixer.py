@@ -11,20 +11,33 @@ Shape legend: B batch, T time, D model width, H key heads, HV value heads (multi
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import mixers
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.layers import Initializer, Linear, RMSNorm, ShortConv
-from hybridlm.mixers import Cost, TokenMixer, at_least, one_of, whole_heads
+from hybridlm.fields import Count, Epsilon, Positive
+from hybridlm.layers import (
+    Initializer,
+    Linear,
+    RecurrentCache,
+    RMSNorm,
+    ShortConv,
+    convolve,
+    merge_heads,
+    split_heads,
+)
+from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels import linear_attention, linear_attention_step
 
 OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu}
+OutputGate = Literal["none", "sigmoid", "swish"]
 CHUNK = 64  # tokens a chunk in the FLOP count, as in the papers
 
 
@@ -55,7 +68,7 @@ class Heads(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mixers.Config):
     """Settings of every linear mixer; a kind adds its own and its defaults.
 
     num_heads: key heads; 0 is key_width / head_dim, with key_width = d_model unless the kind says otherwise.
@@ -67,13 +80,14 @@ class Config:
     """
 
     v_expansion: ClassVar[int] = 1
+    delta: ClassVar[bool] = False  # whether the update is the delta rule's, for the FLOP count
 
-    num_heads: int = 0
-    head_dim: int = 128
-    v_head_dim: int = 0
-    conv_size: int = 4
-    output_gate: str = "none"
-    norm_eps: float = 1e-6
+    num_heads: Count = 0
+    head_dim: Positive = 128
+    v_head_dim: Count = 0
+    conv_size: Count = 4
+    output_gate: OutputGate = "none"
+    norm_eps: Epsilon = 1e-6
 
     def key_width(self, d_model: int) -> int:
         return d_model
@@ -83,12 +97,15 @@ class Config:
         return Heads(num, num, self.head_dim, self.v_head_dim or self.v_expansion * self.head_dim)
 
     def check(self, d_model: int) -> None:
-        at_least(self, 0, "num_heads", "head_dim", "v_head_dim", "conv_size", "norm_eps")
-        one_of(self, "output_gate", list(OUTPUT_GATES))
-        if not self.num_heads:
-            at_least(self, 1, "head_dim")
         whole_heads(self, self.key_width(d_model), self.head_dim)
         self.heads(d_model).check()
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        return cost(self.heads(d_model), self.conv_size, delta=self.delta)
+
+    def explicit(self, d_model: int) -> "Config":
+        heads = self.heads(d_model)
+        return dataclasses.replace(self, num_heads=heads.num, head_dim=heads.key, v_head_dim=heads.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +116,19 @@ class GroupedConfig(Config):
     neg_eigval: beta in (0, 2) instead of (0, 1), for state tracking (2411.12537).
     """
 
-    num_v_heads: int = 0
+    delta: ClassVar[bool] = True
+
+    num_v_heads: Count = 0
     neg_eigval: bool = False
 
     def heads(self, d_model: int) -> Heads:
         heads = super().heads(d_model)
         return heads._replace(num_v=self.num_v_heads or heads.num)
 
-    def check(self, d_model: int) -> None:
-        at_least(self, 0, "num_v_heads")
-        super().check(d_model)
+    def explicit(self, d_model: int) -> "GroupedConfig":
+        explicit = super().explicit(d_model)
+        assert isinstance(explicit, GroupedConfig)
+        return dataclasses.replace(explicit, num_v_heads=self.heads(d_model).num_v)
 
 
 class Inputs(NamedTuple):
@@ -119,17 +139,6 @@ class Inputs(NamedTuple):
     v: jax.Array
     log_decay: jax.Array | None = None
     beta: jax.Array | None = None
-
-
-class LinearCache(NamedTuple):
-    """Fixed-size decode state of one layer.
-
-    state: float32 [B, HV, K, V].
-    history: raw inputs of the q, k, v short convolutions, [B, conv_size - 1, width] each; () without.
-    """
-
-    state: jax.Array
-    history: tuple[jax.Array, ...]
 
 
 class LinearMixer(TokenMixer):
@@ -144,8 +153,9 @@ class LinearMixer(TokenMixer):
     silu = True
 
     def __init__(
-        self, config: Config, d_model: int, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
+        self, config: Config, site: Site, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
     ):
+        d_model = site.d_model
         self.heads = heads = config.heads(d_model)
         self.conv_size = conv_size = config.conv_size
         self.output_gate = output_gate = config.output_gate
@@ -168,9 +178,7 @@ class LinearMixer(TokenMixer):
 
     # What a kind overrides.
 
-    def inputs(
-        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: Any
-    ) -> Inputs:
+    def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         """The recurrence's arguments from the projected and activated q, k, v (already split into heads)."""
         raise NotImplementedError
 
@@ -181,35 +189,21 @@ class LinearMixer(TokenMixer):
     # The skeleton.
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        rows: Rows,
-        cache: LinearCache | None = None,
-        shared: jax.Array | None = None,
-    ) -> tuple[jax.Array, LinearCache | None]:
-        heads = self.heads
-        q, k, v, history = self._project(x_BTD, rows, None if cache is None else cache.history)
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        heads, rows = self.heads, context.rows
+        qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        past = None if cache is None else cache.history
+        (q, k, v), history = convolve(self._convs(), qkv, rows, past, silu=self.silu)
         q, k = split_heads(q, heads.key), split_heads(k, heads.key)
-        inputs = self.inputs(x_BTD, q, k, split_heads(v, heads.value), rows, shared)
+        inputs = self.inputs(x_BTD, q, k, split_heads(v, heads.value), context)
         state = None if cache is None else cache.state
         o_BTHV, state = recurrence(inputs, rows, state, qk_l2norm=self.qk_l2norm)
         y_BTD = self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD)))
-        return y_BTD, None if state is None else LinearCache(state, history)
+        return y_BTD, None if state is None else RecurrentCache(state, history)
 
-    def _project(
-        self, x_BTD: jax.Array, rows: Rows, history: tuple[jax.Array, ...] | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        past: tuple[jax.Array, ...] = ()
-        if self.conv_size:
-            before = history or (None, None, None)
-            q, past_q = self.q_conv(q, rows, before[0], silu=self.silu)
-            k, past_k = self.k_conv(k, rows, before[1], silu=self.silu)
-            v, past_v = self.v_conv(v, rows, before[2], silu=self.silu)
-            past = (past_q, past_k, past_v)
-        elif self.silu:
-            q, k, v = (jax.nn.silu(x) for x in (q, k, v))
-        return q, k, v, past
+    def _convs(self) -> tuple[ShortConv, ...]:
+        return (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()
 
     def _gate(self, x_BTD: jax.Array) -> jax.Array | None:
         act = OUTPUT_GATES[self.output_gate]
@@ -218,13 +212,10 @@ class LinearMixer(TokenMixer):
         logits = self.g_b_proj(self.g_a_proj(x_BTD)) if self.gate_rank else self.g_proj(x_BTD)
         return act(split_heads(logits, self.heads.value).astype(jnp.float32))
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> LinearCache:
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
         heads = self.heads
-        convs = (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()
-        return LinearCache(
-            jnp.zeros((batch, heads.num_v, heads.key, heads.value), jnp.float32),
-            tuple(conv.init_history(batch, dtype) for conv in convs),
-        )
+        state = jnp.zeros((batch, heads.num_v, heads.key, heads.value), jnp.float32)
+        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))
 
 
 def recurrence(
@@ -263,14 +254,6 @@ def recurrence(
     in_axes = [None if arg is None else token_axes[: arg.ndim] for arg in args[:-1]]
     out_state = None if state is None else state_axes
     return per_shard(op, (*in_axes, out_state), (token_axes, out_state))(*args)
-
-
-def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
-    return x.reshape(*x.shape[:-1], -1, head_dim)
-
-
-def merge_heads(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:-2], -1)
 
 
 # Gates that several kinds have.

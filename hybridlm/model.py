@@ -1,185 +1,136 @@
-"""The language model: embedding, a planned stack of pre-norm blocks, final norm, head.
+"""The language model: embedding, a stack of blocks (`hybridlm.stack`), final norm, head.
 
-Parameters of equal neighbours are stacked: a run of n equal layers inside a period that repeats r times is
-one Block whose parameters have leading axes [r, n], and the forward pass is a scan over r of scans over n.
-Trace and compile time therefore depend on the number of distinct runs, not on depth, and each layer is
-rematerialised by itself (`model.remat`).
-
-Outside this file a model is a `Definition` (static) and `params` (a nested dict of float32 arrays).
+Outside this file a model is a `Definition` (static) and `params`, a flat dict of float32 arrays.
 
 Shape legend: B rows, T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from hybridlm import loss, mixers, mlps, pattern
-from hybridlm.layers import MLP_INNER, RMSNorm, embed, normal, param
-from hybridlm.layout import Layout, plan, run_indices
+from hybridlm import mixers, mlps, pattern, plan, schema, stack, trees
+from hybridlm.block import Block, Spec, norm
+from hybridlm.context import Context
+from hybridlm.errors import ConfigError
+from hybridlm.layers import Rule, embed, normal, param
+from hybridlm.mixers import Site
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
+from hybridlm.stack import Cache
 
-Params = dict[str, Any]
-Cache = tuple[Any, ...]  # one pytree per layer, in layer order
+if TYPE_CHECKING:
+    from hybridlm.config import Config
 
-# What the backward pass may keep of a layer, apart from its input.
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,  # everything: no rematerialisation
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
-    "mixer": jax.checkpoint_policies.save_only_these_names(MLP_INNER),  # the MLP's, before its activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # nothing
-}
+Params = dict[str, jax.Array]
+Records = dict[str, jax.Array]
 
 
 class Meta(NamedTuple):
-    """What is known of a parameter outside its module, `hybridlm.layers`; None: an axis of stacked layers."""
+    """What is known of a parameter outside its module, `hybridlm.layers`; None: an axis of stacked layers.
+
+    frozen: it is not trained.  rule: what changes it after each step, in place of the optimiser.
+    """
 
     axes: tuple[str | None, ...]
     decay: bool
     cast: bool = False
-
-
-class Spec(NamedTuple):
-    """One layer: its item of the pattern, and kind and settings of mixer and MLP.
-
-    post_norm: the block's norms stand after mixer and MLP, not before.
-    """
-
-    name: str
-    kind: str
-    config: Any
-    mlp_kind: str
-    mlp_config: Any
-    post_norm: bool
+    rule: Rule | None = None
+    frozen: bool = False
 
     @property
-    def mixer(self) -> str:
-        """The mixer's name in the config."""
-        return pattern.split(self.name)[0]
+    def trained(self) -> bool:
+        return not self.frozen and self.rule is None
 
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """Everything static about a model: its layers in order, their plan, and sizes; built by `build`."""
+    """Everything static about a model: its settings and its layers in order, planned; built by `build`.
 
+    frozen: patterns of the names of parameters that are not trained.
+    """
+
+    model: schema.Model
     layers: tuple[Spec, ...]
-    plan: Layout
-    d_model: int
-    vocab_size: int
-    norm_eps: float
-    norm_unit_offset: bool
-    tie_embeddings: bool
-    dtype: Any
-    remat: str
-    scan: bool
+    layout: plan.Plan
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.model.dtype)
+
+    @property
+    def d_model(self) -> int:
+        return self.model.d_model
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
 
 
-def build(config: Any) -> Definition:
+@functools.lru_cache(maxsize=64)
+def build(config: "Config") -> Definition:
     """The definition of the model that a resolved config (`hybridlm.config.resolve`) describes."""
     model = config.model
 
-    def settings(definition: Any) -> dict[str, Any]:
-        return {name: value for name, value in definition.items() if name != "kind"}
-
     def spec(name: str) -> Spec:
         mixer, mlp = pattern.split(name)
-        of = config.mixers[mixer]
-        mixer_config = mixers.load(of.kind).Config(**settings(of))
-        mlp_kind, mlp_settings = "swiglu", {"hidden": 0}
-        if mlp:
-            mlp_kind, mlp_settings = config.mlps[mlp].kind, settings(config.mlps[mlp])
-        if mlp_kind == "swiglu":
-            mlp_settings = {"hidden": mlp_settings["hidden"] or model.mlp_hidden}
-        mlp_config = mlps.load(mlp_kind).Config(**mlp_settings)
-        return Spec(name, of.kind, mixer_config, mlp_kind, mlp_config, mixer in model.post_norm)
+        mlp_config = config.mlps[mlp] if mlp else mlps.config_class("swiglu")(kind="swiglu")
+        filled = mlp_config.filled(model.mlp_hidden)
+        return Spec(name, config.mixers[mixer], filled, mixer in model.post_norm)
 
     names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
     specs = {name: spec(name) for name in dict.fromkeys(names)}
-    return Definition(
-        layers=tuple(specs[name] for name in names),
-        plan=plan(names),
-        dtype=jnp.dtype(model.dtype),
-        d_model=model.d_model,
-        vocab_size=model.vocab_size,
-        norm_eps=model.norm_eps,
-        norm_unit_offset=model.norm_unit_offset,
-        tie_embeddings=model.tie_embeddings,
-        remat=model.remat,
-        scan=model.scan,
-    )
+    layers = tuple(specs[name] for name in names)
+    frozen = config.optimizer.freeze
+    layers = _frozen(model, layers, frozen) if frozen else layers
+    definition = Definition(model, layers, plan.plan(layers), frozen)
+    everything = list(metadata(definition).values()) if frozen else []
+    if frozen and not any(meta.trained for meta in everything):
+        raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
+    return definition
 
 
-class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); or, post-norm, x + norm(mixer(x)), then x + norm(mlp(x))."""
-
-    def __init__(self, definition: Definition, spec: Spec, *, rngs: nnx.Rngs):
-        d_model = definition.d_model
-        self.post_norm = spec.post_norm
-        self.mixer_norm = norm(definition, rngs)
-        self.mixer = mixers.load(spec.kind).Mixer(spec.config, d_model, rngs=rngs)
-        self.mlp_norm = norm(definition, rngs)
-        self.mlp = mlps.load(spec.mlp_kind).Mlp(spec.mlp_config, d_model, rngs=rngs)
-
-    def __call__(
-        self, x_BTD: jax.Array, rows: Rows, cache: Any, shared: Any
-    ) -> tuple[jax.Array, Any, jax.Array | None]:
-        """(x [B, T, D], cache, the MLP's load-balancing loss or None)."""
-        mixed, cache = self.mixer(self._before(self.mixer_norm, x_BTD), rows, cache=cache, shared=shared)
-        x_BTD, balance = self._mlp(x_BTD + self._after(self.mixer_norm, mixed), rows)
-        return x_BTD, cache, balance
-
-    def step(self, x_BD: jax.Array, rows: Rows, cache: Any, shared: Any) -> tuple[jax.Array, Any]:
-        mixed, cache = self.mixer.step(self._before(self.mixer_norm, x_BD), rows, cache, shared=shared)
-        return self._mlp(x_BD + self._after(self.mixer_norm, mixed), rows)[0], cache
-
-    def _mlp(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
-        y, balance = self.mlp(self._before(self.mlp_norm, x), rows)
-        return x + self._after(self.mlp_norm, y), balance
-
-    def _before(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
-        return x if self.post_norm else norm(x)
-
-    def _after(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
-        return norm(x) if self.post_norm else x
+def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:
+    """The layers with the names of those of their parameters that a pattern freezes."""
+    names, matched, result = {}, set(), []
+    for spec in dict.fromkeys(layers):
+        block = lambda spec=spec: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0))
+        names[spec] = list(trees.flatten(nnx.to_pure_dict(nnx.state(nnx.eval_shape(block)))))
+    for index, spec in enumerate(layers):
+        hits = [(n, p) for n in names[spec] for p in frozen if fnmatchcase(f"layers.{index}.{n}", p)]
+        matched |= {pattern for _, pattern in hits}
+        result.append(spec._replace(frozen=tuple(dict.fromkeys(name for name, _ in hits))))
+    others = ("embedding", "final_norm.scale", "head", "shared")
+    for one in frozen:
+        if one not in matched and not any(fnmatchcase(n, one) or one.startswith(f"{n}.") for n in others):
+            fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
+            raise ConfigError("optimizer.freeze", one, "is the name of no parameter", fix)
+    return tuple(result)
 
 
 class LM(nnx.Module):
     """A decoder-only language model over the stack that ``definition`` plans."""
 
     def __init__(self, definition: Definition, *, rngs: nnx.Rngs):
-        d_model, vocab = definition.d_model, definition.vocab_size
+        model = definition.model
+        d_model, vocab = model.d_model, model.vocab_size
         self.definition = definition
         self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
-        # Lists of stacked Blocks, shaped like definition.plan.segments.
-        self.segments: nnx.List = nnx.List([])
         keys = jax.random.split(rngs.params(), len(definition.layers))
-        for runs in run_indices(definition.plan):
-            self.segments.append(nnx.List([self._stack(indices, keys) for _, indices in runs]))
+        self.stack = stack.Stack(model, definition.layout, keys)
         self.shared = nnx.Dict(
             {spec.mixer: shared(definition, spec, rngs) for spec in with_shared(definition)}
         )
-        self.final_norm = norm(definition, rngs)
-        tied = definition.tie_embeddings
+        self.final_norm = norm(model, rngs)
+        tied = model.tie_embeddings
         self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
-
-    def _stack(self, indices: np.ndarray, keys: jax.Array) -> Block:
-        """One run's Block, parameters [repeats, length, ...]: each from its layer's key, absent ones zero."""
-        spec = self.definition.layers[indices[0, 0]]
-        present = indices >= 0
-
-        def block(key: jax.Array) -> Block:
-            return Block(self.definition, spec, rngs=nnx.Rngs(params=key))
-
-        graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
-        state = jax.vmap(jax.vmap(lambda key: nnx.state(block(key))))(keys[indices])
-        mask = lambda leaf: jnp.where(present.reshape(present.shape + (1,) * (leaf.ndim - 2)), leaf, 0)
-        return nnx.merge(graph, state if present.all() else jax.tree.map(mask, state))
 
     def head_matrix(self) -> jax.Array:
         """[D, V] float32."""
@@ -189,100 +140,37 @@ class LM(nnx.Module):
         self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D]; with a cache the tokens are appended to it."""
-        hidden, cache, _ = self.forward(tokens_BT, rows, cache)
-        return hidden, cache
+        return self._run(tokens_BT, rows, cache, ())[:2]
 
     def forward(
-        self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
-        """What `__call__` returns, and the mean load-balancing loss of the layers that have one or None."""
-        definition = self.definition
-        x = constrain(embed(self.embedding[...], tokens_BT, definition.dtype), ("batch", None, None))
-        per_layer = self._per_layer()
-        appended: list[Any] = [None] * len(definition.layers)
-        balances: list[jax.Array] = []
-        for planned, blocks in zip(run_indices(definition.plan), self.segments, strict=True):
-            runs = []
-            for (run, indices), block in zip(planned, blocks, strict=True):
-                name = pattern.split(run.name)[0]
-                shared_rows = per_layer[name][indices] if name in per_layer else None
-                caches = None if cache is None else _gather(cache, indices)
-                present = None if indices.min() >= 0 else jnp.asarray(indices >= 0)
-                runs.append((*nnx.split(block), shared_rows, caches, present))
-            x, outputs = self._segment(x, rows, runs)
-            for (_, indices), (stack, balance) in zip(planned, outputs, strict=True):
-                for place, index in _layers(indices):
-                    if cache is not None:
-                        appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], stack)
-                    if balance is not None:
-                        balances.append(balance[place])
-        balance = jnp.mean(jnp.stack(balances)) if balances else None
-        return self.final_norm(x), None if cache is None else tuple(appended), balance
+        self, tokens_BT: jax.Array, rows: Rows, wanted: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, Records]:
+        """(final hidden states [B, T, D], the layers' records whose names match a pattern of ``wanted``).
 
-    def _segment(self, x: jax.Array, rows: Rows, runs: Sequence[tuple]) -> tuple[jax.Array, list[Any]]:
-        """One segment of the plan: a scan over its repeats of a scan over each run's layers.
-
-        Returns x and, for each run, (caches, load-balancing losses or None) stacked as its layers are.
+        Records by canonical name, "layers.3.q"; see `hybridlm.context`.
         """
-        definition = self.definition
-        policy = REMAT[definition.remat]
+        hidden, _, records = self._run(tokens_BT, rows, None, wanted)
+        return hidden, records
 
-        def layer_of(graph: Any) -> Callable:
-            def layer(x: jax.Array, xs: tuple) -> tuple[jax.Array, Any]:
-                state, shared_row, cache, present = xs
+    def _run(
+        self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None, wanted: tuple[str, ...]
+    ) -> tuple[jax.Array, Cache | None, Records]:
+        x = embed(self.embedding[...], tokens_BT, self.definition.dtype)
+        x = constrain(x, ("batch", None, None))
+        x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted)
+        return self.final_norm(x), cache, records
 
-                def apply(x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-                    x, cache, balance = nnx.merge(graph, state)(x, rows, cache, shared_row)
-                    return constrain(x, ("batch", None, None)), (cache, balance)
-
-                def skip(x: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-                    has_balance = jax.eval_shape(apply, x, cache)[1][1] is not None
-                    return x, (cache, jnp.float32(0) if has_balance else None)
-
-                return apply(x, cache) if present is None else jax.lax.cond(present, apply, skip, x, cache)
-
-            if policy is None:
-                return layer
-            # Inside a scan nothing can be shared across the loop boundary, so the CSE barrier is not needed.
-            return jax.checkpoint(layer, policy=policy, prevent_cse=not definition.scan)
-
-        layers = [layer_of(graph) for graph, *_ in runs]
-
-        def period(x: jax.Array, xs: list[tuple]) -> tuple[jax.Array, list[Any]]:
-            outputs = []
-            for layer, run in zip(layers, xs, strict=True):
-                x, output = self._scan(layer, x, run)
-                outputs.append(output)
-            return x, outputs
-
-        return self._scan(period, x, [tuple(xs) for _, *xs in runs])
-
-    def _scan(self, body: Callable, x: jax.Array, xs: Any) -> tuple[jax.Array, Any]:
-        if self.definition.scan:
-            return jax.lax.scan(body, x, xs)
-        outputs = []
-        for index in range(jax.tree.leaves(xs)[0].shape[0]):
-            x, output = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-    def _per_layer(self) -> dict[str, jax.Array]:
+    def _shared_rows(self) -> dict[str, jax.Array]:
         """The stack-wide parameters of each mixer that has them, one row a layer of the stack."""
-        shared: dict[str, Any] = dict(self.shared.items())
-        return {name: module.per_layer() for name, module in shared.items()}
+        modules: dict[str, Any] = dict(self.shared.items())
+        return {name: module.per_layer() for name, module in modules.items()}
 
     def unstacked(self) -> list[tuple[Block, Any]]:
-        """(Block, its row of the stack-wide parameters or None) of every layer in order, for decoding."""
-        blocks: list[Any] = [None] * len(self.definition.layers)
-        per_layer = self._per_layer()
-        for planned, stacks in zip(run_indices(self.definition.plan), self.segments, strict=True):
-            for (run, indices), stack in zip(planned, stacks, strict=True):
-                graph, state = nnx.split(stack)
-                for place, index in _layers(indices):
-                    block = nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], state))
-                    name = pattern.split(run.name)[0]
-                    blocks[index] = (block, per_layer[name][index] if name in per_layer else None)
-        return blocks
+        """(Block, its row of the stack-wide parameters or None) of every layer in order, for `step`."""
+        rows = self._shared_rows()
+        mixer = [spec.mixer for spec in self.definition.layers]
+        row = lambda index: rows[mixer[index]][index] if mixer[index] in rows else None
+        return [(block, row(index)) for index, block in enumerate(self.stack.blocks())]
 
     def step(
         self, token_B: jax.Array, rows: Rows, cache: Cache, blocks: Sequence[tuple[Block, Any]]
@@ -292,9 +180,12 @@ class LM(nnx.Module):
         Layers are unrolled: their caches stay apart, so that a decode loop updates each in place.
         """
         x = self.embedding[...][token_B].astype(self.definition.dtype)
-        appended = []
-        for (block, shared_row), layer_cache in zip(blocks, cache, strict=True):
-            x, layer_cache = block.step(x, rows, layer_cache, shared_row)
+        appended: list[Any] = []
+        carried: dict[str, Any] = {}
+        for index, ((block, row), layer_cache) in enumerate(zip(blocks, cache, strict=True)):
+            context = Context(rows, index, len(blocks), row, carried)
+            x, layer_cache = block.step(x, context, layer_cache)
+            carried = context.carried
             appended.append(layer_cache)
         return self.final_norm(x), tuple(appended)
 
@@ -307,73 +198,84 @@ class LM(nnx.Module):
 def with_shared(definition: Definition) -> list[Spec]:
     """One layer of each mixer whose kind has parameters that belong to the whole stack."""
     specs = {spec.mixer: spec for spec in definition.layers}
-    return [spec for spec in specs.values() if hasattr(mixers.load(spec.kind), "Shared")]
-
-
-def norm(definition: Definition, rngs: nnx.Rngs) -> RMSNorm:
-    return RMSNorm(
-        definition.d_model, rngs=rngs, eps=definition.norm_eps, unit_offset=definition.norm_unit_offset
-    )
+    return [spec for spec in specs.values() if mixers.load(spec.kind).shared_class]
 
 
 def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> Any:
-    kind = mixers.load(spec.kind)
-    return kind.Shared(spec.config, definition.d_model, len(definition.layers), rngs=rngs)
+    site = Site(definition.model.d_model, 0, len(definition.layers))
+    return mixers.load(spec.kind).shared_class(spec.config, site, rngs=rngs)
 
 
-def _layers(indices: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-    """(place in the stack, layer index) of the layers that are present."""
-    return [(place, int(index)) for place, index in np.ndenumerate(indices) if index >= 0]
+# Between modules and flat dicts. The Stack is inlined: its parameters are named "segments....".
 
 
-def _gather(cache: Cache, indices: np.ndarray) -> Any:
-    """The caches of the layers ``indices`` [repeats, length] as one pytree with those leading axes."""
-    # In the place of an absent layer stands any of its kind.
-    layers = [cache[index if index >= 0 else indices.max()] for index in indices.flat]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(indices.shape + leaves[0].shape), *layers)
-
-
-# Between modules and nested dicts.
-
-
+@functools.lru_cache(maxsize=64)
 def abstract(definition: Definition) -> tuple[Any, nnx.State]:
     """(graph, state of shapes): what `merge` needs and what `metadata` reads, with nothing allocated."""
     return nnx.split(nnx.eval_shape(lambda: LM(definition, rngs=nnx.Rngs(params=0))))
 
 
+def _flat(state: nnx.State) -> dict[str, Any]:
+    return {
+        name.removeprefix("stack."): leaf for name, leaf in trees.flatten(nnx.to_pure_dict(state)).items()
+    }
+
+
 def init(definition: Definition, key: jax.Array) -> Params:
     """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Jit it."""
-    return nnx.to_pure_dict(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
+    return _flat(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
 
 
 def merge(definition: Definition, params: Params) -> LM:
     """The module that holds ``params``."""
     graph, state = abstract(definition)
-    nnx.replace_by_pure_dict(state, params)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: what is cached stays abstract
+    renamed = {f"stack.{n}" if n.startswith("segments.") else n: leaf for n, leaf in params.items()}
+    nnx.replace_by_pure_dict(state, trees.nested(renamed))
     return nnx.merge(graph, state)
 
 
-def metadata(definition: Definition) -> dict[str, Any]:
-    """A Meta for each parameter, in the tree of `init`."""
+@functools.lru_cache(maxsize=64)
+def metadata(definition: Definition) -> dict[str, Meta]:
+    """A Meta for each parameter, by its name in `init`."""
     _, state = abstract(definition)
-
-    def meta(variable: Any) -> Meta:
-        stacked = len(variable.get_value().shape) - len(variable.axes)
-        return Meta((None,) * stacked + tuple(variable.axes), variable.decay, variable.cast)
-
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-    return nnx.to_pure_dict(jax.tree.map(meta, state, is_leaf=is_variable))
+    variables = _flat(jax.tree.map(_Kept, state, is_leaf=is_variable))
+    found = {}
+    for name, kept in variables.items():
+        variable = kept.variable
+        stacked = len(variable.get_value().shape) - len(variable.axes)
+        axes = (None,) * stacked + tuple(variable.axes)
+        frozen = is_frozen(definition, name)
+        found[name] = Meta(axes, variable.decay, variable.cast, variable.rule, frozen)
+    return found
+
+
+class _Kept:
+    """A variable as a leaf."""
+
+    def __init__(self, variable: Any):
+        self.variable = variable
+
+
+def is_frozen(definition: Definition, name: str) -> bool:
+    """Whether the parameter ``name`` of `init` is not trained; the layers of a stack are all alike in it."""
+    if not definition.frozen:
+        return False
+    canonical = stack.unstack(definition.layout, {name: None}, lambda leaf, place: None)
+    return any(fnmatchcase(next(iter(canonical)), one) for one in definition.frozen)
 
 
 def cast_to_compute(definition: Definition, params: Params) -> Params:
     """``params`` with every matrix that layers cast to ``definition.dtype`` in it, to be cast once and not at
     each use; the model computes the same."""
-    cast = lambda meta, leaf: leaf.astype(definition.dtype) if meta.cast else leaf
-    return jax.tree.map(cast, metadata(definition), params, is_leaf=lambda leaf: isinstance(leaf, Meta))
+    meta = metadata(definition)
+    return {n: leaf.astype(definition.dtype) if meta[n].cast else leaf for n, leaf in params.items()}
 
 
-def shapes(definition: Definition) -> Params:
-    """ShapeDtypeStructs in the tree of `init`."""
+@functools.lru_cache(maxsize=64)
+def shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
+    """ShapeDtypeStructs by the names of `init`."""
     return jax.eval_shape(lambda: init(definition, jax.random.key(0)))
 
 
@@ -385,31 +287,19 @@ def logits(definition: Definition, params: Params, tokens_BT: jax.Array, rows: R
     return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def loss_fn(
-    definition: Definition,
-    params: Params,
-    batch: dict[str, jax.Array],
-    *,
-    z_loss: float = 0.0,
-    token_bytes: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(sum to differentiate, sums {"loss_sum", "z_loss_sum", "tokens", "correct", "bytes" with token_bytes,
-    and "balance_loss_sum" of a stack with experts}).
+# By layer.
 
-    Sums and not means, so that microbatches and hosts add up exactly; divide by the global token count.
-    batch: tokens, targets (negative: no loss), segment_ids, positions, int32 [B, T].
-    token_bytes: [V] bytes of text that each token stands for.
-    """
-    model = merge(definition, params)
-    rows = Rows(batch["segment_ids"], batch["positions"])
-    hidden, _, balance = model.forward(batch["tokens"], rows)
-    total, sums = loss.cross_entropy(hidden, model.head_matrix(), batch["targets"], z_loss=z_loss)
-    aux = {"loss_sum": sums.cross_entropy, "z_loss_sum": z_loss * sums.log_z_squared}
-    aux |= {"tokens": sums.tokens, "correct": sums.correct}
-    if token_bytes is not None:
-        counted = jnp.where(batch["targets"] >= 0, token_bytes[batch["targets"]], 0)
-        aux["bytes"] = jnp.sum(counted.astype(jnp.float32))
-    if balance is not None:
-        aux["balance_loss_sum"] = balance * sums.tokens
-        total += aux["balance_loss_sum"]
-    return total, aux
+
+def unstack(definition: Definition, params: Params) -> dict[str, jax.Array]:
+    """``params`` by canonical name: "embedding" ..., then "layers.0.mixer.q_proj.kernel" ..., in order."""
+    return stack.apart(definition.layout, params)
+
+
+def restack(definition: Definition, flat: dict[str, jax.Array]) -> Params:
+    """The inverse of `unstack`."""
+    return stack.restack(definition.layout, flat, list(shapes(definition)))
+
+
+def canonical_shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of every parameter by canonical name."""
+    return stack.shapes_apart(definition.layout, shapes(definition))

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from hybridlm import schema
+
 MUON_RMS = 0.2
 
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def schedule(config: Any, steps: int) -> Schedule:
+def schedule(config: schema.Optimizer, steps: int) -> Schedule:
     """Learning rate, float32, of the update that follows ``count`` updates in a run of ``steps``.
 
     Linear from peak/warmup_steps to the peak over the first ``warmup_steps`` updates, then by ``schedule``:
@@ -58,7 +60,7 @@ def group(meta: Any) -> str:
     return "decay" if {"vocab", "taps"} & set(meta.axes[-2:]) else "muon"
 
 
-def build(config: Any, steps: int, metadata: Any) -> optax.GradientTransformation:
+def build(config: schema.Optimizer, steps: int, metadata: Any) -> optax.GradientTransformation:
     """The transformation: clipping by global norm (``clip_norm``; 0: none), then the optimiser ``name``.
 
     metadata: tree of parameters with leaves that have ``axes`` and ``decay``.
@@ -80,7 +82,7 @@ def build(config: Any, steps: int, metadata: Any) -> optax.GradientTransformatio
     )  # both forms have the same state, so that a resumed run may change its mind
 
 
-def muon(config: Any, rate: Schedule) -> optax.GradientTransformation:
+def muon(config: schema.Optimizer, rate: Schedule) -> optax.GradientTransformation:
     """Muon over the last two axes of each leaf; leading axes (stacked layers) are independent matrices."""
 
     def matrices(updates: Any) -> Any:

@@ -15,7 +15,7 @@ A ratio alone is ambiguous, so the number and the indices of the full layers are
 import re
 from collections.abc import Collection, Sequence
 
-from hybridlm import layout
+from hybridlm import plan
 from hybridlm.errors import ConfigError, nearest
 
 FIELD = "model.pattern"
@@ -143,4 +143,4 @@ def ratio(linear: str, full: str, r: int, num_layers: int, placement: str | Sequ
         outside = [i for i in indices if not 0 <= i < num_layers]
         if outside:
             raise ConfigError("placement", outside, f"layer indices must be 0 to {num_layers - 1}")
-    return str(layout.plan([full if i in indices else linear for i in range(num_layers)]))
+    return str(plan.plan([full if i in indices else linear for i in range(num_layers)]))

@@ -1,10 +1,12 @@
-"""What runs on devices: the initial state, the training step, the loss of a batch; jitted over a mesh."""
+"""What runs on devices: the initial state, the training step, the loss of a batch; jitted over a mesh.
 
+The program of several runs that differ in seed and learning rate only is that of one under `jax.vmap`.
+"""
+
+import dataclasses
 import logging
 import math
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,138 +16,194 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm import model as lm
-from hybridlm import optimizer, sharding
-from hybridlm.run import checkpoint
+from hybridlm import objectives, optimizer, sharding, stack
+from hybridlm.config import Config
+from hybridlm.objectives import Batch, Sums
 
 log = logging.getLogger("hybridlm")
 
 State = dict[str, Any]
-Batch = dict[str, jax.Array]
+NORMS = "squared_norms"
 
 
 class Program(NamedTuple):
-    """The compiled parts of a run, all over one mesh.
+    """The compiled parts of a run, or of R runs together, all over one mesh; R is then the leading axis of
+    the state, of batches but in `evaluate`, and of what comes back.
 
-    init: key -> state: params, opt_state, and step, the number of updates applied.
+    init: key (or keys [R]) -> state: params, opt_state, and step, the number of updates applied.
     step: (state, batch) -> (state, metrics). A loss or gradient that is not finite changes nothing in the
         state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
-    shapes: of the state, with shardings.
+    shapes: of the state of one run, with shardings.
     """
 
     init: Callable[[jax.Array], State]
-    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
-    evaluate: Callable[[Any, Batch], dict[str, jax.Array]]
+    step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
+    evaluate: Callable[[Any, Batch], Sums]
     shapes: State
 
 
-def build(config: Any, definition: lm.Definition, mesh: Mesh, token_bytes: np.ndarray | None) -> Program:
+def build(
+    config: Config,
+    definition: lm.Definition,
+    mesh: Mesh,
+    token_bytes: np.ndarray | None,
+    rates: Sequence[float] | None = None,
+) -> Program:
     """Everything that runs on devices, for a resolved ``config``; nothing is compiled yet.
 
     token_bytes: bytes per token id, at most vocab_size long; None leaves bits per byte out.
+    rates: the learning rates of R runs together; None for one run with the config's.
     """
-    train = config.train
     metadata = lm.metadata(definition)
-    tx = optimizer.build(config.optimizer, train.steps, metadata)
-    rate = optimizer.schedule(config.optimizer, train.steps)
-    sizes = (
-        None
-        if token_bytes is None
-        else jnp.zeros(definition.vocab_size).at[: len(token_bytes)].set(token_bytes)
-    )
-    loss_fn = partial(lm.loss_fn, definition, z_loss=train.z_loss, token_bytes=sizes)
+    trained = {name: meta for name, meta in metadata.items() if meta.trained}
+    sizes = None
+    if token_bytes is not None:
+        sizes = jnp.zeros(definition.vocab_size).at[: len(token_bytes)].set(token_bytes)
+    objective = objectives.build(config.objective, definition, sizes)
+
+    def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
+        settings = dataclasses.replace(config.optimizer, learning_rate=rate)
+        steps = config.train.steps
+        return optimizer.build(settings, steps, trained), optimizer.schedule(settings, steps)
 
     def init(key: jax.Array) -> State:
         params = lm.init(definition, key)
-        return {"params": params, "opt_state": tx.init(params), "step": jnp.zeros((), jnp.int32)}
+        opt_state = transformation(config.optimizer.learning_rate)[0].init(part(params, trained))
+        return {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    gradients = Gradients(config, definition, objective, metadata, part(param_shardings, trained))
 
-    def gradients(weights: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        """Gradient of the summed loss, in float32, and the sums, both over the whole batch."""
-        (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(weights, batch)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        return jax.lax.with_sharding_constraint(grads, param_shardings), sums
-
-    def accumulated(weights: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
-        # Microbatch i is every microbatches-th row from i on, so that each device splits its own rows.
-        split = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, train.microbatches, *x.shape[1:]), 1, 0), batch
-        )
-        part = jax.tree.map(lambda x: x[0], split)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(gradients, weights, part))
-
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(weights, part)), None
-
-        return jax.lax.scan(add, zeros, split)[0]
-
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
-        weights = lm.cast_to_compute(definition, state["params"])  # once, not in each layer and microbatch
-        grads, sums = (accumulated if train.microbatches > 1 else gradients)(weights, batch)
+    def step(state: State, batch: Batch, rate: Any) -> tuple[State, dict[str, Any]]:
+        params = state["params"]
+        weights = lm.cast_to_compute(definition, params)  # once, not in each layer and microbatch
+        grads, sums = gradients(weights, batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1), grads)
         squares = squared_norms(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(x) for x in squares.values()))
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss_sum"])
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-        new = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state}
-        old = {name: state[name] for name in new}
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        metrics = per_token(sums) | {
-            "grad_norm": grad_norm,
-            "learning_rate": rate(state["step"]),
-            "squared_norms": squares,
-        }
-        return kept | {"step": state["step"] + finite}, metrics
+        tx, schedule = transformation(rate)
+        updates, opt_state = tx.update(grads, state["opt_state"], part(params, trained))
+        changed = optax.apply_updates(part(params, trained), updates) | gradients.ruled(params, sums)
+        new = {"params": params | changed, "opt_state": opt_state}
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
+        metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
+        return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
-    def evaluate(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        return loss_fn(params, batch)[1]
+    def evaluate(params: Any, batch: Batch) -> Sums:
+        return objective.loss(params, {}, batch)[1]
 
-    rows = sharding.batch_sharding(mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    if rates is not None:
+        together = jax.vmap(step)
+        each = jnp.asarray(rates, jnp.float32)
+        return Program(
+            init=jax.jit(jax.vmap(init)),
+            step=jax.jit(lambda state, batch: together(state, batch, each), donate_argnums=0),
+            evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None))),
+            shapes=shapes,
+        )
+    rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     return Program(
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnums=0
+            lambda state, batch: step(state, batch, config.optimizer.learning_rate),
+            in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0,
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows), out_shardings=replicated),
-        shapes=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        ),
-    )
+        evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows), out_shardings=whole),
+        shapes=shapes,
+    )  # fmt: skip
 
 
-def squared_norms(grads: Any) -> dict[str, jax.Array]:
-    """Squared norm of each parameter by dotted path: float32 [repeats, length] for a stack's, else []."""
+def part(tree: dict[str, Any], names: Any) -> dict[str, Any]:
+    """The entries of a flat dict that are called ``names``."""
+    return {name: tree[name] for name in names}
+
+
+class Gradients:
+    """(weights, batch) -> (gradient of the summed loss in the trained parameters, float32; sums): both over
+    the whole batch, microbatch by microbatch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        definition: lm.Definition,
+        objective: objectives.Objective,
+        metadata: dict[str, lm.Meta],
+        shardings: dict[str, NamedSharding],
+    ):
+        self.microbatches, self.layout = config.train.microbatches, definition.layout
+        self.objective, self.shardings = objective, shardings
+        self.frozen = [name for name, meta in metadata.items() if not meta.trained]
+        self.rules = {name: meta.rule for name, meta in metadata.items() if meta.rule and not meta.frozen}
+        self.wanted = tuple(sorted({rule.record for rule in self.rules.values()}))
+
+    def __call__(self, weights: lm.Params, batch: Batch) -> tuple[lm.Params, Sums]:
+        if self.microbatches == 1:
+            return self._one(weights, batch)
+        # Microbatch i is every microbatches-th row from i on, so that each device splits its own rows.
+        split = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, self.microbatches, *x.shape[1:]), 1, 0), batch
+        )
+        shapes = jax.eval_shape(self._one, weights, jax.tree.map(lambda x: x[0], split))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, self._one(weights, part)), None
+
+        return jax.lax.scan(add, zeros, split)[0]
+
+    def _one(self, weights: lm.Params, batch: Batch) -> tuple[lm.Params, Sums]:
+        frozen = part(weights, self.frozen)
+        loss = lambda trained: self.objective.loss(trained, frozen, batch, self.wanted)
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(part(weights, self.shardings))
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return jax.lax.with_sharding_constraint(grads, self.shardings), sums
+
+    def ruled(self, params: lm.Params, sums: Sums) -> lm.Params:
+        """The parameters that a rule changes, after the batch that ``sums`` are of."""
+        found: lm.Params = {}
+        for name, rule in self.rules.items():
+            values = stack.unstack(self.layout, {name: params[name]})
+            for canonical, value in values.items():
+                record = ".".join([*canonical.split(".")[:2], rule.record])  # of the same layer
+                values[canonical] = rule.update(value, sums["records"][record])
+            found |= stack.restack(self.layout, values, [name])
+        return found
+
+
+def squared_norms(grads: lm.Params) -> dict[str, jax.Array]:
+    """Squared norm of each parameter, float32: of a stack's, of each of its layers."""
     return {
-        name: jnp.sum(jnp.square(g), axis=range(2 if name.startswith("segments.") else 0, g.ndim))
-        for name, g in checkpoint.flatten(grads).items()
+        name: jnp.sum(jnp.square(g), axis=range(stack.leading(name), g.ndim)) for name, g in grads.items()
     }
 
 
-def per_token(sums: dict[str, Any]) -> dict[str, Any]:
-    """From the sums of `model.loss_fn`: loss (nats per target), accuracy and, with bytes, bits_per_byte."""
+def per_token(sums: Sums) -> dict[str, Any]:
+    """From an objective's sums: loss (nats per target), accuracy, with bytes bits_per_byte, and the layers'
+    auxiliary losses by name."""
     targets = sums["tokens"] + (sums["tokens"] == 0)  # a batch may hold none
     means = {"loss": sums["loss_sum"] / targets, "accuracy": sums["correct"] / targets}
     if "bytes" in sums:
         means["bits_per_byte"] = sums["loss_sum"] / math.log(2) / (sums["bytes"] + (sums["bytes"] == 0))
-    if "balance_loss_sum" in sums:
-        means["balance_loss"] = sums["balance_loss_sum"] / targets
-    return means
+    others = [name for name in sums if name.endswith("_loss_sum") and name != "z_loss_sum"]
+    return means | {name.removesuffix("_sum"): sums[name] / targets for name in others}
 
 
-def compiled(
-    program: Program, mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
-) -> Callable[[State, Batch], tuple]:
-    """The step, compiled ahead of time for batches shaped as ``batch``, of ``batch_size`` rows in all."""
-    rows = sharding.batch_sharding(mesh)
-    shapes = {
-        name: jax.ShapeDtypeStruct((batch_size or len(x), *x.shape[1:]), x.dtype, sharding=rows)
-        for name, x in batch.items()
-    }
-    began = time.perf_counter()
-    executable = program.step.lower(program.shapes, shapes).compile()  # type: ignore[attr-defined]
-    log.info("compiled the training step in %.1f s", time.perf_counter() - began)
-    return executable
+def by_layer(definition: lm.Definition, program: Program) -> tuple[Callable, Callable, State]:
+    """(apart, join, like) of the state of one run.
+
+    apart: state -> its entries as flat dicts by canonical names, as checkpoints have them.
+    join: the inverse, which may take over the memory of what it is given.
+    like: ShapeDtypeStructs, with shardings, of what `apart` returns.
+    """
+    layout, shapes = definition.layout, program.shapes
+    like = {name: stack.shapes_apart(layout, tree) for name, tree in shapes.items()}
+    where = lambda tree: jax.tree.map(lambda leaf: leaf.sharding, tree)
+    apart = lambda state: {name: stack.apart(layout, tree) for name, tree in state.items()}
+    join = lambda flat: {name: stack.together(layout, flat[name], tree) for name, tree in shapes.items()}
+    return jax.jit(apart, out_shardings=where(like)), jax.jit(join, out_shardings=where(shapes)), like

@@ -1,19 +1,22 @@
 """What is shown of a config: its layer table, and the whole of a dry run."""
 
+import dataclasses
+import json
 import math
-from typing import Any
 
 import jax
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from hybridlm import config as configs
-from hybridlm import cost, data
+from hybridlm import cost, data, schema
+from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 
 
-def layer_table(config: Any) -> Table:
+def layer_table(config: Config) -> Table:
     """One row a layer of a resolved config; full-attention layers are marked.
 
     The settings that differ from the kind's defaults stand at the first layer of each name.
@@ -44,14 +47,14 @@ def layer_table(config: Any) -> Table:
     return table
 
 
-def full_layers(config: Any) -> str:
+def full_layers(config: Config) -> str:
     """The number and the indices of the full-attention layers, in a line: a ratio alone is ambiguous."""
     indices = cost.full_layers(config)
     listed = f": {', '.join(map(str, indices))}" if indices else ""
     return f"full attention: {len(indices)} of {config.model.num_layers} layers (counted from 0){listed}"
 
 
-def dry_run(config: Any, console: Console) -> None:
+def dry_run(config: Config, console: Console) -> None:
     """Prints what a resolved config amounts to on this machine's devices; touches no file but the data's.
 
     ConfigError for a batch that the mesh cannot split. Missing data are reported, not refused: they may be on
@@ -59,20 +62,22 @@ def dry_run(config: Any, console: Console) -> None:
     """
     mesh = mesh_sizes(config.mesh, jax.device_count())
     configs.check_batch(config.train, mesh)
-    console.print(str(config), highlight=False, markup=False, soft_wrap=True)
+    plain = json.loads(configs.to_json(config))  # tuples as lists
+    console.print(yaml.safe_dump(plain, sort_keys=False), highlight=False, markup=False, soft_wrap=True)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():
         console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)
     console.print(full_layers(config), highlight=False, soft_wrap=True)
 
 
-def mesh_sizes(mesh: Any, devices: int) -> dict[str, int]:
+def mesh_sizes(mesh: schema.Mesh, devices: int) -> dict[str, int]:
     """The mesh with its -1 put in for ``devices`` devices; at least 1, if it wants more than those."""
-    fixed = math.prod(size for size in mesh.values() if size != -1)
-    return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in mesh.items()}
+    sizes: dict[str, int] = dataclasses.asdict(mesh)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
 
 
-def facts(config: Any, mesh: dict[str, int]) -> dict[str, str]:
+def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
     """What is worth knowing before a run, as name -> text."""
     summary, train, memory = cost.summary(config), config.train, cost.memory(config, mesh)
     tokens, flops = train.batch_size * train.seq_len, cost.train_flops_per_token(config)
@@ -92,7 +97,7 @@ def facts(config: Any, mesh: dict[str, int]) -> dict[str, str]:
     }
 
 
-def _data(config: Any) -> str:
+def _data(config: Config) -> str:
     train = config.train
     try:
         held_out = data.build(

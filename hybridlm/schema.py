@@ -1,34 +1,17 @@
 """Every section of a config: its fields, their types, defaults, limits and meaning.
 
-A section is a frozen dataclass. Limits that concern one field are part of its type; those that concern
-several are in ``check``, which raises a ConfigError with a field relative to the section. `hybridlm.config`
-reads these classes, and the ``Config`` of each kind of mixer and data in the same way.
+A section is a frozen dataclass (`hybridlm.fields` has the idiom); what concerns several fields is in
+``check``, which raises a ConfigError with a field relative to the section. The kinds of mixers, MLPs, data
+and objectives describe their own settings in the same way, each in its ``Config``.
 """
 
 import dataclasses
-import functools
-import math
-import types
-import typing
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Literal
 
 from hybridlm.errors import ConfigError
+from hybridlm.fields import INT32, Count, Epsilon, Fraction, Limits, NonNegative, Positive
 
-
-class Limits(NamedTuple):
-    low: float = float("-inf")
-    high: float = float("inf")
-
-    def __str__(self) -> str:
-        if self.high == float("inf"):
-            return f"at least {self.low:g}"
-        return f"between {self.low:g} and {self.high:g}"
-
-
-Positive = Annotated[int, Limits(1)]
-Count = Annotated[int, Limits(0)]
-NonNegative = Annotated[float, Limits(0)]
-Fraction = Annotated[float, Limits(0, 1)]
+Axis = Annotated[int, Limits(-1, INT32)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +29,9 @@ class Model:
     pattern: str = "kda*3 full"
     num_layers: Count = 0
     d_model: Positive = 1024
-    vocab_size: Annotated[int, Limits(2)] = 32000
+    vocab_size: Annotated[int, Limits(2, INT32)] = 32000
     mlp_hidden: Count = 0
-    norm_eps: Annotated[float, Limits(0)] = 1e-6
+    norm_eps: Epsilon = 1e-6
     norm_unit_offset: bool = False
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
@@ -63,10 +46,12 @@ class Optimizer:
     final_ratio: learning rate at the end over the peak.  decay_fraction: part of the run that wsd decays in.
     weight_decay: decoupled, times the learning rate; never on norms, biases, A_log, dt_bias.
     clip_norm: global gradient norm; 0 does not clip.
+    freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
+        embedding, layers.*.mlp.*, layers.0.* ...
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Annotated[float, Limits(0)] = 1e-3
+    learning_rate: NonNegative = 1e-3
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: Count = 0
     final_ratio: Fraction = 0.1
@@ -77,13 +62,13 @@ class Optimizer:
     weight_decay: NonNegative = 0.1
     clip_norm: NonNegative = 1.0
     muon_momentum: Fraction = 0.95
+    freeze: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """steps: optimiser updates.  batch_size: sequences per update, over all devices and microbatches.
     seq_len: tokens per sequence.  microbatches: parts of a batch whose gradients are accumulated.
-    z_loss: weight of log(Z)^2 per token (PaLM, section 5).
     max_skipped: updates in a row that are skipped for a loss or gradient that is not finite; one more ends
         the run.
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
@@ -92,9 +77,8 @@ class Train:
     steps: Positive = 1000
     batch_size: Positive = 32
     seq_len: Positive = 1024
-    seed: Count = 0
+    seed: Annotated[int, Limits(0, 2**63 - 1)] = 0
     microbatches: Positive = 1
-    z_loss: NonNegative = 0.0
     max_skipped: Count = 8
     max_minutes: NonNegative = 0.0
 
@@ -112,9 +96,9 @@ class Mesh:
     data: replicas.  fsdp: parameters and optimiser state sharded.  tensor: heads, MLP and vocabulary sharded.
     """
 
-    data: Annotated[int, Limits(-1)] = -1
-    fsdp: Annotated[int, Limits(-1)] = 1
-    tensor: Annotated[int, Limits(-1)] = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
 
     def check(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -179,89 +163,3 @@ SECTIONS: dict[str, type] = {
     "log": Log,
     "eval": Eval,
 }
-
-
-@functools.cache
-def fields(section: type) -> dict[str, Any]:
-    """Name and annotation of every field of a dataclass."""
-    hints = typing.get_type_hints(section, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
-
-
-def describe(kind: Any) -> str:
-    """What a field of annotation ``kind`` accepts, in words."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return " ".join([describe(args[0]), *map(str, args[1:])])
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(map(describe, args))
-    if origin is tuple:
-        return f"a tuple of {describe(args[0])} each"
-    return {
-        int: "a whole number",
-        float: "a number",
-        bool: "True or False",
-        str: "a string",
-        type(None): "None",
-    }[kind]
-
-
-def convert(kind: Any, value: Any) -> Any:
-    """``value`` as annotation ``kind`` wants it; ValueError when it does not fit.
-
-    Exact but for what Python itself treats as the same: an int serves as a float, a list as a tuple.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        value = convert(args[0], value)
-        for limits in args[1:]:
-            if not limits.low <= value <= limits.high:
-                raise ValueError(f"must be {limits}")
-        return value
-    if origin is Literal and value in args and type(value) is type(args[args.index(value)]):
-        return value
-    if origin in (types.UnionType, typing.Union):
-        for arg in args:
-            try:
-                return convert(arg, value)
-            except ValueError:
-                continue
-    elif origin is tuple and isinstance(value, tuple | list):
-        return tuple(convert(args[0], element) for element in value)
-    elif kind is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    elif kind is not float and type(value) is kind:
-        return value
-    raise ValueError(f"must be {describe(kind)}")
-
-
-def parse(kind: Any, text: str) -> Any:
-    """The value of annotation ``kind`` that ``text`` on a command line means; ValueError if it means none."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return convert(kind, parse(args[0], text))
-    if origin is Literal:
-        return convert(kind, next((arg for arg in args if str(arg) == text), text))
-    if origin in (types.UnionType, typing.Union):
-        for arg in args:
-            try:
-                return parse(arg, text)
-            except ValueError:
-                continue
-    elif origin is tuple:
-        parts = [part.strip() for part in text.strip("()[] ").split(",")]
-        return tuple(parse(args[0], part.strip("'\"")) for part in parts if part)
-    elif kind is str:
-        return text
-    elif kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    elif kind is type(None) and text.lower() == "none":
-        return None
-    elif kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    raise ValueError(f"must be {describe(kind)}")

@@ -7,6 +7,7 @@ and by `constrain` at block boundaries; only the recurrence op, whose kernels XL
 `per_shard`. All of it is inert without a mesh context (`jax.set_mesh`) or on one device.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from hybridlm import schema
 from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
@@ -34,13 +36,13 @@ RULES: dict[str, tuple[str, ...]] = {
 Axes = Sequence[str | None]
 
 
-def make_mesh(config: Any, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of sizes ``config`` (data, fsdp, tensor; one may be -1: the rest) over ``devices`` or all.
+def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of sizes ``config`` (one may be -1: the rest) over ``devices`` or all.
 
     A mesh smaller than the machine uses the first devices and says so; a larger one is a ConfigError.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {name: int(config[name]) for name in MESH_AXES}
+    sizes: dict[str, int] = dataclasses.asdict(config)
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     for name, size in sizes.items():
         if size == -1 and len(devices) % fixed:

@@ -166,6 +166,12 @@ def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array, scal
     return o.reshape(batch, length, heads, v.shape[-1])
 
 
+def visible(context: int, window: int) -> float:
+    """Tokens that one sees on average, itself included, in a document of ``context``; window 0: all of it."""
+    window = min(window or context, context)
+    return window - window * (window - 1) / (2 * context)  # mean of min(t, window) over t = 1..context
+
+
 def slots(tokens: int) -> int:
     """Slots of a cache for ``tokens`` tokens: many are a multiple of 1024, or XLA, which splits the sum over
     a long cache, copies it at every step into whole parts (docs/eval.md, decoding).

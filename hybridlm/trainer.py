@@ -1,16 +1,19 @@
 """Training: the loop around one jitted step, and everything that may happen between two steps.
 
-The whole state of a run is {"params", "opt_state", "step"}; the batch of a step is a function of the seed
-and the step, and there is no other randomness. A run that was killed and resumed therefore writes the same
-metrics as one that was not.
+The loop trains one run, or several together that differ in seed and learning rate only (`Member`s, under
+`jax.vmap`); a member that fails leaves the others alone. The whole state of a run is {"params", "opt_state",
+"step"}; the batch of a step is a function of the seed and the step, and there is no other randomness. A run
+that was killed and resumed therefore writes the same metrics as one that was not.
+
+Save first, then look: the checkpoint of a step is begun before the step is validated, sampled or plotted.
 """
 
 import contextlib
-import dataclasses
-import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,27 +24,25 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, init_from, report, sharding
-from hybridlm import model as lm
+from hybridlm import init_from, program, report, sharding
+from hybridlm.config import Config
 from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
-from hybridlm.program import Program, State, build, compiled, per_token
-from hybridlm.run import checkpoint, interrupt, logbook, private, processes, replay
+from hybridlm.member import Evaluate, Member, Metrics, due, held_out
+from hybridlm.program import NORMS, State
+from hybridlm.run import checkpoint, interrupt, logbook, private, processes
 from hybridlm.run.clock import Clock
-from hybridlm.run.lock import Lock
-from hybridlm.run.watch import Watch
+from pallas_kernels import auto_means
 
 log = logging.getLogger("hybridlm")
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # on a CPU the bits are the same anyway
-Metrics = dict[str, Any]
-Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, params, tokenizer, step)
 
 
 def train(
-    config: Any, workdir: str | Path, resume: str = "auto", evaluate: Evaluate | None = None
+    config: Config, workdir: str | Path, resume: str = "auto", evaluate: Evaluate | None = None
 ) -> Metrics:
-    """Trains what the resolved ``config`` describes and returns the last line of metrics.jsonl.
+    """Trains what ``config`` describes and returns the last line of metrics.jsonl.
 
     workdir: gets config.json, layers.json, metrics.jsonl, events.jsonl, loss.png, checkpoints/.
     resume: auto, must or never; see `checkpoint.choose`.
@@ -49,29 +50,48 @@ def train(
     Raises ConfigError before anything is compiled, RunError when the run cannot go on, and Stopped when it
     was asked to leave (`interrupt.Stop`) and has saved a checkpoint.
     """
-    workdir = Path(workdir).absolute()
-    with interrupt.Stop(config.train.max_minutes) as stop:
+    [member] = together([config], [Path(workdir)], resume, [evaluate])
+    if member.failed:
+        raise RunError(member.failed)
+    if processes.first():
+        tell(member)
+    return member.metrics
+
+
+def alike(config: Config) -> str:
+    """Equal for configs whose runs can be trained together."""
+    return repr(config.replace(train__seed=0, optimizer__learning_rate=0.0))
+
+
+def together(
+    resolved: Sequence[Config],
+    workdirs: Sequence[Path],
+    resume: str = "auto",
+    evaluates: Sequence[Evaluate | None] | None = None,
+) -> list[Member]:
+    """Trains configs that are `alike`, one in each workdir, in one program; what became of each.
+
+    With several, tokens_per_second in the metrics is that of all together, and ``packed`` their number.
+    """
+    config = resolved[0]
+    workdirs = [workdir.absolute() for workdir in workdirs]
+    with interrupt.Stop(config.train.max_minutes) as stop, stored(workdirs[0]):
         mesh = sharding.make_mesh(config.mesh)
         configs.check_batch(config.train, mesh.shape)
         rows = sharding.batch_rows(mesh, config.train.batch_size)
-        train_data, val_data = (build_data(config, split, rows) for split in ("train", "val"))
-        definition = lm.build(config)
-        with stored(workdir), contextlib.ExitStack() as stack:
-            lock = stack.enter_context(Lock(workdir)) if processes.first() else None
-            if processes.first() and resume != "never":
-                checkpoint.mend(workdir / "checkpoints")
-            processes.barrier("workdir")
-            keep, directory = config.checkpoint, workdir / "checkpoints"
+        given = zip(resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
+        members = [Member(one, workdir, evaluate, rows) for one, workdir, evaluate in given]
+        with ExitStack() as stack:
+            for member in members:
+                member.open(stack, resume)
             stack.enter_context(jax.set_mesh(mesh))
-            saves = stack.enter_context(
-                checkpoint.Checkpoints(directory, keep.keep_last, keep.keep_best, keep.best_metric)
-            )
-            run = Run(config, workdir, mesh, definition, train_data, val_data, saves, stop, lock, evaluate)
-            metrics = run.train(resume)
-        with stored(workdir):
-            if processes.first():
-                summarise(config, workdir, metrics, val_data)
-    return metrics
+            if len(members) > 1:
+                stack.enter_context(auto_means("xla"))  # the kernels have no rule for a batch of runs
+            Trainer(members, mesh, stop).train(resume)
+        for member in members if processes.first() else ():
+            if not member.failed:
+                draw(member)
+    return members
 
 
 @contextlib.contextmanager
@@ -84,55 +104,35 @@ def stored(workdir: Path) -> Iterator[None]:
         raise RunError(f"{where}: {error.strerror or error}. Checkpoints saved before are intact.") from error
 
 
-@dataclasses.dataclass
-class Run:
-    """One start of a run, from choosing where to begin to the last step."""
+class Trainer:
+    """One start of the members, from choosing where to begin to the last step."""
 
-    config: Any
-    workdir: Path
-    mesh: Mesh
-    definition: lm.Definition
-    train_data: data.Dataset
-    val_data: data.Dataset
-    saves: checkpoint.Checkpoints
-    stop: interrupt.Stop
-    lock: Lock | None
-    evaluate: Evaluate | None
+    def __init__(self, members: Sequence[Member], mesh: Mesh, stop: interrupt.Stop):
+        self.members, self.mesh, self.stop = members, mesh, stop
+        self.config, self.definition = members[0].config, members[0].definition
+        self.several = len(members) > 1
+        rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
+        bytes_of = members[0].train_data.token_bytes
+        self.program = program.build(self.config, self.definition, mesh, bytes_of, rates)
+        self.apart, self.join, self.like = program.by_layer(self.definition, self.program)
 
-    def train(self, resume: str) -> Metrics:
-        """To the last step; returns its metrics."""
-        config, steps = self.config, self.config.train.steps
-        self.record = {
-            "config": configs.portable(config),
-            "layers": cost.summary(config),
-            "fingerprint": self.train_data.fingerprint,
-        }
-        start, saved = self.choose(resume)
-        write_json(self.workdir / "config.json", self.record["config"])
-        write_json(self.workdir / "layers.json", self.record["layers"])
-        for dataset in (self.train_data, self.val_data):
-            dataset.verify(jax.process_index(), jax.process_count())
-
+    def train(self, resume: str) -> None:
+        start = self.choose(resume)
         self.say_determinism()
-        self.program = build(config, self.definition, self.mesh, self.train_data.token_bytes)
         state = self.begin(start)
-        kept = start - 1 if "unwritten" in saved else start  # that line comes anew, at each resumption
-        with logbook.Logbook(self.workdir, config, start=kept) as self.book:
-            self.watch = Watch(
-                self.workdir / "events.jsonl",
-                self.definition,
-                self.train_data.sample_ids,
-                start,
-                saved.get("skipped", (0, 0)),
-            )
-            metrics: Metrics = {}
-            if "unwritten" in saved:  # the run was stopped before this step's line was complete
-                metrics = self.finish(start, state, saved["unwritten"])
-            if start < steps:
-                metrics = self.loop(state, start)
-            elif not metrics:  # resumed a run that was finished: only its summary is wanted
-                metrics = self.validate(state["params"], steps) | self.sample(state["params"])
-        return metrics
+        with ExitStack() as stack:
+            for member in self.members:
+                member.begin(stack, start)
+            owed = any("unwritten" in one.saved and one.book.last < start for one in self.members)
+            if processes.agree(int(owed)):  # the run ended before this step's line was complete
+                for one in self.members:
+                    one.metrics = one.saved["unwritten"]
+                self.finish(start, state, {})
+            elif start == self.config.train.steps:  # finished before: only the summary is wanted
+                for one in self.members:
+                    one.metrics = one.book.kept[-1] if one.book.kept else {}
+            if start < self.config.train.steps:
+                self.loop(state, start)
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
@@ -140,186 +140,179 @@ class Run:
                 "two runs may differ in the last bits here: for equal ones set XLA_FLAGS=%s", DETERMINISTIC
             )
 
-    def choose(self, resume: str) -> tuple[int, dict[str, Any]]:
-        """The step to start from, 0 for a new run, and what was recorded there."""
-        step = checkpoint.choose(resume, self.saves) if processes.first() else None
-        start = processes.agree(-1 if step is None else step)
+    def choose(self, resume: str) -> int:
+        """The step to start from, 0 for a new run: the newest that all members have a checkpoint of."""
+        start = -1
+        if processes.first():
+            found = [checkpoint.choose(resume, one.saves) for one in self.members]
+            common = set.intersection(*(set(one.saves.steps()) for one in self.members))
+            start = max(common) if common and None not in found else -1
+        start = processes.agree(start)
         if start == 0:
-            problem, fix = "holds an imported model, not a run", f"Use --config.init_from={self.workdir}."
-            raise ConfigError("--workdir", str(self.workdir), problem, f"Give another. {fix}")
-        start, saved = max(start, 0), {}
-        if start:
-            saved = self.saves.record(start)
-            checkpoint.check_unchanged(saved | {"config": configs.completed(saved["config"])}, self.record)
-            if start > self.config.train.steps:
-                problem = f"the checkpoint is already at step {start}"
-                raise ConfigError("train.steps", self.config.train.steps, problem, "Raise it.")
-        elif self.config.init_from:
+            workdir = self.members[0].workdir
+            problem, fix = "holds an imported model, not a run", f"Use --config.init_from={workdir}."
+            raise ConfigError("--workdir", str(workdir), problem, f"Give another. {fix}")
+        for one in self.members if start > 0 else ():
+            one.read_record(start)
+        if start < 0 and self.config.init_from:
             init_from.check(self.config.init_from)
-        return start, saved
+        return max(start, 0)
 
     def begin(self, start: int) -> State:
         """The state at step ``start``."""
         if start:
-            state = self.saves.restore(start, self.program.shapes)
+            states = [self.join(one.saves.restore(start, self.like)) for one in self.members]
             log.info("resumed from the checkpoint at step %d", start)
-            return state
-        state = self.program.init(jax.random.key(self.config.train.seed))
-        if other := self.config.init_from:
-            state["params"] = init_from.start(other, self.definition, state["params"], self.workdir)
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *states) if self.several else states[0]
+        keys = [jax.random.key(one.config.train.seed) for one in self.members]
+        state = self.program.init(jax.numpy.stack(keys) if self.several else keys[0])
+        if self.config.init_from:
+            state = self.from_others(state)
         return state
 
-    def loop(self, state: State, start: int) -> Metrics:
+    def from_others(self, state: State) -> State:
+        """``state`` with parameters of init_from."""
+        loaded = [
+            init_from.start(self.config.init_from, self.definition, self.own(state, r)["params"], one.workdir)
+            for r, one in enumerate(self.members)
+        ]
+        several = lambda: jax.tree.map(lambda *leaves: np.stack(leaves), *loaded)
+        return state | {"params": several() if self.several else loaded[0]}
+
+    def own(self, state: State, r: int) -> State:
+        """The state of member ``r``."""
+        return jax.tree.map(lambda leaf: leaf[r], state) if self.several else state
+
+    def alive(self) -> list[tuple[int, Member]]:
+        return [(r, one) for r, one in enumerate(self.members) if not one.failed]
+
+    def loop(self, state: State, start: int) -> None:
         config, steps = self.config, self.config.train.steps
-        run = compiled(self.program, self.mesh, self.train_data.batch(start), config.train.batch_size)
+        run = self.compiled(state, start)
         if jax.process_count() == 1 and self.stop.asked():
             raise Stopped(f"stopped by {interrupt.reason(self.stop.asked())} before step {start + 1}")
         vote = interrupt.vote(self.mesh)
-        self.clock = clock = Clock(config, self.mesh.size)
-        batches = self.train_data.iterate(start)
-        metrics: Metrics = {}
+        self.clock = clock = Clock(config, self.mesh.size, len(self.members))
+        batches = self.batches(start)
         behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
-            batch = sharding.put_batch(clock.next(batches), self.mesh, config.train.batch_size)
-            state, now = run(state, batch)
+            state, now = run(state, self.put(clock.next(batches)))
             if behind:  # read one step late, so that the devices always have the next one queued
-                metrics = self.settle(*behind)
+                self.settle(*behind)
                 if due(behind[0], config.log.every_steps):
-                    self.book.write(behind[0], metrics | clock.rates())
+                    self.write(behind[0], clock.rates())
             behind = step, now
             asked = vote(self.stop.asked())
-            if asked or self.pauses(step) or self.watch.in_a_row >= config.train.max_skipped:
-                metrics = self.settle(*behind) | clock.rates()
+            pauses = self.members[0].pauses(step)
+            if asked or pauses or any(one.watch.in_a_row >= config.train.max_skipped for one in self.members):
+                self.settle(*behind)
                 behind = None
-                if self.watch.in_a_row > config.train.max_skipped:
-                    self.give_up(step, state)
+                self.give_up(step, state)
+                if not self.alive():
+                    return
+                rates = clock.rates()
                 if asked and step < steps:
-                    self.leave(step, state, metrics, interrupt.reason(asked))
-                if self.pauses(step):
-                    metrics = self.finish(step, state, metrics)
-                elif due(step, config.log.every_steps):
-                    self.book.write(step, metrics)
+                    self.leave(step, state, rates, interrupt.reason(asked))
                 if step == steps or due(step, config.checkpoint.every_steps):
-                    self.save(step, state, metrics)
+                    self.save(step, state, rates)
+                if pauses:
+                    self.finish(step, state, rates)
+                elif due(step, config.log.every_steps):
+                    self.write(step, rates)
                 clock.restart()
-        return metrics
 
-    def pauses(self, step: int) -> bool:
-        """Whether something besides the next step follows ``step``, a line of metrics apart."""
-        config = self.config
-        every = (config.eval.every_steps, config.eval.sample_every_steps, config.checkpoint.every_steps)
-        return step == config.train.steps or any(due(step, one) for one in every)
+    def compiled(self, state: State, start: int) -> Callable:
+        began = time.perf_counter()
+        batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
+        executable = self.program.step.lower(state, batch).compile()  # type: ignore[attr-defined]
+        log.info("compiled the training step in %.1f s", time.perf_counter() - began)
+        return executable
 
-    def settle(self, step: int, metrics: dict[str, Any]) -> Metrics:
-        """Waits for ``step`` and returns its metrics, those that are finite."""
-        metrics = dict(metrics)
-        squared_norms = metrics.pop("squared_norms")
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        for batches in zip(*(one.train_data.iterate(start) for one in self.members), strict=False):
+            yield self.stacked(batches)
+
+    def stacked(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return jax.tree.map(lambda *parts: np.stack(parts), *batches) if self.several else batches[0]
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        if self.several:
+            return jax.device_put(batch)
+        return sharding.put_batch(batch, self.mesh, self.config.train.batch_size)
+
+    def settle(self, step: int, metrics: dict[str, Any]) -> None:
+        """Waits for ``step`` and hands each member its metrics."""
+        host = jax.device_get({name: value for name, value in metrics.items() if name != NORMS})
         self.clock.tick()
-        if self.lock:
-            self.lock.check()
-        return self.watch.see(step, values, squared_norms)
+        for r, one in self.alive():
+            pick = lambda leaf, r=r: leaf[r] if self.several else leaf
+            one.settle(step, jax.tree.map(pick, host | {NORMS: metrics[NORMS]}))
 
-    def give_up(self, step: int, state: State) -> NoReturn:
-        """Ends the run after ``step``, the newest, with a dump of the first of the skipped ones.
+    def write(self, step: int, rates: Metrics) -> None:
+        for _, one in self.alive():
+            one.write(step, one.metrics | rates)
 
-        None of them changed ``state``, so it is what the first began with.
-        """
-        first = step - self.watch.in_a_row + 1
-        dump = self.workdir / f"dump-{first}"
-        replay.dump(dump, self.config, first, state, self.train_data.whole_batch(first - 1))
-        raise RunError(
-            f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
-            f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "
-            f"{first}; events.jsonl names the samples. Lower the learning rate, or look at the data."
-        )
+    def give_up(self, step: int, state: State) -> None:
+        for r, one in self.alive():
+            if one.watch.in_a_row > self.config.train.max_skipped:
+                one.give_up(step, self.apart(self.own(state, r)))
 
-    def leave(self, step: int, state: State, metrics: Metrics, reason: str) -> NoReturn:
-        """Saves after ``step`` and ends the run; a line that is due is left to the run that resumes."""
-        lines = self.pauses(step) or due(step, self.config.log.every_steps)
-        self.save(step, state, metrics, {"unwritten": metrics} if lines else {})
-        self.saves.wait()
+    def leave(self, step: int, state: State, rates: Metrics, reason: str) -> NoReturn:
+        """Saves after ``step`` and ends; a line that is due is left to the run that resumes."""
+        self.save(step, state, rates)
+        for _, one in self.alive():
+            one.saves.wait()
         raise Stopped(f"stopped by {reason} with a complete checkpoint at step {step}")
 
-    def save(self, step: int, state: State, metrics: Metrics, more: dict[str, Any] | None = None) -> None:
-        for dataset in (self.train_data, self.val_data):
-            dataset.verified()  # no checkpoint holds what was learnt from damaged data
-        record = self.record | {"step": step, "skipped": self.watch.counts} | (more or {})
-        self.saves.save(step, state, record, metrics)
+    def save(self, step: int, state: State, rates: Metrics) -> None:
+        for r, one in self.alive():
+            one.save(step, self.apart(self.own(state, r)), rates)
 
-    def finish(self, step: int, state: State, metrics: Metrics) -> Metrics:
-        """Validates and samples after ``step`` if that is due, and writes its line."""
-        last, config = step == self.config.train.steps, self.config.eval
-        if last or due(step, config.every_steps):
-            metrics |= self.validate(state["params"], step)
-        if last or due(step, config.sample_every_steps):
-            metrics |= self.sample(state["params"])
-        self.book.write(step, metrics)
-        return metrics
+    def finish(self, step: int, state: State, rates: Metrics) -> None:
+        """Lets the members look at ``step``; they share the batches of a validation."""
+        found: list[list[Metrics]] = []
 
-    def validate(self, params: Any, step: int) -> Metrics:
-        metrics = validation(self.program, self.mesh, self.val_data, self.config.eval.batches, params)
-        if self.evaluate:
-            metrics |= self.evaluate(self.definition, params, self.train_data.tokenizer, step)
-        return metrics
+        def measure(r: int) -> Metrics:
+            if not found:
+                found.append(self.validation(state["params"]))
+            return found[0][r]
 
-    def sample(self, params: Any) -> Metrics:
-        return sample(self.config, self.definition, self.train_data.tokenizer, params)
+        for r, one in self.alive():
+            one.finish(step, self.own(state, r)["params"], partial(measure, r), rates)
 
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def build_data(config: Any, split: str, rows: np.ndarray | None = None) -> data.Dataset:
-    """One split; rows: those of each batch that this process reads, None for all."""
-    t = config.train
-    sizes = {"batch_size": t.batch_size, "seq_len": t.seq_len, "vocab_size": config.model.vocab_size}
-    return data.build(config.data, split=split, seed=t.seed, rows=rows, **sizes)
+    def validation(self, params: Any) -> list[Metrics]:
+        """val_loss, val_accuracy and val_bpb of each member over the first held-out batches, the same every
+        time; what is held out does not depend on the seed."""
+        dataset, wanted = self.members[0].val_data, self.config.eval.batches
+        count = min(wanted, dataset.num_batches or wanted)
+        put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
+        host = jax.device_get([self.program.evaluate(params, put(i)) for i in range(count)])
+        value = lambda one, name, r: float(one[name][r] if self.several else one[name])
+        return [
+            held_out({name: sum(value(one, name, r) for one in host) for name in host[0]})
+            for r in range(len(self.members))
+        ]
 
 
-def validation(program: Program, mesh: Mesh, dataset: data.Dataset, batches: int, params: Any) -> Metrics:
-    """val_loss, val_accuracy and val_bpb over the first ``batches`` held-out batches, the same every time."""
-    count = min(batches, dataset.num_batches or batches)
-    put = lambda i: sharding.put_batch(dataset.batch(i), mesh, dataset.batch_size)
-    sums = [program.evaluate(params, put(i)) for i in range(count)]
-    host = jax.device_get(sums)
-    return held_out({name: sum(float(one[name]) for one in host) for name in host[0]})
+def draw(member: Member) -> None:
+    """loss.png, which no trained step may depend on."""
+    try:
+        logbook.plot(logbook.read(member.workdir / "metrics.jsonl"), member.workdir / "loss.png")
+    except Exception as error:
+        log.warning("loss.png was not drawn: %s", error)
 
 
-def held_out(sums: dict[str, float]) -> Metrics:
-    """Sums over held-out batches as the metrics of a validation."""
-    names = {"loss": "val_loss", "accuracy": "val_accuracy", "bits_per_byte": "val_bpb"}
-    return {names.get(name, f"val_{name}"): value for name, value in per_token(sums).items()}
-
-
-def sample(config: Any, definition: lm.Definition, tokenizer: Any, params: Any) -> Metrics:
-    """{"sample": text}, or nothing when the config wants none or the tokens stand for no text."""
-    wanted = config.eval
-    if tokenizer is None or not wanted.sample_tokens:
-        return {}
-    tokens = generate.generate(
-        definition,
-        params,
-        [[tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]],
-        max_new_tokens=wanted.sample_tokens,
-        sampling=generate.Sampling(temperature=wanted.temperature),
-        seed=config.train.seed,
-        stop=tokenizer.doc_id,
-    )
-    return {"sample": wanted.sample_prompt + tokenizer.decode(tokens[0])}
-
-
-def summarise(config: Any, workdir: Path, metrics: Metrics, held_out: data.Dataset) -> None:
-    """Draws loss.png and prints what the run came to: layers, held-out loss beside references, paths."""
-    logbook.plot(logbook.read(workdir / "metrics.jsonl"), workdir / "loss.png")
+def tell(member: Member) -> None:
+    """Prints what the run came to: layers, held-out loss beside references, paths."""
+    config, metrics = member.config, member.metrics
     console = rich.get_console()
     console.print(report.layer_table(config))
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(report.full_layers(config))
-    say(f"held-out loss: {metrics['val_loss']:.4f} nats per token")
-    text = held_out.held_out_bytes(config.eval.batches)
-    if text:
+    text = member.val_data.held_out_bytes(config.eval.batches)
+    if "val_loss" in metrics:
+        say(f"held-out loss: {metrics['val_loss']:.4f} nats per token")
+    if text and "val_bpb" in metrics:
         say(f"held-out bits per byte, on the same {len(text):,} bytes:")
         say(f"  this model       {metrics['val_bpb']:.3f}")
         say(f"  gzip -9          {baselines.gzip_bits_per_byte(text):.3f}")
@@ -328,9 +321,4 @@ def summarise(config: Any, workdir: Path, metrics: Metrics, held_out: data.Datas
         say(f"sample:\n{logbook.printable(metrics['sample'])}")
     say("written:")
     for name in ("metrics.jsonl", "loss.png", "config.json", "layers.json", "checkpoints"):
-        say(private.hide(f"  {workdir / name}"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    if jax.process_index() == 0:
-        path.write_text(json.dumps(value, indent=2) + "\n")
+        say(private.hide(f"  {member.workdir / name}"))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlm import schema
+from hybridlm import fields
 from hybridlm.errors import ConfigError, nearest
 from launch.grid import Run
 from launch.local import Job
@@ -16,7 +16,7 @@ from launch.local import Job
 
 def settings(engine: type, given: Sequence[str]) -> Any:
     """The Settings ``engine`` from KEY=VALUE texts. ConfigError for an unknown key or a wrong value."""
-    known = schema.fields(engine)
+    known = fields.fields(engine)
     values = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -24,7 +24,7 @@ def settings(engine: type, given: Sequence[str]) -> Any:
             allowed = "must be KEY=VALUE with a setting of the launcher"
             raise ConfigError("--engine", text, allowed, nearest(key, known))
         try:
-            values[key] = schema.parse(known[key], value)
+            values[key] = fields.parse(known[key], value)
         except ValueError as error:
             raise ConfigError(f"--engine {key}", value, str(error)) from None
     for field in dataclasses.fields(engine):

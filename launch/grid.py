@@ -93,7 +93,7 @@ class Run:
     point: dict[str, str]
     spec: str
     overrides: dict[str, str]
-    config: Any
+    config: configs.Config
 
     def command(self) -> list[str]:
         """Arguments of train.py that give the same run."""
@@ -271,7 +271,7 @@ def _derived(
     return found
 
 
-def _pattern(layers: Mapping[str, Any], full: str, config: Any) -> str:
+def _pattern(layers: Mapping[str, Any], full: str, config: configs.Config) -> str:
     mixer, ratio = layers.get("mixer", "kda"), str(layers.get("ratio", "pure"))
     depth = config.model.num_layers
     placement = layers.get("placement") or "last"
@@ -284,7 +284,7 @@ def _pattern(layers: Mapping[str, Any], full: str, config: Any) -> str:
     return pattern.ratio(mixer, full, int(ratio[:-2]), depth, placement)
 
 
-def _matched(spec: str, texts: Mapping[str, str], full: str, config: Any) -> int:
+def _matched(spec: str, texts: Mapping[str, str], full: str, config: configs.Config) -> int:
     """The MLP width that gives ``config`` the parameters of attention alone, at its width and depth."""
     attention = dict(texts) | {"model.pattern": full}
     target = cost.parameters(configs.resolve(configs.load(spec, attention)))

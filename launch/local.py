@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybridlm import cost
+from hybridlm.fields import Count, NonNegative
 from hybridlm.run import logbook
-from hybridlm.schema import Count, NonNegative
 from launch import worker
 from launch.grid import Run
 
@@ -128,12 +128,12 @@ class Job:
 
 def jobs(runs: Sequence[Run], workdir: Path, vmap: bool) -> list[Job]:
     """Runs as they are trained: one a process, or with ``vmap`` all those that are alike together."""
-    from launch import packed  # brings in JAX
+    from hybridlm.trainer import alike  # brings in JAX
 
     groups: dict[str, list[Run]] = {}
     for run in runs:
         together = vmap and run.config.log.wandb_mode == "disabled"  # W&B tracks one run a process
-        groups.setdefault(packed.alike(run.config) if together else run.name, []).append(run)
+        groups.setdefault(alike(run.config) if together else run.name, []).append(run)
     return [Job(group, workdir) for group in groups.values()]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from hybridlm.errors import RunError
-from hybridlm.schema import Positive
+from hybridlm.fields import Positive
 from launch import engines
 from launch.grid import Run
 from launch.local import Job

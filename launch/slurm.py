@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridlm.errors import RunError
-from hybridlm.schema import Positive
+from hybridlm.fields import Positive
 from launch import engines, local
 
 SIGNAL_SECONDS = 300  # before the time limit, for the checkpoint

@@ -56,7 +56,6 @@ def work(folders: list[Path]) -> int:
     from eval import in_loop
     from hybridlm import config as configs
     from hybridlm import trainer
-    from launch import packed
 
     for folder in folders:
         (folder / ERROR).unlink(missing_ok=True)
@@ -64,10 +63,9 @@ def work(folders: list[Path]) -> int:
     failed: dict[Path, str] = {}
     try:
         resolved = [configs.resolve(configs.from_json(folder / POINT)) for folder in folders]
-        if len(folders) == 1:
-            trainer.train(resolved[0], folders[0], "auto", in_loop.build(resolved[0]))
-        else:
-            failed = packed.train(resolved, folders)
+        tasks = [in_loop.build(config) for config in resolved]
+        members = trainer.together(resolved, folders, "auto", tasks)
+        failed = {one.workdir: one.failed for one in members if one.failed}
     except Stopped as stopped:
         print(stopped, flush=True)
         return 3

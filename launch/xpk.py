@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybridlm.errors import RunError
-from hybridlm.schema import Count, Positive
+from hybridlm.fields import Count, Positive
 from launch import engines
 from launch.grid import Run
 from launch.local import Job

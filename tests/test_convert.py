@@ -96,7 +96,7 @@ def test_gradients(root: Path) -> None:
             run.params
         )
     assert sums["loss_sum"] / sums["tokens"] == pytest.approx(float(run.expected["loss"]), rel=1e-5)
-    flat = checkpoint.flatten(grads)
+    flat = trees.flatten(grads)
     source = transfer.read_config(GOLDEN / "qwen3_next")
     planned = transfer.plan(run.definition, source.family, source.model_type)
     compared = 0
@@ -416,7 +416,7 @@ def test_init_from(tmp_path: Path) -> None:
     (second,) = (line for line in lines if line.startswith("layer 1: "))
     assert "loaded mixer_norm.scale, mlp.down.kernel" in second
     assert "; new mixer.k_proj.kernel" in second and second.endswith("mixer.b_proj.kernel")
-    folder, before, after = tensors.Folder(GOLDEN / "fla_deltanet"), *map(checkpoint.flatten, (fresh, params))
+    folder, before, after = tensors.Folder(GOLDEN / "fla_deltanet"), *map(trees.flatten, (fresh, params))
     for name, entry in layered.entries(definition).items():
         if name in report.new:
             np.testing.assert_array_equal(after[entry.path][entry.place], before[entry.path][entry.place])

@@ -202,7 +202,7 @@ def gradients(folder: Path, definition: model.Definition, params: model.Params, 
     batch |= dict(zip(("segment_ids", "positions"), single_document(*ids.shape), strict=True))
     with jax.default_matmul_precision("highest"):
         grads, sums = jax.jit(jax.grad(lambda p: model.loss_fn(definition, p, batch), has_aux=True))(params)
-    flat = checkpoint.flatten(grads)
+    flat = trees.flatten(grads)
     source = transfer.read_config(folder)
     planned = transfer.plan(definition, source.family, source.model_type)
     found = {}

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
+from hybridlm.objectives import next_token
 from hybridlm.run import logbook
 
 TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "mfu")
@@ -44,3 +45,9 @@ def lines(workdir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     records = logbook.read(workdir / "metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def loss_fn(definition, params, batch, z_loss: float = 0.0, token_bytes=None):
+    """(sum to differentiate, sums) of next-token prediction."""
+    config = next_token.Config(kind="next_token", z_loss=z_loss)
+    return next_token.Objective(config, definition, token_bytes).loss(params, {}, batch)

@@ -8,29 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import config as configs
-from hybridlm import model
+from hybridlm import model, weights
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from hybridlm.run import checkpoint
 
 
 def load(workdir: str | Path, step: int | None = None) -> tuple[model.Definition, model.Params]:
     """(definition that computes in float32, parameters of the newest checkpoint or of that at ``step``)."""
-    workdir = Path(workdir).absolute()
-    config = configs.of_run(workdir).to_dict()
-    config["model"] |= {"dtype": "float32", "remat": "none"}
-    definition = model.build(configs.FrozenConfigDict(config))
-    with checkpoint.Checkpoints(workdir / "checkpoints") as saves:
-        steps = saves.steps()
-        if not steps or step not in (None, *steps):
-            raise ConfigError("--workdir", str(workdir), f"has checkpoints at steps {steps}")
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            model.shapes(definition),
-        )
-        return definition, saves.restore(steps[-1] if step is None else step, {"params": shapes})["params"]
+    loaded = weights.load(workdir, step, model__dtype="float32", model__remat="none")
+    return loaded.definition, loaded.params
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import layout, model
+from hybridlm import model, plan
+from hybridlm.block import Spec
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.errors import ConfigError
 
-TRAINING = ("balance_loss",)  # settings of layers that do not change what they compute
+TRAINING = ("balance_loss", "bias_rate")  # settings of layers that do not change what they compute
 
 
 class Architecture(NamedTuple):
@@ -23,10 +24,10 @@ class Architecture(NamedTuple):
     mlps: dict[str, ConfigDict]
     model: dict[str, Any]
 
-    def config(self) -> FrozenConfigDict:
+    def config(self) -> configs.Config:
         """A resolved config, with the defaults of everything that a checkpoint does not say."""
         config = configs.default()
-        config.model.update(self.model, pattern=str(layout.plan(self.layers)))
+        config.model.update(self.model, pattern=str(plan.plan(self.layers)))
         config.mixers, config.mlps = ConfigDict(self.mixers), ConfigDict(self.mlps)
         config.data = configs.data("text", path="python-stdlib:")
         return configs.resolve(config)
@@ -50,34 +51,12 @@ class Family:
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def explicit(spec: model.Spec, d_model: int) -> Any:
-    """The mixer's settings with sizes that follow from d_model written out."""
-    config = spec.config
-    if spec.kind == "attention":
-        heads, kv_heads = config.heads(d_model)
-        return dataclasses.replace(config, num_heads=heads, num_kv_heads=kv_heads)
-    if spec.kind == "mla":
-        return dataclasses.replace(config, num_heads=config.heads(d_model))
-    if spec.kind == "hgrn":
-        return dataclasses.replace(config, width=config.width or d_model)
-    heads = config.heads(d_model)
-    sizes = {
-        "num_heads": heads.num,
-        "num_v_heads": heads.num_v,
-        "head_dim": heads.key,
-        "v_head_dim": heads.value,
-    }
-    known = {field.name for field in dataclasses.fields(config)}
-    if "output_gate_rank" in known and config.output_gate_rank == heads.value:
-        sizes["output_gate_rank"] = 0
-    return dataclasses.replace(config, **{name: size for name, size in sizes.items() if name in known})
-
-
 def same_model(a: model.Definition, b: model.Definition) -> str:
     """What two definitions compute differently, in words; "" if nothing."""
     for field in ("d_model", "vocab_size", "norm_eps", "norm_unit_offset", "tie_embeddings"):
-        if getattr(a, field) != getattr(b, field):
-            return f"model.{field} {getattr(a, field)} and {getattr(b, field)}"
+        ours, theirs = getattr(a.model, field), getattr(b.model, field)
+        if ours != theirs:
+            return f"model.{field} {ours} and {theirs}"
     if len(a.layers) != len(b.layers):
         return f"{len(a.layers)} and {len(b.layers)} layers"
     for index, (one, other) in enumerate(zip(a.layers, b.layers, strict=True)):
@@ -85,7 +64,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
             if getattr(one, what) != getattr(other, what):
                 return f"layer {index}: {what} {getattr(one, what)} and {getattr(other, what)}"
         for x, y in (
-            (explicit(one, a.d_model), explicit(other, b.d_model)),
+            (one.config.explicit(a.d_model), other.config.explicit(b.d_model)),
             (one.mlp_config, other.mlp_config),
         ):
             for name, value in vars(x).items():
@@ -94,14 +73,14 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
     return ""
 
 
-def of_kind(definition: model.Definition, kind: str) -> list[model.Spec]:
+def of_kind(definition: model.Definition, kind: str) -> list[Spec]:
     """The layers of a kind of mixer."""
     return [spec for spec in definition.layers if spec.kind == kind]
 
 
-def uniform(specs: list[model.Spec], what: str, d_model: int) -> Any:
+def uniform(specs: list[Spec], what: str, d_model: int) -> Any:
     """The settings that all of ``specs`` share; ConfigError when they differ."""
-    settings = {explicit(spec, d_model) for spec in specs}
+    settings = {spec.config.explicit(d_model) for spec in specs}
     if len(settings) != 1:
         raise ConfigError("model.pattern", what, "must have the same settings in every layer to be exported")
     return settings.pop()

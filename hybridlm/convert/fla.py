@@ -10,11 +10,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
+from hybridlm.block import Spec
 from hybridlm.convert.family import Architecture, Family, mlp_widths, of_kind, uniform
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, bias, conv, linear, norm, same, transposed
 from hybridlm.errors import ConfigError
-from hybridlm.model import Definition, Spec
+from hybridlm.model import Definition
 
 QK_NORM_EPS = 1e-5  # fla's Attention leaves its norms at their default
 KINDS = {
@@ -263,8 +264,8 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
         "intermediate_size": mlp_widths(definition),
         "hidden_act": "swish",
         "num_hidden_layers": len(definition.layers),
-        "norm_eps": definition.norm_eps,
-        "tie_word_embeddings": definition.tie_embeddings,
+        "norm_eps": definition.model.norm_eps,
+        "tie_word_embeddings": definition.model.tie_embeddings,
         "vocab_size": definition.vocab_size,
     }
     if model_type == "transformer":
@@ -339,7 +340,7 @@ def rules(definition: Definition, model_type: str) -> list[Rule]:
 
 
 def head(definition: Definition) -> list[Rule]:
-    return [] if definition.tie_embeddings else [transposed("head", "lm_head.weight")]
+    return [] if definition.model.tie_embeddings else [transposed("head", "lm_head.weight")]
 
 
 def swiglu(ours: str, theirs: str) -> list[Rule]:

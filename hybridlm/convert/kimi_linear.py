@@ -6,13 +6,14 @@ Sources: transformers 5.23, models/kimi_linear; the checkpoint layout is that of
 from typing import Any
 
 from hybridlm import config as configs
+from hybridlm.block import Spec
 from hybridlm.convert.family import Architecture, Family, mlp_widths, of_kind, uniform
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.fla import swiglu
 from hybridlm.convert.qwen3 import ends, pre_norms
 from hybridlm.convert.rules import Rule, conv, experts, linear, norm, same
 from hybridlm.errors import ConfigError
-from hybridlm.model import Definition, Spec
+from hybridlm.model import Definition
 
 LATENT_EPS = 1e-6  # of MLA's latent norms, whatever rms_norm_eps is
 TYPES = {"linear_attention": "kda", "full_attention": "mla"}
@@ -144,8 +145,8 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
         "hidden_size": d_model,
         "hidden_act": "silu",
         "num_hidden_layers": len(kinds),
-        "rms_norm_eps": definition.norm_eps,
-        "tie_word_embeddings": definition.tie_embeddings,
+        "rms_norm_eps": definition.model.norm_eps,
+        "tie_word_embeddings": definition.model.tie_embeddings,
         "layer_types": ["full_attention" if kind == "mla" else "linear_attention" for kind in kinds],
         "linear_attn_config": {
             "full_attn_layers": [index + 1 for index, kind in enumerate(kinds) if kind == "mla"],

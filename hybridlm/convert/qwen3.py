@@ -78,8 +78,8 @@ def attention_fields(definition: Definition, config: Any) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rope_parameters": rope,
-        "rms_norm_eps": definition.norm_eps,
-        "tie_word_embeddings": definition.tie_embeddings,
+        "rms_norm_eps": definition.model.norm_eps,
+        "tie_word_embeddings": definition.model.tie_embeddings,
         "vocab_size": definition.vocab_size,
     }
 

@@ -7,13 +7,14 @@ experts. Sources: transformers 5.23, models/qwen3_next, models/qwen3_5 and model
 from typing import Any
 
 from hybridlm import config as configs
+from hybridlm.block import Spec
 from hybridlm.convert.family import Architecture, Family, mlp_widths, of_kind, uniform
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.fla import swiglu
 from hybridlm.convert.qwen3 import attention, attention_fields, ends, pre_norms
 from hybridlm.convert.rules import Rule, concatenated, conv, experts, interleaved, linear, norm, same
 from hybridlm.errors import ConfigError
-from hybridlm.model import Definition, Spec
+from hybridlm.model import Definition
 
 TYPES = {"linear_attention": "gdn", "full_attention": "full"}
 CLASSES = {"qwen3_next": "Qwen3Next", "qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe"}

@@ -1,6 +1,6 @@
 """Rules: which tensors of a public checkpoint are which parameters here, and how they are laid out.
 
-A rule joins a few parameters (``ours``, canonical names of `hybridlm.layered`) with a few tensors
+A rule joins a few parameters (``ours``, canonical names of `hybridlm.stack`) with a few tensors
 (``theirs``) and maps the arrays both ways. A family is a list of rules; the same list imports and exports.
 The shapes that a checkpoint must have follow from those of the parameters by running ``outward`` on empty
 stand-ins.

@@ -18,13 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import cost, layered, model
+from hybridlm import cost, model
 from hybridlm.convert import fla, kimi_linear, olmo_hybrid, qwen3, qwen3_next, tensors
 from hybridlm.convert.family import Family, same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, regroup
 from hybridlm.errors import ConfigError, nearest
+from hybridlm.init_from import CARRIED
 from hybridlm.run import checkpoint
+from hybridlm.run.checkpoint import FORMAT
 
 log = logging.getLogger("hybridlm")
 
@@ -34,7 +36,7 @@ FAMILIES = {
     for model_type in module.FAMILY.model_types
 }
 MULTIMODAL = {outer: inner for one in FAMILIES.values() for outer, inner in one.multimodal.items()}
-CARRIED, MANIFEST, CONFIG = "hf", "manifest.json", "config.json"
+MANIFEST, CONFIG = "manifest.json", "config.json"
 HEAD, SHARD_BYTES, SHOWN = "lm_head.weight", 5 * 10**9, 20
 
 
@@ -45,7 +47,7 @@ class Source(NamedTuple):
     values: dict[str, Any]
     model_type: str
     family: Family
-    config: configs.FrozenConfigDict
+    config: configs.Config
 
 
 def read_config(directory: str | Path) -> Source:
@@ -83,26 +85,23 @@ def _text(values: dict[str, Any], file: Path) -> dict[str, Any]:
 class Plan(NamedTuple):
     """How a model's parameters and a checkpoint's tensors correspond.
 
-    shapes: of every tensor, as the rules have it.  entries: of every parameter.
+    shapes: of every tensor, as the rules have it.
     """
 
     rules: list[Rule]
     shapes: dict[str, tuple[int, ...]]
-    entries: dict[str, layered.Entry]
 
 
 def plan(definition: model.Definition, family: Family, model_type: str) -> Plan:
-    entries = layered.entries(definition)
+    ours = model.canonical_shapes(definition)
     rules = family.rules(definition, model_type)
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in rules:
-        theirs = rule.their_shapes([entries[name].shape for name in rule.ours])
+        theirs = rule.their_shapes([ours[name].shape for name in rule.ours])
         shapes |= dict(zip(rule.theirs, theirs, strict=True))
     named = {name for rule in rules for name in rule.ours}
-    assert named == set(entries), sorted(
-        named ^ set(entries)
-    )  # every parameter has a rule, or the rules are wrong
-    return Plan(rules, shapes, entries)
+    assert named == set(ours), sorted(named ^ set(ours))  # every parameter has a rule, or the rules are wrong
+    return Plan(rules, shapes)
 
 
 class Stored(NamedTuple):
@@ -177,10 +176,8 @@ def _shown(lines: list[str]) -> str:
     return ", ".join(lines[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def fill(
-    directory: str | Path, source: Source, put: Callable[[layered.Entry, np.ndarray], None]
-) -> dict[str, Any]:
-    """Reads every tensor and hands every parameter to ``put`` in float32; returns the manifest."""
+def fill(directory: str | Path, source: Source, put: Callable[[str, np.ndarray], None]) -> dict[str, Any]:
+    """Reads every tensor and hands ``put`` every parameter's name and float32 array; returns the manifest."""
     folder = tensors.Folder(directory)
     planned = plan(model.build(source.config), source.family, source.model_type)
     stored = match(folder, source, planned)
@@ -188,7 +185,7 @@ def fill(
         arrays = [folder.read(stored[name].name) for name in rule.theirs]
         arrays = regroup(arrays, [planned.shapes[name] for name in rule.theirs])
         for name, array in zip(rule.ours, rule.inward(arrays), strict=True):
-            put(planned.entries[name], array)
+            put(name, array)
     known = {one.name: name for name, one in stored.items()}
     if HEAD in folder.tensors and HEAD not in known:
         known[HEAD] = next(name for name, one in stored.items() if one.name == found_embedding(folder))
@@ -204,7 +201,7 @@ def fill(
     }
 
 
-def import_hf(directory: str | Path, workdir: str | Path) -> configs.FrozenConfigDict:
+def import_hf(directory: str | Path, workdir: str | Path) -> configs.Config:
     """Makes ``workdir`` from the Hugging Face folder ``directory`` and returns its config."""
     source, workdir = read_config(directory), Path(workdir).absolute()
     definition = model.build(source.config)
@@ -212,13 +209,13 @@ def import_hf(directory: str | Path, workdir: str | Path) -> configs.FrozenConfi
     if (workdir / "checkpoints").exists():
         raise ConfigError("--workdir", str(workdir), "already holds checkpoints", "Give another.")
     summary, config = cost.summary(source.config), source.config.to_dict()
-    record = {"config": config, "layers": summary, "fingerprint": "imported", "step": 0}
+    record = {"config": config, "layers": summary, "fingerprint": "imported", "step": 0, "format": FORMAT}
     with tempfile.TemporaryDirectory(dir=workdir, prefix="importing-", ignore_cleanup_errors=True) as scratch:
         with checkpoint.Checkpoints(scratch) as saves:
-            leaves = saves.create(0, "params", model.shapes(definition), record)
+            leaves = saves.create(0, "params", model.canonical_shapes(definition), record)
 
-            def put(entry: layered.Entry, array: np.ndarray) -> None:
-                leaves[entry.path][entry.place] = array.astype(np.float32, copy=False)
+            def put(name: str, array: np.ndarray) -> None:
+                leaves[name][...] = array.astype(np.float32, copy=False)
 
             manifest = fill(directory, source, put)
         Path(scratch).rename(workdir / "checkpoints")  # only now, when it is whole
@@ -259,8 +256,8 @@ def export_hf(
         steps = saves.steps()
         if not steps or step not in (None, *steps):
             raise ConfigError("--workdir", str(workdir), f"has checkpoints at steps {steps}")
-        names = checkpoint.flatten(model.shapes(definition))
-        stacks = saves.open(steps[-1] if step is None else step, "params", names)
+        names = model.canonical_shapes(definition)
+        params = saves.open(steps[-1] if step is None else step, "params", names)
         carried = _carried(workdir, definition) if not model_type else None
         if carried:
             model_type, manifest = carried
@@ -277,7 +274,7 @@ def export_hf(
         else:
             values |= _tokens(workdir) | _dtype(dtype)
             (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-        _write(directory, planned, manifest, dtype, stacks)
+        _write(directory, planned, manifest, dtype, params)
     return model_type
 
 
@@ -329,7 +326,7 @@ def _write(
     planned: Plan,
     manifest: Mapping[str, Any] | None,
     dtype: str,
-    stacks: Mapping[str, Any],
+    params: Mapping[str, Any],
 ) -> None:
     by_name = {
         name: (number, at) for number, rule in enumerate(planned.rules) for at, name in enumerate(rule.theirs)
@@ -337,9 +334,7 @@ def _write(
 
     def outward(number: int) -> list[np.ndarray]:
         rule = planned.rules[number]
-        ours = [
-            np.asarray(stacks[entry.path][entry.place]) for entry in (planned.entries[n] for n in rule.ours)
-        ]
+        ours = [np.asarray(params[name]) for name in rule.ours]
         arrays = list(rule.outward(ours))
         if rule.loose and manifest is not None:
             shapes = {one["rule"]: tuple(one["shape"]) for one in manifest.values()}

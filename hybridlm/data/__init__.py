@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.data import copying, mad, mqar, shards, stack, state_tracking, text
+from hybridlm.data import copying, mad, mixture, mqar, shards, stack, state_tracking, text
 from hybridlm.data.mixture import Mixture
-from hybridlm.data.source import Batch, Source, View, empty_rows
+from hybridlm.data.source import Batch, Config, Source, View, empty_rows
 from hybridlm.errors import ConfigError, RunError, nearest
+from hybridlm.fields import Named, mapping, under
+from hybridlm.fields import build as build_fields
 
 KINDS: dict[str, Any] = {  # modules: Config, open_source
     "text": text,
@@ -21,8 +23,9 @@ KINDS: dict[str, Any] = {  # modules: Config, open_source
     "stack": stack,
     "mad": mad,
     "state_tracking": state_tracking,
+    "mixture": mixture,
 }
-MIXTURE = "mixture"  # of components that are data settings themselves, with a weight
+MIXTURE = "mixture"
 
 
 class Dataset:
@@ -138,7 +141,7 @@ class Dataset:
 
 
 def build(
-    data_config: Mapping[str, Any],
+    given: Config | Mapping[str, Any],
     *,
     split: str,
     batch_size: int,
@@ -147,7 +150,7 @@ def build(
     vocab_size: int,
     rows: np.ndarray | None = None,
 ) -> Dataset:
-    """The ``split`` ("train" or "val") of the data that ``data_config`` (config.data) describes.
+    """The ``split`` ("train" or "val") of the data that ``given`` describes, a config's or a mapping.
 
     batch_size: rows of a batch over all processes.  seq_len: tokens of a row.  seed: of the training order.
     vocab_size: ids of the model.  rows: those of each batch that this process reads; None: all.
@@ -157,12 +160,12 @@ def build(
     if batch_size < 1:
         raise ConfigError("train.batch_size", batch_size, "must be positive")
     view = View(split, seq_len, seed, vocab_size)
-    try:
-        source = _open(settings(data_config), view)
-    except ConfigError as error:
-        raise error.under("data") from error
+    with under("data"):
+        config = given if isinstance(given, Config) else settings(given)
+        config.check()
+        source = _open(config, view)
     if source.vocab_size > vocab_size:
-        name = source.tokenizer.name if source.tokenizer is not None else data_config["kind"]
+        name = source.tokenizer.name if source.tokenizer is not None else config.kind
         allowed = f"must be at least {source.vocab_size}, the ids of data tokenizer {name!r}"
         raise ConfigError("model.vocab_size", vocab_size, allowed)
     if split == "train" and source.num_rows is not None and source.num_rows < batch_size:
@@ -171,57 +174,39 @@ def build(
     return Dataset(source, view, batch_size, rows)
 
 
-def settings(data_config: Mapping[str, Any]) -> Any:
-    """The checked settings of ``data_config``: its kind's Config, or a mixture's {name: (weight, settings)}.
+def config_class(kind: str) -> type[Config]:
+    """The Config of ``kind``; ConfigError for a kind that there is not."""
+    if kind not in KINDS:
+        raise ConfigError("kind", kind, "must be one of " + ", ".join(KINDS), nearest(kind, KINDS))
+    return KINDS[kind].Config
 
-    Reads no data. Raises ConfigError for a field that the kind does not have and for impossible values.
+
+def settings(values: Any, prefix: str = "") -> Config:
+    """The settings that ``values``, a mapping with a kind, describe; a mixture's components likewise.
+
+    ConfigError below ``prefix`` for fields that the kind does not have and for values that do not fit;
+    what concerns several fields is left to `Config.check`.
     """
-    fields = dict(data_config)
-    kind = fields.pop("kind", None)
-    if kind != MIXTURE and kind not in KINDS:
-        names = [*KINDS, MIXTURE]
-        raise ConfigError("kind", kind, "must be one of " + ", ".join(names), nearest(str(kind), names))
-    known = {f.name: f.default for f in dataclasses.fields(KINDS[kind].Config)} if kind in KINDS else {}
-    components = fields.pop("components", {}) if kind == MIXTURE else {}
-    for name, value in fields.items():
-        if name not in known:
-            fix = nearest(name, known or ["components"])
-            raise ConfigError(name, value, f"is no field of data kind {kind!r}", fix)
-        expected = type(known[name])
-        if type(value) is not expected and not (expected is float and type(value) is int):
-            raise ConfigError(name, value, f"must be of type {expected.__name__}")
-    if kind == MIXTURE:
-        return _components(components)
-    config = KINDS[kind].Config(**fields)
-    config.check()
+    mapping(values, prefix)
+    rest = dict(values)
+    components = rest.pop("components", None) if rest.get("kind") == MIXTURE else None
+    with under(prefix):
+        described = config_class(str(rest.get("kind")))
+        config = build_fields(described, rest)
+        if components is not None:
+            mapping(components, "components")
+            parts = {name: settings(one, f"components.{name}") for name, one in components.items()}
+            assert isinstance(config, mixture.Config)
+            config = dataclasses.replace(config, components=Named(parts))
     return config
 
 
-def _components(components: Mapping[str, Any]) -> dict[str, tuple[float, Any]]:
-    if not components:
-        raise ConfigError("components", {}, "must name the parts of the mixture, each with kind and weight")
-    checked = {}
-    for name, component in components.items():
-        fields = dict(component)
-        weight = fields.pop("weight", None)
-        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-            raise ConfigError(f"components.{name}.weight", weight, "must be a positive number")
-        try:
-            checked[name] = (float(weight), settings(fields))
-        except ConfigError as error:
-            raise error.under(f"components.{name}") from error
-    return checked
-
-
-def _open(config: Any, view: View) -> Source:
+def _open(config: Config, view: View) -> Source:
     """The source of checked settings."""
-    if not isinstance(config, dict):
-        module = next(module for module in KINDS.values() if isinstance(config, module.Config))
-        return module.open_source(config, view)
+    if not isinstance(config, mixture.Config):
+        return KINDS[config.kind].open_source(config, view)
     sources = {}
-    for name, (_, component) in config.items():
-        try:
+    for name, component in config.components.items():
+        with under(f"components.{name}"):
             sources[name] = _open(component, view)
-        except ConfigError as error:
-            raise error.under(f"components.{name}") from error
-    return Mixture(sources, {name: weight for name, (weight, _) in config.items()}, view)
+    return Mixture(sources, {name: one.weight for name, one in config.components.items()}, view)

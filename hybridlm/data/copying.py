@@ -13,6 +13,7 @@ import dataclasses
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.generated import BLOCK, Generated, check_sizes, no_targets
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError, nearest
@@ -21,7 +22,7 @@ TASKS = ("palindrome", "copy", "induction")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """task: palindrome, copy or induction.
     train_examples: size of the training set; 0 never repeats an example.
     val_examples: held-out examples.

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.generated import BLOCK, Generated, check_sizes, no_targets
 from hybridlm.data.source import NO_LOSS, Source, View, permutation
 from hybridlm.errors import ConfigError, nearest
@@ -30,7 +31,7 @@ MOTIF = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """task: see the module.
     noise_vocab, noise_fraction: ids kept for noise, and the share of pairs it replaces (noisy recall).
     copied: tokens to copy (selective copying).

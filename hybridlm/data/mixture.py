@@ -1,13 +1,31 @@
 """Rows of several sources in fixed proportions, each row's origin a function of its index."""
 
+import dataclasses
 import functools
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.source import Batch, Source, View, empty_rows, permutation
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Named, under
 
 BLOCK = 4096  # rows within which the proportions are met exactly
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(source.Config):
+    """components: settings of other data by name, each with its weight."""
+
+    components: Named[source.Config] = Named()  # noqa: RUF009  # nobody changes it
+
+    def check(self) -> None:
+        if not self.components:
+            allowed = "must name the parts of the mixture, each with kind and weight"
+            raise ConfigError("components", {}, allowed)
+        for name, component in self.components.items():
+            with under(f"components.{name}"):
+                component.check()
 
 
 class Mixture:
@@ -22,7 +40,7 @@ class Mixture:
     def __init__(self, components: dict[str, Source], weights: dict[str, float], view: View):
         self.names, self.sources, self.view = list(components), list(components.values()), view
         self.counts = _round([weights[name] for name in self.names], self.names)
-        self.vocab_size = max(source.vocab_size for source in self.sources)
+        self.vocab_size = max(one.vocab_size for one in self.sources)
         tokenizers = {s.tokenizer.fingerprint: s.tokenizer for s in self.sources if s.tokenizer is not None}
         if len(tokenizers) > 1:
             named = ", ".join(tokenizer.name for tokenizer in tokenizers.values())
@@ -31,18 +49,18 @@ class Mixture:
             )
         # Beside tokens that stand for no text there is no bits per byte, so such a mixture has no tokenizer.
         self.tokenizer = None if any(s.tokenizer is None for s in self.sources) else tokenizers.popitem()[1]
-        self.num_rows = sum(source.num_rows or 0 for source in self.sources) if view.split == "val" else None
+        self.num_rows = sum(one.num_rows or 0 for one in self.sources) if view.split == "val" else None
         parts = ", ".join(
             f"{n} {c} {s.fingerprint}" for n, c, s in zip(self.names, self.counts, self.sources, strict=True)
         )
         self.fingerprint = f"{parts} {view.split} {view.seed}"
-        self.checks = [check for source in self.sources for check in source.checks]
+        self.checks = [check for one in self.sources for check in one.checks]
         self._block = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:
         return "; ".join(
-            f"{name} ({count / BLOCK:.1%}): {source.describe()}"
-            for name, count, source in zip(self.names, self.counts, self.sources, strict=True)
+            f"{name} ({count / BLOCK:.1%}): {one.describe()}"
+            for name, count, one in zip(self.names, self.counts, self.sources, strict=True)
         )
 
     def _places(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,16 +80,16 @@ class Mixture:
     def rows(self, index_B: np.ndarray) -> Batch:
         origin_B, place_B = self._places(index_B)
         batch = empty_rows(len(index_B), self.view.seq_len)
-        for c, source in enumerate(self.sources):
+        for c, one in enumerate(self.sources):
             if (chosen := origin_B == c).any():
-                for name, array in source.rows(place_B[chosen]).items():
+                for name, array in one.rows(place_B[chosen]).items():
                     batch[name][chosen] = array
         return batch
 
     def _shuffle(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The component of each row of a block, and how many rows of that component come before it there."""
         if self.view.split == "val":
-            counts = [source.num_rows or 0 for source in self.sources]
+            counts = [one.num_rows or 0 for one in self.sources]
             order = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
         else:
             counts, order = self.counts, permutation(BLOCK, self.view.seed, block)

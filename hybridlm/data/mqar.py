@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.generated import BLOCK, Generated, check_sizes, draw_distinct, no_targets
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Source, View
@@ -19,7 +20,7 @@ from hybridlm.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """num_pairs: key-value pairs n of an example that fills a row of ``train.seq_len``.
     slices: instead, a mixture of lengths: "(length, pairs), ..." or "(length, pairs, weight), ...", weights
         being shares of the training rows. Examples shorter than a row are packed, each a document of its own.

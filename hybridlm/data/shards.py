@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from hybridlm.data import tokenizer
+from hybridlm.data import source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
 from hybridlm.errors import ConfigError, RunError
@@ -32,7 +32,7 @@ FIX = "Write it again with python -m hybridlm.data.prepare."
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """path: the directory. Tokenizer and held-out documents were settled when it was written."""
 
     path: str = ""

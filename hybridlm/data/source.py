@@ -1,11 +1,14 @@
 """What every kind of data offers: rows of tokens by index, as a pure function of the index."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.fields import Above
+from hybridlm.kinds import Settings
 
 Batch = dict[str, np.ndarray]
 NO_LOSS = -1  # the target of a position that is not to be predicted
@@ -25,6 +28,19 @@ class View(NamedTuple):
     seq_len: int
     seed: int
     vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Settings):
+    """What the settings of every kind of data have.
+
+    weight: share of the rows in a mixture, in any unit; without one it has no meaning.
+    """
+
+    weight: Above = dataclasses.field(default=1.0, kw_only=True)
+
+    def check(self) -> None:
+        """ConfigError, with a field relative to the definition, for settings that do not fit together."""
 
 
 class Source(Protocol):

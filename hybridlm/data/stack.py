@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.generated import BLOCK, Generated, check_sizes, check_vocab, no_targets
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError
@@ -20,7 +21,7 @@ PUSH, POP, FIRST_STACK = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """num_stacks: the paper has 64.
     train_examples: size of the training set; 0 never repeats an example.
     val_examples: held-out examples.

@@ -15,6 +15,7 @@ import itertools
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.generated import BLOCK, Generated, check_sizes, check_vocab
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError, nearest
@@ -23,7 +24,7 @@ GROUPS = {"parity": (2, False), "S3": (3, False), "S4": (4, False), "A5": (5, Tr
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """group: parity, S3, S4, A5 or S5.
     only_swaps: draw from the identity and the exchanges of two points, which generate the group; one
         reflection a token then suffices (arXiv 2411.12537).

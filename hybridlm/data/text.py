@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from hybridlm.data import files, tokenizer
+from hybridlm.data import files, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
@@ -18,7 +18,7 @@ BATCH = 256  # documents handed to the tokenizer at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(source.Config):
     """path: comma-separated globs of the files, or "python-stdlib:" for the source of Python's own library.
     val_path: globs of the held-out files; "" holds out a part of ``path`` instead.
     holdout: part of the files of ``path`` kept for validation, chosen by a hash of each file's relative path.

@@ -1,88 +1,113 @@
-"""Token mixers, one file a kind: `hybridlm/mixers/<kind>.py` defines Config, Mixer and cost.
+"""Token mixers, one file a kind: `hybridlm/mixers/<kind>.py` defines a Config and a Mixer that names it.
 
-Adding a file adds a kind.
+Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 """
 
-import importlib
-import pkgutil
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+import dataclasses
+import sys
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 
-from hybridlm.errors import ConfigError, nearest
-from hybridlm.rows import Rows
+from hybridlm import kinds as _kinds
+from hybridlm.context import Context
+from hybridlm.errors import ConfigError
 
 
 class Cost(NamedTuple):
-    """What one layer of a mixer needs beyond its parameters (which cost 2 forward FLOPs each and token).
+    """What one layer needs beyond its parameters (which cost 2 forward FLOPs each and token), in rows of one
+    document of ``context`` tokens.
 
-    state: elements of fixed-size decode state per sequence, short-conv history included.
-    cache_per_token: KV-cache elements per token of context.
-    window: tokens of context that the cache keeps; 0 is all of them.
-    flops: forward FLOPs per token of the recurrence.
-    flops_per_context: forward FLOPs per token and per token of visible context (softmax attention).
+    state: elements of decode state that are float32 whatever the model's dtype, short-conv history included.
+    cache: elements of tokens' keys and values (or latents) kept after the whole context.
+    flops: forward FLOPs per token, on average over the row.
     """
 
-    state: int = 0
-    cache_per_token: int = 0
-    window: int = 0
-    flops: int = 0
-    flops_per_context: int = 0
+    state: float = 0
+    cache: float = 0
+    flops: float = 0
+
+
+class Site(NamedTuple):
+    """Where a layer is made: width of the stream, its index in the stack, and the number of layers.
+
+    layer may be traced, since layers of one kind are made together.
+    """
+
+    d_model: int
+    layer: Any = 0
+    num_layers: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_kinds.Settings):
+    """What the settings of every kind can be asked; a kind adds its fields, each with a default."""
+
+    @property
+    def full_attention(self) -> bool:
+        """Whether the layer sees its whole context token by token, that is, has a cache that no window
+        bounds: what "full" means in a ratio."""
+        return False
+
+    @property
+    def carries(self) -> bool:
+        """Whether the layer writes into `Context.carried`."""
+        return False
+
+    def check(self, d_model: int) -> None:
+        """ConfigError, with a field relative to the definition, for settings that do not fit together."""
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        raise NotImplementedError
+
+    def explicit(self, d_model: int) -> Any:
+        """The same settings with sizes that follow from d_model written out, to be compared."""
+        return self
 
 
 class TokenMixer(nnx.Module):
-    """Every kind's Mixer: a map from [B, T, D] to [B, T, D] that may carry a cache from call to call."""
+    """Every kind's Mixer: a map from [B, T, D] to [B, T, D] that may carry a cache from call to call.
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
-        """An empty cache of fixed shapes for ``batch`` rows of at most ``max_length`` tokens."""
+    Mixer(config, site, rngs=rngs).  A kind whose parameters belong to the whole stack names a module in
+    ``shared_class``, made once as shared_class(config, site, rngs=rngs); layer i finds row i of what its
+    `per_layer` returns, leading axis num_layers, in `Context.shared`.
+    """
+
+    config_class: ClassVar[type[Config]]
+    shared_class: ClassVar[Any] = None
+
+    def __init__(self, config: Any, site: Site, *, rngs: nnx.Rngs):
         raise NotImplementedError
 
-    def __call__(
-        self, x_BTD: jax.Array, rows: Rows, cache: Any = None, shared: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
+        """An empty cache, any pytree of fixed shapes, for ``batch`` rows of at most ``max_length`` tokens."""
+        raise NotImplementedError
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         """(y [B, T, D], cache): with a cache the tokens are appended to it, without one None comes back.
 
         All rows of a batch are appended together, so prompts of several lengths are padded on the left.
-        shared: this layer's row of the kind's `Shared` parameters, None for a kind without.
         """
         raise NotImplementedError
 
-    def step(
-        self, x_BD: jax.Array, rows: Rows, cache: Any, shared: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        """One more token a row: ``rows`` and x without the T axis."""
-        rows = Rows(rows.segment_ids[:, None], rows.positions[:, None])
-        y_BTD, cache = self(x_BD[:, None], rows, cache, shared)
+    def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        """One more token a row: x and the context's rows without the T axis."""
+        y_BTD, cache = self(x_BD[:, None], context.with_time(), cache)
         return y_BTD[:, 0], cache
 
 
 def kinds() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return _kinds.names(sys.modules[__name__])
 
 
-def load(kind: str) -> ModuleType:
-    """The module of ``kind``; ConfigError for a kind that has no file."""
-    if kind not in kinds():
-        raise ConfigError("kind", kind, "must be one of " + ", ".join(kinds()), nearest(kind, kinds()))
-    return importlib.import_module(f"hybridlm.mixers.{kind}")
+def load(kind: str) -> type[TokenMixer]:
+    """The Mixer of ``kind``; ConfigError for a kind that there is not."""
+    return _kinds.load(sys.modules[__name__], kind, "Mixer")
 
 
-# Checks that the kinds' `Config.check` share.
-
-
-def at_least(config: Any, minimum: float, *fields: str) -> None:
-    for field in fields:
-        if getattr(config, field) < minimum:
-            raise ConfigError(field, getattr(config, field), f"must be at least {minimum}")
-
-
-def one_of(config: Any, field: str, allowed: Sequence[str]) -> None:
-    value = getattr(config, field)
-    if value not in allowed:
-        raise ConfigError(field, value, "must be one of " + ", ".join(allowed), nearest(str(value), allowed))
+def config_class(kind: str) -> type[Config]:
+    return load(kind).config_class
 
 
 def whole_heads(config: Any, width: int, head_dim: int) -> None:

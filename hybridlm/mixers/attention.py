@@ -6,22 +6,24 @@ q and k optionally RMS-normalised, then rotated (RoPE) in all or the first of th
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import mixers
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.layers import Linear, RMSNorm, rotate
-from hybridlm.linear_mixer import merge_heads, split_heads
-from hybridlm.mixers import Cost, TokenMixer, at_least, one_of, whole_heads
+from hybridlm.fields import Count, Epsilon, Limits, Positive, Theta
+from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
+from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots, visible
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mixers.Config):
     """Softmax attention.
 
     num_heads: query heads; 0 is d_model / head_dim.
@@ -37,17 +39,17 @@ class Config:
     norm_eps: of qk_norm.
     """
 
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 64
-    rope_theta: float = 10000.0
-    rotary_fraction: float = 1.0
-    window: int = 0
+    num_heads: Count = 0
+    num_kv_heads: Count = 0
+    head_dim: Positive = 64
+    rope_theta: Theta = 10000.0
+    rotary_fraction: Annotated[float, Limits(0, 1, above=True)] = 1.0
+    window: Count = 0
     qkv_bias: bool = False
-    qk_norm: str = "none"
+    qk_norm: Literal["none", "head", "width"] = "none"
     norm_unit_offset: bool = False
-    output_gate: str = "none"
-    norm_eps: float = 1e-6
+    output_gate: Literal["none", "sigmoid"] = "none"
+    norm_eps: Epsilon = 1e-6
 
     def heads(self, d_model: int) -> tuple[int, int]:
         num = self.num_heads or d_model // self.head_dim
@@ -58,24 +60,35 @@ class Config:
         return round(self.head_dim * self.rotary_fraction) if self.rope_theta else 0
 
     def check(self, d_model: int) -> None:
-        at_least(self, 1, "head_dim")
-        at_least(self, 0, "num_heads", "num_kv_heads", "rope_theta", "window", "norm_eps")
-        one_of(self, "qk_norm", ["none", "head", "width"])
-        one_of(self, "output_gate", ["none", "sigmoid"])
         whole_heads(self, d_model, self.head_dim)
         heads, kv_heads = self.heads(d_model)
         if heads % kv_heads:
             raise ConfigError("num_kv_heads", kv_heads, f"must divide num_heads = {heads}")
-        if not 0 < self.rotary_fraction <= 1:
-            raise ConfigError("rotary_fraction", self.rotary_fraction, "must be in (0, 1]")
         if self.rotary_dim % 2:
             rotated = f"head_dim = {self.head_dim} rotates {self.rotary_dim} channels"
             raise ConfigError("rotary_fraction", self.rotary_fraction, f"{rotated}, which must be even")
 
+    @property
+    def full_attention(self) -> bool:
+        return not self.window
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        heads, kv_heads = self.heads(d_model)
+        return Cost(
+            cache=2 * kv_heads * self.head_dim * min(self.window or context, context),
+            flops=4 * heads * self.head_dim * visible(context, self.window),
+        )
+
+    def explicit(self, d_model: int) -> "Config":
+        heads, kv_heads = self.heads(d_model)
+        return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads)
+
 
 class Mixer(TokenMixer):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        self.config = config
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        self.config, d_model = config, site.d_model
         heads, self.kv_heads = config.heads(d_model)
         width, kv_width = heads * config.head_dim, self.kv_heads * config.head_dim
         kv_axes = ("embed", "kv_heads")
@@ -94,10 +107,12 @@ class Mixer(TokenMixer):
         self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
-        self, x_BTD: jax.Array, rows: Rows, cache: TokenCache | None = None, shared: Any = None
+        self, x_BTD: jax.Array, context: Context, cache: TokenCache | None = None
     ) -> tuple[jax.Array, TokenCache | None]:
-        config = self.config
+        config, rows = self.config, context.rows
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, rows)
+        context.record("q", q_BTHK)
+        context.record("k", k_BTGK)
         scale, window = config.head_dim**-0.5, config.window
         if cache is None:
             o_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, rows, scale=scale, window=window)
@@ -127,12 +142,3 @@ class Mixer(TokenMixer):
         size = min(window, max_length) if window else slots(max_length)
         shape = (batch, size, self.kv_heads, self.config.head_dim)
         return TokenCache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), jnp.int32(0))
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    heads, kv_heads = config.heads(d_model)
-    return Cost(
-        cache_per_token=2 * kv_heads * config.head_dim,
-        window=config.window,
-        flops_per_context=4 * heads * config.head_dim,
-    )

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import linear_mixer
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.layers import Linear
-from hybridlm.linear_mixer import Heads, Inputs, LinearMixer, split_heads
-from hybridlm.mixers import Cost, at_least
-from hybridlm.rows import Rows
+from hybridlm.fields import Above, Count, Positive
+from hybridlm.layers import Linear, split_heads
+from hybridlm.linear_mixer import Heads, Inputs, LinearMixer, OutputGate
+from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,12 @@ class Config(linear_mixer.Config):
     gate_normalizer: divides the log decay; larger forgets more slowly.
     """
 
-    num_heads: int = 4
-    head_dim: int = 0
-    conv_size: int = 0
-    gate_rank: int = 16
-    gate_normalizer: float = 16.0
-    output_gate: str = "swish"
+    num_heads: Positive = 4
+    head_dim: Count = 0
+    conv_size: Count = 0
+    gate_rank: Positive = 16
+    gate_normalizer: Above = 16.0
+    output_gate: OutputGate = "swish"
 
     def heads(self, d_model: int) -> Heads:
         key = self.head_dim or d_model // 2 // self.num_heads
@@ -42,9 +43,6 @@ class Config(linear_mixer.Config):
         return Heads(self.num_heads, self.num_heads, key, value)
 
     def check(self, d_model: int) -> None:
-        at_least(self, 1, "num_heads", "gate_rank")
-        if self.gate_normalizer <= 0:
-            raise ConfigError("gate_normalizer", self.gate_normalizer, "must be above 0")
         if d_model % (2 * self.num_heads) and not (self.head_dim and self.v_head_dim):
             raise ConfigError(
                 "num_heads",
@@ -55,21 +53,17 @@ class Config(linear_mixer.Config):
 
 
 class Mixer(LinearMixer):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        super().__init__(config, d_model, rngs=rngs)
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        super().__init__(config, site, rngs=rngs)
         self.silu = config.conv_size > 0
         self.gate_normalizer = config.gate_normalizer
-        self.f_a_proj = Linear(d_model, config.gate_rank, rngs=rngs, axes=("embed", None))
+        self.f_a_proj = Linear(site.d_model, config.gate_rank, rngs=rngs, axes=("embed", None))
         self.f_b_proj = Linear(
             config.gate_rank, self.heads.key_width, rngs=rngs, axes=(None, "heads"), bias=True
         )
 
-    def inputs(
-        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array | None
-    ) -> Inputs:
+    def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)
         return Inputs(q, k, v, jax.nn.log_sigmoid(f_BTHK.astype(jnp.float32)) / self.gate_normalizer)
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    return linear_mixer.cost(config.heads(d_model), config.conv_size, delta=False)

@@ -5,21 +5,23 @@ y = W_o (rmsnorm(h) * swish(W_g x)) with the norm over the whole width; lb: see 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import mixers
+from hybridlm.context import Context
+from hybridlm.fields import Count, Epsilon
 from hybridlm.forget_gate import LowerBounds, log_forget
-from hybridlm.layers import Linear, RMSNorm, ShortConv
-from hybridlm.mixers import Cost, TokenMixer, at_least
-from hybridlm.rows import Rows
+from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve
+from hybridlm.mixers import Cost, Site, TokenMixer
 from hybridlm.vector_recurrence import vector_recurrence
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mixers.Config):
     """HGRN.
 
     width: channels of the recurrence; 0 is d_model.
@@ -28,29 +30,30 @@ class Config:
     norm_eps: of the output norm.
     """
 
-    width: int = 0
-    conv_size: int = 0
+    width: Count = 0
+    conv_size: Count = 0
     lower_bound: bool = True
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
 
-    def check(self, d_model: int) -> None:
-        at_least(self, 0, "width", "conv_size", "norm_eps")
+    def cost(self, d_model: int, context: int) -> Cost:
+        width = self.width or d_model
+        return Cost(state=width + max(self.conv_size - 1, 0) * 2 * width, flops=5 * width)
 
-
-class Cache(NamedTuple):
-    """state: float32 [B, width]; history: raw inputs of the i and f convolutions, () without."""
-
-    state: jax.Array
-    history: tuple[jax.Array, ...]
+    def explicit(self, d_model: int) -> "Config":
+        return dataclasses.replace(self, width=self.width or d_model)
 
 
 class Shared(LowerBounds):
-    def __init__(self, config: Config, d_model: int, num_layers: int, *, rngs: nnx.Rngs):
-        super().__init__(num_layers, config.width or d_model, config.lower_bound, rngs=rngs)
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        super().__init__(site.num_layers, config.width or site.d_model, config.lower_bound, rngs=rngs)
 
 
 class Mixer(TokenMixer):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+    config_class = Config
+    shared_class = Shared
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model = site.d_model
         self.width, self.conv_size = config.width or d_model, config.conv_size
         self.i_proj = Linear(d_model, self.width, rngs=rngs)
         self.f_proj = Linear(d_model, self.width, rngs=rngs)
@@ -62,30 +65,23 @@ class Mixer(TokenMixer):
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
-        self, x_BTD: jax.Array, rows: Rows, cache: Cache | None = None, shared: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
         before = self.init_cache(x_BTD.shape[0], 0, x_BTD.dtype) if cache is None else cache
-        i, f = self.i_proj(x_BTD), self.f_proj(x_BTD)
-        history: tuple[jax.Array, ...] = ()
-        if self.conv_size:
-            past = (None, None) if cache is None else cache.history
-            i, past_i = self.i_conv(i, rows, past[0])
-            f, past_f = self.f_conv(f, rows, past[1])
-            history = (past_i, past_f)
-        assert shared is not None
-        log_f = log_forget(f, shared)
+        past = None if cache is None else cache.history
+        (i, f), history = convolve(
+            self._convs(), (self.i_proj(x_BTD), self.f_proj(x_BTD)), context.rows, past
+        )
+        log_f = log_forget(f, context.shared)
         x = -jnp.expm1(log_f) * jax.nn.silu(i.astype(jnp.float32))
-        h = vector_recurrence(x, log_f, rows.positions == 0, before.state)
+        h = vector_recurrence(x, log_f, context.rows.positions == 0, before.state)
         gate = jax.nn.silu(self.g_proj(x_BTD).astype(jnp.float32))
         y_BTD = self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else Cache(h[:, -1], history)
+        return y_BTD, None if cache is None else RecurrentCache(h[:, -1], history)
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> Cache:
-        convs = (self.i_conv, self.f_conv) if self.conv_size else ()
+    def _convs(self) -> tuple[ShortConv, ...]:
+        return (self.i_conv, self.f_conv) if self.conv_size else ()
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
         state = jnp.zeros((batch, self.width), jnp.float32)
-        return Cache(state, tuple(conv.init_history(batch, dtype) for conv in convs))
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    width = config.width or d_model
-    return Cost(state=width + max(config.conv_size - 1, 0) * 2 * width, flops=5 * width)
+        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))

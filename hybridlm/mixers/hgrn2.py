@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import linear_mixer
+from hybridlm import linear_mixer, mixers
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Count, Positive
 from hybridlm.forget_gate import LowerBounds, log_forget
-from hybridlm.layers import RMSNorm
-from hybridlm.linear_mixer import Heads, Inputs, LinearMixer, merge_heads, split_heads
-from hybridlm.mixers import Cost, at_least, whole_heads
-from hybridlm.rows import Rows
+from hybridlm.layers import RMSNorm, merge_heads, split_heads
+from hybridlm.linear_mixer import Heads, Inputs, LinearMixer
+from hybridlm.mixers import Cost, Site, whole_heads
 
 NORM_EPS = 1e-5  # FLA's layer ignores the model's norm_eps
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mixers.Config):
     """HGRN2.
 
     num_heads: heads; 0 is d_model / head_dim.
@@ -35,10 +36,10 @@ class Config:
     lower_bound: whether forget gates have the learned layer-wise lower bound.
     """
 
-    num_heads: int = 0
-    head_dim: int = 128
-    v_head_dim: int = 0
-    conv_size: int = 0
+    num_heads: Count = 0
+    head_dim: Positive = 128
+    v_head_dim: Count = 0
+    conv_size: Count = 0
     lower_bound: bool = True
 
     def heads(self, d_model: int) -> Heads:
@@ -46,38 +47,39 @@ class Config:
         return Heads(num, num, self.head_dim, self.v_head_dim or d_model // num)
 
     def check(self, d_model: int) -> None:
-        at_least(self, 1, "head_dim")
-        at_least(self, 0, "num_heads", "v_head_dim", "conv_size")
         whole_heads(self, d_model, self.head_dim)
         heads = self.heads(d_model)
         heads.check()
         if not self.v_head_dim and d_model % heads.num:
             raise ConfigError("num_heads", heads.num, f"must divide d_model = {d_model}")
 
+    def cost(self, d_model: int, context: int) -> Cost:
+        return linear_mixer.cost(self.heads(d_model), self.conv_size, delta=False)
+
+    def explicit(self, d_model: int) -> "Config":
+        heads = self.heads(d_model)
+        return dataclasses.replace(self, num_heads=heads.num, v_head_dim=heads.value)
+
 
 class Shared(LowerBounds):
-    def __init__(self, config: Config, d_model: int, num_layers: int, *, rngs: nnx.Rngs):
-        super().__init__(num_layers, config.heads(d_model).key_width, config.lower_bound, rngs=rngs)
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        super().__init__(site.num_layers, config.heads(site.d_model).key_width, config.lower_bound, rngs=rngs)
 
 
 class Mixer(LinearMixer):
+    config_class = Config
+    shared_class = Shared
     silu = False
 
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        heads = config.heads(d_model)
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        heads = config.heads(site.d_model)
         common = linear_mixer.Config(heads.num, heads.key, heads.value, config.conv_size, norm_eps=NORM_EPS)
-        super().__init__(common, d_model, rngs=rngs)
+        super().__init__(common, site, rngs=rngs)
         self.o_norm = RMSNorm(heads.value_width, rngs=rngs, eps=NORM_EPS, axis="heads")
 
-    def inputs(
-        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array
-    ) -> Inputs:
-        log_f_BTHK = log_forget(k, split_heads(shared, self.heads.key))
+    def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
+        log_f_BTHK = log_forget(k, split_heads(context.shared, self.heads.key))
         return Inputs(jax.nn.silu(q), -jnp.expm1(log_f_BTHK).astype(k.dtype), v, log_f_BTHK)
 
     def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
         return self.o_norm(merge_heads(o_BTHV))
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    return linear_mixer.cost(config.heads(d_model), config.conv_size, delta=False)

@@ -7,25 +7,26 @@ y = W_o (rmsnorm(o) * sigmoid(W_g2 W_g1 x)),   q, k, v = silu(conv(W x)),  q and
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import linear_mixer
-from hybridlm.errors import ConfigError
-from hybridlm.layers import Linear, param, zeros
+from hybridlm.context import Context
+from hybridlm.fields import INT32, Epsilon, Limits
+from hybridlm.layers import Linear, param, split_heads, zeros
 from hybridlm.linear_mixer import (
     Inputs,
     LinearMixer,
+    OutputGate,
     dt_bias_init,
     log_uniform,
     softplus_decay,
-    split_heads,
     write_strength,
 )
-from hybridlm.mixers import Cost, at_least
-from hybridlm.rows import Rows
+from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,27 +38,28 @@ class Config(linear_mixer.GroupedConfig):
     output_gate_bias: bias of the output gate's second matrix (FLA has it, Kimi's released weights do not).
     """
 
-    lower_bound: float = 0.0
-    output_gate: str = "sigmoid"
-    output_gate_rank: int = 0
+    lower_bound: Annotated[float, Limits(-1e9, 0)] = 0.0
+    output_gate: OutputGate = "sigmoid"
+    output_gate_rank: Annotated[int, Limits(-1, INT32)] = 0
     output_gate_bias: bool = True
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
 
-    def check(self, d_model: int) -> None:
-        at_least(self, -1, "output_gate_rank")
-        if self.lower_bound > 0:
-            raise ConfigError("lower_bound", self.lower_bound, "must be 0 (none) or a negative log decay")
-        super().check(d_model)
+    def explicit(self, d_model: int) -> "Config":
+        explicit = super().explicit(d_model)
+        assert isinstance(explicit, Config)
+        same = self.output_gate_rank == explicit.v_head_dim
+        return dataclasses.replace(explicit, output_gate_rank=0) if same else explicit
 
 
 class Mixer(LinearMixer):
+    config_class = Config
     qk_l2norm = True
 
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        heads = config.heads(d_model)
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model, heads = site.d_model, config.heads(site.d_model)
         super().__init__(
             config,
-            d_model,
+            site,
             rngs=rngs,
             gate_rank=max(config.output_gate_rank or heads.value, 0),
             gate_bias=config.output_gate_bias,
@@ -71,9 +73,7 @@ class Mixer(LinearMixer):
         self.A_log = param(rngs, (heads.num_v,), ("heads",), A_log_init, decay=False)
         self.dt_bias = param(rngs, (decay_width,), ("heads",), dt_bias_init, decay=False)
 
-    def inputs(
-        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array | None
-    ) -> Inputs:
+    def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)
         dt_bias_HK = split_heads(self.dt_bias[...], self.heads.key)
         log_decay_BTHK = channel_decay(f_BTHK, self.A_log[...], dt_bias_HK, self.lower_bound)
@@ -88,7 +88,3 @@ def channel_decay(
     if lower_bound:
         return lower_bound * jax.nn.sigmoid(jnp.exp(A_log_H1) * (f_BTHK.astype(jnp.float32) + dt_bias_HK))
     return softplus_decay(f_BTHK, A_log_H1, dt_bias_HK)
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    return linear_mixer.cost(config.heads(d_model), config.conv_size, delta=True)

@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import mixers
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.layers import Linear, RMSNorm, rotate
-from hybridlm.linear_mixer import merge_heads, split_heads
-from hybridlm.mixers import Cost, TokenMixer, at_least, whole_heads
+from hybridlm.fields import Count, Epsilon, Positive, Theta
+from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
+from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots
+from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots, visible
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mixers.Config):
     """Multi-head latent attention.
 
     num_heads: heads; 0 is d_model / v_head_dim.
@@ -37,14 +39,14 @@ class Config:
     norm_eps: of the latents' norms.
     """
 
-    num_heads: int = 0
-    q_lora_rank: int = 0
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
+    num_heads: Count = 0
+    q_lora_rank: Count = 0
+    kv_lora_rank: Positive = 512
+    qk_nope_head_dim: Positive = 128
+    qk_rope_head_dim: Count = 64
+    v_head_dim: Positive = 128
+    rope_theta: Theta = 10000.0
+    norm_eps: Epsilon = 1e-6
 
     def heads(self, d_model: int) -> int:
         return self.num_heads or d_model // self.v_head_dim
@@ -54,8 +56,6 @@ class Config:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def check(self, d_model: int) -> None:
-        at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-        at_least(self, 0, "num_heads", "q_lora_rank", "qk_rope_head_dim", "rope_theta", "norm_eps")
         whole_heads(self, d_model, self.v_head_dim)
         if self.rope_theta and self.qk_rope_head_dim % 2:
             raise ConfigError(
@@ -65,9 +65,26 @@ class Config:
                 "Or set rope_theta=0.",
             )
 
+    @property
+    def full_attention(self) -> bool:
+        return True
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        heads = self.heads(d_model)
+        return Cost(
+            cache=(self.kv_lora_rank + self.qk_rope_head_dim) * context,
+            flops=2 * heads * (self.qk_head_dim + self.v_head_dim) * visible(context, 0),
+        )
+
+    def explicit(self, d_model: int) -> "Config":
+        return dataclasses.replace(self, num_heads=self.heads(d_model))
+
 
 class Mixer(TokenMixer):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model = site.d_model
         self.config, heads = config, config.heads(d_model)
         rank, q_rank, shared = config.kv_lora_rank, config.q_lora_rank, config.qk_rope_head_dim
         if q_rank:
@@ -82,8 +99,9 @@ class Mixer(TokenMixer):
         self.o_proj = Linear(heads * config.v_head_dim, d_model, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
-        self, x_BTD: jax.Array, rows: Rows, cache: TokenCache | None = None, shared: Any = None
+        self, x_BTD: jax.Array, context: Context, cache: TokenCache | None = None
     ) -> tuple[jax.Array, TokenCache | None]:
+        rows = context.rows
         nope, scale = self.config.qk_nope_head_dim, self.config.qk_head_dim**-0.5
         q_BTHK = self.q_proj(self.q_a_norm(self.q_a_proj(x_BTD)) if self.config.q_lora_rank else x_BTD)
         q_BTHK = split_heads(q_BTHK, self.config.qk_head_dim)
@@ -98,6 +116,8 @@ class Mixer(TokenMixer):
             k_BT1P = latent_BTC[:, :, None, rank:]
             k_BTHK = jnp.concatenate([k_BTHN, jnp.broadcast_to(k_BT1P, q_BTHP.shape)], axis=-1)
             q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], axis=-1)
+            context.record("q", q_BTHK)
+            context.record("k", k_BTHK)
             o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
             return self.o_proj(merge_heads(o_BTHV)), None
         index_T, first_BT = packed_indices(rows, cache.length, 0)
@@ -122,11 +142,3 @@ class Mixer(TokenMixer):
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache:
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return TokenCache(jnp.zeros((batch, slots(max_length), width), dtype), jnp.int32(0))
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    heads = config.heads(d_model)
-    return Cost(
-        cache_per_token=config.kv_lora_rank + config.qk_rope_head_dim,
-        flops_per_context=2 * heads * (config.qk_head_dim + config.v_head_dim),
-    )

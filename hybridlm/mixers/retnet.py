@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 
 from hybridlm import linear_mixer
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Count, Positive, Theta
 from hybridlm.layers import rotate
-from hybridlm.linear_mixer import Inputs, LinearMixer
-from hybridlm.mixers import Cost, at_least
-from hybridlm.rows import Rows
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
+from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,32 +31,27 @@ class Config(linear_mixer.Config):
 
     v_expansion: ClassVar[int] = 2
 
-    head_dim: int = 256
-    conv_size: int = 0
-    rope_theta: float = 10000.0
-    output_gate: str = "swish"
+    head_dim: Positive = 256
+    conv_size: Count = 0
+    rope_theta: Theta = 10000.0
+    output_gate: OutputGate = "swish"
 
     def check(self, d_model: int) -> None:
-        at_least(self, 0, "rope_theta")
         if self.rope_theta and self.head_dim % 2:
             raise ConfigError("head_dim", self.head_dim, "must be even to be rotated", "Or set rope_theta=0.")
         super().check(d_model)
 
 
 class Mixer(LinearMixer):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        super().__init__(config, d_model, rngs=rngs)
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        super().__init__(config, site, rngs=rngs)
         self.silu = config.conv_size > 0
         self.rope_theta = config.rope_theta
 
-    def inputs(
-        self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows, shared: jax.Array | None
-    ) -> Inputs:
+    def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         if self.rope_theta:
-            q, k = (rotate(x, rows.positions, self.rope_theta) for x in (q, k))
+            q, k = (rotate(x, context.rows.positions, self.rope_theta) for x in (q, k))
         log_decay_H = np.log1p(-(2.0 ** (-5 - np.arange(self.heads.num)))).astype(np.float32)
         return Inputs(q, k, v, jnp.broadcast_to(log_decay_H, v.shape[:3]))
-
-
-def cost(config: Config, d_model: int) -> Cost:
-    return linear_mixer.cost(config.heads(d_model), config.conv_size, delta=False)

@@ -1,26 +1,52 @@
-"""What follows the mixer in a block, one file a kind: `hybridlm/mlps/<kind>.py` defines Config, Mlp and idle.
+"""What follows the mixer in a block, one file a kind: `hybridlm/mlps/<kind>.py` has a Config and an Mlp.
 
-    Config: frozen dataclass of settings, each with a default; `check(d_model)` refuses impossible ones.
-    Mlp(config, d_model, rngs=rngs): `(x [..., D], rows) -> (y [..., D], balance)`. balance is None, or the
-        load-balancing loss of this call (float32 scalar), a mean over the tokens that are not padding.
-    idle(config, d_model): parameters of one layer that a given token does not touch.
-
-Adding a file adds a kind.
+Adding a file adds a kind; "module:Class" names one that lives elsewhere. Kind "none" is a block without.
 """
 
-import importlib
-import pkgutil
-from types import ModuleType
+import dataclasses
+import sys
+from typing import Any, ClassVar
 
-from hybridlm.errors import ConfigError, nearest
+import jax
+from flax import nnx
+
+from hybridlm import kinds as _kinds
+from hybridlm.context import Context
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_kinds.Settings):
+    """What the settings of every kind can be asked; a kind adds its fields, each with a default."""
+
+    def check(self, d_model: int) -> None:
+        """ConfigError, with a field relative to the definition, for settings that do not fit together."""
+
+    def filled(self, model_hidden: int) -> Any:
+        """The settings with those that follow from model.mlp_hidden put in."""
+        return self
+
+    def idle(self, d_model: int) -> int:
+        """Parameters of one layer that a given token does not touch."""
+        return 0
+
+
+class Mlp(nnx.Module):
+    """Mlp(config, site, rngs=rngs): x [..., D] -> y [..., D]; a decode step has no T axis."""
+
+    config_class: ClassVar[type[Config]]
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        raise NotImplementedError
 
 
 def kinds() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return _kinds.names(sys.modules[__name__])
 
 
-def load(kind: str) -> ModuleType:
-    """The module of ``kind``; ConfigError for a kind that has no file."""
-    if kind not in kinds():
-        raise ConfigError("kind", kind, "must be one of " + ", ".join(kinds()), nearest(kind, kinds()))
-    return importlib.import_module(f"hybridlm.mlps.{kind}")
+def load(kind: str) -> Any:
+    """The Mlp of ``kind``; ConfigError for a kind that there is not."""
+    return _kinds.load(sys.modules[__name__], kind, "Mlp")
+
+
+def config_class(kind: str) -> type[Config]:
+    return load(kind).config_class

@@ -16,20 +16,24 @@ Shape legend: N tokens, D model width, E experts, S = top_k choices, F expert wi
 """
 
 import dataclasses
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import mlps
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.layers import Linear, SwiGLU, normal, param, zeros
-from hybridlm.mixers import at_least, one_of
-from hybridlm.rows import Rows
+from hybridlm.fields import Above, Count, NonNegative, Positive
+from hybridlm.layers import Linear, Rule, SwiGLU, normal, param, zeros
+from hybridlm.mixers import Site
 from hybridlm.sharding import per_shard
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mlps.Config):
     """Mixture of experts.
 
     num_experts: experts to choose from.
@@ -38,8 +42,10 @@ class Config:
     router: "softmax" (over all experts) or "sigmoid" (each by itself).
     normalize: the weights of a token's experts sum to 1 (before ``scale``).
     scale: factor on the weights (DeepSeek-V3's routed_scaling_factor).
-    selection_bias: a bias per expert that takes part in the choice, not in the weight. It has no gradient and
-        keeps the value it was imported with.
+    selection_bias: a bias per expert that takes part in the choice, not in the weight. It has no gradient:
+        each step moves it by bias_rate, up for experts that got fewer tokens than the mean and down for those
+        that got more (auxiliary-loss-free balancing, arXiv 2408.15664, algorithm 1).
+    bias_rate: that step; 0 keeps the bias as it is.
     num_groups, top_groups: experts stand in num_groups groups of neighbours, of which the top_groups with the
         highest sum of their two best experts are eligible; 1, 1 for no groups.
     shared_hidden: width of the expert that every token goes to; 0 for none.
@@ -47,25 +53,21 @@ class Config:
     balance_loss: weight of the load-balancing loss, which is averaged over the stack's expert layers.
     """
 
-    num_experts: int = 8
-    top_k: int = 2
-    hidden: int = 512
-    router: str = "softmax"
+    num_experts: Positive = 8
+    top_k: Positive = 2
+    hidden: Positive = 512
+    router: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
-    scale: float = 1.0
+    scale: Above = 1.0
     selection_bias: bool = False
-    num_groups: int = 1
-    top_groups: int = 1
-    shared_hidden: int = 0
+    bias_rate: NonNegative = 0.001
+    num_groups: Positive = 1
+    top_groups: Positive = 1
+    shared_hidden: Count = 0
     shared_gate: bool = False
-    balance_loss: float = 0.01
+    balance_loss: NonNegative = 0.01
 
     def check(self, d_model: int) -> None:
-        at_least(self, 1, "num_experts", "top_k", "hidden", "num_groups", "top_groups")
-        at_least(self, 0, "shared_hidden", "balance_loss")
-        one_of(self, "router", ["softmax", "sigmoid"])
-        if self.scale <= 0:
-            raise ConfigError("scale", self.scale, "must be above 0")
         groups = f"num_experts = {self.num_experts} in groups of at least 2"
         if self.num_groups > 1 and (
             self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups
@@ -81,14 +83,23 @@ class Config:
         if self.shared_gate and not self.shared_hidden:
             raise ConfigError("shared_gate", True, "needs a shared expert", "Set shared_hidden.")
 
+    def idle(self, d_model: int) -> int:
+        return (self.num_experts - self.top_k) * 3 * d_model * self.hidden
 
-class Mlp(nnx.Module):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        self.config = config
+
+class Mlp(mlps.Mlp):
+    """Records "loss.balance" and "load", the choices of each expert [E], over tokens that are not padding."""
+
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        self.config, d_model = config, site.d_model
         experts, hidden = config.num_experts, config.hidden
         self.router = Linear(d_model, experts, rngs=rngs, axes=("embed", None), cast=False)
-        bias = config.selection_bias
-        self.selection_bias = param(rngs, (experts,), (None,), zeros, decay=False) if bias else None
+        self.selection_bias = None
+        if config.selection_bias:
+            rule = Rule("load", functools.partial(rebalance, rate=config.bias_rate))
+            self.selection_bias = param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
         self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
         self.up = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
@@ -98,7 +109,7 @@ class Mlp(nnx.Module):
         if config.shared_gate:
             self.shared_gate = Linear(d_model, 1, rngs=rngs, axes=("embed", None))
 
-    def __call__(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         x_BTD = x if x.ndim == 3 else x[:, None]  # a decode step has no T axis
         p_BTE = self._probabilities(x_BTD)
         choice_BTS, weight_BTS = self._choose(p_BTE)
@@ -110,9 +121,12 @@ class Mlp(nnx.Module):
         if self.config.shared_hidden:
             shared = self.shared(x)
             y_BTD += jax.nn.sigmoid(self.shared_gate(x)) * shared if self.config.shared_gate else shared
-        if not self.config.balance_loss:
-            return y_BTD, None
-        return y_BTD, self._balance(p_BTE, choice_BTS, rows.segment_ids.reshape(x_BTD.shape[:2]) != 0)
+        real_BT = context.rows.segment_ids.reshape(x_BTD.shape[:2]) != 0
+        chosen_BTE = jax.nn.one_hot(choice_BTS, self.config.num_experts).sum(-2)
+        context.record("load", jnp.sum(jnp.where(real_BT[..., None], chosen_BTE, 0), (0, 1)))
+        if self.config.balance_loss:
+            context.record("loss.balance", self._balance(p_BTE, chosen_BTE, real_BT))
+        return y_BTD
 
     def _probabilities(self, x: jax.Array) -> jax.Array:
         logits = self.router(x.astype(jnp.float32))
@@ -135,9 +149,8 @@ class Mlp(nnx.Module):
             weight /= weight.sum(-1, keepdims=True) + 1e-20
         return choice, weight * config.scale
 
-    def _balance(self, p_BTE: jax.Array, choice_BTS: jax.Array, real_BT: jax.Array) -> jax.Array:
+    def _balance(self, p_BTE: jax.Array, chosen: jax.Array, real_BT: jax.Array) -> jax.Array:
         share = p_BTE / p_BTE.sum(-1, keepdims=True)
-        chosen = jax.nn.one_hot(choice_BTS, self.config.num_experts).sum(-2)
         count = jnp.maximum(real_BT.sum(), 1)
         mean = lambda per_token: jnp.sum(jnp.where(real_BT[..., None], per_token, 0), (0, 1)) / count
         return self.config.balance_loss * self.config.num_experts * jnp.sum(mean(chosen) * mean(share))
@@ -165,5 +178,6 @@ def _experts(
     return jnp.einsum("btsd,bts->btd", y_BTSD, weight_BTS.astype(y.dtype))
 
 
-def idle(config: Config, d_model: int) -> int:
-    return (config.num_experts - config.top_k) * 3 * d_model * config.hidden
+def rebalance(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
+    """The selection bias after a step in which expert e was chosen ``load_E`` times."""
+    return bias_E + rate * jnp.sign(jnp.mean(load_E) - load_E)

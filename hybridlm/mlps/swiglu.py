@@ -5,32 +5,31 @@ import dataclasses
 import jax
 from flax import nnx
 
-from hybridlm.errors import ConfigError
+from hybridlm import mlps
+from hybridlm.context import Context
+from hybridlm.fields import Count
 from hybridlm.layers import SwiGLU
-from hybridlm.rows import Rows
+from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(mlps.Config):
     """SwiGLU.
 
     hidden: width between the projections; 0 is model.mlp_hidden.
     """
 
-    hidden: int = 0
+    hidden: Count = 0
 
-    def check(self, d_model: int) -> None:
-        if self.hidden < 0:
-            raise ConfigError("hidden", self.hidden, "must be at least 0 (model.mlp_hidden)")
+    def filled(self, model_hidden: int) -> "Config":
+        return dataclasses.replace(self, hidden=self.hidden or model_hidden)
 
 
 class Mlp(SwiGLU):
-    def __init__(self, config: Config, d_model: int, *, rngs: nnx.Rngs):
-        super().__init__(d_model, config.hidden, rngs=rngs)
+    config_class = Config
 
-    def __call__(self, x: jax.Array, rows: Rows) -> tuple[jax.Array, None]:  # type: ignore[override]
-        return super().__call__(x), None
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        super().__init__(site.d_model, config.hidden, rngs=rngs)
 
-
-def idle(config: Config, d_model: int) -> int:
-    return 0
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x)

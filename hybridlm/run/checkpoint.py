@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from hybridlm import trees
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import seal
 
@@ -30,6 +31,7 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack t
 
 State = dict[str, Any]
 
+FORMAT = 2  # in the record: parameters by layer (1, without a number: stacked, hybridlm 0.1.0)
 ITEMS = ("params", "opt_state", "step", "run")  # of a training state
 COMMITTED = "commit_success.txt"  # to Orbax a directory without it is no checkpoint
 HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
@@ -46,57 +48,46 @@ FIXED = (
     "train.batch_size",
     "train.seq_len",
     "optimizer.name",
+    "optimizer.freeze",
 )
 FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """Leaves by dotted path: {"segments.0.0.mixer.A_log": array, ...}; a bare leaf is named "value"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in leaves}
-
-
-def unflatten(like: Any, flat: dict[str, Any]) -> Any:
-    """The tree shaped as ``like`` whose leaves are looked up in ``flat``."""
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
-
-
 class Keep(NamedTuple):
-    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest by ``metric`` that have one."""
+    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest of those that have a score."""
 
     last: int
     best: int
-    metric: str
-
-    def score(self, metrics: dict[str, float | None] | None) -> float:
-        """metrics: None for the remains of a checkpoint whose removal was killed; then they go too."""
-        value = metrics[self.metric] if metrics else None
-        return math.inf if value is None else value
+    scores: dict[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        scored = [c for c in checkpoints if self.score(c.metrics) < math.inf]
-        best = sorted(scored, key=lambda c: self.score(c.metrics))[: self.best]
-        kept = {c.step for c in (*checkpoints[-self.last :], *best)}
-        return [c.step in kept for c in checkpoints]
+        steps = [one.step for one in checkpoints]
+        kept = {*steps[-self.last :], *self.ranked(steps)[: self.best]}
+        return [step in kept for step in steps]
+
+    def ranked(self, steps: Iterable[int]) -> list[int]:
+        """Those of ``steps`` that have a score, the best first."""
+        return sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     directory: made when missing.  last: how many of the newest stay.  best: how many stay beside them for the
-    lowest ``metric``; a step saved without it is none of the best.
+    lowest of ``scores``.
+    scores: step -> what it is ranked by, for the caller to fill once it is known, after the save; a step
+        without is none of the best.
     """
 
-    def __init__(self, directory: str | Path, last: int = 2, best: int = 1, metric: str = "val_loss"):
+    def __init__(self, directory: str | Path, last: int = 2, best: int = 1):
         self.directory = Path(directory).absolute()
-        self.keep = Keep(last, best, metric)
+        self.scores: dict[int, float] = {}
+        self.keep = Keep(last, best, self.scores)
         self.filling: int | None = None  # the step that `create` made, which changes until the end
         self.sound: set[int] = set()
         self.need = 0
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self.keep,
-            best_fn=self.keep.score,  # the policy ranks; this makes Orbax write the metric to disk
-            best_mode="min",
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         with translated(self.directory, "checkpoints cannot be kept there"):
@@ -107,11 +98,10 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def best(self) -> int | None:
-        """The step whose metric is the lowest, of those kept; None if no kept step was saved with it."""
-        step = self.manager.best_step()
-        return None if step is None or self.keep.score(self.manager.metrics(step)) == math.inf else step
+        """The best of the steps that are kept; None if none has a score."""
+        return next(iter(self.keep.ranked(self.steps())), None)
 
-    def save(self, step: int, state: State, record: dict[str, Any], metrics: dict[str, float]) -> None:
+    def save(self, step: int, state: State, record: dict[str, Any]) -> None:
         """Starts writing; returns once ``state`` may be overwritten. Waits for the previous save first.
 
         RunError when the disk has no room or the previous save failed; earlier checkpoints are intact.
@@ -124,15 +114,14 @@ class Checkpoints:
                 f"checkpoint at step {step} needs {need:,} bytes but {self.directory} has {free:,} free;"
                 f" {self._intact()}. Free space and start again with --resume=auto."
             )
-        items = {name: ocp.args.StandardSave(flatten(tree)) for name, tree in state.items()}
+        items = {name: ocp.args.StandardSave(trees.flatten(tree)) for name, tree in state.items()}
         args = ocp.args.Composite(**items, run=ocp.args.JsonSave(record))
-        scores = {self.keep.metric: metrics.get(self.keep.metric)}
         with translated(
             self.directory,
             f"the checkpoint at step {step} could not be written ({need:,} bytes)",
             self._intact,
         ):
-            self.manager.save(step, args=args, metrics=scores, force=True)
+            self.manager.save(step, args=args, force=True)
             self._clear_marks()
 
     def record(self, step: int) -> dict[str, Any]:
@@ -147,37 +136,34 @@ class Checkpoints:
         RunError when the checkpoint is damaged.
         """
         self._verify(step)
-        items = {name: ocp.args.StandardRestore(flatten(tree)) for name, tree in like.items()}
+        items = {name: ocp.args.StandardRestore(trees.flatten(tree)) for name, tree in like.items()}
         with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-        return {name: unflatten(tree, restored[name]) for name, tree in like.items()}
+        return {name: trees.unflatten(tree, restored[name]) for name, tree in like.items()}
 
     def create(self, step: int, entry: str, like: Any, record: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of zeros for a caller to fill piece by piece; its arrays, as `open` returns them.
 
-        like: tree of float32 shapes. A layer of a stack is a chunk on disk, so writing one touches no other.
+        like: tree of float32 shapes.
         Orbax gets a number in place of each array, since it would write them all at once.
         """
         self.filling = step
-        leaves = flatten(like)
+        leaves = trees.flatten(like)
         numbers = {name: np.zeros((), np.float32) for name in leaves}
         items = {entry: ocp.args.StandardSave(numbers), "run": ocp.args.JsonSave(record)}
         with translated(self.directory, f"the checkpoint at step {step} could not be written", self._intact):
-            scores = {self.keep.metric: None}
-            self.manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
+            self.manager.save(step, args=ocp.args.Composite(**items), force=True)
         self.wait()
 
-        def chunks(name: str, shape: tuple[int, ...]) -> list[int]:
-            layers = 2 if name.startswith("segments.") else 0
-            rest = list(shape[layers:])
+        def chunks(shape: tuple[int, ...]) -> list[int]:
+            rest = list(shape)
             if rest:
                 rest[0] = max(1, min(rest[0], CHUNK_BYTES // (4 * math.prod(rest[1:]))))
-            return [1] * layers + rest
+            return rest
 
-        shapes = {name: leaf.shape for name, leaf in leaves.items()}
         metadata = {
-            name: {"shape": shape, "chunks": chunks(name, shape), "dtype": "<f4", "compressor": COMPRESSOR}
-            for name, shape in shapes.items()
+            name: {"shape": x.shape, "chunks": chunks(x.shape), "dtype": "<f4", "compressor": COMPRESSOR}
+            for name, x in leaves.items()
         }
         return self._arrays(
             step,

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from hybridlm import cost
+from hybridlm.config import Config
 
 
 class Clock:
@@ -15,10 +15,12 @@ class Clock:
 
     tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches,
     which are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are left out.
+    runs: that share the step; tokens are those of all, and their number stands beside the rates.
     """
 
-    def __init__(self, config: Any, devices: int):
-        self.tokens = config.train.batch_size * config.train.seq_len
+    def __init__(self, config: Config, devices: int, runs: int = 1):
+        self.tokens = runs * config.train.batch_size * config.train.seq_len
+        self.packed = {"packed": runs} if runs > 1 else {}
         peak = cost.peak_flops(jax.devices()[0].device_kind)
         self.mfu_of_rate = cost.train_flops_per_token(config) / (peak * devices) if peak else None
         self.steps, self.total, self.waited = 0, 0.0, 0.0
@@ -46,4 +48,4 @@ class Clock:
         rate = self.tokens / seconds
         mfu = {} if self.mfu_of_rate is None else {"mfu": rate * self.mfu_of_rate}
         times = {"step_seconds": seconds, "data_seconds": waited, "compute_seconds": seconds - waited}
-        return {"tokens_per_second": rate, **times, **mfu}
+        return {"tokens_per_second": rate, **times, **mfu, **self.packed}

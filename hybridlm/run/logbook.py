@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hybridlm import config as configs
+from hybridlm.config import Config
 from hybridlm.errors import RunError
 
 log = logging.getLogger("hybridlm")
@@ -70,15 +71,16 @@ class Logbook:
 
     config: the whole config; ``log`` says where to, ``train.steps`` when it ends.
     start: the step resumed from; 0 for a new run.
+    kept: the lines up to there.  last: the step of the newest of them.
     """
 
-    def __init__(self, workdir: Path, config: Any, *, start: int):
+    def __init__(self, workdir: Path, config: Config, *, start: int):
         first = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl" if first else Path(os.devnull)
         self.bar = Bar(start, config.train.steps, quiet=not first)
         self.tracker = Tracker(workdir, config, "disabled" if not first else config.log.wandb_mode)
-        if first:
-            truncate(self.path, start)
+        self.kept = truncate(self.path, start) if first else []
+        self.last = self.kept[-1]["step"] if self.kept else 0
 
     def __enter__(self) -> "Logbook":
         self.file = self.path.open("ab", buffering=0)  # a line is on its way when `write` returns
@@ -155,7 +157,7 @@ class Bar:
 class Tracker:
     """Weights & Biases, or nothing. Any failure of it is logged once and ends tracking, never the run."""
 
-    def __init__(self, workdir: Path, config: Any, mode: Literal["online", "offline", "disabled"]):
+    def __init__(self, workdir: Path, config: Config, mode: Literal["online", "offline", "disabled"]):
         self.run: Any = None
         if mode == "disabled":
             return

@@ -8,27 +8,27 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import layered, model, program, sharding
+from hybridlm import model, program, schema, sharding
+from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint, cli, processes, watch
 
 
-def dump(path: Path, config: Any, step: int, state: program.State, batch: dict[str, np.ndarray]) -> None:
+def dump(path: Path, config: Config, step: int, state: program.State, batch: dict[str, np.ndarray]) -> None:
     """Writes what ``step`` was made of; every process calls it.
 
-    state: before the step.  batch: the whole of it, as process 0 has it from the data.
+    state: before the step, by canonical names.  batch: the whole of it, as process 0 has it from the data.
     """
     if jax.process_index() == 0 and path.exists():
         shutil.rmtree(path)  # of an earlier start that came to the same step
     processes.barrier("dump")
     with checkpoint.Checkpoints(path / "checkpoints") as saves:
-        saves.save(step, state, {"step": step}, {})
+        saves.save(step, state, {"step": step})
     if jax.process_index() == 0:
         (path / "config.json").write_text(configs.to_json(config))
         np.savez(path / "batch.npz", **batch)  # type: ignore[arg-type]
@@ -45,15 +45,16 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
         mesh = sharding.make_mesh(config.mesh)
         configs.check_batch(config.train, mesh.shape)
     except ConfigError:
-        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        mesh = sharding.make_mesh(schema.Mesh(data=1))
     with jax.set_mesh(mesh), checkpoint.Checkpoints(path / "checkpoints") as saves:
         built = program.build(config, definition, mesh, None)
         step = saves.steps()[-1]
-        state = saves.restore(step, built.shapes)
+        _, join, like = program.by_layer(definition, built)
+        state = join(saves.restore(step, like))
         with np.load(path / "batch.npz") as arrays:
             batch = sharding.put_batch(dict(arrays), mesh)
         metrics = jax.device_get(built.step(state, batch)[1])
-    squares = watch.by_parameter(metrics.pop("squared_norms"), layered.entries(definition))
+    squares = watch.by_parameter(metrics.pop(program.NORMS), definition)
     return step, {name: float(value) for name, value in metrics.items()}, squares
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm import layered
 from hybridlm import model as lm
+from hybridlm import stack
 from hybridlm.run import logbook
 
 log = logging.getLogger("hybridlm")
@@ -48,7 +48,7 @@ class Watch:
     ):
         self.path, self.samples = path, samples
         self.skipped, self.in_a_row = counts
-        self.entries = layered.entries(definition)
+        self.definition = definition
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.norms: deque[float] = deque(maxlen=WINDOW)
         if jax.process_index() == 0:
@@ -87,7 +87,7 @@ class Watch:
     ) -> None:
         if jax.process_index():
             return
-        squares = by_parameter(jax.device_get(dict(squared_norms)), self.entries)
+        squares = by_parameter(jax.device_get(dict(squared_norms)), self.definition)
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":
             first = first_not_finite(squares)
@@ -103,16 +103,30 @@ class Watch:
             details = {"largest": {name: round(squares[name] / total, 4) for name in largest}}
         log.warning("step %d: %s; samples in %s", step, said, self.path.name)
         record = {"step": step, "event": event, "loss": metrics["loss"], "grad_norm": metrics["grad_norm"]}
+        self._event(record | details | {"samples": self.samples(step - 1)})
+
+    def trouble(self, step: int, what: str, error: Exception) -> None:
+        """Reports that looking at ``step`` failed, which changes nothing for training."""
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = ": ".join([type(error).__name__, *lines[:1]])
+        log.error("step %d: %s failed, going on without it: %s", step, what, said)
+        log.debug("%s", what, exc_info=error)
+        self._event({"step": step, "event": f"{what} failed", "error": said})
+
+    def _event(self, record: dict[str, Any]) -> None:
+        """A line of events.jsonl; a disk that refuses it is said in the log."""
         text = {name: str(v) for name, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record | text | details | {"samples": self.samples(step - 1)}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record | text) + "\n")
+        except OSError as error:
+            log.error("%s: cannot be written: %s", self.path, error.strerror)
 
 
-def by_parameter(
-    squared_norms: Mapping[str, np.ndarray], entries: Mapping[str, layered.Entry]
-) -> dict[str, float]:
+def by_parameter(squared_norms: Mapping[str, np.ndarray], definition: lm.Definition) -> dict[str, float]:
     """Canonical parameter name -> squared norm, from the loss down: head, last layer, ..., embedding."""
-    squares = {name: float(squared_norms[entry.path][entry.place]) for name, entry in entries.items()}
+    apart = stack.unstack(definition.layout, squared_norms)
+    squares = {name: float(value) for name, value in apart.items()}
     layers = [name for name in squares if name.startswith("layers.")]
     after = [name for top in ("head", "final_norm") for name in squares if name.split(".")[0] == top]
     before = [name for name in squares if name not in layers and name not in after]

@@ -1,0 +1,80 @@
+"""One layer of the stack: a mixer and an MLP around the residual stream, normed before or after."""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from hybridlm import mixers, mlps, pattern, schema
+from hybridlm.context import Context
+from hybridlm.layers import RMSNorm
+from hybridlm.mixers import Site
+
+
+class Spec(NamedTuple):
+    """One layer: its item of the pattern, and the settings of mixer and MLP.
+
+    post_norm: the block's norms stand after mixer and MLP, not before.
+    frozen: names of its parameters that are not trained.
+    """
+
+    name: str
+    config: mixers.Config
+    mlp_config: mlps.Config
+    post_norm: bool = False
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def mixer(self) -> str:
+        """The mixer's name in the config."""
+        return pattern.split(self.name)[0]
+
+    @property
+    def kind(self) -> str:
+        return self.config.kind
+
+    @property
+    def mlp_kind(self) -> str:
+        return self.mlp_config.kind
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)); or, post-norm, x + norm(mixer(x)), then x + norm(mlp(x)).
+
+    Without an MLP (kind "none") the first half is all.
+    """
+
+    def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
+        self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
+        self.mixer_norm = norm(model, rngs)
+        self.mixer = mixers.load(spec.kind)(spec.config, site, rngs=rngs)
+        if self.has_mlp:
+            self.mlp_norm = norm(model, rngs)
+            self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        mixed, cache = self.mixer(self._before(self.mixer_norm, x_BTD), context, cache)
+        return self._mlp(x_BTD + self._after(self.mixer_norm, mixed), context), cache
+
+    def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        """One more token a row: x and the context's rows without the T axis."""
+        mixed, cache = self.mixer.step(self._before(self.mixer_norm, x_BD), context, cache)
+        return self._mlp(x_BD + self._after(self.mixer_norm, mixed), context), cache
+
+    def _mlp(self, x: jax.Array, context: Context) -> jax.Array:
+        if not self.has_mlp:
+            return x
+        return x + self._after(self.mlp_norm, self.mlp(self._before(self.mlp_norm, x), context))
+
+    def _before(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        return x if self.post_norm else norm(x)
+
+    def _after(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+        return norm(x) if self.post_norm else x
+
+
+def norm(model: schema.Model, rngs: nnx.Rngs) -> RMSNorm:
+    return RMSNorm(model.d_model, rngs=rngs, eps=model.norm_eps, unit_offset=model.norm_unit_offset)

@@ -1,0 +1,187 @@
+"""What a dataclass field accepts: its annotation and limits, held against Python values and against text.
+
+The one idiom of validation: a limit of one field is part of its type (`Annotated[int, Limits(1)]`), a limit
+between fields stands in the class's ``check``. `build` makes an instance of what a user gave. (Pydantic and
+msgspec were looked at: both would still need our words for what is allowed, and the reading of text.)
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+from hybridlm.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+class Limits(NamedTuple):
+    """low to high, both included; ``above``: low itself is not."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    above: bool = False
+
+    def problem(self, value: float) -> str:
+        """What is wrong with ``value``, "" if nothing."""
+        if value < self.low or (self.above and value == self.low):
+            return f"must be {'above' if self.above else 'at least'} {self.low:g}"
+        return f"must be at most {number(self.high)}" if value > self.high else ""
+
+
+INT32 = 2**31 - 1  # sizes and steps beyond it overflow indices somewhere
+Positive = Annotated[int, Limits(1, INT32)]
+Count = Annotated[int, Limits(0, INT32)]
+NonNegative = Annotated[float, Limits(0, 1e9)]
+Above = Annotated[float, Limits(0, 1e9, above=True)]
+Fraction = Annotated[float, Limits(0, 1)]
+Epsilon = Annotated[float, Limits(0, 1)]  # of a norm
+Theta = Annotated[float, Limits(0, 1e15)]  # base of rotary frequencies
+
+
+class Named(dict[str, T], Generic[T]):
+    """Definitions by name, in order: a dict that nobody changes, so that it has a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # of a dict it is None
+        return hash(tuple(self.items()))
+
+    def __setitem__(self, name: str, value: T) -> None:
+        raise TypeError("a resolved config does not change: dataclasses.replace makes another")
+
+
+@functools.cache
+def fields(section: Any) -> dict[str, Any]:
+    """Name and annotation of every field of a dataclass."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+@contextmanager
+def under(prefix: str) -> Iterator[None]:
+    """Errors raised inside get their full dotted field; ``prefix`` "" changes nothing."""
+    try:
+        yield
+    except ConfigError as error:
+        raise (error.under(prefix) if prefix else error) from None
+
+
+def build(section: type[T], values: Any, prefix: str = "") -> T:
+    """The instance of a dataclass that ``values``, a mapping of some of its fields, describe.
+
+    ConfigError below ``prefix`` for a field that is not there and a value that does not fit.
+    """
+    mapping(values, prefix)
+    described: Any = section
+    known, given = fields(described), dict(values)
+    with under(prefix):
+        for name, value in given.items():
+            if name not in known:
+                raise ConfigError(name, value, "no such field", nearest(name, known))
+            given[name] = checked(name, known[name], value)
+    return section(**given)
+
+
+def mapping(values: Any, prefix: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(prefix, values, "must be a section with fields, not a value")
+
+
+def checked(name: str, kind: Any, value: Any) -> Any:
+    """`convert`, with a ConfigError for the field ``name``."""
+    try:
+        return convert(kind, value)
+    except ValueError as error:
+        raise ConfigError(name, value, str(error)) from None
+
+
+def describe(kind: Any) -> str:
+    """What a field of annotation ``kind`` accepts, in words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return describe(args[0])
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(describe, args))
+    if origin is tuple:
+        return f"a tuple of {describe(args[0])} each"
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a string",
+        type(None): "None",
+    }[kind]
+
+
+def convert(kind: Any, value: Any) -> Any:
+    """``value`` as annotation ``kind`` wants it; ValueError when it does not fit.
+
+    Exact but for what Python itself treats as the same: an int serves as a float, a list as a tuple.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = convert(args[0], value)
+        for limits in args[1:]:
+            if problem := limits.problem(value):
+                raise ValueError(problem)
+        return value
+    if origin is Literal and value in args and type(value) is type(args[args.index(value)]):
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for arg in args:
+            try:
+                return convert(arg, value)
+            except ValueError:
+                continue
+    elif origin is tuple and isinstance(value, tuple | list):
+        return tuple(convert(args[0], element) for element in value)
+    elif kind is float and type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value):
+        return float(value)
+    elif kind is not float and type(value) is kind:
+        return value
+    raise ValueError(f"must be {describe(kind)}")
+
+
+def parse(kind: Any, text: str) -> Any:
+    """The value of annotation ``kind`` that ``text`` on a command line means; ValueError if it means none.
+
+    Numbers are written in ASCII digits without underscores.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return convert(kind, parse(args[0], text))
+    if origin is Literal:
+        return convert(kind, next((arg for arg in args if str(arg) == text), text))
+    if origin in (types.UnionType, typing.Union):
+        for arg in args:
+            try:
+                return parse(arg, text)
+            except ValueError:
+                continue
+    elif origin is tuple:
+        parts = [part.strip() for part in text.strip("()[] ").split(",")]
+        return tuple(parse(args[0], part.strip("'\"")) for part in parts if part)
+    elif kind is str:
+        return text
+    elif kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif kind is type(None) and text.lower() == "none":
+        return None
+    elif kind is int and re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text):
+        return int(text)
+    elif kind is float and text.isascii() and "_" not in text:
+        try:
+            return convert(float, float(text))
+        except ValueError:
+            pass
+    raise ValueError(f"must be {describe(kind)}")
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

@@ -1,0 +1,53 @@
+"""Kinds by name: a module of a room of this package, or "module:Class" of code that lives anywhere else."""
+
+import dataclasses
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from hybridlm.errors import ConfigError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the ``Config`` of every kind starts from. kind: its name, as a config gives it."""
+
+    kind: str = dataclasses.field(default="", kw_only=True)
+
+
+def names(room: ModuleType) -> list[str]:
+    """The kinds that ``room``, a package, has a file for."""
+    return sorted(module.name for module in pkgutil.iter_modules(room.__path__))
+
+
+def load(room: ModuleType, kind: str, member: str) -> Any:
+    """The class of ``kind``: ``member`` of its module in ``room``, or what "module:Class" names.
+
+    ConfigError for a kind that has no file, and for code that cannot be imported or names no settings.
+    """
+    if ":" in kind:
+        return _outside(kind)
+    if kind not in names(room):
+        known = names(room)
+        raise ConfigError(
+            "kind", kind, "must be one of " + ", ".join(known) + ", or module:Class", nearest(kind, known)
+        )
+    return getattr(importlib.import_module(f"{room.__name__}.{kind}"), member)
+
+
+def _outside(kind: str) -> Any:
+    module, _, name = kind.partition(":")
+    if not all(part.isidentifier() for part in module.split(".")) or not name.isidentifier():
+        raise ConfigError("kind", kind, "must be module:Class, dotted names of Python")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # anything can go wrong in code that is not ours
+        fix = "The module must be importable: installed, or below the folder that Python starts in."
+        problem = f"cannot be imported ({type(error).__name__}: {error})"
+        raise ConfigError("kind", kind, problem, fix) from error
+    config = getattr(found, "config_class", None)
+    if not (isinstance(config, type) and issubclass(config, Settings)):
+        fix = "Name its settings in the class: config_class, a frozen dataclass below hybridlm.mixers.Config."
+        raise ConfigError("kind", kind, "has no config_class", fix)
+    return found

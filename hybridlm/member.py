@@ -1,0 +1,202 @@
+"""One run as the training loop sees it: its data, its folder, what it has measured, why it failed."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridlm import config as configs
+from hybridlm import cost, data, generate
+from hybridlm import model as lm
+from hybridlm.config import Config
+from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.errors import ConfigError
+from hybridlm.program import NORMS, State, per_token
+from hybridlm.run import checkpoint, logbook, processes, replay
+from hybridlm.run.lock import Lock
+from hybridlm.run.watch import Watch
+
+log = logging.getLogger("hybridlm")
+
+Metrics = dict[str, Any]
+Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, params, tokenizer, step)
+
+
+class Member:
+    """config, workdir: of this run.  evaluate: measures the model beside each validation; may be None.
+
+    metrics: of the newest settled step.  failed: why the run ended, "" while it goes on.
+    """
+
+    def __init__(self, config: Config, workdir: Path, evaluate: Evaluate | None, rows: np.ndarray):
+        self.config, self.workdir, self.evaluate = config, workdir, evaluate
+        self.train_data, self.val_data = (build_data(config, split, rows) for split in ("train", "val"))
+        self.definition = lm.build(config)
+        self.record = {
+            "config": configs.portable(config),
+            "layers": cost.summary(config),
+            "fingerprint": self.train_data.fingerprint,
+            "format": checkpoint.FORMAT,
+        }
+        self.metrics: Metrics = {}
+        self.saved: dict[str, Any] = {}
+        self.failed = ""
+
+    def open(self, stack: ExitStack, resume: str) -> None:
+        """Takes the workdir and opens its checkpoints, until ``stack`` closes."""
+        self.lock = stack.enter_context(Lock(self.workdir)) if processes.first() else None
+        if processes.first() and resume != "never":
+            checkpoint.mend(self.workdir / "checkpoints")
+        processes.barrier("workdir")
+        keep, directory = self.config.checkpoint, self.workdir / "checkpoints"
+        saves = checkpoint.Checkpoints(directory, keep.keep_last, keep.keep_best)
+        self.saves = stack.enter_context(saves)
+
+    def begin(self, stack: ExitStack, start: int) -> None:
+        """From step ``start`` on: writes what describes the run, and opens its records."""
+        write_json(self.workdir / "config.json", self.record["config"])
+        write_json(self.workdir / "layers.json", self.record["layers"])
+        for dataset in (self.train_data, self.val_data):
+            dataset.verify(jax.process_index(), jax.process_count())
+        book = logbook.Logbook(self.workdir, self.config, start=start)
+        self.book = stack.enter_context(book)
+        for line in book.kept:
+            self.rank(line)
+        events, samples = self.workdir / "events.jsonl", self.train_data.sample_ids
+        counts = self.saved.get("skipped", (0, 0))
+        self.watch = Watch(events, self.definition, samples, start, counts)
+
+    def read_record(self, start: int) -> None:
+        """Reads the record of the checkpoint at ``start``; ConfigError if this run cannot go on there."""
+        self.saved = self.saves.record(start)
+        if self.saved.get("format") != checkpoint.FORMAT:
+            problem = "holds checkpoints of hybridlm 0.1.0, whose parameters are not named by layer"
+            fix = f"Convert them: python -m hybridlm.convert upgrade --workdir={self.workdir}"
+            raise ConfigError("--workdir", str(self.workdir), problem, fix)
+        config = configs.completed(self.saved["config"])
+        checkpoint.check_unchanged(self.saved | {"config": config}, self.record)
+        if start > self.config.train.steps:
+            problem = f"the checkpoint is already at step {start}"
+            raise ConfigError("train.steps", self.config.train.steps, problem, "Raise it.")
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens ``every`` so many steps follows ``step``; always after the last."""
+        return step == self.config.train.steps or due(step, every)
+
+    def settle(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of ``step``, host values but for the norms."""
+        values = {name: float(value) for name, value in metrics.items() if name != NORMS}
+        if self.lock:
+            self.lock.check()
+        self.metrics = self.watch.see(step, values, metrics[NORMS])
+
+    def give_up(self, step: int, state: State) -> None:
+        """Ends the run after ``step``, the newest, with a dump of the first of the skipped ones.
+
+        None of them changed ``state``, so it is what the first began with.
+        """
+        first = step - self.watch.in_a_row + 1
+        dump = self.workdir / f"dump-{first}"
+        replay.dump(dump, self.config, first, state, self.train_data.whole_batch(first - 1))
+        self.failed = (
+            f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
+            f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "
+            f"{first}; events.jsonl names the samples. Lower the learning rate, or look at the data."
+        )
+
+    def save(self, step: int, state: State, rates: Metrics) -> None:
+        """Starts a checkpoint. If a line of metrics is due at ``step``, what is known of it goes with it."""
+        for dataset in (self.train_data, self.val_data):
+            dataset.verified()  # no checkpoint holds what was learnt from damaged data
+        record = self.record | {"step": step, "skipped": self.watch.counts}
+        if self.pauses(step) or due(step, self.config.log.every_steps):
+            record |= {"unwritten": self.metrics | rates}
+        self.saves.save(step, state, record)
+
+    def pauses(self, step: int) -> bool:
+        """Whether something besides the next step follows ``step``, a line of metrics apart."""
+        config = self.config
+        every = (config.eval.every_steps, config.eval.sample_every_steps, config.checkpoint.every_steps)
+        return any(self.due(step, one) for one in every)
+
+    def finish(self, step: int, params: Any, measure: Callable[[], Metrics], rates: Metrics) -> None:
+        """Validates (``measure``) and samples after ``step`` where that is due, and writes its line."""
+        metrics = self.metrics | rates
+        if self.due(step, self.config.eval.every_steps):
+            metrics |= self.look(step, "validation", measure)
+            if self.evaluate is not None:
+                tokenizer, evaluate = self.train_data.tokenizer, self.evaluate
+                tasks = lambda: evaluate(self.definition, params, tokenizer, step)
+                metrics |= self.look(step, "eval.tasks", tasks)
+        if self.due(step, self.config.eval.sample_every_steps):
+            text = lambda: sample(self.config, self.definition, self.train_data.tokenizer, params)
+            metrics |= self.look(step, "sample", text)
+        self.write(step, metrics)
+
+    def look(self, step: int, what: str, measure: Callable[[], Metrics]) -> Metrics:
+        """What ``measure`` finds. Looking never ends a run: an exception is an event, and nothing is found.
+
+        Of several processes one alone may fail, and the others would wait for it: there it is raised.
+        """
+        try:
+            return measure()
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise
+            self.watch.trouble(step, what, error)
+            return {}
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.book.write(step, metrics)
+        self.rank({"step": step, **metrics})
+
+    def rank(self, line: Metrics) -> None:
+        """Tells the checkpoints how good the one at a line's step is."""
+        value = line.get(self.config.checkpoint.best_metric)
+        if isinstance(value, float):
+            self.saves.scores[line["step"]] = value
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def build_data(config: Config, split: str, rows: np.ndarray | None = None) -> data.Dataset:
+    """One split; rows: those of each batch that this process reads, None for all."""
+    t = config.train
+    sizes = {"batch_size": t.batch_size, "seq_len": t.seq_len, "vocab_size": config.model.vocab_size}
+    return data.build(config.data, split=split, seed=t.seed, rows=rows, **sizes)
+
+
+def held_out(sums: Mapping[str, Any]) -> Metrics:
+    """Sums over held-out batches as the metrics of a validation."""
+    names = {"loss": "val_loss", "accuracy": "val_accuracy", "bits_per_byte": "val_bpb"}
+    return {names.get(name, f"val_{name}"): value for name, value in per_token(dict(sums)).items()}
+
+
+def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | None, params: Any) -> Metrics:
+    """{"sample": text}, or nothing when the config wants none or the tokens stand for no text."""
+    wanted = config.eval
+    if tokenizer is None or not wanted.sample_tokens:
+        return {}
+    tokens = generate.generate(
+        definition,
+        params,
+        [[tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]],
+        max_new_tokens=wanted.sample_tokens,
+        sampling=generate.Sampling(temperature=wanted.temperature),
+        seed=config.train.seed,
+        stop=tokenizer.doc_id,
+    )
+    return {"sample": wanted.sample_prompt + tokenizer.decode(tokens[0])}
+
+
+def write_json(path: Path, value: Any) -> None:
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(value, indent=2) + "\n")

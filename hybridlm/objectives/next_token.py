@@ -1,0 +1,62 @@
+"""Next-token prediction: cross-entropy, z-loss, and the layers' auxiliary losses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hybridlm import loss, objectives
+from hybridlm import model as lm
+from hybridlm.fields import NonNegative
+from hybridlm.objectives import Batch, Sums
+from hybridlm.rows import Rows
+
+AUXILIARY = "loss."  # records of layers that join the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(objectives.Config):
+    """z_loss: weight of log(Z)^2 per token (PaLM, section 5)."""
+
+    z_loss: NonNegative = 0.0
+
+
+class Objective(objectives.Objective):
+    """sums: "loss_sum", "z_loss_sum", "tokens", "correct", "bytes" with token_bytes, and "<name>_loss_sum"
+    for every "loss.<name>" that layers record: its mean over those layers, times the tokens."""
+
+    config_class = Config
+
+    def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
+        self.config, self.definition, self.token_bytes = config, definition, token_bytes
+
+    def loss(
+        self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, Sums]:
+        model = lm.merge(self.definition, params | frozen)
+        rows = Rows(batch["segment_ids"], batch["positions"])
+        hidden, records = model.forward(batch["tokens"], rows, (AUXILIARY + "*", *wanted))
+        total, found = loss.cross_entropy(
+            hidden, model.head_matrix(), batch["targets"], z_loss=self.config.z_loss
+        )
+        sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": self.config.z_loss * found.log_z_squared}
+        sums |= {"tokens": found.tokens, "correct": found.correct}
+        if self.token_bytes is not None:
+            counted = jnp.where(batch["targets"] >= 0, self.token_bytes[batch["targets"]], 0)
+            sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
+        for name, values in by_name(records, AUXILIARY).items():
+            sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * found.tokens
+            total += sums[f"{name}_loss_sum"]
+        if wanted:
+            sums["records"] = {name: value for name, value in records.items() if f".{AUXILIARY}" not in name}
+        return total, sums
+
+
+def by_name(records: dict[str, jax.Array], prefix: str) -> dict[str, list[jax.Array]]:
+    """The records called ``prefix`` and more, without it, layers in order: {"balance": [of layer 0, ...]}."""
+    found: dict[str, list[jax.Array]] = {}
+    for canonical, value in records.items():
+        name = canonical.split(".", 2)[2]  # layers.<index>.<name>
+        if name.startswith(prefix):
+            found.setdefault(name.removeprefix(prefix), []).append(value)
+    return found

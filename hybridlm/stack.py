@@ -1,0 +1,235 @@
+"""The layers of a model, stacked for the scan, and unstacked for everybody else.
+
+Parameters of equal neighbours are stacked: a run of n equal layers inside a period that repeats r times is
+one Block whose parameters have leading axes [r, n], and the forward pass is a scan over r of scans over n.
+Trace and compile time therefore depend on the number of distinct runs, not on depth, and each layer is
+rematerialised by itself (`model.remat`).
+
+Only this module knows the stacked names, "segments.<segment>.<run>.<path in the block>". Everywhere else a
+parameter is "layers.<index>.<path in the block>": in checkpoints, conversion, rules, metrics and messages.
+
+Shape legend: B rows, T tokens, D model width.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hybridlm import plan, schema, trees
+from hybridlm.block import Block, Spec
+from hybridlm.context import Context
+from hybridlm.layers import MLP_INNER
+from hybridlm.mixers import Site
+from hybridlm.rows import Rows
+from hybridlm.sharding import constrain
+
+Cache = tuple[Any, ...]  # one pytree per layer, in layer order
+Carry = tuple[jax.Array, dict[str, Any]]  # x and `Context.carried`
+
+# What the backward pass may keep of a layer, apart from its input.
+REMAT: dict[str, Callable[..., Any] | None] = {
+    "none": None,  # everything: no rematerialisation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
+    "mixer": jax.checkpoint_policies.save_only_these_names(MLP_INNER),  # the MLP's, before its activation
+    "full": jax.checkpoint_policies.nothing_saveable,  # nothing
+}
+
+
+class Stack(nnx.Module):
+    """Lists of stacked Blocks, shaped like ``layout.segments``; a layer's parameters are made from its key.
+
+    layout: of the Specs of the layers.
+    """
+
+    def __init__(self, model: schema.Model, layout: plan.Plan, keys: jax.Array):
+        self.model, self.layout = model, layout
+        self.segments: nnx.List = nnx.List([])
+        for segment, indices in zip(layout.segments, layout.indices(), strict=True):
+            stacks = [self._stack(run.item, i, keys) for run, i in zip(segment.runs, indices, strict=True)]
+            self.segments.append(nnx.List(stacks))
+
+    def _stack(self, spec: Any, indices: np.ndarray, keys: jax.Array) -> Block:
+        def block(key: jax.Array, layer: Any) -> Block:
+            site = Site(self.model.d_model, layer, self.layout.num_layers)
+            return Block(self.model, spec, site, rngs=nnx.Rngs(params=key))
+
+        graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0), 0)))
+        make = lambda key, layer: nnx.state(block(key, layer))
+        return nnx.merge(graph, jax.vmap(jax.vmap(make))(keys[indices], jnp.asarray(indices)))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rows: Rows,
+        cache: Cache | None,
+        shared: Mapping[str, jax.Array],
+        wanted: tuple[str, ...],
+    ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+        """(x, cache with the tokens appended, what the layers recorded by canonical name).
+
+        shared: mixer's name -> [num_layers, ...], of which each layer of that name gets its row.
+        """
+        carry: Carry = (x_BTD, {})
+        appended: list[Any] = [None] * self.layout.num_layers
+        records: dict[str, jax.Array] = {}
+        parts = zip(self.layout.segments, self.layout.indices(), self.segments, strict=True)
+        for segment, table, blocks in parts:
+            runs = []
+            for run, indices, block in zip(segment.runs, table, blocks, strict=True):
+                row = shared[run.item.mixer][indices] if run.item.mixer in shared else None
+                caches = None if cache is None else _gather(cache, indices)
+                runs.append((run.item, *nnx.split(block), row, caches, jnp.asarray(indices, jnp.int32)))
+            carry, outputs = self._segment(carry, rows, runs, wanted)
+            for indices, (caches, recorded) in zip(table, outputs, strict=True):
+                for place, index in np.ndenumerate(indices):
+                    if cache is not None:
+                        appended[index] = jax.tree.map(lambda leaf, place=place: leaf[place], caches)
+                    records |= {f"layers.{index}.{name}": value[place] for name, value in recorded.items()}
+        return carry[0], None if cache is None else tuple(appended), records
+
+    def _segment(
+        self, carry: Carry, rows: Rows, runs: Sequence[tuple], wanted: tuple[str, ...]
+    ) -> tuple[Carry, list[Any]]:
+        """A scan over the segment's repeats of a scan over each run's layers.
+
+        Returns the carry and, for each run, (caches, records) stacked as its layers are.
+        """
+        policy = REMAT[self.model.remat]
+
+        def layer_of(spec: Spec, graph: Any) -> Callable:
+            def layer(carry: Carry, xs: tuple) -> tuple[Carry, Any]:
+                state, row, cache, index = xs
+                context = Context(rows, index, self.layout.num_layers, row, dict(carry[1]), wanted)
+                x, cache = nnx.merge(graph, state)(carry[0], context, cache)
+                if not spec.config.carries and context.carried.keys() != carry[1].keys():
+                    raise ValueError(
+                        f"kind {spec.kind!r} writes into Context.carried: its Config must say so"
+                    )
+                return (constrain(x, ("batch", None, None)), context.carried), (cache, context.records)
+
+            if policy is None:
+                return layer
+            # Inside a scan nothing can be shared across the loop boundary, so the CSE barrier is not needed.
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not self.model.scan)
+
+        layers = [layer_of(spec, graph) for spec, graph, *_ in runs]
+        stacks = [tuple(xs) for _, _, *xs in runs]
+
+        def once(carry: Carry) -> Carry:
+            for layer, xs in zip(layers, stacks, strict=True):
+                carry, _ = layer(carry, jax.tree.map(lambda leaf: leaf[0, 0], xs))
+            return carry
+
+        def period(carry: Carry, xs: list[tuple]) -> tuple[Carry, list[Any]]:
+            outputs = []
+            for layer, run in zip(layers, xs, strict=True):
+                carry, output = self._scan(layer, carry, run)
+                outputs.append(output)
+            return carry, outputs
+
+        if any(spec.config.carries for spec, *_ in runs):  # a scan wants to know all that will be carried
+            later = jax.eval_shape(once, carry)[1]
+            blank = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+            carry = carry[0], jax.tree.map(blank, later) | carry[1]
+        return self._scan(period, carry, stacks)
+
+    def _scan(self, body: Callable, carry: Carry, xs: Any) -> tuple[Carry, Any]:
+        if self.model.scan:
+            return jax.lax.scan(body, carry, xs)
+        outputs = []
+        for index in range(jax.tree.leaves(xs)[0].shape[0]):
+            carry, output = body(carry, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
+            outputs.append(output)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    def blocks(self) -> list[Block]:
+        """Every layer's Block in order, for decoding, where layers are unrolled."""
+        found: list[Any] = [None] * self.layout.num_layers
+        for table, stacks in zip(self.layout.indices(), self.segments, strict=True):
+            for indices, block in zip(table, stacks, strict=True):
+                graph, state = nnx.split(block)
+                for place, index in np.ndenumerate(indices):
+                    found[index] = nnx.merge(graph, jax.tree.map(lambda leaf, p=place: leaf[p], state))
+        return found
+
+
+def _gather(cache: Cache, indices: np.ndarray) -> Any:
+    """The caches of the layers ``indices`` [repeats, length] as one pytree with those leading axes."""
+    layers = [cache[index] for index in indices.flat]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(indices.shape + leaves[0].shape), *layers)
+
+
+# Names.
+
+STACKED = re.compile(r"(?:^|(?<=\.))segments\.(\d+)\.(\d+)\.")
+
+
+def leading(name: str) -> int:
+    """How many leading axes of the parameter ``name`` count layers."""
+    return 2 if STACKED.search(name) else 0
+
+
+def unstack(
+    layout: plan.Plan,
+    flat: Mapping[str, Any],
+    take: Callable[[Any, Any], Any] = lambda leaf, place: leaf[place],
+) -> dict[str, Any]:
+    """``flat``, whose names may hold a stacked name, by canonical names: the layers last, in order.
+
+    take: (leaf [repeats, length, ...], (repeat, offset)) -> the layer's part.
+    """
+    found: dict[str, Any] = {}
+    layers: list[tuple[int, str, Any]] = []
+    table = layout.indices()
+    for name, leaf in flat.items():
+        match = STACKED.search(name)
+        if match is None:
+            found[name] = leaf
+            continue
+        for place, index in np.ndenumerate(table[int(match[1])][int(match[2])]):
+            canonical = f"{name[: match.start()]}layers.{index}.{name[match.end() :]}"
+            layers.append((int(index), canonical, take(leaf, place)))
+    return found | {name: leaf for _, name, leaf in sorted(layers, key=lambda one: one[0])}
+
+
+def restack(layout: plan.Plan, flat: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The arrays of the stacked ``names``, made of those of ``flat``: the inverse of `unstack`."""
+    found = {}
+    table = layout.indices()
+    for name in names:
+        match = STACKED.search(name)
+        if match is None:
+            found[name] = flat[name]
+            continue
+        indices = table[int(match[1])][int(match[2])]
+        parts = [flat[f"{name[: match.start()]}layers.{i}.{name[match.end() :]}"] for i in indices.flat]
+        found[name] = jnp.stack(parts).reshape(*indices.shape, *parts[0].shape)
+    return found
+
+
+def apart(layout: plan.Plan, tree: Any) -> dict[str, Any]:
+    """The leaves of any tree around stacked parameters (a training state) by canonical dotted names."""
+    return unstack(layout, trees.flatten(tree))
+
+
+def together(layout: plan.Plan, flat: Mapping[str, Any], like: Any) -> Any:
+    """The tree shaped as ``like`` of what `apart` made of it."""
+    return trees.unflatten(like, restack(layout, flat, list(trees.flatten(like))))
+
+
+def shapes_apart(layout: plan.Plan, shapes: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """`apart` for ShapeDtypeStructs, with shardings where they have them."""
+
+    def layer(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[2:]))
+        return jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype, sharding=sharding)
+
+    return unstack(layout, trees.flatten(shapes), layer)
