@@ -28,7 +28,6 @@ from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from hybridlm.run import checkpoint
 from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]

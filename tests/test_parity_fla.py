@@ -26,7 +26,6 @@ from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from hybridlm.run import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 
