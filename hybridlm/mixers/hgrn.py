@@ -14,8 +14,9 @@ from flax import nnx
 from hybridlm.forget_gate import LowerBounds, log_forget
 from hybridlm.layers import Linear, RMSNorm, ShortConv
 from hybridlm.mixers import Cost, TokenMixer, at_least
-from hybridlm.rows import Rows
-from hybridlm.vector_recurrence import vector_recurrence
+from hybridlm.rows import Rows, continued
+from hybridlm.sharding import per_shard
+from pallas_kernels import elementwise_recurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +76,30 @@ class Mixer(TokenMixer):
         assert shared is not None
         log_f = log_forget(f, shared)
         x = -jnp.expm1(log_f) * jax.nn.silu(i.astype(jnp.float32))
-        h = vector_recurrence(x, log_f, rows.positions == 0, before.state)
+        h, state = _recurrence(x, log_f, rows, continued(before.state, rows))
         gate = jax.nn.silu(self.g_proj(x_BTD).astype(jnp.float32))
         y_BTD = self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else Cache(h[:, -1], history)
+        return y_BTD, None if cache is None else Cache(state, history)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Cache:
         convs = (self.i_conv, self.f_conv) if self.conv_size else ()
         state = jnp.zeros((batch, self.width), jnp.float32)
         return Cache(state, tuple(conv.init_history(batch, dtype) for conv in convs))
+
+
+def _recurrence(
+    x_BTF: jax.Array, log_f_BTF: jax.Array, rows: Rows, state_BF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(h [B, T, F], the state after the last token), each device on its own rows and channels."""
+
+    def op(
+        x: jax.Array, log_decay: jax.Array, segment_ids: jax.Array, state: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return elementwise_recurrence(x, log_decay, initial_state=state, segment_ids=segment_ids)
+
+    tokens, state = ("batch", None, "heads"), ("batch", "heads")
+    run = per_shard(op, (tokens, tokens, ("batch", None), state), (tokens, state))
+    return run(x_BTF, log_f_BTF, rows.segment_ids, state_BF)
 
 
 def cost(config: Config, d_model: int) -> Cost:
