@@ -23,10 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.elementwise.call import Call
+from pallas_kernels.elementwise import reference
+from pallas_kernels.elementwise.call import Call, make
 from pallas_kernels.elementwise.pieces import Piece, chain
-from pallas_kernels.linear_attention.hopper import TESTED_JAX, blocks, device_reason
+from pallas_kernels.linear_attention.hopper import blocks, requirements
 from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.requirements import runs_on
+
+__all__ = ["elementwise_recurrence", "runs_on", "self_test", "supports"]
 
 CHANNELS = 128  # of a block of threads, one a thread
 ROW = 64  # bytes that the tokens of a tile have in a channel: 32 tokens in bf16, 16 in float32
@@ -35,14 +39,13 @@ GROUP = 8  # tokens that a thread reads at once
 FEW, FILL = 48, 128  # blocks of threads below which a sequence is cut, and how many its pieces aim at
 LEAST = 256  # tokens of a piece
 DTYPES = (jnp.bfloat16, jnp.float32)
+NAMES = ("h", "final state", "dx", "dlog_decay", "dinitial_state")
 Values = list[Any]
 
 
 def supports(call: Call) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
     batch, length, features = call.x.shape
-    if jax.__version__ not in TESTED_JAX:
-        return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
     if call.x.dtype not in DTYPES or call.log_decay.dtype not in DTYPES:
         return f"dtypes {call.x.dtype} and {call.log_decay.dtype} (bfloat16 and float32 only)"
     if features % CHANNELS or not features:
@@ -51,7 +54,7 @@ def supports(call: Call) -> str | None:
         return f"{length} tokens (at least {ROW})"
     if not 0 < batch <= 65535 or length >= 2**24:
         return f"{batch} sequences of {length} tokens (at most 65535 of 2^24)"
-    return None if call.interpret else device_reason()
+    return None
 
 
 def elementwise_recurrence(call: Call, pieces: int | None = None) -> tuple[jax.Array, jax.Array]:
@@ -69,6 +72,29 @@ def elementwise_recurrence(call: Call, pieces: int | None = None) -> tuple[jax.A
     x, log_decay = (blocks.pad_time(array, padded) for array in (call.x, call.log_decay))
     h, final = _recurrence(x, log_decay, words, call.state, rows, pieces, call.interpret)
     return h[:, :length], final
+
+
+def self_test() -> str | None:
+    """See `requirements.self_test`; whole sequences and pieces, with and without documents."""
+
+    def results() -> dict[str, tuple[jax.Array, jax.Array]]:
+        draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
+        x, dh = (draw(n, 1, 128, CHANNELS).astype(jnp.bfloat16) for n in range(2))
+        log_decay, state, dfinal = -jnp.abs(draw(2, *x.shape)), draw(3, 1, CHANNELS), draw(4, 1, CHANNELS)
+        pairs = {}
+        for pieces, starts in ((1, jnp.arange(128)[None] % 50 == 49), (2, None)):
+
+            def run(compute: Callable[[Call], Any], starts: Any = starts) -> list[jax.Array]:
+                arguments = x, log_decay, state
+                out, pull = jax.vjp(lambda x, g, state: compute(make(x, g, starts, state)), *arguments)
+                return [*out, *pull((dh, dfinal))]
+
+            kernels = functools.partial(elementwise_recurrence, pieces=pieces)
+            both = zip(NAMES, run(kernels), run(reference.elementwise_recurrence), strict=True)
+            pairs |= {f"{name}, {pieces} pieces": (got, want) for name, got, want in both}
+        return pairs
+
+    return requirements.self_test("elementwise_recurrence", results)
 
 
 def tile_rows(call: Call) -> int:
@@ -130,6 +156,7 @@ def _backward(rows: int, pieces: int, interpret: bool, kept: tuple, cotangents: 
 
 _recurrence.defvjp(_forward, _backward)
 
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """The walks of all sequences, pieces and channels along the tokens, from the last one with ``reverse``.
@@ -160,7 +187,9 @@ class Walk:
         def token(at: Any, values: Values, carry: Values) -> tuple[Values, Values]:
             (x, log_decay), (state, product) = values, carry
             decay = _exp(log_decay)
-            state = at.unless_start(decay * (state + x)) if self.reverse else decay * at.unless_start(state) + x
+            state = (
+                at.unless_start(decay * (state + x)) if self.reverse else decay * at.unless_start(state) + x
+            )
             return [], [state, product * decay]
 
         start = jnp.zeros((x.shape[0], self.pieces, x.shape[2]), F32)

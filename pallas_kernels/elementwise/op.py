@@ -1,14 +1,14 @@
 """The public op: checks its arguments, normalises them into a `Call` and hands it to a backend."""
 
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.elementwise import reference, xla
-from pallas_kernels.elementwise.call import Call, make
+from pallas_kernels.dispatch import Op
+from pallas_kernels.elementwise.call import make
+
+OP = Op("elementwise_recurrence", __package__, ("hopper", "xla"))
 
 REAL = ("bfloat16", "float16", "float32", "float64")
 DTYPES = (*REAL, "complex64", "complex128")
@@ -35,8 +35,8 @@ def elementwise_recurrence(
         initial_state: None (zeros) or [B, F]; it belongs to the document of the first token.
         segment_ids: None or integers [B, T]; wherever neighbours differ a document starts and the state is
             reset exactly, by a selection: not even a nan passes. Ids may be reused: only changes count.
-        backend: "reference" (token loop, the oracle), "xla" (associative scan, any device), "pallas" (Hopper
-            kernels) or "auto": the kernels where they support the call, else "xla", logged once per reason.
+        backend: "reference" (token loop, the oracle), "xla" (associative scan, any device), "hopper" (kernels,
+            or "pallas") or "auto": the kernels where they can, else "xla", logged once per reason.
         interpret: run the Pallas kernels in interpret mode (slow, for tests without a GPU).
 
     Returns:
@@ -44,8 +44,8 @@ def elementwise_recurrence(
             (float64 if x or log_decay is; complex if one of them is), in which everything is computed.
 
     Raises:
-        ValueError: a shape, dtype or backend that is impossible, by argument name; or backend="pallas" for a
-            call that the kernels do not support, with the reason.
+        ValueError: a shape, dtype or backend that is impossible, by argument name; or kernels by name for
+            a call that they do not support, with the reason.
     """
     _check("x", x, DTYPES)
     if len(x.shape) != 3:
@@ -62,24 +62,7 @@ def elementwise_recurrence(
         call = make(one[0], one[1], None, initial_state)
         return jnp.zeros(x.shape, call.output_dtype), call.state
     call = make(x, log_decay, starts, initial_state, bool(interpret))
-    return _backend(call, backend).elementwise_recurrence(call)
-
-
-def _backend(call: Call, backend: str) -> ModuleType:
-    """The backend's module for this call."""
-    backend = dispatch.meaning(backend)
-    if backend in ("reference", "xla"):
-        return reference if backend == "reference" else xla
-    required = "backend = 'pallas'" if backend == "pallas" else ""
-    supports = lambda hopper: hopper.supports(call)
-    kernels = dispatch.kernels(
-        "elementwise.hopper",
-        "elementwise_recurrence",
-        supports,
-        interpret=call.interpret,
-        required=required,
-    )
-    return kernels or xla
+    return OP.compute(call, backend)
 
 
 def _starts(segment_ids: Any, shape: tuple[int, int]) -> jax.Array:

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from pallas_kernels.linear_attention.call import Call, l2_normalize, platform
+from pallas_kernels.dispatch import here
+from pallas_kernels.linear_attention.call import Call, l2_normalize
 from pallas_kernels.linear_attention.decay import decay_matrix, decayed_products
 from pallas_kernels.linear_attention.inverse import solve_unit_lower
 
@@ -68,7 +69,7 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     full = any(x.dtype in (jnp.float32, jnp.float64) for x in (call.q, call.k, call.v))
     chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
     chunks = math.ceil(length / chunk)
-    groups = math.ceil(chunks * batch * heads / (GROUP_SIZE_CPU if platform() == "cpu" else GROUP_SIZE))
+    groups = math.ceil(chunks * batch * heads / (GROUP_SIZE_CPU if here().platform == "cpu" else GROUP_SIZE))
     spec = _Spec(
         chunk=chunk,
         group=math.ceil(chunks / groups),
