@@ -5,8 +5,8 @@ channels come by TMA through a ring in shared memory, which a second warpgroup k
 threads, too few for threads to hide the memory's latency, have enough of it in flight. Results go straight
 to memory, 128 neighbours at once. Where documents start is a bit a token, one word a tile.
 
-Where B * F channels leave the GPU idle, a sequence is cut into pieces (`pieces`): a walk without outputs gives
-what each piece does to the state, and all pieces are then walked at once from where they start.
+Where B * F channels leave the GPU idle, a sequence is cut into pieces: a walk without outputs gives what each
+piece does to the state (`Piece`), and all pieces are then walked at once from where they start.
 
 Shape legend: B batch, T time, F channels, P pieces, N tiles of a sequence.
 """
@@ -81,7 +81,7 @@ def self_test() -> str | None:
         draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
         x, dh = (draw(n, 1, 128, CHANNELS).astype(jnp.bfloat16) for n in range(2))
         log_decay, state, dfinal = -jnp.abs(draw(2, *x.shape)), draw(3, 1, CHANNELS), draw(4, 1, CHANNELS)
-        pairs = {}
+        pairs: dict[str, tuple[jax.Array, jax.Array]] = {}
         for pieces, starts in ((1, jnp.arange(128)[None] % 50 == 49), (2, None)):
 
             def run(compute: Callable[[Call], Any], starts: Any = starts) -> list[jax.Array]:
@@ -172,14 +172,15 @@ class Walk:
     reverse: bool = False
 
     def states(self, x: jax.Array, log_decay: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(h [B, T, F] as x, the state after each piece [B, P, F]) from those before the pieces, ``start``."""
+        """(h [B, T, F] as x, the state after each piece [B, P, F]) from that before each, ``start``."""
 
         def token(at: Any, values: Values, carry: Values) -> tuple[Values, Values]:
             (x, log_decay), (state,) = values, carry
             state = _exp(log_decay) * at.unless_start(state) + x
             return [state], [state]
 
-        return tuple(self._run(token, "states", [x, log_decay], [x], [start]))
+        h, ends = self._run(token, "states", [x, log_decay], [x], [start])
+        return h, ends
 
     def summary(self, x: jax.Array, log_decay: jax.Array) -> Piece:
         """What each piece does to the state, or with ``reverse`` (x are the gradients of h) its gradient."""
@@ -214,7 +215,8 @@ class Walk:
             return [dx, at.unless_start(moved * before)], [at.unless_start(moved)]
 
         read = [dh, log_decay, h]
-        return tuple(self._run(token, "gradients", read, [dh, log_decay], [start], before=state))
+        dx, dlog_decay, ends = self._run(token, "gradients", read, [dh, log_decay], [start], before=state)
+        return dx, dlog_decay, ends
 
     def _run(
         self,
@@ -276,7 +278,7 @@ class Walk:
 
             @pl.when(wg == 0)
             def _() -> None:
-                first = None if before is None else _load(extra_refs[-1].at[b, columns])
+                first: Any = None if before is None else _load(extra_refs[-1].at[b, columns])
                 word_of = lambda k: jnp.int32(0) if self.words is None else extra_refs[0][b, tile_of(k)]
 
                 def tile(k: Any, state: tuple) -> tuple:
@@ -302,7 +304,8 @@ class Walk:
                     plgpu.barrier_arrive(free.at[slot])
                     return carry, next_word
 
-                carry = [_load(ref.at[b, p, columns]) for ref in start_refs]
+                # A sum with what does not vary over a mesh's axes does not either, as all later ones.
+                carry = [_load(ref.at[b, p, columns]) + jnp.zeros((CHANNELS,)) for ref in start_refs]
                 carry, _ = lax.fori_loop(0, tiles, tile, (carry, word_of(0)))
                 for ref, value in zip(end_refs, carry, strict=True):
                     ref[b, p, columns] = value

@@ -35,8 +35,8 @@ def elementwise_recurrence(
         initial_state: None (zeros) or [B, F]; it belongs to the document of the first token.
         segment_ids: None or integers [B, T]; wherever neighbours differ a document starts and the state is
             reset exactly, by a selection: not even a nan passes. Ids may be reused: only changes count.
-        backend: "reference" (token loop, the oracle), "xla" (associative scan, any device), "hopper" (kernels,
-            or "pallas") or "auto": the kernels where they can, else "xla", logged once per reason.
+        backend: "reference" (token loop, the oracle), "xla" (associative scan, any device), "hopper" or
+            "pallas" (kernels) or "auto": the kernels where they can, else "xla", logged once per reason.
         interpret: run the Pallas kernels in interpret mode (slow, for tests without a GPU).
 
     Returns:
