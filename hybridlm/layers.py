@@ -219,8 +219,8 @@ def elementwise(
 ) -> tuple[jax.Array, jax.Array]:
     """h_t = exp(log_decay_t) h_{t-1} + x_t per channel, each device on its own rows and channels.
 
-    state_BF: float32, carried on where a row's first position is not 0. Returns (h [B, T, F] in x's dtype, the
-    state after the last token). Documents never meet.
+    state_BF: float32, carried on where a row's first position is not 0. Returns (h [B, T, F] in x's dtype,
+    the state after the last token). Documents never meet.
     """
 
     def op(x: jax.Array, log_decay: jax.Array, segment_ids: jax.Array, state: jax.Array) -> tuple:

@@ -169,7 +169,7 @@ def test_matrices_cast_once_give_the_same_gradients():
 def test_parameters_of_a_layer_do_not_depend_on_the_plan(params):
     """Nor does its name: layer 0 stands in the head of one plan, and in the repeated part of another."""
     other = definition("wide*9")
-    alone = jax.jit(lambda key: model.unstack(other, model.init(other, key)))(jax.random.key(0))
+    alone = model.unstack(other, jax.jit(lambda key: model.init(other, key))(jax.random.key(0)))
     named = model.unstack(HYBRID, params)
     first = [name for name in named if name.startswith("layers.0.")]
     assert first

@@ -96,10 +96,9 @@ class Mlp(mlps.Mlp):
         self.config, d_model = config, site.d_model
         experts, hidden = config.num_experts, config.hidden
         self.router = Linear(d_model, experts, rngs=rngs, axes=("embed", None), cast=False)
-        self.selection_bias = None
-        if config.selection_bias:
-            rule = Rule("load", functools.partial(rebalance, rate=config.bias_rate))
-            self.selection_bias = param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
+        rule = Rule("load", functools.partial(rebalance, rate=config.bias_rate))
+        bias = lambda: param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
+        self.selection_bias = bias() if config.selection_bias else None
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
         self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
         self.up = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
