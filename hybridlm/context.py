@@ -44,7 +44,7 @@ class Context:
     records: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def leave(self, name: str, value: Any) -> None:
-        """Leaves ``value``, any pytree of fixed shapes, to later layers. The kind's Config.carries says so."""
+        """Leaves ``value``, any pytree of fixed shapes, to later layers; the kind's Config.carries says so."""
         self.carried[name] = Left(jnp.bool_(True), value)
 
     def left(self, name: str, default: Any = None) -> Any:
