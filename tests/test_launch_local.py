@@ -144,6 +144,7 @@ def test_gpus_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (job,) = local.jobs(runs, tmp_path, vmap=False)
     job.start(device, per_device=3)
     assert job.process is not None and job.process.wait(10) == 0
+    job.log.join(10)
     assert (tmp_path / "seed0" / "log.txt").read_text() == "on 1 with 0.30 of its memory\n"
     assert 1 <= local.fitting([job], [device]) <= local.MOST_JOBS
 
