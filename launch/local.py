@@ -111,7 +111,7 @@ class Job:
         why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         if code == 0:
             why = f"ended without a sealed checkpoint and a line of metrics at step {steps}"
-        return ": ".join(filter(None, [why, last_line(self.folders[0] / LOG)]))
+        return ": ".join(filter(None, [why, last_line(self.folders[0], LOG)]))
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:

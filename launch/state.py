@@ -32,13 +32,13 @@ def status(folder: Path, steps: int, running: bool = False, sealed_runs: bool = 
     try:
         last = (lines(folder) or [{}])[-1]
     except ConfigError as error:
-        return Status("running" if running else "failed", {}, str(error))
+        return Status("running" if running else "failed", {}, _shown(str(error)))
     if last.get("step", 0) >= steps and (not sealed_runs or sealed(folder / "checkpoints" / str(steps))):
         return Status("finished", last, "")
     if running:
         return Status("running", last, "")
     if (folder / ERROR).is_file():
-        return Status("failed", last, last_line(own(folder, ERROR)) or "no message")
+        return Status("failed", last, last_line(folder, ERROR) or "no message")
     return Status("queued", last, "")
 
 
@@ -89,13 +89,19 @@ def own(folder: Path, name: str) -> Path:
     return untrusted.inside(folder, name, name)
 
 
-def last_line(path: Path) -> str:
-    """The last line of a text that is not empty, as it may be shown; "" where there is none."""
+def last_line(folder: Path, name: str) -> str:
+    """The last line that is not empty of a text in ``folder``, as it may be shown; "" where there is none."""
     try:
+        path = own(folder, name)
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             found = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except ConfigError as error:
+        return _shown(str(error))
     except OSError:
         return ""
-    text = ([line for line in found if line] or [""])[-1]
+    return _shown(([line for line in found if line] or [""])[-1])
+
+
+def _shown(text: str) -> str:
     return private.hide(untrusted.terminal(text))
