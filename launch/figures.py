@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -22,6 +23,7 @@ NAMES = {"recall": "recall (held-out accuracy)", "loss": "held-out loss (nats pe
 SIZE, PANEL = (5.4, 4.2), (4.2, 3.1)  # inches; at the width of a phone 10 points are 10 pixels
 LONGEST = 32  # characters of a label
 COLUMNS = 3  # of a legend
+GUESS: dict[str, Any] = {"color": "0.35", "linestyle": ":", "linewidth": 1.4}
 
 
 def png(figure: Figure) -> bytes:
@@ -51,7 +53,7 @@ def over_fraction(found: Sequence[Mean], metric: str) -> Figure | None:
     for label, line in series.items():
         x, style = [m.fraction for m in line], look.get(label, FULL)
         axes.plot(x, [m.value for m in line], label=text(label), markersize=5, linewidth=1.5, **style)
-        axes.fill_between(x, *_ends(line), color=style["color"], alpha=0.12, linewidth=0)
+        axes.fill_between(x, *_ends(line), color=style["color"], alpha=0.24 / (1 + len(series)), linewidth=0)
     axes.set_xlabel("share of full-attention layers")
     _finish(axes, found, metric)
     return figure
@@ -138,42 +140,66 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def curves(runs: Sequence[Result], metric: str) -> Figure | None:
-    """The metric while training, a panel for each mixer, a colour for each share of full layers."""
+    """The metric while training: a panel for each mixer, a colour for each share of full layers.
+
+    Seeds, rates and placements of one share are thin lines of one colour, their mean a thick one.
+    """
     drawn = [run for run in runs if len(run.curves[metric]) > 1]
     labels = sorted({run.label for run in drawn})
     if not drawn:
         return None
     columns = min(2, len(labels))
     rows = -(-len(labels) // columns)
-    size = SIZE if columns == 1 else (PANEL[0] * columns, PANEL[1] * rows + 0.6)
+    size = SIZE if columns == 1 else (PANEL[0] * columns, PANEL[1] * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for panel in panels.flat[len(labels) :]:
-        panel.set_visible(False)
     shares = {run.fraction: f"{len(run.full_layers)} of {run.num_layers}" for run in drawn}
     seen = sorted(shares)
-    shade = {share: _shade(i / max(1, len(seen) - 1)) for i, share in enumerate(seen)}
+    colours = matplotlib.colormaps["viridis_r"]
+    shade = {share: colours(0.08 + 0.92 * i / max(1, len(seen) - 1)) for i, share in enumerate(seen)}
     for label, axes in zip(labels, panels.flat, strict=False):
-        for run in (r for r in drawn if r.label == label):
-            axes.plot(*zip(*run.curves[metric], strict=True), color=shade[run.fraction], linewidth=1.2)
+        for share in seen:
+            own = [run for run in drawn if run.label == label and run.fraction == share]
+            for run in own if len(own) > 1 else ():
+                axes.plot(
+                    *zip(*run.curves[metric], strict=True), color=shade[share], linewidth=0.6, alpha=0.35
+                )
+            if own:  # one that failed early would end the mean of all
+                whole = [run for run in own if run.state == "finished"] or own
+                axes.plot(
+                    *_mean_curve([run.curves[metric] for run in whole]), color=shade[share], linewidth=1.8
+                )
         axes.set_title(text(label), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: quantity(value, ""))
         axes.grid(alpha=0.25)
+    for axes in panels.flat[len(labels) :]:
+        axes.set_visible(False)
+    for axes in panels.flat[max(0, len(labels) - columns) : len(labels)]:  # the last of each column
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel("training tokens")
     lines = [panels.flat[0].plot([], [], color=shade[share], label=shares[share])[0] for share in seen]
     level = _guess(drawn, metric)
-    highest = max(value for run in drawn for _, value in run.curves[metric])
-    if level is not None and _in_view(metric, level, highest):
+    if level is not None and _in_view(metric, level, max(v for run in drawn for _, v in run.curves[metric])):
         for axes in panels.flat[: len(labels)]:
-            dotted = axes.axhline(level, color="0.45", linestyle=":", linewidth=1.2, label="guessing")
+            dotted = axes.axhline(level, label="guessing", **GUESS)
         lines.append(dotted)
     if metric == "recall":
         panels.flat[0].set_ylim(-0.02, 1.04)
-    where: dict[str, Any] = {"loc": "outside lower center", "ncols": 6, "fontsize": 9, "frameon": False}
-    figure.legend(handles=lines, title="full layers", title_fontsize=9, **where)
-    figure.supxlabel("training tokens", fontsize=10)
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": 3 * columns, "frameon": False}
+    figure.legend(handles=lines, title="full layers", fontsize=9, title_fontsize=9, **where)
     figure.supylabel(NAMES[metric], fontsize=10)
     return figure
+
+
+def _mean_curve(found: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Over the points that all of the curves have."""
+    by_tokens: dict[float, list[float]] = {}
+    for curve in found:
+        for tokens, value in dict(curve).items():
+            by_tokens.setdefault(tokens, []).append(value)
+    common = sorted(tokens for tokens, values in by_tokens.items() if len(values) == len(found))
+    return common, [sum(by_tokens[tokens]) / len(found) for tokens in common]
 
 
 def _cost(mean: Mean, against: str) -> float:
@@ -198,14 +224,6 @@ def _in_view(metric: str, level: float, highest: float) -> bool:
     return metric == "recall" or level <= 1.3 * highest
 
 
-def _shade(share: float) -> tuple[float, float, float]:
-    """From orange, no full layer, to dark blue, all."""
-    red, green, blue = (
-        a + share * (b - a) for a, b in zip((0.90, 0.55, 0.0), (0.0, 0.25, 0.55), strict=True)
-    )
-    return red, green, blue
-
-
 def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.add_subplot()
@@ -217,12 +235,14 @@ def _finish(axes: Axes, found: Sequence[Mean], metric: str) -> None:
     """The y axis, the level of guessing, and below all the legend, where it covers nothing."""
     axes.set_ylabel(NAMES[metric])
     level = _guess([run for mean in found for run in mean.runs], metric)
-    highest = max(_ends(found)[1])
+    highest = max(mean.value for mean in found)
     if level is not None and _in_view(metric, level, highest):
-        axes.axhline(level, color="0.45", linestyle=":", linewidth=1.2, label="guessing")
+        axes.axhline(level, label="guessing", **GUESS)
     if metric == "recall":
         axes.set_ylim(-0.02, 1.04)
     figure = axes.get_figure()
     assert figure is not None
     where: dict[str, Any] = {"loc": "outside lower center", "ncols": COLUMNS, "fontsize": 9, "frameon": False}
-    figure.legend(*axes.get_legend_handles_labels(), **where)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] in ("front", "guessing"))
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], **where)

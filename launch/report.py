@@ -31,7 +31,8 @@ p, figcaption { max-width: 46rem; } .facts, figcaption, .note { color: #555; fon
 .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; max-width: 56rem; }
 img { width: 100%; height: auto; display: block; } figure.wide img { min-width: 36rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
+.scroll { overflow-x: auto; } table { border-collapse: separate; font-size: .875rem; white-space: pre; }
+table { border-spacing: 0; }
 th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; } th { border-color: #888; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 th:first-child, td:first-child { max-width: 11rem; overflow: hidden; text-overflow: ellipsis; }
@@ -108,9 +109,7 @@ def _by_layers(measured: Sequence[Mean], metric: str) -> str:
         at = {mean.fraction: _value(mean) for mean in line}
         rows.append([label, *(at.get(share, "") for share in shares)])
     seeds = max(len(mean.runs) for mean in measured)
-    over = (
-        f"Means over up to {seeds} seeds, in brackets their 95% intervals." if seeds > 1 else "One seed each."
-    )
+    over = f"Means over up to {seeds} seeds, below them 95% intervals." if seeds > 1 else "One seed each."
     rates = {run.point.get(name) for mean in measured for run in mean.runs for name in results.RATE} - {None}
     chosen = " Of several learning rates the best for each point." if len(rates) > 1 else ""
     known = [run.guess[metric] for mean in measured for run in mean.runs]
@@ -122,7 +121,7 @@ def _by_layers(measured: Sequence[Mean], metric: str) -> str:
 
 
 def _value(mean: Mean) -> str:
-    return f"{mean.value:.3f}" + ("" if math.isnan(mean.low) else f" ({mean.low:.3f} to {mean.high:.3f})")
+    return f"{mean.value:.3f}" + ("" if math.isnan(mean.low) else f"\n{mean.low:.3f} to {mean.high:.3f}")
 
 
 def _pictures(
@@ -147,7 +146,10 @@ def _pictures(
             figures.pareto(measured, metric, "tokens_per_second"),
             "Training speed of runs that had the device to themselves, all on the same kind of device.",
         ),
-        "curves": (figures.curves(found, metric), "Every run while it trained."),
+        "curves": (
+            figures.curves(found, metric),
+            "Every run while it trained, thin; the means of those that finished.",
+        ),
     }
     parts = []
     for name, (figure, caption) in drawn.items():
@@ -166,7 +168,15 @@ def _budgets(measured: Sequence[Mean], metric: str) -> str:
     for budget, mean in results.under_budgets(measured, metric):
         run = mean.runs[0]
         layers = ", ".join(map(str, run.full_layers)) or "none"
-        rows.append([quantity(budget, "B"), run.label, run.point.get("ratio", ""), layers, _value(mean)])
+        rows.append(
+            [
+                quantity(budget, "B"),
+                run.label,
+                run.point.get("ratio", ""),
+                layers,
+                _value(mean).replace("\n", " · "),
+            ]
+        )
     head = ["budget from", "mixer", "ratio", "full layers", metric]
     note = "State and KV cache of one sequence. A row holds up to the budget of the next."
     return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{_note(note)}"
@@ -178,6 +188,7 @@ def _runs(found: Sequence[Result]) -> str:
     rows = [
         {
             "run": r.name,
+            "state": r.state,
             "full layers": "all" if r.fraction == 1 else ", ".join(map(str, r.full_layers)) or "none",
             "learning rate": optional(r.learning_rate, ".3g"),
             "width": optional(r.width, "d"),
@@ -189,7 +200,7 @@ def _runs(found: Sequence[Result]) -> str:
             "tokens/s": optional(r.tokens_per_second, ",.0f"),
             "commit": r.commit,
             "date": r.date,
-            "": f"failed: {r.error}" if r.state == "failed" else r.state,
+            "error": r.error,
         }
         for r in found
     ]
@@ -217,7 +228,7 @@ NUMBERS = {"learning rate", "width", "parameters", "tokens", "state + KV", "reca
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cell(name: str, text: str) -> str:
         number = name in NUMBERS or (text[:1].isdigit() and name not in TEXTS)
-        kind = ' class="number"' if number else ' class="bad"' if text.startswith("failed") else ""
+        kind = ' class="number"' if number else ' class="bad"' if name == "error" else ""
         return f"<td{kind}>{escape(text)}</td>"
 
     heads = "".join(f"<th{' class=number' if name in NUMBERS else ''}>{escape(name)}</th>" for name in head)

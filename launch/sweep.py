@@ -92,7 +92,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0
     workdir = flags.workdir or train.default_workdir(flags.config)
-    _check_name(workdir)
+    workdir = _named(workdir)
     with stored(workdir):
         return run(runs, workdir, definition.vmap, flags)
 
@@ -115,12 +115,13 @@ def run(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespa
     return 0
 
 
-def _check_name(workdir: Path) -> None:
-    """Job files and JSON hold the name, so it has to be text."""
+def _named(workdir: Path) -> Path:
+    """``workdir`` as other programs can be given it: text, and no flag. ConfigError where it is not UTF-8."""
     try:
         str(workdir.absolute()).encode()
     except UnicodeEncodeError:
         raise ConfigError("--workdir", str(workdir), "is not UTF-8", "Give another.") from None
+    return workdir.absolute() if str(workdir).startswith("-") else workdir
 
 
 @contextlib.contextmanager

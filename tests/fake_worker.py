@@ -40,9 +40,10 @@ for folder in [Path(name) for name in sys.argv[1:] if not name.startswith("--")]
             if step == 5 and not os.environ.get("FIXED"):
                 if train["seed"] == 13:
                     (folder / "error.txt").write_text("several lines\nRunError: loss is nan\n")
+                    print(f"Traceback in {Path.home()}/x.py", flush=True)
                     sys.exit(1)
                 if train["seed"] == 66:
-                    print("out of memory", flush=True)
+                    print(f"{Path.home()}/libtpu.so: not there\nout of memory", flush=True)
                     os.kill(os.getpid(), signal.SIGKILL)
             line = {
                 "step": step,

@@ -183,7 +183,7 @@ def test_the_page_stands_alone(text: bool, tmp_path: Path):
         assert (tmp_path / f"{metric}_{name}.png").stat().st_size > 5000
         assert f'alt="{metric} {name.replace("_", " ")}"' in page
     assert "RunError: &lt;the loss&gt; is nan" in page and "1 of 15 runs did not finish" in page
-    assert ("2.295 (2.231 to 2.359)" if text else "0.705 (0.641 to 0.769)") in page  # gla, one full layer
+    assert ("2.295\n2.231 to 2.359" if text else "0.705\n0.641 to 0.769") in page  # gla, one full layer
     for shown in ("0.0003", "abc1234", "2026-11-25", "Guessing gets", "Trained on Test device"):
         assert shown in page
     with (tmp_path / "results.csv").open() as file:
@@ -272,17 +272,17 @@ def test_a_run_of_a_sweep_file_that_cannot_be(field: str, value: object, tmp_pat
 def test_links_out_of_a_run_are_not_followed(tmp_path: Path):
     workdir = tmp_path / "sweep"
     write(workdir)
-    (tmp_path / "secret").write_text("the key is 1234\n")
+    (tmp_path / "secret").write_text("open sesame\n")
     (workdir / "bad" / "error.txt").unlink()
     (workdir / "bad" / "error.txt").symlink_to(tmp_path / "secret")
     (workdir / "placed" / "metrics.jsonl").unlink()
     (workdir / "placed" / "metrics.jsonl").symlink_to(tmp_path / "secret")
     page = report.write(workdir).read_text()
-    assert "1234" not in page and "is a link to a place outside" in page
+    assert "sesame" not in page and "is a link to a place outside" in page
 
 
 @pytest.mark.parametrize("line", [
-    "[]", "1", '"step"', "{}", '{"step": "20"}', '{"step": true}', '{"step": -1}', '{"step": 1e400}', "[" * 9999,
+    "[]", "1", "{}", '{"step": "20"}', '{"step": true}', '{"step": -1}', '{"step": 1e400}', "[" * 9999,
     '{"step": 20, "loss": 1.0, "tokens_per_second": 1.0, "val_accuracy": "high"}',
     '{"step": 20, "loss": null, "tokens_per_second": NaN, "val_loss": null, "val_accuracy": Infinity}',
     '{"step": 20, "eval/x": [], "val_bpb": {}}'])  # fmt: skip
@@ -291,7 +291,6 @@ def test_lines_of_metrics_that_are_none(line: str, tmp_path: Path):
     write(tmp_path)
     with (tmp_path / "full" / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
-    report.write(tmp_path)
     _, found = results.read(tmp_path)
     (full,) = [run for run in found if run.name == "full"]
     assert full.recall in (None, 0.95) and full.tokens_per_second in (None, 600.0)
