@@ -191,6 +191,8 @@ def _device() -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(private.Filter())
     log.setLevel(logging.INFO)
     jax.config.update("jax_platforms", "cpu")  # accelerators belong to the workers
     sys.exit(main(sys.argv[1:]))

@@ -76,7 +76,9 @@ class View:
             step = last.get("step", 0)
             numbers = ["starting", ""]
             if last:
-                numbers = [_shown(last, "loss", ".4f"), _shown(last, "tokens_per_second", ",.0f")]
+                together = number(last, "packed") or 1
+                whose = f" of {together:.0f} together" if together > 1 else ""
+                numbers = [_shown(last, "loss", ".4f"), _shown(last, "tokens_per_second", ",.0f") + whose]
             table.add_row(Text(run.name), ProgressBar(steps, step, width=24), f"{step}/{steps}", *numbers)
         return table
 

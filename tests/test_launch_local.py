@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hybridlm import untrusted
 from launch import grid, local, plan, state, sweep
 from launch.grid import Sweep, axis
+from launch.view import View
 
 ROOT = Path(__file__).parents[1]
 FILE = """
@@ -312,3 +314,15 @@ def test_the_real_worker_trains_on_without_its_last_checkpoint(tmp_path: Path):
     assert state.sealed(folder / "checkpoints" / "6") and len(state.starts(folder)) == 2
     again = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in again] == [json.loads(line)["loss"] for line in lines]
+
+
+def test_the_live_table_says_whose_speed_it_is(tmp_path: Path):
+    runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", 0, 1)]))
+    for run, packed in zip(runs, (2, 1), strict=True):
+        (tmp_path / run.name).mkdir()
+        line = {"step": 1, "loss": None, "tokens_per_second": 1000.0, "packed": packed}
+        (tmp_path / run.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    console = Console(record=True, width=120)
+    console.print(View(runs, tmp_path, console).table(runs))
+    _, first, second = [line for line in console.export_text().splitlines() if "s" in line]
+    assert "1,000 of 2 together" in first and "together" not in second and "not finite" in second
