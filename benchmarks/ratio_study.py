@@ -284,7 +284,7 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (flags.workdir / "sweep.json").exists():
             command = f"python -m benchmarks.ratio_study --config={flags.config}"
-            plan.write(runs, flags.workdir, {"command": command})
+            plan.write(runs, flags.workdir, {"command": command, "checkpoints": False})
     first = runs[0].point["mixer"]
     own = [
         r

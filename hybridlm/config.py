@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from hybridlm import data as data_kinds
@@ -345,6 +346,11 @@ def portable(config: Config) -> dict[str, Any]:
 
 def to_json(config: Config) -> str:
     return json.dumps(portable(config), indent=2) + "\n"
+
+
+def to_yaml(config: Config) -> str:
+    """What a person reads."""
+    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True)
 
 
 def from_json(path: str | Path) -> ConfigDict:

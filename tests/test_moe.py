@@ -187,5 +187,6 @@ def test_the_selection_bias_follows_its_rule_and_evens_the_load(tmp_path) -> Non
         return model.merge(definition, params).forward(batch["tokens"], rows, ("load",))[1]["layers.0.load"]
 
     (_, uneven), (bias, even) = trained(0.0), trained(0.02)
-    assert uneven.max() / uneven.mean() > 1.5 > 1.25 > even.max() / even.mean()
+    worst = lambda total: total.max() / total.mean()
+    assert worst(uneven) > 2 > 1.6 > worst(even), (worst(uneven), worst(even))
     assert bias.min() < 0 < bias.max()

@@ -78,7 +78,7 @@ def agree(number: int) -> int:
 
 
 def same(what: Mapping[str, str]) -> None:
-    """ConfigError unless every process gives the same ``what`` (name -> value); it names the first difference.
+    """ConfigError, naming the first difference, unless every process gives the same ``what``, name -> value.
 
     Processes that differ would train a model that none of them describes, or wait for each other for ever.
     """
@@ -137,7 +137,8 @@ class Peers:
         self.listeners: list[threading.Thread] = []
         self.leaving = False
         self.lock = threading.Lock()
-        client, coordinator = _client(), jax._src.distributed.global_state.coordinator_address
+        client = _client()
+        coordinator = str(jax._src.distributed.global_state.coordinator_address)
         if self.index == 0:
             token = secrets.token_hex(16)  # others may find the port
             server = socket.create_server(("", 0), backlog=jax.process_count())
