@@ -9,6 +9,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import data, trainer
 from hybridlm.data import prepare
+from hybridlm.data import shards as shards_module
 from hybridlm.errors import ConfigError, RunError
 from tests import tiny
 
@@ -30,6 +31,7 @@ def opened(folder, split="train"):
 def edit(shards, change):
     index = json.loads((shards / "index.json").read_text())
     change(index)
+    index["sha256"] = shards_module.index_sum(index)
     (shards / "index.json").write_text(json.dumps(index))
 
 
@@ -83,7 +85,7 @@ def test_an_empty_shard_is_passed_over_and_named(shards, caplog):
     whole = opened(shards).batch(3)["tokens"]
 
     def add(index):
-        empty = {"name": "train-00099", "documents": 0, "tokens": 0, "sha256": ""}
+        empty = {"name": "train-00099", "documents": 0, "tokens": 0, "sha256": ""}  # of no file
         index["splits"]["train"]["shards"].append(empty)
 
     edit(shards, add)

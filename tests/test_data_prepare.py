@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hybridlm.data import files, shards
+from hybridlm.data import holdout, shards
 from hybridlm.data import tokenizer as tokenizer_module
 from hybridlm.data.prepare import main, prepare
 from hybridlm.data.source import View
@@ -71,7 +71,7 @@ def test_round_trip(tmp_path, corpus, bpe, form, kind):
     index = prepare(
         glob, str(tmp_path / "out"), bpe if kind == "bpe" else "bytes", holdout=0.2, shard_tokens=30
     )
-    held = {key for key, _ in documents if files.held_out(key, 0.2)}
+    held = {key for key, _ in documents if holdout.held_out(key, 0.2)}
     assert 3 < len(held) < 20
     for split in ("train", "val"):
         expected = [text for key, text in documents if (key in held) == (split == "val")]
@@ -143,7 +143,19 @@ def test_main_reports_errors_without_a_trace(tmp_path, capsys):
         ({"output": "file/out"}, "--output", "cannot be created"),
         ({"tokenizer_name": "gone.json"}, "--tokenizer", "No such file"),
         ({"holdout": 1.5}, "--holdout", "must be in"),
-        ({"holdout": 1 - 1e-12}, "--input", "no tokens to train on"),
+        ({"inputs": "empty"}, "--input", "no tokens to train on"),
+        ({"inputs": "empty", "holdout": 0.1}, "--input", "no tokens to train on"),
+        (
+            {"inputs": "short", "holdout": 0.1},
+            "--input|--holdout",
+            "nothing to hold out|no tokens to train on",
+        ),
+        ({"inputs": ""}, "--input", "must name files"),
+        ({"holdout": 0.1, "val_inputs": "short"}, "--holdout", "must be 0 where"),
+        ({"tokenizer_name": ""}, "--tokenizer", "must be"),
+        ({"train_bpe": 300}, "--tokenizer", "must be"),
+        ({"tokenizer_name": "", "train_bpe": 100}, "--train_bpe", "more than 257"),
+        ({"tokenizer_name": "", "train_bpe": 100_000}, "--train_bpe", "ids that this text gives"),
         ({"shard_tokens": 0}, "--shard_tokens", "must be positive"),
         ({"text_field": "body"}, "--input", "has no text in 'body'"),
     ],
@@ -152,12 +164,17 @@ def test_refusals_leave_nothing_behind(tmp_path, corpus, changes, field, message
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "busy.partial").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a")
+    for name in ("inputs", "val_inputs"):
+        if changes.get(name):
+            changes = changes | {name: f"{tmp_path}/{changes[name]}.txt"}
     before = sorted(tmp_path.iterdir())
     arguments = {"inputs": corpus["a.jsonl"][0], "output": "out", "tokenizer_name": "bytes"} | changes
     arguments["output"] = str(tmp_path / arguments["output"])
     with pytest.raises(ConfigError, match=message) as error:
         prepare(**arguments)
-    assert error.value.field == field
+    assert error.value.field in field.split("|")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -166,7 +183,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, corpus, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards.Writer, "add", full)
-    with pytest.raises(ConfigError, match="no space left"):
+    with pytest.raises(ConfigError, match="No space left on device. Nothing was kept"):
         prepare(corpus["txt"][0], str(tmp_path / "out"), "bytes")
     assert list(tmp_path.iterdir()) == []
 
