@@ -24,28 +24,39 @@ def folder(final: Path, field: str) -> Iterator[Path]:
     for whatever the operating system refuses: no space, no permission, a limit of size.
     """
     partial = final.with_name(final.name + ".partial")
+    handles: list[int] = []
     try:
         _clear(partial, field, final)
         partial.mkdir(parents=True)
-        lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ConfigError(field, str(final), "cannot be created", f"{error.strerror}.") from error
     try:
+        handles.append(os.open(partial / LOCK, os.O_RDWR | os.O_CREAT))
+        handles.append(os.dup(handles[0]))  # a descriptor in hand, since to remove a folder takes two
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
         os.remove(partial / LOCK)
         os.rename(partial, final)
         untrusted.sync_folder(final.parent)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, handles)
         said = f"{error.strerror or error}. Nothing was kept."
         raise ConfigError(field, str(final), "cannot be written", said) from error
     except BaseException:  # an interrupt too: an unfinished directory is of no use to anyone
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, handles)
         raise
     finally:
-        os.close(lock)
+        for handle in handles:
+            os.close(handle)
+
+
+def _remove(partial: Path, handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
+    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        partial.rmdir()  # which takes no descriptor, where the folder is empty
 
 
 def _clear(partial: Path, field: str, final: Path) -> None:
