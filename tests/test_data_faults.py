@@ -75,6 +75,28 @@ def test_a_shard_that_disappears_or_shrinks_in_mid_run_ends_it_by_name(shards, h
             next(batches)
 
 
+def test_a_check_that_cannot_be_made_is_a_failed_one(shards):
+    dataset = opened(shards)
+
+    def broken():
+        raise KeyError("sha256")
+
+    dataset.source.checks = [broken]
+    dataset.verify()
+    with pytest.raises(RunError, match=r"could not be checked \(KeyError: 'sha256'\)"):
+        dataset.verified()
+    with pytest.raises(RunError, match="could not be checked"):
+        dataset.batch(0)
+
+
+def test_a_shard_whose_check_cannot_read_it_is_damaged(shards):
+    dataset = opened(shards)
+    (shards / "train-00003.tokens").unlink()
+    dataset.verify()
+    with pytest.raises(RunError, match=r"train-00003.tokens: the shard cannot be read"):
+        dataset.verified()
+
+
 def test_missing_or_cut_before_the_start_is_refused(shards):
     (shards / "train-00001.offsets").unlink()
     with pytest.raises(ConfigError, match=r"data.path = .*is damaged: train-00001.offsets is missing"):

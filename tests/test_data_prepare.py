@@ -2,10 +2,13 @@
 
 import errno
 import gzip
+import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -336,3 +339,26 @@ def test_limits_of_the_system_are_one_line(tmp_path, corpus, descriptors, said):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
     assert "--output" in done.stderr or "--input" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
+    page = Path(__file__).parent.parent / "docs" / "data.md"
+    block = page.read_text().split("```bash\n")[1].split("```")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus/deep", "data"):
+        Path(name).mkdir(parents=True)
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
+    with pyarrow.CompressedOutputStream("corpus/a.jsonl.zst", "zstd") as out:
+        out.write(lines)
+    for name in ("deep/a", "last"):
+        Path(f"corpus/{name}.txt").write_text("".join(TEXTS))
+    for line in block:
+        command = shlex.split(line)
+        assert command[:3] == ["python", "-m", "hybridlm.data.prepare"]
+        if "--dataset" not in command or importlib.util.find_spec("datasets"):
+            if "--dataset" in command:
+                import datasets
+
+                datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk("corpus/saved")
+            assert main(command[3:]) == 0
+            assert read_back(tmp_path / command[command.index("--output") + 1], "val")[0]

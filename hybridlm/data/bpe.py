@@ -44,8 +44,7 @@ def _texts(documents: Iterable[tuple[str, bytes]]) -> Iterator[str]:
     """Texts in pieces that the library counts apart."""
     left = MAX_BYTES
     for _, text in documents:
-        for line in text[:left].decode(errors="replace").splitlines(keepends=True):
-            yield line
+        yield from text[:left].decode(errors="replace").splitlines(keepends=True)
         left -= len(text)
         if left <= 0:
             return

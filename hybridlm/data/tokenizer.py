@@ -301,11 +301,11 @@ def _behind(before: str, whole: str) -> str:
 
 def _content(path: str) -> tuple[bytes, dict[str, Any]]:
     """The file and what it says, looked at before the library reads it: an id of 4e9 would be an abort."""
-    problem = 'must be "bytes" or a readable tokenizer.json'
     try:
         content = untrusted.read_bytes(Path(path).expanduser(), "tokenizer")
     except ConfigError as error:
-        raise ConfigError("tokenizer", path, problem, f"{error.allowed}. {error.fix}".strip()) from error
+        problem = f'must be "bytes" or a readable tokenizer.json; it {error.allowed}'
+        raise ConfigError("tokenizer", path, problem, error.fix) from error
     try:
         value = untrusted.parse(content)
         untrusted.check_shape(value, {"model": dict, "added_tokens?": ([dict], type(None))})
