@@ -1,7 +1,7 @@
 """Data kind "shards": a directory of tokens that `python -m hybridlm.data.prepare` wrote, read by mmap.
 
-index.json                 format, tokenizer and its hash, dtype, vocab_size, doc_id; for each split totals and
-                           the shards with their counts and the SHA-256 of both files; its own SHA-256
+index.json                 format, tokenizer and its hash, dtype, vocab_size, doc_id; for each split totals,
+                           and shards with their counts and the SHA-256 of both files; its own SHA-256
 tokenizer.json             a copy of the tokenizer file, unless the tokens are bytes
 train-00000.tokens         flat little-endian uint16 or uint32; each document is its separator and its tokens
 train-00000.offsets        little-endian uint64 [documents + 1]: where each starts, then the number of tokens
