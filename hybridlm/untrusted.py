@@ -1,9 +1,9 @@
-"""What others wrote, and what others will read: one way in and one way out for small files, names and texts.
+"""What others wrote, and what others will read: one way in and one way out for small files, names, texts.
 
-In: `read_bytes` and `read_json` (size, depth and shape are checked before the value is used) and `inside`, which
-joins a name that a file gave to a folder and never leaves it. Out: `write_text`, `write_bytes` and `write_json`
-(beside the file, synced, renamed over it), `shell`, and `terminal`, `markup` and `plot` for showing text that
-may hold anything.
+In: `read_bytes` and `read_json` (size, depth and shape are checked before the value is used) and `inside`,
+which joins a name that a file gave to a folder and never leaves it. Out: `write_text`, `write_bytes` and
+`write_json` (beside the file, synced, renamed over it), `shell`, and `terminal`, `markup` and `plot` for
+showing text that may hold anything.
 """
 
 import json
@@ -26,7 +26,7 @@ NATURAL = "natural"  # a shape: a whole number from 0 up that an int64 holds
 ANY = object  # a shape: whatever JSON can say
 _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NATURAL: "a count",
           dict: "an object", list: "a list", type(None): "null"}  # fmt: skip
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _LONE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half a surrogate pair (and the whole ones)
 
 
@@ -48,7 +48,7 @@ def regular(path: str | Path, what: str) -> os.stat_result:
 
 
 def read_bytes(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
-    """A regular file of at most ``limit`` bytes, whole. what: the field or flag that the ConfigError names."""
+    """A regular file of at most ``limit`` bytes, whole. what: the field or flag that ConfigError names."""
     if (size := regular(path, what).st_size) > limit:
         raise ConfigError(what, str(path), f"has {size:,} bytes, more than the {limit:,} that are read")
     try:
@@ -77,7 +77,7 @@ def read_json(path: str | Path, what: str, shape: Any = ANY, limit: int = MAX_BY
 
 
 def parse(content: bytes | str) -> Any:
-    """The value that JSON ``content`` (UTF-8) spells. ValueError, in one line, for all that `read_json` refuses."""
+    """The value that JSON ``content`` (UTF-8) spells; ValueError for all that `read_json` refuses."""
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     check_depth(text)
     value = json.loads(text, object_pairs_hook=_named_once)
