@@ -21,7 +21,8 @@ from pallas_kernels.linear_attention.hopper import wide
 from pallas_kernels.linear_attention.hopper.head_tiles import head_tiles
 from pallas_kernels.linear_attention.hopper.inputs import prepare
 
-TOLERANCE = dict(o=6e-3, final=6e-3, q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, initial_state=6e-3, beta=3e-2)
+# As in test_hopper_backward; dlog_decay is a sum of inner products that cancel too, more of them with K = 256.
+TOLERANCE = dict(o=6e-3, final=6e-3, q=6e-3, k=6e-3, v=6e-3, log_decay=1e-2, initial_state=6e-3, beta=3e-2)
 ADDITIVE = dict(delta=False, l2norm=False)
 CASES = {  # what the mixer calls have at 1.3B, smaller
     "delta": dict(dim=256, value_dim=128),

@@ -126,24 +126,21 @@ def wide_chunk_gradients(
                     copy(source, s[name].at[slot, part])
 
         def issue_copies() -> None:
-            @pl.loop(0, steps)
-            def _(i: Any) -> None:
-                for j in range(blocks_v):
-                    turn = i * blocks_v + j
-                    slot = blocks.rem(turn, STAGES)
+            @pl.loop(0, steps * blocks_v)
+            def _(turn: Any) -> None:
+                slot, i, j = blocks.rem(turn, STAGES), blocks.div(turn, blocks_v), blocks.rem(turn, blocks_v)
 
-                    @pl.when(turn >= STAGES)
-                    def _(slot: Any = slot) -> None:
-                        plgpu.barrier_wait(s["free"].at[slot])
+                @pl.when(turn >= STAGES)
+                def _() -> None:
+                    plgpu.barrier_wait(s["free"].at[slot])
 
-                    fill_values(i, j, slot)
-                    if j == late:
+                fill_values(i, j, slot)
 
-                        @pl.when(i > 0)
-                        def _() -> None:
-                            plgpu.barrier_wait(s["qk_free"])
+                @pl.when((j == late) & (i > 0))
+                def _() -> None:
+                    plgpu.barrier_wait(s["qk_free"])
 
-                        fill_keys(i)
+                pl.when(j == late)(lambda: fill_keys(i))
 
             @pl.loop(jnp.maximum(steps * blocks_v - STAGES, 0), steps * blocks_v)
             def _(turn: Any) -> None:
@@ -255,13 +252,13 @@ def wide_chunk_gradients(
 
         @pl.when(warpgroup < 2)
         def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             lax.fori_loop(0, steps, step, None)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 2)
         def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             issue_copies()
 
         blocks.finish_together(s["done"])
