@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-if jax.__version__ != hopper_aot.KERNEL_JAX:
-    pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
 
 from test_hopper_backward import expect, make_case, relative_error
 from test_hopper_forward import struct_call
@@ -40,9 +40,9 @@ CASES = {  # what the mixer calls have at 1.3B, smaller
         dim=256, value_dim=64, documents=True, value_heads=2, tokens=150, **ADDITIVE
     ),
     "no decay": dict(dim=256, value_dim=64, decay=0.0, tokens=70, **ADDITIVE),
-    "channel decay": dict(dim=256, value_dim=64, channel=True, tokens=100, **ADDITIVE),
+    "channel decay": dict(dim=256, value_dim=256, channel=True, tokens=50, **ADDITIVE),
     "channel decay, documents, groups": dict(
-        dim=256, value_dim=256, channel=True, documents=True, value_heads=2, tokens=70, **ADDITIVE
+        dim=256, value_dim=64, channel=True, documents=True, value_heads=2, tokens=70, **ADDITIVE
     ),
 }
 
