@@ -130,8 +130,8 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: times with ratios to jla and per cent of the floor, then errors."""
     jla = {(r["op"], *r["shape"]): r for r in rows if r["peer"] == "jla" and "fwd_bwd_ms" in r}
     lines = [
-        "| op, B T H (HV) K V | path | fwd ms | of jla | % of floor | fwd+bwd ms | of jla | % of floor | temp MiB "
-        "| of jla | first s | kernels ms |",
+        "| op, B T H (HV) K V | path | fwd ms | of jla | % of floor | fwd+bwd ms | of jla | % of floor "
+        "| temp MiB | of jla | first s | kernels ms |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -178,7 +178,9 @@ def main() -> None:
     )
     parser.add_argument("--ops", type=some_of(OPS), default=OPS)
     parser.add_argument(
-        "--shapes", type=lambda text: some_of(INDICES)(",".join(NAMED.get(text, [text]))), default=NAMED["squares"]
+        "--shapes",
+        type=lambda text: some_of(INDICES)(",".join(NAMED.get(text, [text]))),
+        default=NAMED["squares"],
     )
     parser.add_argument("--peers", type=some_of(PEERS), default=("ours", "jla"))
     parser.add_argument("--no_accuracy", action="store_true")

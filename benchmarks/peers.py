@@ -18,7 +18,7 @@ GATES = ("usual", "slow", "steep")
 
 
 class Shape(NamedTuple):
-    """One problem. gates: which log-decays are drawn, see `log_decay`.  document: tokens in each, 0: one a row."""
+    """One problem. gates: of `log_decay`.  document: tokens in each, 0: one a row."""
 
     batch: int
     tokens: int
@@ -32,7 +32,9 @@ class Shape(NamedTuple):
     def __str__(self) -> str:
         heads = str(self.heads) + f" ({self.value_heads})" * (self.value_heads != self.heads)
         dims = str(self.key_dim) + f" {self.value_dim}" * (self.value_dim != self.key_dim)
-        rest = [self.gates] * (self.gates != "usual") + [f"documents of {self.document}"] * bool(self.document)
+        rest = [self.gates] * (self.gates != "usual") + [f"documents of {self.document}"] * bool(
+            self.document
+        )
         return " ".join([str(self.batch), str(self.tokens), heads, dims, *rest])
 
 

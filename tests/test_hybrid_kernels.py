@@ -1,4 +1,4 @@
-"""Which backend an H100 would run every cell of configs/hybrid.py on, asked of the shapes that its calls have."""
+"""Which backend every cell of configs/hybrid.py would run on, asked for an H100 of its calls' shapes."""
 
 import hopper_aot
 import jax
@@ -17,8 +17,8 @@ from pallas_kernels.dispatch import H100
 
 # Calls that no kernel computes yet: why, and at which sizes and mixers.
 NOT_YET: dict[tuple[str, str], str] = {}
-# Mixers without a call of a Pallas op: HGRN's recurrence is elementwise (an associative scan in XLA), attention
-# is cuDNN's.
+# Mixers without a call of a Pallas op: HGRN's recurrence is elementwise (an associative scan in XLA),
+# attention is cuDNN's.
 NO_CALLS = ("hgrn", "swa")
 
 
@@ -41,7 +41,7 @@ def test_every_cell_runs_on_kernels(size, mixer):
 
 
 def test_ratios_have_the_calls_of_the_pure_stack():
-    """So that the test above speaks for every cell: a ratio moves layers and the MLP's width, nothing else."""
+    """So the test above speaks for every cell: a ratio moves layers and the MLP's width, nothing else."""
     for size, mixer in ((size, mixer) for size in hybrid.SIZES for mixer in hybrid.MIXERS):
         pure = hybrid.get_config(f"{size},{mixer},pure")
         for ratio in hybrid.RATIOS:

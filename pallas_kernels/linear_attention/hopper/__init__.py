@@ -42,7 +42,7 @@ def supports(call: Call) -> str | None:
         return "an empty call"
     if call.q.shape[1] >= 2**24:
         return f"T = {call.q.shape[1]} (below 2^24)"
-    if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim) * wide.halves(call)) > 65535:
+    if max(call.q.shape[0], call.v.shape[2] * 2 * wide.slices(value_dim)) > 65535:
         return "more than 65535 sequences or heads"
     return None
 
@@ -61,7 +61,7 @@ def per_channel(call: Call) -> bool:
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     attend = _attend_interpreted if call.interpret else _attend
-    if wide.whole(call):
+    if wide.parts(call) == (1, 1):
         return attend(call)
     return wide.join(*attend(wide.cut(call)), call)
 

@@ -29,9 +29,10 @@ def write_gates(
 ) -> tuple[Any, Pair | None, Pair | None]:
     """Fills rows of `gates` [8, C] (see blocks) in shared memory; the rows of q and of k only if given.
 
-    numbers: the chunk's `vectors`.  q, k: tiles in shared memory, or lists of their parts.  every: also the rows SUM, NORM_K, NORM_Q
-    and BETA where the forward could do without. Returns scale / |q_i| by row, the sums of log-decays and the
-    documents, these by row and by column or None. The caller's next commit_smem makes the rows visible.
+    numbers: the chunk's `vectors`.  q, k: tiles in shared memory, or lists of their parts.  every: also the
+    rows SUM, NORM_K, NORM_Q and BETA where the forward could do without. Returns scale / |q_i| by row, the
+    sums of log-decays and the documents, these by row and by column or None. The caller's next commit_smem
+    makes the rows visible.
     """
     one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
     read = write = norm_k = one

@@ -1,7 +1,7 @@
 """All that a chunk needs before its state is known, for one decay per head: every chunk on its own.
 
-Made once a head, however many slices of V its scans take: the delta rule's inverse, the scores of q and k, and
-the numbers per token. A block of threads is one warpgroup; K is a sum over parts of 64 channels.
+Made once a head, however many slices of V its scans take: the delta rule's inverse, the scores of q and k,
+and the numbers per token. A block of threads is one warpgroup; K is a sum over parts of 64 channels.
 """
 
 from typing import Any, NamedTuple
@@ -41,9 +41,7 @@ def head_tiles(inputs: Inputs) -> HeadTiles:
     vectors = Vectors(inputs, ("log_decay", "beta", "segment", "entering"))
     interpret = inputs.interpret
 
-    def body(
-        *refs: Any, q_s: Any, k_s: Any, in_s: Any, gate_s: Any, exchange: Any, ready: Any
-    ) -> None:
+    def body(*refs: Any, q_s: Any, k_s: Any, in_s: Any, gate_s: Any, exchange: Any, ready: Any) -> None:
         q_ref, k_ref, *rest = refs
         vector_refs, (gates_ref, scores_ref, inverses_ref) = rest[:-3], rest[-3:]
         b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))

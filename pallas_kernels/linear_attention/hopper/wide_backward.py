@@ -27,9 +27,7 @@ def wide_gradients(
     dv: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `backward_chunks.chunk_gradients`: dq, dk; dlog_decay and dbeta [B, HV, 2, T]."""
-    dq, dk, numbers = wide_chunk_gradients(
-        inputs, gates, states, state_gradients, values, do, dv, run=RUN
-    )
+    dq, dk, numbers = wide_chunk_gradients(inputs, gates, states, state_gradients, values, do, dv, run=RUN)
     total = numbers.sum(2)  # over slices of K
     if inputs.l2norm and inputs.k.shape[3] > SLICE:
         group = dq.shape[2] // inputs.q.shape[2]

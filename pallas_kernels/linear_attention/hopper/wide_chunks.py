@@ -1,10 +1,10 @@
-"""The gradients of q, k, log_decay and beta of the delta rule for any V, K 128 or 256: no chunk waits for another.
+"""The delta rule's gradients of q, k, log_decay and beta for K 128 or 256 and any V: no chunk waits for another.
 
 The algebra is that of backward_chunks.py. Here U, dO, dV, S and dS come in blocks of 64 values, one after the
-other through a ring of buffers, and everything that sums over V accumulates in registers; so V has no limit. A
-block of threads takes a slice of 128 channels: two warpgroups half of it each, where the first also makes E, the
-second F; a third issues copies. With K = 256 two blocks of threads make E and F both, and what sums over all of
-K is left to the caller: with l2norm, the parts of dq along q and of dk along k.
+other through a ring of buffers, and everything that sums over V accumulates in registers; so V has no limit.
+A block of threads takes a slice of 128 channels: two warpgroups half of it each, where the first also makes
+E, the second F; a third issues copies. With K = 256 two blocks of threads make E and F both, and what sums
+over all of K is left to the caller: with l2norm, the parts of dq along q and of dk along k.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ from pallas_kernels.linear_attention.hopper.inputs import Inputs
 BF16 = jnp.bfloat16
 SLICE = 2 * C  # channels of a block of threads
 STAGES = 3  # blocks of V on their way
-# Rows of `sums`, one set a warpgroup: dG without its dG_C terms, numbers that add up to dG_C, q_i.dq_i, k_i.dk_i.
+# Rows of `sums`, one set a warpgroup: dG without dG_C, numbers that add up to dG_C, q_i.dq_i, k_i.dk_i.
 DECAY, END, ALONG_Q, ALONG_K = range(4)
 # Rows of the last result: dlog_decay and dbeta; q_i.dq_i and k_i.dk_i.
 D_LOG, D_BETA, OUT_Q, OUT_K = range(4)
@@ -52,10 +52,10 @@ def wide_chunk_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk [B, T, HV, K] bf16, one per value head, and [B, HV, K/128, 4, T] float32 (D_LOG ... OUT_K).
 
-    Of a slice of K: dlog_decay (junk without decay) is its share, dbeta the same in every slice. With l2norm and
-    K = 256 dq and dk still have their parts along q and k; OUT_Q, OUT_K are a slice's share of their products.
-    states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16.  run: chunks that one
-    block of threads takes in turn.
+    Of a slice of K: dlog_decay (junk without decay) is its share, dbeta the same in every slice. With l2norm
+    and K = 256 dq and dk still have their parts along q and k; OUT_Q, OUT_K are a slice's share of their
+    products. states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16.  run:
+    chunks that one block of threads takes in turn.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]

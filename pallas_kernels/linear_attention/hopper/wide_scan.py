@@ -1,9 +1,9 @@
 """The scan over chunks of the delta rule for heads of up to 256 x any V, one decay per head or none.
 
 A block of threads per sequence, value head and slice of 64 values: one warpgroup holds S^T (64 values by K,
-float32, in registers; 128 of a thread's 255 at K = 256) and runs the chain of products, one issues the copies.
-What does not depend on V is in `HeadTiles`. The state meets the products from shared memory: a second copy of it
-in registers would not fit.
+float32, in registers; 128 of a thread's 255 at K = 256) and runs the chain of products, one issues the
+copies. What does not depend on V is in `HeadTiles`. The state meets the products from shared memory: a
+second copy of it in registers would not fit.
 """
 
 from typing import Any
@@ -89,7 +89,8 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
             gates = s["gates"].at[slot]
             by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[GATES.index(row)]))
-            carry = refs["gates"][b, head, n, CARRY, 0]  # shared memory is full (K = 256) to the last 1000 bytes
+            # Not by way of shared memory, which is full to the last 1000 bytes with K = 256.
+            carry = refs["gates"][b, head, n, CARRY, 0]
             if keep:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's state has left
             blocks.store(s["state"], state.astype(BF16), interpret=interpret)
@@ -100,9 +101,7 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             read = blocks.matmul((s["state"], s["keys"].at[slot].T), interpret=interpret)
             value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(READ_K)
             value = value * by_token(BETA)
-            value = blocks.matmul(
-                (value.astype(BF16), s["inverses"].at[slot].T, value), interpret=interpret
-            )
+            value = blocks.matmul((value.astype(BF16), s["inverses"].at[slot].T, value), interpret=interpret)
             value_lo = value.astype(BF16)
             seen = (value_lo, s["scores"].at[slot].T, read[:, C:] * by_token(READ_Q))
             k = s["keys"].at[slot, pl.ds(0, C)]
@@ -149,5 +148,3 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
         scratch_types=scratch,
     )(*arrays.values())
     return Scanned(**dict(zip(results, out, strict=True)))
-
-
