@@ -157,7 +157,7 @@ def explain(
 
     def run(arrays: list[Any]) -> None:
         values = dict(zip(traced, arrays, strict=True))
-        args, kwargs = tree.unflatten([values.get(i, leaf) for i, leaf in enumerate(leaves)])
+        args, kwargs = jax.tree.unflatten(tree, [values.get(i, leaf) for i, leaf in enumerate(leaves)])
         function(*args, **kwargs)
 
     recorder = _Recorder()

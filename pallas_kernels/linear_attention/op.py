@@ -62,25 +62,37 @@ def linear_attention(
         ValueError: a shape, dtype or backend that is impossible, by argument name; or kernels by name for
             a call that they do not support, with the reason.
     """
-    call = _normalize(
-        q, k, v, log_decay, beta, initial_state, segment_ids, scale, qk_l2norm, output_final_state, interpret
+    call = normalize(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        beta=beta,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        output_final_state=output_final_state,
+        interpret=interpret,
     )
     return OP.compute(call, backend)
 
 
-def _normalize(
+def normalize(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    output_final_state: bool,
-    interpret: bool,
+    *,
+    log_decay: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    output_final_state: bool = False,
+    interpret: bool = False,
 ) -> Call:
+    """The arguments of `linear_attention`, checked; also for `pieces.summarize`."""
     batch, length, heads, key_dim = floating("q", q, 4, exact=True).shape
     value_heads, value_dim = floating("v", v, 4, exact=True).shape[-2:]
     if length < 1 or key_dim < 1:

@@ -1,6 +1,7 @@
 """The normalised arguments of one step; shape legend as in linear_attention/call.py, B any leading axes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -24,6 +25,6 @@ class StepCall:
     interpret: bool = False
 
     @property
-    def arrays(self) -> tuple[jax.Array | None, ...]:
+    def arrays(self) -> tuple[Any, ...]:
         """What is differentiated, in the order of `reference.update`."""
         return self.state, self.q, self.k, self.v, self.log_decay, self.beta
