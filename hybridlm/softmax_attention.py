@@ -10,6 +10,4 @@ def attend(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, *, scale: float, window: int = 0
 ) -> jax.Array:
     """o [B, T, H, V]: see `pallas_kernels.softmax_attention`."""
-    return softmax_attention(
-        q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window
-    )
+    return softmax_attention(q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window)

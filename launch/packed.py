@@ -61,7 +61,7 @@ def train(resolved: Sequence[Any], workdirs: Sequence[Path]) -> dict[Path, str]:
     with ExitStack() as stack:
         stop = stack.enter_context(interrupt.Stop(config.train.max_minutes))
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(auto_means("xla"))  # the kernels have no rule for a batch of runs
+        stack.enter_context(auto_means("cudnn", "xla"))  # Pallas kernels have no rule for a batch of runs
         members = [_member(c, workdir, stack) for c, workdir in zip(resolved, workdirs, strict=True)]
         pack = Pack(members, mesh)
         start, state = pack.begin()

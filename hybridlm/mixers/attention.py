@@ -17,7 +17,9 @@ from hybridlm.layers import Linear, RMSNorm, rotate
 from hybridlm.linear_mixer import merge_heads, split_heads
 from hybridlm.mixers import Cost, TokenMixer, at_least, one_of, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots
+from hybridlm.softmax_attention import attend
+from hybridlm.token_cache import TokenCache, append, packed_indices, slots
+from pallas_kernels.softmax_attention import blockwise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,9 +48,7 @@ def self_test() -> str | None:
     return None
 
 
-def softmax_attention(
-    call: AttentionCall, implementation: Literal["xla", "cudnn"] = "cudnn"
-) -> jax.Array:
+def softmax_attention(call: AttentionCall, implementation: Literal["xla", "cudnn"] = "cudnn") -> jax.Array:
     """See `pallas_kernels.softmax_attention`; by `jax.nn.dot_product_attention`, without a T x T mask.
 
     Each document's number is written in binary, as -1 and 1, into extra channels of q and k: two tokens'
@@ -59,7 +57,7 @@ def softmax_attention(
     """
     q, k, v = call.q, call.k, call.v
     if call.starts is not None:
-        q, k = _coded(call)
+        q, k = _coded(call, call.starts)
     o = jax.nn.dot_product_attention(
         q,
         k,
@@ -78,10 +76,10 @@ def _extra(call: AttentionCall) -> tuple[int, int]:
     return bits, bits + -(call.q.shape[-1] + bits) % 8
 
 
-def _coded(call: AttentionCall) -> tuple[jax.Array, jax.Array]:
+def _coded(call: AttentionCall, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(q, k) with the document's number in extra channels."""
     bits, extra = _extra(call)
-    document_BT1 = jnp.cumsum(call.starts, axis=1)[..., None]
+    document_BT1 = jnp.cumsum(starts, axis=1)[..., None]
     code_BTE = jnp.where(document_BT1 >> jnp.arange(bits) & 1, 1, -1)
     code_BT1E = jnp.pad(code_BTE, ((0, 0), (0, 0), (0, extra - bits)))[:, :, None]
     weight = 2.0 ** math.ceil(math.log2(MARGIN / call.scale / 2))  # a power of 2 is exact in every dtype
@@ -110,6 +108,7 @@ def packed(call: AttentionCall, most: int) -> jax.Array:
     most: documents of a row that cuDNN is prepared for, at least 2. It keeps B * most * H * T numbers for the
         gradient. If a row has more, which only the data tell, the whole call is computed otherwise.
     """
+    assert call.starts is not None
     counts_B = 1 + jnp.sum(call.starts, axis=1)
     otherwise = softmax_attention if supports(call) is None else xla.softmax_attention
 

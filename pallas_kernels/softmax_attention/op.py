@@ -1,11 +1,10 @@
 """The public op: checks its arguments, normalises them into an `AttentionCall` and hands it to a backend."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Op
+from pallas_kernels.documents import document_starts
 from pallas_kernels.linear_attention.checks import floating, scale_of
 from pallas_kernels.softmax_attention.call import AttentionCall
 
@@ -46,7 +45,9 @@ def softmax_attention(
     groups, value_dim = floating("v", v, 4, exact=True).shape[2:]
     for name, array, shape in (("k", k, (groups, dim)), ("v", v, (groups, value_dim))):
         if floating(name, array, 4, exact=True).shape != (batch, length, *shape):
-            raise ValueError(f"{name}.shape = {array.shape}: must be {(batch, length, *shape)} to match q and v")
+            raise ValueError(
+                f"{name}.shape = {array.shape}: must be {(batch, length, *shape)} to match q and v"
+            )
     if not groups or heads % groups:
         raise ValueError(f"q.shape = {q.shape}: its {heads} heads must be a multiple of v's {groups}")
     if not isinstance(window, int) or window < 0:

@@ -22,9 +22,7 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`."""
     index_T = jnp.arange(call.q.shape[1], dtype=jnp.int32)
     first_BT = jnp.broadcast_to(call.first(), call.q.shape[:2])
-    return blockwise(
-        call.q, call.k, call.v, index_T, first_BT, index_T, scale=call.scale, window=call.window
-    )
+    return blockwise(call.q, call.k, call.v, index_T, first_BT, index_T, scale=call.scale, window=call.window)
 
 
 def blockwise(
