@@ -17,7 +17,7 @@ from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
 from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass
-from pallas_kernels.linear_attention.hopper.inputs import prepare
+from pallas_kernels.linear_attention.hopper.inputs import LEAST_DECAY, prepare
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
 
 __all__ = ["linear_attention", "runs_on", "self_test", "supports"]
@@ -75,6 +75,9 @@ def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array 
     call, saved = kept
     differentiate: Any = channel_gradients if per_channel(call) else gradients
     d = differentiate(prepare(call), saved, *cotangents)
+
+    if call.log_decay is not None and not per_channel(call):  # exp(log_decay) is 0, and so is its gradient
+        d = d._replace(log_decay=jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d.log_decay))
 
     def like(x: Any, gradient: Any) -> Any:
         return None if x is None else gradient.astype(x.dtype)
