@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import vmapped
 from hybridlm import model as lm
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache
+from hybridlm.token_cache import TokenCache
 
 RUNS = 3  # of which the fastest counts
 

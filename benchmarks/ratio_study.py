@@ -291,7 +291,7 @@ def main() -> None:
         for r in runs
         if r.point["mixer"] == flags.mixer or (r.point["mixer"] == "full" and first == flags.mixer)
     ]
-    with auto_means("xla"):  # the kernels have no rule for a batch of runs
+    with auto_means("cudnn", "xla"):  # Pallas kernels have no rule for a batch of runs
         done = study(own, flags.workdir, flags)
     print("done" if done else "not run", flags.mixer)
 

@@ -171,7 +171,7 @@ def runs(
 def compiled(runs: Runs, train: Data, test: Data) -> Runs:
     """The same, its functions compiled for these data; several may be compiled at once in threads."""
     shaped = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    with auto_means("xla"):  # the Pallas kernels have no rule for a batch of runs
+    with auto_means("cudnn", "xla"):  # Pallas kernels have no rule for a batch of runs
         seeds = jax.ShapeDtypeStruct((len(runs.rates) * len(runs.seeds),), jnp.int32)
         params, state = jax.eval_shape(runs.init, seeds)
         scales = jax.ShapeDtypeStruct((runs.steps_per_call,), jnp.float32)

@@ -19,7 +19,9 @@ from hybridlm.fields import Count, Epsilon, Limits, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, packed_indices, slots, visible
+from hybridlm.softmax_attention import attend, visible
+from hybridlm.token_cache import TokenCache, append, packed_indices, slots
+from pallas_kernels.softmax_attention import blockwise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels.documents import document_starts
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -42,13 +43,6 @@ def scale_of(scale: float | None, key_dim: int) -> float:
         raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None
 
 
-def count_changes(segment_ids: Any, shape: tuple[int, ...]) -> jax.Array:
+def count_changes(segment_ids: Any, shape: tuple[int, int]) -> jax.Array:
     """Ids [B, T] of any integer type as int32: 0 at the first token, one more at every change."""
-    if not isinstance(segment_ids, jax.Array):
-        segment_ids = np.asarray(segment_ids)  # JAX would cut off what is above 32 bits
-    if segment_ids.shape != shape:
-        raise ValueError(f"segment_ids.shape = {segment_ids.shape}: must be {shape}, [B, T] of q")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids.dtype = {segment_ids.dtype}: must be an integer type")
-    changes = jnp.asarray(segment_ids[:, 1:] != segment_ids[:, :-1])
-    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return jnp.cumsum(document_starts(segment_ids, shape), axis=1, dtype=jnp.int32)
