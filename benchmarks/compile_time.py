@@ -3,9 +3,9 @@
     python benchmarks/compile_time.py [--pattern "kda*3 full"] [--depths 8,24,32,48,30,26] [--old DIR]
 
 Each depth runs in a process of its own, so that nothing is warm; with --old each depth first with the code of
-the checkout unpacked in that folder. "plan" is how the stack is scanned: its runs are what is compiled. The
-ratio is of the wall-clock total to the first depth's with the same code. CPU seconds, of all threads, say
-more than the wall where the machine is shared.
+the checkout unpacked in that folder. "plan" is how the stack is scanned: its runs are what is compiled;
+"lines", of the lowered program, say the same and do not depend on the machine. The ratio is of CPU seconds,
+of all threads, to the first depth's with the same code: the wall says less where the machine is shared.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def measure(pattern: str, depth: int) -> dict[str, Any]:
     stages = zip(("trace", "lower", "compile"), itertools.pairwise(times), strict=True)
     plan = definition.layout if hasattr(definition, "layout") else definition.plan  # its name in 0.1.0
     seconds = {name: end - start for name, (start, end) in stages}
-    return seconds | {"total": times[-1] - times[0], "cpu": time.process_time() - cpu, "plan": str(plan)}
+    totals = {"total": times[-1] - times[0], "cpu": time.process_time() - cpu}
+    return seconds | totals | {"lines": lowered.as_text().count("\n"), "plan": str(plan)}
 
 
 def main() -> None:
@@ -70,16 +71,22 @@ def main() -> None:
         return
     trees = {"old": Path(args.old).resolve()} if args.old else {}
     trees["new"] = HERE.parents[1]
-    print("| layers | code | trace | lower | compile | total s | CPU s | ratio | plan |\n|" + "---|" * 9)
+    print(
+        "| layers | code | trace | lower | compile | total s | CPU s | ratio | lines | plan |\n|"
+        + "---|" * 10
+    )
     first: dict[str, float] = {}
     for depth, (name, tree) in itertools.product(args.depths.split(","), trees.items()):
         command = [sys.executable, str(HERE), "--pattern", args.pattern, "--one", depth]
         env = os.environ | {"PYTHONPATH": str(tree)}
         done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])
-        ratio = row["total"] / first.setdefault(name, row["total"])
+        ratio = row["cpu"] / first.setdefault(name, row["cpu"])
         numbers = [f"{row[stage]:.1f}" for stage in ("trace", "lower", "compile", "total", "cpu")]
-        print(f"| {' | '.join([depth, name, *numbers, f'{ratio:.2f}', row['plan']])} |", flush=True)
+        print(
+            f"| {' | '.join([depth, name, *numbers, f'{ratio:.2f}', str(row['lines']), row['plan']])} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def main() -> None:
     if bool(args.old) != bool(args.configs):
         parser.error("--old and --configs go together")
     if args.old:
-        return compare(args, rest)
+        compare(args, rest)
+        return
     overrides = dict(field.removeprefix("--config.").split("=", 1) for field in rest)
     for name in ("batch_size", "seq_len", "microbatches"):
         overrides[f"train.{name}"] = str(getattr(args, name))
