@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step --config=configs/hybrid.py:340m,gdn,3:1 --batch_size=8 --seq_len=4096 \
         [--microbatches=1] [--backends=auto,xla] [--steps=8] [--profile] [--config.section.field=value ...]
-    python benchmarks/train_step.py --old .old --configs 340m,kda,3:1 1.3b,kda,3:1 340m,full [--rounds=3] ...
+    python benchmarks/train_step.py --old .old --configs 340m,kda,3:1 1.3b,kda,3:1 340m,full [--rounds=2] ...
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
 end of the first step: initialisation, tracing, compilation, one step. peak_gib is what the device's allocator
@@ -145,7 +145,7 @@ def main() -> None:
     what.add_argument("--config")
     what.add_argument("--configs", nargs="+", help="with --old")
     parser.add_argument("--old", help="a folder with another checkout")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="of old and new; balanced where even")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=1)
