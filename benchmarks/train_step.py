@@ -131,7 +131,8 @@ def compare(args: argparse.Namespace, rest: list[str]) -> None:
 
 def in_tree(tree: Path, options: list[str], cache: str) -> dict[str, Any]:
     """What this script prints last with the code in ``tree``."""
-    env = os.environ | {"PYTHONPATH": str(tree), "JAX_COMPILATION_CACHE_DIR": cache}
+    path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": cache}
     command = [sys.executable, str(HERE), *options]
     done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
