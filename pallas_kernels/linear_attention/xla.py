@@ -65,6 +65,7 @@ class _Spec(NamedTuple):
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`. Differentiable once; memory is linear in T."""
     o, state = _run(call, outputs=True)
+    assert o is not None
     return o, state if call.output_final_state else None
 
 
