@@ -1,4 +1,4 @@
-"""The delta rule's gradients of q, k, log_decay and beta for K 128 or 256 and any V: no chunk waits for another.
+"""The delta rule's gradients of q, k, log_decay and beta for K 128 or 256 and any V, every chunk alone.
 
 The algebra is that of backward_chunks.py. Here U, dO, dV, S and dS come in blocks of 64 values, one after the
 other through a ring of buffers, and everything that sums over V accumulates in registers; so V has no limit.
@@ -190,6 +190,12 @@ def wide_chunk_gradients(
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
             return raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
 
+        def across(d: jax.Array, x_s: Any, sums: Any, row: int, norm_row: int, factor: float) -> jax.Array:
+            """d without its part along x."""
+            along = blocks.row_vector(sums.at[0, row]) + blocks.row_vector(sums.at[1, row])
+            norm = blocks.row_vector(s["gates"].at[norm_row]) * factor
+            return d + blocks.tile(x_s) * blocks.by_row(along * norm * norm * -1.0)
+
         def per_token(wg: Any, sums: Any, error: jax.Array) -> tuple[jax.Array, jax.Array]:
             """dlog_decay and q_i.dq_i (first warpgroup) or dbeta and k_i.dk_i (second)."""
             both = lambda load, row: load(sums.at[0, row]) + load(sums.at[1, row])
@@ -233,13 +239,9 @@ def wide_chunk_gradients(
             plgpu.commit_smem()
             sync()  # E and F may be overwritten, and both halves of the inner products are there
             sums = s["sums"].at[blocks.rem(i, 2)]
-            if project:  # take out the part along q, along k
-                for place, scale in ((ALONG_Q, 1 / inputs.scale), (ALONG_K, 1.0)):
-                    x_s, norm = (q_s, NORM_Q) if place == ALONG_Q else (k_s, NORM_K)
-                    along = blocks.row_vector(sums.at[0, place]) + blocks.row_vector(sums.at[1, place])
-                    norm = blocks.row_vector(gate_s.at[norm]) * scale
-                    part = blocks.tile(x_s) * blocks.by_row(along * norm * norm * -1.0)
-                    dq, dk = (dq + part, dk) if place == ALONG_Q else (dq, dk + part)
+            if project:
+                dq = across(dq, q_s, sums, ALONG_Q, NORM_Q, 1 / inputs.scale)
+                dk = across(dk, k_s, sums, ALONG_K, NORM_K, 1.0)
             blocks.store(q_s, dq.astype(BF16), interpret=interpret)
             blocks.store(k_s, dk.astype(BF16), interpret=interpret)
             s["out"].at[wg, 0][...], s["out"].at[wg, 1][...] = per_token(wg, sums, error)
