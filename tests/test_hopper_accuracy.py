@@ -59,6 +59,6 @@ def test_one_strong_gate_leaves_its_chunk_exact(delta):
     assert got["dlog_decay"][0, 20, 0] == 0
     # What forgets everything forgets no more: the same bits, whatever its size.
     attend = functools.partial(values_and_gradients, hopper)
-    for gate in (-1e7, -3e38, -np.inf) if delta else (-np.inf,):
+    for gate in (-3e38, -np.inf) if delta else (-np.inf,):
         for name, value in attend(gated(gate, delta)).items():
             np.testing.assert_array_equal(value, got[name], err_msg=name)
