@@ -140,8 +140,11 @@ def _assigned(parts: list[Part], fraction: float) -> Iterator[tuple[int, Documen
         number, document = first
         text = document.text or b""
         at = holdout.cut(text, fraction)
+        if not 0 < at < len(text):
+            allowed = f"cannot cut the only text there is, of {len(text)} bytes"
+            raise ConfigError("--holdout", fraction, allowed, "Add text, or hold out none.")
         for piece, split in ((text[:at], "train"), (text[at:], "val")):
-            yield number, document._replace(text=piece), split if piece else ""
+            yield number, document._replace(text=piece), split
 
 
 def _training(parts: list[Part], fraction: float) -> Iterator[tuple[str, bytes]]:
@@ -196,7 +199,7 @@ class _Job:
         if not train.documents:
             raise ConfigError("--input", self.named, "gives no tokens to train on", "Check the files.")
         if self.fraction and not val.documents:
-            allowed = "leaves nothing to hold out: there is one document, too short to be cut"
+            allowed = "leaves nothing to hold out: one document alone has tokens"
             raise ConfigError("--holdout", self.fraction, allowed, "Add text, or hold out none.")
         splits = {split: writer.finish() for split, writer in self.writers.items()}
         index = shards.write_index(self.folder, self.tokens, splits, self.empty, self.null)
