@@ -144,13 +144,13 @@ def main() -> None:
         guessing = f"{1 / (flags.vocab - 1):.3f}"
         return vmapped.row(r["name"], vmapped.spread(r["score"]), guessing, f"{r['rate']:g}", r["steps"])
 
-    print("| mixer, length | score (min to max of seeds) | guessing | rate | steps |\n|" + "---|" * 5)
     cases = {
         f"{name}, {length}": functools.partial(case, name.strip(), length)
         for name in flags.mixers.split(";")
         for length in map(int, flags.lengths.split(","))
     }
-    vmapped.study(cases, flags, show)
+    head = ("mixer, length", "score (min to max of seeds)", "guessing", "rate", "steps")
+    vmapped.study(cases, flags, head, show)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def main() -> None:
     given = [item.partition("=") for item in flags.mixers.split(";")]
     wanted = {name.strip(): int(own or flags.steps) for name, _, own in given}
     head = ("mixer", "state", "score (min to max of seeds)", "published", "rate", "steps", "epochs", *tests)
-    print(vmapped.row(*head) + "\n|" + "---|" * len(head))
-    vmapped.study({name: functools.partial(case, name, steps) for name, steps in wanted.items()}, flags, show)
+    vmapped.study(
+        {name: functools.partial(case, name, steps) for name, steps in wanted.items()}, flags, head, show
+    )
 
 
 if __name__ == "__main__":

@@ -67,9 +67,8 @@ def main() -> None:
         for layers in map(int, flags.layers.split(",")):
             for name in (one.strip() for one in flags.mixers.split(";")):
                 cases[f"{group}, {name}, {layers} layers"] = functools.partial(case, group, layers, name)
-    print(vmapped.row("task, mixer", "trained, 128", "512, mean (min to max)", "guessing", "rate", "steps"))
-    print("|" + "---|" * 6)
-    vmapped.study(cases, flags, show)
+    head = ("task, mixer", "trained, 128", "512, mean (min to max)", "guessing", "rate", "steps")
+    vmapped.study(cases, flags, head, show)
 
 
 if __name__ == "__main__":

@@ -154,9 +154,12 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def study(
-    cases: Mapping[str, Callable[[], Case]], flags: argparse.Namespace, show: Callable[[dict[str, Any]], str]
+    cases: Mapping[str, Callable[[], Case]],
+    flags: argparse.Namespace,
+    head: Sequence[str],
+    show: Callable[[dict[str, Any]], str],
 ) -> list[dict[str, Any]]:
-    """Trains every case, compiling ahead in threads, and prints ``show`` of each result.
+    """Trains every case, compiling ahead in threads; prints ``show`` of each result, and a table.
 
     A result is of the learning rate that is best on the mean over the tests and seeds: score and trained
     (training accuracy), one a seed; slices: score by test, mean over seeds.
@@ -189,7 +192,7 @@ def study(
             results.append(found)
             Path(flags.output).write_text(json.dumps(results, indent=1))
             print(show(found), flush=True)
-    print("\n".join(map(show, results)))
+    print("\n".join([row(*head), "|" + "---|" * len(head), *map(show, results)]))
     return results
 
 
