@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import generate, init_from, layered, model
+from hybridlm import generate, init_from, model
 from hybridlm.convert import __main__ as command
 from hybridlm.convert import evaluate, tensors, transfer
 from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from hybridlm.run import checkpoint
+from tests import tiny
 from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
@@ -92,20 +92,18 @@ def test_gradients(root: Path) -> None:
     batch = {"tokens": jnp.asarray(ids), "targets": jnp.asarray(targets)}
     batch |= dict(zip(("segment_ids", "positions"), single_document(*ids.shape), strict=True))
     with jax.default_matmul_precision("highest"):
-        grads, sums = jax.jit(jax.grad(lambda p: model.loss_fn(run.definition, p, batch), has_aux=True))(
-            run.params
-        )
+        loss = lambda params: tiny.loss_fn(run.definition, params, batch)
+        grads, sums = jax.jit(jax.grad(loss, has_aux=True))(run.params)
     assert sums["loss_sum"] / sums["tokens"] == pytest.approx(float(run.expected["loss"]), rel=1e-5)
-    flat = trees.flatten(grads)
+    flat = model.unstack(run.definition, grads)
     source = transfer.read_config(GOLDEN / "qwen3_next")
-    planned = transfer.plan(run.definition, source.family, source.model_type)
+    planned = transfer.plan(run.definition, source.family)
     compared = 0
     for rule in planned.rules:
         for theirs in rule.theirs:
             want = run.expected.get(f"grad.{theirs}")
             if want is not None:
-                entries = [planned.entries[name] for name in rule.ours]
-                arrays = rule.outward([np.asarray(flat[e.path][e.place]) / sums["tokens"] for e in entries])
+                arrays = rule.outward([np.asarray(flat[name]) / sums["tokens"] for name in rule.ours])
                 assert error(arrays[rule.theirs.index(theirs)], want) < 1e-4, theirs
                 compared += 1
     assert compared == sum(name.startswith("grad.") for name in run.expected)
@@ -182,12 +180,12 @@ def test_configs_and_rules_of(name: str) -> None:
     definition = model.build(family.read(Fields(values)).config())
     written = family.write(definition, values["model_type"])
     assert not same_model(definition, model.build(family.read(Fields(written)).config()))
-    planned = transfer.plan(definition, family, values["model_type"])
+    planned = transfer.plan(definition, family)
     if name in SHAPES:
         assert planned.shapes == {key: tuple(shape) for key, shape in SHAPES[name]["shapes"].items()}
-    rng = np.random.default_rng(0)
+    rng, sizes = np.random.default_rng(0), model.canonical_shapes(definition)
     for rule in planned.rules:
-        ours = [rng.normal(size=planned.entries[entry].shape) for entry in rule.ours]
+        ours = [rng.normal(size=sizes[entry].shape) for entry in rule.ours]
         for before, after in zip(ours, rule.inward(rule.outward(ours)), strict=True):
             np.testing.assert_array_equal(before, after)
 
@@ -410,19 +408,18 @@ def test_init_from(tmp_path: Path) -> None:
     fresh = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     params = init_from.start(str(GOLDEN / "fla_deltanet"), definition, fresh, tmp_path)
     report = init_from.Report(**json.loads((tmp_path / "init_from.json").read_text()))
-    assert set(report.loaded) | set(report.new) == set(layered.entries(definition))
+    assert set(report.loaded) | set(report.new) == set(model.canonical_shapes(definition))
     lines = report.lines()
     assert "layer 0: loaded" in lines and "layer 2: new" in lines and "embedding: loaded" in lines
     (second,) = (line for line in lines if line.startswith("layer 1: "))
     assert "loaded mixer_norm.scale, mlp.down.kernel" in second
     assert "; new mixer.k_proj.kernel" in second and second.endswith("mixer.b_proj.kernel")
-    folder, before, after = tensors.Folder(GOLDEN / "fla_deltanet"), *map(trees.flatten, (fresh, params))
-    for name, entry in layered.entries(definition).items():
-        if name in report.new:
-            np.testing.assert_array_equal(after[entry.path][entry.place], before[entry.path][entry.place])
-    entry = layered.entries(definition)["layers.1.mlp.up.kernel"]
+    folder = tensors.Folder(GOLDEN / "fla_deltanet")
+    before, after = (model.unstack(definition, one) for one in (fresh, params))
+    for name in report.new:
+        np.testing.assert_array_equal(after[name], before[name])
     want = folder.read("model.layers.1.mlp.up_proj.weight").astype(np.float32).T
-    np.testing.assert_array_equal(after[entry.path][entry.place], want)
+    np.testing.assert_array_equal(after["layers.1.mlp.up.kernel"], want)
     assert (tmp_path / "hf" / "manifest.json").is_file()
     with pytest.raises(ConfigError, match="neither a workdir with checkpoints nor a Hugging Face folder"):
         init_from.check(tmp_path / "nowhere")

@@ -157,7 +157,7 @@ def test_a_native_run_leaves(tmp_path: Path) -> None:
 
     params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saves:
-        saves.save(0, {"params": params}, {}, {})
+        saves.save(0, {"params": model.unstack(definition, params)}, {"format": checkpoint.FORMAT})
     (tmp_path / "run" / "config.json").write_text(configs.to_json(resolved))
     ids = np.random.default_rng(0).integers(0, 31, (1, 20))
     assert transfer.export_hf(tmp_path / "run", tmp_path / "hf", model_type="qwen3") == "qwen3"

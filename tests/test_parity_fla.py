@@ -26,7 +26,7 @@ from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from hybridlm.run import checkpoint
+from tests import tiny
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 
@@ -143,7 +143,7 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
         assert settings.get("num_kv_heads") and "num_kv_heads" in error.field, settings
         return
     definition = model.build(source.config)
-    shapes = transfer.plan(definition, source.family, source.model_type).shapes
+    shapes = transfer.plan(definition, source.family).shapes
     renamed = {key if key in shapes else source.family.rename(key): shape for key, shape in want.items()}
     assert shapes == renamed, settings
     written = source.family.write(definition, source.model_type)
@@ -201,14 +201,14 @@ def gradients(folder: Path, definition: model.Definition, params: model.Params, 
     batch = {"tokens": jnp.asarray(ids), "targets": jnp.asarray(targets)}
     batch |= dict(zip(("segment_ids", "positions"), single_document(*ids.shape), strict=True))
     with jax.default_matmul_precision("highest"):
-        grads, sums = jax.jit(jax.grad(lambda p: model.loss_fn(definition, p, batch), has_aux=True))(params)
-    flat = trees.flatten(grads)
+        loss = lambda params: tiny.loss_fn(definition, params, batch)
+        grads, sums = jax.jit(jax.grad(loss, has_aux=True))(params)
+    flat = model.unstack(definition, grads)
     source = transfer.read_config(folder)
-    planned = transfer.plan(definition, source.family, source.model_type)
+    planned = transfer.plan(definition, source.family)
     found = {}
     for rule in planned.rules:
-        entries = [planned.entries[name] for name in rule.ours]
-        arrays = rule.outward([np.asarray(flat[e.path][e.place]) / sums["tokens"] for e in entries])
+        arrays = rule.outward([np.asarray(flat[name]) / sums["tokens"] for name in rule.ours])
         found |= dict(zip(rule.theirs, arrays, strict=True))
     return found
 

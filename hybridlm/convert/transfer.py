@@ -31,10 +31,12 @@ from hybridlm.run.checkpoint import FORMAT
 log = logging.getLogger("hybridlm")
 
 FAMILIES = {
-    model_type: module.FAMILY
-    for module in (fla, qwen3, qwen3_next, kimi_linear, olmo_hybrid)
-    for model_type in module.FAMILY.model_types
-}
+    model_type: family
+    for family in (
+        fla.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(), kimi_linear.FAMILY, olmo_hybrid.FAMILY
+    )
+    for model_type in family.classes
+}  # fmt: skip
 MULTIMODAL = {outer: inner for one in FAMILIES.values() for outer, inner in one.multimodal.items()}
 MANIFEST, CONFIG = "manifest.json", "config.json"
 HEAD, SHARD_BYTES, SHOWN = "lm_head.weight", 5 * 10**9, 20
@@ -92,9 +94,9 @@ class Plan(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
 
 
-def plan(definition: model.Definition, family: Family, model_type: str) -> Plan:
+def plan(definition: model.Definition, family: Family) -> Plan:
     ours = model.canonical_shapes(definition)
-    rules = family.rules(definition, model_type)
+    rules = family.rules(definition)
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in rules:
         theirs = rule.their_shapes([ours[name].shape for name in rule.ours])
@@ -179,7 +181,7 @@ def _shown(lines: list[str]) -> str:
 def fill(directory: str | Path, source: Source, put: Callable[[str, np.ndarray], None]) -> dict[str, Any]:
     """Reads every tensor and hands ``put`` every parameter's name and float32 array; returns the manifest."""
     folder = tensors.Folder(directory)
-    planned = plan(model.build(source.config), source.family, source.model_type)
+    planned = plan(model.build(source.config), source.family)
     stored = match(folder, source, planned)
     for rule in planned.rules:
         arrays = [folder.read(stored[name].name) for name in rule.theirs]
@@ -265,7 +267,7 @@ def export_hf(
             model_type, values = _written(definition, model_type)
             manifest = None
         family = FAMILIES[model_type]
-        planned = plan(definition, family, model_type)
+        planned = plan(definition, family)
         directory.mkdir(parents=True, exist_ok=True)
         if carried:
             for file in (workdir / CARRIED).iterdir():
