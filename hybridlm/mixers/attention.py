@@ -6,7 +6,7 @@ q and k optionally RMS-normalised, then rotated (RoPE) in all or the first of th
 
 import dataclasses
 import functools
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,7 @@ GATED = {"qk_norm": "head", "norm_unit_offset": True, "output_gate": "sigmoid"} 
 
 class Mixer(TokenMixer):
     config_class = Config
-    public = {
+    public: ClassVar = {
         "fla": Format(_fla_read, _fla_write, _rules, "attn.", "transformer", "Transformer"),
         "qwen3": _hf(heads=32, head_dim=128, qk_norm="head"),
         "qwen3_next": _hf(heads=16, kv_heads=2, head_dim=256, **GATED),

@@ -57,7 +57,7 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
 
 class Mixer(LinearMixer):
     config_class = Config
-    public = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "delta_net", "DeltaNet")}
+    public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "delta_net", "DeltaNet")}
     qk_l2norm = True
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

@@ -165,7 +165,7 @@ LINEAR = ("linear_attn.", "linear_attention")
 
 class Mixer(LinearMixer):
     config_class = Config
-    public = {
+    public: ClassVar = {
         "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "gated_deltanet", "GatedDeltaNet"),
         "qwen3_next": Format(_qwen_read, _hf_write, _qwen3_next_rules, *LINEAR),
         "qwen3_5": Format(_qwen_read, _hf_write, _qwen3_5_rules, *LINEAR),

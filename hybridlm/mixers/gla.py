@@ -6,7 +6,7 @@ y = W_o (rmsnorm(o) * swish(W_g x)),   q, k, v linear
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,9 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
 
 class Mixer(LinearMixer):
     config_class = Config
-    public = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "gla", "GLA", aliases=ALIASES)}
+    public: ClassVar = {
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "gla", "GLA", aliases=ALIASES)
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)

@@ -5,7 +5,7 @@ y = W_o (rmsnorm(h) * swish(W_g x)) with the norm over the whole width; lb: see 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def bounds(config: Any) -> list[Rule]:
 class Mixer(TokenMixer):
     config_class = Config
     shared_class = Shared
-    public = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn", "HGRN", bounds)}
+    public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn", "HGRN", bounds)}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model = site.d_model

@@ -6,7 +6,7 @@ lb: a lower bound per channel that rises with depth, see `forget_gate`
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
 class Mixer(LinearMixer):
     config_class = Config
     shared_class = Shared
-    public = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn2", "HGRN2", bounds)}
+    public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn2", "HGRN2", bounds)}
     silu = False
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

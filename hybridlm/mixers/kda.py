@@ -7,7 +7,7 @@ y = W_o (rmsnorm(o) * sigmoid(W_g2 W_g1 x)),   q, k, v = silu(conv(W x)),  q and
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
 
 class Mixer(LinearMixer):
     config_class = Config
-    public = {
+    public: ClassVar = {
         "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "kda", "KDA"),
         "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "linear_attention"),
     }

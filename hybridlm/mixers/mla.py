@@ -9,7 +9,7 @@ themselves, as if with one key/value head.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,9 @@ def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
 
 class Mixer(TokenMixer):
     config_class = Config
-    public = {"kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention")}
+    public: ClassVar = {
+        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention")
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model = site.d_model

@@ -64,7 +64,9 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
 
 class Mixer(LinearMixer):
     config_class = Config
-    public = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "retnet", "RetNet", aliases=ALIASES)}
+    public: ClassVar = {
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "retnet", "RetNet", aliases=ALIASES)
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)

@@ -17,7 +17,7 @@ Shape legend: N tokens, D model width, E experts, S = top_k choices, F expert wi
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,7 @@ class Mlp(mlps.Mlp):
     """Records "loss.balance" and "load", the choices of each expert [E], over tokens that are not padding."""
 
     config_class = Config
-    public = {
+    public: ClassVar = {
         "qwen3_next": _qwen(num_experts=512, top_k=10),
         "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
         "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),

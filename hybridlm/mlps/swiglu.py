@@ -1,7 +1,7 @@
 """SwiGLU (Shazeer 2020, arXiv 2002.05202): y = W_down (silu(W_gate x) * W_up x)."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -43,7 +43,7 @@ def swiglu_rules(ours: str = "", theirs: str = "") -> list[Rule]:
 
 class Mlp(SwiGLU):
     config_class = Config
-    public = {EVERY: Format(_read, _write, lambda config, d_model: swiglu_rules(), "mlp.")}
+    public: ClassVar = {EVERY: Format(_read, _write, lambda config, d_model: swiglu_rules(), "mlp.")}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(site.d_model, config.hidden, rngs=rngs)
