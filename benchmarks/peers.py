@@ -118,12 +118,11 @@ class Jax:
         """ours (kernels), ours (xla) or jla."""
         if self.peer == "jla":
             return "jla"
-        from pallas_kernels.linear_attention import hopper
-        from pallas_kernels.linear_attention.call import Call
+        from pallas_kernels import explain
 
         x = self.jax.eval_shape(lambda: self.draw(op, shape))
-        call = Call(x["q"], x["k"], x["v"], x.get("g"), x.get("beta"), None, None, scale=1.0)
-        return "ours (xla)" if hopper.supports(call) else "ours (kernels)"
+        (choice,) = explain(lambda x: self.attend(op, x, False), x)
+        return "ours (xla)" if choice.backend == "xla" else "ours (kernels)"
 
     def time(self, op: str, shape: tuple[int, ...], alone: Callable, profile: bool) -> dict[str, Any]:
         jax = self.jax

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from hybridlm import data as data_kinds
 from hybridlm import mixers, mlps, objectives, pattern, schema
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.fields import Named, build, checked, fields, mapping, parse, under
+from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
@@ -77,7 +77,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, from which `resolve` makes the same again."""
-        return dataclasses.asdict(self)
+        return plain(self)
 
     def replace(self, **fields: Any) -> "Config":
         """With other values, fields written with a double underscore: ``train__steps=3``."""
@@ -128,7 +128,7 @@ def objective(kind: str, **settings: Any) -> ConfigDict:
 
 def _written(section: str, kind: str, settings: Mapping[str, Any]) -> ConfigDict:
     given = ConfigDict({"kind": kind, **settings}).to_dict()
-    return ConfigDict(dataclasses.asdict(_definition(section, given, f"{section}({kind!r})")))
+    return ConfigDict(plain(_definition(section, given, f"{section}({kind!r})")))
 
 
 # Reading files and overrides.
@@ -207,7 +207,7 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
         owner = owner.setdefault(key, {})
     if name == "kind" and section not in SECTIONS:
         kept = {"weight": owner[path[-1]].get("weight", 1.0)} if component and path[-1] in owner else {}
-        owner[path[-1]] = dataclasses.asdict(_definition(section, {"kind": text, **kept}, prefix))
+        owner[path[-1]] = plain(_definition(section, {"kind": text, **kept}, prefix))
         return
     if section not in SECTIONS and path[-1] not in owner:
         raise ConfigError(field, text, f"there is no {prefix}", nearest(path[-1], owner))

@@ -3,18 +3,26 @@
 A Context lives during one call of one layer. Layers that are scanned, rematerialised or decoded all get one,
 and the stack hands on what they wrote:
 
-    context.carried["values"] = v_BTHV       # a later layer reads context.carried["values"]
+    context.leave("values", v_BTHV)          # a later layer reads context.left("values")
     context.record("loss.balance", loss)     # added to the objective (names that begin with "loss.")
     context.record("q", q_BTHK)              # a tap: kept only if somebody asked for "q"
 """
 
 import dataclasses
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hybridlm.rows import Rows
+
+
+class Left(NamedTuple):
+    """What a layer left. written: whether it has yet; the scan of a stack makes room for it before that."""
+
+    written: jax.Array
+    value: Any
 
 
 @dataclasses.dataclass
@@ -22,8 +30,7 @@ class Context:
     """rows: documents and positions of the tokens.
     layer, num_layers: this layer's index in the stack (traced in a scan) and the stack's depth.
     shared: this layer's row of its kind's stack-wide parameters (`mixers.TokenMixer.Shared`), or None.
-    carried: what earlier layers wrote, by name: any pytrees of fixed shapes. Reading a name that no earlier
-        layer writes is a KeyError while tracing.
+    carried: what earlier layers left, by name; see `leave` and `left`.
     wanted: patterns of the names of records that somebody asked for.
     records: what this layer recorded, of those.
     """
@@ -32,9 +39,27 @@ class Context:
     layer: Any = 0
     num_layers: int = 1
     shared: Any = None
-    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
+    carried: dict[str, Left] = dataclasses.field(default_factory=dict)
     wanted: tuple[str, ...] = ()
     records: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+    def leave(self, name: str, value: Any) -> None:
+        """Leaves ``value``, any pytree of fixed shapes, to later layers. The kind's Config.carries says so."""
+        self.carried[name] = Left(jnp.bool_(True), value)
+
+    def left(self, name: str, default: Any = None) -> Any:
+        """What the last earlier layer that left ``name`` left; ``default``, of the same shapes, where none did.
+
+        KeyError while tracing where none did and there is no default.
+        """
+        if name not in self.carried:
+            if default is None:
+                raise KeyError(f"layer {self.layer}: no earlier layer leaves {name!r}")
+            return default
+        found = self.carried[name]
+        if default is None:
+            return found.value
+        return jax.tree.map(lambda new, old: jnp.where(found.written, new, old), found.value, default)
 
     def record(self, name: str, value: jax.Array) -> None:
         """Keeps ``value`` under ``name`` if it is wanted; else it costs nothing. A name once a layer."""

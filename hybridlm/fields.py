@@ -54,6 +54,12 @@ class Named(dict[str, T], Generic[T]):
         raise TypeError("a resolved config does not change: dataclasses.replace makes another")
 
 
+def plain(section: Any) -> dict[str, Any]:
+    """Nested dicts of what an instance of a described class holds, from which `build` makes it again."""
+    simple = lambda value: {n: simple(v) for n, v in value.items()} if isinstance(value, dict) else value
+    return simple(dataclasses.asdict(section))
+
+
 @functools.cache
 def fields(section: Any) -> dict[str, Any]:
     """Name and annotation of every field of a dataclass."""

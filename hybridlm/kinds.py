@@ -49,5 +49,5 @@ def _outside(kind: str) -> Any:
     config = getattr(found, "config_class", None)
     if not (isinstance(config, type) and issubclass(config, Settings)):
         fix = "Name its settings in the class: config_class, a frozen dataclass below hybridlm.mixers.Config."
-        raise ConfigError("kind", kind, "has no config_class", fix)
+        raise ConfigError("kind", kind, "names no settings", fix)
     return found

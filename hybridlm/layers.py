@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from hybridlm.rows import Rows
+from hybridlm.rows import Rows, continued
 from hybridlm.sharding import constrain, per_shard
-from pallas_kernels import short_conv
+from pallas_kernels import elementwise_recurrence, short_conv
 
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
@@ -212,6 +212,23 @@ def convolve(
     before = history or (None,) * len(convs)
     done = [conv(x, rows, past, silu=silu) for conv, x, past in zip(convs, xs, before, strict=True)]
     return [y for y, _ in done], tuple(after for _, after in done)
+
+
+def elementwise(
+    x_BTF: jax.Array, log_decay_BTF: jax.Array, rows: Rows, state_BF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """h_t = exp(log_decay_t) h_{t-1} + x_t per channel, each device on its own rows and channels.
+
+    state_BF: float32, carried on where a row's first position is not 0. Returns (h [B, T, F] in x's dtype,
+    the state after the last token). Documents never meet.
+    """
+
+    def op(x: jax.Array, log_decay: jax.Array, segment_ids: jax.Array, state: jax.Array) -> tuple:
+        return elementwise_recurrence(x, log_decay, initial_state=state, segment_ids=segment_ids)
+
+    wide, state_axes = ("batch", None, "heads"), ("batch", "heads")
+    run = per_shard(op, (wide, wide, ("batch", None), state_axes), (wide, state_axes))
+    return run(x_BTF, log_decay_BTF, rows.segment_ids, continued(state_BF, rows))
 
 
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:

@@ -109,7 +109,7 @@ class Stack(nnx.Module):
                 x, cache = nnx.merge(graph, state)(carry[0], context, cache)
                 if not spec.config.carries and context.carried.keys() != carry[1].keys():
                     raise ValueError(
-                        f"kind {spec.kind!r} writes into Context.carried: its Config must say so"
+                        f"kind {spec.kind!r} leaves values to later layers: its Config must say so"
                     )
                 return (constrain(x, ("batch", None, None)), context.carried), (cache, context.records)
 

@@ -1,7 +1,20 @@
-"""Ops for linear-attention language models: a folder an op, a module a backend; imports nothing of hybridlm."""
+"""Ops for linear-attention language models: a folder an op, a backend a module in it; nothing of hybridlm."""
 
-from pallas_kernels.dispatch import auto_means
-from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+from pallas_kernels.dispatch import H100, Choice, Device, auto_means, compiled_for, explain
+from pallas_kernels.elementwise import elementwise_recurrence
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.linear_attention_step import linear_attention_step
 from pallas_kernels.short_conv import short_conv
 
-__all__ = ["auto_means", "linear_attention", "linear_attention_step", "short_conv"]
+__all__ = [
+    "H100",
+    "Choice",
+    "Device",
+    "auto_means",
+    "compiled_for",
+    "elementwise_recurrence",
+    "explain",
+    "linear_attention",
+    "linear_attention_step",
+    "short_conv",
+]

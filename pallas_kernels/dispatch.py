@@ -1,80 +1,207 @@
-"""Who computes a call, chosen while tracing: the Hopper kernels where they support it, else XLA, said once.
+"""Which backend computes a call, chosen while tracing; said once for each reason.
 
-Fails closed: kernels that cannot be imported, or that refuse a call, are not used.
+An op is a folder, a backend a module in it that the op names in its order of preference; the last one
+computes everything everywhere. The others are kernels, imported only where they may run. A backend has a
+function with the op's name that computes a call, and, if it is one of `KERNELS`,
+
+    supports(call) -> str | None     why it cannot compute a call of these shapes and dtypes; needs no device
+    runs_on(device) -> str | None    why it cannot run on a device
+    self_test() -> str | None        why its results are wrong here; asked once a process, at first use
+
+Fails closed: kernels that cannot be imported, refuse a call or fail their test are passed over.
 """
 
+import concurrent.futures
 import contextlib
-import contextvars
+import dataclasses
 import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.linear_attention.call import platform
-
-BACKENDS = ("auto", "reference", "xla", "pallas")
+KERNELS = {"hopper": "gpu"}  # by name, the platform that they are for
 logger = logging.getLogger("pallas_kernels")
-_auto: contextvars.ContextVar[str] = contextvars.ContextVar("auto", default="auto")
+
+
+class Device(NamedTuple):
+    """A kind of device: "cpu", "gpu" or "tpu", and a GPU's compute capability."""
+
+    platform: str
+    capability: str | None = None
+
+
+H100 = Device("gpu", "9.0")
+
+# These are part of the key of JAX's caches: what was traced under one value is not reused under another.
+_auto = jax.make_user_context("auto")
+_target = jax.make_user_context(None)
+_recorder = jax.make_user_context(None)
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and why those before it were passed over: (backend, reason) in their order."""
+
+    op: str
+    arrays: str
+    backend: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused)
+        return f"{self.op} runs on {self.backend}{reasons}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """name: of the op and of the function of its backends.  package: where these are, in order."""
+
+    name: str
+    package: str
+    backends: tuple[str, ...]
+
+    def compute(self, call: Any, backend: str = "auto") -> Any:
+        """What the op returns for ``call``, a dataclass; its field `interpret`, if any, is for kernels.
+
+        backend: "auto" for the first that can, "pallas" for the first of the kernels that can, or a name.
+
+        Raises:
+            ValueError: an unknown ``backend``, or one that cannot compute the call, with the reason.
+        """
+        choice = self.choose(call, backend)
+        if _recorder.value is not None:
+            _recorder.value.choices.append(choice)
+            return getattr(self._module(self.backends[-1]), self.name)(call)
+        if choice.refused:
+            _log_once(f"{choice}", logging.WARNING if here().platform == "gpu" else logging.INFO)
+        return getattr(self._module(choice.backend), self.name)(call)
+
+    def choose(self, call: Any, backend: str = "auto") -> Choice:
+        """The backend of ``call``; see `compute`."""
+        backend = self._meaning(backend)
+        kernels = tuple(name for name in self.backends if name in KERNELS)
+        refused: tuple[tuple[str, str], ...] = ()
+        for name in {"auto": self.backends, "pallas": kernels}.get(backend, (backend,)):
+            reason = self._refusal(name, call)
+            if reason is None:
+                return Choice(self.name, _arrays(call), name, refused)
+            refused = (*refused, (name, reason))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+        raise ValueError(f"backend = {backend!r}: the kernels do not support this call: {reasons}")
+
+    def _meaning(self, backend: str) -> str:
+        if backend == "auto":
+            backend = _auto.value
+        allowed = dict.fromkeys(("auto", "reference", "xla", "pallas", *self.backends))
+        if backend not in allowed:
+            raise ValueError(f"backend = {backend!r}: must be one of {', '.join(allowed)}")
+        return backend
+
+    def _refusal(self, name: str, call: Any) -> str | None:
+        """Why backend ``name`` does not compute the call here, or None."""
+        if name not in KERNELS:
+            return None
+        interpret = getattr(call, "interpret", False)
+        device = here()
+        if not interpret and device.platform != KERNELS[name]:
+            return f"the platform is {device.platform}"
+        try:
+            module = self._module(name)
+        except Exception as error:  # an unsuitable jax fails in many ways; each only means: no kernels here
+            return f"it cannot be imported: {error}"
+        reason = module.supports(call)
+        if reason is None and not interpret:
+            reason = module.runs_on(device)
+            if reason is None and _target.value is None:
+                reason = _self_test(module)
+        return reason
+
+    def _module(self, name: str) -> ModuleType:
+        return importlib.import_module(f"{self.package}.{name}")
 
 
 @contextlib.contextmanager
 def auto_means(backend: str) -> Iterator[None]:
     """Calls with backend="auto" traced inside use ``backend``, to compare backends under a whole model."""
-    _check(backend)
-    token = _auto.set(backend)
-    try:
+    allowed = ("auto", "reference", "xla", "pallas", *KERNELS)
+    if backend not in allowed:
+        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(allowed)}")
+    with _auto(backend):
         yield
-    finally:
-        _auto.reset(token)
 
 
-def meaning(backend: str = "auto") -> str:
-    """``backend``, checked; for "auto" what `auto_means` says, "auto" outside of it."""
-    _check(backend)
-    return _auto.get() if backend == "auto" else backend
+@contextlib.contextmanager
+def compiled_for(device: Device) -> Iterator[None]:
+    """Calls traced inside are for ``device``, whatever is here: to compile ahead of time."""
+    with _target(device):
+        yield
 
 
-def kernels(
-    module: str,
-    caller: str,
-    supports: Callable[[ModuleType], str | None],
-    *,
-    interpret: bool = False,
-    required: str = "",
-) -> ModuleType | None:
-    """``module`` of this package if it is to compute a call of ``caller``; else None, logged once per reason.
+def explain(
+    function: Callable[..., Any], *args: Any, device: Device | None = None, **kwargs: Any
+) -> list[Choice]:
+    """The backends of the calls of ops inside ``function(*args, **kwargs)``; equal calls are listed once.
 
-    supports: asks the module: None if it computes the call, else the reason why not.
-    interpret: off the GPU too.  required: the argument that rules out anything else, as the user gave it.
+    function: an op or anything that calls ops, like a model's loss. Nothing is computed: arrays may be
+    `jax.ShapeDtypeStruct`, also within containers; other arguments are passed as they are.
+    device: None for the one that programs traced now will run on; `H100`, for instance, with no GPU here.
 
     Raises:
-        ValueError: ``required``, and the module does not compute the call; with the reason.
+        ValueError: as the ops do.
     """
-    where = platform()
-    reason: str | None = f"the platform is {where}"
-    if where == "gpu" or interpret or required:
-        try:
-            found = importlib.import_module(f"pallas_kernels.{module}")
-        except Exception as error:  # an unsuitable jax fails in many ways; each only means: no kernels here
-            reason = f"pallas_kernels.linear_attention.hopper cannot be imported with jax {jax.__version__} ({error})"
-        else:
-            reason = supports(found)
-            if reason is None:
-                return found
-    if required:
-        raise ValueError(f"{required}: the kernels do not support this call: {reason}")
-    log_once(caller, reason, logging.WARNING if where == "gpu" else logging.INFO)
-    return None
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def run(arrays: list[Any]) -> None:
+        values = dict(zip(traced, arrays, strict=True))
+        args, kwargs = jax.tree.unflatten(tree, [values.get(i, leaf) for i, leaf in enumerate(leaves)])
+        function(*args, **kwargs)
+
+    recorder = _Recorder()
+    with _recorder(recorder), _target(device) if device is not None else contextlib.nullcontext():
+        jax.eval_shape(run, [leaves[i] for i in traced])
+    return list(dict.fromkeys(recorder.choices))
 
 
-def _check(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(BACKENDS)}")
+def here() -> Device:
+    """What a program traced now will run on: the default device's kind, or what `compiled_for` says."""
+    if _target.value is not None:
+        return _target.value
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    name = jax.default_backend() if device is None else getattr(device, "platform", str(device))
+    if name not in ("gpu", "cuda", "rocm"):
+        return Device(name)
+    if not hasattr(device, "compute_capability"):
+        device = jax.local_devices(backend=name)[0]
+    return Device("gpu", getattr(device, "compute_capability", None))
+
+
+class _Recorder:
+    """Collects choices; compared by identity, so that every `explain` traces anew."""
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []
+
+
+def _arrays(call: Any) -> str:
+    """ "q bfloat16[8, 4096, 16, 128], ..." """
+    named = ((field.name, getattr(call, field.name)) for field in dataclasses.fields(call))
+    return ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in named if hasattr(x, "dtype"))
 
 
 @functools.cache
-def log_once(caller: str, reason: str, level: int) -> None:
-    logger.log(level, "%s runs on XLA instead of the Pallas kernels: %s", caller, reason)
+def _self_test(module: ModuleType) -> str | None:
+    # In a thread of its own: no trace, mesh or setting of the caller's reaches it.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(module.self_test).result()
+        except Exception as error:
+            return f"its self-test failed ({type(error).__name__}: {error})"
+
+
+@functools.cache
+def _log_once(message: str, level: int) -> None:
+    logger.log(level, "%s", message)

@@ -11,14 +11,14 @@ import jax
 
 from hybridlm import config as configs
 from hybridlm import init_from, member, model, program, schema, sharding
-from hybridlm.convert import transfer
+from hybridlm.convert import families
 
 MESHES = ((1, 1, 1), (2, 2, 2))
 
 
 def losses(folder: Path, scratch: Path, sizes: tuple[int, ...]) -> list[list[float]]:
     """[loss, gradient norm] of three steps from the checkpoint in ``folder``."""
-    config = configs.ConfigDict(transfer.read_config(folder).config.to_dict())
+    config = configs.ConfigDict(families.read_config(folder).config.to_dict())
     config.model.update(dtype="float32", remat="none")
     config.data = configs.data("mqar", num_pairs=3)
     config.train.update(batch_size=8, seq_len=16, steps=3)

@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import data, mixers, mlps, model, program, schema, sharding
+from hybridlm import data, mixers, mlps, model, program, sharding
 from hybridlm.errors import ConfigError
+from hybridlm.fields import fields as described_fields
 from tests import tiny
 
 NONSENSE = (
@@ -70,16 +71,16 @@ def value(kind: Any, name: str, chance: random.Random) -> str:
 def fields() -> dict[str, tuple[str, Any]]:
     """Every field that can be overridden: dotted name -> (last part, annotation)."""
     found = {}
-    for section, described in schema.SECTIONS.items():
-        found |= {f"{section}.{name}": (name, kind) for name, kind in schema.fields(described).items()}
+    for section, described in configs.SECTIONS.items():
+        found |= {f"{section}.{name}": (name, kind) for name, kind in described_fields(described).items()}
     for name, (kind, _) in configs.STANDARD.items():
-        described = schema.fields(mixers.load(kind).Config)
+        described = described_fields(mixers.config_class(kind))
         found |= {f"mixers.{name}.{field}": (field, one) for field, one in described.items()}
     for name, kind in configs.STANDARD_MLPS.items():
-        described = schema.fields(mlps.load(kind).Config)
+        described = described_fields(mlps.config_class(kind))
         found |= {f"mlps.{name}.{field}": (field, one) for field, one in described.items()}
     for module in data.KINDS.values():
-        found |= {f"data.{name}": (name, kind) for name, kind in schema.fields(module.Config).items()}
+        found |= {f"data.{name}": (name, kind) for name, kind in described_fields(module.Config).items()}
     kinds = {
         "data.kind": (*data.KINDS, data.MIXTURE),
         "mixers.kda.kind": mixers.kinds(),

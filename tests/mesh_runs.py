@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, sharding, trainer
+from hybridlm import member, model, program, schema, sharding
 from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
@@ -22,15 +22,16 @@ def curves(folder: Path) -> dict:
     config = tiny.config(tiny.write_text(folder))
     config.mixers.retnet.conv_size = 4
     config = configs.resolve(config)
-    source = trainer.build_data(config, "train")
+    source = member.build_data(config, "train")
     result: dict = {"losses": {}, "restored": []}
     started = None
     for sizes in MESHES:
-        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)))
+        mesh = sharding.make_mesh(schema.Mesh(*sizes))
         with jax.set_mesh(mesh), Checkpoints(folder / "checkpoints") as saves:
-            program = trainer.build(config, model.build(config), mesh, source.token_bytes)
+            built = program.build(config, model.build(config), mesh, source.token_bytes)
+            apart, join, like = program.by_layer(model.build(config), built)
             step = saves.steps()[-1] if saves.steps() else None
-            state = program.init(jax.random.key(0)) if step is None else saves.restore(step, program.shapes)
+            state = built.init(jax.random.key(0)) if step is None else join(saves.restore(step, like))
             host = jax.device_get(state)
             if started is not None:
                 result["restored"].append(same(host, started))
@@ -39,10 +40,10 @@ def curves(folder: Path) -> dict:
             result.setdefault("embedding_shards", []).append(embedding.addressable_shards[0].data.shape)
             moments = [x for x in jax.tree.leaves(state["opt_state"]) if x.shape == embedding.shape]
             result.setdefault("moments_alike", []).append([x.sharding == embedding.sharding for x in moments])
-            saves.save(len(result["restored"]) + 1, state, {}, {})
+            saves.save(len(result["restored"]) + 1, apart(state), {})
             losses = []
             for index in range(5):
-                state, metrics = program.step(state, sharding.put_batch(source.batch(index), mesh))
+                state, metrics = built.step(state, sharding.put_batch(source.batch(index), mesh))
                 losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
             result["losses"][str(sizes)] = losses
     return result
@@ -74,7 +75,7 @@ def shard_error(batch: int, heads: int, with_state: bool) -> float:
         value = lambda *a: sum(jnp.sum(jnp.sin(x)) for x in fn(*a, *[None] * (4 - len(a))) if x is not None)
         return jax.grad(value, tuple(range(len(inputs))))(*inputs)
 
-    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+    with jax.set_mesh(sharding.make_mesh(schema.Mesh(2, 2, 2))):
         got = jax.jit(lambda args: gradients(wrapped, args))(args)
     expected = gradients(cumulative, args)
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(got, expected, strict=True))
@@ -85,7 +86,7 @@ def shard_of(batch: int, heads: int) -> list[int]:
     seen = []
     axes = (("batch", "heads"),)
     wrapped = sharding.per_shard(lambda x: (seen.append(x.shape), (x,))[1], axes, axes)
-    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+    with jax.set_mesh(sharding.make_mesh(schema.Mesh(2, 2, 2))):
         jax.eval_shape(wrapped, jnp.ones((batch, heads)))
     return list(seen[0])
 

@@ -19,7 +19,7 @@ from hybridlm.run.checkpoint import Checkpoints
 def state(value):
     params = {
         "embedding": jnp.full((4, 3), float(value)),
-        "segments": {0: {1: {"w": jnp.arange(6.0) + value}}},
+        "layers": {0: {"w": jnp.arange(6.0) + value}},
     }
     return {"params": params, "step": jnp.int32(value)}
 
@@ -29,10 +29,15 @@ def record(step, **config):
 
 
 def save(directory, losses, **options):
-    """Saves one checkpoint per entry of ``losses`` ({step: val_loss or None})."""
+    """Saves one checkpoint per entry of ``losses`` ({step: loss or None}), each known after its save."""
+    scores = options.pop("scores", {})
     with Checkpoints(directory, **options) as saves:
+        saves.scores.update(scores)
         for step, loss in losses.items():
-            saves.save(step, state(step), record(step), {} if loss is None else {"val_loss": loss})
+            saves.save(step, state(step), record(step))
+            saves.wait()
+            if loss is not None:
+                saves.scores[step] = loss
 
 
 def shapes(tree):
@@ -56,7 +61,7 @@ def test_a_save_survives_the_donation_of_its_state(tmp_path):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
     current = state(2)
     with Checkpoints(tmp_path) as saves:
-        saves.save(1, current, record(1), {})
+        saves.save(1, current, record(1))
         current = overwrite(current)
         saves.wait()
         jax.tree.map(np.testing.assert_array_equal, saves.restore(1, shapes(current)), state(2))
@@ -79,13 +84,15 @@ def test_newest_and_best_are_kept(tmp_path, last, best, losses, kept):
 
 
 def test_the_best_is_still_known_after_a_restart(tmp_path):
+    """From the scores that the caller read again; one that is not known ranks last."""
     save(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, last=1)
-    save(tmp_path, {4: 4.0, 5: 5.0}, last=1)
+    save(tmp_path, {4: 4.0, 5: 5.0}, last=1, scores={1: 1.0, 3: 3.0})
     with Checkpoints(tmp_path, last=1) as saves:
+        saves.scores.update({1: 1.0, 5: 5.0})
         assert (saves.steps(), saves.best()) == ([1, 5], 1)
-    save(tmp_path, {6: 0.5}, last=1)
+    save(tmp_path, {6: 0.5, 7: None}, last=1)  # of another metric: 1 and 5 have no score
     with Checkpoints(tmp_path, last=1) as saves:
-        assert (saves.steps(), saves.best()) == ([6], 6)
+        assert (saves.steps(), saves.best()) == ([6, 7], None)
 
 
 def test_resume_modes(tmp_path):
@@ -181,7 +188,7 @@ def test_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
         with pytest.raises(
             RunError, match=r"step 5 needs 76 bytes .* 10 free; the checkpoint at step 3 is intact"
         ):
-            saves.save(5, state(5), record(5), {})
+            saves.save(5, state(5), record(5))
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [3]
 
@@ -195,10 +202,10 @@ def test_a_write_that_fails_in_the_background_is_an_error_and_harms_nothing(tmp_
         message = r"could not be written.*; the checkpoint at step 3 is intact"
         with pytest.raises(RunError, match=message), Checkpoints(tmp_path) as saves:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
-            saves.save(5, {"params": params}, record(5), {})
+            saves.save(5, {"params": params}, record(5))
             with pytest.raises(RunError, match=message):  # told at once, and 5 is not said to be intact
-                saves.save(6, state(6), record(6), {})
-            saves.save(7, {"params": params}, record(7), {})
+                saves.save(6, state(6), record(6))
+            saves.save(7, {"params": params}, record(7))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with Checkpoints(tmp_path) as saves:
@@ -218,7 +225,7 @@ def test_a_removal_cut_short_by_a_kill_is_ended_by_the_next_save(tmp_path):
         if entry.name != "step":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     checkpoint.mend(tmp_path)
-    save(tmp_path, {9: None}, last=2, best=1)
+    save(tmp_path, {9: None}, last=2, best=1, scores={3: 0.3, 5: 0.5, 7: 0.7})
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [5, 7, 9]
         jax.tree.map(np.testing.assert_array_equal, saves.restore(9, shapes(state(0))), state(9))
@@ -230,9 +237,9 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
         import jax.numpy as jnp
         from hybridlm.run.checkpoint import Checkpoints
         saves = Checkpoints(sys.argv[1])
-        saves.save(1, {"params": {"w": jnp.ones((1 << 22,))}}, {}, {})
+        saves.save(1, {"params": {"w": jnp.ones((1 << 22,))}}, {})
         saves.wait()
-        saves.save(2, {"params": {"w": jnp.ones((1 << 24,))}}, {}, {})
+        saves.save(2, {"params": {"w": jnp.ones((1 << 24,))}}, {})
         while len(os.listdir(sys.argv[1])) < 2:  # it is written in the background
             pass
         os._exit(9)

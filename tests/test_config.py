@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import mixers, schema
+from hybridlm import fields, mixers, schema
 from hybridlm.errors import ConfigError
 
 QUICKSTART = "configs/quickstart.py"
@@ -16,12 +16,12 @@ QUICKSTART = "configs/quickstart.py"
 
 def test_default_has_every_field_of_the_schema() -> None:
     config = configs.default()
-    for name, section in schema.SECTIONS.items():
+    for name, section in configs.SECTIONS.items():
         assert config[name].to_dict() == dataclasses.asdict(section())
     kinds = {definition.kind for definition in config.mixers.values()}
     assert kinds == set(mixers.kinds()), "every kind of mixer can be tried from the command line"
     for definition in config.mixers.values():
-        assert set(definition) == {"kind", *schema.fields(mixers.load(definition.kind).Config)}
+        assert set(definition) == set(fields.fields(mixers.config_class(definition.kind)))
 
 
 def test_resolve_completes_and_is_idempotent() -> None:
@@ -40,9 +40,10 @@ def test_resolve_completes_and_is_idempotent() -> None:
     assert config.model.num_layers == 5
     assert config.model.mlp_hidden == 1024  # 8/3 * 384, a multiple of 256 already
     assert set(config.mixers) == {"kda", "wide"}, "unused definitions are left out"
-    assert (config.mixers.wide.num_heads, config.mixers.wide.conv_size) == (2, 4)
+    assert (config.mixers["wide"].num_heads, config.mixers["wide"].conv_size) == (2, 4)
     assert config.train.steps == schema.Train().steps
-    assert configs.resolve(config) == config
+    assert configs.resolve(config) == config == configs.resolve(ConfigDict(config.to_dict()))
+    assert hash(config) == hash(configs.resolve(partial))  # what is built from it is built once
     with pytest.raises(AttributeError):
         config.train.steps = 1
 
@@ -74,7 +75,7 @@ def test_overrides() -> None:
         configs.load(QUICKSTART, {field: text for field, (text, _) in OVERRIDES.items()})
     )
     for field, (_, expected) in OVERRIDES.items():
-        value = config
+        value = config.to_dict()
         for key in field.split("."):
             value = value[key]
         assert (value, type(value)) == (expected, type(expected)), field
@@ -96,9 +97,9 @@ def test_mixture_of_data() -> None:
     }
     config.data = configs.data("mixture", components=parts)
     resolved = configs.resolve(config).data
-    assert resolved.components.prose.weight == 1.0
-    assert resolved.components.tokens.weight == 3.0
-    assert resolved.components.prose.tokenizer == "bytes"
+    assert resolved.components["prose"].weight == 1.0
+    assert resolved.components["tokens"].weight == 3.0
+    assert resolved.components["prose"].tokenizer == "bytes"
     config.data.components.tokens.weigth = 2.0
     with pytest.raises(ConfigError, match=r"data\.components\.tokens\.weigth.*'weight'"):
         configs.resolve(config)
@@ -114,8 +115,8 @@ def test_mixture_on_the_command_line() -> None:
         "data.components.b.weight": "2",
     }
     data = configs.resolve(configs.load(QUICKSTART, overrides)).data
-    assert data.components.a.path == "x"
-    assert (data.components.a.weight, data.components.b.weight) == (1.0, 2.0)
+    assert data.components["a"].path == "x"
+    assert (data.components["a"].weight, data.components["b"].weight) == (1.0, 2.0)
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
@@ -150,7 +151,15 @@ def test_broken_config_file(tmp_path: Path, text: str, problem: str) -> None:
 
 
 KINDS = {
-    int: [("3", 3), ("-3", -3), ("3.0", None), ("x", None), ("", None)],
+    int: [
+        ("1_000", None),
+        ("\uff11\uff12", None),
+        ("3", 3),
+        ("-3", -3),
+        ("3.0", None),
+        ("x", None),
+        ("", None),
+    ],
     float: [("3", 3.0), ("1e-3", 1e-3), ("nan", None), ("inf", None), ("x", None)],
     bool: [("True", True), ("false", False), ("1", None)],
     str: [("", ""), ("1", "1")],
@@ -164,8 +173,33 @@ def test_text_of_each_type(kind: type) -> None:
     for text, value in KINDS[kind]:
         if value is None and text != "none":
             with pytest.raises(ValueError, match="must be"):
-                schema.convert(kind, schema.parse(kind, text))
+                fields.convert(kind, fields.parse(kind, text))
         else:
-            parsed = schema.parse(kind, text)
+            parsed = fields.parse(kind, text)
             assert (parsed, type(parsed)) == (value, type(value))
-            assert schema.convert(kind, parsed) == value
+            assert fields.convert(kind, parsed) == value
+
+
+def test_a_field_that_moved_is_still_read() -> None:
+    old = configs.load(QUICKSTART).to_dict()
+    old["train"]["z_loss"] = 1e-4
+    assert configs.resolve(ConfigDict(old)).objective.z_loss == 1e-4
+    assert configs.resolve(configs.load(QUICKSTART, {"train.z_loss": "0.5"})).objective.z_loss == 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "problem"),
+    [
+        ("mesh.tensor", "1" + "0" * 30, "at most"),
+        ("mixers.kda.head_dim", str(2**63), "at most"),
+        ("model.norm_eps", "1e30", "at most 1"),
+        ("mixers.full.rope_theta", "1e308", "must be"),
+        ("eval.temperature", "1e308", "must be"),
+        ("train.seed", str(2**63), "at most"),
+        ("model.pattern", "kda*" + "9" * 5000, "layers"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused(field: str, text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configs.resolve(configs.load(QUICKSTART, {field: text}))
+    assert caught.value.field == field and problem in str(caught.value)

@@ -1,7 +1,8 @@
-"""The recipe in CONTRIBUTING.md works as written: its file, in a fresh package path, trains and decodes."""
+"""The recipes in CONTRIBUTING.md work as written: their files, in fresh places, train, pack and decode."""
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -12,40 +13,48 @@ import pytest
 import train
 from hybridlm import config as configs
 from hybridlm import mixers, model
-from hybridlm.rows import single_document
+from hybridlm.rows import Rows, single_document
 
 ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+SETTINGS = {"simple_gla": {"num_heads": 2, "head_dim": 8}, "my_mixers:MovingAverage": {}}
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch) -> str:
-    """The guide's text, with the file of its step 1 in place (in a folder that the package also looks in)."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    section = text[text.index("## Add a mixer") :]
-    name = re.search(r"`hybridlm/mixers/(\w+)\.py`", section)[1]
-    (tmp_path / f"{name}.py").write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1])
-    monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
-    assert name in mixers.kinds()
-    return section
+@pytest.fixture(params=SETTINGS)
+def recipe(request, tmp_path, monkeypatch) -> tuple[str, str]:
+    """(kind, the guide's text on it), with the file of its step 1 where the guide wants it."""
+    heading = {"simple_gla": "### A parametrisation", "my_mixers:MovingAverage": "### A mixer of another"}
+    section = GUIDE[GUIDE.index(heading[request.param]) :]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    name = re.search(r"`(?:hybridlm/mixers/)?(\w+)\.py`", section)[1]
+    (tmp_path / f"{name}.py").write_text(code)
+    if request.param == "simple_gla":  # in a folder that the package also looks in
+        monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
+        assert name in mixers.kinds()
+    else:
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return request.param, section
 
 
 def test_the_commands_of_the_recipe_run(recipe, capsys):
-    command = re.search(r"```bash\n(.*?)```", recipe, re.DOTALL)[1].replace("\\\n", " ")
+    kind, section = recipe
+    command = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
     python, script, *arguments = shlex.split(command)
     assert (python, script) == ("python", "train.py")
     arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
     assert train.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "simple_gla" in printed and "mine" in printed
+    assert kind in printed and "mine" in printed
 
 
-def test_the_new_mixer_has_a_gradient_and_is_causal(recipe):
+def test_the_new_mixer_learns_packs_and_decodes(recipe):
+    kind, _ = recipe
     config = configs.default()
-    config.mixers = {"mine": configs.mixer("simple_gla", num_heads=2, head_dim=8)}
-    config.model.update(
-        pattern="mine", num_layers=1, d_model=16, vocab_size=32, mlp_hidden=16, dtype="float32"
-    )
-    definition = model.build(config)
+    config.mixers = {"mine": configs.mixer(kind, **SETTINGS[kind])}
+    config.model.update(pattern="mine*2", d_model=16, vocab_size=32, mlp_hidden=16, dtype="float32")
+    config.data.path = "python-stdlib:"
+    definition = model.build(configs.resolve(config))
     params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     tokens, rows = jnp.arange(12)[None], single_document(1, 12)
 
@@ -56,6 +65,40 @@ def test_the_new_mixer_has_a_gradient_and_is_causal(recipe):
         return jax.grad(lambda p: (jnp.sum(states(p) ** 2), states(p)), has_aux=True)(params)
 
     grads, states = early(params, tokens)
-    np.testing.assert_array_equal(states, early(params, tokens.at[:, 6:].set(0))[1])
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-    assert np.any(grads["segments"][0][0]["mixer"]["a_proj"]["kernel"])
+    np.testing.assert_array_equal(states, early(params, tokens.at[:, 6:].set(0))[1])  # causal, in its bits
+    mixer = {name: grad for name, grad in grads.items() if ".mixer." in name}
+    assert all(np.isfinite(grad).all() and np.any(grad) for grad in mixer.values())
+
+    @jax.jit
+    def decoded(params):
+        lm = model.merge(definition, params)
+        hidden, cache = lm(tokens[:, :5], Rows(*(x[:, :5] for x in rows)), lm.init_cache(1, 12))
+        blocks, found = lm.unstacked(), [hidden]
+        for t in range(5, 12):
+            state, cache = lm.step(tokens[:, t], Rows(*(x[:, t] for x in rows)), cache, blocks)
+            found.append(state[:, None])
+        return jnp.concatenate(found, 1)
+
+    run = jax.jit(lambda p, rows: model.merge(definition, p)(tokens, rows)[0])
+    whole = run(params, rows)
+    np.testing.assert_allclose(decoded(params), whole, rtol=1e-4, atol=1e-5)
+    two = Rows(jnp.repeat(jnp.array([[1, 2]]), 6, axis=1), jnp.tile(jnp.arange(6), 2)[None])
+    alone = Rows(jnp.ones((1, 12), jnp.int32), jnp.arange(12)[None])
+    swapped = jnp.concatenate([tokens[:, 6:], tokens[:, :6]], 1)
+    apart = jax.jit(lambda p: model.merge(definition, p)(swapped, alone)[0])(params)
+    np.testing.assert_allclose(run(params, two)[:, 6:], apart[:, :6], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("no_such_module:Mixer", "cannot be imported (ModuleNotFoundError"),
+        ("json:dumps", "names no settings"),
+        ("my-kda:Mixer", "dotted names of Python"),
+        ("kad", "Did you mean 'kda'?"),
+    ],
+)
+def test_a_kind_that_cannot_be_had(kind, problem):
+    with pytest.raises(configs.ConfigError) as caught:
+        configs.mixer(kind)
+    assert problem in str(caught.value) and caught.value.field.endswith("kind")

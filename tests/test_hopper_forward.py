@@ -13,8 +13,8 @@ import pytest
 import warp_emulator
 from jax.sharding import PartitionSpec as P
 
-if jax.__version__ != hopper_aot.KERNEL_JAX:
-    pytest.skip(f"the Hopper kernels are for jax {hopper_aot.KERNEL_JAX}", allow_module_level=True)
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
 
 from test_hopper_backward import less_identity, make_case, relative_error
 
@@ -38,10 +38,6 @@ CASES = {
     "additive, pieces": (dict(delta=False, l2norm=False, tokens=256, decay=0.1), Choice(64, 4)),
     "additive, strong decay": (dict(delta=False, l2norm=False, decay=20.0), Choice(64)),
 }
-
-
-def test_the_tests_run_on_the_version_that_dispatch_accepts():
-    assert hopper.TESTED_JAX == (hopper_aot.KERNEL_JAX,)
 
 
 def oracle(call):
@@ -125,14 +121,10 @@ def test_refusals_say_why():
     refused = {
         "bfloat16 only": dict(q=call.q.astype(jnp.float32)),
         "K = 96": dict(q=wide, k=wide),
-        "Hopper|no GPU": dict(interpret=False),
+        "an empty call": dict(v=call.v[:0]),
     }
     for reason, change in refused.items():
-        found = hopper.supports(dataclasses.replace(call, **change))
-        if reason.startswith("Hopper"):
-            assert found is None or "9.0" in found or found == "no GPU"
-        else:
-            assert reason in found
+        assert reason in hopper.supports(dataclasses.replace(call, **change))
 
 
 def wide_case(value_dim, **options):

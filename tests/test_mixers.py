@@ -10,13 +10,15 @@ import pytest
 from flax import nnx
 from test_layers import close, load
 
-from hybridlm import mixers
+from hybridlm import fields, mixers
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.linear_mixer import softplus_decay
 from hybridlm.mixers.kda import channel_decay
 from hybridlm.rows import Rows, single_document
 
 D, LAYERS = 24, 3
+SITE = mixers.Site(D, 1, LAYERS)
 LATENT = dict(kv_lora_rank=9, qk_nope_head_dim=6, v_head_dim=5)
 CASES = {
     "attention": ("attention", dict(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)),
@@ -57,18 +59,26 @@ def random_like(abstract, seed):
 
 @functools.cache
 def build(case):
-    """(graph, parameters, this layer's row of the shared parameters or None, config, module) of a case."""
+    """(graph, parameters, this layer's row of the shared parameters or None, config) of a case."""
     kind, settings = CASES[case]
-    module = mixers.load(kind)
-    config = module.Config(**settings)
+    mixer, config = mixers.load(kind), make(kind, **settings)
     config.check(D)
-    graph, state = nnx.split(nnx.eval_shape(lambda: module.Mixer(config, D, rngs=nnx.Rngs(params=0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: mixer(config, SITE, rngs=nnx.Rngs(params=0))))
     shared = None
-    if hasattr(module, "Shared"):
-        stack = nnx.eval_shape(lambda: module.Shared(config, D, LAYERS, rngs=nnx.Rngs(params=0)))
+    if mixer.shared_class:
+        stack = nnx.eval_shape(lambda: mixer.shared_class(config, SITE, rngs=nnx.Rngs(params=0)))
         stack_graph, stack_state = nnx.split(stack)
         shared = nnx.merge(stack_graph, random_like(stack_state, 5)).per_layer()[1]
-    return graph, random_like(state, 1), shared, config, module
+    return graph, random_like(state, 1), shared, config
+
+
+def make(kind, **settings):
+    """Checked field by field, as a config file's are."""
+    return fields.build(mixers.config_class(kind), {"kind": kind, **settings})
+
+
+def context(rows, shared=None):
+    return Context(rows, 1, LAYERS, shared)
 
 
 def inputs(batch, length):
@@ -99,13 +109,13 @@ def rows_of_tokens():
 @functools.cache
 def forward_and_backward(case):
     """(x, output, a function from a cotangent to the gradients of parameters and x) of the rows above."""
-    graph, state, shared, _, _ = build(case)
+    graph, state, shared, _ = build(case)
     x, rows = inputs(1, LENGTH)[0, TOKEN], rows_of_tokens()
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def grad(state, x, dy):
-        y, _ = nnx.merge(graph, state)(x, rows, None, shared)
+        y, _ = nnx.merge(graph, state)(x, context(rows, shared))
         return (y * dy).sum(), y
 
     y = grad(state, x, jnp.zeros_like(x))[1]
@@ -115,7 +125,7 @@ def forward_and_backward(case):
 @pytest.mark.parametrize("case", CASES)
 def test_decoding_equals_the_whole(case):
     """Prefill in two pieces and then token by token, against one forward pass."""
-    graph, state, shared, _, _ = build(case)
+    graph, state, shared, _ = build(case)
     x, whole, _ = forward_and_backward(case)
     rows, piece = rows_of_tokens(), 6
 
@@ -124,11 +134,11 @@ def test_decoding_equals_the_whole(case):
         mixer = nnx.merge(graph, state)
 
         def prefill(cache, tokens):
-            y, cache = mixer(*tokens, cache, shared)
+            y, cache = mixer(tokens[0], context(tokens[1], shared), cache)
             return cache, y
 
         def step(cache, token):
-            y, cache = mixer.step(*token, cache, shared)
+            y, cache = mixer.step(token[0], context(token[1], shared), cache)
             return cache, y
 
         split = lambda leaf: jnp.moveaxis(leaf[:, : 2 * piece].reshape(-1, 2, piece, *leaf.shape[2:]), 1, 0)
@@ -160,13 +170,13 @@ def test_packed_documents_equal_documents_apart(case):
 @pytest.mark.parametrize("case", CASES)
 def test_cost_counts_the_cache(case):
     """Elements of the real cache at two lengths against `cost`; single numbers are counters."""
-    graph, state, _, config, module = build(case)
-    mixer, cost = nnx.merge(graph, state), module.cost(config, D)
-    cost_of = lambda length: cost.state + cost.cache_per_token * min(length, cost.window or length)
+    graph, state, _, config = build(case)
+    mixer = nnx.merge(graph, state)
     for length in (3, 11):
         leaves = jax.tree.leaves(mixer.init_cache(1, length, jnp.bfloat16))
-        assert sum(leaf.size for leaf in leaves if leaf.ndim) == cost_of(length)
-    assert cost.flops + cost.flops_per_context > 0
+        cost = config.cost(D, length)
+        assert sum(leaf.size for leaf in leaves if leaf.ndim) == cost.state + cost.cache
+        assert cost.flops > 0
 
 
 # Parameters of a 24-layer, 1024-wide, 32000-word, untied model of each kind: the published configurations.
@@ -174,15 +184,15 @@ MILLIONS = {"attention": 373.9, "delta_net": 374.4, "gla": 374.5, "hgrn": 373.9,
 
 
 def parameters(kind, d_model, **settings):
-    module = mixers.load(kind)
-    config = module.Config(**settings)
+    mixer, config, site = mixers.load(kind), make(kind, **settings), mixers.Site(d_model, 0, 24)
     config.check(d_model)
-    state = nnx.state(nnx.eval_shape(lambda: module.Mixer(config, d_model, rngs=nnx.Rngs(params=0))))
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-    if hasattr(module, "Shared"):
-        shared = nnx.eval_shape(lambda: module.Shared(config, d_model, 24, rngs=nnx.Rngs(params=0)))
-        count += sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(shared))) / 24
-    return count
+    size = lambda make: sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(
+            nnx.state(nnx.eval_shape(lambda: make(config, site, rngs=nnx.Rngs(params=0))))
+        )
+    )
+    return size(mixer) + (size(mixer.shared_class) / 24 if mixer.shared_class else 0)
 
 
 @pytest.mark.parametrize("kind", MILLIONS)
@@ -212,9 +222,8 @@ def test_only_matrices_decay():
 
 @jax.jit
 def initial_gates():
-    kda = mixers.load("kda")
-    wide = kda.Mixer(kda.Config(num_heads=64, head_dim=4), D, rngs=nnx.Rngs(params=0))
-    bounded = kda.Mixer(kda.Config(num_heads=2, head_dim=4, lower_bound=-5.0), D, rngs=nnx.Rngs(params=0))
+    kda = lambda **settings: mixers.load("kda")(make("kda", **settings), SITE, rngs=nnx.Rngs(params=0))
+    wide, bounded = kda(num_heads=64, head_dim=4), kda(num_heads=2, head_dim=4, lower_bound=-5.0)
     return jnp.exp(wide.A_log[...]), jax.nn.softplus(wide.dt_bias[...]), bounded.A_log[...]
 
 
@@ -250,8 +259,8 @@ def test_gla_and_hgrn_are_their_papers_equations():
     rms = lambda o, scale: o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-6) * scale
 
     def weights(kind, **settings):
-        module = mixers.load(kind)
-        mixer = nnx.eval_shape(lambda: module.Mixer(module.Config(**settings), D, rngs=nnx.Rngs(params=0)))
+        made = lambda: mixers.load(kind)(make(kind, **settings), SITE, rngs=nnx.Rngs(params=0))
+        mixer = nnx.eval_shape(made)
         graph, state = nnx.split(mixer)
         state = random_like(state, 4)
         return nnx.merge(graph, state), {
@@ -267,7 +276,7 @@ def test_gla_and_hgrn_are_their_papers_equations():
         S = a[t][..., None] * S + k[t][..., None] * v[t][:, None]
         o.append(np.einsum("hkv,hk->hv", S, q[t]) / np.sqrt(6))
     y = (rms(np.stack(o), w["o_norm", "scale"]) * z * sigmoid(z)).reshape(9, -1) @ w["o_proj", "kernel"]
-    close(jax.jit(lambda x: mixer(x, single_document(1, 9))[0])(inputs(1, 9))[0], y, 1e-5)
+    close(jax.jit(lambda x: mixer(x, context(single_document(1, 9)))[0])(inputs(1, 9))[0], y, 1e-5)
 
     mixer, w = weights("hgrn")
     lower = np.linspace(0, 0.9, D)
@@ -277,7 +286,7 @@ def test_gla_and_hgrn_are_their_papers_equations():
         h = f[t] * h + (1 - f[t]) * i[t] * sigmoid(i[t])
         o.append(h)
     y = (rms(np.stack(o), w["o_norm", "scale"]) * z * sigmoid(z)) @ w["o_proj", "kernel"]
-    run = jax.jit(lambda x: mixer(x, single_document(1, 9), None, jnp.float32(lower))[0])
+    run = jax.jit(lambda x: mixer(x, context(single_document(1, 9), jnp.float32(lower)))[0])
     close(run(inputs(1, 9))[0], y, 1e-5)
 
 
@@ -308,7 +317,7 @@ def test_gla_and_hgrn_are_their_papers_equations():
 )
 def test_impossible_settings_are_refused(kind, settings, field):
     with pytest.raises(ConfigError) as error:
-        mixers.load(kind).Config(**settings).check(64)
+        make(kind, **settings).check(64)
     assert error.value.field == field
 
 

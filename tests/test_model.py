@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import layout, mixers, model
+from hybridlm import mixers, model, stack
 from hybridlm.rows import Rows, single_document
+from tests.tiny import loss_fn
 
 SMALL = {"num_heads": 2, "head_dim": 8}
 
@@ -31,12 +31,17 @@ def definition(pattern: str, num_layers: int = 0, **fields) -> model.Definition:
         **fields,
     )
     config.model.num_layers = num_layers
-    return model.build(config)
+    config.data.path = "python-stdlib:"
+    return model.build(configs.resolve(config))
 
 
-# A head, a repetition whose last round lacks a layer, and a stack-wide parameter; planned below.
-with mock.patch.object(layout, "MAX_ABSENT", 0.2):
-    HYBRID = definition("wide (kda full hgrn2)*2 full hgrn2", tie_embeddings=True)
+def unrolled(definition: model.Definition) -> model.Definition:
+    settings = dataclasses.replace(definition.model, scan=False, remat="none")
+    return dataclasses.replace(definition, model=settings)
+
+
+# A head, a repetition, a tail, and a stack-wide parameter; planned below.
+HYBRID = definition("wide (kda full hgrn2)*2 gdn full", tie_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,19 +68,17 @@ def relative_error(got, want) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_grad(definition, params, batch):
-    return jax.value_and_grad(lambda p: model.loss_fn(definition, p, batch)[0])(params)
+    return jax.value_and_grad(lambda p: loss_fn(definition, p, batch)[0])(params)
 
 
 def test_the_plan_has_every_feature():
-    head, body = HYBRID.plan.segments
-    assert (head.repeats, body.repeats, body.absent) == (1, 3, (0,))
+    assert [segment.repeats for segment in HYBRID.layout.segments] == [1, 2, 1]
 
 
 def test_scanned_stack_equals_unrolled_stack(params):
-    unrolled = dataclasses.replace(HYBRID, scan=False, remat="none")
     batch = packed_batch()
     loss, grads = loss_and_grad(HYBRID, params, batch)
-    loss_unrolled, grads_unrolled = loss_and_grad(unrolled, params, batch)
+    loss_unrolled, grads_unrolled = loss_and_grad(unrolled(HYBRID), params, batch)
     np.testing.assert_allclose(loss, loss_unrolled, rtol=1e-6)
     assert relative_error(grads, grads_unrolled) < 1e-5
 
@@ -91,13 +94,14 @@ def test_every_kind_scans_as_it_unrolls():
     assert {spec.kind for spec in config.mixers.values()} == set(mixers.kinds())
     pattern = " ".join(f"{name}*2" for name in small)
     config.model.update(pattern=pattern, d_model=16, vocab_size=48, mlp_hidden=16, dtype="float32")
-    stack = model.build(config)
-    params = jax.jit(lambda key: model.init(stack, key))(jax.random.key(1))
+    config.data.path = "python-stdlib:"
+    every = model.build(configs.resolve(config))
+    params = jax.jit(lambda key: model.init(every, key))(jax.random.key(1))
     batch = packed_batch()
     rows = Rows(batch["segment_ids"], batch["positions"])
     logits = [
         jax.jit(lambda p, d=d: model.logits(d, p, batch["tokens"], rows))(params)
-        for d in (stack, dataclasses.replace(stack, scan=False))
+        for d in (every, unrolled(every))
     ]
     assert np.isfinite(logits[0]).all()
     assert relative_error(*logits) < 1e-5
@@ -154,7 +158,7 @@ def test_matrices_cast_once_give_the_same_gradients():
     """
     small = definition("gdn hgrn2/experts full", dtype="bfloat16", tie_embeddings=True)
     params = jax.jit(lambda key: model.init(small, key))(jax.random.key(0))
-    loss = lambda params: model.loss_fn(small, params, packed_batch())[0]
+    loss = lambda params: loss_fn(small, params, packed_batch())[0]
     once = lambda params: jax.grad(loss)(model.cast_to_compute(small, params))
     found, expected = jax.jit(once)(params), jax.jit(jax.grad(loss))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
@@ -163,31 +167,45 @@ def test_matrices_cast_once_give_the_same_gradients():
 
 
 def test_parameters_of_a_layer_do_not_depend_on_the_plan(params):
-    """Layer 0 is drawn alike whether it stands in the head of one plan or in the repeated part of another."""
-    alone = jax.jit(lambda key: model.init(definition("wide*9"), key))(jax.random.key(0))
-    first = jax.tree.map(lambda leaf: leaf[0, 0], alone["segments"][0][0])
-    head = jax.tree.map(lambda leaf: leaf[0, 0], params["segments"][0][0])
-    # The number of layers is the same, so the keys are, too.
-    jax.tree.map(np.testing.assert_array_equal, first, head)
+    """Nor does its name: layer 0 stands in the head of one plan, and in the repeated part of another."""
+    other = definition("wide*9")
+    alone = model.unstack(other, jax.jit(lambda key: model.init(other, key))(jax.random.key(0)))
+    named = model.unstack(HYBRID, params)
+    first = [name for name in named if name.startswith("layers.0.")]
+    assert first
+    for name in first:  # the number of layers is the same, so the keys are, too
+        np.testing.assert_array_equal(alone[name], named[name])
 
 
-def test_metadata_has_the_tree_of_the_parameters(params):
-    metadata = model.metadata(HYBRID)
-    is_meta = lambda leaf: isinstance(leaf, model.Meta)
-    jax.tree.map(lambda leaf, meta: np.testing.assert_equal(leaf.ndim, len(meta.axes)), params, metadata)
-    flat = {
-        jax.tree_util.keystr(path): meta
-        for path, meta in jax.tree_util.tree_leaves_with_path(metadata, is_meta)
+def test_names_and_stacks_are_one_to_one(params):
+    named = model.unstack(HYBRID, params)
+    layers = [int(name.split(".")[1]) for name in named if name.startswith("layers.")]
+    assert layers == sorted(layers) and set(layers) == set(range(9))
+    assert {n: leaf.shape for n, leaf in named.items()} == {
+        n: leaf.shape for n, leaf in model.canonical_shapes(HYBRID).items()
     }
-    undecayed = {path.split("'")[-2] for path, meta in flat.items() if not meta.decay}
+    back = model.restack(HYBRID, named)
+    assert back.keys() == params.keys()
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+    state = {"mu": params, "count": jnp.int32(3)}
+    apart = stack.apart(HYBRID.layout, state)
+    assert set(apart) == {"count", *(f"mu.{name}" for name in named)}
+    jax.tree.map(np.testing.assert_array_equal, stack.together(HYBRID.layout, apart, state), state)
+
+
+def test_metadata_has_the_names_of_the_parameters(params):
+    metadata = model.metadata(HYBRID)
+    assert metadata.keys() == params.keys()
+    assert all(leaf.ndim == len(metadata[name].axes) for name, leaf in params.items())
+    undecayed = {name.split(".")[-1] for name, meta in metadata.items() if not meta.decay}
     assert undecayed == {"scale", "bias", "A_log", "dt_bias", "lower_bounds"}
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert all(leaf.dtype == jnp.float32 for leaf in params.values())
 
 
 def test_loss_sums_count_tokens_and_bytes(params):
     batch = packed_batch()
     token_bytes = np.arange(48, dtype=np.int32) % 3
-    _, sums = jax.jit(lambda p: model.loss_fn(HYBRID, p, batch, z_loss=0.1, token_bytes=token_bytes))(params)
+    _, sums = jax.jit(lambda p: loss_fn(HYBRID, p, batch, z_loss=0.1, token_bytes=token_bytes))(params)
     counted = batch["targets"][batch["targets"] >= 0]
     assert int(sums["tokens"]) == len(counted)
     assert int(sums["bytes"]) == token_bytes[counted].sum()
@@ -205,9 +223,7 @@ def test_trace_size_does_not_grow_with_depth():
         shapes = model.shapes(deep)
         batch = {name: jax.ShapeDtypeStruct(x.shape, jnp.int32) for name, x in packed_batch().items()}
         return len(
-            str(
-                jax.make_jaxpr(jax.grad(lambda p, b: model.loss_fn(deep, p, b)[0]))(shapes, batch)
-            ).splitlines()
+            str(jax.make_jaxpr(jax.grad(lambda p, b: loss_fn(deep, p, b)[0]))(shapes, batch)).splitlines()
         )
 
     assert equations(32) == equations(8)

@@ -1,6 +1,7 @@
 """Mixture of experts against a loop over tokens and experts in float64, and as part of a stack."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import pytest
 from flax import nnx
 
 from hybridlm import config as configs
-from hybridlm import cost, model
+from hybridlm import cost, fields, member, mixers, model, program, sharding, trees
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.mlps import moe, swiglu
 from hybridlm.rows import Rows, single_document
+from tests import tiny
 
 D = 8
 QWEN = moe.Config(num_experts=6, top_k=2, hidden=4, shared_hidden=4, shared_gate=True, balance_loss=0.1)
@@ -23,7 +26,7 @@ KIMI = moe.Config(
 
 
 def layer(config: moe.Config) -> moe.Mlp:
-    mlp = moe.Mlp(config, D, rngs=nnx.Rngs(params=0))
+    mlp = moe.Mlp(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
     rng = np.random.default_rng(0)
     for leaf in jax.tree.leaves(nnx.state(mlp), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         leaf[...] = jnp.asarray(rng.normal(size=leaf.shape) * 0.5, jnp.float32)
@@ -60,7 +63,10 @@ def test_against_a_loop(config: moe.Config) -> None:
     x = rng.normal(size=(2, 9, D)).astype(np.float32)
     segments = np.ones((2, 9), np.int32)
     segments[1, 5:] = 0  # padding: computed like any token, counted in no balance
-    y, balance = mlp(jnp.asarray(x), Rows(jnp.asarray(segments), jnp.asarray(segments)))
+    context = Context(Rows(jnp.asarray(segments), jnp.asarray(segments)), wanted=("*",))
+    y = mlp(jnp.asarray(x), context)
+    balance, load = context.records["loss.balance"], context.records["load"]
+    assert load.sum() == config.top_k * (segments > 0).sum()
     weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), nnx.to_pure_dict(nnx.state(mlp)))
     want, _ = token_by_token(config, weights, x.reshape(-1, D).astype(np.float64))
     np.testing.assert_allclose(y, want.reshape(x.shape), rtol=2e-5, atol=1e-5)
@@ -76,7 +82,7 @@ def test_gradients_against_every_expert_computed_densely() -> None:
     rows = single_document(2, 9)
 
     def sorted_experts(state, x):
-        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x, rows)[0]))
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x, Context(rows))))
 
     def dense_experts(state, x):
         mlp = nnx.merge(graph, state)
@@ -104,20 +110,19 @@ def stack(pattern: str, **fields):
 
 
 def test_in_a_stack() -> None:
-    """The balance loss reaches the loss, also with a layer absent from the plan; parameters are counted."""
-    config = stack("(retnet/moe*2 retnet/narrow)*3 retnet/moe retnet/narrow")
+    """The balance loss reaches the loss, from every segment of the plan; parameters are counted."""
+    config = stack("(retnet/moe*2 retnet/narrow)*3 retnet/moe")
     definition = model.build(config)
-    assert definition.plan.segments[-1].absent
+    assert len(definition.layout.segments) == 2
     params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     tokens = jnp.arange(12).reshape(2, 6)
     batch = {"tokens": tokens, "targets": tokens.at[0, 3:].set(-1)}
     batch |= dict(zip(("segment_ids", "positions"), single_document(2, 6), strict=True))
-    total, sums = jax.jit(lambda p: model.loss_fn(definition, p, batch))(params)
+    total, sums = jax.jit(lambda p: tiny.loss_fn(definition, p, batch))(params)
     np.testing.assert_allclose(total, sums["loss_sum"] + sums["balance_loss_sum"], rtol=1e-6)
     assert sums["balance_loss_sum"] == pytest.approx(9 * 0.01 * 2, rel=0.2)  # top_k in balance, 9 targets
     per_expert = 3 * D * 8
-    (absent,) = {row.parameters for row in cost.layers(config) if row.name == "retnet/moe"}
-    assert cost.parameters(config) == sum(leaf.size for leaf in jax.tree.leaves(params)) - absent
+    assert cost.parameters(config) == sum(leaf.size for leaf in params.values())
     assert cost.parameters(config) - cost.active_parameters(config) == 7 * 2 * per_expert
 
 
@@ -143,5 +148,44 @@ def test_unknown_mlps_are_refused(pattern: str, problem: str) -> None:
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings: dict) -> None:
     with pytest.raises(ConfigError):
-        moe.Config(**settings).check(D)
-    assert swiglu.idle(swiglu.Config(), D) == 0
+        fields.build(moe.Config, settings).check(D)
+    assert swiglu.Config().idle(D) == 0
+
+
+def test_the_selection_bias_follows_its_rule_and_evens_the_load(tmp_path) -> None:
+    """arXiv 2408.15664, algorithm 1: beside a run without the rule, from a router that prefers one expert."""
+
+    def trained(rate: float) -> tuple[np.ndarray, np.ndarray]:
+        """(selection bias after 90 steps, choices of each expert in the last 30)."""
+        config = tiny.config(tiny.write_text(tmp_path), model__pattern="retnet/moe")
+        settings = dict(num_experts=4, top_k=1, hidden=8, router="sigmoid", balance_loss=0.0)
+        config.mlps = {"moe": configs.mlp("moe", selection_bias=True, bias_rate=rate, **settings)}
+        config.train.microbatches = 2
+        resolved = configs.resolve(config)
+        definition = model.build(resolved)
+        mesh = sharding.make_mesh(resolved.mesh)
+        built = program.build(resolved, definition, mesh, None)
+        source = member.build_data(resolved, "train")
+        state = built.init(jax.random.key(0))
+        router, bias = (f"segments.0.0.mlp.{name}" for name in ("router.kernel", "selection_bias"))
+        assert not any(bias in name for name in trees.flatten(state["opt_state"]))
+        state["params"][router] += jnp.zeros_like(state["params"][router]).at[..., 0].set(1.0)
+        total = np.zeros(4)
+        for step in range(90):
+            batch = source.batch(step)
+            loads = np.asarray(load(definition, state["params"], batch))
+            before = np.asarray(state["params"][bias])[0, 0]
+            state, _ = built.step(state, sharding.put_batch(batch, mesh))
+            expected = before + rate * np.sign(loads.mean() - loads)
+            np.testing.assert_allclose(state["params"][bias][0, 0], expected, atol=1e-6)
+            total += loads * (step >= 60)
+        return np.asarray(state["params"][bias])[0, 0], total
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def load(definition, params, batch):
+        rows = Rows(batch["segment_ids"], batch["positions"])
+        return model.merge(definition, params).forward(batch["tokens"], rows, ("load",))[1]["layers.0.load"]
+
+    (_, uneven), (bias, even) = trained(0.0), trained(0.02)
+    assert uneven.max() / uneven.mean() > 1.5 > 1.25 > even.max() / even.mean()
+    assert bias.min() < 0 < bias.max()

@@ -1,9 +1,6 @@
-"""What the op accepts, how it picks a backend, and its single-token step."""
+"""What the op accepts, and its single-token step."""
 
 import functools
-import logging
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +8,6 @@ import numpy as np
 import pytest
 from op_problems import cast, random_problem
 
-import pallas_kernels.linear_attention.op
 from pallas_kernels import linear_attention, linear_attention_step
 
 
@@ -27,6 +23,8 @@ def arguments(**changes):
         ({"q": 1.0}, r"q = 1.0: must be an array"),
         ({"q": jnp.zeros((2, 5, 4))}, r"q.shape = \(2, 5, 4\): must have 4 axes"),
         ({"q": jnp.zeros((2, 0, 2, 4))}, r"q.shape = \(2, 0, 2, 4\): must have T >= 1"),
+        ({"q": jnp.zeros((2, 5, 2, 0))}, r"q.shape = \(2, 5, 2, 0\): must have T >= 1 and K >= 1"),
+        ({"v": jnp.zeros((2, 5, 4, 0))}, r"v.shape = \(2, 5, 4, 0\): must have V >= 1"),
         ({"k": jnp.zeros((2, 5, 4, 4))}, r"k.shape = \(2, 5, 4, 4\): must be \(2, 5, 2, 4\) to match"),
         ({"v": jnp.zeros((2, 4, 4, 3))}, r"v.shape = \(2, 4, 4, 3\): must be \(2, 5, 4, 3\)"),
         (
@@ -39,7 +37,7 @@ def arguments(**changes):
         ({"segment_ids": jnp.zeros((2, 4), int)}, r"segment_ids.shape = \(2, 4\): must be \(2, 5\)"),
         ({"segment_ids": jnp.zeros((2, 5))}, r"segment_ids.dtype = float32: must be an integer"),
         ({"scale": "big"}, r"scale = 'big': must be a Python number"),
-        ({"backend": "triton"}, r"backend = 'triton': must be one of auto, reference, xla, pallas"),
+        ({"backend": "triton"}, r"backend = 'triton': must be one of auto, reference, xla, pallas, hopper"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -60,58 +58,6 @@ def test_outputs_have_the_promised_dtypes():
             jnp.float32,
         )
     assert jax.eval_shape(linear_attention, **x)[1] is None
-
-
-class Kernels(types.ModuleType):
-    """In the place of pallas_kernels.linear_attention.hopper: refuses long calls, and answers with its own name."""
-
-    def supports(self, call):
-        return "T is above 4" if call.q.shape[1] > 4 else None
-
-    def linear_attention(self, call):
-        return "kernels", None
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pallas_kernels.linear_attention.hopper", Kernels("hopper"))
-    pallas_kernels.dispatch.log_once.cache_clear()
-
-
-SHORT = {name: jnp.zeros((1, 3, 1, 4)) for name in "qkv"}
-LONG = {name: jnp.zeros((1, 5, 1, 4)) for name in "qkv"}
-
-
-def test_auto_prefers_supported_kernels_on_a_gpu(kernels, monkeypatch, caplog):
-    monkeypatch.setattr(pallas_kernels.dispatch, "platform", lambda: "gpu")
-    assert linear_attention(**SHORT)[0] == "kernels"
-    assert not caplog.records
-    for _ in range(2):
-        assert jax.eval_shape(linear_attention, **LONG)[0].shape == (1, 5, 1, 4)
-    [record] = caplog.records
-    assert (record.name, record.levelno) == ("pallas_kernels", logging.WARNING)
-    assert "T is above 4" in record.message
-
-
-def test_auto_on_a_cpu_is_xla_and_says_so_once(kernels, caplog):
-    caplog.set_level(logging.INFO)
-    for _ in range(2):
-        assert jax.eval_shape(linear_attention, **SHORT)[0].shape == (1, 3, 1, 4)
-    [record] = [record for record in caplog.records if record.name == "pallas_kernels"]
-    assert record.levelno == logging.INFO
-    assert "the platform is cpu" in record.message
-
-
-def test_pallas_by_name_runs_or_explains(kernels):
-    assert linear_attention(**SHORT, backend="pallas")[0] == "kernels"
-    with pytest.raises(ValueError, match=r"backend = 'pallas': .* this call: T is above 4"):
-        linear_attention(**LONG, backend="pallas")
-
-
-def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pallas_kernels.linear_attention.hopper", None)
-    with pytest.raises(ValueError, match="cannot be imported with jax"):
-        linear_attention(**SHORT, backend="pallas")
 
 
 @pytest.mark.parametrize(("decay", "update"), [("none", "delta"), ("head", "additive"), ("channel", "delta")])

@@ -1,6 +1,4 @@
-import dataclasses
 import math
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ STEPS = 40
 
 
 def settings(**changes):
-    return SimpleNamespace(**dataclasses.asdict(schema.Optimizer(**changes)))
+    return schema.Optimizer(**changes)
 
 
 def expected_rate(update, *, schedule, peak, warmup, final, fraction):

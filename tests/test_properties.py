@@ -1,4 +1,4 @@
-"""Hypothesis: patterns, layouts, packing and data order, each against a plain construction of the same."""
+"""Hypothesis: patterns, plans, packing and data order, each against a plain construction of the same."""
 
 import itertools
 from collections import Counter
@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridlm import layout, pattern
+from hybridlm import pattern, plan
 from hybridlm.data import Dataset
 from hybridlm.data.packing import PackedDocuments
 from hybridlm.data.source import View
@@ -57,18 +57,12 @@ def test_any_text_is_a_pattern_or_a_clean_error(text):
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=40))
-def test_a_layout_holds_every_layer_once_in_order(names):
-    planned = layout.plan(names)
-    assert planned.names() == tuple(names) and pattern.parse(str(planned)) == tuple(names)
-    places = planned.places()
-    assert len(set(places)) == len(names) == planned.num_layers
-    for place, name in zip(places, names, strict=True):
-        segment = planned.segments[place.segment]
-        run = segment.runs[place.run]
-        assert run.name == name and place.repeat < segment.repeats and place.offset < run.length
+def test_a_plan_holds_every_layer_once_in_order(names):
+    planned = plan.plan(names)
+    assert planned.items() == tuple(names) and pattern.parse(str(planned)) == tuple(names)
+    indices = [index for table in planned.indices() for stack in table for index in stack.flat]
+    assert sorted(indices) == list(range(len(names))) and planned.num_layers == len(names)
     assert planned.num_runs <= len(list(itertools.groupby(names)))
-    absent = sum(len(segment.absent) for segment in planned.segments)
-    assert absent <= layout.MAX_ABSENT * len(names)
 
 
 LENGTHS = st.lists(st.one_of(st.integers(2, 5), st.integers(2, 60)), min_size=1, max_size=25)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import ratio_study
+from hybridlm import member
 from hybridlm import model as lm
-from hybridlm import trainer
 from launch import grid
 from launch.grid import Sweep, axis
 
@@ -39,7 +39,7 @@ def test_masked_stack_is_the_model():
         p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape)
     )  # zeros and ones tell nothing
     params_R = jax.tree.map(noise, params_R)
-    batch = trainer.build_data(runs[0].config, "train").batch(0)
+    batch = member.build_data(runs[0].config, "train").batch(0)
     assert sorted(set(mask_RH.sum(axis=1).tolist())) == sorted({r.config.model.mlp_hidden for r in runs})
     for r, run in enumerate(runs):
         masked = jax.tree.map(lambda leaf, r=r: leaf[r], params_R)

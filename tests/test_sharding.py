@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from hybridlm import config as configs
-from hybridlm import model, sharding
+from hybridlm import model, schema, sharding
 from hybridlm.errors import ConfigError
 from tests.flags import FAST
 
@@ -59,7 +59,7 @@ def test_every_axis_of_every_mixer_has_a_rule():
 )
 def test_mesh_sizes(sizes, shape):
     devices = jax.devices() * 6  # one device six times over: only the sizes are looked at
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), devices)
+    mesh = sharding.make_mesh(schema.Mesh(*sizes), devices)
     assert mesh.devices.shape == shape
 
 
@@ -68,7 +68,7 @@ def test_mesh_sizes(sizes, shape):
 )
 def test_a_mesh_that_does_not_fit_is_refused(sizes, field):
     with pytest.raises(ConfigError, match=field):
-        sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), jax.devices() * 6)
+        sharding.make_mesh(schema.Mesh(*sizes), jax.devices() * 6)
 
 
 def test_everything_is_inert_without_a_mesh():

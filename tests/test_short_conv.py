@@ -11,10 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import short_conv
+from pallas_kernels.short_conv.call import ConvCall
 
-kernels_only = pytest.mark.skipif(
-    jax.__version__ != hopper_aot.KERNEL_JAX, reason=f"the kernels are for jax {hopper_aot.KERNEL_JAX}"
-)
+kernels_only = pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
 
 
 def make_case(tokens=100, features=256, width=4, batch=2, seed=0):
@@ -88,6 +87,18 @@ def test_xla(width, silu):
     check(run, case, silu, (5e-3, 8e-3, 8e-3))
 
 
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("width", [1, 4])
+def test_reference(width, silu):
+    case = make_case(width=width, features=8)
+    x, *rest = case
+    run = jax.jit(functools.partial(short_conv, silu=silu, backend="reference"))
+    check(run, (x.astype(jnp.float32), *rest), silu, (1e-6, 1e-6, 1e-5))
+    history = jnp.asarray(np.random.default_rng(1).normal(size=(2, width - 1, 8)), jnp.float32)
+    args = x.astype(jnp.float32), *rest[:2], history
+    np.testing.assert_allclose(run(*args), short_conv(*args, silu=silu, backend="xla"), rtol=1e-6, atol=1e-6)
+
+
 def test_history_continues_a_row():
     x, kernel, positions, _ = make_case(features=8)
     whole = short_conv(x, kernel, positions, silu=True)
@@ -105,7 +116,7 @@ def test_bad_shapes_are_named():
         short_conv(x, kernel, positions[:, 1:])
     with pytest.raises(ValueError, match="history_BPF"):
         short_conv(x, kernel, positions, x)
-    with pytest.raises(ValueError, match="interpret"):
+    with pytest.raises(ValueError, match="the kernels do not support this call"):
         short_conv(x, kernel, positions, interpret=True)
 
 
@@ -114,13 +125,13 @@ def test_fallback_is_logged_once(caplog):
         pytest.skip("the kernels may run here")
     from pallas_kernels import dispatch
 
-    dispatch.log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     x, kernel, positions, _ = make_case(features=8, tokens=4)
     with caplog.at_level(logging.INFO, "pallas_kernels"):
         for _ in range(2):
             short_conv(x, kernel, positions)
     assert [r.message for r in caplog.records if "the platform is cpu" in r.message] == [
-        "short_conv runs on XLA instead of the Pallas kernels: the platform is cpu"
+        "short_conv runs on xla; not hopper: the platform is cpu"
     ]
 
 
@@ -154,16 +165,17 @@ def test_vmapped():
 
 @kernels_only
 def test_refusals_say_why():
-    from pallas_kernels.short_conv.hopper import supports
+    from pallas_kernels.short_conv import hopper
 
-    x, kernel, _, _ = make_case(tokens=4)
-    assert supports(x, kernel, True) is None
-    assert "float32 of x" in supports(x.astype(jnp.float32), kernel, True)
-    assert "5 taps" in supports(x, jnp.zeros((5, 256)), True)
-    assert "65536 sequences" in supports(jax.ShapeDtypeStruct((65536, 4, 256), x.dtype), kernel, True)
-    assert "96 features" in supports(x[..., :96], kernel[:, :96], True)
-    if jax.default_backend() == "cpu":
-        assert supports(x, kernel, False) == "no GPU"
+    x, kernel, positions, _ = make_case(tokens=4)
+    supports = lambda x, kernel, history=None: hopper.supports(ConvCall(x, kernel, positions, history))
+    assert supports(x, kernel) is None
+    assert "float32 of x" in supports(x.astype(jnp.float32), kernel)
+    assert "5 taps" in supports(x, jnp.zeros((5, 256)))
+    assert "65536 sequences" in supports(jax.ShapeDtypeStruct((65536, 4, 256), x.dtype), kernel)
+    assert "96 features" in supports(x[..., :96], kernel[:, :96])
+    assert "inputs before" in supports(x, kernel, x[:, :3])
+    assert supports(x[:0], kernel) == "an empty call"
 
 
 def structs(batch=8, tokens=4096, features=2048, width=4):
@@ -177,7 +189,7 @@ def gradients_of_layers(x, kernel, positions):
     from pallas_kernels.short_conv.hopper import short_conv
 
     def loss(x, kernel):
-        layer = lambda x, _: (short_conv(x, kernel, positions, silu=True, interpret=False), None)
+        layer = lambda x, _: (short_conv(ConvCall(x, kernel, positions, silu=True)), None)
         y = jax.lax.scan(jax.checkpoint(layer), x, length=2)[0]
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
@@ -214,6 +226,6 @@ def test_on_gpu(name, features, caplog):
     case = make_case(**options | dict(features=features))
     run = jax.jit(functools.partial(short_conv, silu=silu))
     first = check(run, case, silu, KERNEL_TOLERANCE)
-    assert not [r for r in caplog.records if "instead of the Pallas kernels" in r.message]
+    assert not [r for r in caplog.records if "not hopper" in r.message]
     for a, b in zip(first, check(run, case, silu, KERNEL_TOLERANCE), strict=True):
         np.testing.assert_array_equal(a, b)

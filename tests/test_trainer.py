@@ -14,8 +14,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import model, sharding, trainer
+from hybridlm import generate, member, model, program, schema, sharding, trainer, weights
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.rows import Rows
+from hybridlm.run import logbook
 from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
@@ -73,15 +75,12 @@ def test_the_numbers_are_those_of_the_model(finished):
     """Losses recomputed from all logits and the saved parameters, in float64."""
     workdir, returned, config = finished
     definition = model.build(config)
-    held_out = trainer.build_data(config, "val")
-    with Checkpoints(workdir / "checkpoints") as saves:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-        params = saves.restore(40, {"params": jax.tree.map(place, model.shapes(definition))})["params"]
+    held_out = member.build_data(config, "val")
+    params = weights.load(workdir).params
     nats = count = 0.0
     for index in range(2):
         batch = held_out.batch(index)
-        rows = model.Rows(batch["segment_ids"], batch["positions"])
+        rows = Rows(batch["segment_ids"], batch["positions"])
         logits = np.asarray(model.logits(definition, params, batch["tokens"], rows), np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         counted = batch["targets"] >= 0
@@ -118,15 +117,15 @@ def test_microbatches_add_up_to_the_batch(text):
             text,
             model__pattern="retnet",
             train__microbatches=microbatches,
-            train__z_loss=1e-3,
+            objective__z_loss=1e-3,
             optimizer__eps=1e-3,
         )
-        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
-        source = trainer.build_data(config, "train")
-        program = trainer.build(config, model.build(config), mesh, source.token_bytes)
+        mesh = sharding.make_mesh(schema.Mesh(1, 1, 1))
+        source = member.build_data(config, "train")
+        built = program.build(config, model.build(config), mesh, source.token_bytes)
         batch = source.batch(0)
         batch["targets"][:3] = -1
-        state, metrics = program.step(program.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
+        state, metrics = built.step(built.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
         results.append((state, metrics))
     (one, metrics_one), (parts, metrics_parts) = results
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics_one, metrics_parts)
@@ -138,7 +137,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
     config = resolved(
         text,
         model__pattern="retnet",
-        optimizer__learning_rate=1e30,
+        optimizer__learning_rate=1e9,
         optimizer__warmup_steps=0,
         checkpoint__every_steps=1,
         train__max_skipped=1,
@@ -160,10 +159,9 @@ def test_batch_that_the_mesh_does_not_divide_is_refused(text, tmp_path, monkeypa
 
 def test_a_checkpoint_beyond_the_end_is_refused(finished):
     workdir, _, config = finished
-    shorter = config.to_dict()
-    shorter["train"]["steps"] = 30
+    shorter = config.replace(train__steps=30)
     with pytest.raises(ConfigError, match=r"train\.steps = 30: the checkpoint is already at step 40"):
-        trainer.train(configs.resolve(ConfigDict(shorter)), workdir)
+        trainer.train(shorter, workdir)
 
 
 def test_kill_and_resume_equals_an_uninterrupted_run(finished, tmp_path):
@@ -229,15 +227,35 @@ def test_training_and_sampling_twice_give_the_same_bits(finished, tmp_path):
 def test_a_backend_that_may_differ_says_so(caplog, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with caplog.at_level("INFO", "hybridlm"):
-        trainer.Run.say_determinism(None)
+        trainer.Trainer.say_determinism(None)
         monkeypatch.setenv("XLA_FLAGS", trainer.DETERMINISTIC)
-        trainer.Run.say_determinism(None)
+        trainer.Trainer.say_determinism(None)
     assert caplog.text.count("two runs may differ in the last bits here") == 1
 
 
 def test_an_imported_model_is_no_run(finished, tmp_path):
     _, _, config = finished
     with Checkpoints(tmp_path / "checkpoints") as saves:
-        saves.save(0, {"params": {"w": np.ones(3, np.float32)}}, {"step": 0}, {})
+        saves.save(0, {"params": {"w": np.ones(3, np.float32)}}, {"step": 0})
     with pytest.raises(ConfigError, match=r"holds an imported model, not a run.*--config.init_from="):
         trainer.train(config, tmp_path)
+
+
+def test_looking_never_costs_a_step(text, tmp_path, monkeypatch, caplog):
+    """Validation, tasks, sampling and the picture all fail; the run is that of one that did not look."""
+    config = resolved(text, train__steps=4, eval__every_steps=2, eval__sample_tokens=4)
+
+    def broken(*args, **options):
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "of the test")
+
+    for module, name in ((trainer.Trainer, "validation"), (generate, "generate"), (logbook, "plot")):
+        monkeypatch.setattr(module, name, broken)
+    trainer.train(config, tmp_path, evaluate=broken)
+    assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2, 3, 4]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    said = [(event["step"], event["event"]) for event in events]
+    both = [f"{what} failed" for what in ("validation", "eval.tasks")]
+    assert said == [*((2, what) for what in both), *((4, what) for what in (*both, "sample failed"))]
+    assert all("of the test" in event["error"] for event in events)
+    assert "loss.png was not drawn" in caplog.text
+    assert weights.load(tmp_path).step == 4

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import layered, model, program, sharding, trainer
+from hybridlm import member, model, program, schema, sharding, trainer
 from hybridlm.errors import RunError
+from hybridlm.objectives import next_token
 from hybridlm.run import replay, watch
 from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
@@ -27,18 +28,18 @@ def resolved(text, **fields):
 
 def poison(monkeypatch, config, steps):
     """Makes the loss of ``steps`` nan, in the compiled program, by the sum of their tokens."""
-    source = trainer.build_data(config, "train")
+    source = member.build_data(config, "train")
     sums = [int(source.batch(step - 1)["tokens"].sum()) for step in range(1, config.train.steps + 1)]
     bad = [sums[step - 1] for step in steps]
     assert all(sums.count(one) == 1 for one in bad), "two batches with one sum"
-    honest = model.loss_fn
+    honest = next_token.Objective.loss
 
-    def loss_fn(definition, params, batch, **options):
-        loss, aux = honest(definition, params, batch, **options)
+    def loss(self, params, frozen, batch, wanted=()):
+        total, sums = honest(self, params, frozen, batch, wanted)
         struck = jnp.isin(jnp.sum(batch["tokens"]), jnp.array(bad))
-        return loss * jnp.where(struck, jnp.nan, 1.0), aux
+        return total * jnp.where(struck, jnp.nan, 1.0), sums
 
-    monkeypatch.setattr(program.lm, "loss_fn", loss_fn)
+    monkeypatch.setattr(next_token.Objective, "loss", loss)
     return source
 
 
@@ -52,10 +53,11 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_named(text, tmp_pat
     trainer.train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as saves:
         assert saves.record(4)["skipped"] == [2, 2] and saves.record(8)["skipped"] == [3, 0]
-        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+        mesh = sharding.make_mesh(schema.Mesh(1, 1, 1))
         built = program.build(config, model.build(config), mesh, source.token_bytes)
         with jax.set_mesh(mesh):
-            end = saves.restore(8, built.shapes)
+            _, join, like = program.by_layer(model.build(config), built)
+            end = join(saves.restore(8, like))
             state = built.init(jax.random.key(config.train.seed))
             for step in (1, 2, 5, 7, 8):  # as if the others had never been there
                 state, _ = built.step(state, sharding.put_batch(source.batch(step - 1), mesh))
@@ -81,7 +83,7 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
         train__steps=9,
         train__max_skipped=2,
         checkpoint__every_steps=2,
-        optimizer__learning_rate=1e30,
+        optimizer__learning_rate=1e9,
         optimizer__warmup_steps=0,
     )
     with pytest.raises(RunError, match=r"step (\d): .* 3 updates in a row since step (\d)") as caught:
@@ -104,18 +106,16 @@ def test_the_first_parameter_is_the_one_nearest_to_the_loss(text):
     """A parameter of layer 1 of 3 is made nan: its own layer and what lies below get nan, nothing above."""
     config = configs.resolve(tiny.config(text, model__pattern="retnet*3"))
     definition = model.build(config)
-    entries = layered.entries(definition)
     params = model.init(definition, jax.random.key(0))
-    grads = jax.tree.map(jnp.ones_like, params)
+    grads = model.unstack(definition, jax.tree.map(jnp.ones_like, params))
     names = ["layers.1.mixer.o_proj.kernel", "layers.0.mixer.q_proj.kernel", "embedding"]
-    flat = watch.layered.flatten(grads)
     for name in names:
-        path, place, _ = entries[name]
-        flat[path] = flat[path].at[place].set(jnp.nan)
-    squares = watch.by_parameter(jax.device_get(program.squared_norms(flat)), entries)
+        grads[name] = jnp.full_like(grads[name], jnp.nan)
+    norms = program.squared_norms(model.restack(definition, grads))
+    squares = watch.by_parameter(jax.device_get(norms), definition)
     assert watch.first_not_finite(squares) == names[0]
     assert {name for name, value in squares.items() if not math.isfinite(value)} == set(names)
-    others = {name: math.prod(entry.shape) for name, entry in entries.items() if name not in names}
+    others = {name: leaf.size for name, leaf in grads.items() if name not in names}
     assert {name: squares[name] for name in others} == others
     assert watch.first_not_finite(others) == "none"
 

@@ -1,4 +1,4 @@
-"""The PTX of `pallas_kernels.linear_attention.hopper.inverse` in numpy: a register is an array of a warpgroup's threads."""
+"""The PTX of `linear_attention.hopper.inverse` in numpy: a register is an array of a warpgroup's threads."""
 
 import types
 

@@ -21,6 +21,10 @@ SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if no
 SPARSE = "moe"
 
 
+class Unsayable(ConfigError):
+    """A kind of layer that a format has not."""
+
+
 class Architecture(NamedTuple):
     """What a config.json says, in the terms of a config here. layers: an item of the pattern for each."""
 
@@ -90,14 +94,14 @@ def kinds(format: str) -> dict[str, tuple[str, Format[Any]]]:
 def mixer_format(spec: Spec, format: str) -> Format[Any]:
     found = mixers.load(spec.kind).public.get(format)
     if found is None:
-        raise ConfigError("model.pattern", spec.name, f"has no layer of kind {spec.kind}")
+        raise Unsayable("model.pattern", spec.name, f"has no layer of kind {spec.kind}")
     return found
 
 
 def mlp_format(spec: Spec, format: str) -> Format[Any]:
     public = mlps.load(spec.mlp_kind).public
     if format not in public and EVERY not in public:
-        raise ConfigError("mlps", spec.name, f"has no layer with an MLP of kind {spec.mlp_kind}")
+        raise Unsayable("mlps", spec.name, f"has no layer with an MLP of kind {spec.mlp_kind}")
     return public.get(format) or public[EVERY]
 
 
@@ -181,9 +185,7 @@ def every_type(definition: model.Definition, format: str) -> None:
     """ConfigError unless each of the format's kinds of layers is there."""
     missing = sorted(set(kinds(format)) - set(types(definition, format)))
     if missing:
-        raise ConfigError(
-            "model.pattern", definition.model.pattern, f"has layers of {', '.join(missing)}, too"
-        )
+        raise Unsayable("model.pattern", definition.model.pattern, f"has layers of {', '.join(missing)}, too")
 
 
 def same_model(a: model.Definition, b: model.Definition) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
 
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31  # above every model; a number beyond would take minutes to refuse
@@ -32,7 +33,7 @@ class Fields:
         self.values, self.source, self.taken = values, source, set(INERT)
 
     def refuse(self, name: str, allowed: str, fix: str = "") -> ConfigError:
-        return ConfigError(f"{self.source}: {name}", self.values.get(name), allowed, fix)
+        return ConfigError(f"{self.source}: {untrusted.terminal(name)}", self.values.get(name), allowed, fix)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value; ``default`` where it is missing or null. Numbers must be what the default is."""

@@ -9,9 +9,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm.convert.family import SHORT, Architecture, Family, kinds, mixer_format, num_layers, said
+from hybridlm.convert.family import (
+    SHORT,
+    Architecture,
+    Family,
+    Unsayable,
+    kinds,
+    mixer_format,
+    num_layers,
+    said,
+)
 from hybridlm.convert.fields import Fields
-from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
 ATTENTION = "transformer"  # model_type of the layers that a hybrid's ``attn`` names
@@ -71,7 +79,7 @@ def _attention(fields: Fields, d_model: int, layers: int) -> list[tuple[list[int
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     own = [s for s in definition.layers if mixer_format(s, "fla").layer_type == model_type]
     if not own:
-        raise ConfigError("model.pattern", model_type, "has no layer of this kind")
+        raise Unsayable("model.pattern", model_type, "has no layer of this kind")
     values = {
         "architectures": [f"{FAMILY.classes[model_type]}ForCausalLM"],
         "model_type": model_type,

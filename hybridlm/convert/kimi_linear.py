@@ -16,7 +16,6 @@ from hybridlm.convert.family import (
     sparse,
 )
 from hybridlm.convert.fields import Fields
-from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -54,14 +53,12 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     every_type(definition, "kimi_linear")
     experts = sparse(definition)
-    if not any(experts):
-        raise ConfigError("mlps", definition.model.pattern, "has layers with experts")
     values = describe(definition, FAMILY, model_type)
     places = lambda wanted: [at + 1 for at, one in enumerate(values["layer_types"]) if one == wanted]
     values["linear_attn_config"] |= {"full_attn_layers": places(FULL), "kda_layers": places(LINEAR)}
     return values | {
         "mlp_layer_types": ["sparse" if one else "dense" for one in experts],
-        "first_k_dense_replace": experts.index(True),
+        "first_k_dense_replace": [*experts, True].index(True),
     }
 
 

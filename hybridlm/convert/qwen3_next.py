@@ -9,6 +9,7 @@ from typing import Any
 from hybridlm.convert.family import (
     Architecture,
     Family,
+    Unsayable,
     assemble,
     describe,
     every_type,
@@ -17,7 +18,6 @@ from hybridlm.convert.family import (
     sparse,
 )
 from hybridlm.convert.fields import Fields
-from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
 
@@ -44,7 +44,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     family, experts = FAMILIES[model_type], sparse(definition)
     every_type(definition, family.format)
     if family.format == "qwen3_next" and not any(experts):
-        raise ConfigError("mlps", definition.model.pattern, "has layers with experts")
+        raise Unsayable("mlps", definition.model.pattern, "has layers with experts")
     values = describe(definition, family, model_type)
     if family.format == "qwen3_next":
         values["mlp_only_layers"] = [index for index, has in enumerate(experts) if not has]

@@ -1,5 +1,6 @@
 """The tokenizer of an exported folder: files that transformers reads, and the ids that its configs name."""
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def foreign(file: Path, own: Tokenizer | None) -> bool:
     if file.name not in (TOKENIZER, *OTHERS) or own is None:
         return False
     theirs = file.with_name(TOKENIZER)
-    return not theirs.is_file() or tokenizers.fingerprint(theirs) != own.fingerprint
+    return not theirs.is_file() or hashlib.sha256(theirs.read_bytes()).hexdigest() != own.fingerprint
 
 
 def special(workdir: Path, own: Tokenizer | None) -> dict[str, int | None]:
@@ -41,14 +42,18 @@ def special(workdir: Path, own: Tokenizer | None) -> dict[str, int | None]:
 
 
 def write(folder: Path, own: Tokenizer | None, config: Config) -> None:
-    """tokenizer.json, tokenizer_config.json and generation_config.json, unless ``folder`` has them already."""
+    """tokenizer.json, tokenizer_config.json and generation_config.json, unless the import brought them."""
     if own is None:
         if not (folder / TOKENIZER).exists():
             log.warning("no tokenizer: none is known that belongs to this run")
         return
     if (folder / TOKENIZER).exists():  # the import's, which is the run's
         return
-    file = byte_level() if own.name == "bytes" else library.Tokenizer.from_buffer(own.content)  # type: ignore[attr-defined]
+    file = (
+        byte_level()
+        if own.name == "bytes"
+        else library.Tokenizer.from_buffer(untrusted.read_bytes(own.name, "tokenizer"))
+    )
     named = file.id_to_token(own.doc_id)
     if named is None:
         file.add_special_tokens([SEPARATOR])
@@ -58,7 +63,10 @@ def write(folder: Path, own: Tokenizer | None, config: Config) -> None:
         named = None
     untrusted.write_text(folder / TOKENIZER, file.to_str(pretty=True))
     tokens = {} if named is None else {"bos_token": named, "eos_token": named}
-    described: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    described: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
     untrusted.write_json(
         folder / "tokenizer_config.json", described | tokens | {"model_max_length": config.train.seq_len}
     )
@@ -68,7 +76,7 @@ def write(folder: Path, own: Tokenizer | None, config: Config) -> None:
 
 def byte_level() -> library.Tokenizer:
     """The bytes tokenizer as a file: 256 bytes under their own ids, no merges, then the separator."""
-    vocabulary = tokenizers.byte_of_character()
+    vocabulary = tokenizers._byte_of_character()
     file = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=[]))
     file.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     file.decoder = library.decoders.ByteLevel()

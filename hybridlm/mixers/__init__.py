@@ -54,7 +54,7 @@ class Config(_kinds.Settings):
 
     @property
     def carries(self) -> bool:
-        """Whether the layer writes into `Context.carried`."""
+        """Whether the layer leaves something to later layers (`Context.leave`)."""
         return False
 
     def check(self, d_model: int) -> None:

@@ -18,9 +18,8 @@ from hybridlm.convert.public import Format, conv_fields, conv_size, linears
 from hybridlm.convert.rules import Rule, norm, same, short_convs
 from hybridlm.fields import Count, Epsilon
 from hybridlm.forget_gate import LowerBounds, log_forget
-from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve
+from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve, elementwise
 from hybridlm.mixers import Cost, Site, TokenMixer
-from hybridlm.vector_recurrence import vector_recurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +104,10 @@ class Mixer(TokenMixer):
         )
         log_f = log_forget(f, context.shared)
         x = -jnp.expm1(log_f) * jax.nn.silu(i.astype(jnp.float32))
-        h = vector_recurrence(x, log_f, context.rows.positions == 0, before.state)
+        h, state = elementwise(x, log_f, context.rows, before.state)
         gate = jax.nn.silu(self.g_proj(x_BTD).astype(jnp.float32))
         y_BTD = self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else RecurrentCache(h[:, -1], history)
+        return y_BTD, None if cache is None else RecurrentCache(state, history)
 
     def _convs(self) -> tuple[ShortConv, ...]:
         return (self.i_conv, self.f_conv) if self.conv_size else ()

@@ -196,7 +196,7 @@ class Mlp(mlps.Mlp):
         experts, hidden = config.num_experts, config.hidden
         self.router = Linear(d_model, experts, rngs=rngs, axes=("embed", None), cast=False)
         rule = Rule("load", functools.partial(rebalance, rate=config.bias_rate))
-        bias = functools.partial(param, rngs, (experts,), (None,), zeros, decay=False, rule=rule)
+        bias = lambda: param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
         self.selection_bias = bias() if config.selection_bias else None
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
         self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)

@@ -87,10 +87,3 @@ def compute_dtype(*arrays: jax.Array) -> jnp.dtype:
 def l2_normalize(x: jax.Array) -> jax.Array:
     """x * rsqrt(sum(x^2) + 1e-6) over the last axis; an all-zero row stays zero and has finite gradients."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + L2NORM_EPS)
-
-
-def platform() -> str:
-    """Where a program traced now will run: the default device's platform, "gpu" for any GPU."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    name = jax.default_backend() if device is None else getattr(device, "platform", str(device))
-    return "gpu" if name in ("gpu", "cuda", "rocm") else name

@@ -37,6 +37,11 @@ def decay_matrix(g_NC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return decay_NCC, jnp.exp(g_NC[:, :1]) * decay_NCC[:, :, 0], decay_NCC[:, -1]
 
 
+def decay_ends(g_NCD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """prefix, suffix [N, C, D] of `decayed_products`, alone."""
+    return _tree(g_NCD)[1:]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def decayed_products(
     x_NCRD: jax.Array, y_NCD: jax.Array, g_NCD: jax.Array, precision: Precision

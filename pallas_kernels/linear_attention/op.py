@@ -1,15 +1,13 @@
 """The public op: checks its arguments, normalises them into a `Call` and hands it to a backend."""
 
-from types import ModuleType
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dispatch
-from pallas_kernels.linear_attention import reference, xla
+from pallas_kernels.dispatch import Op
 from pallas_kernels.linear_attention.call import Call, alike, compute_dtype
+from pallas_kernels.linear_attention.checks import expect, floating, heads_fit, scale_of
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+OP = Op("linear_attention", __package__, ("hopper", "xla"))
 
 
 def linear_attention(
@@ -51,8 +49,9 @@ def linear_attention(
         scale: a Python number; K**-0.5 when None.
         qk_l2norm: normalise q and k first, x * rsqrt(sum(x^2) + 1e-6) over K, gradients included.
         output_final_state: also return the state after the last token.
-        backend: "reference" (token loop, the oracle), "xla" (chunkwise, any device), "pallas" (Hopper
-            kernels) or "auto": the kernels where they support the call, else "xla", logged once per reason.
+        backend: "reference" (token loop, the oracle), "xla" (chunkwise, any device), "hopper" (kernels),
+            "pallas" (any kernels) or "auto": kernels where they support the call, else "xla", logged once per
+            reason.
         interpret: run the Pallas kernels in interpret mode (slow, for tests without a GPU).
 
     Returns:
@@ -60,98 +59,52 @@ def linear_attention(
             or v is float64), or None unless output_final_state.
 
     Raises:
-        ValueError: a shape, dtype or backend that is impossible, by argument name; or backend="pallas" for a
-            call that the kernels do not support, with the reason.
+        ValueError: a shape, dtype or backend that is impossible, by argument name; or kernels by name for
+            a call that they do not support, with the reason.
     """
-    call = _normalize(
-        q, k, v, log_decay, beta, initial_state, segment_ids, scale, qk_l2norm, output_final_state, interpret
+    call = normalize(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        beta=beta,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+        scale=scale,
+        qk_l2norm=qk_l2norm,
+        output_final_state=output_final_state,
+        interpret=interpret,
     )
-    return _backend(call, backend).linear_attention(call)
+    return OP.compute(call, backend)
 
 
-def linear_attention_step(
-    q_BHK: jax.Array,
-    k_BHK: jax.Array,
-    v_BHV: jax.Array,
-    *,
-    state: jax.Array,
-    log_decay: jax.Array | None = None,
-    beta: jax.Array | None = None,
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """One token of `linear_attention`, for decoding. B may be any number of leading axes, none included.
-
-    Args:
-        q_BHK, k_BHK: [B, H, K].  v_BHV: [B, HV, V].
-        state: [B, HV, K, V], float32 (or float64); the computation runs in this dtype.
-        log_decay: None, [B, HV] or [B, HV, K].  beta: None or [B, HV].
-        scale, qk_l2norm: as in `linear_attention`.
-
-    Returns:
-        (o [B, HV, V] in v's dtype, the state after the token in its own dtype).
-
-    Raises:
-        ValueError: an impossible shape or dtype, by argument name.
-    """
-    *batch, heads, key_dim = _floating("q_BHK", q_BHK, 2).shape
-    value_heads, value_dim = _floating("v_BHV", v_BHV, 2).shape[-2:]
-    _expect("k_BHK", k_BHK, {(*batch, heads, key_dim)})
-    _expect("v_BHV", v_BHV, {(*batch, value_heads, value_dim)})
-    _check_heads("v_BHV", v_BHV.shape, heads, value_heads)
-    _expect("state", state, {(*batch, value_heads, key_dim, value_dim)})
-    if state.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"state.dtype = {state.dtype}: must be float32 or float64")
-    _expect("log_decay", log_decay, {(*batch, value_heads), (*batch, value_heads, key_dim)})
-    _expect("beta", beta, {(*batch, value_heads)})
-    update = reference.update
-    if dispatch.meaning() not in ("reference", "xla"):
-        module = dispatch.kernels(
-            "linear_attention.hopper.step", "linear_attention_step", lambda step: step.supports(state)
-        )
-        update = module.update if module else reference.update
-    o, state = update(
-        state, q_BHK, k_BHK, v_BHV, log_decay, beta, scale=_scale(scale, key_dim), qk_l2norm=qk_l2norm
-    )
-    return o.astype(v_BHV.dtype), state
-
-
-def _backend(call: Call, backend: str) -> ModuleType:
-    """The backend's module for this call."""
-    backend = dispatch.meaning(backend)
-    if backend in ("reference", "xla"):
-        return reference if backend == "reference" else xla
-    required = "backend = 'pallas'" if backend == "pallas" else ""
-    supports = lambda hopper: hopper.supports(call)
-    kernels = dispatch.kernels(
-        "linear_attention.hopper", "linear_attention", supports, interpret=call.interpret, required=required
-    )
-    return kernels or xla
-
-
-def _normalize(
+def normalize(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-    initial_state: jax.Array | None,
-    segment_ids: jax.Array | None,
-    scale: float | None,
-    qk_l2norm: bool,
-    output_final_state: bool,
-    interpret: bool,
+    *,
+    log_decay: jax.Array | None = None,
+    beta: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    output_final_state: bool = False,
+    interpret: bool = False,
 ) -> Call:
-    batch, length, heads, key_dim = _floating("q", q, 4, exact=True).shape
-    value_heads, value_dim = _floating("v", v, 4, exact=True).shape[-2:]
-    if length < 1:
-        raise ValueError(f"q.shape = {q.shape}: must have T >= 1 ([B, T, H, K])")
-    _expect("k", k, {(batch, length, heads, key_dim)})
-    _expect("v", v, {(batch, length, value_heads, value_dim)})
-    _check_heads("v", v.shape, heads, value_heads)
-    _expect("log_decay", log_decay, {(batch, length, value_heads), (batch, length, value_heads, key_dim)})
-    _expect("beta", beta, {(batch, length, value_heads)})
-    _expect("initial_state", initial_state, {(batch, value_heads, key_dim, value_dim)})
+    """The arguments of `linear_attention`, checked; also for `pieces.summarize`."""
+    batch, length, heads, key_dim = floating("q", q, 4, exact=True).shape
+    value_heads, value_dim = floating("v", v, 4, exact=True).shape[-2:]
+    if length < 1 or key_dim < 1:
+        raise ValueError(f"q.shape = {q.shape}: must have T >= 1 and K >= 1 ([B, T, H, K])")
+    if value_dim < 1:
+        raise ValueError(f"v.shape = {v.shape}: must have V >= 1 ([B, T, HV, V])")
+    expect("k", k, {(batch, length, heads, key_dim)})
+    expect("v", v, {(batch, length, value_heads, value_dim)})
+    heads_fit("v", v.shape, heads, value_heads)
+    expect("log_decay", log_decay, {(batch, length, value_heads), (batch, length, value_heads, key_dim)})
+    expect("beta", beta, {(batch, length, value_heads)})
+    expect("initial_state", initial_state, {(batch, value_heads, key_dim, value_dim)})
     if initial_state is not None:
         initial_state = jnp.asarray(initial_state, compute_dtype(q, k, v))
     if segment_ids is not None:
@@ -172,42 +125,9 @@ def _normalize(
         beta=beta,
         initial_state=initial_state,
         segment_ids=segment_ids,
-        scale=_scale(scale, key_dim),
+        scale=scale_of(scale, key_dim),
         qk_l2norm=bool(qk_l2norm),
         output_final_state=bool(output_final_state),
         interpret=bool(interpret),
     )
     return alike(call)
-
-
-def _floating(name: str, x: jax.Array, ndim: int, exact: bool = False) -> jax.Array:
-    """``x`` if it is a floating array of at least (or exactly) ``ndim`` axes."""
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise ValueError(f"{name} = {x!r}: must be an array")
-    if str(x.dtype) not in DTYPES:
-        raise ValueError(f"{name}.dtype = {x.dtype}: must be one of {', '.join(DTYPES)}")
-    if len(x.shape) != ndim and (exact or len(x.shape) < ndim):
-        raise ValueError(f"{name}.shape = {x.shape}: must have {'' if exact else 'at least '}{ndim} axes")
-    return x
-
-
-def _expect(name: str, x: jax.Array | None, shapes: set[tuple[int, ...]]) -> None:
-    if x is None:
-        return
-    if _floating(name, x, 0).shape not in shapes:
-        allowed = " or ".join(str(shape) for shape in sorted(shapes, key=len))
-        raise ValueError(f"{name}.shape = {x.shape}: must be {allowed} to match q and v")
-
-
-def _check_heads(name: str, shape: tuple[int, ...], heads: int, value_heads: int) -> None:
-    if heads < 1 or value_heads < 1 or value_heads % heads:
-        raise ValueError(f"{name}.shape = {shape}: its {value_heads} heads must be a multiple of q's {heads}")
-
-
-def _scale(scale: float | None, key_dim: int) -> float:
-    if scale is None:
-        return key_dim**-0.5
-    try:
-        return float(scale)
-    except (TypeError, ValueError, jax.errors.JAXTypeError):
-        raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None

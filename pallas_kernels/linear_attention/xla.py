@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from pallas_kernels.linear_attention.call import Call, l2_normalize, platform
-from pallas_kernels.linear_attention.decay import decay_matrix, decayed_products
+from pallas_kernels.dispatch import here
+from pallas_kernels.linear_attention.call import Call, l2_normalize
+from pallas_kernels.linear_attention.decay import decay_ends, decay_matrix, decayed_products
 from pallas_kernels.linear_attention.inverse import solve_unit_lower
 
 CHUNK = 64
@@ -36,7 +37,7 @@ GROUP_SIZE = 2048
 class _Arrays(NamedTuple):
     """The differentiable arguments: [B, T, heads, features]; in a group [G, B, heads, C, features]."""
 
-    q: jax.Array
+    q: jax.Array | None  # None if only the state is wanted
     k: jax.Array
     v: jax.Array
     g: jax.Array  # heads is HV or 1, features K or 1
@@ -56,6 +57,16 @@ class _Spec(NamedTuple):
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`. Differentiable once; memory is linear in T."""
+    o, state = _run(call, outputs=True)
+    return o, state if call.output_final_state else None
+
+
+def final_state(call: Call) -> jax.Array:
+    """The state after the last token [B, HV, K, V] alone; q is not read."""
+    return _run(call, outputs=False)[1]
+
+
+def _run(call: Call, outputs: bool) -> tuple[jax.Array | None, jax.Array]:
     batch, length, heads, _ = call.v.shape
     g = call.log_decay
     if g is None:
@@ -68,7 +79,7 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     full = any(x.dtype in (jnp.float32, jnp.float64) for x in (call.q, call.k, call.v))
     chunk = min(CHUNK, max(16, 1 << (length - 1).bit_length()))
     chunks = math.ceil(length / chunk)
-    groups = math.ceil(chunks * batch * heads / (GROUP_SIZE_CPU if platform() == "cpu" else GROUP_SIZE))
+    groups = math.ceil(chunks * batch * heads / (GROUP_SIZE_CPU if here().platform == "cpu" else GROUP_SIZE))
     spec = _Spec(
         chunk=chunk,
         group=math.ceil(chunks / groups),
@@ -77,22 +88,21 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
         dtype=call.compute_dtype,
         precision=Precision.HIGHEST if full else Precision.DEFAULT,
     )
-    o, state = _attend(spec, _Arrays(call.q, call.k, call.v, g, beta), call.state())
-    return o, state if call.output_final_state else None
+    return _attend(spec, _Arrays(call.q if outputs else None, call.k, call.v, g, beta), call.state())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _attend(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array | None, jax.Array]:
     return _attend_forward(spec, arrays, state)[0]
 
 
 def _attend_forward(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple:
-    def step(state: jax.Array, group: _Arrays) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def step(state: jax.Array, group: _Arrays) -> tuple[jax.Array, tuple[jax.Array | None, jax.Array]]:
         after, o = _group(spec, group, state)
         return after, (o, state)
 
     final, (o, states) = jax.lax.scan(step, state, _split(spec, arrays))
-    return (_merge(o, arrays.v.shape), final), (arrays, states)
+    return (None if o is None else _merge(o, arrays.v.shape), final), (arrays, states)
 
 
 def _attend_backward(spec: _Spec, residuals: tuple, cotangents: tuple) -> tuple:
@@ -131,37 +141,45 @@ def _merge(x_nGBHCD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x_nGBHCD.transpose(2, 0, 1, 4, 3, 5).reshape(batch, -1, heads, features)[:, :length]
 
 
-def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """G chunks from ``state`` [B, HV, K, V]; returns (the state after them, o [G, B, HV, C, V])."""
+def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """G chunks from ``state`` [B, HV, K, V]; returns (the state after them, o [G, B, HV, C, V] or None)."""
     G, B, HV, C, V = arrays.v.shape
     matmul = functools.partial(jnp.matmul, precision=spec.precision)
     flat = lambda x: x.astype(spec.dtype).reshape(-1, C, x.shape[-1])
-    q, k = arrays.q.astype(spec.dtype), arrays.k.astype(spec.dtype)
-    if spec.qk_l2norm:
-        q, k = l2_normalize(q), l2_normalize(k)
-    q, k = (flat(jnp.repeat(x, HV // x.shape[2], axis=2)) for x in (q * spec.scale, k))
+
+    def per_head(x: jax.Array, scale: float = 1.0) -> jax.Array:
+        x = x.astype(spec.dtype)
+        x = l2_normalize(x) if spec.qk_l2norm else x
+        return flat(jnp.repeat(x * scale, HV // x.shape[2], axis=2))
+
+    q, k = None if arrays.q is None else per_head(arrays.q, spec.scale), per_head(arrays.k)
     v, g = flat(arrays.v), flat(arrays.g)
-    rows = (q,) if arrays.beta is None else (q, k)
+    rows = [x for x in (q, None if arrays.beta is None else k) if x is not None]
     if g.shape[-1] > 1:
-        products, prefix, suffix = decayed_products(jnp.stack(rows, axis=2), k, g, spec.precision)
+        if rows:
+            products, prefix, suffix = decayed_products(jnp.stack(rows, axis=2), k, g, spec.precision)
+        else:
+            prefix, suffix = decay_ends(g)
         A = [products[:, :, r] for r in range(len(rows))]
     else:
         decay, prefix, suffix = decay_matrix(g[..., 0])
-        per_head = lambda x: flat(
+        repeat = lambda x: flat(
             jnp.repeat(x.reshape(G * B, -1, *x.shape[1:]), HV // arrays.g.shape[2], axis=1)
         )
-        decay, prefix, suffix = per_head(decay), per_head(prefix[..., None]), per_head(suffix[..., None])
+        decay, prefix, suffix = repeat(decay), repeat(prefix[..., None]), repeat(suffix[..., None])
         A = [decay * matmul(row, k.mT) for row in rows]
     if arrays.beta is None:
         read, values = None, v
     else:
         beta = flat(arrays.beta)
         rhs = beta * jnp.concatenate([k * prefix, v], axis=-1)
-        solution = solve_unit_lower(beta * A[1], rhs, spec.precision)
+        solution = solve_unit_lower(beta * A[-1], rhs, spec.precision)
         read, values = solution[..., :-V], solution[..., -V:]
     total = jnp.broadcast_to(prefix[:, -1], (G * B * HV, k.shape[-1]))
     chunks = jax.tree.map(lambda x: x.reshape(G, B * HV, *x.shape[1:]), (read, values, k * suffix, total))
     after, states, written = _states(spec.precision, state.reshape(B * HV, *state.shape[2:]), *chunks)
+    if q is None:
+        return after.reshape(state.shape), None
     o = matmul(q * prefix, states.reshape(-1, *state.shape[2:])) + matmul(A[0], written.reshape(-1, C, V))
     return after.reshape(state.shape), o.reshape(arrays.v.shape).astype(arrays.v.dtype)
 

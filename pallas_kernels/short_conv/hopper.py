@@ -8,6 +8,7 @@ Shape legend: B batch, T time, F features, W taps.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,41 +19,65 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.call import alike
-from pallas_kernels.linear_attention.hopper import TESTED_JAX, blocks, device_reason
+from pallas_kernels.linear_attention.hopper import blocks, requirements
 from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.requirements import runs_on
+from pallas_kernels.short_conv import reference
+from pallas_kernels.short_conv.call import ConvCall
+
+__all__ = ["runs_on", "self_test", "short_conv", "supports"]
 
 THREADS = 128  # of a block
 RUN = 64  # tokens of a block
 CHANNELS = (4, 2)  # of a thread, the first that divides the features
 GROUP, GROUP_BACK = 8, 4  # tokens that a thread loads at once, forward and backward
 WIDTHS = (2, 3, 4)
+SMALL = (1, 100, 256), (4, 256), (1, 100, 256)  # shapes of the self-test: x, taps, dy
 
 
-def supports(x: jax.Array, kernel: jax.Array, interpret: bool) -> str | None:
+def supports(call: ConvCall) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
-    (batch, length, features), width = x.shape, kernel.shape[0]
-    if jax.__version__ not in TESTED_JAX:
-        return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
-    if (x.dtype, kernel.dtype) != (jnp.bfloat16, jnp.float32):
-        return f"dtypes {x.dtype} of x and {kernel.dtype} of the taps (bfloat16 and float32 only)"
+    (batch, length, features), width = call.x.shape, call.kernel.shape[0]
+    if call.history is not None:
+        return "inputs before the first token"
+    if (call.x.dtype, call.kernel.dtype) != (jnp.bfloat16, jnp.float32):
+        return f"dtypes {call.x.dtype} of x and {call.kernel.dtype} of the taps (bfloat16 and float32 only)"
     if width not in WIDTHS:
         return f"{width} taps (2 to 4)"
+    if 0 in call.x.shape:
+        return "an empty call"
     if features % (THREADS * CHANNELS[-1]):
         return f"{features} features (a multiple of {THREADS * CHANNELS[-1]})"
     if max(batch, pl.cdiv(length, RUN)) > 65535:
         return f"{batch} sequences of {length} tokens (at most 65535 of {65535 * RUN})"
-    return None if interpret else device_reason()
+    return None
 
 
-def short_conv(
-    x: jax.Array, kernel: jax.Array, positions: jax.Array, *, silu: bool, interpret: bool
-) -> jax.Array:
+def short_conv(call: ConvCall) -> jax.Array:
     """See `pallas_kernels.short_conv`."""
-    length = x.shape[1]
-    reach = jnp.minimum(positions, jnp.arange(length, dtype=positions.dtype)).astype(jnp.int32)
+    length = call.x.shape[1]
+    reach = jnp.minimum(call.positions, jnp.arange(length, dtype=call.positions.dtype)).astype(jnp.int32)
     padded = blocks.round_up(length, RUN)
-    x, kernel, reach = alike((blocks.pad_time(x, padded), kernel, blocks.pad_time(reach, padded)))
-    return _short_conv(x, kernel, reach, silu, interpret)[:, :length]
+    x, kernel, reach = alike((blocks.pad_time(call.x, padded), call.kernel, blocks.pad_time(reach, padded)))
+    return _short_conv(x, kernel, reach, call.silu, call.interpret)[:, :length]
+
+
+def self_test() -> str | None:
+    """See `requirements.self_test`."""
+
+    def results() -> dict[str, tuple[jax.Array, jax.Array]]:
+        x, kernel, dy = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(SMALL))
+        x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
+        positions = (jnp.arange(x.shape[1]) % 50)[None]  # a document ends inside a block of threads
+
+        def run(compute: Callable[[ConvCall], jax.Array]) -> list[jax.Array]:
+            y, pull = jax.vjp(lambda x, kernel: compute(ConvCall(x, kernel, positions, silu=True)), x, kernel)
+            return [y, *pull(dy)]
+
+        pairs = zip(("y", "dx", "dkernel"), run(short_conv), run(reference.short_conv), strict=True)
+        return {name: (got, want) for name, got, want in pairs}
+
+    return requirements.self_test("short_conv", results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -11,7 +11,8 @@ import time
 import jax.numpy as jnp
 
 import train
-from hybridlm import program, sharding
+from hybridlm import sharding
+from hybridlm.objectives import next_token
 
 NONE = (-1, -2, -3, -4, -5)  # no batch's checksums; equal ones XLA would fold, and fuse the rest otherwise
 
@@ -25,18 +26,18 @@ def checksum(tokens, numpy):
 def main(arguments: list[str]) -> int:
     poisoned = [int(total) for total in os.environ["CHAOS_POISON"].split(",") if total]
     poisoned += NONE[len(poisoned) :]  # poisoned or not, one program up to constants, and so the same bits
-    honest, put = program.lm.loss_fn, sharding.put_batch
+    honest, put = next_token.Objective.loss, sharding.put_batch
 
-    def loss_fn(definition, params, batch, **options):
-        loss, aux = honest(definition, params, batch, **options)
+    def loss(self, params, frozen, batch, wanted=()):
+        total, sums = honest(self, params, frozen, batch, wanted)
         struck = jnp.isin(checksum(batch["tokens"], jnp), jnp.array(poisoned))
-        return loss * jnp.where(struck, jnp.nan, 1.0), aux
+        return total * jnp.where(struck, jnp.nan, 1.0), sums
 
     def slowly(*args):
         time.sleep(float(os.environ["CHAOS_PAUSE"]))
         return put(*args)
 
-    program.lm.loss_fn = loss_fn
+    next_token.Objective.loss = loss
     sharding.put_batch = slowly
     return train.main(arguments)
 

@@ -30,7 +30,7 @@ class Corpus:
 
     def __init__(self, folder: Path):
         from hybridlm import config as configs
-        from hybridlm import trainer
+        from hybridlm import member
         from hybridlm.data import prepare
 
         self.folder = folder
@@ -46,7 +46,7 @@ class Corpus:
             self.configs[kind] = folder / f"{kind}.json"
             self.configs[kind].write_text(configs.to_json(resolved))
             if kind == "poisoned":
-                source = trainer.build_data(resolved, "train")
+                source = member.build_data(resolved, "train")
                 self.sums = [int(checksum(source.batch(step)["tokens"], np)) for step in range(STEPS)]
         assert len(set(self.sums)) == STEPS
         for kind in self.configs:

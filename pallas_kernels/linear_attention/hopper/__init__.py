@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_attention.call import Call
-from pallas_kernels.linear_attention.hopper import wide
+from pallas_kernels.linear_attention.hopper import requirements, wide
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
 from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass
 from pallas_kernels.linear_attention.hopper.inputs import prepare
+from pallas_kernels.linear_attention.hopper.requirements import runs_on
 
-TESTED_JAX = ("0.11.2",)  # Mosaic GPU changes between releases: only what the tests have run on
+__all__ = ["linear_attention", "runs_on", "self_test", "supports"]
+
 KEY_DIMS = (64, 128)
 _Saved = Saved | ChannelSaved
 
@@ -28,17 +30,24 @@ def supports(call: Call) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
     key_dim, value_dim = call.q.shape[3], call.v.shape[3]
     dtypes = sorted({str(x.dtype) for x in (call.q, call.k, call.v)})
-    if jax.__version__ not in TESTED_JAX:
-        return f"jax {jax.__version__} (tested: {', '.join(TESTED_JAX)})"
     if dtypes != ["bfloat16"]:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
     if key_dim not in KEY_DIMS or not wide.slices(value_dim):
         return f"head dims K = {key_dim}, V = {value_dim} (K 64 or 128, V a multiple of 64)"
+    if 0 in call.v.shape:
+        return "an empty call"
     if call.q.shape[1] >= 2**24:
         return f"T = {call.q.shape[1]} (below 2^24)"
     if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
         return "more than 65535 sequences or heads"
-    return None if call.interpret else device_reason()
+    return None
+
+
+def self_test() -> str | None:
+    """See `requirements.self_test`."""
+    from pallas_kernels.linear_attention.hopper.trial import results
+
+    return requirements.self_test("linear_attention", results)
 
 
 def per_channel(call: Call) -> bool:
@@ -104,12 +113,3 @@ def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _S
         saved = Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
     state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
     return (out.o[:, : call.q.shape[1]], state), saved
-
-
-def device_reason() -> str | None:
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError:
-        return "no GPU"
-    capability = getattr(device, "compute_capability", "unknown")
-    return None if capability == "9.0" else f"compute capability {capability} (Hopper, 9.0, only)"

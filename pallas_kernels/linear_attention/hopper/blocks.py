@@ -101,6 +101,17 @@ def store(
     write(value, ref)
 
 
+def write(ref: Any, value: jax.Array, *, interpret: Any) -> None:
+    """ref[...] = value for a tile in registers and any part of an array in global memory.
+
+    Newer versions of Pallas refuse rows that fill no whole 32-byte sectors, unless told that it is meant.
+    """
+    if interpret or not hasattr(plgpu, "store"):
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)
+
+
 def tile(ref: Any, dtype: Any = F32) -> jax.Array:
     """A shared-memory tile as registers."""
     return plgpu.load(ref, layout=WGMMA).astype(dtype)

@@ -19,6 +19,7 @@ Two warpgroups take half of the key dimension each, 32 channels after 32 channel
 registers. The first also makes E, the second F. A third issues copies.
 """
 
+import functools
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,7 @@ def chunk_gradients(
     delta, documents = dv is not None, inputs.segment is not None
     interpret = inputs.interpret
     tile = (C, WIDTH)
+    write = functools.partial(blocks.write, interpret=interpret)
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do)
     arrays |= dict(h=states, g=state_gradients, norms=norms, carry=carry)
     decay_type = arrays["decay"].dtype
@@ -353,7 +355,7 @@ def chunk_gradients(
                 at = here(turn)
                 later = jnp.where(at.col() >= at.row(), 1.0, 0.0).astype(BF16)
                 (d_decay,) = multiply(([(later, x) for x in at.tiles], tile))
-                refs["d_decay"].at[b, rows, head, at.columns][...] = d_decay.astype(decay_type)
+                write(refs["d_decay"].at[b, rows, head, at.columns], d_decay.astype(decay_type))
                 plgpu.commit_smem()
                 return dq, dk, decay
 
@@ -391,8 +393,8 @@ def chunk_gradients(
                     dq = dq - blocks.tile(at.q) * blocks.by_row(along_q, tile)
                     dk = dk - blocks.tile(at.k) * blocks.by_row(along_k, tile)
                 target = (b, rows, head, at.columns)
-                refs["dq"].at[target][...] = (dq * at.norm_q).astype(BF16)
-                refs["dk"].at[target][...] = (dk * at.norm_k).astype(BF16)
+                write(refs["dq"].at[target], (dq * at.norm_q).astype(BF16))
+                write(refs["dk"].at[target], (dk * at.norm_k).astype(BF16))
             plgpu.commit_smem()
             plgpu.barrier_arrive(s["qk_free"])
             return decay

@@ -1,8 +1,8 @@
-"""Sequences cut into pieces that run at once: what a piece does to the state, and the chain over pieces.
+"""Sequences cut into pieces that run at once on one GPU, and the chain over pieces.
 
-A piece of a sequence maps the state it starts from exactly: S_end = M S_start + S_alone. Its gradient goes
-back through the transposed map: dS_start = M^T dS_end + dS_alone, with the same M. Short scans give S_alone,
-dS_alone and M of all pieces at once; `chain` joins them; the full scan then starts every piece where it is.
+See linear_attention/pieces.py. The gradient of the state goes back through the transposed map: dS_start = M^T
+dS_end + dS_alone, with the same M. Short scans give S_alone, dS_alone and M of all pieces at once; `chain`
+joins them; the full scan then starts every piece where it is.
 States are transposed, [V, K], as everywhere in the kernels.
 """
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.linear_attention import pieces
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
@@ -23,35 +24,31 @@ def chain(moves: jax.Array, alone: jax.Array, first: jax.Array | None, *, revers
     alone: [B * pieces, HV, V, K]: S_alone^T, or dS_alone^T.
     first: None (zeros) or [B, HV, V, K]: S^T before the first piece, or dS^T after the last.
     """
-    batch, pieces = moves.shape[:2]
-    alone = alone.reshape(batch, pieces, *alone.shape[1:])
-    order = range(pieces)[::-1] if reverse else range(pieces)
+    batch, count = moves.shape[:2]
+    alone = alone.reshape(batch, count, *alone.shape[1:])
+    order = range(count)[::-1] if reverse else range(count)
 
-    def through(state: jax.Array, piece: int) -> jax.Array:
-        move = moves[:, piece]
+    def apply(move: jax.Array, state: jax.Array) -> jax.Array:
         if move.ndim < 4:
             return state * move.reshape(*move.shape[:2], 1, -1)
         spec = "bhvk,bhjk->bhvj" if reverse else "bhvk,bhkj->bhvj"
         return jnp.einsum(spec, state, move, precision=lax.Precision.HIGHEST)
 
-    state = first
-    states: list[Any] = [jnp.zeros_like(alone[:, 0]) if first is None else first]
-    for piece in order[:-1]:
-        state = alone[:, piece] if state is None else through(state, piece) + alone[:, piece]
-        states.append(state)
+    in_order = [moves[:, piece] for piece in order], [alone[:, piece] for piece in order]
+    states = pieces.chain(*in_order, first, apply=apply)[:-1]
     states = states[::-1] if reverse else states
-    return jnp.stack(states, 1).reshape(batch * pieces, *states[0].shape[1:])
+    return jnp.stack(states, 1).reshape(batch * count, *states[0].shape[1:])
 
 
-def factors(inputs: Inputs, pieces: int) -> jax.Array:
+def factors(inputs: Inputs, count: int) -> jax.Array:
     """What an additive piece multiplies the state by [B, pieces, HV]."""
     batch, length, heads = inputs.k.shape[0], inputs.k.shape[1], inputs.v.shape[2]
-    factor = jnp.ones((batch, pieces, heads), F32)
+    factor = jnp.ones((batch, count, heads), F32)
     if inputs.log_decay is not None:
-        steps = inputs.log_decay.reshape(batch, heads, pieces, length // pieces)
+        steps = inputs.log_decay.reshape(batch, heads, count, length // count)
         factor = jnp.swapaxes(jnp.exp(jnp.sum(steps, axis=-1)), 1, 2)
     if inputs.segment is not None:
-        run = length // pieces
+        run = length // count
         entering: Any = inputs.entering
         one = entering[:, ::run] == inputs.segment[:, run - 1 :: run]
         factor = jnp.where(one[:, :, None], factor, 0.0)

@@ -11,7 +11,6 @@ from hybridlm import trainer
 from hybridlm.errors import Stopped
 from hybridlm.run import interrupt
 from hybridlm.run.checkpoint import Checkpoints
-from launch import packed
 
 SMALL = {
     "model.pattern": "full",
@@ -44,6 +43,10 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def failures(members) -> dict[Path, str]:
+    return {one.workdir: one.failed for one in members if one.failed}
+
+
 def folders(path: Path, names: str) -> list[Path]:
     made = [path / name for name in names]
     for folder in made:
@@ -57,10 +60,10 @@ def together(tmp_path_factory: pytest.TempPathFactory):
     chosen = [
         resolved(),
         resolved(train__seed="1", optimizer__learning_rate="1e-2"),
-        resolved(optimizer__learning_rate="1e30"),
+        resolved(optimizer__learning_rate="1e9", train__max_skipped="2", optimizer__warmup_steps="2"),
     ]
     workdirs = folders(tmp_path_factory.mktemp("packed"), "abc")
-    return chosen, workdirs, packed.train(chosen, workdirs)
+    return chosen, workdirs, failures(trainer.together(chosen, workdirs))
 
 
 def test_a_run_is_what_it_would_be_alone(together, tmp_path: Path):
@@ -93,12 +96,12 @@ def test_stopped_and_resumed(together, tmp_path: Path, monkeypatch: pytest.Monke
     """Asked to stop after step 5, both save there, and go on as if they had not been."""
     chosen, workdirs, _ = together
     again = folders(tmp_path, "ab")
-    asked = iter([0] * 4)
+    asked = iter([0] * 5)  # before the first step, and after four
     monkeypatch.setattr(interrupt.Stop, "asked", lambda self: next(asked, interrupt.TIME_LIMIT))
-    with pytest.raises(Stopped, match="after step 5"):
-        packed.train(chosen[:2], again)
+    with pytest.raises(Stopped, match="at step 5"):
+        trainer.together(chosen[:2], again)
     monkeypatch.undo()
-    assert packed.train(chosen[:2], again) == {}
+    assert failures(trainer.together(chosen[:2], again)) == {}
     for new, old in zip(again, workdirs, strict=False):
         losses = {record["step"]: record["loss"] for record in records(old)}
         shared = [record for record in records(new) if record["step"] in losses]
@@ -108,5 +111,5 @@ def test_stopped_and_resumed(together, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_alike():
-    assert packed.alike(resolved()) == packed.alike(resolved(train__seed="7", optimizer__learning_rate="1"))
-    assert packed.alike(resolved()) != packed.alike(resolved(train__steps="7"))
+    assert trainer.alike(resolved()) == trainer.alike(resolved(train__seed="7", optimizer__learning_rate="1"))
+    assert trainer.alike(resolved()) != trainer.alike(resolved(train__steps="7"))

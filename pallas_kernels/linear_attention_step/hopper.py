@@ -13,40 +13,59 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention import hopper, reference
+from pallas_kernels.linear_attention import reference
 from pallas_kernels.linear_attention.call import l2_normalize
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, requirements
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.requirements import runs_on
+from pallas_kernels.linear_attention_step.call import StepCall
+
+__all__ = ["linear_attention_step", "runs_on", "self_test", "supports"]
 
 KEY_DIMS = (64, 128, 256)
 
 
-def supports(state: jax.Array) -> str | None:
-    """None if the kernel computes a step with this state [..., HV, K, V], else the reason why not."""
-    *_, key_dim, value_dim = state.shape
-    if jax.__version__ not in hopper.TESTED_JAX:
-        return f"jax {jax.__version__} (tested: {', '.join(hopper.TESTED_JAX)})"
-    if state.dtype != F32:
-        return f"a {state.dtype} state (float32 only)"
+def supports(call: StepCall) -> str | None:
+    """None if the kernel computes this step, else the reason why not."""
+    *_, key_dim, value_dim = call.state.shape
+    if call.state.dtype != F32:
+        return f"a {call.state.dtype} state (float32 only)"
+    if 0 in call.state.shape:
+        return "an empty call"
     if key_dim not in KEY_DIMS or value_dim % C:
         return f"head dims K = {key_dim}, V = {value_dim} (K 64, 128 or 256, V a multiple of 64)"
-    return hopper.device_reason()
+    return None
 
 
-def update(
-    *arguments: jax.Array | None, interpret: bool = False, **options: Any
-) -> tuple[jax.Array, jax.Array]:
-    """`reference.update` of the same arguments, and its gradients."""
+def linear_attention_step(call: StepCall) -> tuple[jax.Array, jax.Array]:
+    """As the reference, and its gradients."""
+    options: dict[str, Any] = dict(scale=call.scale, qk_l2norm=call.qk_l2norm)
 
     @jax.custom_vjp
-    def run(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-        return _update(*arguments, **options, interpret=interpret)
+    def run(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        return _update(*arrays, **options, interpret=call.interpret)
 
-    def backward(arguments: tuple, cotangents: tuple) -> tuple:
-        return jax.vjp(functools.partial(reference.update, **options), *arguments)[1](cotangents)
+    def backward(arrays: tuple, cotangents: tuple) -> tuple:
+        return jax.vjp(functools.partial(reference.update, **options), *arrays)[1](cotangents)
 
-    run.defvjp(lambda *arguments: (run(*arguments), arguments), backward)
-    return run(*arguments)
+    run.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
+    return run(*call.arrays)
+
+
+def self_test() -> str | None:
+    """See `requirements.self_test`."""
+
+    def results() -> dict[str, tuple[jax.Array, jax.Array]]:
+        keys = jax.random.split(jax.random.key(0), 6)
+        shapes = [(2, 64, 64), (2, 64), (2, 64), (2, 64), (2, 64), (2,)]
+        state, q, k, v, gate, rate = (jax.random.normal(*x, F32) for x in zip(keys, shapes, strict=True))
+        options: dict[str, Any] = dict(scale=0.125, qk_l2norm=True)
+        arrays = state, q, k, v, -jax.nn.softplus(gate), jax.nn.sigmoid(rate)
+        got = jax.jit(functools.partial(_update, **options, interpret=False))(*arrays)
+        want = jax.jit(functools.partial(reference.update, **options))(*arrays)
+        return {name: (a, b) for name, a, b in zip(("o", "state"), got, want, strict=True)}
+
+    return requirements.self_test("linear_attention_step", results)
 
 
 def _update(

@@ -1,0 +1,67 @@
+"""What the Hopper kernels of every op need: a jax that has what they are written in, and a Hopper GPU."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Device, logger
+
+OLDEST = (0, 11, 2)
+# Mosaic GPU changes between releases: on others, a backend's results are tested once a process (`self_test`).
+TESTED = ("0.11.2", "0.12.0.1")
+# A relative error of results in bf16, and of their gradients: kernels have half, wrong ones have 1.
+TOLERANCE = 2e-2
+
+
+def why_not(version: str, python: tuple[int, ...]) -> str | None:
+    """None if the kernels can be imported with this jax, else what to install."""
+    if tuple(map(int, re.findall(r"\d+", version)[:3])) >= OLDEST:
+        return None
+    oldest = ".".join(map(str, OLDEST))
+    first = "" if python >= (3, 12) else "Python >= 3.12 and "
+    return (
+        f"jax is {version} on Python {python[0]}.{python[1]}; for kernels install {first}"
+        f"jax[cuda12] >= {oldest} (tested: {', '.join(TESTED)})"
+    )
+
+
+def runs_on(device: Device) -> str | None:
+    """None if the kernels run on ``device``, else the reason why not."""
+    if device.platform != "gpu":
+        return f"the platform is {device.platform}"
+    if device.capability != "9.0":
+        return f"compute capability {device.capability or 'unknown'} (Hopper, 9.0, only)"
+    return None
+
+
+def self_test(name: str, results: Callable[[], Mapping[str, tuple[Any, Any]]]) -> str | None:
+    """Why a jax that was not tested is wrong, if so, and None where it was tested.
+
+    results: makes (the kernels', the reference's) results by name. That it passed is logged.
+    """
+    if jax.__version__ in TESTED:
+        return None
+    untested = f"jax {jax.__version__} (tested: {', '.join(TESTED)})"
+    try:
+        errors = {what: _relative_error(got, want) for what, (got, want) in results().items()}
+    except Exception as error:
+        return f"{untested}, and its self-test failed: {type(error).__name__}: {str(error)[:300]}"
+    wrong = {what: f"{error:.1e}" for what, error in errors.items() if not error < TOLERANCE}
+    if wrong:
+        return f"{untested}, and its self-test gave wrong results: {wrong}"
+    worst = max(errors.values())
+    logger.info("%s: self-test passed on %s; largest relative error %.1e", name, untested, worst)
+    return None
+
+
+def _relative_error(got: jax.Array, want: jax.Array) -> float:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+if reason := why_not(jax.__version__, sys.version_info[:2]):
+    raise ImportError(reason)
