@@ -234,7 +234,6 @@ def late(*_: Any) -> None:
 
 def fuzz(cases: int, seed: int) -> tuple[Counter, list[str]]:
     """(outcomes, reports of what was wrong)."""
-    logging.getLogger("hybridlm").setLevel(logging.ERROR)
     outcomes: Counter = Counter()
     wrong = []
     signal.signal(signal.SIGALRM, late)
