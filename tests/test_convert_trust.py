@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tokenizers as library
@@ -18,6 +19,7 @@ from hybridlm.convert import __main__ as command
 from hybridlm.convert import families, incoming, outgoing, tensors, tokens
 from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
+from hybridlm.data.tokenizer import Tokenizer, load
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
 
@@ -422,12 +424,20 @@ def test_settings_that_compute_nothing_are_not_compared() -> None:
     assert not same_model(ungated, model.build(configs.resolve(config)))
 
 
-def test_init_from_brings_the_tokenizer(hf: Path, tmp_path: Path) -> None:
+def test_init_from_looks_at_the_tokenizer(hf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tokenizer(hf / "tokenizer.json")
     incoming.import_hf(hf, tmp_path / "run")
-    with init_from.source(tmp_path / "run") as other:
-        (tmp_path / "next").mkdir()
-        other.carry(tmp_path / "next")
-    assert (tmp_path / "next" / "hf" / "tokenizer.json").is_file()
-    config = configs.from_json(tmp_path / "run" / "config.json")
-    assert Path(config.data.tokenizer) == tmp_path / "run" / "tokenizer.json"
+    config = configs.of_run(tmp_path / "run")
+    assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")  # that of a run from its config
+    definition = model.build(config)
+    fresh = model.init(definition, jax.random.key(0))
+    for place, tokenizer, warned in (
+        (hf, Tokenizer(), True),
+        (tmp_path / "run", load(config.data.tokenizer), False),
+    ):
+        (tmp_path / f"next{warned}").mkdir()
+        caplog.clear()
+        init_from.start(str(place), definition, fresh, tmp_path / f"next{warned}", tokenizer)
+        assert ("was learnt with the tokenizer" in caplog.text) == warned
+        assert (tmp_path / f"next{warned}" / "hf" / "tokenizer.json").is_file()
+        assert not (tmp_path / f"next{warned}" / "tokenizer.json").exists()  # the run's data say which it is
