@@ -48,6 +48,24 @@ CASES = {
     "hgrn2": ("hgrn2", dict(head_dim=8, conv_size=2)),
     "retnet": ("retnet", dict(num_heads=2, head_dim=6)),
     "mamba2": ("mamba2", dict(head_dim=8, state_size=6, n_groups=2, conv_size=3, dt_min=0.2, dt_max=2.0)),
+    "delta_product": ("delta_product", dict(num_heads=2, head_dim=6, num_householder=3)),
+    "gated_delta_product": (
+        "gated_delta_product",
+        dict(num_heads=2, num_v_heads=4, head_dim=6, v_head_dim=5, conv_size=3),
+    ),
+    "mamba": ("mamba", dict(state_size=3, dt_rank=2, conv_size=3)),
+    "mamba scaled norms": ("mamba", dict(state_size=3, conv_size=0, dbc_norm="scaled")),
+    "lightning": ("lightning", dict(num_heads=2, head_dim=6)),
+    "lightning transnormer": (
+        "lightning",
+        dict(num_heads=3, head_dim=4, slopes="transnormer", output_gate="linear", v_silu=False, norm_scale=False),
+    ),
+    "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),
+    "mlstm": ("mlstm", dict(num_heads=2, head_dim=6)),
+    "mlstm sigmoid": (
+        "mlstm",
+        dict(num_heads=2, head_dim=6, input_gate="sigmoid", normalizer=False, gate_cap=0.0, output_gate="none"),
+    ),
 }
 
 
