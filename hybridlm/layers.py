@@ -127,6 +127,7 @@ class RMSNorm(nnx.Module):
 
     unit_offset: the factor is 1 + scale, and scale starts at 0 (Qwen3-Next, Gemma).
     groups: parts of the axis that are normed each on its own.
+    scaled: whether there is a scale.
     """
 
     def __init__(
@@ -138,14 +139,17 @@ class RMSNorm(nnx.Module):
         axis: str | None = None,
         unit_offset: bool = False,
         groups: int = 1,
+        scaled: bool = True,
     ):
         self.eps, self.unit_offset, self.groups = eps, unit_offset, groups
-        self.scale = param(rngs, (features,), (axis,), zeros if unit_offset else ones, decay=False)
+        init = zeros if unit_offset else ones
+        self.scale = param(rngs, (features,), (axis,), init, decay=False) if scaled else None
 
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """``gate``: a float32 factor, multiplied in after the norm and before rounding to x's dtype."""
         y = rms(x.reshape(*x.shape[:-1], self.groups, -1), self.eps).reshape(x.shape)
-        y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
+        if self.scale is not None:
+            y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
         return (y if gate is None else y * gate).astype(x.dtype)
 
 
@@ -174,7 +178,8 @@ class ShortConv(nnx.Module):
         bound = width**-0.5  # PyTorch's Conv1d default for a depthwise kernel
         self.width = width
         self.kernel = param(rngs, (width, features), ("taps", "heads"), uniform(-bound, bound), decay=True)
-        self.bias = param(rngs, (features,), ("heads",), uniform(-bound, bound), decay=False) if bias else None
+        init = uniform(-bound, bound)
+        self.bias = param(rngs, (features,), ("heads",), init, decay=False) if bias else None
 
     def init_history(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch, self.width - 1, self.kernel.shape[-1]), dtype)

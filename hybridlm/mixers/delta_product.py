@@ -1,8 +1,8 @@
 """DeltaProduct (Siems et al. 2025, arXiv 2502.10297): DeltaNet with several Householder steps a token.
 
 S_{t,j} = (I - beta_{t,j} k_{t,j} k_{t,j}^T) S_{t,j-1} + beta_{t,j} k_{t,j} v_{t,j}^T,   j = 1 ... n
-o_t = S_{t,n}^T q_t / sqrt(K);   a token's first step starts from the last one's last. The rest as in `delta_net`;
-with beta up to 2 the product of two steps is any rotation of a plane.
+o_t = S_{t,n}^T q_t / sqrt(K),   S_{t,0} = S_{t-1,n}.   The rest as in `delta_net`. With beta up to 2
+the product of two steps is any rotation of a plane.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Mixer(delta_net.Mixer):
 def product(
     inputs: Inputs, steps: int, rows: Rows, state: jax.Array | None, *, qk_l2norm: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The recurrence over rows of ``steps`` times as many tokens: a token decays at its first, is read at its last.
+    """The recurrence over ``steps`` times as many tokens: a token decays at its first, is read at its last.
 
     inputs: q [B, T, H, K] and log_decay as for one step; k, v, beta with steps * H heads, step by step.
     """
@@ -63,15 +63,14 @@ def product(
             rows = rows._replace(positions=jnp.ones_like(rows.positions))  # the document has begun
         return o, state
 
-    def alone(x: jax.Array | None, step: int) -> jax.Array | None:
+    def alone(x: jax.Array, step: int) -> jax.Array:
         """``x`` at one step of each token, zeros at the others."""
-        if x is None:
-            return None
         widths = [(0, 0), (0, 0), (step, steps - 1 - step)] + [(0, 0)] * (x.ndim - 2)
         return merge(jnp.pad(x[:, :, None], widths))
 
     merge = lambda x: x.reshape(batch, length * steps, *x.shape[3:])
-    many = Inputs(alone(inputs.q, steps - 1), merge(k), merge(v), alone(inputs.log_decay, 0), merge(beta))
+    decay = None if inputs.log_decay is None else alone(inputs.log_decay, 0)
+    many = Inputs(alone(inputs.q, steps - 1), merge(k), merge(v), decay, merge(beta))
     wide = Rows(*(jnp.repeat(x, steps, axis=1) for x in rows))
     o, state = recurrence(many, wide, state, qk_l2norm=qk_l2norm)
     return o[:, steps - 1 :: steps], state

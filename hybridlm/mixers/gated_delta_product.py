@@ -1,6 +1,6 @@
-"""Gated DeltaProduct (Siems et al. 2025, arXiv 2502.10297): Gated DeltaNet with several Householder steps a token.
+"""Gated DeltaProduct (Siems et al. 2025, arXiv 2502.10297): Gated DeltaNet with several Householder steps.
 
-S_{t,0} = a_t S_{t-1,n}, one decay a token, then the n steps of `delta_product`; the rest as in `gated_delta_net`.
+S_{t,0} = a_t S_{t-1,n}, one decay a token, then the n steps of `delta_product`; else as `gated_delta_net`.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ from hybridlm.rows import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Config(gated_delta_net.Config):
-    """Gated DeltaProduct.
+    """Gated DeltaProduct. Heads are half as wide as Gated DeltaNet's (and FLA's): the kernels take them.
 
     num_householder: steps a token, each with its own k, v and beta.
     """
 
+    head_dim: Positive = 128
     num_householder: Positive = 2
     neg_eigval: bool = True
 

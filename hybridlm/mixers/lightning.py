@@ -1,10 +1,10 @@
-"""Lightning attention (MiniMax-01, arXiv 2501.08313; TransNormerLLM, 2307.14995): a fixed decay per head and layer.
+"""Lightning attention (MiniMax-01, arXiv 2501.08313; TransNormerLLM, 2307.14995): a fixed decay per head.
 
 S_t = exp(-s_h) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t,   q, k, v = silu(W x)
 y = W_o (rmsnorm(o) * sigmoid(W_g x)) with one norm over all heads; slopes s_h of head h < H in layer l < L:
     minimax         2^(-8 (h + 1) / H) (1 - l / (L - 1 + 1e-5) + 1e-5)      few heads remember much
     transnormer     8 h / H (1 - l / L)                                     head 0 forgets nothing
-TransNormerLLM's layer has v = W x, a linear gate and a norm without scale; its first layer's LRPE is not here.
+TransNormerLLM has v = W x, a linear gate and a norm without scale; its first layer's LRPE is not here.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from flax import nnx
 from hybridlm import linear_mixer
 from hybridlm.context import Context
 from hybridlm.fields import Count, Epsilon
-from hybridlm.layers import RMSNorm, merge_heads, rms
+from hybridlm.layers import RMSNorm, merge_heads
 from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import Site
 
@@ -47,9 +47,8 @@ class Mixer(LinearMixer):
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)
-        self.slopes, self.v_silu, self.eps = config.slopes, config.v_silu, config.norm_eps
-        width, eps = self.heads.value_width, config.norm_eps
-        self.o_norm = RMSNorm(width, rngs=rngs, eps=eps, axis="heads") if config.norm_scale else None
+        self.slopes, self.v_silu, width = config.slopes, config.v_silu, self.heads.value_width
+        self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", scaled=config.norm_scale)
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         slopes_H = slopes(self.slopes, self.heads.num, context.layer, context.num_layers)
@@ -58,11 +57,7 @@ class Mixer(LinearMixer):
         return Inputs(q, k, v, jnp.broadcast_to(-slopes_H, v.shape[:3]))
 
     def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
-        o, gate = merge_heads(o_BTHV), None if gate_BTHV is None else merge_heads(gate_BTHV)
-        if self.o_norm is not None:
-            return self.o_norm(o, gate)
-        y = rms(o, self.eps)
-        return (y if gate is None else y * gate).astype(o.dtype)
+        return self.o_norm(merge_heads(o_BTHV), None if gate_BTHV is None else merge_heads(gate_BTHV))
 
 
 def slopes(which: str, heads: int, layer: jax.Array | int, num_layers: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Mamba (Gu, Dao 2023, arXiv 2312.00752): a selective scan, N state numbers for each of its channels.
 
-h_t[c, n] = exp(dt_t[c] A[c, n]) h_{t-1}[c, n] + dt_t[c] B_t[n] x_t[c],   y_t[c] = sum_n C_t[n] h_t[c, n] + D[c] x_t[c]
+h[c, n] <- exp(dt[c] A[c, n]) h[c, n] + dt[c] B[n] x[c],   y[c] = sum_n C[n] h[c, n] + D[c] x[c]
 dt = softplus(W_dt r + dt_bias),  r, B, C = W x,  x = silu(conv(W_x u) + bias),  out = W_o (y * silu(W_z u))
 Its models have no MLP: pattern "mamba/none". The scan keeps states only every `PIECE` tokens for the backward
 pass, which makes those between anew; what it keeps of a row is linear in T.
@@ -16,7 +16,18 @@ from flax import nnx
 from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.fields import Count, Epsilon, Positive
-from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve, elementwise, ones, param, rms, uniform
+from hybridlm.layers import (
+    Linear,
+    RecurrentCache,
+    RMSNorm,
+    ShortConv,
+    convolve,
+    elementwise,
+    ones,
+    param,
+    rms,
+    uniform,
+)
 from hybridlm.linear_mixer import dt_bias_init
 from hybridlm.mixers import Cost, Site, TokenMixer
 from hybridlm.rows import Rows
@@ -68,7 +79,6 @@ class Mixer(TokenMixer):
         init = uniform(-(rank**-0.5), rank**-0.5)
         self.dt_proj = Linear(rank, self.width, rngs=rngs, axes=(None, "heads"), init=init)
         self.dt_bias = param(rngs, (self.width,), ("heads",), dt_bias_init, decay=False)
-        counted = lambda key, shape, dtype: jnp.broadcast_to(jnp.log(jnp.arange(1, state + 1, dtype=dtype)), shape)
         self.A_log = param(rngs, (self.width, state), ("heads", None), counted, decay=False)
         self.D = param(rngs, (self.width,), ("heads",), ones, decay=False)
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
@@ -104,12 +114,19 @@ class Mixer(TokenMixer):
         return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))
 
 
+def counted(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """log(1 ... N) in every channel."""
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
+
+
 def selective_scan(
-    x_BTF: jax.Array, dt_BTF: jax.Array, A_log_FN: jax.Array, B_BTN: jax.Array, C_BTN: jax.Array, rows: Rows,
-    state_BFN: jax.Array,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(sum_n C h float32 [B, T, F], the state after the last token), states from ``state`` (`layers.elementwise`)."""
-    batch, length, width = x_BTF.shape
+    x: jax.Array, dt: jax.Array, A_log: jax.Array, B: jax.Array, C: jax.Array, rows: Rows, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(sum_n C h float32 [B, T, F], the state after the last token).
+
+    x, dt: [B, T, F].  A_log: [F, N].  B, C: [B, T, N].  state: [B, F, N], as in `layers.elementwise`.
+    """
+    batch, length, width = x.shape
     pieces = -(-length // PIECE)
     size = min(length, PIECE)
 
@@ -117,7 +134,7 @@ def selective_scan(
     def piece(state_BM: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         x, dt, B, C, rows = inputs
         flat = lambda a: a.reshape(batch, size, -1)
-        log_decay = flat(-jnp.exp(A_log_FN) * dt[..., None])
+        log_decay = flat(-jnp.exp(A_log) * dt[..., None])
         written = flat((dt * x)[..., None] * B[:, :, None])
         h, state_BM = elementwise(written, log_decay, rows, state_BM)
         return state_BM, jnp.einsum("btfn,btn->btf", h.reshape(batch, size, width, -1), C)
@@ -128,8 +145,6 @@ def selective_scan(
         a = jnp.pad(a, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (a.ndim - 2), mode=mode)
         return jnp.moveaxis(a.reshape(batch, pieces, size, *a.shape[2:]), 1, 0)
 
-    floats = (a.astype(jnp.float32) for a in (x_BTF, dt_BTF, B_BTN, C_BTN))
-    inputs = jax.tree.map(cut, (*floats, rows))
-    state, y = jax.lax.scan(piece, state_BFN.reshape(batch, -1), inputs)
-    y_BTF = jnp.moveaxis(y, 0, 1).reshape(batch, -1, width)[:, :length]
-    return y_BTF, state.reshape(state_BFN.shape)
+    floats = (a.astype(jnp.float32) for a in (x, dt, B, C))
+    last, y = jax.lax.scan(piece, state.reshape(batch, -1), jax.tree.map(cut, (*floats, rows)))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, width)[:, :length], last.reshape(state.shape)

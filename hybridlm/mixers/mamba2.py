@@ -2,8 +2,8 @@
 
 S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T,   y_t = S_t^T C_t + D x_t,   A = -exp(A_log)
 dt = softplus(W_dt u + dt_bias),   x, B, C = silu(conv(W u) + bias),   out = W_o rmsnorm(y * silu(W_z u))
-with one norm per group. In the terms of `linear_mixer` C is q, B is k, dt x is v and z is g; a state of N numbers
-is a key head of N channels. Its models have no MLP: pattern "mamba2/none".
+with one norm per group. In terms of `linear_mixer` q is C, k is B, v is dt x, g is z; groups are key heads.
+Its models have no MLP: pattern "mamba2/none".
 """
 
 import dataclasses
@@ -93,10 +93,11 @@ class Mixer(LinearMixer):
         return self.o_norm(merge_heads(o_BTHV.astype(jnp.float32) * gate_BTHV)).astype(o_BTHV.dtype)
 
 
-def ssd(
-    C_BTGN: jax.Array, B_BTGN: jax.Array, x_BTHP: jax.Array, dt_BTH: jax.Array, A_log_H: jax.Array, D_H: jax.Array
-) -> Inputs:
-    """What the recurrence is given, with scale 1; dt float32, after the softplus."""
-    x = x_BTHP.astype(jnp.float32)
-    v_BTHP = (x * dt_BTH[..., None]).astype(x_BTHP.dtype)
-    return Inputs(C_BTGN, B_BTGN, v_BTHP, -jnp.exp(A_log_H) * dt_BTH, skip=x * D_H[:, None])
+def ssd(C: jax.Array, B: jax.Array, x: jax.Array, dt: jax.Array, A_log: jax.Array, D: jax.Array) -> Inputs:
+    """What the recurrence is given, with scale 1.
+
+    C, B: [B, T, G, N].  x: [B, T, H, P].  dt: float32 [B, T, H], after the softplus.  A_log, D: [H].
+    """
+    wide = x.astype(jnp.float32)
+    written = (wide * dt[..., None]).astype(x.dtype)
+    return Inputs(C, B, written, -jnp.exp(A_log) * dt, skip=wide * D[:, None])

@@ -1,10 +1,11 @@
 """mLSTM (xLSTM, arXiv 2405.04517; as in xLSTM 7B, 2503.13427): linear attention with gates and a normaliser.
 
-C_t = f C_{t-1} + i k_t v_t^T,   n_t = f n_{t-1} + i k_t,   h_t = C_t^T q_t / (max(|n_t . q_t|, 1) + eps),   q / sqrt(K)
-y = W_o (layernorm(h) * sigmoid(W_g x)), one norm per head;  f = sigmoid(f'),  f' and i' soft-capped W x + bias
+C_t = f C_{t-1} + i k_t v_t^T,   n_t = f n_{t-1} + i k_t,   h_t = C_t^T q_t / (max(|n_t . q_t|, 1) + eps)
+y = W_o (layernorm(h) * sigmoid(W_g x)), a norm per head;   f = sigmoid(f'),  f' and i' soft-capped W x + bias
 exponential input gate: i = exp(i').  C and n are kept divided by exp(m),  m_t = max(log f_t + m_{t-1}, i'_t),
-m_0 = 0: h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + eps), so nothing overflows.  sigmoid: i = sigmoid(i'), no m
-(TFLA, 2503.14376). `Inputs.log_decay` carries log f, `Inputs.beta` i'.
+m_0 = 0, so that nothing overflows: h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + eps).
+sigmoid (TFLA, 2503.14376): i = sigmoid(i'), no m.   q is divided by sqrt(K).
+In `Inputs` log_decay is log f and beta is i'.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class Mixer(LinearMixer):
         self.i_proj = Linear(site.d_model, num, rngs=rngs, init=zeros)
         self.f_proj = Linear(site.d_model, num, rngs=rngs, init=zeros)
         self.i_bias = param(rngs, (num,), ("heads",), jax.nn.initializers.constant(-10.0), decay=False)
-        spread = lambda key, shape, dtype: jnp.linspace(3.0, 6.0, *shape, dtype=dtype)
+        spread = lambda key, shape, dtype: jnp.linspace(3.0, 6.0, shape[0], dtype=dtype)
         self.f_bias = param(rngs, (num,), ("heads",), spread, decay=False)
         self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=num)
         init = normal(2 / site.num_layers / site.d_model**0.5)
@@ -108,7 +109,7 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
         before = jnp.concatenate([m_BH[:, None], m[:, :-1]], axis=1)
         i, floor = jnp.exp(log_i - m), jnp.exp(-m)
         log_f += before - m
-        log_f -= jax.lax.stop_gradient(jnp.maximum(log_f, 0))  # roundoff; a minimum would halve gradients at 0
+        log_f -= jax.lax.stop_gradient(jnp.maximum(log_f, 0))  # a minimum halves gradients at 0
     written = (v.astype(jnp.float32) * i[..., None]).astype(v.dtype)
     o, C = recurrence(Inputs(q, k, written, log_f), rows, None if state is None else state["C"])
     after = {"C": C, "m": m[:, -1]}

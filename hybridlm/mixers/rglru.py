@@ -1,8 +1,8 @@
-"""The recurrent block of Griffin (De et al. 2024, arXiv 2402.19427) around its RG-LRU: one number per channel.
+"""The recurrent block of Griffin (De et al. 2024, arXiv 2402.19427) around its RG-LRU, a number per channel.
 
 h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (sigmoid(W_i x_t) x_t),   log a_t = -8 sigmoid(W_r x_t) softplus(p)
 y = W_o (h * gelu(W_y u)),   x = conv(W_x u) + bias;   at a document's first token the root is 1
-W_i and W_r are block-diagonal. RecurrentGemma's names: recurrent_param is p, x_proj linear_x, y_proj linear_y.
+W_i and W_r are block-diagonal; in RecurrentGemma W_x is linear_x, W_y linear_y, p recurrent_param.
 """
 
 import dataclasses
@@ -16,8 +16,18 @@ from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
-from hybridlm.layers import Linear, RecurrentCache, ShortConv, convolve, elementwise, merge_heads, normal, param
-from hybridlm.layers import split_heads, zeros
+from hybridlm.layers import (
+    Linear,
+    RecurrentCache,
+    ShortConv,
+    convolve,
+    elementwise,
+    merge_heads,
+    normal,
+    param,
+    split_heads,
+    zeros,
+)
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows
 
@@ -63,7 +73,8 @@ class BlockLinear(nnx.Module):
         self.bias = param(rngs, (blocks, size), ("heads", None), zeros, decay=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...hk,hkl->...hl", split_heads(x, self.kernel.shape[1]), self.kernel[...].astype(x.dtype))
+        x_H = split_heads(x, self.kernel.shape[1])
+        y = jnp.einsum("...hk,hkl->...hl", x_H, self.kernel[...].astype(x.dtype))
         return merge_heads(y.astype(jnp.float32) + self.bias[...])
 
 
@@ -81,8 +92,9 @@ class Mixer(TokenMixer):
         self.input_gate = BlockLinear(sizes.num_heads, sizes.head_dim, rngs=rngs)
         self.recurrent_gate = BlockLinear(sizes.num_heads, sizes.head_dim, rngs=rngs)
         self.recurrent_param = param(rngs, (sizes.width,), ("heads",), radius, decay=False)
-        out = dict(axes=("heads", "embed"), bias=config.bias, init=final)
-        self.o_proj = Linear(sizes.width, d_model, rngs=rngs, **out)
+        self.o_proj = Linear(
+            sizes.width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=final
+        )
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
