@@ -1,4 +1,4 @@
-"""Times what `pallas_kernels/hopper/table.py` chooses between: the slice of V and the pieces of a sequence.
+"""Times what `linear_attention/hopper/table.py` chooses between: the slice of V and the pieces of a sequence.
 
     python benchmarks/choices.py [--ops gated_deltanet,simple_gla] [--shapes 0,1,2,3,4]
 

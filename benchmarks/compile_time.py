@@ -1,65 +1,60 @@
-"""Trace, lowering and compile seconds of the train step against depth.
+"""Seconds to trace, lower and compile the training step against depth, and beside another checkout.
 
-    python -m benchmarks.compile_time [--pattern "kda*3 full"] [--depths 8,16,32,64,30]
+    python benchmarks/compile_time.py [--pattern "kda*3 full"] [--depths 8,24,32,48,30,26] [--old DIR]
 
-Each depth runs in a process of its own, so that nothing is warm. The last column is the ratio of the total to
-the first depth's.
+Each depth runs in a process of its own, so that nothing is warm; with --old each depth first with the code of
+the checkout unpacked in that folder. "plan" is how the stack is scanned: its runs are what is compiled;
+"lines", of the lowered program, say the same and do not depend on the machine. The ratio is of CPU seconds,
+of all threads, to the first depth's with the same code: the wall says less where the machine is shared.
 """
 
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
+HERE = Path(__file__).resolve()
 WIDTH = {"d_model": 256, "vocab_size": 1024, "mlp_hidden": 512, "dtype": "float32"}
 BATCH, LENGTH = 2, 256
 
 
-def measure(pattern: str, depth: int) -> dict[str, float]:
+def measure(pattern: str, depth: int) -> dict[str, Any]:
     """Seconds of each stage for one depth, in this process."""
     import jax
     import jax.numpy as jnp
 
     from hybridlm import config as configs
-    from hybridlm import model, optimizer
+    from hybridlm import model, program, sharding
 
     config = configs.default()
     config.model.update(pattern=pattern, num_layers=depth, **WIDTH)
     config.mixers.kda.update(num_heads=4, head_dim=64)
     config.mixers.full.num_heads = 4
-    config.data = configs.data("text", path="python-stdlib:")
+    config.data = configs.data("text", path="python-stdlib:")  # never opened
     config = configs.resolve(config)
     definition = model.build(config)
-    shapes = model.shapes(definition)
-    update = optimizer.build(config.optimizer, config.train.steps, model.metadata(definition))
-    batch = {
-        name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-        for name in ("tokens", "targets", "segment_ids", "positions")
-    }
-
-    def step(params, state, batch):
-        grads = jax.grad(lambda p: model.loss_fn(definition, p, batch)[0])(params)
-        updates, state = update.update(grads, state, params)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    state = jax.eval_shape(update.init, shapes)
-    times = [time.perf_counter()]
-    traced = jax.jit(step).trace(shapes, state, batch)
-    times.append(time.perf_counter())
-    lowered = traced.lower()
-    times.append(time.perf_counter())
-    lowered.compile()
-    times.append(time.perf_counter())
-    trace, lower, compile_ = (b - a for a, b in itertools.pairwise(times))
-    return {
-        "depth": depth,
-        "trace": trace,
-        "lower": lower,
-        "compile": compile_,
-        "total": times[-1] - times[0],
-    }
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    names = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32) for name in names}
+    with jax.set_mesh(mesh):
+        built = program.build(config, definition, mesh, None)
+        times, cpu = [time.perf_counter()], time.process_time()
+        traced = built.step.trace(built.shapes, batch)  # type: ignore[attr-defined]
+        times.append(time.perf_counter())
+        lowered = traced.lower()
+        times.append(time.perf_counter())
+        lowered.compile()
+        times.append(time.perf_counter())
+    stages = zip(("trace", "lower", "compile"), itertools.pairwise(times), strict=True)
+    plan = definition.layout if hasattr(definition, "layout") else definition.plan  # its name in 0.1.0
+    seconds = {name: end - start for name, (start, end) in stages}
+    totals = {"total": times[-1] - times[0], "cpu": time.process_time() - cpu}
+    return seconds | totals | {"lines": lowered.as_text().count("\n"), "plan": str(plan)}
 
 
 def main() -> None:
@@ -67,23 +62,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pattern", default="kda*3 full")
-    parser.add_argument("--depths", default="8,16,32,64,30")
+    parser.add_argument("--depths", default="8,24,32,48,30,26")
+    parser.add_argument("--old", help="a folder with another checkout")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.pattern, args.one)))
         return
-    print("layers  trace  lower  compile  total s  ratio")
-    first = None
-    for depth in args.depths.split(","):
-        command = [sys.executable, "-m", "benchmarks.compile_time", "--pattern", args.pattern, "--one", depth]
-        row = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        )
-        first = first or row["total"]
+    trees = {"old": Path(args.old).resolve()} if args.old else {}
+    trees["new"] = HERE.parents[1]
+    print(
+        "| layers | code | trace | lower | compile | total s | CPU s | ratio | lines | plan |\n|"
+        + "---|" * 10
+    )
+    first: dict[str, float] = {}
+    for depth, (name, tree) in itertools.product(args.depths.split(","), trees.items()):
+        command = [sys.executable, str(HERE), "--pattern", args.pattern, "--one", depth]
+        env = os.environ | {"PYTHONPATH": str(tree)}
+        done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        ratio = row["cpu"] / first.setdefault(name, row["cpu"])
+        numbers = [f"{row[stage]:.1f}" for stage in ("trace", "lower", "compile", "total", "cpu")]
         print(
-            f"{depth:>6} {row['trace']:6.1f} {row['lower']:6.1f} {row['compile']:8.1f} {row['total']:8.1f}"
-            f" {row['total'] / first:6.2f}",
+            f"| {' | '.join([depth, name, *numbers, f'{ratio:.2f}', str(row['lines']), row['plan']])} |",
             flush=True,
         )
 

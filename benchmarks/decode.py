@@ -8,7 +8,6 @@ from there, greedily, in one compiled loop, its layers unrolled. Layers are of d
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import time
@@ -22,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import vmapped
+from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache
+from hybridlm.token_cache import TokenCache
 
 RUNS = 3  # of which the fastest counts
 
@@ -42,8 +42,8 @@ def definition(linear: str, ratio: int, layers: int, d_model: int) -> lm.Definit
     """``ratio`` linear layers to one full layer, the full one last; 0 is full attention alone."""
     kinds = ["attention" if i % (ratio + 1) == ratio else linear for i in range(layers)]
     stack = [layer(kind, d_model) for kind in kinds]
-    built = vmapped.definition(stack, d_model=d_model, vocab=32_000, mlp_hidden=d_model // 48 * 128)
-    return dataclasses.replace(built, dtype=jnp.dtype("bfloat16"))
+    sizes = {"model__d_model": d_model, "mlp_hidden": d_model // 48 * 128, "model__dtype": "bfloat16"}
+    return lm.build(configs.resolve(vmapped.config(stack, model__vocab_size=32_000, **sizes)))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "steps"), donate_argnames="cache")

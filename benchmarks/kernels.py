@@ -2,6 +2,11 @@
 
     python benchmarks/kernels.py [--ops gated_deltanet,gla] [--shapes 0,1] [--peers ours,jla] [--out FOLDER]
     python benchmarks/kernels.py --peers fla --ops deltanet --shapes 0 --fla_seconds 300
+    python benchmarks/kernels.py --shapes more --jobs 16
+
+Shapes 0 to 4 take every op; "more" are those of models and of other authors' tables, each for the ops that it
+belongs to: wide and grouped heads, few heads, 131,072 tokens, packed rows, slow gates (-exp(normal - 3), what
+initialisers give) and steep ones (-5 sigmoid(normal)).
 
 One process a peer, op and shape: they compile --jobs at a time and then, nothing else running, take turns on
 the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key
@@ -36,21 +41,45 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from peers import ACCURACY_SHAPE, OPS, Fla, Jax, channel, truth
+from peers import ACCURACY_SHAPE, OPS, Fla, Jax, Shape, channel, square, truth
 
-SHAPES = [(8, 4096, 16, 128), (2, 16384, 16, 128), (1, 65536, 8, 128), (4, 2048, 16, 128), (8, 4096, 16, 64)]
+SQUARES = [(8, 4096, 16, 128), (2, 16384, 16, 128), (1, 65536, 8, 128), (4, 2048, 16, 128), (8, 4096, 16, 64)]
+MORE = [  # ops, shape
+    ("kda", square(8, 4096, 16, 128, "slow")),
+    ("kda", square(8, 4096, 16, 128, "steep")),
+    ("kda", square(1, 8192, 32, 128, "slow")),
+    ("kda", square(1, 8192, 32, 128, "steep")),
+    ("kda", square(1, 2048, 12, 128, "slow")),
+    ("kda", square(1, 2048, 12, 128, "steep")),
+    ("kda", square(1, 65536, 8, 128, "steep")),
+    ("kda gated_deltanet", square(32, 1024, 8, 128, "slow")),
+    ("kda gated_deltanet", square(1, 131072, 16, 128, "slow")),
+    ("kda gated_deltanet", square(8, 4096, 16, 128, "slow", document=517)),
+    ("gated_deltanet", Shape(4, 8192, 16, 32, 128, 128, "slow")),
+    ("gated_deltanet", square(1, 32768, 32, 128, "slow")),
+    ("gated_deltanet", Shape(4, 8192, 8, 8, 128, 128, "slow")),
+    ("kda gated_deltanet simple_gla", Shape(4, 8192, 8, 8, 128, 256, "slow")),
+    ("gla", Shape(4, 8192, 4, 4, 128, 256, "slow")),
+    ("gated_deltanet simple_gla gla", Shape(4, 8192, 4, 4, 256, 512, "slow")),
+    ("gated_deltanet", Shape(4, 8192, 4, 4, 256, 512, "slow", document=517)),
+    ("simple_gla", square(4, 8192, 24, 64, "slow")),
+]
+SHAPES = [square(*shape) for shape in SQUARES] + [shape for _, shape in MORE]
+TAKES = [OPS] * len(SQUARES) + [tuple(ops.split()) for ops, _ in MORE]  # ops by shape
 INDICES = [str(index) for index in range(len(SHAPES))]
+NAMED = {"squares": INDICES[: len(SQUARES)], "more": INDICES[len(SQUARES) :]}
 PEERS = ("ours", "jla", "fla")
 BYTES_PER_SECOND = 3.0e12
 RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta")
 
 
-def floor_ms(op: str, shape: list[int]) -> tuple[float, ...]:
+def floor_ms(op: str, shape: Shape) -> tuple[float, float]:
     """Forward, forward and backward."""
-    B, T, H, D = shape
-    tensor = 2 * B * T * H * D
-    forward, backward = 4 + channel(op), 7 + 2 * channel(op)
-    return tuple(n * tensor / BYTES_PER_SECOND * 1e3 for n in (forward, forward + backward))
+    tokens = 2 * shape.batch * shape.tokens
+    keys, values = tokens * shape.heads * shape.key_dim, tokens * shape.value_heads * shape.value_dim
+    decays = channel(op) * tokens * shape.value_heads * shape.key_dim
+    forward, backward = 2 * keys + 2 * values + decays, 4 * keys + 3 * values + 2 * decays
+    return forward / BYTES_PER_SECOND * 1e3, (forward + backward) / BYTES_PER_SECOND * 1e3
 
 
 def relative_error(got: Any, want: np.ndarray) -> float:
@@ -101,20 +130,21 @@ def tables(rows: list[dict[str, Any]]) -> str:
     """Markdown: times with ratios to jla and per cent of the floor, then errors."""
     jla = {(r["op"], *r["shape"]): r for r in rows if r["peer"] == "jla" and "fwd_bwd_ms" in r}
     lines = [
-        "| op, B T H D | path | fwd ms | of jla | % of floor | fwd+bwd ms | of jla | % of floor | temp MiB "
-        "| of jla | first s | kernels ms |",
+        "| op, B T H (HV) K V | path | fwd ms | of jla | % of floor | fwd+bwd ms | of jla | % of floor "
+        "| temp MiB | of jla | first s | kernels ms |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         if "shape" not in r:
             continue
-        cells = [f"{r['op']} {' '.join(map(str, r['shape']))}", r["peer"]]
+        shape = Shape(*r["shape"])
+        cells = [f"{r['op']} {shape}", r["peer"]]
         if "error" in r:
             lines.append("| " + " | ".join([*cells, r["error"].replace("|", "/"), *[""] * 9]) + " |")
             continue
         base = jla.get((r["op"], *r["shape"]))
         of = lambda name, r=r, base=base: f"{r[name] / base[name]:.2f}" if base and base[name] else ""
-        for name, floor in zip(("fwd", "fwd_bwd"), floor_ms(r["op"], r["shape"]), strict=True):
+        for name, floor in zip(("fwd", "fwd_bwd"), floor_ms(r["op"], shape), strict=True):
             ms = r[f"{name}_ms"]
             cells += [f"{ms:.3f}", of(f"{name}_ms"), f"{100 * floor / ms:.0f}"]
         first = f"{r['fwd_first_s']:.0f}, {r['fwd_bwd_first_s']:.0f}"
@@ -147,7 +177,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ops", type=some_of(OPS), default=OPS)
-    parser.add_argument("--shapes", type=some_of(INDICES), default=INDICES)
+    parser.add_argument(
+        "--shapes",
+        type=lambda text: some_of(INDICES)(",".join(NAMED.get(text, [text]))),
+        default=NAMED["squares"],
+    )
     parser.add_argument("--peers", type=some_of(PEERS), default=("ours", "jla"))
     parser.add_argument("--no_accuracy", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
@@ -166,7 +200,8 @@ def main() -> None:
         work(role, op, what, lock, bool(args.profile), args.compile_seconds)
         return
     rows: list[dict[str, Any]] = []
-    tasks = [(peer, op, i) for op in args.ops for i in args.shapes for peer in args.peers]
+    taken = [(op, i) for op in args.ops for i in args.shapes if op in TAKES[int(i)]]
+    tasks = [(peer, op, i) for op, i in taken for peer in args.peers]
     if not args.no_accuracy:
         tasks += [(peer, op, "accuracy") for op in args.ops for peer in args.peers]
     with tempfile.TemporaryDirectory() as folder:

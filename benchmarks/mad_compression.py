@@ -6,27 +6,33 @@ Random tokens, then a mark; the model's hidden state at the mark is all that a d
 token at each position: two layers of GELU behind norms, as wide as the model, on the state plus sines and
 cosines of the position. A language model has no such decoder, so this task is no part of `eval`. As there:
 width 128, mixer and SwiGLU twice, 12,800 examples, batch 128, 200 epochs, best of learning rates; the mark
-is named too. What differs: the state has passed the model's final norm.
+is named too. What differs: the state has passed a norm of the model's.
 
+The decoder is the stack's last layer, which leaves the stream alone, and the objective reads what it records.
 Prints a table and writes JSON to --output.
 """
 
-import argparse
 import dataclasses
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks import vmapped
+from benchmarks.vmapped import Case, Layer
+from hybridlm import config as configs
+from hybridlm import loss, mixers, objectives
 from hybridlm import model as lm
+from hybridlm.context import Context
+from hybridlm.data.source import Batch
+from hybridlm.layers import Linear
+from hybridlm.rows import Rows
 
 HEADS = {"num_heads": 1, "head_dim": 128}
-STUDY: dict[str, tuple[str, dict[str, Any]]] = {
+STUDY: dict[str, Layer] = {
     "attention": ("attention", HEADS),
     "deltanet": ("delta_net", HEADS),
     "gdn": ("gated_delta_net", {**HEADS, "v_head_dim": 128}),
@@ -37,20 +43,50 @@ STUDY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Decoder(NamedTuple):
-    """Of width D, for V tokens: two hidden layers [D, D] and the last one [D, V], each with a bias."""
-
-    kernels: tuple[jax.Array, jax.Array]
-    biases: tuple[jax.Array, jax.Array]
-    head: jax.Array
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig(mixers.Config):
+    """The decoder has no settings."""
 
 
-def rows(examples: int, length: int, vocab: int, seed: int) -> vmapped.Data:
-    """Tokens 0 to vocab - 2 and the mark vocab - 1 at the end; every token is a label."""
-    tokens = np.random.default_rng(seed).integers(vocab - 1, size=(examples, length))
-    tokens[:, -1] = vocab - 1
-    batch = {"tokens": tokens, "targets": tokens}
-    return vmapped.data([(batch, length)])
+class Decoder(mixers.TokenMixer):
+    """Adds nothing; records "readout" [B, T, D], which follows from the last token and the position."""
+
+    config_class = DecoderConfig
+
+    def __init__(self, config: DecoderConfig, site: mixers.Site, *, rngs: Any):
+        layer = lambda: Linear(site.d_model, site.d_model, rngs=rngs, axes=("embed", None), bias=True)
+        self.first, self.second = layer(), layer()
+
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
+        x = x_BTD[:, -1:] + sines(*x_BTD.shape[1:])
+        for layer in (self.first, self.second):
+            x = jax.nn.gelu(layer(normalized(x)))
+        context.record("readout", normalized(x))
+        return jnp.zeros_like(x_BTD), cache
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig(objectives.Config):
+    """The objective has no settings."""
+
+
+class Objective(objectives.Objective):
+    """Cross-entropy of the head on what the decoder reads out."""
+
+    config_class = ObjectiveConfig
+
+    def __init__(self, config: ObjectiveConfig, definition: lm.Definition, token_bytes: Any = None):
+        self.definition = definition
+
+    def loss(
+        self, params: lm.Params, frozen: lm.Params, batch: objectives.Batch, wanted: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, objectives.Sums]:
+        model = lm.merge(self.definition, params | frozen)
+        rows = Rows(batch["segment_ids"], batch["positions"])
+        _, records = model.forward(batch["tokens"], rows, ("readout",))
+        [readout] = records.values()
+        total, sums = loss.cross_entropy(readout, model.head_matrix(), batch["targets"])
+        return total, {"loss_sum": total, "tokens": sums.tokens, "correct": sums.correct}
 
 
 def sines(length: int, width: int) -> jax.Array:
@@ -64,74 +100,57 @@ def normalized(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-def problem(definition: lm.Definition, vocab: int) -> vmapped.Problem:
-    width, encoder = definition.d_model, vmapped.language_model(definition)
-
-    def init(key: jax.Array) -> tuple[lm.Params, Decoder]:
-        first, *keys = jax.random.split(key, 4)
-        shapes = [(width, width), (width, width), (width, vocab)]
-        a, b, head = (0.02 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
-        return encoder.init(first), Decoder((a, b), (jnp.zeros(width), jnp.zeros(width)), head)
-
-    def readout(params: tuple[lm.Params, Decoder], batch: vmapped.Data) -> tuple:
-        parameters, decoder = params
-        state_BD = vmapped.hidden_states(lm.merge(definition, parameters), batch)[:, -1]
-        x = state_BD[:, None] + sines(batch.labels.shape[1], width)
-        for kernel, bias in zip(decoder.kernels, decoder.biases, strict=True):
-            x = jax.nn.gelu(normalized(x) @ kernel + bias)
-        return normalized(x), decoder.head, batch.labels
-
-    decays = (encoder.decays, Decoder((True, True), (False, False), True))
-    return vmapped.Problem(init, decays, readout)
-
-
-def study(name: str, length: int, flags: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    train, test = (rows(n, length, flags.vocab, seed) for n, seed in ((flags.examples, 1), (1280, 2)))
-    layers = [STUDY[name]] * 2
-    definition = vmapped.definition(layers, d_model=128, vocab=flags.vocab, mlp_hidden=512)
-    definition = dataclasses.replace(definition, tie_embeddings=False)
-    rates = [float(rate) for rate in flags.rates.split(",")]
-    runs = vmapped.runs(
-        problem(definition, flags.vocab), rates=rates, seeds=range(flags.seeds), batch_size=128,
-        weight_decay=flags.weight_decay,
-    )  # fmt: skip
-    runs = vmapped.compiled(runs, train, vmapped.first_rows(test, 128))
-    steps = flags.epochs * flags.examples // 128
-    result = vmapped.train(runs, train, steps=steps, seconds=flags.seconds, say=say)
-    correct = vmapped.count_correct(runs, result.params, test, 128).mean(axis=1) / length
-    score = correct.reshape(len(rates), len(runs.seeds))
-    best = int(score.mean(axis=1).argmax())
+def rows(examples: int, length: int, vocab: int, seed: int) -> Batch:
+    """Tokens 0 to vocab - 2 and the mark vocab - 1 at the end; every token is a label."""
+    tokens = np.random.default_rng(seed).integers(vocab - 1, size=(examples, length), dtype=np.int32)
+    tokens[:, -1] = vocab - 1
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     return {
-        "mixer": name, "length": length, "score": score[best].tolist(), "rate": rates[best],
-        "chance": 1 / (flags.vocab - 1), "steps": result.steps, "seconds": round(result.seconds, 1),
+        "tokens": tokens, "targets": tokens, "segment_ids": np.ones_like(tokens), "positions": positions
     }  # fmt: skip
 
 
+def config(layer: Layer, vocab: int, **fields: Any) -> ConfigDict:
+    """Two of ``layer``, then the decoder."""
+    layers = [layer, layer, ("benchmarks.mad_compression:Decoder", {})]
+    made = vmapped.config(layers, model__vocab_size=vocab, model__tie_embeddings=False, **fields)
+    made.model.pattern += "/none"
+    made.objective = configs.objective("benchmarks.mad_compression:Objective")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = vmapped.parser(
+        __doc__, rates=[1e-4, 5e-4, 1e-3], until=0.995, batch_size=128, output="mad_compression.json"
     )
     parser.add_argument("--mixers", default=";".join(STUDY), help="separated by semicolons")
     parser.add_argument("--lengths", default="32", help="MAD has 32, 64, 128, 256")
     parser.add_argument("--vocab", type=int, default=16)
     parser.add_argument("--examples", type=int, default=12_800)
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--rates", default="1e-4,5e-4,1e-3")
     parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60, help="of training for each line of the table")
-    parser.add_argument("--output", default="mad_compression.json")
     flags = parser.parse_args()
-    results = []
-    print("| mixer | length | score (min to max of seeds) | guessing | rate | steps |\n|" + "---|" * 6)
-    for name in flags.mixers.split(";"):
-        for length in map(int, flags.lengths.split(",")):
-            r = study(name.strip(), length, flags, lambda text: None)
-            results.append(r)
-            Path(flags.output).write_text(json.dumps(results, indent=1))
-            score = f"{np.mean(r['score']):.3f} ({min(r['score']):.3f} to {max(r['score']):.3f})"
-            cells = [r["mixer"], r["length"], score, f"{r['chance']:.3f}", f"{r['rate']:g}", r["steps"]]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+    def case(name: str, length: int) -> Case:
+        train, test = (rows(n, length, flags.vocab, seed) for n, seed in ((flags.examples, 1), (1280, 2)))
+        steps = flags.steps or flags.epochs * flags.examples // flags.batch_size
+        sizes = {"model__d_model": 128, "mlp_hidden": 512, "train__batch_size": flags.batch_size}
+        made = config(
+            STUDY[name], flags.vocab, steps=steps, optimizer__weight_decay=flags.weight_decay, **sizes
+        )
+        return Case(made, train, {"": test})
+
+    def show(r: dict[str, Any]) -> str:
+        guessing = f"{1 / (flags.vocab - 1):.3f}"
+        return vmapped.row(r["name"], vmapped.spread(r["score"]), guessing, f"{r['rate']:g}", r["steps"])
+
+    cases = {
+        f"{name}, {length}": functools.partial(case, name.strip(), length)
+        for name in flags.mixers.split(";")
+        for length in map(int, flags.lengths.split(","))
+    }
+    head = ("mixer, length", "score (min to max of seeds)", "guessing", "rate", "steps")
+    vmapped.study(cases, flags, head, show)
 
 
 if __name__ == "__main__":

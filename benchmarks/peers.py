@@ -8,13 +8,41 @@ import glob
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 OPS = ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla")
 CASES = ("plain", "hard")
-ACCURACY_SHAPE = (1, 1024, 2, 128)
+GATES = ("usual", "slow", "steep")
+
+
+class Shape(NamedTuple):
+    """One problem. gates: of `log_decay`.  document: tokens in each, 0: one a row."""
+
+    batch: int
+    tokens: int
+    heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    gates: str = "usual"
+    document: int = 0
+
+    def __str__(self) -> str:
+        heads = str(self.heads) + f" ({self.value_heads})" * (self.value_heads != self.heads)
+        dims = str(self.key_dim) + f" {self.value_dim}" * (self.value_dim != self.key_dim)
+        rest = [self.gates] * (self.gates != "usual") + [f"documents of {self.document}"] * bool(
+            self.document
+        )
+        return " ".join([str(self.batch), str(self.tokens), heads, dims, *rest])
+
+
+def square(batch: int, tokens: int, heads: int, dim: int, gates: str = "usual", document: int = 0) -> Shape:
+    return Shape(batch, tokens, heads, heads, dim, dim, gates, document)
+
+
+ACCURACY_SHAPE = square(1, 1024, 2, 128)
 
 
 def channel(op: str) -> bool:
@@ -25,10 +53,22 @@ def delta(op: str) -> bool:
     return op in ("kda", "gated_deltanet", "deltanet")
 
 
-def shapes_of(op: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    gates = {"g": shape if channel(op) else shape[:3], "beta": shape[:3]}
+def shapes_of(op: str, shape: Shape) -> dict[str, tuple[int, ...]]:
+    tokens, numbers = (shape.batch, shape.tokens), (shape.batch, shape.tokens, shape.value_heads)
+    keys, values = (*tokens, shape.heads, shape.key_dim), (*numbers, shape.value_dim)
+    gates = {"g": (*numbers, shape.key_dim) if channel(op) else numbers, "beta": numbers}
     wanted = ("g",) * (op != "deltanet") + ("beta",) * delta(op)
-    return dict.fromkeys(("q", "k", "v", "do"), shape) | {name: gates[name] for name in wanted}
+    return {"q": keys, "k": keys, "v": values, "do": values} | {name: gates[name] for name in wanted}
+
+
+def log_decay(x: Any, numpy: Any, op: str, gates: str) -> Any:
+    """Of normal numbers x: logsigmoid(x), per channel at least -5; slow -exp(x - 3), steep -5 sigmoid(x)."""
+    if gates == "slow":
+        return -numpy.exp(x - 3)
+    if gates == "steep":
+        return -5 / (1 + numpy.exp(-x))
+    steps = -numpy.logaddexp(0, -x)
+    return numpy.maximum(steps, -5) if channel(op) else steps
 
 
 def exact_inputs(op: str, case: str) -> dict[str, np.ndarray]:
@@ -46,7 +86,7 @@ def exact_inputs(op: str, case: str) -> dict[str, np.ndarray]:
     if "beta" in x:
         x["beta"] = (1 + (case == "hard")) / (1 + np.exp(-x["beta"]))
     if not delta(op):
-        x["k"] *= ACCURACY_SHAPE[3] ** -0.5
+        x["k"] *= ACCURACY_SHAPE.key_dim**-0.5
     return x
 
 
@@ -76,16 +116,21 @@ class Jax:
         """bf16, but for a decay per head."""
         return self.jnp.float32 if name == "g" and ndim == 3 else self.jnp.bfloat16
 
-    def draw(self, op: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    def draw(self, op: str, shape: Shape) -> dict[str, Any]:
         jax, jnp = self.jax, self.jnp
         keys = iter(jax.random.split(jax.random.key(0), 6))
         x = {name: jax.random.normal(next(keys), s) for name, s in shapes_of(op, shape).items()}
         if "g" in x:
-            x["g"] = jax.nn.log_sigmoid(x["g"])
-            x["g"] = jnp.maximum(x["g"], -5) if channel(op) else x["g"]
+            x["g"] = log_decay(x["g"], jnp, op, shape.gates)
         if "beta" in x:
             x["beta"] = jax.nn.sigmoid(x["beta"])
-        return {name: value.astype(self.dtype(name, value.ndim)) for name, value in x.items()}
+        x = {name: value.astype(self.dtype(name, value.ndim)) for name, value in x.items()}
+        if shape.document:
+            if self.peer != "ours":
+                raise ValueError("packed rows: ours only")
+            ids = jnp.arange(shape.tokens, dtype=jnp.int32) // shape.document
+            x["segment_ids"] = jnp.broadcast_to(ids, (shape.batch, shape.tokens))
+        return x
 
     def attend(self, op: str, x: dict[str, Any], final: bool) -> tuple[Any, Any]:
         gates: dict[str, Any] = {name: x[name] for name in ("g", "beta") if name in x}
@@ -98,7 +143,7 @@ class Jax:
             return ops.linear_attention(op, x["q"], x["k"], x["v"], **gates, **options)
         from pallas_kernels import linear_attention
 
-        gates = {"log_decay": gates.get("g"), "beta": gates.get("beta")}
+        gates = {"log_decay": gates.get("g"), "beta": gates.get("beta"), "segment_ids": x.get("segment_ids")}
         return linear_attention(
             x["q"], x["k"], x["v"], **gates, qk_l2norm=delta(op), output_final_state=final
         )
@@ -108,13 +153,14 @@ class Jax:
 
     def both(self, op: str) -> Callable[[dict[str, Any]], Any]:
         def run(x: dict[str, Any]) -> Any:
-            leaves = {name: x[name] for name in x if name != "do"}
-            o, vjp = self.jax.vjp(lambda leaves: self.attend(op, leaves, False)[0], leaves)
+            fixed = {name: x[name] for name in ("segment_ids",) if name in x}
+            leaves = {name: x[name] for name in x if name != "do" and name not in fixed}
+            o, vjp = self.jax.vjp(lambda leaves: self.attend(op, leaves | fixed, False)[0], leaves)
             return o, vjp(x["do"].astype(o.dtype))[0]
 
         return run
 
-    def path(self, op: str, shape: tuple[int, ...]) -> str:
+    def path(self, op: str, shape: Shape) -> str:
         """ours (kernels), ours (xla) or jla."""
         if self.peer == "jla":
             return "jla"
@@ -124,7 +170,7 @@ class Jax:
         (choice,) = explain(lambda x: self.attend(op, x, False), x)
         return "ours (xla)" if choice.backend == "xla" else "ours (kernels)"
 
-    def time(self, op: str, shape: tuple[int, ...], alone: Callable, profile: bool) -> dict[str, Any]:
+    def time(self, op: str, shape: Shape, alone: Callable, profile: bool) -> dict[str, Any]:
         jax = self.jax
         row: dict[str, Any] = {"peer": self.path(op, shape)}
         struct = jax.eval_shape(lambda: self.draw(op, shape))
@@ -190,8 +236,10 @@ class Fla:
         keep = lambda name, value: value if name == "g" and value.ndim == 3 else value.bfloat16()
         return {name: keep(name, value).requires_grad_(name != "do") for name, value in x.items()}
 
-    def draw(self, op: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    def draw(self, op: str, shape: Shape) -> dict[str, Any]:
         torch = self.torch
+        if shape.gates != "usual" or shape.document:
+            raise ValueError("usual gates and whole rows only")
         x = {name: torch.randn(*s, device="cuda") for name, s in shapes_of(op, shape).items()}
         if "g" in x:
             x["g"] = torch.nn.functional.logsigmoid(x["g"])
@@ -223,7 +271,7 @@ class Fla:
         o.backward(x["do"])
         return o, state
 
-    def time(self, op: str, shape: tuple[int, ...], alone: Callable, profile: bool) -> dict[str, Any]:
+    def time(self, op: str, shape: Shape, alone: Callable, profile: bool) -> dict[str, Any]:
         """Triton compiles and tunes at the first call."""
         synchronize = self.torch.cuda.synchronize
         row: dict[str, Any] = {"peer": "fla"}

@@ -2,43 +2,52 @@
 
     python -m benchmarks.train_step --config=configs/hybrid.py:340m,gdn,3:1 --batch_size=8 --seq_len=4096 \
         [--microbatches=1] [--backends=auto,xla] [--steps=8] [--profile] [--config.section.field=value ...]
+    python benchmarks/train_step.py --old .old --configs 340m,kda,3:1 1.3b,kda,3:1 340m,full [--rounds=2] ...
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
-end of the first step: initialisation, tracing, compilation, one step. Prints one JSON line a backend, and
-with --profile the GPU time of one step by kernel.
+end of the first step: initialisation, tracing, compilation, one step. peak_gib is what the device's allocator
+held at most. Prints one JSON line a backend, and with --profile the GPU time of one step by kernel.
+
+--old: this same script with the code of another checkout of the project, unpacked in that folder, and with
+the code here, in turns, each time in a process of its own; a table at the end. A round after the first finds
+its programs in a compilation cache, so first_step_s is the first round's. A config that names no file is an
+argument of configs/hybrid.py.
 """
 
 import argparse
 import gc
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
+from statistics import median
 from typing import Any
 
-import jax
-import numpy as np
-
-import pallas_kernels
-from benchmarks import gpu_profile
-from hybridlm import config as configs
-from hybridlm import cost, model, sharding, trainer
+HERE = Path(__file__).resolve()
 
 
-def measure(
-    config: Any, batch: dict[str, np.ndarray], steps: int, profiled: bool = False
-) -> dict[str, float]:
+def measure(config: Any, batch: dict[str, Any], steps: int, profiled: bool = False) -> dict[str, float]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
     ``profiled``: one more step, whose kernels are printed.
     """
+    import jax
+
+    from benchmarks import gpu_profile
+    from hybridlm import cost, model, program, sharding
+
     definition = model.build(config)
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        program = trainer.build(config, definition, mesh, None)
-        state = program.init(jax.random.key(0))
-        run = trainer.compiled(program, mesh, batch)
-        compiled = time.perf_counter()
+        built = program.build(config, definition, mesh, None)
+        state = built.init(jax.random.key(0))
         on_device = sharding.put_batch(batch, mesh)
+        run = built.step.lower(state, on_device).compile()  # type: ignore[attr-defined]
+        compiled = time.perf_counter()
         seconds = []
         for _ in range(steps + 1):
             start = time.perf_counter()
@@ -47,38 +56,31 @@ def measure(
             seconds.append(time.perf_counter() - start)
         if profiled:
             print(gpu_profile.table(gpu_profile.kernels(lambda: run(state, on_device))))
-    memory = run.memory_analysis()  # type: ignore[attr-defined]
     tokens = batch["tokens"].size
-    median = float(np.median(seconds[1:]))
-    peak = cost.peak_flops(jax.devices()[0].device_kind)
-    mfu = cost.train_flops_per_token(config) * tokens / median / peak if peak else float("nan")
+    step = median(seconds[1:])
+    device = jax.devices()[0]
+    flops = cost.peak_flops(device.device_kind)
+    mfu = cost.train_flops_per_token(config) * tokens / step / flops if flops else float("nan")
+    stats = device.memory_stats() or {}
     return {
-        "step_s": median,
+        "step_s": step,
         "spread_s": max(seconds[1:]) - min(seconds[1:]),
-        "tokens_per_second": tokens / median,
+        "tokens_per_second": tokens / step,
         "mfu": mfu,
         "first_step_s": compiled - began + seconds[0],
-        "temp_gib": memory.temp_size_in_bytes / 2**30,
+        "temp_gib": run.memory_analysis().temp_size_in_bytes / 2**30,
+        "peak_gib": stats.get("peak_bytes_in_use", float("nan")) / 2**30,
         "loss": loss,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seq_len", type=int, default=4096)
-    parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--backends", default="auto,xla")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--profile", action="store_true")
-    args, rest = parser.parse_known_args()
-    overrides = dict(field.removeprefix("--config.").split("=", 1) for field in rest)
-    for name in ("batch_size", "seq_len", "microbatches"):
-        overrides[f"train.{name}"] = str(getattr(args, name))
-    overrides |= {"mesh.data": "1", "mesh.fsdp": "1"}
+def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Measures --config with the code that this process imports."""
+    import numpy as np
+
+    import pallas_kernels
+    from hybridlm import config as configs
+
     config = configs.resolve(configs.load(args.config, overrides))
     shape = (args.batch_size, args.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
@@ -98,6 +100,69 @@ def main() -> None:
     if len(rows) == 2:
         (first, a), (second, b) = rows.items()
         print(f"{first} takes {a['step_s'] / b['step_s']:.2f} of {second}'s time")
+
+
+def compare(args: argparse.Namespace, rest: list[str]) -> None:
+    """Both trees, in turns."""
+    trees = {"old": Path(args.old).resolve(), "new": HERE.parents[1]}
+    given = [f"--{name}={getattr(args, name)}" for name in ("batch_size", "seq_len", "microbatches", "steps")]
+    lines = ["| config | code | tokens/s, median (least to most) | MFU | first step | peak | loss | of old |"]
+    lines.append("|" + "---|" * 8)
+    for config in args.configs:
+        spec = config if ".py" in config else f"configs/hybrid.py:{config}"
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+        with tempfile.TemporaryDirectory() as cache:
+            for turn in range(args.rounds):
+                for name in list(trees)[:: 1 if turn % 2 == 0 else -1]:
+                    options = [f"--config={spec}", "--backends=auto", *given, *rest]
+                    row = in_tree(trees[name], options, f"{cache}/{name}")
+                    print(json.dumps({"code": name, "round": turn} | row), flush=True)
+                    found[name].append(row)
+        speeds = {name: [row["tokens_per_second"] for row in rows] for name, rows in found.items()}
+        for name, rows in found.items():
+            speed, first = speeds[name], rows[0]
+            cells = [config, name, f"{median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})"]
+            cells += [f"{median(row['mfu'] for row in rows):.1%}", f"{first['first_step_s']:.1f} s"]
+            cells += [f"{first['peak_gib']:.1f} GiB", f"{first['loss']:.5f}"]
+            cells += [f"{median(speed) / median(speeds['old']):.4f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+
+
+def in_tree(tree: Path, options: list[str], cache: str) -> dict[str, Any]:
+    """What this script prints last with the code in ``tree``."""
+    path = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": cache}
+    command = [sys.executable, str(HERE), *options]
+    done = subprocess.run(command, cwd=tree, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config")
+    what.add_argument("--configs", nargs="+", help="with --old")
+    parser.add_argument("--old", help="a folder with another checkout")
+    parser.add_argument("--rounds", type=int, default=2, help="of old and new; balanced where even")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seq_len", type=int, default=4096)
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--backends", default="auto,xla")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--profile", action="store_true")
+    args, rest = parser.parse_known_args()
+    if bool(args.old) != bool(args.configs):
+        parser.error("--old and --configs go together")
+    if args.old:
+        compare(args, rest)
+        return
+    overrides = dict(field.removeprefix("--config.").split("=", 1) for field in rest)
+    for name in ("batch_size", "seq_len", "microbatches"):
+        overrides[f"train.{name}"] = str(getattr(args, name))
+    one(args, overrides | {"mesh.data": "1", "mesh.fsdp": "1"})
 
 
 if __name__ == "__main__":

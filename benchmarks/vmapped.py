@@ -1,231 +1,125 @@
-"""Many runs of one small problem in one program: learning rates and seeds are a leading axis of parameters.
+"""Many runs of one small problem in one program: learning rates and seeds, all on the same batches.
 
-All runs read the same batches. The data lie on the device, so that hundreds of steps go by in one call.
+The program is `hybridlm.program`'s of several runs. What is added is that the data lie on the device, so that
+hundreds of steps go by in one call, and that cases of a study compile while others train.
 
-Shape legend: R runs, N rows of data, S steps of a call, B rows of a batch, L tokens, P labelled tokens of a
-row at most.
+Shape legend: R runs, rates x seeds, rate first; N rows of data; S steps of a call; B rows of a batch.
 """
 
-import functools
+import argparse
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from ml_collections import ConfigDict
 
-from hybridlm import layout, loss, mixers, mlps
+from hybridlm import config as configs
 from hybridlm import model as lm
-from hybridlm.rows import Rows
+from hybridlm import program, sharding
+from hybridlm.data.source import Batch, Source, empty_rows
 from pallas_kernels import auto_means
 
+Layer = tuple[str, Mapping[str, Any]]  # kind, settings
+EVALUATED = 2**15  # tokens at once
 
-class Data(NamedTuple):
-    """Rows on the device, int32: tokens [N, L], the length of a row's examples [N], places and labels [N, P].
 
-    Labels are -1 where a row has fewer than P.
+def config(layers: Sequence[Layer], *, steps: int = 1000, mlp_hidden: int = 0, **fields: Any) -> ConfigDict:
+    """A float32 stack, embeddings tied; without ``mlp_hidden`` without MLPs. AdamW, clipped at 1, a cosine to
+    0 behind a linear warm-up of 1/20. fields: others, such as ``model__d_model``. Not resolved."""
+    c = configs.default()
+    distinct = [repr(layer) for layer in layers]
+    names = [f"{kind.rpartition(':')[2]}_{distinct.index(repr((kind, s)))}" for kind, s in layers]
+    c.mixers = {name: configs.mixer(kind, **s) for name, (kind, s) in zip(names, layers, strict=True)}
+    pattern = " ".join(name if mlp_hidden else f"{name}/none" for name in names)
+    c.model.update(pattern=pattern, mlp_hidden=mlp_hidden, tie_embeddings=True, dtype="float32", remat="none")
+    c.optimizer.update(b2=0.98, final_ratio=0.0, warmup_steps=steps // 20)
+    c.train.steps = steps
+    c.data = configs.data("text", path="python-stdlib:")  # never opened
+    for name, value in fields.items():
+        section, _, field = name.partition("__")
+        c[section][field] = value
+    return c
+
+
+def every_row(source: Source) -> Batch:
+    assert source.num_rows is not None
+    return source.rows(np.arange(source.num_rows))
+
+
+class Runs:
+    """R runs of one config, rate first; the compiled parts, and `state` once `train` has run.
+
+    train_rows: [N, T] each.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    places: jax.Array
-    labels: jax.Array
+    def __init__(
+        self,
+        config: ConfigDict,
+        train_rows: Batch,
+        rates: Sequence[float],
+        seeds: int,
+        steps_per_call: int = 200,
+    ):
+        self.config, self.rows = configs.resolve(config), train_rows
+        self.rates, self.seeds, self.steps_per_call = tuple(rates), seeds, steps_per_call
+        every = [rate for rate in rates for _ in range(seeds)]
+        mesh = sharding.make_mesh(self.config.mesh, jax.devices()[:1])
+        self.program = program.build(self.config, lm.build(self.config), mesh, None, every)
+        with auto_means("xla"):  # the kernels have no rule for a batch of runs
+            keys = jax.vmap(jax.random.key)(jnp.tile(jnp.arange(seeds), len(rates)))
+            shapes = jax.eval_shape(self.program.init, keys)
+            chosen = jax.ShapeDtypeStruct((steps_per_call, self.config.train.batch_size), jnp.int32)
+            self.init = self.program.init.lower(keys).compile()  # type: ignore[attr-defined]
+            self.call = jax.jit(self._call, donate_argnums=0).lower(shapes, chosen, train_rows).compile()
+        self.keys = keys
 
+    def _call(self, state: Any, chosen_SB: jax.Array, rows: Batch) -> tuple[Any, jax.Array]:
+        """(state after S steps, share of the labels predicted right by each run [R])."""
+        runs = len(self.rates) * self.seeds
 
-def data(parts: Sequence[tuple[dict[str, np.ndarray], int]]) -> Data:
-    """From batches of `hybridlm.data`, each with the length of its examples, packed from the left."""
-    tokens = np.concatenate([batch["tokens"] for batch, _ in parts])
-    targets = np.concatenate([batch["targets"] for batch, _ in parts])
-    lengths = np.concatenate([np.full(len(batch["tokens"]), length) for batch, length in parts])
-    width = int((targets >= 0).sum(axis=1).max())
-    places = np.argsort(targets < 0, axis=1, kind="stable")[:, :width]
-    labels = np.take_along_axis(targets, places, axis=1)
-    return Data(*(jnp.asarray(x, jnp.int32) for x in (tokens, lengths, places, labels)))
+        def step(state: Any, chosen_B: jax.Array) -> tuple[Any, jax.Array]:
+            every = lambda x: jnp.broadcast_to(x[chosen_B], (runs, *chosen_B.shape, *x.shape[1:]))
+            state, metrics = self.program.step(state, jax.tree.map(every, rows))
+            return state, metrics["accuracy"]
 
+        state, accuracy_SR = jax.lax.scan(step, state, chosen_SB)
+        return state, accuracy_SR.mean(axis=0)
 
-def definition(
-    layers: Sequence[tuple[str, dict[str, Any]]], *, d_model: int, vocab: int, mlp_hidden: int
-) -> lm.Definition:
-    """A float32 stack of (kind, settings), embeddings tied; mlp_hidden 0 leaves MLPs without channels."""
-    specs = []
-    for kind, settings in layers:
-        config = mixers.load(kind).Config(**settings)
-        config.check(d_model)
-        mlp = mlps.load("swiglu").Config(hidden=mlp_hidden)
-        specs.append(lm.Spec(f"{kind}{len(specs)}", kind, config, "swiglu", mlp, False))
-    return lm.Definition(
-        layers=tuple(specs), plan=layout.plan([spec.name for spec in specs]), d_model=d_model,
-        vocab_size=vocab,
-        norm_eps=1e-6, norm_unit_offset=False, tie_embeddings=True, dtype=jnp.dtype("float32"), remat="none",
-        scan=True,
-    )  # fmt: skip
+    def train(self, until: float = 2.0, say: Callable[[str], None] = print) -> list[tuple[int, np.ndarray]]:
+        """Trains to the end, or until a learning rate has all its seeds above ``until``. Returns (step,
+        training accuracy [R]) of each call. Rows are drawn without replacement in each epoch."""
+        order = batches(len(self.rows["tokens"]), self.config.train.batch_size)
+        self.state, rows = self.init(self.keys), jax.device_put(self.rows)
+        curve: list[tuple[int, np.ndarray]] = []
+        began = time.perf_counter()
+        for step in range(self.steps_per_call, self.config.train.steps + 1, self.steps_per_call):
+            chosen = np.array([next(order) for _ in range(self.steps_per_call)], np.int32)
+            self.state, hits = self.call(self.state, chosen, rows)
+            curve.append((step, np.asarray(hits)))
+            say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy {hits.max():.3f}")
+            if self.by_rate(curve[-1][1]).min(axis=1).max() > until:
+                break
+        return curve
 
+    def accuracy(self, rows: Batch) -> np.ndarray:
+        """Share of the labels predicted right by each run, [R]."""
+        count, length = rows["tokens"].shape
+        size = max(1, min(count, EVALUATED // length))
+        padded = {n: np.concatenate([x, empty_rows(-count % size, length)[n]]) for n, x in rows.items()}
+        parts = [{n: x[i : i + size] for n, x in padded.items()} for i in range(0, count, size)]
+        with auto_means("xla"):
+            sums = [jax.device_get(self.program.evaluate(self.state["params"], part)) for part in parts]
+        return sum(one["correct"] for one in sums) / sum(one["tokens"] for one in sums)
 
-class Problem(NamedTuple):
-    """What is trained.
-
-    init: key -> parameters.  decays: the same pytree of bools, whether weight decay applies.
-    readout: (parameters, rows of `Data`) -> hidden states [B, P, D], head [D, V] and labels [B, P].
-    """
-
-    init: Callable[[jax.Array], Any]
-    decays: Any
-    readout: Callable[[Any, Data], tuple[jax.Array, jax.Array, jax.Array]]
-
-
-def language_model(definition: lm.Definition) -> Problem:
-    """Labels are predicted at their own tokens."""
-    metadata = lm.metadata(definition)
-    decays = jax.tree.map(lambda meta: meta.decay, metadata, is_leaf=lambda x: isinstance(x, lm.Meta))
-
-    def readout(params: lm.Params, batch: Data) -> tuple[jax.Array, jax.Array, jax.Array]:
-        model = lm.merge(definition, params)
-        hidden = hidden_states(model, batch)
-        return jnp.take_along_axis(hidden, batch.places[..., None], axis=1), model.head_matrix(), batch.labels
-
-    return Problem(functools.partial(lm.init, definition), decays, readout)
-
-
-def hidden_states(model: lm.LM, batch: Data) -> jax.Array:
-    """[B, L, D], documents apart."""
-    index = jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)
-    rows = Rows(index // batch.lengths[:, None] + 1, index % batch.lengths[:, None])
-    return model(batch.tokens, rows)[0]
-
-
-def loss_and_hits(problem: Problem, params: Any, batch: Data) -> tuple[jax.Array, jax.Array]:
-    """(mean cross-entropy of the labels, share of them predicted right) of one run."""
-    total, sums = loss.cross_entropy(*problem.readout(params, batch))
-    return total / sums.tokens, sums.correct / sums.tokens
-
-
-class Runs(NamedTuple):
-    """R = rates x seeds runs of one problem, rate first, as functions on a device.
-
-    init: seeds [R] -> (params, optimiser state).
-    call: (params, state, rows of each step's batch [S, B], factors of the learning rate [S], data) ->
-        (params, state, share of the labels predicted right by each run [R]), after S steps; the first two are
-        donated.
-    correct: (params, data) -> labels predicted right, [R, N].
-    """
-
-    rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    steps_per_call: int
-    batch_size: int
-    init: Callable
-    call: Callable
-    correct: Callable
-
-
-def runs(
-    problem: Problem,
-    *,
-    rates: Sequence[float],
-    seeds: Sequence[int],
-    batch_size: int,
-    weight_decay: float = 0.1,
-    steps_per_call: int = 200,
-) -> Runs:
-    """AdamW, clipped at 1. Nothing is compiled yet."""
-    every = [(rate, seed) for rate in rates for seed in seeds]
-    rate_R = np.array([rate for rate, _ in every], np.float32)
-    adam = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.98))
-
-    @jax.vmap
-    def init(seed: jax.Array) -> tuple[Any, Any]:
-        params = problem.init(jax.random.key(seed))
-        return params, adam.init(params)
-
-    def update(params: Any, state: Any, rate: jax.Array, batch: Data) -> tuple:
-        loss_of = functools.partial(loss_and_hits, problem)
-        (_, hits), grads = jax.value_and_grad(loss_of, has_aux=True)(params, batch)
-        updates, state = adam.update(grads, state)
-        move = lambda p, u, decay: p - rate * (u + (weight_decay * p if decay else 0))
-        return jax.tree.map(move, params, updates, problem.decays), state, hits
-
-    def call(params: Any, state: Any, chosen_SB: jax.Array, scale_S: jax.Array, rows: Data) -> tuple:
-        def step(carry: tuple, xs: tuple) -> tuple:
-            chosen_B, scale = xs
-            batch = jax.tree.map(lambda x: x[chosen_B], rows)
-            params, state, hits = jax.vmap(update, in_axes=(0, 0, 0, None))(*carry, scale * rate_R, batch)
-            return (params, state), hits
-
-        (params, state), hits = jax.lax.scan(step, (params, state), (chosen_SB, scale_S))
-        return params, state, jnp.mean(hits, axis=0)
-
-    def correct(params: Any, batch: Data) -> jax.Array:
-        def one(params: Any) -> jax.Array:
-            return loss.per_token(*problem.readout(params, batch))[1].sum(axis=1)
-
-        return jax.lax.map(one, params)
-
-    return Runs(
-        tuple(rates), tuple(seeds), steps_per_call, batch_size,
-        jax.jit(init), jax.jit(call, donate_argnums=(0, 1)), jax.jit(correct),
-    )  # fmt: skip
-
-
-def compiled(runs: Runs, train: Data, test: Data) -> Runs:
-    """The same, its functions compiled for these data; several may be compiled at once in threads."""
-    shaped = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    with auto_means("xla"):  # the Pallas kernels have no rule for a batch of runs
-        seeds = jax.ShapeDtypeStruct((len(runs.rates) * len(runs.seeds),), jnp.int32)
-        params, state = jax.eval_shape(runs.init, seeds)
-        scales = jax.ShapeDtypeStruct((runs.steps_per_call,), jnp.float32)
-        chosen = jax.ShapeDtypeStruct((runs.steps_per_call, runs.batch_size), jnp.int32)
-        return runs._replace(
-            init=runs.init.lower(seeds).compile(),
-            call=runs.call.lower(params, state, chosen, scales, shaped(train)).compile(),
-            correct=runs.correct.lower(params, shaped(test)).compile(),
-        )
-
-
-class Outcome(NamedTuple):
-    """params: stacked over R.  curve: (step, training accuracy of each run [R]) per call."""
-
-    params: Any
-    curve: list[tuple[int, np.ndarray]]
-    steps: int
-    seconds: float
-
-
-def train(
-    runs: Runs,
-    rows: Data,
-    *,
-    steps: int,
-    seconds: float,
-    until: float = 0.995,
-    say: Callable[[str], None] = print,
-) -> Outcome:
-    """Trains until ``steps`` or ``seconds`` are over, or a learning rate has all its seeds above ``until``.
-
-    The schedule, a cosine to 0 behind a linear warm-up of 1/20, follows the clock where that is shorter. Rows
-    are drawn without replacement in each epoch.
-    """
-    rates, seeds = len(runs.rates), len(runs.seeds)
-    order = batches(rows.tokens.shape[0], runs.batch_size)
-
-    def factor(done: float) -> float:
-        return min(done / 0.05, 0.5 + 0.5 * np.cos(np.pi * (done - 0.05) / 0.95)) if done < 1 else 0.0
-
-    params, state = runs.init(jnp.tile(jnp.array(runs.seeds, jnp.int32), rates))
-    curve: list[tuple[int, np.ndarray]] = []
-    step, began = 0, time.perf_counter()
-    while (done := max(step / steps, (spent := time.perf_counter() - began) / seconds)) < 1:
-        per_step = max(1 / steps, spent / step / seconds if step else 0)
-        scales = [factor(done + per_step * i) for i in range(runs.steps_per_call)]
-        chosen = jnp.array([next(order) for _ in scales], jnp.int32)
-        params, state, hits = runs.call(params, state, chosen, jnp.array(scales, jnp.float32), rows)
-        step += runs.steps_per_call
-        curve.append((step, np.asarray(hits)))
-        say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy {hits.max():.3f}")
-        if curve[-1][1].reshape(rates, seeds).min(axis=1).max() > until:
-            break
-    return Outcome(params, curve, step, time.perf_counter() - began)
+    def by_rate(self, values_R: np.ndarray) -> np.ndarray:
+        """[rates, seeds]."""
+        return values_R.reshape(len(self.rates), self.seeds)
 
 
 def batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -236,16 +130,76 @@ def batches(num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
         yield from order[: num_rows // batch_size * batch_size].reshape(-1, batch_size)
 
 
-def count_correct(runs: Runs, params: Any, rows: Data, batch_size: int) -> np.ndarray:
-    """Number of labels predicted right in each row, [R, N]."""
-    count = rows.tokens.shape[0]
-    parts = []
-    for start in range(0, count, batch_size):
-        chosen = np.arange(start, start + batch_size) % count  # the last batch wraps around
-        parts.append(np.asarray(runs.correct(params, jax.tree.map(lambda x, chosen=chosen: x[chosen], rows))))
-    return np.concatenate(parts, axis=1)[:, :count]
+class Case(NamedTuple):
+    """A line of a study: what is trained, on which rows, and the rows it is tested on by name."""
+
+    config: ConfigDict
+    train: Batch
+    tests: Mapping[str, Batch]
 
 
-def first_rows(rows: Data, count: int) -> Data:
-    """Data shaped as a batch of ``count`` rows."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), rows)
+def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of every study."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rates", type=lambda text: [float(rate) for rate in text.split(",")])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--steps", type=int, help="of the schedule")
+    parser.add_argument("--until", type=float, help="training accuracy of all seeds of a rate that ends it")
+    parser.add_argument("--steps_per_call", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=8, help="that compile")
+    parser.add_argument("--output", help="a JSON file, written after each line")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def study(
+    cases: Mapping[str, Callable[[], Case]],
+    flags: argparse.Namespace,
+    head: Sequence[str],
+    show: Callable[[dict[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Trains every case, compiling ahead in threads; prints ``show`` of each result, and a table.
+
+    A result is of the learning rate that is best on the mean over the tests and seeds: score and trained
+    (training accuracy), one a seed; slices: score by test, mean over seeds.
+    """
+    results: list[dict[str, Any]] = []
+
+    def prepare(make: Callable[[], Case]) -> tuple[Case, Runs]:
+        case = make()
+        return case, Runs(case.config, case.train, flags.rates, flags.seeds, flags.steps_per_call)
+
+    with ThreadPoolExecutor(flags.threads) as pool:
+        ready = {name: pool.submit(prepare, make) for name, make in cases.items()}
+        for name in cases:
+            case, runs = ready.pop(name).result()
+            print(name, flush=True)
+            began = time.perf_counter()
+            curve = runs.train(flags.until, lambda text: print(text, flush=True))
+            seconds = round(time.perf_counter() - began, 1)
+            slices = {test: runs.by_rate(runs.accuracy(rows)) for test, rows in case.tests.items()}
+            score = np.mean(list(slices.values()), axis=0)
+            best, steps = int(score.mean(axis=1).argmax()), curve[-1][0]
+            found = {
+                "name": name, "rates": runs.rates, "rate": runs.rates[best], "score": score[best].tolist(),
+                "score_by_rate": score.mean(axis=1).tolist(), "steps": steps, "seconds": seconds,
+                "slices": {test: values[best].mean().item() for test, values in slices.items()},
+                "trained": runs.by_rate(curve[-1][1])[best].tolist(),
+                "epochs": steps * case.config.train.batch_size / len(case.train["tokens"]),
+                "curve": [(step, hits.max().item()) for step, hits in curve],
+            }  # fmt: skip
+            results.append(found)
+            Path(flags.output).write_text(json.dumps(results, indent=1))
+            print(show(found), flush=True)
+    print("\n".join([row(*head), "|" + "---|" * len(head), *map(show, results)]))
+    return results
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def row(*cells: Any) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(map(str, cells)) + " |"

@@ -1,0 +1,8 @@
+"""Train hybrid linear-attention language models; start at docs/reading.md."""
+
+import importlib.metadata
+
+try:
+    __version__ = importlib.metadata.version("hybridlm")
+except importlib.metadata.PackageNotFoundError:  # a clone that is not installed
+    __version__ = "source"

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from hybridlm import data as data_kinds
 from hybridlm import mixers, mlps, objectives, pattern, schema
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.fields import Named, build, checked, fields, mapping, parse, under
+from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
@@ -84,7 +85,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, from which `resolve` makes the same again."""
-        return dataclasses.asdict(self)
+        return plain(self)
 
     def replace(self, **fields: Any) -> "Config":
         """With other values, fields written with a double underscore: ``train__steps=3``."""
@@ -135,7 +136,7 @@ def objective(kind: str, **settings: Any) -> ConfigDict:
 
 def _written(section: str, kind: str, settings: Mapping[str, Any]) -> ConfigDict:
     given = ConfigDict({"kind": kind, **settings}).to_dict()
-    return ConfigDict(dataclasses.asdict(_definition(section, given, f"{section}({kind!r})")))
+    return ConfigDict(plain(_definition(section, given, f"{section}({kind!r})")))
 
 
 # Reading files and overrides.
@@ -214,7 +215,7 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
         owner = owner.setdefault(key, {})
     if name == "kind" and section not in SECTIONS:
         kept = {"weight": owner[path[-1]].get("weight", 1.0)} if component and path[-1] in owner else {}
-        owner[path[-1]] = dataclasses.asdict(_definition(section, {"kind": text, **kept}, prefix))
+        owner[path[-1]] = plain(_definition(section, {"kind": text, **kept}, prefix))
         return
     if section not in SECTIONS and path[-1] not in owner:
         raise ConfigError(field, text, f"there is no {prefix}", nearest(path[-1], owner))
@@ -352,6 +353,11 @@ def portable(config: Config) -> dict[str, Any]:
 
 def to_json(config: Config) -> str:
     return json.dumps(portable(config), indent=2) + "\n"
+
+
+def to_yaml(config: Config) -> str:
+    """What a person reads."""
+    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True)
 
 
 def from_json(path: str | Path) -> ConfigDict:

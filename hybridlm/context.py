@@ -44,11 +44,11 @@ class Context:
     records: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def leave(self, name: str, value: Any) -> None:
-        """Leaves ``value``, any pytree of fixed shapes, to later layers. The kind's Config.carries says so."""
+        """Leaves ``value``, a pytree of fixed shapes, to later layers; the kind's Config.carries says so."""
         self.carried[name] = Left(jnp.bool_(True), value)
 
     def left(self, name: str, default: Any = None) -> Any:
-        """What the last earlier layer that left ``name`` left; ``default``, of the same shapes, where none did.
+        """What the last layer to leave ``name`` left; ``default``, of the same shapes, where none did yet.
 
         KeyError while tracing where none did and there is no default.
         """

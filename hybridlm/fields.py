@@ -29,9 +29,14 @@ class Limits(NamedTuple):
 
     def problem(self, value: float) -> str:
         """What is wrong with ``value``, "" if nothing."""
-        if value < self.low or (self.above and value == self.low):
+        low = value < self.low or (self.above and value == self.low)
+        if not low and value <= self.high:
+            return ""
+        if self.high < 1000 and not self.above:
+            return f"must be between {self.low:g} and {self.high:g}"
+        if low:
             return f"must be {'above' if self.above else 'at least'} {self.low:g}"
-        return f"must be at most {number(self.high)}" if value > self.high else ""
+        return f"must be at most {number(self.high)}"
 
 
 INT32 = 2**31 - 1  # sizes and steps beyond it overflow indices somewhere
@@ -52,6 +57,15 @@ class Named(dict[str, T], Generic[T]):
 
     def __setitem__(self, name: str, value: T) -> None:
         raise TypeError("a resolved config does not change: dataclasses.replace makes another")
+
+
+def plain(section: Any) -> dict[str, Any]:
+    """Nested dicts of what an instance of a described class holds, from which `build` makes it again."""
+    return _plain(dataclasses.asdict(section))
+
+
+def _plain(value: Any) -> Any:
+    return {name: _plain(one) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 @functools.cache

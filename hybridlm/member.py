@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import hybridlm
 from hybridlm import config as configs
 from hybridlm import cost, data, generate
 from hybridlm import model as lm
@@ -46,6 +47,16 @@ class Member:
         self.metrics: Metrics = {}
         self.saved: dict[str, Any] = {}
         self.failed = ""
+
+    def identity(self) -> dict[str, str]:
+        """What every process of a run must have in common, as name -> value."""
+        fields = checkpoint.dotted(self.record["config"])
+        own = {
+            "data.fingerprint": self.record["fingerprint"],
+            "jax": jax.__version__,
+            "hybridlm": hybridlm.__version__,
+        }
+        return {name: str(value) for name, value in (fields | own).items()}
 
     def open(self, stack: ExitStack, resume: str) -> None:
         """Takes the workdir and opens its checkpoints, until ``stack`` closes."""

@@ -20,6 +20,7 @@ from hybridlm.errors import ConfigError, nearest
 
 FIELD = "model.pattern"
 MAX_LAYERS = 4096  # a slip such as kda*30000 should fail here, not in memory
+MAX_DIGITS = 9  # of a count, zeros in front included
 PLACEMENTS = ("last", "first", "middle")
 TOKEN = re.compile(
     r"\s*(?:(?P<name>[A-Za-z_]\w*(?:/[A-Za-z_]\w*)?)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<other>.))",
@@ -88,11 +89,12 @@ def parse(pattern: str, known: Collection[str] | None = None, mlps: Collection[s
                 raise PatternError(pattern, position, "'*' must follow a name or ')'")
             index += 1
             kind, text, position = tokens[index]
-            if kind != "count" or int(text) < 1:
+            count = int(text[:MAX_DIGITS]) if kind == "count" else 0
+            if count < 1:
                 raise PatternError(pattern, position, "'*' must be followed by a whole number >= 1")
-            if len(item) * int(text) > MAX_LAYERS:
+            if len(text) > MAX_DIGITS or len(item) * count > MAX_LAYERS:
                 raise PatternError(pattern, position, f"more than {MAX_LAYERS} layers")
-            groups[-1] += item * (int(text) - 1)
+            groups[-1] += item * (count - 1)
             item = None
         else:
             fix = "Repetition is written name*3." if kind == "count" else ""

@@ -1,11 +1,9 @@
 """What is shown of a config: its layer table, and the whole of a dry run."""
 
 import dataclasses
-import json
 import math
 
 import jax
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -62,8 +60,7 @@ def dry_run(config: Config, console: Console) -> None:
     """
     mesh = mesh_sizes(config.mesh, jax.device_count())
     configs.check_batch(config.train, mesh)
-    plain = json.loads(configs.to_json(config))  # tuples as lists
-    console.print(yaml.safe_dump(plain, sort_keys=False), highlight=False, markup=False, soft_wrap=True)
+    console.print(configs.to_yaml(config), highlight=False, markup=False, soft_wrap=True)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():
         console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)

@@ -81,6 +81,8 @@ def together(
         rows = sharding.batch_rows(mesh, config.train.batch_size)
         given = zip(resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
         members = [Member(one, workdir, evaluate, rows) for one, workdir, evaluate in given]
+        for member in members:
+            processes.same(member.identity())
         with ExitStack() as stack:
             for member in members:
                 member.open(stack, resume)
@@ -130,7 +132,9 @@ class Trainer:
                 self.finish(start, state, {})
             elif start == self.config.train.steps:  # finished before: only the summary is wanted
                 for one in self.members:
-                    one.metrics = one.book.kept[-1] if one.book.kept else {}
+                    one.metrics = {
+                        n: value for line in one.book.kept[-1:] for n, value in line.items() if n != "step"
+                    }
             if start < self.config.train.steps:
                 self.loop(state, start)
 

@@ -3,12 +3,11 @@
 import dataclasses
 import hashlib
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlm import fields
+from hybridlm import fields, untrusted
 from hybridlm.errors import ConfigError, nearest
 from launch.grid import Run
 from launch.local import Job
@@ -36,7 +35,30 @@ def settings(engine: type, given: Sequence[str]) -> Any:
 def train_command(run: Run, workdir: str, distributed: str = "") -> str:
     """The shell command that trains ``run`` from a checkout anywhere. distributed: train.py's flag."""
     words = ["python", "train.py", *run.command(), f"--workdir={workdir}/{run.name}"]
-    return shlex.join(words) + (f" --distributed={distributed}" if distributed else "")
+    return line([*words, f"--distributed={distributed}"] if distributed else words)
+
+
+def line(words: Sequence[str | Path]) -> str:
+    """The command of ``words`` for bash, on one line whatever they hold."""
+    return " ".join(quoted(str(word)) for word in words)
+
+
+def quoted(word: str) -> str:
+    """``word`` for bash, on one line: job files are read line by line by others too."""
+    if word.isprintable():
+        return untrusted.shell(word)
+    escape = lambda c: "".join(f"\\x{byte:02x}" for byte in c.encode())
+    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else escape(c) for c in word) + "'"
+
+
+def script(commands: Sequence[Sequence[str]]) -> str:
+    """A bash script of ``commands``, which ends at the first that fails."""
+    return "#!/bin/bash\nset -e\n" + "".join(line(words) + "\n" for words in commands)
+
+
+def plain(text: str) -> str:
+    """``text`` as a name that no tool reads anything into."""
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-") or "sweep"
 
 
 def runs(jobs: Sequence[Job]) -> list[Run]:
@@ -57,12 +79,14 @@ def kubernetes_name(text: str, length: int) -> str:
 
 
 def last_line(text: str) -> str:
-    return ([line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"])[-1]
+    """Of what a client said, as it may be shown."""
+    said = [line.strip() for line in text.splitlines() if line.strip()]
+    return untrusted.terminal((said or ["it said nothing"])[-1])
 
 
 def write(path: Path, text: str, executable: bool = False) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    untrusted.write_text(path, text)
     if executable:
         path.chmod(0o755)
     return path

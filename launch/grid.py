@@ -11,6 +11,7 @@ An axis sets, by its name,
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import re
@@ -21,9 +22,11 @@ from typing import Any
 from hybridlm import config as configs
 from hybridlm import cost, pattern
 from hybridlm.errors import ConfigError, nearest
+from hybridlm.run import private
 
 LAYERS = ("mixer", "ratio", "placement")
 SHORT = {"seed": "train.seed", "learning_rate": "optimizer.learning_rate"}
+NAME_BYTES = 200  # of a run; file systems take 255
 RATIO = re.compile(r"[1-9]\d*:1")
 PLACEHOLDER = re.compile(r"{(\w+)}")
 NOT_A_FIELD = "names neither a field (section.field), nor mixer, ratio or placement, nor a part of the base"
@@ -247,13 +250,22 @@ def _run(
         known[key] = _derived(sweep, spec, shared, layers, full)
     texts |= known[key]
     label = {
-        name: _label(point[name]) for name in dict.fromkeys((*names, *point)) if name in (*LAYERS, *names)
+        name: private.hide(_label(point[name]))
+        for name in dict.fromkeys((*names, *point))
+        if name in (*LAYERS, *names)
     }
     bare = {name for name in label if name in (*LAYERS, *placeholders) or _labelled(point[name])}
     varying = {*names, *(name for extra in sweep.also for name in extra)}
     own = [v if k in bare else f"{k.split('.')[-1]}{v}" for k, v in label.items() if v and k in varying]
-    run_name = re.sub(r"[^\w.]+", "-", "_".join(own)).strip("-") or "run"
-    return Run(run_name, label, spec, texts, configs.resolve(configs.load(spec, texts)))
+    return Run(_name("_".join(own)), label, spec, texts, configs.resolve(configs.load(spec, texts)))
+
+
+def _name(text: str) -> str:
+    """``text`` as the name of a folder: letters, digits, ``_ . -``; none leads elsewhere or is too long."""
+    name = re.sub(r"[^\w.]+", "-", text).strip("-.") or "run"
+    if len(name.encode()) <= NAME_BYTES:
+        return name
+    return f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _derived(

@@ -1,31 +1,30 @@
-"""The local engine: a queue of worker processes over this machine's devices.
+"""The local engine: a queue of worker processes over these devices; `launch.state` says how they are."""
 
-A run is finished when its metrics.jsonl has its last step, failed when it has an error.txt; nothing else is
-remembered, so a sweep that was killed goes on from what lies on the disk.
-"""
-
+import contextlib
 import dataclasses
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, NamedTuple
 
-from hybridlm import cost
+from hybridlm import cost, untrusted
 from hybridlm.fields import Count, NonNegative
-from hybridlm.run import logbook
-from launch import worker
+from hybridlm.run import private
 from launch.grid import Run
+from launch.state import ERROR, LOG, last_line, status
 
 log = logging.getLogger("hybridlm")
 
 WORKER = [sys.executable, "-m", "launch.worker"]
 POLL_SECONDS = 0.5
 STOPPED = 3  # exit code of a worker that was asked to stop and saved a checkpoint
+LOG_SECONDS = 5  # for the last lines of a process that has ended
 GRACE_SECONDS = 30  # for a stopped run to save its checkpoint
 CONTEXT_BYTES = 1 << 30  # that a process takes on a GPU before it computes anything
 MOST_JOBS = 8  # processes on one device, if its memory and the CPU cores allow
@@ -48,14 +47,6 @@ class Device(NamedTuple):
     memory: int | None
 
 
-class Status(NamedTuple):
-    """state: queued, running, finished or failed.  last: line of metrics.jsonl.  error: last line of it."""
-
-    state: str
-    last: dict[str, Any]
-    error: str
-
-
 def devices() -> list[Device]:
     """NVIDIA GPUs (those of CUDA_VISIBLE_DEVICES if set), else one device for everything."""
     query = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
@@ -67,18 +58,6 @@ def devices() -> list[Device]:
     if visible is not None:
         found = [device for device in found if str(device.gpu) in visible.split(",")]
     return found or [Device(None, None)]
-
-
-def status(folder: Path, steps: int, running: bool = False) -> Status:
-    last = (logbook.read(folder / "metrics.jsonl") or [{}])[-1]
-    error = folder / worker.ERROR
-    if last.get("step", 0) >= steps:
-        return Status("finished", last, "")
-    if running:
-        return Status("running", last, "")
-    if error.exists():
-        return Status("failed", last, (error.read_text().strip().splitlines() or ["no message"])[-1])
-    return Status("queued", last, "")
 
 
 class Job:
@@ -95,12 +74,20 @@ class Job:
             if per_device > 1:
                 environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / per_device:.2f}")
         for folder in self.folders:
-            (folder / worker.ERROR).unlink(missing_ok=True)
-        command = [*WORKER, "--die_with_parent", *map(str, self.folders)]
-        with (self.folders[0] / "log.txt").open("ab") as out:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=environment, cwd=Path.cwd()
-            )
+            (folder / ERROR).unlink(missing_ok=True)
+        command = [*WORKER, "--die_with_parent", f"--sharing={per_device}", "--", *map(str, self.folders)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        self.log = threading.Thread(target=self._keep_log, args=(self.process.stdout,), daemon=True)
+        self.log.start()
+
+    def _keep_log(self, said: IO[bytes]) -> None:
+        """Until the process ends: what it says goes to log.txt, without the user's name and home."""
+        path = self.folders[0] / LOG
+        for line in said:
+            with contextlib.suppress(OSError), path.open("ab") as out:
+                out.write(private.hide(line.decode(errors="replace")).encode())
 
     def poll(self) -> bool:
         """Whether the process has ended; a run that it left without a result gets its error.txt."""
@@ -108,14 +95,24 @@ class Job:
         code = self.process.poll()
         if code is None:
             return False
+        self.log.join(LOG_SECONDS)
         if code == STOPPED:
             return True
         for run, folder in zip(self.runs, self.folders, strict=True):
             if status(folder, run.config.train.steps).state == "queued":
-                why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-                lines = (self.folders[0] / "log.txt").read_text(errors="replace").strip().splitlines()
-                (folder / worker.ERROR).write_text(": ".join([why, *lines[-1:]]) + "\n")
+                why = self._why(code, run.config.train.steps)
+                try:
+                    untrusted.write_text(folder / ERROR, why + "\n")
+                except OSError as error:  # the others go on
+                    log.error("%s: %s (%s cannot be written: %s)", run.name, why, ERROR, error.strerror)
         return True
+
+    def _why(self, code: int, steps: int) -> str:
+        """A run that ended by ``code`` has no result."""
+        why = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        if code == 0:
+            why = f"ended without a sealed checkpoint and a line of metrics at step {steps}"
+        return ": ".join(filter(None, [why, last_line(self.folders[0], LOG)]))
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -124,6 +121,7 @@ class Job:
                 self.process.wait(GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
+            self.log.join(LOG_SECONDS)
 
 
 def jobs(runs: Sequence[Run], workdir: Path, vmap: bool) -> list[Job]:
@@ -159,6 +157,7 @@ def run_all(
 
     show: called every POLL_SECONDS with the running and the waiting jobs.
     """
+    per_device = min(per_device, max(1, -(-len(waiting) // len(found))))
     free = [device for _ in range(per_device) for device in found]
     running: list[tuple[Job, Device]] = []
     waiting, began = list(waiting), time.monotonic()

@@ -1,6 +1,7 @@
 """What a sweep amounts to before it runs: a row for each run, and the hours on a device."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm import config as configs
-from hybridlm import cost
+from hybridlm import cost, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
+from hybridlm.run import private
+from launch import guess
 from launch.grid import Run
+from launch.state import POINT
+
+log = logging.getLogger("hybridlm")
 
 MFU = 0.25  # of the peak: what the 340M hybrid of docs/kernels.md reaches on an H100; small models less
 CPU = "cpu"
@@ -112,32 +118,45 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
     """sweep.json, and point.json in a folder for each run. ConfigError for a folder of another run."""
     known = facts(runs)
     for run in runs:
-        path = workdir / run.name / "point.json"
-        if path.exists() and (old := json.loads(path.read_text())) != (
-            new := json.loads(configs.to_json(run.config))
-        ):
-            changed = _changed(old, new)
-            raise ConfigError(
-                "--workdir",
-                str(workdir),
-                f"has a run {run.name!r} with another config: {changed}",
-                "Give another --workdir.",
-            )
+        path = workdir / run.name / POINT
+        if (workdir / run.name).exists() and not (workdir / run.name).is_dir():
+            raise ConfigError("axes", run.name, f"a run cannot have this name, {workdir} has a file of it")
+        old, new = _written(path), json.loads(configs.to_json(run.config))
+        if old is not None and old != new:
+            problem = f"has a run {run.name!r} with another config: {_changed(old, new)}"
+            raise ConfigError("--workdir", str(workdir), problem, "Give another --workdir.")
     for run in runs:
         folder = workdir / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "point.json").write_text(configs.to_json(run.config))
+        untrusted.write_text(folder / POINT, configs.to_json(run.config))
     listed = [
         {
             "name": run.name,
             "point": run.point,
-            "command": run.command(),
+            "command": [private.hide(word) for word in run.command()],
             "steps": run.config.train.steps,
+            "learning_rate": run.config.optimizer.learning_rate,
+            "width": run.config.model.d_model,
+            "guess": guess.of(run.config),
             **known[run.name]._asdict(),
         }
         for run in runs
     ]
-    (workdir / "sweep.json").write_text(json.dumps(record | {"runs": listed}, indent=1) + "\n")
+    untrusted.write_json(workdir / "sweep.json", record | {"runs": listed})
+
+
+def _written(path: Path) -> Any:
+    """The config that an earlier start of the sweep left; None without one.
+
+    A file that cannot be read is written anew: whether its run is another one a checkpoint says as well.
+    """
+    if not path.exists():
+        return None
+    try:
+        return untrusted.read_json(path, POINT, dict)
+    except ConfigError as error:
+        log.warning("%s; written anew", error)
+        return None
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> str:

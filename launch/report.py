@@ -13,64 +13,91 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hybridlm import untrusted
+from hybridlm.errors import RunError
 from hybridlm.report import quantity
-from hybridlm.run import cli
+from hybridlm.run import cli, private
 from launch import figures, results
 from launch.results import Mean, Result
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 68rem; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 74rem; }
 body { padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p, figcaption { max-width: 44rem; } .facts, figcaption, .note { color: #555; font-size: .9rem; }
-.pictures { display: grid; gap: 1rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p, figcaption { max-width: 46rem; } .facts, figcaption, .note { color: #555; font-size: .9rem; }
+.pictures { display: grid; gap: 1.5rem 1rem; }
 .pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; } figure.wide { grid-column: 1 / -1; max-width: 46rem; }
-img { width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
+figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; max-width: 56rem; }
+img { width: 100%; height: auto; display: block; } figure.wide img { min-width: 36rem; }
+.scroll { overflow-x: auto; } table { border-collapse: separate; font-size: .875rem; white-space: pre; }
+table { border-spacing: 0; }
 th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; } th { border-color: #888; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-code { font-size: .85em; overflow-wrap: anywhere; } .bad { color: #a02020; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+th:first-child, td:first-child { max-width: 11rem; overflow: hidden; text-overflow: ellipsis; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.bad { color: #a02020; white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+code { font-size: .85em; overflow-wrap: anywhere; }
+@media (min-width: 60rem) { th:first-child, td:first-child { max-width: 20rem; } }
+@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
 """
 TITLES = {"recall": "Recall", "loss": "Held-out loss"}
+PICTURES = ("by_fraction", "by_placement", "by_bytes", "by_speed", "curves")
 
 
 def write(workdir: str | Path) -> Path:
-    """report.html and what belongs to it, in the sweep's folder; its path. ConfigError without a sweep."""
+    """report.html and what belongs to it, in the sweep's folder; its path.
+
+    ConfigError without a sweep, RunError where the disk refuses; each file is the old one or the new one.
+    """
     workdir = Path(workdir)
     record, found = results.read(workdir)
-    results.write_csv(found, workdir / "results.csv")
+    pictures: dict[str, bytes] = {}
     body = [_head(record, found)]
     for metric in TITLES:
         measured = results.means(found, metric)
         if measured:
             body.append(_by_layers(measured, metric))
-            body.append(_pictures(measured, found, metric, workdir))
+            body.append(_pictures(measured, found, metric, pictures))
             body.append(_budgets(measured, metric))
     body += [_runs(found), _notes(found)]
-    title = escape(f"Sweep {workdir.resolve().name}")
+    title = escape(f"Sweep {Path(private.hide(untrusted.terminal(str(workdir.resolve())))).name}")
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><h1>{title}</h1>{''.join(body)}</body></html>\n"
     )
-    path = workdir / "report.html"
-    path.write_text(page)
-    return path
+    files = {"results.csv": results.table(found).encode(), **pictures, "report.html": page.encode()}
+    try:
+        for name in (f"{metric}_{picture}.png" for metric in TITLES for picture in PICTURES):
+            if name not in files:
+                (workdir / name).unlink(missing_ok=True)  # of an earlier report, which this one would belie
+        for name, data in files.items():
+            untrusted.write_bytes(workdir / name, data)
+    except OSError as error:
+        raise RunError(f"{workdir}: the report cannot be written ({error.strerror or error}).") from error
+    return workdir / "report.html"
 
 
 def _head(record: dict[str, Any], found: Sequence[Result]) -> str:
     states = [result.state for result in found]
     order = ("finished", "failed", "running", "queued")
     counts = ", ".join(f"{states.count(state)} {state}" for state in order if state in states)
-    sizes = dict.fromkeys(quantity(size, "") for size in sorted(result.parameters for result in found))
-    tokens = dict.fromkeys(quantity(count, "") for count in sorted(result.tokens for result in found))
-    spread = lambda values: " to ".join(dict.fromkeys((next(iter(values)), next(reversed(values)))))
-    text = f"{len(found)} runs: {counts}. {spread(sizes)} parameters, {spread(tokens)} training tokens each."
+    spread = lambda values, unit: " to ".join(
+        dict.fromkeys(quantity(v, unit) for v in (min(values), max(values)))
+    )
+    parts = [f"{len(found)} runs: {counts or 'none'}."]
+    if found:
+        sizes, tokens = [r.parameters for r in found], [r.tokens for r in found]
+        parts.append(f"{spread(sizes, '')} parameters, {spread(tokens, '')} training tokens each.")
     if record["machines"]:
-        text += " Trained on " + "; ".join(record["machines"]) + "."
-    return f'<p class="facts">{escape(text)}<br><code>{escape(record.get("command", ""))}</code></p>'
+        parts.append(f"Trained on {', '.join(record['machines'])}.")
+    dates = sorted({result.date for result in found} - {""})
+    if dates:
+        parts.append(" to ".join(dict.fromkeys((dates[0], dates[-1]))) + ".")
+    return f'<p class="facts">{escape(" ".join(parts))}<br><code>{escape(record["command"])}</code></p>'
 
 
 def _by_layers(measured: Sequence[Mean], metric: str) -> str:
@@ -79,23 +106,29 @@ def _by_layers(measured: Sequence[Mean], metric: str) -> str:
     columns = {m.fraction: f"{len(m.runs[0].full_layers)} of {m.runs[0].num_layers}" for m in measured}
     shares = sorted({mean.fraction for line in series.values() for mean in line})
     rows = []
-    for mixer, line in series.items():
+    for label, line in series.items():
         at = {mean.fraction: _value(mean) for mean in line}
-        rows.append([mixer, *(at.get(share, "") for share in shares)])
+        rows.append([label, *(at.get(share, "") for share in shares)])
     seeds = max(len(mean.runs) for mean in measured)
-    over = f"Means over up to {seeds} seeds, ± half the 95% interval." if seeds > 1 else "One seed each."
+    over = f"Means over up to {seeds} seeds, below them 95% intervals." if seeds > 1 else "One seed each."
     rates = {run.point.get(name) for mean in measured for run in mean.runs for name in results.RATE} - {None}
     chosen = " Of several learning rates the best for each point." if len(rates) > 1 else ""
-    note = f"{figures.NAMES[metric].capitalize()}. {over}{chosen}"
+    known = [run.guess[metric] for mean in measured for run in mean.runs]
+    levels = sorted({level for level in known if level is not None})
+    guess = f" Guessing gets {' or '.join(f'{level:.3f}' for level in levels)}." if levels else ""
+    note = f"{figures.NAMES[metric].capitalize()}. {over}{chosen}{guess}"
     head = ["mixer \\ full layers", *(columns[share] for share in shares)]
     return f"<h2>{TITLES[metric]} by full-attention layers</h2>{_table(head, rows)}{_note(note)}"
 
 
 def _value(mean: Mean) -> str:
-    return f"{mean.value:.3f}" + ("" if math.isnan(mean.half) else f" ± {mean.half:.3f}")
+    return f"{mean.value:.3f}" + ("" if math.isnan(mean.low) else f"\n{mean.low:.3f} to {mean.high:.3f}")
 
 
-def _pictures(measured: Sequence[Mean], found: Sequence[Result], metric: str, workdir: Path) -> str:
+def _pictures(
+    measured: Sequence[Mean], found: Sequence[Result], metric: str, pictures: dict[str, bytes]
+) -> str:
+    """The figures that there are something for; their PNGs go to ``pictures`` by file name."""
     drawn = {
         "by_fraction": (
             figures.over_fraction(measured, metric),
@@ -107,24 +140,26 @@ def _pictures(measured: Sequence[Mean], found: Sequence[Result], metric: str, wo
         ),
         "by_bytes": (
             figures.pareto(measured, metric, "bytes"),
-            "Decode memory: recurrent states and KV cache of one sequence of the training length.",
+            "Decode memory: recurrent states and KV cache of one sequence of the training length. "
+            "Ringed: nothing that needs less is better.",
         ),
         "by_speed": (
             figures.pareto(measured, metric, "tokens_per_second"),
-            "Training speed inside the sweep: runs that share a device or a program slow each other down.",
+            "Training speed of runs that had the device to themselves, all on the same kind of device.",
         ),
-        "curves": (figures.curves(found, metric), "Every run while it trained."),
+        "curves": (
+            figures.curves(found, metric),
+            "Every run while it trained, thin; the means of those that finished.",
+        ),
     }
     parts = []
     for name, (figure, caption) in drawn.items():
         if figure is None:
             continue
-        png = figures.png(figure)
-        (workdir / f"{metric}_{name}.png").write_bytes(png)
+        png = pictures[f"{metric}_{name}.png"] = figures.png(figure)
         wide = ' class="wide"' if name == "curves" else ""
         source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        alt = f"{metric} {name.replace('_', ' ')}"
-        image = f'<img alt="{alt}" src="{source}">'
+        image = f'<div class="scroll"><img alt="{metric} {name.replace("_", " ")}" src="{source}"></div>'
         parts.append(f"<figure{wide}>{image}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="pictures">{"".join(parts)}</div>'
 
@@ -134,22 +169,44 @@ def _budgets(measured: Sequence[Mean], metric: str) -> str:
     for budget, mean in results.under_budgets(measured, metric):
         run = mean.runs[0]
         layers = ", ".join(map(str, run.full_layers)) or "none"
-        rows.append([quantity(budget, "B"), run.mixer, run.point.get("ratio", ""), layers, _value(mean)])
+        rows.append(
+            [
+                quantity(budget, "B"),
+                run.label,
+                run.point.get("ratio", ""),
+                layers,
+                _value(mean).replace("\n", " · "),
+            ]
+        )
     head = ["budget from", "mixer", "ratio", "full layers", metric]
     note = "State and KV cache of one sequence. A row holds up to the budget of the next."
     return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{_note(note)}"
 
 
 def _runs(found: Sequence[Result]) -> str:
-    rows = []
-    for r in found:
-        layers = "all" if r.fraction == 1 else ", ".join(map(str, r.full_layers)) or "none"
-        measured = [f"{value:.4f}" if value is not None else "" for value in (r.recall, r.loss)]
-        speed = f"{r.tokens_per_second:,.0f}" if r.tokens_per_second else ""
-        state = f"failed: {r.error}" if r.state == "failed" else r.state
-        rows.append([r.name, layers, f"{r.parameters:,}", quantity(r.bytes, "B"), *measured, speed, state])
-    head = ["run", "full layers", "parameters", "state + KV", "recall", "loss", "tokens/s", ""]
-    return f"<h2>Runs</h2>{_table(head, rows)}"
+    """A row for each run; a column in which no run has anything is left out."""
+    optional = lambda value, form: "" if value is None else format(value, form)
+    rows = [
+        {
+            "run": r.name,
+            "state": r.state,
+            "full layers": "all" if r.fraction == 1 else ", ".join(map(str, r.full_layers)) or "none",
+            "learning rate": optional(r.learning_rate, ".3g"),
+            "width": optional(r.width, "d"),
+            "parameters": f"{r.parameters:,}",
+            "tokens": quantity(r.tokens, ""),
+            "state + KV": quantity(r.bytes, "B"),
+            "recall": optional(r.recall, ".4f"),
+            "loss": optional(r.loss, ".4f"),
+            "tokens/s": optional(r.tokens_per_second, ",.0f"),
+            "commit": r.commit,
+            "date": r.date,
+            "error": r.error,
+        }
+        for r in found
+    ]
+    head = [name for name in (rows[0] if rows else {}) if any(row[name] for row in rows)]
+    return f"<h2>Runs</h2>{_table(head, [[row[name] for name in head] for row in rows])}"
 
 
 def _notes(found: Sequence[Result]) -> str:
@@ -159,17 +216,24 @@ def _notes(found: Sequence[Result]) -> str:
         note = (
             f"{len(missing)} of {len(found)} runs did not finish and are in no figure: {', '.join(missing)}."
         )
-    return _note(f"{note} Full layers are counted from 0. The same numbers are in results.csv.")
+    note += " Full layers are counted from 0."
+    if not any(r.tokens_per_second for r in found):
+        note += " No speed is shown: these runs shared a device or a program, or ran on different ones."
+    return _note(f"{note} The same numbers are in results.csv.")
+
+
+TEXTS = {"run", "full layers", "commit", "date"}
+NUMBERS = {"learning rate", "width", "parameters", "tokens", "state + KV", "recall", "loss", "tokens/s"}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def cell(text: str) -> str:
-        kind = (
-            ' class="number"' if text[:1].isdigit() else ' class="bad"' if text.startswith("failed") else ""
-        )
+    def cell(name: str, text: str) -> str:
+        number = name in NUMBERS or (text[:1].isdigit() and name not in TEXTS)
+        kind = ' class="number"' if number else ' class="bad"' if name == "error" else ""
         return f"<td{kind}>{escape(text)}</td>"
 
-    lines = ["".join(f"<th>{escape(text)}</th>" for text in head), *("".join(map(cell, row)) for row in rows)]
+    heads = "".join(f"<th{' class=number' if name in NUMBERS else ''}>{escape(name)}</th>" for name in head)
+    lines = [heads, *("".join(map(cell, head, row)) for row in rows)]
     return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
@@ -182,7 +246,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="launch.report", description=__doc__, formatter_class=raw)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args(argv).workdir
-    return cli.run(lambda: print(f"written: {write(workdir)}"))
+    return cli.run(lambda: print(f"written: {untrusted.terminal(private.hide(str(write(workdir))))}"))
 
 
 if __name__ == "__main__":

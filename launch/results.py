@@ -1,7 +1,11 @@
-"""What the runs of a sweep came to: their last numbers, and means over seeds with intervals."""
+"""What the runs of a sweep came to: their last numbers, and means over seeds with intervals. Only reads.
+
+A sweep's folder may come from anywhere: its numbers are checked, its names lead nowhere else, its texts are
+shown as text.
+"""
 
 import csv
-import json
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,23 +14,36 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
-from hybridlm.run import logbook
-from launch import worker
-from launch.local import status
+from hybridlm.run import private
+from launch import machine, state
 
 SEED, RATE = ("seed", "train.seed"), ("learning_rate", "optimizer.learning_rate")
-COPIED = ("name", "point", "full_layers", "num_layers", "parameters", "tokens", "steps")  # from sweep.json
+LAYERS = ("mixer", "ratio", "placement")
 HIGHER = ("recall",)  # metrics of which more is better
+BOUNDS = {"recall": (0.0, 1.0), "loss": (0.0, math.inf)}
+RUN = {
+    "name": str, "point": {str: str}, "full_layers": [untrusted.NATURAL], "num_layers": untrusted.NATURAL,
+    "steps": untrusted.NATURAL, "tokens": untrusted.NATURAL, "parameters": untrusted.NATURAL,
+    "state_bytes": untrusted.NATURAL, "cache_bytes": untrusted.NATURAL, "width?": untrusted.NATURAL,
+    "learning_rate?": float, "guess?": {str: (float, type(None))},
+}  # fmt: skip
+SWEEP = {"runs": [RUN], "command?": str, "checkpoints?": bool}
 
 
 class Result(NamedTuple):
-    """One run. fraction: of its layers that are full.  bytes: state and KV cache of one sequence.
+    """One run. bytes: state and KV cache of one sequence.
 
     recall: accuracy on held-out examples of a task without text, else the mean of the recall tasks measured
         in the loop (`eval.tasks`); None without either.
-    loss: held-out, nats per token; None for a task without text.
+    loss: held-out, nats per predicted token.
+    tokens_per_second: None unless it can be compared: the run had its device to itself, and all runs that did
+        were on the same kind of device.
     curves: "recall" and "loss" -> (training tokens, value) at each validation.
+    guess: "recall" and "loss" -> what guessing gets, None where that is not known.
+    learning_rate, width: None if the sweep was written by an older version.  commit, date: of the code and
+        of the last start; "" if not noted.
     """
 
     name: str
@@ -43,29 +60,47 @@ class Result(NamedTuple):
     loss: float | None
     tokens_per_second: float | None
     curves: dict[str, list[tuple[float, float]]]
+    guess: dict[str, float | None]
+    learning_rate: float | None
+    width: int | None
+    commit: str
+    date: str
+    device: str
 
     @property
     def fraction(self) -> float:
+        """Of its layers, those that are full."""
         return len(self.full_layers) / self.num_layers
 
     @property
-    def mixer(self) -> str:
-        return self.point.get("mixer", "") or "all"
+    def others(self) -> tuple[str, ...]:
+        """Its place on axes that are neither the layers' nor seed and learning rate."""
+        return tuple(v for k, v in sorted(self.point.items()) if k not in (*LAYERS, *SEED, *RATE))
+
+    @property
+    def label(self) -> str:
+        """Of the line that it is a point of."""
+        return ", ".join([self.point.get("mixer", "") or "all", *self.others])
 
 
 class Mean(NamedTuple):
-    """Runs that differ in their seed only: mean of ``recall`` or ``loss``, and half its 95% interval.
+    """Runs that differ in their seed only: mean of ``recall`` or ``loss``, and the ends of its 95% interval.
 
-    The interval is Student's t over the seeds; nan for a single one.
+    The interval is Student's t over the seeds, within the metric's bounds; nan for a single one.
     """
 
     runs: tuple[Result, ...]
     value: float
-    half: float
+    low: float
+    high: float
 
     @property
     def fraction(self) -> float:
         return self.runs[0].fraction
+
+    @property
+    def label(self) -> str:
+        return self.runs[0].label
 
 
 def read(workdir: Path) -> tuple[dict[str, Any], list[Result]]:
@@ -75,47 +110,95 @@ def read(workdir: Path) -> tuple[dict[str, Any], list[Result]]:
         raise ConfigError(
             "workdir", str(workdir), "holds no sweep.json", "python -m launch.sweep writes one."
         )
-    record = json.loads(path.read_text())
-    machines = [workdir / run["name"] / worker.MACHINE for run in record["runs"]]
-    record["machines"] = sorted({path.read_text().strip() for path in machines if path.is_file()})
-    return record, [_result(workdir / run["name"], run) for run in record["runs"]]
+    record = _checked(untrusted.read_json(path, "sweep.json", SWEEP), path)
+    found = [_result(workdir, run, record["checkpoints"]) for run in record["runs"]]
+    record["machines"] = sorted({one.device for one in found} - {""})
+    if len({one.device for one in found if one.tokens_per_second}) > 1:
+        found = [one._replace(tokens_per_second=None) for one in found]
+    return record, found
 
 
-def _result(folder: Path, run: dict[str, Any]) -> Result:
-    records = logbook.read(folder / "metrics.jsonl")
-    now = status(folder, run["steps"])
-    last = records[-1] if records else {}
-    speeds = [r["tokens_per_second"] for r in records[1:] if "tokens_per_second" in r]
-    per_step = run["tokens"] / run["steps"]
+def _checked(record: Any, path: Path) -> dict[str, Any]:
+    """``record`` as a report reads it; ConfigError for what no sweep writes, though its types are right."""
+
+    def need(met: bool, what: str) -> None:
+        if not met:
+            fix = "The command of the sweep writes it again."
+            raise ConfigError("sweep.json", private.hide(str(path)), f"is no sweep: {what}", fix)
+
+    names = [run["name"] for run in record["runs"]]
+    need(len(set(names)) == len(names), "two runs have one name")
+    for run in record["runs"]:
+        name, full, layers = run["name"], run["full_layers"], run["num_layers"]
+        untrusted.inside(path.parent, name, "sweep.json", links=True)
+        need(min(layers, run["steps"], run["parameters"], run["tokens"]) > 0, f"a count of {name!r} is 0")
+        need(len(set(full)) == len(full) and all(index < layers for index in full), f"layers of {name!r}")
+    return record | {
+        "command": _shown(record.get("command", "")),
+        "checkpoints": record.get("checkpoints", True),
+    }
+
+
+def _shown(text: str) -> str:
+    return private.hide(untrusted.terminal(text))
+
+
+def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
+    folder = workdir / run["name"]
+    now = state.status(folder, run["steps"], sealed_runs=checkpoints)
     finished = now.state == "finished"
-    at = [r["step"] * per_step for r in records]
-    lines = {
-        "recall": list(zip(at, map(_recall, records), strict=True)),
-        "loss": list(zip(at, map(_loss, records), strict=True)),
+    try:
+        records = state.lines(folder)
+    except ConfigError:  # which is the run's error
+        records = []
+    speeds = [s for r in records[1:] if (s := state.number(r, "tokens_per_second")) is not None]
+    starts = state.starts(folder)
+    noted = starts[-1] if starts else {}
+    alone = machine.alone(starts) and not any(state.number(r, "packed") not in (None, 1) for r in records)
+    per_step = run["tokens"] / run["steps"]
+    curves = {
+        name: [(r["step"] * per_step, v) for r in records if (v := measure(r)) is not None]
+        for name, measure in (("recall", _recall), ("loss", _loss))
     }
     return Result(
-        **{key: run[key] for key in COPIED},
+        name=run["name"],
+        point={_shown(k): _shown(v) for k, v in run["point"].items()},
         state=now.state,
         error=now.error,
+        full_layers=run["full_layers"],
+        num_layers=run["num_layers"],
+        parameters=run["parameters"],
         bytes=run["state_bytes"] + run["cache_bytes"],
-        recall=_recall(last) if finished else None,
-        loss=_loss(last) if finished else None,
-        tokens_per_second=float(np.median(speeds)) if speeds and finished else None,
-        curves={
-            name: [(at, value) for at, value in line if value is not None] for name, line in lines.items()
-        },
+        tokens=run["tokens"],
+        steps=run["steps"],
+        recall=_recall(now.last) if finished else None,
+        loss=_loss(now.last) if finished else None,
+        tokens_per_second=float(np.median(speeds)) if speeds and finished and alone else None,
+        curves=curves,
+        guess={name: state.number(run.get("guess", {}), name) for name in BOUNDS},
+        learning_rate=state.number(run, "learning_rate"),
+        width=run.get("width"),
+        commit=_noted(noted, "commit"),
+        date=_noted(noted, "date")[:10],
+        device=_noted(noted, "device"),
     )
+
+
+def _noted(start: dict[str, Any], name: str) -> str:
+    return _shown(start[name])[:80] if isinstance(start.get(name), str) else ""
 
 
 def _recall(record: dict[str, Any]) -> float | None:
     if "val_accuracy" in record and "val_bpb" not in record:
-        return record["val_accuracy"]
-    tasks = [value for name, value in record.items() if name.startswith("eval/")]
+        return state.number(record, "val_accuracy")
+    tasks = [
+        v for name in record if name.startswith("eval/") and (v := state.number(record, name)) is not None
+    ]
     return float(np.mean(tasks)) if tasks else None
 
 
 def _loss(record: dict[str, Any]) -> float | None:
-    return record.get("val_loss") if "val_bpb" in record else None
+    return state.number(record, "val_loss")
 
 
 def means(results: Sequence[Result], metric: str) -> list[Mean]:
@@ -136,10 +219,12 @@ def means(results: Sequence[Result], metric: str) -> list[Mean]:
 
 def _mean(runs: Sequence[Result], metric: str) -> Mean:
     values = np.array([getattr(run, metric) for run in runs])
-    half = math.nan
-    if len(values) > 1:
-        half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return Mean(tuple(runs), float(values.mean()), half)
+    value = float(values.mean())
+    if len(values) == 1:
+        return Mean(tuple(runs), value, math.nan, math.nan)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    least, most = BOUNDS[metric]
+    return Mean(tuple(runs), value, max(least, value - half), min(most, value + half))
 
 
 def placed(mean: Mean) -> bool:
@@ -153,10 +238,15 @@ def by_mixer(found: Sequence[Mean]) -> dict[str, list[Mean]]:
     series: dict[str, list[Mean]] = {}
     for mean in found:
         if mean.fraction < 1 and not placed(mean):
-            series.setdefault(mean.runs[0].mixer, []).append(mean)
+            series.setdefault(mean.label, []).append(mean)
     if not series and ends:
-        return {ends[0].runs[0].mixer: ends}
-    return {mixer: sorted(line, key=lambda m: m.fraction) + ends for mixer, line in series.items()}
+        return {ends[0].label: ends}
+
+    def whole(line: list[Mean]) -> list[Mean]:
+        own = [end for end in ends if end.runs[0].others == line[0].runs[0].others]
+        return sorted(line, key=lambda m: m.fraction) + own
+
+    return {label: whole(line) for label, line in series.items()}
 
 
 def front(found: Sequence[Mean], cost: dict[str, float], sign: int, metric_sign: int) -> list[Mean]:
@@ -177,24 +267,27 @@ def under_budgets(found: Sequence[Mean], metric: str) -> list[tuple[int, Mean]]:
     return [(mean.runs[0].bytes, mean) for mean in kept]
 
 
-def write_csv(results: Sequence[Result], path: Path) -> None:
-    axes = list(dict.fromkeys(name for result in results for name in result.point))
-    fields = (
-        "state",
-        "full_layers",
-        "num_layers",
-        "parameters",
-        "bytes",
-        "tokens",
-        "recall",
-        "loss",
-        "tokens_per_second",
-        "error",
-    )
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["name", *axes, *fields])
-        for result in results:
-            values = [getattr(result, name) for name in fields]
-            shown = ["" if v is None else " ".join(map(str, v)) if isinstance(v, list) else v for v in values]
-            rows.writerow([result.name, *(result.point.get(name, "") for name in axes), *shown])
+def table(results: Sequence[Result]) -> str:
+    """results.csv: a row for each run."""
+    fields = ("state", "learning_rate", "width", "full_layers", "num_layers", "parameters", "bytes", "tokens",
+              "recall", "loss", "tokens_per_second", "commit", "date", "device", "error")  # fmt: skip
+    axes = [n for n in dict.fromkeys(n for result in results for n in result.point) if n not in fields]
+    out = io.StringIO(newline="")
+    rows = csv.writer(out)
+    rows.writerow(["name", *map(_cell, axes), *fields])
+    for result in results:
+        values = [result.point.get(name, "") for name in axes] + [getattr(result, name) for name in fields]
+        rows.writerow([_cell(value) for value in [result.name, *values]])
+    return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """As it is, but for a text that a spreadsheet would compute."""
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@"):
+        try:
+            float(value)
+        except ValueError:
+            return f"'{value}"
+    return "" if value is None else value

@@ -1,7 +1,6 @@
 """SkyPilot: one task file, and a managed job for each run, which SkyPilot starts again after pre-emption."""
 
 import dataclasses
-import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from launch.grid import Run
 from launch.local import Job
 
 SETUP = "pip install -q -e '.[cuda]'"
-HEAD = '$(echo "$SKYPILOT_NODE_IPS" | head -n1):8476,$SKYPILOT_NUM_NODES,$SKYPILOT_NODE_RANK'
+HEAD = '"$(echo "$SKYPILOT_NODE_IPS" | head -n1):8476,$SKYPILOT_NUM_NODES,$SKYPILOT_NODE_RANK"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +38,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
     if settings.data:
         mounts["~/sky_workdir/data"] = settings.data
     several = f" --distributed={HEAD}" if settings.nodes > 1 else ""
+    folder = engines.quoted(f"/runs/{workdir.name}")
     task = {
         "name": _name(workdir.name),
         "resources": {"accelerators": settings.accelerators, "use_spot": settings.spot},
@@ -47,20 +47,16 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
         "file_mounts": mounts,
         "envs": {"RUN": "", "ARGUMENTS": ""},
         "setup": SETUP,
-        "run": f"eval python train.py $ARGUMENTS --workdir=/runs/{workdir.name}/$RUN{several}\n",
+        # ARGUMENTS are quoted for a shell: eval takes them apart again, and nothing else.
+        "run": f'eval "set -- $ARGUMENTS"\npython train.py "$@" --workdir={folder}/"$RUN"{several}\n',
     }
     path = engines.write(workdir / "skypilot.yaml", yaml.safe_dump(task, sort_keys=False))
-    lines = [shlex.join(command(run, path)) for run in engines.runs(jobs)]
-    return [
-        path,
-        engines.write(
-            workdir / "skypilot.sh", "#!/bin/bash\nset -e\n" + "\n".join(lines) + "\n", executable=True
-        ),
-    ]
+    commands = [command(run, path) for run in engines.runs(jobs)]
+    return [path, engines.write(workdir / "skypilot.sh", engines.script(commands), executable=True)]
 
 
 def command(run: Run, task: Path) -> list[str]:
-    environment = [f"RUN={run.name}", f"ARGUMENTS={shlex.join(run.command())}"]
+    environment = [f"RUN={run.name}", f"ARGUMENTS={engines.line(run.command())}"]
     flags = [word for text in environment for word in ("--env", text)]
     return ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", _name(run.name), *flags, str(task)]
 

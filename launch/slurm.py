@@ -5,6 +5,7 @@ queued again.
 """
 
 import dataclasses
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlm.errors import RunError
+from hybridlm.errors import ConfigError, RunError
 from hybridlm.fields import Positive
 from launch import engines, local
 
+PLAIN = re.compile(r"[\w./+@:,=-]+", re.ASCII)  # paths that submitit's script can hold
+LOG_LINE = 'exec >> "$workdir/slurm_${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}.log" 2>&1\n'
 SIGNAL_SECONDS = 300  # before the time limit, for the checkpoint
 
 
@@ -53,6 +56,7 @@ class Task:
             "-m",
             "launch.worker",
             *(["--distributed"] if self.distributed else []),
+            "--",
             *folders,
         ]
         self.process = subprocess.Popen(command)
@@ -69,12 +73,15 @@ class Task:
 
 
 def write(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[Path]:
-    """slurm.sh, for `sbatch`, and slurm_runs.txt, a line for each element of its array."""
-    lines = "".join(" ".join(str(folder) for folder in job.folders) + "\n" for job in jobs)
+    """slurm.sh, for `sbatch`, and slurm_runs.txt, a line for each element of its array: names of runs.
+
+    sbatch reads its own lines by rules of its own: a workdir that is not PLAIN stands in none of them.
+    """
+    simple = PLAIN.fullmatch(str(workdir))
+    lines = "".join(" ".join(run.name for run in job.runs) + "\n" for job in jobs)
     runs = engines.write(workdir / "slurm_runs.txt", lines)
-    chosen = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
     flags = {
-        "job-name": workdir.name,
+        "job-name": engines.plain(workdir.name),
         "array": f"0-{len(jobs) - 1}%{settings.parallel}",
         "nodes": settings.nodes,
         "ntasks-per-node": settings.gpus,
@@ -82,20 +89,33 @@ def write(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[
         "cpus-per-task": settings.cpus,
         "time": settings.minutes,
         "signal": f"USR1@{SIGNAL_SECONDS}",
-        "output": workdir / "slurm_%A_%a.log",
         "open-mode": "append",
-        **{name: value for name, value in chosen.items() if value},
+        **({"output": workdir / "slurm_%A_%a.log"} if simple else {}),
+        **_chosen(settings),
     }
     head = "".join(f"#SBATCH --{name}={value}\n" for name, value in flags.items())
     distributed = " --distributed" if settings.nodes * settings.gpus > 1 else ""
     script = (
         f"#!/bin/bash\n{head}#SBATCH --requeue\n\n"
-        f"mapfile -t runs < {runs}\n"
-        f"srun python -m launch.worker{distributed} ${{runs[$SLURM_ARRAY_TASK_ID]}}\ncode=$?\n"
+        f"workdir={engines.quoted(str(workdir))}\n"
+        f"{'' if simple else LOG_LINE}"
+        'mapfile -t runs < "$workdir/slurm_runs.txt"\n'
+        "folders=()\n"
+        'for run in ${runs[$SLURM_ARRAY_TASK_ID]}; do folders+=("$workdir/$run"); done\n'
+        f'srun python -m launch.worker{distributed} -- "${{folders[@]}}"\ncode=$?\n'
         "# 3: stopped ahead of the time limit, with a checkpoint\n"
         '[ $code = 3 ] && exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"\nexit $code\n'
     )
     return [engines.write(workdir / "slurm.sh", script, executable=True), runs]
+
+
+def _chosen(settings: Settings) -> dict[str, str]:
+    """What the cluster calls by name; ConfigError for a value that sbatch would read as several words."""
+    chosen = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
+    for name, value in chosen.items():
+        if re.search(r"[\s#'\"\\]|[^ -~]", value):
+            raise ConfigError(f"--engine {name}", value, "must be one word, without quotes, # and backslash")
+    return {name: value for name, value in chosen.items() if value}
 
 
 def missing(settings: Settings) -> str:
@@ -113,10 +133,12 @@ def submit(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list
     """Ids of the array's elements."""
     import submitit
 
+    if not PLAIN.fullmatch(str(workdir)):
+        fix = f"Start {workdir / 'slurm.sh'} with sbatch, or give another --workdir."
+        raise ConfigError("--workdir", str(workdir), "cannot stand in the script that submitit writes", fix)
     executor = submitit.AutoExecutor(folder=workdir / "submitit", cluster=settings.cluster)
-    chosen = {name: getattr(settings, name) for name in ("partition", "account", "qos", "constraint")}
     executor.update_parameters(
-        name=workdir.name,
+        name=engines.plain(workdir.name),
         nodes=settings.nodes,
         tasks_per_node=settings.gpus,
         cpus_per_task=settings.cpus,
@@ -124,7 +146,7 @@ def submit(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list
         timeout_min=settings.minutes,
         slurm_array_parallelism=settings.parallel,
         slurm_signal_delay_s=SIGNAL_SECONDS,
-        **{f"slurm_{name}": value for name, value in chosen.items() if value},
+        **{f"slurm_{name}": value for name, value in _chosen(settings).items()},
     )
     task = Task(distributed=settings.nodes * settings.gpus > 1)
     try:

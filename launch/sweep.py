@@ -8,13 +8,14 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 """
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import jax
 import rich
 
 import train
-from hybridlm.errors import ConfigError
-from hybridlm.run import cli
+from hybridlm import untrusted
+from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import cli, private
 from launch import engines, grid, local, plan
 from launch.view import View
 
@@ -91,6 +93,13 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0
     workdir = flags.workdir or train.default_workdir(flags.config)
+    workdir = _named(workdir)
+    with stored(workdir):
+        return run(runs, workdir, definition.vmap, flags)
+
+
+def run(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespace) -> int:
+    """Writes the sweep down, and has it run by its launcher."""
     engine = importlib.import_module(LAUNCHERS[flags.launcher])
     settings = engines.settings(engine.Settings, flags.engine)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -99,24 +108,50 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
-        plan.write(runs, workdir, {"command": f"python -m launch.sweep {shlex.join(sys.argv[1:])}"})
+        command = private.hide(f"python -m launch.sweep {shlex.join(sys.argv[1:])}")
+        plan.write(runs, workdir, {"command": command})
         if flags.launcher == "local":
-            return 1 if run_local(runs, workdir, definition.vmap, settings, flags) else 0
-        hand_over(engine, local.jobs(runs, workdir, definition.vmap), workdir, settings, flags.no_submit)
+            return 1 if run_local(runs, workdir, vmap, settings, flags) else 0
+        hand_over(engine, local.jobs(runs, workdir, vmap), workdir, settings, flags.no_submit)
     return 0
+
+
+def _named(workdir: Path) -> Path:
+    """``workdir`` as other programs can be given it: text, and no flag. ConfigError where it is not UTF-8."""
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--workdir", str(workdir), "is not UTF-8", "Give another.") from None
+    return workdir.absolute() if str(workdir).startswith("-") else workdir
+
+
+@contextlib.contextmanager
+def stored(workdir: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a RunError."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or workdir
+        hint = "what the runs have saved is intact; the same command continues"
+        raise RunError(f"{where}: {error.strerror or error}; {hint}.") from error
+
+
+def _say(text: str) -> None:
+    """A line for a terminal, whatever a path holds."""
+    text = untrusted.terminal(private.hide(text))
+    rich.get_console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def hand_over(engine: Any, jobs: list[local.Job], workdir: Path, settings: Any, only_write: bool) -> None:
     """Writes the engine's files and, where its client is here, submits them."""
-    say = lambda text: rich.get_console().print(text, highlight=False, markup=False, soft_wrap=True)
     for path in engine.write(jobs, workdir, settings):
-        say(f"written: {path}")
+        _say(f"written: {path}")
     reason = "--no_submit" if only_write else engine.missing(settings)
     if reason:
-        say(f"not submitted: {reason}")
+        _say(f"not submitted: {reason}")
         return
     for name in engine.submit(jobs, workdir, settings):
-        say(f"submitted: {name}")
+        _say(f"submitted: {name}")
 
 
 def run_local(
@@ -157,6 +192,8 @@ def _device() -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(private.Filter())
     log.setLevel(logging.INFO)
     jax.config.update("jax_platforms", "cpu")  # accelerators belong to the workers
     sys.exit(main(sys.argv[1:]))

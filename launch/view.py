@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group
@@ -12,8 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from hybridlm import untrusted
+from hybridlm.run import private
 from launch.grid import Run
-from launch.local import Job, Status, status
+from launch.local import Job
+from launch.state import Status, number, status
 
 PLAIN_SECONDS = 30.0  # between lines on what runs, when the output is no terminal
 
@@ -58,9 +62,8 @@ class View:
             for run in shown:
                 last = self.states[run.name].last
                 if last:
-                    self.say(
-                        f"  {run.name}: step {last['step']}/{run.config.train.steps}  loss {last['loss']:.4f}"
-                    )
+                    shown_loss = _shown(last, "loss", ".4f")
+                    self.say(f"  {run.name}: step {last['step']}/{run.config.train.steps}  loss {shown_loss}")
             self.say(self.summary())
 
     def table(self, shown: Sequence[Run]) -> Table:
@@ -72,10 +75,12 @@ class View:
         for run in shown:
             last, steps = self.states[run.name].last, run.config.train.steps
             step = last.get("step", 0)
-            numbers = (
-                [f"{last['loss']:.4f}", f"{last['tokens_per_second']:,.0f}"] if last else ["starting", ""]
-            )
-            table.add_row(run.name, ProgressBar(steps, step, width=24), f"{step}/{steps}", *numbers)
+            numbers = ["starting", ""]
+            if last:
+                together = number(last, "packed") or 1
+                whose = f" of {together:.0f} together" if together > 1 else ""
+                numbers = [_shown(last, "loss", ".4f"), _shown(last, "tokens_per_second", ",.0f") + whose]
+            table.add_row(Text(run.name), ProgressBar(steps, step, width=24), f"{step}/{steps}", *numbers)
         return table
 
     def summary(self) -> str:
@@ -100,7 +105,13 @@ class View:
         return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
 
     def say(self, text: str) -> None:
+        text = untrusted.terminal(private.hide(text))
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown(line: dict[str, Any], name: str, form: str) -> str:
+    value = number(line, name)
+    return "not finite" if value is None else format(value, form)
 
 
 def _result(now: Status) -> str:
@@ -109,6 +120,6 @@ def _result(now: Status) -> str:
     if now.state == "finished":
         names = {"val_accuracy": "val accuracy", "val_loss": "val loss", "val_bpb": "val bits/byte"}
         return ": " + ", ".join(
-            f"{shown} {now.last[name]:.4f}" for name, shown in names.items() if name in now.last
+            f"{shown} {_shown(now.last, name, '.4f')}" for name, shown in names.items() if name in now.last
         )
     return ""

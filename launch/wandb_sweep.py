@@ -12,6 +12,7 @@ from hybridlm.errors import RunError
 from hybridlm.run import logbook
 from launch import engines
 from launch.local import Job
+from launch.state import POINT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +39,19 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
         "program": "train.py",
         "method": "grid",
         "metric": metric,
-        "parameters": {"config": {"values": [str(workdir / run.name / "point.json") for run in runs]}},
+        "parameters": {"config": {"values": [str(_shown(workdir) / run.name / POINT) for run in runs]}},
         "command": [
             "${env}", "python", "${program}", "${args}",
             "--config.log.wandb_mode=online", f"--config.log.project={settings.project}",
         ],
     }  # fmt: skip
     return [engines.write(workdir / "wandb.yaml", yaml.safe_dump(sweep, sort_keys=False))]
+
+
+def _shown(workdir: Path) -> Path:
+    """As the agents need it, and W&B keeps it: from where the command was given, where that is possible."""
+    path = workdir.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else workdir
 
 
 def missing(settings: Settings) -> str:

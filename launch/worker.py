@@ -4,7 +4,8 @@
     python -m launch.worker runs/x/seed0 runs/x/seed1 # together in one program
 
 A folder holds point.json, the run's resolved config. What goes wrong is left there as error.txt, its last
-line the reason. With --die_with_parent the process ends when its standard input does: with its parent.
+line the reason; what each start ran on is added to machine.json. With --die_with_parent the process ends when
+its standard input does: with its parent.
 """
 
 import argparse
@@ -19,9 +20,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped
+from hybridlm.run import private
+from launch import machine
+from launch.state import ERROR, POINT
 
-POINT, ERROR, LOCK, MACHINE = "point.json", "error.txt", "worker.lock", "machine.txt"
+LOCK = "worker.lock"
 LOCK_SECONDS = 60  # a killed sweep's worker may take a moment to go
 
 
@@ -32,34 +37,47 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--die_with_parent", action="store_true")
     parser.add_argument("--distributed", action="store_true", help="join the processes of a multi-node run")
+    parser.add_argument("--sharing", type=int, default=1, metavar="N", help="processes on this device")
     flags = parser.parse_args(argv)
     if flags.die_with_parent:
         threading.Thread(target=_die_with_parent, daemon=True).start()
     logging.basicConfig(format="%(message)s", force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(private.Filter())
     logging.getLogger("hybridlm").setLevel(logging.INFO)
     folders = [folder.absolute() for folder in flags.folders]
     if flags.distributed:
         from hybridlm.run import processes
 
         processes.join("auto")
-        code = work(folders)
+        code = work(folders, flags.sharing)
         processes.leave(code, "")
         return code
-    with locked(folders):
-        return work(folders)
+    try:
+        with locked(folders):
+            return work(folders, flags.sharing)
+    except OSError as error:  # no room for the notes: nobody can be told but through the log
+        say(f"failed: {error.filename}: {error.strerror or error}")
+        return 1
 
 
-def work(folders: list[Path]) -> int:
-    """Trains the runs; 0: all finished, 1: some failed, each with its error.txt, 3: stopped when asked."""
+def work(folders: list[Path], sharing: int = 1) -> int:
+    """Trains the runs; 0: all finished, 1: some failed, each with its error.txt, 3: stopped when asked.
+
+    sharing: processes that have this device.
+    """
     import jax
 
     from eval import in_loop
     from hybridlm import config as configs
     from hybridlm import trainer
 
-    for folder in folders:
-        (folder / ERROR).unlink(missing_ok=True)
-        (folder / MACHINE).write_text(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    first = jax.process_index() == 0
+    if first:
+        for folder in folders:
+            (folder / ERROR).unlink(missing_ok=True)
+        kind = jax.devices()[0].device_kind
+        machine.note(folders, machine.start(kind, jax.__version__, sharing, len(folders)))
     failed: dict[Path, str] = {}
     try:
         resolved = [configs.resolve(configs.from_json(folder / POINT)) for folder in folders]
@@ -67,18 +85,25 @@ def work(folders: list[Path]) -> int:
         members = trainer.together(resolved, folders, "auto", tasks)
         failed = {one.workdir: one.failed for one in members if one.failed}
     except Stopped as stopped:
-        print(stopped, flush=True)
+        say(str(stopped))
         return 3
     except (ConfigError, RunError) as error:
         failed = dict.fromkeys(folders, str(error))
     except Exception as error:
-        traceback.print_exc()
+        say(traceback.format_exc())
         lines = [line for line in str(error).splitlines() if line.strip()]
         failed = dict.fromkeys(folders, ": ".join([type(error).__name__, *lines[:1]]))
     for folder, why in failed.items():
-        (folder / ERROR).write_text(why.strip() + "\n")
-        print(f"failed: {folder.name}: {why}", flush=True)
+        say(f"failed: {folder.name}: {why}")
+        if first:
+            untrusted.write_text(folder / ERROR, private.hide(why.strip()) + "\n")
     return int(bool(failed))
+
+
+def say(text: str) -> None:
+    """Into the log, without the user's name and home."""
+    with contextlib.suppress(OSError):  # nothing about showing ends a run
+        print(private.hide(text), flush=True)
 
 
 @contextlib.contextmanager

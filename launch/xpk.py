@@ -1,7 +1,6 @@
 """xpk: a GKE workload for each run, on TPU slices or GPU nodes, restarted when it fails or is pre-empted."""
 
 import dataclasses
-import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -38,10 +37,8 @@ class Settings:
 
 def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
     """xpk.sh, which creates a workload for each run."""
-    lines = [shlex.join(command(run, workdir, settings)) for run in engines.runs(jobs)]
-    return [
-        engines.write(workdir / "xpk.sh", "#!/bin/bash\nset -e\n" + "\n".join(lines) + "\n", executable=True)
-    ]
+    commands = [command(run, workdir, settings) for run in engines.runs(jobs)]
+    return [engines.write(workdir / "xpk.sh", engines.script(commands), executable=True)]
 
 
 def command(run: Run, workdir: Path, settings: Settings) -> list[str]:

@@ -5,6 +5,7 @@ from pallas_kernels.elementwise import elementwise_recurrence
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention_step import linear_attention_step
 from pallas_kernels.short_conv import short_conv
+from pallas_kernels.softmax_attention import softmax_attention
 
 __all__ = [
     "H100",
@@ -17,4 +18,5 @@ __all__ = [
     "linear_attention",
     "linear_attention_step",
     "short_conv",
+    "softmax_attention",
 ]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-KERNELS = {"hopper": "gpu"}  # by name, the platform that they are for
+KERNELS = {"hopper": "gpu", "cudnn": "gpu"}  # by name, the platform that they are for
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -37,7 +37,7 @@ class Device(NamedTuple):
 H100 = Device("gpu", "9.0")
 
 # These are part of the key of JAX's caches: what was traced under one value is not reused under another.
-_auto = jax.make_user_context("auto")
+_auto = jax.make_user_context(("auto",))
 _target = jax.make_user_context(None)
 _recorder = jax.make_user_context(None)
 
@@ -81,10 +81,8 @@ class Op:
 
     def choose(self, call: Any, backend: str = "auto") -> Choice:
         """The backend of ``call``; see `compute`."""
-        backend = self._meaning(backend)
-        kernels = tuple(name for name in self.backends if name in KERNELS)
         refused: tuple[tuple[str, str], ...] = ()
-        for name in {"auto": self.backends, "pallas": kernels}.get(backend, (backend,)):
+        for name in self._candidates(backend):
             reason = self._refusal(name, call)
             if reason is None:
                 return Choice(self.name, _arrays(call), name, refused)
@@ -92,13 +90,15 @@ class Op:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
         raise ValueError(f"backend = {backend!r}: the kernels do not support this call: {reasons}")
 
-    def _meaning(self, backend: str) -> str:
-        if backend == "auto":
-            backend = _auto.value
+    def _candidates(self, backend: str) -> list[str]:
+        """The backends that ``backend`` names, in the order to try them."""
         allowed = dict.fromkeys(("auto", "reference", "xla", "pallas", *self.backends))
-        if backend not in allowed:
-            raise ValueError(f"backend = {backend!r}: must be one of {', '.join(allowed)}")
-        return backend
+        wanted = _auto.value if backend == "auto" else (backend,)
+        meant = {"auto": self.backends, "pallas": tuple(n for n in self.backends if n in KERNELS)}
+        names = [name for one in wanted if one in allowed for name in meant.get(one, (one,))]
+        if not names:
+            raise ValueError(f"backend = {', '.join(wanted)!r}: must be one of {', '.join(allowed)}")
+        return names
 
     def _refusal(self, name: str, call: Any) -> str | None:
         """Why backend ``name`` does not compute the call here, or None."""
@@ -124,12 +124,16 @@ class Op:
 
 
 @contextlib.contextmanager
-def auto_means(backend: str) -> Iterator[None]:
-    """Calls with backend="auto" traced inside use ``backend``, to compare backends under a whole model."""
+def auto_means(*backends: str) -> Iterator[None]:
+    """Calls with backend="auto" traced inside use the first of ``backends`` that can compute them.
+
+    To compare backends under a whole model. Names that an op does not have are passed over.
+    """
     allowed = ("auto", "reference", "xla", "pallas", *KERNELS)
-    if backend not in allowed:
-        raise ValueError(f"backend = {backend!r}: must be one of {', '.join(allowed)}")
-    with _auto(backend):
+    for backend in backends:
+        if backend not in allowed:
+            raise ValueError(f"backend = {backend!r}: must be one of {', '.join(allowed)}")
+    with _auto(backends):
         yield
 
 

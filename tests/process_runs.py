@@ -23,8 +23,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(count: int, arguments: Sequence[str], logs: Path, devices: int = 1) -> list[subprocess.Popen]:
-    """``count`` processes of one run; standard error of each goes to logs/<index>."""
+def start(
+    count: int,
+    arguments: Sequence[str],
+    logs: Path,
+    devices: int = 1,
+    own: Sequence[Sequence[str]] | None = None,
+) -> list[subprocess.Popen]:
+    """``count`` processes of one run; what each prints goes to logs/<index>. own: arguments of each alone."""
     logs.mkdir(exist_ok=True)
     address = f"localhost:{free_port()}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -33,7 +39,8 @@ def start(count: int, arguments: Sequence[str], logs: Path, devices: int = 1) ->
     for index in range(count):
         distributed = [f"--distributed={address},{count},{index}"] if count > 1 else []
         with (logs / str(index)).open("w") as log:
-            command = [sys.executable, "train.py", *arguments, *distributed]
+            more = own[index] if own else []
+            command = [sys.executable, "train.py", *arguments, *more, *distributed]
             started.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )

@@ -225,7 +225,7 @@ def test_a_removal_cut_short_by_a_kill_is_ended_by_the_next_save(tmp_path):
         if entry.name != "step":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     checkpoint.mend(tmp_path)
-    save(tmp_path, {9: None}, last=2, best=1)
+    save(tmp_path, {9: None}, last=2, best=1, scores={3: 0.3, 5: 0.5, 7: 0.7})
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [5, 7, 9]
         jax.tree.map(np.testing.assert_array_equal, saves.restore(9, shapes(state(0))), state(9))

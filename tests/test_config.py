@@ -192,7 +192,7 @@ def test_a_field_that_moved_is_still_read() -> None:
     [
         ("mesh.tensor", "1" + "0" * 30, "at most"),
         ("mixers.kda.head_dim", str(2**63), "at most"),
-        ("model.norm_eps", "1e30", "at most 1"),
+        ("model.norm_eps", "1e30", "between 0 and 1"),
         ("mixers.full.rope_theta", "1e308", "must be"),
         ("eval.temperature", "1e308", "must be"),
         ("train.seed", str(2**63), "at most"),

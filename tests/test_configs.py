@@ -42,7 +42,7 @@ def listed(indices: list[int]) -> str:
 def test_resolved(name: str) -> None:
     config = configs.resolve(configs.load(SHIPPED[name]))
     facts = f"# parameters: {cost.parameters(config)}\n# full attention: {listed(cost.full_layers(config))}\n"
-    check(name, facts + str(config))
+    check(name, facts + configs.to_yaml(config))
 
 
 @pytest.mark.parametrize("task", synthetic.TASKS)

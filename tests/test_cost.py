@@ -75,7 +75,7 @@ def test_train_flops_of_a_transformer() -> None:
 
 def test_window_bounds_the_context_that_is_paid_for() -> None:
     config = resolved("swa", d_model=128)
-    seq_len, window = config.train.seq_len, config.mixers.swa.window
+    seq_len, window = config.train.seq_len, config.mixers["swa"].window
     full = resolved("full", d_model=128)
     visible = sum(min(t, window) for t in range(1, seq_len + 1)) / seq_len
     saved = cost.train_flops_per_token(full) - cost.train_flops_per_token(config)

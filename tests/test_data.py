@@ -19,7 +19,7 @@ def configs(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for i in range(80):
-        (root / f"{i}.txt").write_bytes(rng.integers(0, 256, rng.integers(1, 300), np.uint8).tobytes())
+        (root / f"{i}.txt").write_bytes(rng.integers(32, 127, rng.integers(1, 300), np.uint8).tobytes())
     prepare(f"{root}/*.txt", str(root / "shards"), "bytes", holdout=0.2, shard_tokens=1000)
     text = {"kind": "text", "path": f"{root}/*.txt", "holdout": 0.2}
     shards, mqar = (

@@ -9,6 +9,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import data, trainer
 from hybridlm.data import prepare
+from hybridlm.data import shards as shards_module
 from hybridlm.errors import ConfigError, RunError
 from tests import tiny
 
@@ -30,6 +31,7 @@ def opened(folder, split="train"):
 def edit(shards, change):
     index = json.loads((shards / "index.json").read_text())
     change(index)
+    index["sha256"] = shards_module.index_sum(index)
     (shards / "index.json").write_text(json.dumps(index))
 
 
@@ -73,6 +75,28 @@ def test_a_shard_that_disappears_or_shrinks_in_mid_run_ends_it_by_name(shards, h
             next(batches)
 
 
+def test_a_check_that_cannot_be_made_is_a_failed_one(shards):
+    dataset = opened(shards)
+
+    def broken():
+        raise KeyError("sha256")
+
+    dataset.source.checks = [broken]
+    dataset.verify()
+    with pytest.raises(RunError, match=r"could not be checked \(KeyError: 'sha256'\)"):
+        dataset.verified()
+    with pytest.raises(RunError, match="could not be checked"):
+        dataset.batch(0)
+
+
+def test_a_shard_whose_check_cannot_read_it_is_damaged(shards):
+    dataset = opened(shards)
+    (shards / "train-00003.tokens").unlink()
+    dataset.verify()
+    with pytest.raises(RunError, match=r"train-00003.tokens: the shard cannot be read"):
+        dataset.verified()
+
+
 def test_missing_or_cut_before_the_start_is_refused(shards):
     (shards / "train-00001.offsets").unlink()
     with pytest.raises(ConfigError, match=r"data.path = .*is damaged: train-00001.offsets is missing"):
@@ -83,7 +107,7 @@ def test_an_empty_shard_is_passed_over_and_named(shards, caplog):
     whole = opened(shards).batch(3)["tokens"]
 
     def add(index):
-        empty = {"name": "train-00099", "documents": 0, "tokens": 0, "sha256": ""}
+        empty = {"name": "train-00099", "documents": 0, "tokens": 0, "sha256": ""}  # of no file
         index["splits"]["train"]["shards"].append(empty)
 
     edit(shards, add)

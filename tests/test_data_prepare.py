@@ -2,9 +2,13 @@
 
 import errno
 import gzip
+import importlib.util
 import json
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -13,7 +17,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hybridlm.data import files, shards
+from hybridlm.data import holdout, partial, shards
 from hybridlm.data import tokenizer as tokenizer_module
 from hybridlm.data.prepare import main, prepare
 from hybridlm.data.source import View
@@ -71,7 +75,7 @@ def test_round_trip(tmp_path, corpus, bpe, form, kind):
     index = prepare(
         glob, str(tmp_path / "out"), bpe if kind == "bpe" else "bytes", holdout=0.2, shard_tokens=30
     )
-    held = {key for key, _ in documents if files.held_out(key, 0.2)}
+    held = {key for key, _ in documents if holdout.held_out(key, 0.2)}
     assert 3 < len(held) < 20
     for split in ("train", "val"):
         expected = [text for key, text in documents if (key in held) == (split == "val")]
@@ -143,7 +147,15 @@ def test_main_reports_errors_without_a_trace(tmp_path, capsys):
         ({"output": "file/out"}, "--output", "cannot be created"),
         ({"tokenizer_name": "gone.json"}, "--tokenizer", "No such file"),
         ({"holdout": 1.5}, "--holdout", "must be in"),
-        ({"holdout": 1 - 1e-12}, "--input", "no tokens to train on"),
+        ({"inputs": "empty"}, "--input", "no tokens to train on"),
+        ({"inputs": "empty", "holdout": 0.1}, "--input", "no tokens to train on"),
+        ({"inputs": "short", "holdout": 0.1}, "--holdout", "cannot cut the only text"),
+        ({"inputs": ""}, "--input", "must name files"),
+        ({"holdout": 0.1, "val_inputs": "short"}, "--holdout", "must be 0 where"),
+        ({"tokenizer_name": ""}, "--tokenizer", "must be"),
+        ({"train_bpe": 300}, "--tokenizer", "must be"),
+        ({"tokenizer_name": "", "train_bpe": 100}, "--train_bpe", "more than 257"),
+        ({"tokenizer_name": "", "train_bpe": 100_000}, "--train_bpe", "ids that this text gives"),
         ({"shard_tokens": 0}, "--shard_tokens", "must be positive"),
         ({"text_field": "body"}, "--input", "has no text in 'body'"),
     ],
@@ -152,6 +164,11 @@ def test_refusals_leave_nothing_behind(tmp_path, corpus, changes, field, message
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "busy.partial").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a")
+    for name in ("inputs", "val_inputs"):
+        if changes.get(name):
+            changes = changes | {name: f"{tmp_path}/{changes[name]}.txt"}
     before = sorted(tmp_path.iterdir())
     arguments = {"inputs": corpus["a.jsonl"][0], "output": "out", "tokenizer_name": "bytes"} | changes
     arguments["output"] = str(tmp_path / arguments["output"])
@@ -166,7 +183,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, corpus, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards.Writer, "add", full)
-    with pytest.raises(ConfigError, match="no space left"):
+    with pytest.raises(ConfigError, match=r"No space left on device\. Nothing was kept"):
         prepare(corpus["txt"][0], str(tmp_path / "out"), "bytes")
     assert list(tmp_path.iterdir()) == []
 
@@ -179,3 +196,165 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, corpus, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus["txt"][0], str(tmp_path / "out"), "bytes")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("fraction", [1e-6, 0.05, 0.5, 1 - 1e-6])
+def test_a_holdout_always_leaves_both_splits_something(tmp_path, bpe, kind, fraction):
+    for number in (2, 20):
+        for i in range(number):
+            (tmp_path / f"{i:02}.txt").write_text(f"text {i}")
+        out = tmp_path / f"out{number}"
+        index = prepare(f"{tmp_path}/*.txt", str(out), bpe if kind == "bpe" else "bytes", holdout=fraction)
+        names = [f"{i:02}.txt" for i in range(number)]
+        held_N = holdout.choose(names, fraction)  # the rule of data kind "text"
+        for split in ("train", "val"):
+            texts, source = read_back(out, split)
+            wanted = [f"text {i}" for i in range(number) if held_N[i] == (split == "val")]
+            assert sorted(texts) == sorted(wanted)
+            assert index["splits"][split]["text_bytes"] == sum(map(len, wanted))
+            for check in source.checks:
+                check()
+
+
+def test_a_single_document_is_cut(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").touch()
+    index = prepare(f"{tmp_path}/*.txt", str(tmp_path / "out"), "bytes", holdout=0.1)
+    [[train], _], [[val], _] = (read_back(tmp_path / "out", split) for split in ("train", "val"))
+    assert train + val == text and train.endswith("\n") and 0.08 < len(val) / len(text) < 0.11
+    assert index["empty_documents"] == 1
+    index = prepare(f"{tmp_path}/*.txt", str(tmp_path / "whole"), "bytes")
+    assert read_back(tmp_path / "whole", "train")[0] == [text]
+
+
+def test_held_out_files_can_be_named(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}")
+    prepare(f"{tmp_path}/*.txt", str(tmp_path / "out"), "bytes", val_inputs=f"{tmp_path}/[45].txt")
+    assert read_back(tmp_path / "out", "train")[0] == [f"text {i}" for i in range(4)]
+    assert read_back(tmp_path / "out", "val")[0] == ["text 4", "text 5"]
+    with pytest.raises(ConfigError, match="holds out every file"):
+        prepare(f"{tmp_path}/*.txt", str(tmp_path / "o"), "bytes", val_inputs=f"{tmp_path}/*.txt")
+
+
+def test_null_texts_are_counted_in_every_format(tmp_path, capsys):
+    texts = ["a", None, "b", "", None]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.pq")
+    for name in ("a.jsonl", "a.pq"):
+        out = tmp_path / f"{name}.out"
+        flags = ["--input", str(tmp_path / name), "--output", str(out), "--tokenizer", "bytes"]
+        assert main(flags) == 0
+        printed = capsys.readouterr().out
+        assert "left out: 3 documents without tokens, of which 2 with null for a text" in printed
+        assert "tokens/s" in printed
+        index = json.loads((out / "index.json").read_text())
+        assert (index["empty_documents"], index["null_documents"]) == (3, 2)
+        assert read_back(out, "train")[0] == ["a", "b"]
+
+
+def test_a_tokenizer_can_be_trained(tmp_path, corpus):
+    contents = []
+    for name in ("one", "two"):
+        index = prepare(corpus["txt"][0], str(tmp_path / name), train_bpe=290, holdout=0.2)
+        assert index["vocab_size"] == 290 and index["doc_id"] == 0
+        contents.append((tmp_path / name / "tokenizer.json").read_bytes())
+    assert contents[0] == contents[1]
+    texts = [text for split in ("train", "val") for text in read_back(tmp_path / "one", split)[0]]
+    assert sorted(texts) == sorted(TEXTS)
+    tokens = tokenizer_module.load(str(tmp_path / "one" / "tokenizer.json"))
+    # Merges come from the training documents alone, and shorten the text; any text is read back.
+    assert len(tokens.encode(TEXTS[6])) < 0.8 * len(TEXTS[6].encode())
+    assert tokens.decode(tokens.encode("жаба <doc>\x00")) == "жаба <doc>\x00"
+
+
+def test_damage_in_the_middle_of_training_a_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "some words " * 99 + '"}\nnot json')
+    with pytest.raises(ConfigError, match=r"a.jsonl:2'.*is not JSON"):
+        prepare(str(tmp_path / "a.jsonl"), str(tmp_path / "out"), train_bpe=258)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_a_text_that_the_tokenizer_refuses_is_one_line(tmp_path, corpus):
+    tokenizers.Tokenizer(models.WordLevel({"a": 0})).save(str(tmp_path / "t.json"))
+    with pytest.raises(ConfigError, match=r"cannot encode 'document 0: '.*Missing \[UNK\]") as error:
+        prepare(corpus["txt"][0], str(tmp_path / "out"), str(tmp_path / "t.json"))
+    assert error.value.field == "--tokenizer" and os.listdir(tmp_path) == ["t.json"]
+
+
+KILLED = """
+import os, sys
+from hybridlm.data import prepare, tokenizer
+tokenizer.Tokenizer.documents = lambda self, texts: os.kill(os.getpid(), 9)
+prepare.main(sys.argv[1:])
+"""
+
+
+def test_the_same_command_goes_on_after_a_kill(tmp_path, corpus):
+    flags = ["--input", corpus["txt"][0], "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", KILLED, *flags], check=False, env=environment)
+    assert done.returncode == -9 and os.listdir(tmp_path) == ["out.partial"]
+    assert main(flags) == 0 and os.listdir(tmp_path) == ["out"]
+
+
+def test_what_another_prepare_writes_is_left_alone(tmp_path, corpus):
+    with partial.folder(tmp_path / "out", "--output") as folder:
+        (folder / "index.json").write_text("{}")
+        with pytest.raises(ConfigError, match=r"unfinished out.partial"):
+            prepare(corpus["txt"][0], str(tmp_path / "out"), "bytes")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["index.json"]
+    theirs = tmp_path / "next.partial"
+    theirs.mkdir()
+    for name in ("lock", "thesis.tex"):  # a folder that only looks like ours
+        (theirs / name).touch()
+    with pytest.raises(ConfigError, match=r"unfinished next.partial"):
+        prepare(corpus["txt"][0], str(tmp_path / "next"), "bytes")
+    assert sorted(os.listdir(theirs)) == ["lock", "thesis.tex"]
+
+
+LIMITED = """
+import resource, signal, sys
+from hybridlm.data import prepare
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(prepare.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("descriptors", "said"), [(64, "--output"), (6, "Too many open files")])
+def test_limits_of_the_system_are_one_line(tmp_path, corpus, descriptors, said):
+    """A file that may not grow stands for a full disk."""
+    flags = ["--input", corpus["a.jsonl"][0], "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", LIMITED, str(descriptors), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert "--output" in done.stderr or "--input" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
+    page = Path(__file__).parent.parent / "docs" / "data.md"
+    block = page.read_text().split("```bash\n")[1].split("```")[0].splitlines()
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus/deep", "data"):
+        Path(name).mkdir(parents=True)
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
+    with pyarrow.CompressedOutputStream("corpus/a.jsonl.zst", "zstd") as out:
+        out.write(lines)
+    for name in ("deep/a", "last"):
+        Path(f"corpus/{name}.txt").write_text("".join(TEXTS))
+    for line in block:
+        command = shlex.split(line)
+        assert command[:3] == ["python", "-m", "hybridlm.data.prepare"]
+        if "--dataset" not in command or importlib.util.find_spec("datasets"):
+            if "--dataset" in command:
+                import datasets
+
+                datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk("corpus/saved")
+            assert main(command[3:]) == 0
+            assert read_back(tmp_path / command[command.index("--output") + 1], "val")[0]

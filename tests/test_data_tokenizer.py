@@ -1,3 +1,7 @@
+import json
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tokenizers
@@ -154,3 +158,105 @@ def test_wide_vocabularies_take_four_bytes(tmp_path):
     model = models.WordLevel(vocabulary, unk_token="0")
     path = train(tmp_path / "t.json", model=model, pre_tokenizer=None, decoder=decoders.Fuse())
     assert tokenizer.load(path).dtype == np.dtype("<u4")
+
+
+def test_entries_outside_the_byte_alphabet_stand_for_themselves(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "a☃b", "c d", "\t"])}
+    model = models.BPE(vocabulary, [])
+    path = train(tmp_path / "t.json", model=model, pre_tokenizer=None, decoder=decoders.ByteLevel())
+    file = tokenizer.load(path)
+    ids = [vocabulary[token] for token in ("a", "a☃b", "Ġ", "c d", "\t", "b")]
+    assert file.decode(ids) == "aa☃b c d\tb" == b"".join(file.pieces[i] for i in ids).decode()
+
+
+def test_what_looks_like_a_byte_piece_is_one_only_if_it_is(tmp_path):
+    vocabulary = {"<0xZZ>": 0, "<0x+1>": 1, "<0x41>": 2, "▁": 3}
+    path = train(
+        tmp_path / "t.json", model=models.BPE(vocabulary, []), pre_tokenizer=None,
+        decoder=decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+    )  # fmt: skip
+    assert tokenizer.load(path).pieces[:4] == [b"<0xZZ>", b"<0x+1>", b"A", b" "]
+
+
+def test_a_word_that_a_file_cannot_encode_is_named(tmp_path):
+    path = train(
+        tmp_path / "t.json", model=models.WordLevel({"a": 0}), pre_tokenizer=pre_tokenizers.Whitespace(),
+        decoder=decoders.Fuse(),
+    )  # fmt: skip
+    file = tokenizer.load(path)
+    assert file.documents([b"a a"])[0].tolist() == [1, 0, 0]
+    texts = [b"a", b"no such word", b"a"]
+    for encode in (lambda: file.documents(texts), lambda: file.encode("no such word")):
+        with pytest.raises(ConfigError, match=r"cannot encode 'no such word'.*Missing \[UNK\]") as error:
+            encode()
+        assert error.value.field == "tokenizer"
+
+
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+def test_an_id_that_would_fill_the_memory_is_refused(tmp_path, byte_level, where):
+    described = json.loads(Path(byte_level).read_text())
+    if where == "vocab":
+        described["model"]["vocab"]["zz"] = 4_000_000_000
+    else:
+        described["added_tokens"][0]["id"] = 4_000_000_000
+    (tmp_path / "t.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="has an id of 4,000,000,000, must be below 16,777,216"):
+        tokenizer.load(str(tmp_path / "t.json"))
+
+
+def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(byte_level, monkeypatch):
+    chance = random.Random(0)
+    words = [word for text in TEXTS for word in text.split(" ")] + ["\n\n", "  ", "\t", "x\n", "\r\n", "☃☃"]
+    text = " ".join(chance.choice(words) for _ in range(5000))
+    whole = tokenizer.load(byte_level).documents([text.encode()])[0]
+    monkeypatch.setattr(tokenizer, "PIECE", 300)
+    monkeypatch.setattr(tokenizer, "BATCH", 1000)
+    file = tokenizer.load(byte_level)
+    assert len(file._cut(text)) > 20 and "".join(file._cut(text)) == text
+    short, document, last = file.documents([b"a", text.encode(), b"b"])
+    assert document.tolist() == whole.tolist()
+    assert (short.tolist(), last.tolist()) == ([0, *file.encode("a")], [0, *file.encode("b")])
+
+
+def llama_like(tmp_path):
+    """Words with their space before them; the decoder strips the first space, as Llama's does."""
+    vocabulary = {"<unk>": 0, "▁": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    vocabulary |= {piece: 258 + i for i, piece in enumerate(["a", "b", "▁a", "▁ab", "ab"])}
+    merges = [("▁", "a"), ("a", "b"), ("▁a", "b")]
+    chain = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return train(
+        tmp_path / "t.json", model=models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"),
+        pre_tokenizer=None, decoder=decoders.Sequence(chain),
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    )  # fmt: skip
+
+
+def test_a_completion_keeps_the_space_before_its_first_word(tmp_path):
+    file = tokenizer.load(llama_like(tmp_path))
+    prompt, ids = file.encode("ab a"), file.encode("ab b☃")
+    assert file.decode(ids) == "ab b☃"  # by itself it has lost a space
+    assert file.decode_after(prompt, ids) == " ab b☃"
+    assert file.decode_after([], ids) == "ab b☃"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "byte_level", "llama_like"])
+def test_a_stream_gives_what_decoding_all_gives(tmp_path, byte_level, kind):
+    names = {"bytes": "bytes", "byte_level": byte_level, "llama_like": llama_like(tmp_path)}
+    file = tokenizer.load(names[kind])
+    text = "ab a ☃\U0001f600 naïve  b\n" * 40
+    ids = file.encode(text)
+    assert len(ids) > 5 * tokenizer.CONTEXT
+    for cut in (0, 1, 7, 150):
+        stream = file.stream(ids[:cut])
+        parts = [stream.add(token) for token in ids[cut:]]
+        assert "".join(parts) + stream.end() == file.decode_after(ids[:cut], ids[cut:])
+        assert max(map(len, parts)) < 8 and "\ufffd" not in "".join(parts)
+    stream = file.stream()
+    assert "".join(stream.add(i) for i in file.encode("a☃")[:-1]).strip() == "a"  # half a character is held
+    assert "\ufffd" in stream.end()
+
+
+def test_bytes_decode_after():
+    bytes_ = tokenizer.load("bytes")
+    assert bytes_.decode_after([97, 0xE2, 0x98], [0x83, 98]) == "☃b"

@@ -144,6 +144,14 @@ def test_auto_means_and_compiled_for_reach_functions_jitted_before(kernels):
     assert explain(layer, SHORT["q"])[0].backend == "xla"
     with auto_means("reference"):
         assert explain(layer, SHORT["q"])[0].backend == "reference"
+    with (
+        auto_means("cudnn", "hopper", "xla"),
+        compiled_for(H100),
+    ):  # in this order; linear_attention has no cudnn
+        assert explain(layer, SHORT["q"])[0].backend == "hopper"
+        assert explain(layer, LONG["q"])[0].backend == "xla"
+    with auto_means("cudnn"), pytest.raises(ValueError, match="must be one of"):
+        explain(layer, SHORT["q"])
     with compiled_for(H100):
         assert explain(layer, SHORT["q"])[0].backend == "hopper"
     with pytest.raises(ValueError, match="must be one of"), auto_means("cuda"):

@@ -67,7 +67,7 @@ def test_interpreted(name, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-ALIKE = [(0.0, 0.9, 3e-3), (0.9, 0.9, 3e-3), (0.95, 1.9, 2e-2)]  # cosine of two keys, beta, tolerance
+ALIKE = [(0.0, 0.9), (0.9, 0.9), (0.95, 1.9), (1.0, 1.9), (1.0, 2.0)]  # cosine of two keys, beta
 
 
 def alike(cosine, seed=0):
@@ -76,33 +76,38 @@ def alike(cosine, seed=0):
 
 
 @pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("cosine, beta, tolerance", ALIKE)
-def test_inverse_of_alike_keys(cosine, beta, tolerance, interpret):
-    """Where a Neumann product loses everything, block doubling in float16 keeps the rounding of bf16."""
+@pytest.mark.parametrize("cosine, beta", ALIKE)
+def test_inverse_of_alike_keys(cosine, beta, interpret):
+    """Where a Neumann product loses everything, doubling leaves the rounding of results to bf16."""
     k = jnp.asarray(alike(cosine)[None, :, None], jnp.bfloat16)
     call = make_case(tokens=64, decay=0.0)[0]
     call = dataclasses.replace(call, k=k, beta=jnp.full((1, 64, 1), beta), interpret=interpret)
     keys = np.asarray(k, np.float64)[0, :, 0]
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     want = np.linalg.inv(np.eye(64) + beta * np.tril(keys @ keys.T, -1)) - np.eye(64)
-    assert relative_error(chunk_inverses(prepare(call))[0, 0], want) < tolerance
+    assert relative_error(chunk_inverses(prepare(call))[0, 0], want) < 3e-3
 
 
-@pytest.mark.parametrize("cosine, beta, tolerance", ALIKE)
-def test_inverse_thread_by_thread(cosine, beta, tolerance, monkeypatch):
+@pytest.mark.parametrize("cosine, beta", ALIKE)
+def test_inverse_thread_by_thread(cosine, beta, monkeypatch):
     """The instructions that the interpreter replaces by products of blocks."""
     keys = alike(cosine)
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     lower = beta * keys @ keys.T  # with what it must ignore on and above the diagonal
     warp_emulator.patch(monkeypatch, inverse)
     places = [warp_emulator.place((column, half)) for column in range(8) for half in range(2)]
-    registers = [warp_emulator.pair(-lower[r, c], -lower[r, c + 1]) for r, c in places]
-    blocks = inverse._inverse(inverse._Warp(None), [registers[j : j + 4] for j in range(0, 16, 4)])
+    high = np.float16(-lower)
+    registers = [
+        [warp_emulator.pair(part[r, c], part[r, c + 1]) for r, c in places]
+        for part in (high, np.float16(-lower - high))
+    ]
+    blocks = [tuple(part[j : j + 4] for part in registers) for j in range(0, 16, 4)]
+    blocks = inverse._inverse(inverse._Parts(inverse._Warp(None)), blocks)
     got = np.zeros((64, 64), np.float32)
     for (r, c), register in zip(places, itertools.chain(*blocks), strict=True):
         got[r, c], got[r, c + 1] = ((register >> s << 16).view(np.float32) for s in (0, 16))
     want = np.linalg.inv(np.eye(64) + np.tril(lower, -1)) - np.eye(64)
-    assert relative_error(got, want) < tolerance
+    assert relative_error(got, want) < 3e-3
     assert not np.triu(got).any()
 
 

@@ -90,7 +90,9 @@ def test_slurm_script_is_an_array_of_the_runs(jobs, tmp_path: Path, monkeypatch:
     scontrol = client(tmp_path, "scontrol", "", monkeypatch)
     task = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "7"}
     assert subprocess.run(["bash", script], env={**task, "STOP": "1"}, check=False).returncode == 1
-    assert read(srun) == [["python", "-m", "launch.worker", "--distributed", str(workdir / "hgrn2_3-1")]]
+    folder = str(workdir / "hgrn2_3-1")
+    assert read(srun) == [["python", "-m", "launch.worker", "--distributed", "--", folder]]
+    assert f"#SBATCH --output={workdir}/slurm_%A_%a.log\n" in text
     assert not scontrol.exists()
     assert subprocess.run(["bash", script], env={**task, "STOP": "3"}, check=False).returncode == 0
     assert read(scontrol) == [["requeue", "7_2"]]
@@ -131,6 +133,13 @@ def test_submitit_runs_a_task_and_requeues_it(tmp_path: Path, monkeypatch: pytes
     assert job.result() != 0  # the worker ran, and refused a folder that is not there
     again = slurm.Task(False).checkpoint(["a"])
     assert isinstance(again, submitit.helpers.DelayedSubmission) and again.args == (["a"],)
+
+
+def test_slurm_settings_are_words(jobs, tmp_path: Path):
+    for value in ("a\n#SBATCH --wrap=touch x", "a b", "a;'", "a#b"):
+        with pytest.raises(ConfigError, match="--engine qos"):
+            slurm.write(jobs, tmp_path / "grid", slurm.Settings(qos=value))
+    slurm.write(jobs, tmp_path / "grid", slurm.Settings(constraint="a100&(ib|roce)*2"))
 
 
 # SkyPilot, xpk
@@ -235,3 +244,96 @@ def test_without_a_client_the_files_are_written(
     )
     shown = capsys.readouterr().out
     assert "written: " in shown and re.search(f"not submitted: .*({reason})", shown)
+
+
+# Names that a shell would read something into
+
+AWKWARD = [
+    "a b", "$(touch INTRUDER)", "`touch INTRUDER`", "a\nb; touch INTRUDER", "a';touch INTRUDER;'", "-x", "~",
+    '"$HOME"', "a&b|c>d", "a\\", "#a", "a*[b]?", "!a", "a\ttouch", "ä\u2028b", "%A{x}", "a=b",
+]  # fmt: skip
+
+
+@pytest.fixture(params=AWKWARD, ids=[f"name{i}" for i in range(len(AWKWARD))])
+def awkward(request, runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """(jobs, workdir) in a folder of that name, with an axis' value of that text; commands run beside it."""
+    text = request.param
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    workdir = Path(text)
+    workdir.mkdir()
+    fields = {"eval.sample_prompt": text}
+    config = configs.resolve(configs.load(str(ROOT / "configs/quickstart.py"), fields))
+    chosen = [grid.Run("seed0", {}, str(ROOT / "configs/quickstart.py"), fields, config)]
+    yield [local.Job(chosen, workdir)], workdir
+    assert not list(tmp_path.rglob("INTRUDER*"))
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_slurm_scripts_of_awkward_names(awkward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    jobs, workdir = awkward
+    script, _ = slurm.write(jobs, workdir, slurm.Settings(gpus=1))
+    for line in script.read_text().splitlines():
+        assert not line.startswith("#SBATCH") or re.fullmatch(r"#SBATCH --[\w-]+(=[\w./%@+=-]+)?", line)
+    assert len(re.findall("^workdir=", script.read_text(), re.MULTILINE)) == 1
+    srun = client(tmp_path, "srun", "echo said", monkeypatch)
+    task = {**os.environ, "SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "7"}
+    subprocess.run(["bash", "--", script], env=task, check=True)
+    assert read(srun) == [["python", "-m", "launch.worker", "--", str(workdir / "seed0")]]
+    simple = slurm.PLAIN.fullmatch(str(workdir)) is not None
+    assert (workdir / "slurm_7_0.log").exists() != simple  # of a simple name sbatch makes the log itself
+
+
+def test_skypilot_files_of_awkward_names(awkward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    jobs, workdir = awkward
+    path, script = skypilot.write(jobs, workdir, skypilot.Settings(nodes=2))
+    assert len(script.read_text().splitlines()) == 3
+    calls = client(tmp_path, "sky", "", monkeypatch)
+    subprocess.run(["bash", "--", script], check=True)
+    (words,) = read(calls)
+    assert words[-1] == str(path)
+    environment = dict(word.split("=", 1) for word in words if word.startswith(("RUN=", "ARGUMENTS=")))
+    python = client(tmp_path, "python", "", monkeypatch)
+    given = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    task = yaml.safe_load(path.read_text())
+    subprocess.run(["bash", "-c", task["run"]], env={**os.environ, **environment, **given}, check=True)
+    (words,) = read(python)
+    assert words[-1] == "--distributed=10.0.0.1:8476,2,1"
+    trains(words[1:], jobs[0].runs[0], f"/runs/{workdir.name}/seed0")
+
+
+def test_xpk_files_of_awkward_names(awkward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The client puts the command into YAML by itself, so it is one line; a shell there takes it apart."""
+    jobs, workdir = awkward
+    (script,) = xpk.write(jobs, workdir, xpk.Settings(cluster="c", image="i"))
+    calls = client(tmp_path, "xpk", "", monkeypatch)
+    subprocess.run(["bash", "--", script], check=True)
+    (words,) = read(calls)
+    command = words[words.index("--command") + 1]
+    assert "\n" not in command and command.isprintable()
+    python = client(tmp_path, "python", "", monkeypatch)
+    subprocess.run(["bash", "-c", command], check=True)
+    (words,) = read(python)
+    assert words[-1] == "--distributed=auto"
+    trains(words[1:], jobs[0].runs[0], f"/runs/{workdir.name}/seed0")
+
+
+def test_wandb_files_of_awkward_names(awkward):
+    jobs, workdir = awkward
+    (path,) = wandb_sweep.write(jobs, workdir, wandb_sweep.Settings())
+    written = yaml.safe_load(path.read_text())
+    assert written["parameters"]["config"]["values"] == [str(workdir / "seed0" / "point.json")]
+
+
+def test_submitit_is_not_given_what_it_cannot_quote(jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace())
+    with pytest.raises(ConfigError, match=r"slurm\.sh with sbatch"):
+        slurm.submit(jobs, tmp_path / "a\n#SBATCH --x", slurm.Settings())
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "s.py").write_text(SWEEP)
+    assert sweep.main([f"--config={tmp_path}/s.py", f"--workdir={tmp_path}/\udcff"]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err

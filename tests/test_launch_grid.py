@@ -1,5 +1,6 @@
 """Sweep files to points: which runs there are, what they are called, and what bad sweeps get."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import cost
 from hybridlm.errors import ConfigError
-from launch import grid, plan, sweep
+from launch import grid, guess, plan, sweep
 from launch.grid import Sweep, axis, zipped
 
 MQAR = "configs/mqar.py"
@@ -174,6 +175,46 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path):
     changed = grid.runs(Sweep(MQAR, [axis("seed", 0)], {**SMALL, "train.steps": 7}))
     with pytest.raises(ConfigError, match=r"'seed0' with another config: train.steps: 20000 -> 7"):
         plan.write(changed, tmp_path, {})
+
+
+def test_a_run_is_called_by_what_a_folder_can_be_called(tmp_path: Path):
+    """Values that lead elsewhere, are too long, or hold a home."""
+    home = str(Path.home() / "data")
+    labels = {"..": 0, "../../x": 1, "/etc": 2, "_": 3, "a\nb": 4, "y" * 300: 5, "$(touch x)": 6, home: 7}
+    named = axis("which", **{label: {"train.seed": seed} for label, seed in labels.items()})
+    runs = grid.runs(Sweep(MQAR, [named], SMALL))
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(labels) and names[0] == "run" and names[4] == "a-b"
+    for run in runs:
+        assert (tmp_path / run.name).parent == tmp_path and len(run.name) < 256
+        assert (
+            home not in run.point["which"] and str(Path.home()).strip("/").replace("/", "-") not in run.name
+        )
+    plan.write(runs, tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(names)
+
+
+def test_a_run_called_like_a_file_of_the_sweep(tmp_path: Path):
+    (tmp_path / "lock").write_text("")
+    runs = grid.runs(Sweep(MQAR, [axis("size", lock={"train.seed": 1})], SMALL))
+    with pytest.raises(ConfigError, match="'lock': a run cannot have this name"):
+        plan.write(runs, tmp_path, {})
+
+
+def test_guessing():
+    """MQAR asks for one of the values, half of the ids; text for any id; tasks in the loop for their own."""
+    of = lambda spec, **fields: guess.of(
+        configs.resolve(configs.load(spec, {k.replace("__", "."): v for k, v in fields.items()}))
+    )
+    assert of(MQAR) == {"recall": 1 / 4096, "loss": pytest.approx(math.log(4096))}
+    text = of("configs/quickstart.py")
+    assert text["recall"] is None and text["loss"] > math.log(200)
+    loop = of("configs/quickstart.py", eval__tasks="mqar_8")
+    assert loop["recall"] == pytest.approx(2 / round(math.exp(loop["loss"])), rel=0.01)
+    parity = of(MQAR, data__kind="state_tracking", data__group="parity")
+    assert parity["recall"] == 0.5
+    with pytest.raises(ConfigError, match="no such task"):
+        of(MQAR, eval__tasks="mqar_9")
 
 
 def test_hours_follow_from_the_device(capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,8 @@
 """The local engine against real processes: skipping, failing, retrying, being killed and going on."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from launch import grid, local, sweep
+from hybridlm import untrusted
+from launch import grid, local, plan, state, sweep
 from launch.grid import Sweep, axis
+from launch.view import View
 
 ROOT = Path(__file__).parents[1]
 FILE = """
@@ -63,6 +68,137 @@ def test_one_bad_run_stops_no_other(fake: None, tmp_path: Path, capsys, monkeypa
     assert "5 finished; 0 to start" not in capsys.readouterr().out
     assert sweep.main(command) == 0
     assert "5 finished; 0 to start" in capsys.readouterr().out
+
+
+def test_killed_between_the_last_line_and_the_last_checkpoint(
+    fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """All lines of metrics, no checkpoint: not finished, and trained on."""
+    command = [write(tmp_path / "s.py", (77, 1), 8), f"--workdir={tmp_path}/w"]
+    assert sweep.main(command) == 1
+    assert "failed: pure_seed77: killed by signal 9" in capsys.readouterr().out
+    folder = tmp_path / "w" / "pure_seed77"
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+    (folder / "error.txt").unlink()  # as when the whole sweep is killed there
+    assert state.status(folder, 8).state == "queued"
+    monkeypatch.setenv("FIXED", "1")
+    assert sweep.main(command) == 0
+    assert len((folder / "starts.txt").read_text().splitlines()) == 2
+    assert state.status(folder, 8).state == "finished"
+    assert state.sealed(folder / "checkpoints" / "8")
+
+
+@pytest.mark.parametrize("name", ["a b", "$(touch INTRUDER)", "a\nb", "-x", "a[/b] $_{x$", "r[1]", "ä", "*"])
+def test_awkward_folders(name: str, fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Nothing of the name is read as more than a name; what is shown of it is text on one line."""
+    monkeypatch.chdir(tmp_path)
+    text = FILE.replace("configs/mqar.py", str(ROOT / "configs/mqar.py"))
+    text = text.replace("SEEDS", "(0,)").replace("STEPS", "2").replace("VMAP", "False")
+    (tmp_path / "s.py").write_text(text)
+    assert sweep.main([f"--config={tmp_path}/s.py", f"--workdir={name}"]) == 0
+    shown = capsys.readouterr().out
+    assert "written: " in shown.splitlines()[-1] and (tmp_path / name / "report.html").exists()
+    assert state.status(tmp_path / name / "pure_seed0", 2).state == "finished"
+    assert not list(tmp_path.rglob("INTRUDER"))
+
+
+def test_home_is_in_no_file(fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    home = tmp_path / "home" / "jane"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USER", "jane")
+    monkeypatch.setenv("LOGNAME", "jane")
+    text = FILE.replace("SEEDS", "(0, 66, 13)").replace("STEPS", "6").replace("VMAP", "False")
+    axes = f'axes = [axis("where", here={{"eval.sample_prompt": "{home}/a"}}), axis("data.kind", "mqar"), '
+    text = text.replace("axes = [", axes).replace('"configs/', f'"{ROOT}/configs/')
+    (home / "s.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["sweep", f"--config={home}/s.py"])
+    assert sweep.main([f"--config={home}/s.py", f"--workdir={home}/w"]) == 1
+    shown = capsys.readouterr().out
+    written = [path for path in (home / "w").rglob("*") if path.is_file()]
+    names = {path.name for path in written}
+    assert {"report.html", "sweep.json", "results.csv", "error.txt", "log.txt", "point.json"} <= names
+    for path in written:
+        if path.name not in ("starts.txt", "point.json"):
+            assert str(home).encode() not in path.read_bytes(), path
+    assert str(home) not in shown
+
+
+def test_a_disk_that_is_full_or_read_only(
+    fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """At the start, and at the end: one line, exit code 1, what is there is kept."""
+    command = [write(tmp_path / "s.py", (0,), 3), f"--workdir={tmp_path}/w"]
+    kept = untrusted.write_bytes
+
+    def refuses(name: str):
+        def write_bytes(path, content):
+            if Path(path).name == name:
+                raise OSError(30, "Read-only file system", str(path))
+            kept(path, content)
+
+        return write_bytes
+
+    for name in ("sweep.json", "report.html"):
+        monkeypatch.setattr(untrusted, "write_bytes", refuses(name))
+        assert sweep.main(command) == 1
+        message = capsys.readouterr().err
+        assert (
+            message.startswith("error: ") and message.count("\n") == 1 and "Read-only file system" in message
+        )
+        assert "Traceback" not in message
+    monkeypatch.setattr(untrusted, "write_bytes", kept)
+    assert state.status(tmp_path / "w" / "pure_seed0", 3).state == "finished"
+    assert sweep.main(command) == 0
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from launch import grid, machine, plan
+from launch.grid import Sweep, axis
+workdir = Path(sys.argv[1])
+runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", *range(8))]))
+print("ready", flush=True)
+while True:
+    plan.write(runs, workdir, {"command": "x" * 200_000})
+    machine.note([workdir / "seed0"], {"device": "y" * 200_000})
+"""
+
+
+def test_killed_while_writing(tmp_path: Path):
+    """kill -9 at any moment leaves each small file as it was before or as it was to be."""
+    for delay in (0.0, 0.03, 0.1, 0.17):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        give_up = time.monotonic() + 60
+        while not (tmp_path / "seed0" / "machine.json").exists():
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for path in (
+            tmp_path / "sweep.json",
+            *tmp_path.glob("seed*/point.json"),
+            *tmp_path.glob("seed*/machine.json"),
+        ):
+            json.loads(path.read_text())
+    plan.write(grid.runs(Sweep("configs/mqar.py", [axis("seed", *range(8))])), tmp_path, {})
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 9999, "\udcff"])
+def test_a_damaged_point_is_written_anew(damage: str, tmp_path: Path):
+    runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", 0)]))
+    plan.write(runs, tmp_path, {})
+    whole = (tmp_path / "seed0" / "point.json").read_text()
+    (tmp_path / "seed0" / "point.json").write_text(damage, errors="surrogateescape")
+    plan.write(runs, tmp_path, {})
+    assert (tmp_path / "seed0" / "point.json").read_text() == whole
 
 
 DRIVER = """
@@ -144,6 +280,7 @@ def test_gpus_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (job,) = local.jobs(runs, tmp_path, vmap=False)
     job.start(device, per_device=3)
     assert job.process is not None and job.process.wait(10) == 0
+    job.log.join(10)
     assert (tmp_path / "seed0" / "log.txt").read_text() == "on 1 with 0.30 of its memory\n"
     assert 1 <= local.fitting([job], [device]) <= local.MOST_JOBS
 
@@ -156,5 +293,36 @@ def test_the_real_worker(tmp_path: Path, capsys):
         folder = tmp_path / "w" / f"pure_seed{seed}"
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 6
         assert {"config.json", "layers.json", "checkpoints"} <= {path.name for path in folder.iterdir()}
+        assert state.sealed(folder / "checkpoints" / "6")
+        (start,) = state.starts(folder)
+        assert (start["together"], start["processes"]) == (2, 1) and start["commit"] and start["date"]
+    assert "tokens/s" not in (tmp_path / "w" / "report.html").read_text()  # of two in one program
     assert "Fatal" not in (tmp_path / "w" / "pure_seed0" / "log.txt").read_text()
     assert (tmp_path / "w" / "report.html").exists()
+
+
+def test_the_real_worker_trains_on_without_its_last_checkpoint(tmp_path: Path):
+    """As a kill between the last line and the final save leaves it."""
+    text = write(tmp_path / "s.py", (0,), 6)
+    arguments = [text, f"--workdir={tmp_path}/w", "--config.checkpoint.every_steps=2"]
+    assert sweep.main(arguments) == 0
+    folder = tmp_path / "w" / "pure_seed0"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(folder / "checkpoints" / "6")
+    assert state.status(folder, 6).state == "queued"
+    assert sweep.main(arguments) == 0
+    assert state.sealed(folder / "checkpoints" / "6") and len(state.starts(folder)) == 2
+    again = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in again] == [json.loads(line)["loss"] for line in lines]
+
+
+def test_the_live_table_says_whose_speed_it_is(tmp_path: Path):
+    runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", 0, 1)]))
+    for run, packed in zip(runs, (2, 1), strict=True):
+        (tmp_path / run.name).mkdir()
+        line = {"step": 1, "loss": None, "tokens_per_second": 1000.0, "packed": packed}
+        (tmp_path / run.name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    console = Console(record=True, width=120)
+    console.print(View(runs, tmp_path, console).table(runs))
+    _, first, second = [line for line in console.export_text().splitlines() if "s" in line]
+    assert "1,000 of 2 together" in first and "together" not in second and "not finite" in second

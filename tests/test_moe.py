@@ -156,7 +156,7 @@ def test_the_selection_bias_follows_its_rule_and_evens_the_load(tmp_path) -> Non
     """arXiv 2408.15664, algorithm 1: beside a run without the rule, from a router that prefers one expert."""
 
     def trained(rate: float) -> tuple[np.ndarray, np.ndarray]:
-        """(selection bias after 60 steps, choices of each expert in the last step)."""
+        """(selection bias after 90 steps, choices of each expert in the last 30)."""
         config = tiny.config(tiny.write_text(tmp_path), model__pattern="retnet/moe")
         settings = dict(num_experts=4, top_k=1, hidden=8, router="sigmoid", balance_loss=0.0)
         config.mlps = {"moe": configs.mlp("moe", selection_bias=True, bias_rate=rate, **settings)}
@@ -167,21 +167,19 @@ def test_the_selection_bias_follows_its_rule_and_evens_the_load(tmp_path) -> Non
         built = program.build(resolved, definition, mesh, None)
         source = member.build_data(resolved, "train")
         state = built.init(jax.random.key(0))
-        skewed = jnp.zeros_like(state["params"]["segments.0.0.mlp.router.kernel"]).at[..., 0].set(1.0)
-        state["params"]["segments.0.0.mlp.router.kernel"] += skewed
-        bias = "segments.0.0.mlp.selection_bias"
-        assert not any(
-            bias in name for name in trees.flatten(state["opt_state"])
-        )  # the optimiser has no part
-        before, expected, loads = np.asarray(state["params"][bias]), None, None
-        for step in range(60):
+        router, bias = (f"segments.0.0.mlp.{name}" for name in ("router.kernel", "selection_bias"))
+        assert not any(bias in name for name in trees.flatten(state["opt_state"]))
+        state["params"][router] += jnp.zeros_like(state["params"][router]).at[..., 0].set(1.0)
+        total = np.zeros(4)
+        for step in range(90):
             batch = source.batch(step)
             loads = np.asarray(load(definition, state["params"], batch))
-            expected = before + rate * np.sign(loads.mean() - loads)
-            state, _ = built.step(state, sharding.put_batch(batch, mesh))
             before = np.asarray(state["params"][bias])[0, 0]
-            np.testing.assert_allclose(before, np.reshape(expected, before.shape), atol=1e-6)
-        return before, loads
+            state, _ = built.step(state, sharding.put_batch(batch, mesh))
+            expected = before + rate * np.sign(loads.mean() - loads)
+            np.testing.assert_allclose(state["params"][bias][0, 0], expected, atol=1e-6)
+            total += loads * (step >= 60)
+        return np.asarray(state["params"][bias])[0, 0], total
 
     @functools.partial(jax.jit, static_argnums=0)
     def load(definition, params, batch):
@@ -189,5 +187,6 @@ def test_the_selection_bias_follows_its_rule_and_evens_the_load(tmp_path) -> Non
         return model.merge(definition, params).forward(batch["tokens"], rows, ("load",))[1]["layers.0.load"]
 
     (_, uneven), (bias, even) = trained(0.0), trained(0.02)
-    assert uneven.max() / uneven.mean() > 1.5 > 1.25 > even.max() / even.mean()
-    assert bias[0] < 0 < bias[1:].max()
+    worst = lambda total: total.max() / total.mean()
+    assert worst(uneven) > 2 > 1.6 > worst(even), (worst(uneven), worst(even))
+    assert bias.min() < 0 < bias.max()

@@ -91,3 +91,34 @@ def test_step_takes_any_leading_axes_and_keeps_dtypes():
     x["state"] = x["state"].astype(jnp.bfloat16)
     with pytest.raises(ValueError, match=r"state.dtype = bfloat16: must be float32 or float64"):
         step(**x)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize("by", [2**32, -(2**40)])
+def test_ids_of_64_bits_are_told_apart(backend, by):
+    """As NumPy gives them: JAX would keep their lower 32 bits."""
+    x = cast(random_problem(1, 6, "head", "delta", "mild"), jnp.float32)
+    run = lambda ids: linear_attention(**x | {"segment_ids": ids}, backend=backend)[0]
+    wide = np.array([[7, 7, 7 + by, 7 + by, 7, 7]] * 2)
+    np.testing.assert_array_equal(run(wide), run(np.array([[0, 0, 1, 1, 0, 0]] * 2, np.int32)))
+    np.testing.assert_array_equal(run(wide.astype(np.uint64)), run(wide))
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_no_rows_are_no_error(backend):
+    x = {name: a[:0] for name, a in random_problem(1, 6, "channel", "delta", "mild").items()}
+    x = {name: jnp.asarray(a) for name, a in x.items()}
+    run = lambda q: linear_attention(**x | {"q": q}, output_final_state=True, backend=backend)
+    (o, state), pull = jax.vjp(run, x["q"])
+    assert (o.shape, state.shape) == (x["v"].shape, x["initial_state"].shape)
+    assert pull((o, state))[0].shape == x["q"].shape
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize(("decay", "update"), [("none", "additive"), ("head", "delta"), ("channel", "delta")])
+def test_ranks_need_no_promotion(backend, decay, update):
+    x = cast(random_problem(1, 20, decay, update, "mild"), jnp.float32)
+    ids = x.pop("segment_ids")
+    loss = lambda x: jnp.sum(linear_attention(**x, segment_ids=ids, qk_l2norm=True, backend=backend)[0])
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.grad(loss), x)

@@ -81,7 +81,7 @@ def test_what_is_hidden(home, text, hidden):
 def test_reading_a_checkpoint_and_its_config_executes_nothing(tmp_path):
     """By Python's audit events; their hook cannot be removed, so it is switched off."""
     with Checkpoints(tmp_path / "checkpoints") as saves:
-        saves.save(1, state(1), record(1), {})
+        saves.save(1, state(1), record(1))
     (tmp_path / "config.json").write_text(configs.to_json(tiny.config("python-stdlib:")))
     with Checkpoints(tmp_path / "checkpoints") as saves:
         saves.restore(1, shapes(state(0)))  # imports that reading needs are done

@@ -9,6 +9,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import trainer
 from hybridlm.errors import ConfigError
+from hybridlm.run.lock import Lock
 from hybridlm.run.processes import join
 from tests import process_runs, tiny
 
@@ -60,7 +61,7 @@ def test_a_failure_of_one_is_told_by_all(tmp_path):
     tiny.write_text(tmp_path)
     workdir = tmp_path / "run"
     workdir.mkdir()
-    with trainer.Lock(workdir):
+    with Lock(workdir):
         running = process_runs.start(
             2, process_runs.arguments(tmp_path, workdir, **FIELDS), tmp_path / "logs"
         )
@@ -68,6 +69,19 @@ def test_a_failure_of_one_is_told_by_all(tmp_path):
     for index in (0, 1):
         assert "is in use by process" in (tmp_path / "logs" / str(index)).read_text()
     assert re.search(r"process 0 \(pid \d+ on .*\): error: --workdir", (tmp_path / "logs" / "1").read_text())
+
+
+def test_processes_that_differ_do_not_train(tmp_path):
+    """Each would have trained on half of the devices' gradients of another model."""
+    tiny.write_text(tmp_path)
+    given = process_runs.arguments(tmp_path, tmp_path / "run", **FIELDS)
+    own = [[], ["--config.optimizer.learning_rate=0.5"]]
+    running = process_runs.start(2, given, tmp_path / "logs", own=own)
+    assert process_runs.finish(running, seconds=200) == [2, 2]
+    for index in (0, 1):
+        log = (tmp_path / "logs" / str(index)).read_text()
+        assert "optimizer.learning_rate" in log and "is 0.5 in process 1, and 0.001 in process 0" in log
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("spec", ["", "here", "localhost,2,0", "localhost:1,two,0"])

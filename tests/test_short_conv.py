@@ -99,6 +99,13 @@ def test_reference(width, silu):
     np.testing.assert_allclose(run(*args), short_conv(*args, silu=silu, backend="xla"), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_ranks_need_no_promotion(backend):
+    x, kernel, positions, _ = make_case(features=8, tokens=4)
+    with jax.numpy_rank_promotion("raise"):
+        assert short_conv(x, kernel, positions, x[:, :3], silu=True, backend=backend).shape == x.shape
+
+
 def test_history_continues_a_row():
     x, kernel, positions, _ = make_case(features=8)
     whole = short_conv(x, kernel, positions, silu=True)

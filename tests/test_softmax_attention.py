@@ -1,15 +1,14 @@
-"""Blockwise attention and its token cache against a naive float64 softmax."""
-
-from functools import partial
+"""Softmax attention against a naive float64 softmax: reference, blockwise and what cuDNN gets."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm import softmax_attention
-from hybridlm.rows import Rows
-from hybridlm.softmax_attention import TokenCache, append, attend, blockwise, fused, packed_indices, slots
+from pallas_kernels import Device, explain, softmax_attention
+from pallas_kernels.dispatch import H100
+from pallas_kernels.softmax_attention import cudnn, xla
+from pallas_kernels.softmax_attention.call import AttentionCall
 
 POSITIONS = np.stack([np.r_[np.arange(5), np.arange(1), np.arange(17)], np.r_[np.arange(3), np.arange(20)]])
 
@@ -30,27 +29,32 @@ def naive(q, k, v, positions, scale, window):
     return o
 
 
-@pytest.fixture
-def arrays():
+def make_arrays():
     rng = np.random.default_rng(0)
     shapes = {"q": (2, 23, 6, 4), "k": (2, 23, 2, 4), "v": (2, 23, 2, 3)}
     return [np.float32(rng.normal(size=shape)) for shape in shapes.values()]
 
 
-@pytest.mark.parametrize("block", [1024, 8, "fused"])
+def starts(positions=POSITIONS):
+    return jnp.asarray((positions == 0) & (np.arange(positions.shape[1]) > 0))
+
+
+@pytest.mark.parametrize("path", ["reference", "xla", "blocks of 8", "codes"])
 @pytest.mark.parametrize("window", [0, 6])
-def test_against_naive_softmax(arrays, block, window, monkeypatch):
-    monkeypatch.setattr(softmax_attention, "MAX_BLOCK", block)
-    rows = Rows(None, jnp.asarray(POSITIONS))
+def test_against_naive_softmax(path, window, monkeypatch):
+    arrays = make_arrays()
+    monkeypatch.setattr(xla, "MAX_BLOCK", 8 if path == "blocks of 8" else 1024)
+    ids = np.cumsum(POSITIONS == 0, axis=1)
+    backend = "reference" if path == "reference" else "xla"
 
     @jax.jit
     def run(q, k, v):
-        if block == "fused":  # the rewriting for cuDNN, in XLA's arithmetic
-            return fused(q, k, v, rows, 0.4, window, "xla")
-        return attend(q, k, v, rows, scale=0.4, window=window)
+        if path == "codes":  # the rewriting for cuDNN, in XLA's arithmetic
+            return cudnn.softmax_attention(AttentionCall(q, k, v, starts(), 0.4, window), "xla")
+        return softmax_attention(q, k, v, segment_ids=ids, scale=0.4, window=window, backend=backend)
 
-    # The document codes of `fused` add up to 1000 to the scores, which costs their last digits.
-    tolerance = 1e-3 if block == "fused" else 2e-6
+    # The document codes add up to 1000 to the scores, which costs their last digits.
+    tolerance = 1e-3 if path == "codes" else 2e-6
     expected = naive(*arrays, POSITIONS, 0.4, window)
     np.testing.assert_allclose(run(*arrays), expected, atol=tolerance)
     rng = np.random.default_rng(1)
@@ -69,42 +73,156 @@ def test_against_naive_softmax(arrays, block, window, monkeypatch):
         np.testing.assert_allclose((np.asarray(grad) * direction).sum(), slope, rtol=1e-4, atol=5 * tolerance)
 
 
+def test_without_documents_and_in_float64():
+    q, k, v = make_arrays()
+    expected = naive(q, k, v, np.broadcast_to(np.arange(23), (2, 23)), 0.5, 0)
+    for backend in ("reference", "xla"):
+        np.testing.assert_allclose(softmax_attention(q, k, v, backend=backend), expected, atol=2e-6)
+    coded = cudnn.softmax_attention(AttentionCall(*map(jnp.asarray, (q, k, v)), None, 0.5), "xla")
+    np.testing.assert_allclose(coded, expected, atol=2e-6)
+    with jax.enable_x64(True):
+        exact = softmax_attention(*(np.float64(x) for x in (q, k, v)), backend="reference")
+        np.testing.assert_allclose(exact, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_later_tokens_and_other_documents_do_not_move_a_bit():
+    q, k, v = (jnp.asarray(x) for x in make_arrays())
+    ids = np.cumsum(POSITIONS == 0, axis=1)
+    run = jax.jit(lambda q, k, v: softmax_attention(q, k, v, segment_ids=ids, backend="xla"))
+    o = run(q, k, v)
+    np.testing.assert_array_equal(run(*(x.at[:, 14:].set(9.0) for x in (q, k, v)))[:, :14], o[:, :14])
+    np.testing.assert_array_equal(run(*(x.at[:, :3].set(9.0) for x in (q, k, v)))[:, 6:], o[:, 6:])
+
+
 def test_long_rows_never_hold_all_scores():
     shape = jax.ShapeDtypeStruct((1, 32768, 2, 16), jnp.bfloat16)
-    rows = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
+    ids = jax.ShapeDtypeStruct((1, 32768), jnp.int32)
 
-    def loss(q, k, v, positions):
-        return attend(q, k, v, Rows(positions, positions), scale=1.0).astype(jnp.float32).sum()
+    def loss(q, k, v, ids):
+        return softmax_attention(q, k, v, segment_ids=ids, backend="xla").astype(jnp.float32).sum()
 
-    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, rows).compile()
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 32768**2 * 4 / 16  # of one head's T x T float32
 
 
-@partial(jax.jit, static_argnames="window")
-def extend(q, k, v, positions, cache, window):
-    index_T, first_BT = packed_indices(Rows(positions, positions), cache.length, window)
-    cache, keys, index_S = append(cache, (k, v), window)
-    return blockwise(q, *keys, index_T, first_BT, index_S, scale=0.4), cache
+def structs(dim=64, value_dim=None, dtype=jnp.bfloat16, length=4096):
+    shape = (2, length, 4)
+    q = jax.ShapeDtypeStruct((*shape, dim), dtype)
+    return q, q, jax.ShapeDtypeStruct((*shape, value_dim or dim), dtype)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 23, [4, 9, 1, 1, 8], [23]])
-@pytest.mark.parametrize("window", [0, 6])
-def test_cache_in_pieces_equals_the_whole(arrays, pieces, window):
-    size = window or 30
-    cache = TokenCache(tuple(jnp.zeros((2, size, 2, dim)) for dim in (4, 3)), jnp.int32(0))
-    outputs, at = [], 0
-    for piece in pieces:
-        q, k, v = (x[:, at : at + piece] for x in arrays)
-        positions = jnp.asarray(POSITIONS[:, at : at + piece])
-        output, cache = extend(q, k, v, positions, cache, window)
-        assert cache.tokens[0].shape[1] == size
-        outputs.append(output)
-        at += piece
-    np.testing.assert_allclose(np.concatenate(outputs, 1), naive(*arrays, POSITIONS, 0.4, window), atol=2e-6)
+@pytest.mark.parametrize(
+    ("options", "documents", "device", "refusal"),
+    [
+        (dict(), True, H100, None),
+        (dict(dim=128), True, H100, None),
+        (dict(dim=240), True, H100, None),
+        (dict(dim=256), False, H100, None),
+        (dict(dim=256), True, H100, "256 (and 16 channels for documents) and 256 (at most 256"),
+        (dict(dim=128), True, Device("gpu", "8.0"), "at most 128"),
+        (dict(dim=64), True, Device("gpu", "10.3"), None),
+        (dict(dim=64), True, Device("gpu", "7.5"), "compute capability 7.5"),
+        (dict(dim=64, value_dim=128), True, H100, "values no wider"),
+        (dict(dtype=jnp.float32), True, H100, "its arrays are float32"),
+        (dict(), True, Device("cpu"), "the platform is cpu"),
+    ],
+)
+def test_who_computes_a_call(options, documents, device, refusal):
+    ids = jax.ShapeDtypeStruct((2, 4096), jnp.int32) if documents else None
+    [choice] = explain(softmax_attention, *structs(**options), segment_ids=ids, device=device)
+    assert choice.backend == ("xla" if refusal else "cudnn")
+    assert not refusal or refusal in choice.refused[0][1]
 
 
-def test_long_caches_are_whole_blocks():
-    """With room for every token, a sixty-fourth to spare at most, and short ones exact."""
-    for tokens in (1, 23, 65536, 65537, 66560, 262144 + 64):
-        size = slots(tokens)
-        assert size == tokens if tokens <= 65536 else size % 1024 == 0 and tokens <= size < tokens * 65 / 64
+def test_what_packed_sequences_are():
+    """Offsets and lengths say, document by document, which tokens see each other."""
+    places, lengths = cudnn.sequences(starts(), 4)
+    assert (places.dtype, lengths.dtype) == (jnp.int32, jnp.int32)
+    np.testing.assert_array_equal(places, [[0, 5, 6, -1, -1], [0, 3, -1, -1, -1]])
+    np.testing.assert_array_equal(lengths, [[5, 1, 17, -1], [3, 20, -1, -1]])
+    one = cudnn.sequences(jnp.zeros((1, 9), bool), 2)
+    np.testing.assert_array_equal(one[0], [[0, -1, -1]])
+    np.testing.assert_array_equal(one[1], [[9, -1]])
+
+
+def ragged_by_numpy(call, most):
+    """What cuDNN makes of offsets and lengths: each document alone."""
+    with jax.ensure_compile_time_eval():
+        places, lengths = (np.asarray(x) for x in cudnn.sequences(call.starts, most))
+
+    def run(*arrays):
+        arrays = [np.asarray(x) for x in arrays]
+        o = np.zeros((*arrays[0].shape[:3], arrays[2].shape[-1]), np.float32)
+        for b, n in np.ndindex(lengths.shape):
+            if lengths[b, n] > 0:
+                at = slice(places[b, n], places[b, n] + lengths[b, n])
+                alone = (x[b : b + 1, at] for x in arrays)
+                o[b, at] = naive(*alone, np.arange(lengths[b, n])[None], call.scale, call.window)[0]
+        return o
+
+    shape = jax.ShapeDtypeStruct((*call.q.shape[:3], call.v.shape[-1]), call.v.dtype)
+    return jax.pure_callback(run, shape, call.q, call.k, call.v)
+
+
+@pytest.mark.parametrize("most", [2, 3, 8])
+def test_packed_documents_and_rows_with_too_many(most, monkeypatch):
+    ragged = []
+
+    def run(call, most):
+        ragged.append(most)
+        return ragged_by_numpy(call, most)
+
+    monkeypatch.setattr(cudnn, "_ragged", run)
+    arrays = make_arrays()
+    call = AttentionCall(*map(jnp.asarray, arrays), starts(), 0.4, 6)
+    np.testing.assert_allclose(cudnn.packed(call, most), naive(*arrays, POSITIONS, 0.4, 6), atol=2e-6)
+    assert ragged == [most]
+
+
+def test_packed_documents_reach_cudnn(monkeypatch):
+    """What cuDNN is asked for, forward and backward; jax's function for it is not public and may move."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91400)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+    q, k, v = structs(length=256)
+
+    def run(q, k, v, starts):
+        call = AttentionCall(q, k, v, starts, 0.125, 7)
+        return jax.vjp(lambda q: cudnn._ragged(AttentionCall(q, k, v, starts, 0.125, 7), 3), q)[1](call.q)
+
+    traced = jax.jit(run).trace(q, k, v, jax.ShapeDtypeStruct((2, 256), bool))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@__cudnn$fmhaSoftmax" in line]
+    assert ["Backward" in line for line in calls] == [False, True]
+    for line in calls:
+        for setting in ("PADDING_CAUSAL", "sliding_window_length\\22: 7", "max_seg_per_batch\\22: 3"):
+            assert setting in line
+
+
+GOOD = dict(q=jnp.zeros((2, 5, 4, 8)), k=jnp.zeros((2, 5, 2, 8)), v=jnp.zeros((2, 5, 2, 6)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", dict(q=jnp.zeros((2, 5, 4)))),
+        ("q", dict(q=jnp.zeros((2, 5, 3, 8)))),
+        ("k", dict(k=jnp.zeros((2, 5, 2, 7)))),
+        ("v", dict(v=jnp.zeros((2, 4, 2, 6)))),
+        ("v", dict(v=jnp.zeros((2, 5, 2, 6), jnp.int32))),
+        ("segment_ids", dict(segment_ids=jnp.zeros((5,), jnp.int32))),
+        ("window", dict(window=-1)),
+        ("window", dict(window=1.5)),
+        ("scale", dict(scale="half")),
+        ("backend", dict(backend="fast")),
+        ("backend", dict(backend="cudnn")),
+    ],
+)
+def test_bad_arguments_are_named(name, change):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        softmax_attention(**GOOD | change)
+
+
+def test_empty_calls():
+    assert softmax_attention(*(x[:0] for x in GOOD.values())).shape == (0, 5, 4, 6)
+    assert softmax_attention(*(x[:, :0] for x in GOOD.values())).shape == (2, 0, 4, 6)

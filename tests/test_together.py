@@ -96,7 +96,7 @@ def test_stopped_and_resumed(together, tmp_path: Path, monkeypatch: pytest.Monke
     """Asked to stop after step 5, both save there, and go on as if they had not been."""
     chosen, workdirs, _ = together
     again = folders(tmp_path, "ab")
-    asked = iter([0] * 4)
+    asked = iter([0] * 5)  # before the first step, and after four
     monkeypatch.setattr(interrupt.Stop, "asked", lambda self: next(asked, interrupt.TIME_LIMIT))
     with pytest.raises(Stopped, match="at step 5"):
         trainer.together(chosen[:2], again)

@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
     config = resolved(
         text,
         model__pattern="retnet",
-        optimizer__learning_rate=1e30,
+        optimizer__learning_rate=1e9,
         optimizer__warmup_steps=0,
         checkpoint__every_steps=1,
         train__max_skipped=1,

@@ -83,7 +83,7 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
         train__steps=9,
         train__max_skipped=2,
         checkpoint__every_steps=2,
-        optimizer__learning_rate=1e30,
+        optimizer__learning_rate=1e9,
         optimizer__warmup_steps=0,
     )
     with pytest.raises(RunError, match=r"step (\d): .* 3 updates in a row since step (\d)") as caught:

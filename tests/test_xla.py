@@ -99,6 +99,57 @@ def test_infinite_decay_is_a_reset():
     assert gradient[:, 5:].any()
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "log_decay", "beta", "initial_state"])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_what_is_not_finite_does_not_cross_a_reset(decay, name):
+    """Also inside a chunk, and to tokens before it; in its document it spoils what comes after."""
+    x = cast(random_problem(2, 100, decay, "delta", "mild"), jnp.float32)
+    ids = jnp.asarray([[0] * 20 + [1] * 30 + [2] * 50] * B)
+    floats = {n: a for n, a in x.items() if n != "segment_ids"}
+    where = (slice(None), 0, 1, 2) if name == "initial_state" else (slice(None), 30)
+    poisoned = floats | {name: floats[name].at[where].set(jnp.nan)}
+
+    def outputs(floats):
+        o, state = linear_attention(
+            **floats, segment_ids=ids, qk_l2norm=True, output_final_state=True, backend="xla"
+        )
+        return o, state
+
+    @jax.jit
+    def run_both(floats):
+        (o, state), pull = jax.vjp(outputs, floats)
+        return o, state, pull((jnp.ones_like(o), jnp.ones_like(state)))[0]
+
+    (o, state, d), (want_o, want_state, want_d) = run_both(poisoned), run_both(floats)
+    clean = np.ones(100, bool)
+    clean[slice(0, 20) if name == "initial_state" else slice(30, 31 if name == "q" else 50)] = False
+    np.testing.assert_allclose(o[:, clean], want_o[:, clean], rtol=1e-5, atol=1e-5)
+    heads = 1 if name == "initial_state" else HV
+    assert np.isnan(o[:, ~clean][:, :, :heads]).all()
+    np.testing.assert_allclose(state, want_state, rtol=1e-5, atol=1e-5)
+    for n in set(d) - {"initial_state"}:
+        np.testing.assert_allclose(d[n][:, 50:], want_d[n][:, 50:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("beta", "bound"), [(1.9, 2e-5), (2.0, 2e-7 * 1024 * 3)])
+def test_equal_keys_and_betas_up_to_two(beta, bound):
+    """The docstring's figures; at 2 nothing fades, so that roundings of k.k add up."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 1024, 1, 64)).astype(np.float32) for _ in "qkv")
+    k = np.broadcast_to(k[:, :1], k.shape)
+
+    def run(backend, dtype):
+        x = [jnp.asarray(a, dtype) for a in (q, k, v)]
+        rates = jnp.full((1, 1024, 1), beta, dtype)
+        attend = functools.partial(linear_attention, beta=rates, qk_l2norm=True, backend=backend)
+        return np.float64(jax.jit(attend)(*x)[0])
+
+    with jax.enable_x64(True):
+        want = run("reference", jnp.float64)
+    error = np.linalg.norm(run("xla", jnp.float32) - want) / np.linalg.norm(want)
+    assert error < bound, error
+
+
 @pytest.fixture(scope="module")
 def small():
     """(function of one example's arrays, a batch of examples, values and gradients computed one by one)."""

@@ -82,6 +82,7 @@ def patch(monkeypatch, module):
         "cvt.rn.f16x2.f32": pair,
         "cvt.rn.bf16x2.f32": _bf16_pair,
         "{.reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16": lambda x: np.float32(halves(x)[0]),
+        "{.reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16": lambda x: map(np.float32, halves(x)),
         "movmatrix.sync.aligned.m8n8.trans.b16": _transpose,
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": _multiply,
         "st.shared.v4.b32": memory.store,

@@ -80,6 +80,9 @@ class Dataset:
                     check()
             except RunError as error:
                 self.damage = error
+            except Exception as error:  # what could not be checked is not taken for sound
+                said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                self.damage = RunError(f"data: the stored files could not be checked ({said}).")
 
         self.verifier = threading.Thread(target=read, name="data", daemon=True)
         self.verifier.start()

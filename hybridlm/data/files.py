@@ -1,32 +1,16 @@
-"""Globs to files, files to documents, and the rule that holds documents out."""
+"""Comma-separated paths and globs to files."""
 
 import glob
-import gzip
-import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
 
 STDLIB = "python-stdlib:"  # in place of a glob: the source text of the running Python's standard library
-STRUCTURED = (".jsonl", ".jsonl.gz", ".parquet")  # many documents a file
-UNREADABLE = (
-    ".gz",
-    ".zst",
-    ".bz2",
-    ".xz",
-    ".zip",
-    ".tar",
-    ".arrow",
-    ".json",
-)  # read neither as text nor otherwise
 
 
 class File(NamedTuple):
@@ -39,11 +23,19 @@ class File(NamedTuple):
 def find(patterns: str, field: str) -> list[File]:
     """Files that match comma-separated globs (``**`` descends), each once, in order of pattern, then key.
 
-    Raises ConfigError for a missing path, a directory and a glob that matches nothing.
+    A path that exists is meant as it is spelt, with the commas and brackets in its names; so are the folders
+    that a glob begins with. Raises ConfigError for a missing path, for what is no regular file, and for a
+    glob that matches nothing.
     """
     found: dict[str, File] = {}
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        files = _stdlib() if pattern == STDLIB else _glob(pattern, field)
+    for pattern in _patterns(patterns):
+        try:
+            files = _stdlib() if pattern == STDLIB else _glob(pattern, field)
+        except ConfigError as error:
+            if "," not in patterns:
+                raise
+            fix = f"{error.fix} Commas separate the parts of {patterns!r}."
+            raise ConfigError(field, error.value, error.allowed, fix) from error
         for file in files:
             found.setdefault(os.path.realpath(file.path), file)
     if not found:
@@ -51,46 +43,60 @@ def find(patterns: str, field: str) -> list[File]:
     return list(found.values())
 
 
-def held_out(key: str, fraction: float) -> bool:
-    """Whether the document called ``key`` belongs to the held-out ``fraction``: its hash alone decides."""
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2.0**64
+def _patterns(patterns: str) -> Iterator[str]:
+    """``patterns`` cut at its commas, but for those inside of names: the longest name that exists is one."""
+    parts = patterns.split(",")
+    while parts:
+        for count in range(len(parts), 0, -1):
+            joined = ",".join(parts[:count]).strip()
+            if count == 1 or (joined and _names(joined)):
+                break
+        parts = parts[count:]
+        if joined:
+            yield joined
 
 
-def read(file: File, text_field: str, field: str) -> Iterator[tuple[str, bytes, float]]:
-    """Documents of one file, streamed: (key, text, part of the file read so far).
+def _names(pattern: str) -> bool:
+    """Whether a pattern with a comma in it is one path, or a glob below a folder that has that comma."""
+    fixed, rest = _literal(os.path.expanduser(pattern))
+    return not rest or ("," not in rest and "," in fixed)
 
-    ``.jsonl``, ``.jsonl.gz`` and ``.parquet`` hold one document a record, in ``text_field``; any other file
-    is one document. Raises ConfigError for compressed or binary formats and for records without the text.
-    """
-    try:
-        if file.path.endswith(".parquet"):
-            yield from _parquet(file, text_field, field)
-        elif file.path.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl(file, text_field, field)
-        elif file.path.endswith(UNREADABLE):
-            allowed = "must be text, or one of " + ", ".join(STRUCTURED)
-            raise ConfigError(field, file.path, allowed, "Unpack or convert it first.")
-        else:
-            yield file.key, Path(file.path).read_bytes(), 1.0
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise ConfigError(field, file.path, "cannot be read", f"{type(error).__name__}: {error}.") from error
+
+def _literal(pattern: str) -> tuple[str, str]:
+    """The longest start of ``pattern`` that exists as it is spelt, and the rest."""
+    parts = Path(pattern).parts
+    count = len(parts)
+    while count and not os.path.lexists(os.path.join(*parts[:count])):
+        count -= 1
+    fixed = os.path.join(*parts[:count]) if count else ""
+    return fixed, os.path.join(*parts[count:]) if count < len(parts) else ""
 
 
 def _glob(pattern: str, field: str) -> list[File]:
     pattern = os.path.expanduser(pattern)
-    if not glob.has_magic(pattern):
+    if "\0" in pattern:
+        raise ConfigError(field, pattern, "holds a NUL, which no name does")
+    root, rest = _literal(pattern)
+    if not rest:
         if os.path.isdir(pattern):
             raise ConfigError(field, pattern, "is a directory", f"Try {os.path.join(pattern, '**/*.txt')!r}.")
-        if not os.path.exists(pattern):
-            raise ConfigError(field, pattern, "does not exist", "Check the path, or mount the data.")
+        untrusted.regular(pattern, field)
         return [File(os.path.basename(pattern), pattern)]
-    parts = Path(pattern).parts
-    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    root = os.path.join(*parts[:fixed]) if fixed else ""
-    paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    if not glob.has_magic(rest):
+        fix = "Check the path, or mount the data."
+        if root and not os.path.isdir(root):
+            fix = f"{root!r} is a file."
+        raise ConfigError(field, pattern, "does not exist", fix)
+    # The folders before the first wildcard are fixed too, also where they do not exist.
+    parts = Path(rest).parts
+    first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = os.path.join(root, *parts[:first])
+    paths = glob.glob(os.path.join(glob.escape(root), *parts[first:]), recursive=True)
+    paths = [path for path in paths if os.path.isfile(path)]
     if not paths:
-        raise ConfigError(field, pattern, "matches no file", "Check the glob; ** descends into directories.")
+        brackets = " Brackets stand for one of the characters in them." if "[" in rest else ""
+        fix = f"Check the glob; ** descends into directories.{brackets}"
+        raise ConfigError(field, pattern, "matches no file", fix)
     return sorted(File(Path(os.path.relpath(path, root or ".")).as_posix(), path) for path in paths)
 
 
@@ -106,41 +112,3 @@ def _stdlib() -> list[File]:
                 path = Path(folder, name)
                 files.append(File(path.relative_to(root).as_posix(), str(path)))
     return sorted(files)
-
-
-def _jsonl(file: File, text_field: str, field: str) -> Iterator[tuple[str, bytes, float]]:
-    size = max(os.path.getsize(file.path), 1)
-    with open(file.path, "rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if file.path.endswith(".gz") else raw
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file.path}:{number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(field, where, "is not JSON", f"{error}.") from error
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                names = ", ".join(record) if isinstance(record, dict) else "none"
-                raise ConfigError(field, where, f"has no text in {text_field!r}", f"Its fields: {names}.")
-            # JSON can spell half a surrogate pair, which is no character and has no UTF-8: "?" stands for it.
-            yield f"{file.key}#{number}", text.encode(errors="replace"), raw.tell() / size
-
-
-def _parquet(file: File, text_field: str, field: str) -> Iterator[tuple[str, bytes, float]]:
-    with pyarrow.parquet.ParquetFile(file.path) as table:
-        if text_field not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise ConfigError(field, file.path, f"has no column {text_field!r}", f"Its columns: {names}.")
-        number, total = 0, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-            for value in batch.column(0):
-                number += 1
-                text = value.as_py()
-                if not isinstance(text, str | None):
-                    where = f"{file.path}:{number}"
-                    raise ConfigError(
-                        field, where, f"has no text in {text_field!r}", f"It holds {value.type}."
-                    )
-                yield f"{file.key}#{number}", (text or "").encode(), number / total

@@ -11,7 +11,7 @@ for, of which a separator has none: the length of a code from which the document
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,21 +27,20 @@ DOCUMENT_ORDER, ROW_ORDER = 0, 1  # keep the two permutations of an epoch indepe
 class Documents:
     """Tokenised documents, N of them, in one flat array or several (memory-mapped shards).
 
-    arrays: flat tokens.  shard_N: the array that a document lies in.  start_N: its place there.
+    arrays: flat tokens; a RunError where the file of one is gone.
+    shard_N: the array that a document lies in.  start_N: its place there.
     length_N: its tokens, the separator at its start included; at least 2.
     digest: names the content.
     name: document -> where it is found.
-    present: called with the number of an array before it is read; raises RunError when its file is gone.
     checks: each reads a stored file whole and raises RunError when it is not what was written.
     """
 
-    arrays: tuple[np.ndarray, ...]
+    arrays: Sequence[np.ndarray]
     shard_N: np.ndarray
     start_N: np.ndarray
     length_N: np.ndarray
     digest: str
     name: Callable[[int], str] = str
-    present: Callable[[int], None] = lambda array: None
     checks: tuple[Callable[[], None], ...] = ()
 
 
@@ -136,7 +135,6 @@ class PackedDocuments:
         documents = self.documents
         for rank, document, offset, place in self._pieces(index):
             array = int(documents.shard_N[document])
-            documents.present(array)
             flat, count = documents.arrays[array], place.stop - place.start
             source = int(documents.start_N[document]) + offset
             ends = offset + count == documents.length_N[document]

@@ -1,7 +1,7 @@
-"""Data kind "shards": a directory of tokens that `python -m hybridlm.data.prepare` wrote, read through mmap.
+"""Data kind "shards": a directory of tokens that `python -m hybridlm.data.prepare` wrote, read by mmap.
 
-index.json                 format, tokenizer and its hash, dtype, vocab_size, doc_id, and for each split the
-                           totals and the shards with their counts and SHA-256
+index.json                 format, tokenizer and its hash, dtype, vocab_size, doc_id; for each split totals,
+                           and shards with their counts and the SHA-256 of both files; its own SHA-256
 tokenizer.json             a copy of the tokenizer file, unless the tokens are bytes
 train-00000.tokens         flat little-endian uint16 or uint32; each document is its separator and its tokens
 train-00000.offsets        little-endian uint64 [documents + 1]: where each starts, then the number of tokens
@@ -14,11 +14,15 @@ import hashlib
 import json
 import logging
 import os
+import re
+import resource
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from hybridlm import untrusted
 from hybridlm.data import source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
@@ -26,9 +30,20 @@ from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger("hybridlm")
 
-FORMAT = "hybridlm-shards-1"
+FORMAT = "hybridlm-shards-2"
+UNSEALED = "hybridlm-shards-1"  # without sums of the offsets and of the index
 OFFSET = np.dtype("<u8")
+# Mapped shards of all sources together: each holds a file descriptor, of which a process has 1024 or so.
+MAPPED = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
 FIX = "Write it again with python -m hybridlm.data.prepare."
+
+_COUNT = untrusted.NATURAL
+_SHARD = {"name": str, "documents": _COUNT, "tokens": _COUNT, "sha256": str, "offsets_sha256?": str}
+_SPLIT = {"documents": _COUNT, "tokens": _COUNT, "text_bytes?": _COUNT, "shards": [_SHARD]}
+_INDEX = {
+    "format": str, "tokenizer": {"name": str, "fingerprint": str}, "doc_id": _COUNT, "dtype": str,
+    "splits": {str: _SPLIT}, "sha256?": str,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,51 +63,95 @@ class Writer:
     def __init__(self, directory: Path, split: str, dtype: np.dtype, shard_tokens: int):
         self.directory, self.split, self.dtype, self.shard_tokens = directory, split, dtype, shard_tokens
         self.shards: list[dict] = []
-        self.text_bytes = 0
+        self.documents = self.text_bytes = self.begun = 0
+        self.file: IO[bytes] | None = None
         self._begin()
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
         """One document, its separator first, that stands for ``text_bytes`` bytes of text."""
-        if self.offsets[-1] >= self.shard_tokens:
-            self._end()
+        if self.file is None or self.offsets[-1] >= self.shard_tokens:
+            self.close()
             self._begin()
+        assert self.file is not None
         data = tokens.astype(self.dtype, copy=False).tobytes()
         self.file.write(data)
         self.digest.update(data)
         self.offsets.append(self.offsets[-1] + len(tokens))
+        self.documents += 1
         self.text_bytes += text_bytes
+
+    def take(self, number: int, text_bytes: int) -> np.ndarray:
+        """Takes document ``number`` of those added out again, and returns its tokens."""
+        self.close()
+        for shard in self.shards:
+            if number < shard["documents"]:
+                break
+            number -= shard["documents"]
+        name = shard["name"]
+        tokens = np.fromfile(self.directory / f"{name}.tokens", self.dtype)
+        offsets = np.fromfile(self.directory / f"{name}.offsets", OFFSET).astype(np.int64)
+        begin, end = offsets[number : number + 2].tolist()
+        left = np.concatenate([tokens[:begin], tokens[end:]])
+        kept = np.delete(offsets, number + 1)
+        kept[number + 1 :] -= end - begin
+        self.documents -= 1
+        self.text_bytes -= text_bytes
+        if len(kept) == 1:
+            self.shards.remove(shard)
+            for suffix in ("tokens", "offsets"):
+                os.remove(self.directory / f"{name}.{suffix}")
+        else:
+            untrusted.write_bytes(self.directory / f"{name}.tokens", left.tobytes())
+            shard |= self._finished(name, kept, hashlib.sha256(left.tobytes()).hexdigest())
+        return tokens[begin:end]
 
     def finish(self) -> dict:
         """Closes the last shard; returns the split's entry of the index."""
-        self._end()
+        self.close()
         totals = {name: sum(shard[name] for shard in self.shards) for name in ("documents", "tokens")}
         return totals | {"text_bytes": self.text_bytes, "shards": self.shards}
 
+    def close(self) -> None:
+        """Ends the shard that is being written, if there is one."""
+        if self.file is None:
+            return
+        _sync(self.file)
+        self.file = None
+        if len(self.offsets) == 1:  # nothing came: only the first shard of an empty split
+            os.remove(self.directory / f"{self.name}.tokens")
+            return
+        self.shards.append(self._finished(self.name, np.array(self.offsets), self.digest.hexdigest()))
+
     def _begin(self) -> None:
-        self.name = f"{self.split}-{len(self.shards):05d}"
-        self.file = open(self.directory / f"{self.name}.tokens", "wb")  # noqa: SIM115 (_end closes it)
+        self.name = f"{self.split}-{self.begun:05d}"
+        self.begun += 1
+        self.file = open(self.directory / f"{self.name}.tokens", "wb")  # noqa: SIM115 (`close` closes it)
         self.offsets, self.digest = [0], hashlib.sha256()
 
-    def _end(self) -> None:
-        _sync(self.file)
-        if len(self.offsets) == 1:  # nothing came: only the first shard of an empty split
-            os.remove(self.file.name)
-            return
-        with open(self.directory / f"{self.name}.offsets", "wb") as file:
-            file.write(np.array(self.offsets, OFFSET).tobytes())
-            _sync(file)
-        counts = {"documents": len(self.offsets) - 1, "tokens": self.offsets[-1]}
-        self.shards.append({"name": self.name, **counts, "sha256": self.digest.hexdigest()})
+    def _finished(self, name: str, offsets: np.ndarray, digest: str) -> dict:
+        """Writes the offsets of a shard whose tokens are written; returns its entry of the index."""
+        content = offsets.astype(OFFSET).tobytes()
+        untrusted.write_bytes(self.directory / f"{name}.offsets", content)
+        counts = {"documents": len(offsets) - 1, "tokens": int(offsets[-1])}
+        sums = {"sha256": digest, "offsets_sha256": hashlib.sha256(content).hexdigest()}
+        return {"name": name, **counts, **sums}
 
 
 def write_index(
-    directory: Path, tokens: tokenizer.Tokenizer, splits: dict[str, dict], empty_documents: int = 0
+    directory: Path,
+    tokens: tokenizer.Tokenizer,
+    splits: dict[str, dict],
+    empty_documents: int = 0,
+    null_documents: int = 0,
 ) -> dict:
-    """Writes index.json, and the tokenizer beside it; returns the index."""
+    """Writes index.json, and the tokenizer beside it; returns the index.
+
+    empty_documents: left out for want of tokens; null_documents: those of them whose text was null.
+    """
     name = "bytes"
-    if tokens.name != "bytes":
+    if isinstance(tokens, tokenizer.FileTokenizer):
         name = "tokenizer.json"
-        (directory / name).write_bytes(Path(tokens.name).expanduser().read_bytes())
+        untrusted.write_bytes(directory / name, tokens.content)
     index = {
         "format": FORMAT,
         "tokenizer": {"name": name, "fingerprint": tokens.fingerprint},
@@ -100,27 +159,25 @@ def write_index(
         "doc_id": tokens.doc_id,
         "dtype": tokens.dtype.name,
         "empty_documents": empty_documents,
+        "null_documents": null_documents,
         "splits": splits,
     }
-    with open(directory / "index.json", "w") as file:
-        json.dump(index, file, indent=2)
-        _sync(file)
+    index["sha256"] = index_sum(index)
+    untrusted.write_json(directory / "index.json", index)
     return index
+
+
+def index_sum(index: dict) -> str:
+    """SHA-256 of all that an index says besides."""
+    rest = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def open_source(config: Config, view: View) -> PackedDocuments:
     """One split of the directory, packed. Raises ConfigError for a directory that is missing or damaged."""
     directory = Path(config.path).expanduser()
     index, digest = _read_index(directory, config)
-    name = index["tokenizer"]["name"]
-    try:
-        tokens = tokenizer.load(name if name == "bytes" else str(directory / name))
-    except ConfigError as error:
-        raise ConfigError("path", config.path, f"is damaged: {error}", FIX) from error
-    if (tokens.fingerprint, tokens.doc_id) != (index["tokenizer"]["fingerprint"], index["doc_id"]):
-        raise ConfigError(
-            "path", config.path, f"is damaged: {name} is not the tokenizer it was written with", FIX
-        )
+    tokens = _tokenizer(directory, index, config)
     entry = index["splits"].get(view.split, {"documents": 0})
     if not entry["documents"]:
         fix = "Write it again with --holdout." if view.split == "val" else FIX
@@ -130,9 +187,8 @@ def open_source(config: Config, view: View) -> PackedDocuments:
     for shard in entry["shards"]:
         if not shard["documents"]:
             log.warning("data: shard %s is empty", shard["name"])
-    opened = [_open_shard(directory, shard, dtype, config) for shard in shards]
-    starts, lengths = [offsets[:-1] for _, offsets in opened], [np.diff(offsets) for _, offsets in opened]
-    counts = [len(start) for start in starts]
+    offsets = [_offsets(directory, shard, dtype, config) for shard in shards]
+    counts = [len(one) - 1 for one in offsets]
     shard_N = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
     first = np.cumsum(counts) - counts
 
@@ -141,40 +197,67 @@ def open_source(config: Config, view: View) -> PackedDocuments:
         return f"{shards[shard]['name']} document {document - first[shard]}"
 
     documents = Documents(
-        tuple(array for array, _ in opened),
+        _Mapped([(directory / f"{shard['name']}.tokens", shard["tokens"]) for shard in shards], dtype),
         shard_N,
-        np.concatenate(starts),
-        np.concatenate(lengths),
+        np.concatenate([one[:-1] for one in offsets]),
+        np.concatenate([np.diff(one) for one in offsets]),
         digest,
         name=named,
-        present=lambda shard: _present(directory, shards[shard], dtype),
-        checks=tuple(functools.partial(_check, directory, shard) for shard in shards),
+        checks=tuple(functools.partial(_check, directory, shard, dtype, tokens.doc_id) for shard in shards),
     )
     return PackedDocuments(documents, tokens, view)
 
 
-def _present(directory: Path, shard: dict, dtype: np.dtype) -> None:
-    """RunError when a mapped file is gone or cut short: reading past its end would kill the process."""
-    path = directory / f"{shard['name']}.tokens"
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise RunError(
-            f"{path}: the shard has disappeared while the run reads it ({error.strerror})."
-        ) from error
-    if size != shard["tokens"] * dtype.itemsize:
-        raise RunError(f"{path}: the shard has changed to {size} bytes while the run reads it.")
+class _Mapped(Sequence[np.ndarray]):
+    """Flat tokens of shards, mapped when they are asked for; at most MAPPED stay so."""
+
+    def __init__(self, files: list[tuple[Path, int]], dtype: np.dtype):
+        self.files, self.dtype = files, dtype
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        """RunError for a file that is gone or cut short: reading past its end would kill the process."""
+        path, count = self.files[index]
+        try:
+            state = path.stat()
+            if state.st_size != count * self.dtype.itemsize:
+                raise RunError(
+                    f"{path}: the shard has changed to {state.st_size} bytes while the run reads it."
+                )
+            return _map(path, self.dtype, count, (state.st_dev, state.st_ino))
+        except FileNotFoundError as error:
+            said = f"the shard has disappeared while the run reads it ({error.strerror})"
+            raise RunError(f"{path}: {said}.") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: the shard cannot be read ({error}).") from error
 
 
-def _check(directory: Path, shard: dict) -> None:
+@functools.lru_cache(maxsize=MAPPED)
+def _map(path: Path, dtype: np.dtype, count: int, file: tuple[int, int]) -> np.ndarray:
+    # A plain array view of the map: slices of np.memmap itself are an order of magnitude slower.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)))
+
+
+def _check(directory: Path, shard: dict, dtype: np.dtype, doc_id: int) -> None:
     path = directory / f"{shard['name']}.tokens"
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise RunError(f"{path}: the shard cannot be read ({error.strerror}).") from error
-    if digest != shard["sha256"]:
-        raise RunError(f"{path}: the shard is damaged: its SHA-256 is not the one in index.json. {FIX}")
+        if digest != shard["sha256"]:
+            raise RunError(f"{path}: the shard is damaged: its SHA-256 is not the one in index.json. {FIX}")
+        if "offsets_sha256" not in shard:
+            offsets = np.fromfile(path.with_suffix(".offsets"), OFFSET).astype(np.int64)
+            starts = np.flatnonzero(np.memmap(path, dtype, mode="r") == doc_id)
+            if not np.array_equal(starts, offsets[:-1]):
+                said = "the offsets, which have no SHA-256, are not where the documents begin"
+                raise RunError(f"{path.with_suffix('.offsets')}: the shard is damaged: {said}. {FIX}")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: the shard cannot be read ({error}).") from error
 
 
 def _read_index(directory: Path, config: Config) -> tuple[dict, str]:
@@ -182,42 +265,82 @@ def _read_index(directory: Path, config: Config) -> tuple[dict, str]:
     if not path.is_file():
         state = "has no index.json" if directory.is_dir() else "is no directory"
         raise ConfigError("path", config.path, f"{state}: it must be what data.prepare wrote", FIX)
-    content = path.read_bytes()
     try:
-        index = json.loads(content)
-        format = index["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "path", config.path, f"is damaged: index.json cannot be read ({error})", FIX
-        ) from error
-    if format != FORMAT:
-        raise ConfigError("path", config.path, f"has format {format!r}, must be {FORMAT!r}", FIX)
+        index = untrusted.read_json(path, "path", {"format": str})
+        if index["format"] in (FORMAT, UNSEALED):
+            _check_index(index)
+        content = untrusted.read_bytes(path, "path")
+    except ConfigError as error:
+        said = f"is damaged: index.json {error.allowed}"
+        raise ConfigError("path", config.path, said, error.fix or FIX) from error
+    except ValueError as error:
+        raise ConfigError("path", config.path, f"is damaged: in index.json {error}", FIX) from error
+    if index["format"] not in (FORMAT, UNSEALED):
+        raise ConfigError("path", config.path, f"has format {index['format']!r}, must be {FORMAT!r}", FIX)
     return index, hashlib.sha256(content).hexdigest()
 
 
-def _open_shard(
-    directory: Path, shard: dict, dtype: np.dtype, config: Config
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (mapped, not read) and offsets int64 of one shard, held against the index."""
+def _check_index(index: dict) -> None:
+    """ValueError for an index that is not what was written, or that could not have been."""
+    if index["format"] == FORMAT and index.get("sha256") != index_sum(index):
+        raise ValueError("the SHA-256 of the rest is not the one that it gives")
+    untrusted.check_shape(index, _INDEX)
+    if index["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype must be uint16 or uint32, not {index['dtype']!r}")
+    for split, entry in index["splits"].items():
+        for total in ("documents", "tokens"):
+            if entry[total] != sum(shard[total] for shard in entry["shards"]):
+                raise ValueError(f"the {total} of {split} are not those of its shards together")
+        for shard in entry["shards"]:
+            if not re.fullmatch(r"[\w-]+", shard["name"]):
+                raise ValueError(f"a shard has the name {shard['name']!r}")
+            if index["format"] == FORMAT and shard["documents"] and "offsets_sha256" not in shard:
+                raise ValueError(f"{shard['name']} has no offsets_sha256")
+
+
+def _tokenizer(directory: Path, index: dict, config: Config) -> tokenizer.Tokenizer:
+    name = index["tokenizer"]["name"]
+    if name not in ("bytes", "tokenizer.json"):
+        allowed = f"is damaged: its tokenizer is {name!r}, must be bytes or tokenizer.json"
+        raise ConfigError("path", config.path, allowed, FIX)
+    try:
+        tokens = tokenizer.load(name if name == "bytes" else str(directory / name))
+    except ConfigError as error:
+        raise ConfigError("path", config.path, f"is damaged: {error}", FIX) from error
+    if (tokens.fingerprint, tokens.doc_id) != (index["tokenizer"]["fingerprint"], index["doc_id"]):
+        allowed = f"is damaged: {name} is not the tokenizer it was written with"
+        raise ConfigError("path", config.path, allowed, FIX)
+    return tokens
+
+
+def _offsets(directory: Path, shard: dict, dtype: np.dtype, config: Config) -> np.ndarray:
+    """Offsets int64 of one shard, whose files are held against the index (its tokens by size only)."""
     path = directory / shard["name"]
     sizes = {
         ".tokens": shard["tokens"] * dtype.itemsize,
         ".offsets": (shard["documents"] + 1) * OFFSET.itemsize,
     }
+    problem = ""
     for suffix, expected in sizes.items():
         file = path.with_suffix(suffix)
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
-            allowed = f"is damaged: {file.name} {found}, the index says {expected}"
-            raise ConfigError("path", config.path, allowed, FIX)
-    offsets = np.fromfile(path.with_suffix(".offsets"), OFFSET).astype(np.int64)
-    if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 2).any():
-        raise ConfigError(
-            "path", config.path, f"is damaged: {path.name}.offsets do not increase to the end", FIX
-        )
-    # A plain array view of the map: slices of np.memmap itself are an order of magnitude slower.
-    return np.asarray(np.memmap(path.with_suffix(".tokens"), dtype, mode="r")), offsets
+            problem = problem or f"{file.name} {found}, the index says {expected}"
+    if not problem:
+        try:
+            content = path.with_suffix(".offsets").read_bytes()
+        except OSError as error:
+            said = f"{path.name}.offsets cannot be read"
+            raise ConfigError("path", config.path, said, f"{error.strerror}.") from error
+        offsets = np.frombuffer(content, OFFSET).astype(np.int64)
+        if shard.get("offsets_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+            problem = f"{path.name}.offsets: its SHA-256 is not the one in index.json"
+        elif offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 2).any():
+            problem = f"{path.name}.offsets do not increase to the end"
+    if problem:
+        raise ConfigError("path", config.path, f"is damaged: {problem}", FIX)
+    return offsets
 
 
 def _sync(file: IO[Any]) -> None:

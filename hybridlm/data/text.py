@@ -1,4 +1,4 @@
-"""Data kind "text": text files, one document each, tokenised into memory when the run starts."""
+"""Data kind "text": text files, perhaps compressed, one document each, tokenised into memory at the start."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from hybridlm.data import files, source, tokenizer
+from hybridlm.data import documents, files, formats, holdout, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
@@ -21,7 +21,8 @@ BATCH = 256  # documents handed to the tokenizer at once
 class Config(source.Config):
     """path: comma-separated globs of the files, or "python-stdlib:" for the source of Python's own library.
     val_path: globs of the held-out files; "" holds out a part of ``path`` instead.
-    holdout: part of the files of ``path`` kept for validation, chosen by a hash of each file's relative path.
+    holdout: part of the files of ``path`` kept for validation, chosen by a hash of each file's relative path;
+        of two or more at least one, of a single file its end.
     tokenizer: "bytes" or a Hugging Face tokenizer.json. Bytes are kept as they are; a tokenizer file reads
         UTF-8, and invalid sequences become U+FFFD (counted in the log).
 
@@ -43,40 +44,57 @@ class Config(source.Config):
 def open_source(config: Config, view: View) -> PackedDocuments:
     """The files of one split, packed. Raises ConfigError for missing, unsuitable or empty files."""
     tokens = tokenizer.load(config.tokenizer)
-    return PackedDocuments(_documents(_split(config, view.split), tokens, config), tokens, view)
+    return PackedDocuments(_documents(_texts(config, view.split), tokens, config), tokens, view)
 
 
-def _split(config: Config, split: str) -> list[files.File]:
-    """The files of ``split``; a file belongs to one split only."""
+def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
+    """(key, text) of the documents of ``split``. A file belongs to one split; a single file is cut."""
     found = files.find(config.path, "path")
     if config.val_path:
         held = files.find(config.val_path, "val_path")
         paths = {os.path.realpath(file.path) for file in held}
-        return held if split == "val" else [f for f in found if os.path.realpath(f.path) not in paths]
-    chosen = [file for file in found if files.held_out(file.key, config.holdout) == (split == "val")]
-    if not chosen:
-        raise ConfigError(
-            "holdout",
-            config.holdout,
-            f"leaves none of the {len(found)} files of {config.path!r} to the {split} split",
-            "Change the fraction, or name held-out files in data.val_path.",
-        )
-    return chosen
+        chosen = held if split == "val" else [f for f in found if os.path.realpath(f.path) not in paths]
+        if not chosen:
+            fix = "Name other files in one of them."
+            raise ConfigError("val_path", config.val_path, "holds out every file of data.path", fix)
+        return [_read(file, "val_path" if split == "val" else "path") for file in chosen]
+    filled = [file for file in found if os.path.getsize(file.path)]
+    if config.holdout and len(filled) == 1:
+        return _part(*_read(filled[0], "path"), config, split)
+    held_N = holdout.choose([file.key for file in filled], config.holdout) if filled else []
+    chosen = [file for file, held in zip(filled, held_N, strict=True) if held == (split == "val")]
+    if filled and not chosen:
+        fix = "Give a fraction, or name held-out files in data.val_path."
+        raise ConfigError("holdout", config.holdout, "holds out nothing to validate on", fix)
+    for file in set(found).difference(filled):  # to be counted with those of the split
+        if holdout.held_out(file.key, config.holdout) == (split == "val"):
+            chosen.append(file)
+    return [_read(file, "path") for file in chosen]
 
 
-def _documents(chosen: list[files.File], tokens: tokenizer.Tokenizer, config: Config) -> Documents:
-    keys, texts = [], []
-    for file in chosen:
-        if file.path.endswith(files.STRUCTURED):
-            fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
-            raise ConfigError("path", file.path, "holds records, not one text", fix)
-        for key, text, _ in files.read(file, "", "path"):
-            keys.append(key)
-            texts.append(text)
+def _part(key: str, text: bytes, config: Config, split: str) -> list[tuple[str, bytes]]:
+    """The start of the only text there is, or the held-out end."""
+    at = holdout.cut(text, config.holdout)
+    if not 0 < at < len(text):
+        fix = "Add text, or name held-out files in data.val_path."
+        raise ConfigError("holdout", config.holdout, f"cannot cut a text of {len(text)} bytes", fix)
+    return [(f"{key} from byte {at}", text[at:])] if split == "val" else [(f"{key} to byte {at}", text[:at])]
+
+
+def _read(file: files.File, field: str) -> tuple[str, bytes]:
+    if formats.identify(file.path, field).kind != "text":
+        fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
+        raise ConfigError(field, file.path, "holds records, not one text", fix)
+    [document] = documents.read(file, "", field)
+    return document.key, document.text or b""
+
+
+def _documents(given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, config: Config) -> Documents:
+    keys, texts = [key for key, _ in given], [text for _, text in given]
     arrays = [a for at in range(0, len(texts), BATCH) for a in tokens.documents(texts[at : at + BATCH])]
     kept = [i for i, array in enumerate(arrays) if len(array) > 1]
     if not kept:
-        raise ConfigError("path", config.path, f"gives no tokens: its {len(chosen)} files are empty")
+        raise ConfigError("path", config.path, "gives no tokens: its files are empty")
     if len(kept) < len(arrays):
         log.warning(
             "data: left out %d of %d documents, which are empty", len(arrays) - len(kept), len(arrays)

@@ -1,18 +1,30 @@
 """Text to token ids and back: raw bytes, or any file of the Hugging Face `tokenizers` library."""
 
+import array
 import functools
 import hashlib
-import json
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
 
 logger = logging.getLogger("hybridlm")
+
+MAX_ID = 1 << 24  # above every id of a file; the largest public vocabularies have 2^20 or so
+HELD = 8  # tokens that may wait for a character to be complete: the longest has 4 bytes
+CONTEXT = 64  # tokens before a new one that can change its text
+BATCH = 1 << 24  # characters that the library is given at once: it needs about 110 bytes for each
+PIECE = 1 << 20  # characters after which a long text is cut, where that changes no token
+MAX_TEXT = 1 << 28  # characters of a text that cannot be cut
 
 # Special tokens that published tokenizers put between documents, in order of preference.
 SEPARATORS = (
@@ -26,6 +38,8 @@ SEPARATORS = (
     "<eos>",
     "</s>",
 )
+
+_PLACE = re.compile("[A-Za-z](?=[ \n])")  # where a long text may be cut
 
 
 class Tokenizer:
@@ -61,7 +75,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; ids that stand for no text are left out, broken UTF-8 becomes U+FFFD."""
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+        return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
+
+    def decode_after(self, prompt: Sequence[int], ids: Iterable[int]) -> str:
+        """What ``ids`` add to the text of ``prompt``: decode(prompt + ids) is what is shown.
+
+        That is not decode(ids) where a token's text depends on what stands before it: Llama's decoder drops
+        a space at the start of a text, and a character's bytes may lie in several tokens.
+        """
+        before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+        return _behind(before, whole)
+
+    def stream(self, prompt: Sequence[int] = ()) -> "Stream":
+        """Decodes what follows ``prompt`` token by token."""
+        return Stream(self, prompt)
 
     def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Each text as separator + tokens, in ``dtype``."""
@@ -80,33 +107,34 @@ class FileTokenizer(Tokenizer):
     """
 
     def __init__(self, path: str):
+        self.content, described = _content(path)
         try:
-            content = Path(path).expanduser().read_bytes()
-            self.file = tokenizers.Tokenizer.from_buffer(content)
-        except OSError as error:
-            raise ConfigError(
-                "tokenizer", path, 'must be "bytes" or a readable tokenizer.json', f"{error.strerror}."
-            ) from error
-        except Exception as error:  # the library raises bare Exception for a file it cannot parse
-            raise ConfigError(
-                "tokenizer", path, "is not a Hugging Face `tokenizers` file", f"It was refused with: {error}."
-            ) from error
-        self.file.no_padding()
-        self.file.no_truncation()
-        self.file.encode_special_tokens = True
+            self.file = tokenizers.Tokenizer.from_buffer(self.content)
+        except BaseException as error:  # the library raises bare Exception, and panics of its own
+            if not _of_library(error):
+                raise
+            said = f"It was refused with: {_line(error)}."
+            raise ConfigError("tokenizer", path, "is not a Hugging Face `tokenizers` file", said) from error
         self.name = path
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        vocabulary = self.file.get_vocab(with_added_tokens=True)
-        special = {
-            token.content: i for i, token in self.file.get_added_tokens_decoder().items() if token.special
-        }
+        with self._library("be set up"):
+            self.file.no_padding()
+            self.file.no_truncation()
+            self.file.encode_special_tokens = True
+            vocabulary = self.file.get_vocab(with_added_tokens=True)
+            added = self.file.get_added_tokens_decoder()
+        self.fingerprint = hashlib.sha256(self.content).hexdigest()
+        special = {token.content: i for i, token in added.items() if token.special}
         size = max(vocabulary.values(), default=-1) + 1
+        if size > MAX_ID:
+            allowed = f"has an id of {size - 1:,}, must be below {MAX_ID:,}"
+            raise ConfigError("tokenizer", path, allowed)
         self.doc_id = next((special[name] for name in SEPARATORS if name in special), size)
         self.vocab_size = max(size, self.doc_id + 1)
-        self.pieces = self._pieces(vocabulary)
+        self.pieces = self._pieces(vocabulary, _kinds(described.get("decoder"), "decoders"))
+        before = _kinds(described.get("pre_tokenizer"), "pretokenizers")
+        self.cuts = "ByteLevel" in before and described.get("normalizer") is None
 
-    def _pieces(self, vocabulary: dict[str, int]) -> list[bytes] | None:
-        kinds = _decoder_kinds(json.loads(self.file.to_str())["decoder"])
+    def _pieces(self, vocabulary: dict[str, int], kinds: set[str]) -> list[bytes] | None:
         if "ByteLevel" in kinds:
             read = _byte_level_bytes
         elif kinds & {"Metaspace", "ByteFallback"}:
@@ -127,14 +155,78 @@ class FileTokenizer(Tokenizer):
         return pieces
 
     def encode(self, text: str) -> list[int]:
-        return self.file.encode(text, add_special_tokens=False).ids
+        with self._library(f"encode {text[:40]!r}"):
+            return self.file.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.file.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=True)
+        known = [i for i in ids if 0 <= i < self.vocab_size]
+        with self._library("decode its own ids"):
+            return self.file.decode(known, skip_special_tokens=True)
 
     def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        encodings = self.file.encode_batch([self._read(text) for text in texts], add_special_tokens=False)
-        return [np.array([self.doc_id, *encoding.ids], self.dtype) for encoding in encodings]
+        """ConfigError, which quotes the text, for one that the library cannot encode."""
+        parts = [[np.array([self.doc_id], self.dtype)] for _ in texts]
+        batch: list[tuple[int, str]] = []
+        held = 0
+        for number, text in enumerate(texts):
+            for piece in self._cut(self._read(text)):
+                if batch and held + len(piece) > BATCH:
+                    self._encode(batch, parts)
+                    batch, held = [], 0
+                batch.append((number, piece))
+                held += len(piece)
+        self._encode(batch, parts)
+        return [np.concatenate(part) for part in parts]
+
+    def _encode(self, batch: list[tuple[int, str]], parts: list[list[np.ndarray]]) -> None:
+        """Adds the ids of each numbered piece to those of its text."""
+        pieces = [piece for _, piece in batch]
+        try:
+            # The fast way leaves out only where in the text each token stands.
+            encodings = self.file.encode_batch_fast(pieces, add_special_tokens=False)
+        except BaseException as error:
+            if not _of_library(error):
+                raise
+            for piece in pieces:
+                self.encode(piece)  # raises for the text at fault
+            raise ConfigError("tokenizer", self.name, f"cannot encode: {_line(error)}") from error
+        for (number, _), encoding in zip(batch, encodings, strict=True):
+            ids = np.frombuffer(array.array("I", encoding.ids), np.uint32)  # NumPy is slow with lists
+            parts[number].append(ids.astype(self.dtype))
+
+    def _cut(self, text: str) -> list[str]:
+        """``text`` in pieces whose tokens are those of the whole, or the whole.
+
+        A text of 30 MB would take one core and 4 GB. Byte-level tokenizers cut a text themselves where a
+        letter is followed by white space, and no token spans that; this is tried at each place.
+        """
+        pieces, start = [], 0
+        while self.cuts and len(text) - start > PIECE:
+            places = itertools.islice(_PLACE.finditer(text, start + PIECE, start + 2 * PIECE), 16)
+            at = next((match.end() for match in places if self._is_boundary(text, match.end())), None)
+            if at is None:
+                break
+            pieces.append(text[start:at])
+            start = at
+        if len(text) - start > MAX_TEXT:
+            allowed = f"cannot encode a document of {len(text):,} characters, at most {MAX_TEXT:,}"
+            fix = "Cut it into several, for example with one record a document (.jsonl)."
+            raise ConfigError("tokenizer", self.name, allowed, fix)
+        return [*pieces, text[start:]]
+
+    def _is_boundary(self, text: str, at: int) -> bool:
+        before, after = text[at - 256 : at], text[at : at + 256]
+        return self.encode(before + after) == self.encode(before) + self.encode(after)
+
+    @contextmanager
+    def _library(self, what: str) -> Iterator[None]:
+        """Whatever the library raises is one line that says what it could not do."""
+        try:
+            yield
+        except BaseException as error:
+            if not _of_library(error):
+                raise
+            raise ConfigError("tokenizer", self.name, f"cannot {what}", f"{_line(error)}.") from error
 
     def _read(self, text: bytes) -> str:
         try:
@@ -142,6 +234,42 @@ class FileTokenizer(Tokenizer):
         except UnicodeDecodeError:
             self.replaced += 1
             return text.decode(errors="replace")
+
+
+class Stream:
+    """Text of tokens as they come: all that `add` and `end` gave is ``Tokenizer.decode_after(prompt, ids)``.
+
+    Bytes of a character are held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
+        self.tokenizer, self.ids = tokenizer, [*prompt]
+        self.shown, self.start, self.held = tokenizer.decode(prompt), 0, 0
+
+    def add(self, token: int) -> str:
+        """The text that is certain now and was not before; often ""."""
+        self.ids.append(token)
+        text = self._text()
+        self.held += 1
+        if text.endswith("\ufffd") and self.held < HELD:
+            return ""
+        return self._show(text)
+
+    def end(self) -> str:
+        """What was held back, broken characters as U+FFFD."""
+        return self._show(self._text())
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids[self.start :])
+
+    def _show(self, text: str) -> str:
+        new = _behind(self.shown, text)
+        self.shown, self.held = text, 0
+        if len(self.ids) - self.start > 2 * CONTEXT:
+            # Long texts are not decoded from their start each time: CONTEXT tokens stand for what was before.
+            self.start = len(self.ids) - CONTEXT
+            self.shown = self._text()
+        return new
 
 
 def load(name: str) -> Tokenizer:
@@ -163,11 +291,50 @@ def report(tokenizer: Tokenizer, text_bytes: int, token_bytes: int) -> None:
         )  # fmt: skip
 
 
-def _decoder_kinds(decoder: dict | None) -> set[str]:
-    """Names of a decoder and of all that it is made of."""
-    if decoder is None:
+def _behind(before: str, whole: str) -> str:
+    """``whole`` without what it and ``before`` begin with."""
+    if whole.startswith(before):
+        return whole[len(before) :]
+    pairs = zip(before, whole, strict=False)
+    return whole[next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole)) :]
+
+
+def _content(path: str) -> tuple[bytes, dict[str, Any]]:
+    """The file and what it says, looked at before the library reads it: an id of 4e9 would be an abort."""
+    try:
+        content = untrusted.read_bytes(Path(path).expanduser(), "tokenizer")
+    except ConfigError as error:
+        problem = f'must be "bytes" or a readable tokenizer.json; it {error.allowed}'
+        raise ConfigError("tokenizer", path, problem, error.fix) from error
+    try:
+        value = untrusted.parse(content)
+        untrusted.check_shape(value, {"model": dict, "added_tokens?": ([dict], type(None))})
+        ids = [token.get("id") for token in value.get("added_tokens") or ()]
+        if isinstance(vocabulary := value["model"].get("vocab"), dict):
+            ids += vocabulary.values()
+        largest = max((i for i in ids if isinstance(i, int | float)), default=0)
+    except ValueError as error:
+        allowed, said = "is not a Hugging Face `tokenizers` file", f"It was refused with: {error}."
+        raise ConfigError("tokenizer", path, allowed, said) from error
+    if largest >= MAX_ID:
+        raise ConfigError("tokenizer", path, f"has an id of {largest:,}, must be below {MAX_ID:,}")
+    return content, value
+
+
+def _of_library(error: BaseException) -> bool:
+    """Whether `tokenizers` raised it; a panic of its Rust code is no Exception, nor is Ctrl-C."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _line(error: BaseException) -> str:
+    return untrusted.terminal(str(error).strip().partition("\n")[0])[:200].rstrip(".")
+
+
+def _kinds(part: Any, parts: str) -> set[str]:
+    """Names of a part of a tokenizer and of all that it is made of."""
+    if not isinstance(part, dict):
         return set()
-    return {decoder["type"]}.union(*(_decoder_kinds(part) for part in decoder.get("decoders", ())))
+    return {str(part.get("type"))}.union(*(_kinds(one, parts) for one in part.get(parts, ())))
 
 
 @functools.cache
@@ -179,11 +346,15 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    return bytes(_byte_of_character()[character] for character in token)
+    """Bytes of a byte-level token; one with another character in it stands for itself, as in the library."""
+    table = _byte_of_character()
+    if all(character in table for character in token):
+        return bytes(table[character] for character in token)
+    return token.encode()
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
     """Bytes of a SentencePiece token: ``<0x0A>`` is one byte, ``▁`` a space."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()

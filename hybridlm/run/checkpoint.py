@@ -13,7 +13,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +54,15 @@ FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part 
 
 
 class Keep(NamedTuple):
-    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest of those that have a score."""
+    """Orbax preservation policy: the ``last`` newest, and the ``best`` lowest of those that have a score.
+
+    whole: not the remains of a checkpoint whose removal was killed; they are to go, whatever their score was.
+    """
 
     last: int
     best: int
     scores: dict[int, float]
+    whole: Callable[[int], bool]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [one.step for one in checkpoints]
@@ -67,7 +71,8 @@ class Keep(NamedTuple):
 
     def ranked(self, steps: Iterable[int]) -> list[int]:
         """Those of ``steps`` that have a score, the best first."""
-        return sorted((step for step in steps if step in self.scores), key=self.scores.__getitem__)
+        scored = [step for step in steps if step in self.scores and self.whole(step)]
+        return sorted(scored, key=self.scores.__getitem__)
 
 
 class Checkpoints:
@@ -82,7 +87,8 @@ class Checkpoints:
     def __init__(self, directory: str | Path, last: int = 2, best: int = 1):
         self.directory = Path(directory).absolute()
         self.scores: dict[int, float] = {}
-        self.keep = Keep(last, best, self.scores)
+        whole = lambda step: (self.directory / str(step) / COMMITTED).exists()
+        self.keep = Keep(last, best, self.scores, whole)
         self.filling: int | None = None  # the step that `create` made, which changes until the end
         self.sound: set[int] = set()
         self.need = 0

@@ -14,20 +14,22 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger("hybridlm")
 
 HEARTBEAT_SECONDS = 40  # until a host that vanished is given up
 VERDICT_SECONDS = 20  # that a process waits, after a failed collective, to hear who is gone
 LEAVE_SECONDS = 5  # that process 0 waits for the others to end first: JAX aborts who is left without it
-PORT_KEY = "hybridlm/peers"
+AGREE_SECONDS = 120  # that a process waits for the others to say what they are about to train
+PORT_KEY, SAME_KEY = "hybridlm/peers", "hybridlm/same"
 INTACT = "Earlier checkpoints are intact: start all processes again with --resume=auto"
 
 _peers: "Peers | None" = None
@@ -75,6 +77,34 @@ def agree(number: int) -> int:
     return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
+def same(what: Mapping[str, str]) -> None:
+    """ConfigError, naming the first difference, unless every process gives the same ``what``, name -> value.
+
+    Processes that differ would train a model that none of them describes, or wait for each other for ever.
+    """
+    if jax.process_count() == 1:
+        return
+    client = _client()
+    client.key_value_set(f"{SAME_KEY}/{jax.process_index()}", json.dumps(dict(what)))
+    given = [
+        json.loads(client.blocking_key_value_get(f"{SAME_KEY}/{index}", AGREE_SECONDS * 1000))
+        for index in range(jax.process_count())
+    ]
+    for index, other in enumerate(given):
+        for name in sorted(given[0].keys() | other.keys()):
+            ours, theirs = given[0].get(name, "absent"), other.get(name, "absent")
+            if ours != theirs:
+                problem = f"is {theirs} in process {index}, and {ours} in process 0"
+                raise ConfigError(name, theirs, problem, "Start every process with the same command.")
+
+
+def _client() -> Any:
+    client = jax._src.distributed.global_state.client
+    if client is None:
+        raise RunError("the processes of this run have no coordination service")
+    return client
+
+
 def leave(code: int, message: str) -> None:
     """The end of this process with exit code ``code``; the others hear ``message`` if it failed, and end too.
 
@@ -107,9 +137,8 @@ class Peers:
         self.listeners: list[threading.Thread] = []
         self.leaving = False
         self.lock = threading.Lock()
-        joined = jax._src.distributed.global_state
-        client, coordinator = joined.client, joined.coordinator_address
-        assert client is not None and coordinator is not None
+        client = _client()
+        coordinator = str(jax._src.distributed.global_state.coordinator_address)
         if self.index == 0:
             token = secrets.token_hex(16)  # others may find the port
             server = socket.create_server(("", 0), backlog=jax.process_count())
@@ -130,8 +159,9 @@ class Peers:
         try:
             connection.settimeout(10)
             hello = json.loads(connection.makefile("r").readline(1000))
-            assert hello["token"] == token
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            if hello["token"] != token:
+                raise ValueError("another's token")
+        except (OSError, ValueError, KeyError, TypeError):
             connection.close()
             return
         connection.settimeout(None)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Op
+from pallas_kernels.documents import document_starts
 from pallas_kernels.elementwise.call import make
 
 OP = Op("elementwise_recurrence", __package__, ("hopper", "xla"))
@@ -53,7 +54,7 @@ def elementwise_recurrence(
     batch, length, features = x.shape
     _check("log_decay", log_decay, DTYPES, x.shape, (features,))
     log_decay = jnp.broadcast_to(log_decay, x.shape)
-    starts = None if segment_ids is None else _starts(segment_ids, (batch, length))
+    starts = None if segment_ids is None else document_starts(segment_ids, (batch, length))
     if initial_state is not None:
         is_complex = "complex" in f"{x.dtype}{log_decay.dtype}"
         _check("initial_state", initial_state, DTYPES if is_complex else REAL, (batch, features))
@@ -63,18 +64,6 @@ def elementwise_recurrence(
         return jnp.zeros(x.shape, call.output_dtype), call.state
     call = make(x, log_decay, starts, initial_state, bool(interpret))
     return OP.compute(call, backend)
-
-
-def _starts(segment_ids: Any, shape: tuple[int, int]) -> jax.Array:
-    """Where a document starts that is not the row's first, bool [B, T]."""
-    if getattr(segment_ids, "shape", None) != shape:
-        got = getattr(segment_ids, "shape", segment_ids)
-        raise ValueError(f"segment_ids.shape = {got}: must be {shape}, [B, T] of x")
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids.dtype = {segment_ids.dtype}: must be an integer type")
-    # Compared in their own dtype: a NumPy array of 64 bits would lose half of them to jnp.asarray.
-    changes = jnp.asarray(segment_ids[:, 1:] != segment_ids[:, :-1])
-    return jnp.pad(changes, ((0, 0), (min(shape[1], 1), 0)))
 
 
 def _check(name: str, x: Any, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> None:

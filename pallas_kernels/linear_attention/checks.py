@@ -1,6 +1,11 @@
 """What the arguments of the linear-attention ops must be; errors name the argument."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels.documents import document_starts
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -36,3 +41,8 @@ def scale_of(scale: float | None, key_dim: int) -> float:
         return float(scale)
     except (TypeError, ValueError, jax.errors.JAXTypeError):
         raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None
+
+
+def count_changes(segment_ids: Any, shape: tuple[int, int]) -> jax.Array:
+    """Ids [B, T] of any integer type as int32: 0 at the first token, one more at every change."""
+    return jnp.cumsum(document_starts(segment_ids, shape), axis=1, dtype=jnp.int32)

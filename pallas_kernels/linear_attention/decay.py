@@ -31,9 +31,9 @@ def decay_matrix(g_NC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     C = g_NC.shape[1]
     lower = jnp.tril(jnp.ones((C, C), g_NC.dtype))
     g_NC = jnp.maximum(g_NC, FORGET)  # 0 * -inf would be NaN in the product
-    later_NCC = g_NC[:, :, None] * jnp.tril(lower, -1)
+    later_NCC = g_NC[:, :, None] * jnp.tril(lower, -1)[None]
     sums_NCC = jnp.matmul(lower, later_NCC, precision=Precision.HIGHEST)
-    decay_NCC = jnp.where(lower > 0, jnp.exp(sums_NCC), 0)
+    decay_NCC = jnp.where(lower[None] > 0, jnp.exp(sums_NCC), 0)
     return decay_NCC, jnp.exp(g_NC[:, :1]) * decay_NCC[:, :, 0], decay_NCC[:, -1]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Op
 from pallas_kernels.linear_attention.call import Call, alike, compute_dtype
-from pallas_kernels.linear_attention.checks import expect, floating, heads_fit, scale_of
+from pallas_kernels.linear_attention.checks import count_changes, expect, floating, heads_fit, scale_of
 
 OP = Op("linear_attention", __package__, ("hopper", "xla"))
 
@@ -108,15 +108,7 @@ def normalize(
     if initial_state is not None:
         initial_state = jnp.asarray(initial_state, compute_dtype(q, k, v))
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        if segment_ids.shape != (batch, length):
-            raise ValueError(
-                f"segment_ids.shape = {segment_ids.shape}: must be {(batch, length)}, [B, T] of q"
-            )
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(f"segment_ids.dtype = {segment_ids.dtype}: must be an integer type")
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        segment_ids = jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        segment_ids = count_changes(segment_ids, (batch, length))
     call = Call(
         q=q,
         k=k,

@@ -16,13 +16,13 @@ def short_conv(call: ConvCall) -> jax.Array:
     if history is None:
         history = jnp.zeros((batch, width - 1, features), dtype)
     window = jnp.concatenate([history.astype(dtype), jnp.zeros((batch, 1, features), dtype)], axis=1)
-    back = jnp.arange(width)[::-1, None]  # how far behind the token each place of the window is
+    back = jnp.arange(width)[None, ::-1, None]  # how far behind the token each place of the window is
 
     def token(window: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x, position = inputs
         window = jnp.concatenate([window[:, :-1], x.astype(dtype)[:, None]], axis=1)
         seen = jnp.where(back <= position[:, None, None], window, 0)
-        y = jnp.sum(seen * kernel, axis=1)
+        y = jnp.sum(seen * kernel[None], axis=1)
         return jnp.roll(window, -1, axis=1), jax.nn.silu(y) if call.silu else y
 
     _, y = jax.lax.scan(token, window, (jnp.moveaxis(call.x, 1, 0), jnp.moveaxis(call.positions, 1, 0)))

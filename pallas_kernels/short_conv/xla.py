@@ -1,5 +1,7 @@
 """The short convolution in plain JAX: one shifted copy of the input a tap, which XLA fuses."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -19,11 +21,12 @@ def short_conv(call: ConvCall) -> jax.Array:
 def _taps(x_BSF: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """x_BSF: the inputs of positions_BT, after S - T earlier ones."""
     earlier = x_BSF.shape[1] - positions_BT.shape[1]
-    y = jnp.zeros((), jnp.float32)
-    for back, kernel_F in enumerate(kernel_WF[::-1]):
+    y: Any = 0.0
+    for back in range(len(kernel_WF)):
         # A shift by padding needs no copy of the input.
         x_BTF = jax.lax.pad(
             x_BSF, jnp.zeros((), x_BSF.dtype), [(0, 0, 0), (back - earlier, -back, 0), (0, 0, 0)]
         )
-        y += jnp.where((positions_BT >= back)[..., None], x_BTF.astype(jnp.float32), 0) * kernel_F
+        tap_11F = kernel_WF[-1 - back][None, None]
+        y = y + jnp.where((positions_BT >= back)[..., None], x_BTF.astype(jnp.float32), 0) * tap_11F
     return y.astype(x_BSF.dtype)

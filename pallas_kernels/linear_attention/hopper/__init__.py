@@ -17,12 +17,12 @@ from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
 from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass
-from pallas_kernels.linear_attention.hopper.inputs import prepare
+from pallas_kernels.linear_attention.hopper.inputs import LEAST_DECAY, prepare
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
 
 __all__ = ["linear_attention", "runs_on", "self_test", "supports"]
 
-KEY_DIMS = (64, 128)
+KEY_DIMS = (64, 128, 256)
 _Saved = Saved | ChannelSaved
 
 
@@ -33,12 +33,16 @@ def supports(call: Call) -> str | None:
     if dtypes != ["bfloat16"]:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
     if key_dim not in KEY_DIMS or not wide.slices(value_dim):
-        return f"head dims K = {key_dim}, V = {value_dim} (K 64 or 128, V a multiple of 64)"
+        return f"head dims K = {key_dim}, V = {value_dim} (K 64, 128 or 256, V a multiple of 64)"
+    if key_dim == 256 and call.beta is not None and per_channel(call):
+        return "K = 256 with the delta rule and a decay per channel"
+    if key_dim == 256 and call.beta is None and call.qk_l2norm:
+        return "K = 256 with an additive update and qk_l2norm"
     if 0 in call.v.shape:
         return "an empty call"
     if call.q.shape[1] >= 2**24:
         return f"T = {call.q.shape[1]} (below 2^24)"
-    if max(call.q.shape[0], call.v.shape[2] * wide.slices(value_dim)) > 65535:
+    if max(call.q.shape[0], call.v.shape[2] * 2 * wide.slices(value_dim)) > 65535:
         return "more than 65535 sequences or heads"
     return None
 
@@ -52,14 +56,14 @@ def self_test() -> str | None:
 
 def per_channel(call: Call) -> bool:
     """Whether the log-decay is per key channel."""
-    return call.log_decay is not None and call.log_decay.ndim == 4
+    return wide.per_channel(call)
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     attend = _attend_interpreted if call.interpret else _attend
-    if wide.slices(call.v.shape[3]) == 1:
+    if wide.parts(call) == (1, 1):
         return attend(call)
-    return wide.join(*attend(wide.cut(call)), call.v.shape)
+    return wide.join(*attend(wide.cut(call)), call)
 
 
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -75,6 +79,9 @@ def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array 
     call, saved = kept
     differentiate: Any = channel_gradients if per_channel(call) else gradients
     d = differentiate(prepare(call), saved, *cotangents)
+
+    if call.log_decay is not None and not per_channel(call):  # exp(log_decay) is 0, and so is its gradient
+        d = d._replace(log_decay=jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d.log_decay))
 
     def like(x: Any, gradient: Any) -> Any:
         return None if x is None else gradient.astype(x.dtype)
@@ -110,6 +117,6 @@ def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _S
         out, saved = channel_forward(inputs, final=final, keep=keep)
     else:
         out, inverses, moves = forward_pass(inputs, final=final, keep=keep)
-        saved = Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
+        saved = Saved(out.gates, out.states, inverses, out.values, moves, out.scores) if keep else None
     state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
     return (out.o[:, : call.q.shape[1]], state), saved

@@ -16,9 +16,13 @@ from pallas_kernels.linear_attention.hopper.backward_additive import additive_gr
 from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.wide_backward import wide_gradients
+from pallas_kernels.linear_attention.hopper.wide_reverse import wide_reverse
 
 CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
+WIDEST_CHUNKS = 128  # channels and values of a head whose chunk kernel has all in shared memory at once
 
 
 class Saved(NamedTuple):
@@ -28,6 +32,7 @@ class Saved(NamedTuple):
     None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses A - I [B, HV, T, C] bf16,
     values V' [B, T, HV, V] bf16.
     moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
+    scores: P of `HeadTiles`, K = 256 only.
     """
 
     gates: jax.Array | None
@@ -35,6 +40,7 @@ class Saved(NamedTuple):
     inverses: jax.Array | None = None
     values: jax.Array | None = None
     moves: jax.Array | None = None
+    scores: jax.Array | None = None
 
 
 class Gradients(NamedTuple):
@@ -108,7 +114,10 @@ def _delta(
     scan = functools.partial(
         reverse_scan, inputs, saved.gates, saved.inverses, do, value_tile=choice.value_tile
     )
-    if saved.moves is None:
+    if saved.scores is not None:
+        tiles = HeadTiles(saved.gates, saved.scores, saved.inverses)
+        state_gradients, dv, first = wide_reverse(inputs, tiles, do, d_state)
+    elif saved.moves is None:
         state_gradients, dv, first = scan(d_state)
     else:
         count = saved.moves.shape[1]
@@ -116,8 +125,8 @@ def _delta(
         ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]
-    dq, dk, per_token = chunk_gradients(
-        inputs, saved.gates, saved.states, state_gradients, saved.values, do, dv, run=CHUNK_RUN
-    )
+    wide = max(inputs.k.shape[3], inputs.v.shape[3]) > WIDEST_CHUNKS
+    chunks = wide_gradients if wide else functools.partial(chunk_gradients, run=CHUNK_RUN)
+    dq, dk, per_token = chunks(inputs, saved.gates, saved.states, state_gradients, saved.values, do, dv)
     d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
     return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

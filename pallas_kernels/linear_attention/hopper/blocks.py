@@ -197,13 +197,11 @@ def _interpreted(a: Any, b: Any, init: jax.Array | None) -> jax.Array:
     return out if init is None else out + init
 
 
-def inverse_norm(x: jax.Array) -> jax.Array:
-    """1 / |x| of each row, as the op defines it: rsqrt(sum(x^2) + 1e-6)."""
-    return lax.rsqrt(jnp.sum(x * x, axis=1) + L2NORM_EPS)
-
-
 def inverse_norms(halves: Any) -> jax.Array:
-    """`inverse_norm` of a tile given as shared-memory pieces side by side (fewer registers at once)."""
+    """1 / |x| of each row, as the op defines it: rsqrt(sum(x^2) + 1e-6).
+
+    The tile is given as shared-memory pieces side by side (fewer registers at once).
+    """
     squares: Any = None
     for half in halves:
         x = tile(half)

@@ -57,20 +57,21 @@ def channel_gradients(
         run=RUN,
     )
 
-    def over_group(x: jax.Array) -> jax.Array:
-        if value_heads == heads:
-            return x[:, :tokens]
-        grouped = x.reshape(batch, length, heads, value_heads // heads, key_dim).astype(F32)
-        return grouped.sum(3).astype(x.dtype)[:, :tokens]
+    def added(x: jax.Array, heads: int) -> jax.Array:
+        """[B, T, N, K] as [B, tokens, heads, K]: value heads of a group and slices of V are summands."""
+        if x.shape[2] != heads:
+            x = x.reshape(batch, length, heads, -1, key_dim).astype(F32).sum(3).astype(x.dtype)
+        return x[:, :tokens]
 
     d_beta = None
     if inputs.beta is not None:
+        error = error.reshape(batch, value_heads, -1, length).sum(2)
         d_beta = jnp.swapaxes(error / (inputs.beta * inputs.beta), 1, 2)[:, :tokens]
     return Gradients(
-        over_group(dq),
-        over_group(dk),
+        added(dq, heads),
+        added(dk, heads),
         dv[:, :tokens],
-        d_log_decay[:, :tokens],
+        added(d_log_decay, value_heads),
         d_beta,
         jnp.swapaxes(first[::pieces], 2, 3),
     )

@@ -42,6 +42,11 @@ WORKERS = 2  # warpgroups at work
 REGISTERS = (232, 40)  # a thread that works, that copies
 
 
+def value_slices(value_dim: int) -> int:
+    """Slices of V that the kernel takes one by one."""
+    return value_dim // (min(value_dim, 2 * C) if value_dim % (2 * C) == 0 else C)
+
+
 def chunk_gradients(
     inputs: Inputs,
     norms: jax.Array,
@@ -54,8 +59,9 @@ def chunk_gradients(
     *,
     run: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one per value head, dlog_decay [B, T, HV, K] as it is, dV.U [B, HV, T].
+    """dq, dk [B, T, N, K] bf16, dlog_decay [B, T, N, K] as it is, dV.U [B, N, T], N of the order HV, slices.
 
+    Shared memory holds 128 values of a head: of a wider one every slice (of 128 or 64) adds a summand.
     norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
     needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
     values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
@@ -64,7 +70,8 @@ def chunk_gradients(
     value_heads, value_dim = inputs.v.shape[2:]
     group = value_heads // heads
     chunks = length // C
-    parts, blocks_v = key_dim // WIDTH, value_dim // C
+    slices = value_slices(value_dim)
+    parts, blocks_v = key_dim // WIDTH, value_dim // slices // C
     turns = parts // WORKERS  # parts a warpgroup takes, one after the other
     delta, documents = dv is not None, inputs.segment is not None
     interpret = inputs.interpret
@@ -103,19 +110,20 @@ def chunk_gradients(
         done=plgpu.Barrier(num_arrivals=WORKERS + 1),
     )
     scratch = {name: value for name, value in scratch.items() if value is not None}
-    keys = (batch, length, value_heads, key_dim)
+    keys = (batch, length, value_heads * slices, key_dim)
     results = dict(
         dq=jax.ShapeDtypeStruct(keys, BF16),
         dk=jax.ShapeDtypeStruct(keys, BF16),
         d_decay=jax.ShapeDtypeStruct(keys, decay_type),
-        error=jax.ShapeDtypeStruct((batch, value_heads, length), F32),
+        error=jax.ShapeDtypeStruct((batch, value_heads * slices, length), F32),
     )
     if not delta:
         del results["error"]
 
     def body(*all_refs: Any, **s: Any) -> None:
         refs = dict(zip([*arrays, *results], all_refs, strict=True))
-        b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
+        b, summand, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
+        head = blocks.div(summand, slices)
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
         steps = jnp.minimum(run, chunks - first)
@@ -241,7 +249,7 @@ def chunk_gradients(
             sync()  # E and F are there
             if delta:
                 pl.when(warpgroup == 1)(
-                    lambda: plgpu.copy_smem_to_gmem(s["rows"].at[1], refs["error"].at[b, head, rows])
+                    lambda: plgpu.copy_smem_to_gmem(s["rows"].at[1], refs["error"].at[b, summand, rows])
                 )
             span = norms_s[SPAN, 0].astype(jnp.int32)
             entering = s["segment"][slot, 1, 0] if documents else None
@@ -355,7 +363,7 @@ def chunk_gradients(
                 at = here(turn)
                 later = jnp.where(at.col() >= at.row(), 1.0, 0.0).astype(BF16)
                 (d_decay,) = multiply(([(later, x) for x in at.tiles], tile))
-                write(refs["d_decay"].at[b, rows, head, at.columns], d_decay.astype(decay_type))
+                write(refs["d_decay"].at[b, rows, summand, at.columns], d_decay.astype(decay_type))
                 plgpu.commit_smem()
                 return dq, dk, decay
 
@@ -392,7 +400,7 @@ def chunk_gradients(
                 if inputs.l2norm:
                     dq = dq - blocks.tile(at.q) * blocks.by_row(along_q, tile)
                     dk = dk - blocks.tile(at.k) * blocks.by_row(along_k, tile)
-                target = (b, rows, head, at.columns)
+                target = (b, rows, summand, at.columns)
                 write(refs["dq"].at[target], (dq * at.norm_q).astype(BF16))
                 write(refs["dk"].at[target], (dk * at.norm_k).astype(BF16))
             plgpu.commit_smem()
@@ -414,6 +422,7 @@ def chunk_gradients(
             plgpu.set_max_registers(REGISTERS[1], action="decrease")
             sizes = dict(steps=steps, parts=parts, turns=turns, blocks_v=blocks_v, width=WIDTH)
             place = dict(b=b, head=head, key_head=key_head, first=first)
+            place |= dict(first_value=blocks.rem(summand, slices) * (blocks_v * C))
             issue_copies(refs, s, SimpleNamespace(**place, **sizes))
 
         blocks.finish_together(s["done"])
@@ -424,7 +433,7 @@ def chunk_gradients(
         interpret=interpret,
         manual_barriers=True,
         out_type=list(results.values()),
-        grid=(batch, value_heads, pl.cdiv(chunks, run)),
+        grid=(batch, value_heads * slices, pl.cdiv(chunks, run)),
         grid_names=("b", "h", "n"),
         num_threads=WORKERS + 1,
         thread_name="wg",

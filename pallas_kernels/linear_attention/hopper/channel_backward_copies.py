@@ -19,7 +19,8 @@ from pallas_kernels.linear_attention.hopper.blocks import C
 def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -> None:
     """refs, s: the kernel's arrays and its buffers and barriers, by name.
 
-    at: b, head, key_head, first (chunk), steps (chunks), parts (of `width` channels), turns, blocks_v (of C).
+    at: b, head, key_head, first (chunk), steps (chunks), parts (of `width` channels), turns, blocks_v (of C,
+    from first_value).
     """
     copy = plgpu.copy_gmem_to_smem
 
@@ -42,7 +43,7 @@ def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -
     def fill_values(i: Any) -> None:
         rows = pl.ds((at.first + i) * C, C)
         for block in range(at.blocks_v):
-            source = (at.b, rows, at.head, pl.ds(block * C, C))
+            source = (at.b, rows, at.head, pl.ds(at.first_value + block * C, C))
             copy(refs["u"].at[source], s["u"].at[block], s["v_filled"])
             copy(refs["do"].at[source], s["d"].at[0, block], s["v_filled"])
             if "dv" in refs:
@@ -53,7 +54,8 @@ def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -
         for part in range(turn, at.parts, at.turns):
             columns = pl.ds(part * at.width, at.width)
             for block in range(at.blocks_v):
-                source = (at.b, at.head, at.first + i, pl.ds(block * C, C), columns)
+                values = pl.ds(at.first_value + block * C, C)
+                source = (at.b, at.head, at.first + i, values, columns)
                 copy(refs["h"].at[source], s["h"].at[part, block], barrier)
                 copy(refs["g"].at[source], s["g"].at[part, block], barrier)
 

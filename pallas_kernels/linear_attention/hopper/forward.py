@@ -10,6 +10,8 @@ W = A beta e K and U = A beta V, the usual intermediates of the delta rule, neve
 
 Where sequences times heads leave most of the GPU idle, each sequence is cut into pieces (pieces.py): a short
 scan gives what every piece does to the state, and the full scan runs all pieces at once.
+
+With K = 256 (delta only) `head_tiles` and `wide_scan` take the places of `chunk_inverses` and `Scan`.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ import jax
 from pallas_kernels.linear_attention.hopper import pieces, table
 from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.linear_attention.hopper.forward_scan import Scan, Scanned
+from pallas_kernels.linear_attention.hopper.head_tiles import head_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, prepare
+from pallas_kernels.linear_attention.hopper.wide_scan import wide_scan
 
 __all__ = ["Inputs", "forward_pass", "prepare"]
 
@@ -31,6 +35,10 @@ def forward_pass(
 
     moves: what each piece does to the state (`pieces.chain`), None without pieces.
     """
+    if inputs.k.shape[3] > table.WIDEST_KEY:
+        tiles = head_tiles(inputs)
+        out = wide_scan(inputs, tiles, final=final, keep=keep)
+        return out._replace(gates=tiles.gates, scores=tiles.scores), tiles.inverses, None
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     inverses = None if inputs.beta is None else chunk_inverses(inputs)
     moves = None

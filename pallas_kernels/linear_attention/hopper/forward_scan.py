@@ -48,7 +48,7 @@ class Scanned(NamedTuple):
     moves: what each piece does to the state it starts from: S^T after it when it starts from the identity and
     writes no values, [B * pieces, HV, K, K] float32.
     states: S^T before each chunk [B, HV, T/C, V, K] bf16.  With the delta rule also gates [B, HV, T/C, 8, C]
-    float32 and values, V' [B, T, HV, V] bf16.
+    float32 and values, V' [B, T, HV, V] bf16; scores: those of `HeadTiles`, where K is more than 128.
     """
 
     o: Any = None
@@ -57,6 +57,7 @@ class Scanned(NamedTuple):
     gates: Any = None
     states: Any = None
     values: Any = None
+    scores: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,10 @@ def write_gates(
 ) -> tuple[Any, Pair | None, Pair | None]:
     """Fills rows of `gates` [8, C] (see blocks) in shared memory; the rows of q and of k only if given.
 
-    numbers: the chunk's `vectors`.  q, k: tiles in shared memory.  every: also the rows SUM, NORM_K, NORM_Q
-    and BETA where the forward could do without. Returns scale / |q_i| by row, the sums of log-decays and the
-    documents, these by row and by column or None. The caller's next commit_smem makes the rows visible.
+    numbers: the chunk's `vectors`.  q, k: tiles in shared memory, or lists of their parts.  every: also the
+    rows SUM, NORM_K, NORM_Q and BETA where the forward could do without. Returns scale / |q_i| by row, the
+    sums of log-decays and the documents, these by row and by column or None. The caller's next commit_smem
+    makes the rows visible.
     """
     one = plgpu.layout_cast(jnp.full((C,), 1.0, F32), blocks.ROWS)
     read = write = norm_k = one
@@ -44,7 +45,7 @@ def write_gates(
         gates.at[SUM][...] = one * 0.0
     if k is not None:
         if inputs.l2norm:
-            norm_k = blocks.inverse_norm(blocks.tile(k))
+            norm_k = blocks.inverse_norms(k if isinstance(k, list) else [k])
         if inputs.l2norm or every:
             gates.at[NORM_K][...] = norm_k
     plgpu.commit_smem()
@@ -66,7 +67,8 @@ def write_gates(
     if every:
         gates.at[BETA][...] = blocks.row_vector(vectors.get("beta", numbers)) if vectors.has("beta") else one
     if q is not None:
-        norm_q = (blocks.inverse_norm(blocks.tile(q)) if inputs.l2norm else one) * inputs.scale
+        parts = q if isinstance(q, list) else [q]
+        norm_q = (blocks.inverse_norms(parts) if inputs.l2norm else one) * inputs.scale
         gates.at[READ_Q][...] = read * norm_q
         if every:
             gates.at[NORM_Q][...] = norm_q

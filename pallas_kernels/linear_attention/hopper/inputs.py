@@ -12,6 +12,7 @@ from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 
+LEAST_DECAY = -104.0  # exp is 0 in float32; what is below would drown the other steps in a chunk's sums
 LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small moves o by less than 4e-6
 
 
@@ -20,7 +21,7 @@ class Inputs:
     """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
 
     q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  beta: None or [B, HV, T].
-    log_decay: None, [B, HV, T], or per key channel [B, T, HV, K], which may be bf16.
+    log_decay: None, [B, HV, T] not below `LEAST_DECAY`, or per key channel [B, T, HV, K], which may be bf16.
     segment: None or [B, T], the document of each token (a whole number below 2^24).
     entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
     state: None or S_0^T [B, HV, V, K] float32.
@@ -55,7 +56,7 @@ def prepare(call: Call) -> Inputs:
         steps = log_decay if log_decay.dtype == jnp.bfloat16 else log_decay.astype(F32)
         log_decay = blocks.pad_time(steps, length)
     elif log_decay is not None:
-        log_decay = blocks.head_major(log_decay, length)
+        log_decay = jnp.maximum(blocks.head_major(log_decay, length), LEAST_DECAY)
     return Inputs(
         q=blocks.pad_time(call.q, length),
         k=blocks.pad_time(call.k, length),

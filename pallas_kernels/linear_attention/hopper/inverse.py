@@ -22,45 +22,52 @@ from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
 
 ROWS = 16  # of a warp, and the size of its blocks
 F16, BF16 = jnp.float16, jnp.bfloat16
-X_00, X_11, X_22, L_20, L_21, X_10 = range(6)  # the blocks that pass between warps
+SLOTS = 6
+X_00, X_11, X_22, L_20, L_21, X_10 = range(SLOTS)  # the blocks that pass between warps
 
 
 def exchange() -> Any:
     """The shared memory that `unit_lower_inverse` wants; used again only after a barrier of the warpgroup."""
-    return plgpu.SMEM((6 * 4 * 32,), jnp.int32)
+    return plgpu.SMEM((2 * SLOTS * 4 * 32,), jnp.int32)
 
 
 def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> jax.Array:
     """(I + L)^-1 - I in bf16, L the part of `lower` [C, C] strictly below the diagonal, by block doubling.
 
     With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
-    of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding (operands
-    are float16, sums float32) does not grow as it does in a Neumann product (powers of L that cancel).
+    of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding does not grow
+    as it does in a Neumann product (powers of L that cancel). Operands are sums of two float16, sums float32:
+    for equal keys and beta near 2 a rounding of L by 2^-12 would be felt in each later token of the chunk.
     """
-    minus = (lower * -1.0).astype(F16)
+    minus = lower * -1.0
+    high = lax.optimization_barrier(minus.astype(F16))
+    low = (minus - high.astype(F32)).astype(F16)
     if interpret:
-        columns = [minus[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
-        blocks = _inverse(_Interpreted(), columns)
+        cut = lambda x: [x[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
+        blocks = _inverse(_Parts(_Interpreted()), list(zip(cut(high), cut(low), strict=True)))
         return jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA, plgpu.RefType()),
+        arg_types=(WGMMA, WGMMA, plgpu.RefType()),
         return_type=plgpu.ShapeDtypeStruct((C, C), BF16, layout=WGMMA),
     )
-    def invert(_: Any, minus: Any, memory: Any) -> Any:
-        pairs = [utils.bitcast(x, _i32()) for x in minus.registers.flat]  # by 8 columns, then by 8 rows
-        blocks = _inverse(_Warp(memory), [pairs[j : j + 4] for j in range(0, 16, 4)])
-        type_ = ir.VectorType.get((2,), ir.BF16Type.get())
-        registers = np.empty(minus.registers.size, dtype=object)
-        registers[:] = [utils.bitcast(x, type_) for block in blocks for x in block]
-        registers = registers.reshape(minus.registers.shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=minus.layout, _is_signed=None)
+    def invert(_: Any, high: Any, low: Any, memory: Any) -> Any:
+        def cut(tile: Any) -> list:
+            pairs = [utils.bitcast(x, _i32()) for x in tile.registers.flat]  # by 8 columns, then by 8 rows
+            return [pairs[j : j + 4] for j in range(0, 16, 4)]
 
-    return invert(minus, exchange)
+        blocks = _inverse(_Parts(_Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
+        type_ = ir.VectorType.get((2,), ir.BF16Type.get())
+        registers = np.empty(high.registers.size, dtype=object)
+        registers[:] = [utils.bitcast(x, type_) for block in blocks for x in block]
+        registers = registers.reshape(high.registers.shape)
+        return mgpu.FragmentedArray(_registers=registers, _layout=high.layout, _is_signed=None)
+
+    return invert(high, low, exchange)
 
 
 def _inverse(m: Any, minus: list) -> list:
-    """The blocks of X - I in the rows of each warp, bf16, from those of N = -L, float16; m: a `_Warp`.
+    """The blocks of X - I in the rows of each warp, bf16, from those of N = -L; m: `_Parts` of a `_Warp`.
 
     Blocks of 16: X_10 = X_11 N_10 X_00 in warp 1, X_32 = X_33 N_32 X_22 in warp 3. Blocks of 32, in warps
     i = 2, 3: X_i0 = Y_i0 X_00 + Y_i1 X_10 and X_i1 = Y_i1 X_11 with Y_ij = X_ii N_ij + X_i2 N_2j (i = 3).
@@ -95,6 +102,48 @@ def _inverse(m: Any, minus: list) -> list:
     return [m.by_warp(list(column)) for column in columns]
 
 
+class _Parts:
+    """Blocks of 16 bits in two parts, (high, low), on a machine ``m`` for blocks in one."""
+
+    def __init__(self, m: Any):
+        self.m = m
+        self.barrier, self.result, self.less_identity = m.barrier, m.result, m.less_identity
+
+    def links(self, block: tuple, size: int) -> tuple:
+        return tuple(self.m.links(part, size) for part in block)
+
+    def identity_plus(self, block: tuple) -> Any:
+        high, low = block
+        return self.m.sum(self.m.identity_plus(high), self.m.widened(low))
+
+    def rounded(self, block: Any) -> tuple:
+        high = self.m.rounded(block)
+        return high, self.m.rounded(self.m.difference(block, self.m.widened(high)))
+
+    def right(self, block: tuple) -> tuple:
+        return tuple(map(self.m.right, block))
+
+    def product(self, a: tuple, b: tuple, start: Any = None) -> Any:
+        """But for the product of the low parts."""
+        start = self.m.product(a[1], b[0], *[] if start is None else [start])
+        return self.m.product(a[0], b[0], self.m.product(a[0], b[1], start))
+
+    def zeros(self, like: Any) -> Any:
+        return tuple(map(self.m.zeros, like)) if isinstance(like, tuple) else self.m.zeros(like)
+
+    def by_warp(self, blocks: list) -> Any:
+        if not isinstance(blocks[0], tuple):
+            return self.m.by_warp(blocks)
+        return tuple(self.m.by_warp([block[part] for block in blocks]) for part in range(2))
+
+    def put(self, slot: int, block: tuple, warp: int) -> None:
+        for part in range(2):
+            self.m.put(slot + part * SLOTS, block[part], warp)
+
+    def get(self, *slots: int) -> tuple:
+        return tuple(self.m.get(*(slot + part * SLOTS for slot in slots)) for part in range(2))
+
+
 class _Interpreted:
     """A block is an array [4 warps, 16, 16]."""
 
@@ -115,6 +164,15 @@ class _Interpreted:
 
     def rounded(self, block: jax.Array) -> jax.Array:
         return block.astype(F16)
+
+    def widened(self, block: jax.Array) -> jax.Array:
+        return block.astype(F32)
+
+    def sum(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return a + b
+
+    def difference(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return a - b
 
     def result(self, block: jax.Array) -> jax.Array:
         return block.astype(BF16)
@@ -214,6 +272,17 @@ class _Warp:
 
     def rounded(self, block: list) -> list:
         return self._pairs(block, "cvt.rn.f16x2.f32 $0, $2, $1;")
+
+    def widened(self, block: list) -> list:
+        ptx = "{.reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high;}"
+        f32 = ir.F32Type.get()
+        return [x for pair in block for x in utils.inline_ptx(ptx, pair, result_types=[f32, f32])]
+
+    def sum(self, a: list, b: list) -> list:
+        return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
+
+    def difference(self, a: list, b: list) -> list:
+        return [arith.subf(x, y) for x, y in zip(a, b, strict=True)]
 
     def result(self, block: list) -> list:
         return self._pairs(block, "cvt.rn.bf16x2.f32 $0, $2, $1;")

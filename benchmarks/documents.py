@@ -1,0 +1,128 @@
+"""Softmax attention within packed documents on one GPU: how cuDNN is told of them, what it costs, what leaks.
+
+    python -m benchmarks.documents [--dims 64,128,256] [--batch 4] [--length 4096] [--mean 512] [--most 16,64]
+
+none: one document a row, which is what documents should not cost.  codes: extra channels of q and k, in use.
+packed n: every document a sequence of its own, prepared for n a row (`cudnn.packed`).  score: a mask of the
+scores inside cuDNN (jax 0.12 and later; no causal skipping).  xla: blockwise. bf16, heads * dim = 2048.
+
+A row a path: microseconds on the device, forward and forward + backward (means of 5 calls), bytes of
+temporaries, the relative RMS error of o, dq, dk, dv against float32, and leaks: how many numbers of o behind
+the first document change when it changes, and how many of its gradients are not 0 if only others have a loss.
+"""
+
+import argparse
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import gpu_profile
+from pallas_kernels.softmax_attention import cudnn, xla
+from pallas_kernels.softmax_attention.call import AttentionCall
+
+CALLS = 5
+
+
+def score(call: AttentionCall) -> jax.Array:
+    """Documents and causality as a selection of scores, in cuDNN's graph."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    if "score_mod" not in inspect.signature(fused.dot_product_attention).parameters:
+        raise NotImplementedError(f"jax {jax.__version__} has no score_mod")
+
+    def seen(scores: jax.Array, first: jax.Array) -> jax.Array:
+        key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3)
+        query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+        return jnp.where((key >= first) & (query >= key), scores, jnp.float32(-1e30))
+
+    first = jnp.broadcast_to(call.first(), call.q.shape[:2])[:, None, :, None]
+    return fused.dot_product_attention(
+        call.q, call.k, call.v, scale=call.scale, score_mod=seen, score_mod_args=(first,)
+    )
+
+
+def microseconds(run: Callable[[], Any]) -> float:
+    """On the device, a call."""
+    jax.block_until_ready(run())
+    rows = gpu_profile.kernels(lambda: [run() for _ in range(CALLS)])
+    return sum(ms for _, _, ms in rows) / CALLS * 1e3
+
+
+def error(got: jax.Array, want: jax.Array) -> float:
+    return float(jnp.linalg.norm(jnp.ravel(got.astype(want.dtype) - want)) / jnp.linalg.norm(jnp.ravel(want)))
+
+
+def passes(path: Callable, starts: jax.Array | None, dim: int) -> tuple[Callable, Callable]:
+    """(o, (o, dq, dk, dv)) of q, k, v and, for the second, do."""
+    run = lambda q, k, v: path(AttentionCall(q, k, v, starts, dim**-0.5))
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, ...]:
+        o, pull = jax.vjp(run, q, k, v)
+        return (o, *pull(do.astype(o.dtype)))
+
+    return jax.jit(run), jax.jit(both)
+
+
+def measure(path: Callable, arrays: list, starts: jax.Array | None, end: int, exact: Any) -> str:
+    """A row; ``end``: of the first document of the first row."""
+    q, k, v, do = arrays
+    forward, both = passes(path, starts, q.shape[-1])
+    compiled = both.lower(q, k, v, do).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    out = compiled(q, k, v, do)
+    times = [microseconds(functools.partial(forward, q, k, v))]
+    times.append(microseconds(functools.partial(compiled, q, k, v, do)))
+    row = f"{times[0]:9.1f} {times[1]:9.1f} {temporaries:8.1f} MiB"
+    if starts is None:
+        return row
+    row += " ".join(f" {error(got, want):.1e}" for got, want in zip(out, exact, strict=True))
+    other = (x.at[0, :end].multiply(-30) for x in (q, k, v))
+    moved = jnp.sum(forward(*other)[0, end:] != out[0][0, end:])
+    gradients = compiled(q, k, v, do.at[0, :end].set(0))[1:]
+    leaked = sum(jnp.sum(g[0, :end] != 0) for g in gradients)
+    return f"{row}  leaks {int(moved)} {int(leaked)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    parser.add_argument("--dims", type=numbers, default=[64, 128, 256])
+    parser.add_argument("--most", type=numbers, default=[16, 64])
+    for name, default in (("batch", 4), ("length", 4096), ("mean", 512)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--paths", default="none,codes,packed,xla", help="and score, which may end the process"
+    )
+    args = parser.parse_args()
+    rng = np.random.default_rng(0)
+    starts = rng.random((args.batch, args.length)) < 1 / args.mean
+    starts[:, 0], starts[0, args.mean] = False, True
+    most_there, end = 1 + starts.sum(1).max(), int(np.argmax(starts[0]))
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; at most {most_there} documents a row")
+    print("dim path: forward us, forward + backward us, temporaries, errors of o dq dk dv, leaks")
+    available: dict[str, Callable] = {"none": cudnn.softmax_attention, "codes": cudnn.softmax_attention}
+    available |= {f"packed {n}": functools.partial(cudnn.packed, most=n) for n in args.most}
+    available |= {"score": score, "xla": xla.softmax_attention}
+    for dim in args.dims:
+        keys = jax.random.split(jax.random.key(dim), 4)
+        shape = (args.batch, args.length, 2048 // dim, dim)
+        arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+        wide = [x.astype(jnp.float32) for x in arrays]
+        exact = passes(xla.softmax_attention, jnp.asarray(starts), dim)[1](*wide)
+        for name, path in available.items():
+            if name.split()[0] not in args.paths.split(","):
+                continue
+            try:
+                row = measure(path, arrays, None if name == "none" else jnp.asarray(starts), end, exact)
+            except Exception as reason:
+                row = f"{type(reason).__name__}: {str(reason)[:160]}"
+            print(f"{dim:4d} {name:10s} {row}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

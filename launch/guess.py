@@ -1,0 +1,47 @@
+"""What guessing would score: the dotted line of a report."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from eval import tasks
+from eval.tasks import labelled
+from hybridlm import data
+
+
+def of(config: Any) -> dict[str, float | None]:
+    """ "recall" and "loss" of an answer drawn from all that are possible; None where that is not defined.
+
+    config: resolved. The loss of text is that of a uniform token, ln V nats.
+    """
+    vocab = config.model.vocab_size
+    answers = _answers(config.data, vocab)
+    text = config.data.kind in ("text", "shards", "mixture")
+    loss = math.log(vocab) if text else math.log(answers) if answers else None
+    if config.eval.tasks:
+        return {"recall": _mean_chance(config), "loss": loss}
+    return {"recall": 1 / answers if answers else None, "loss": loss}
+
+
+def _answers(settings: Any, vocab: int) -> int | None:
+    """Number of answers that a label of the run's own task can be; None for text and mixtures."""
+    if settings.kind not in data.KINDS:
+        return None
+    known = dataclasses.asdict(data.KINDS[settings.kind].Config())
+    for task in labelled.TASKS:
+        decides = {name: value for name, value in task.settings.items() if name != "num_pairs"}
+        if all(getattr(settings, name, None) == value for name, value in decides.items()):
+            own = {name: getattr(settings, name, default) for name, default in known.items()}
+            return task.choices(own, vocab)
+    return None
+
+
+def _mean_chance(config: Any) -> float | None:
+    """Of the tasks measured in the loop; None if one of them has none."""
+    definition = SimpleNamespace(vocab_size=config.model.vocab_size)
+    subject: Any = SimpleNamespace(config=config, definition=definition)
+    setting: Any = None  # no task's chance depends on it
+    found = [task.chance(subject, setting) for task in tasks.choose("", config.eval.tasks)]
+    known = [one for one in found if one is not None]
+    return sum(known) / len(known) if len(known) == len(found) else None

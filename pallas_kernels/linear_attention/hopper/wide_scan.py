@@ -1,0 +1,150 @@
+"""The scan over chunks of the delta rule for heads of up to 256 x any V, one decay per head or none.
+
+A block of threads per sequence, value head and slice of 64 values: one warpgroup holds S^T (64 values by K,
+float32, in registers; 128 of a thread's 255 at K = 256) and runs the chain of products, one issues the
+copies. What does not depend on V is in `HeadTiles`. The state meets the products from shared memory: a
+second copy of it in registers would not fit.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
+from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
+
+BF16 = jnp.bfloat16
+STAGES = 2
+GATES = (READ_K, READ_Q, WRITE, BETA)  # the rows of `HeadTiles.gates` that a scan reads whole
+
+
+def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> Scanned:
+    """`final` for the last state, `keep` for the states and V' that the backward pass wants."""
+    batch, length, heads, key_dim = inputs.k.shape
+    value_heads, value_dim = inputs.v.shape[2:]
+    group, chunks, interpret = value_heads // heads, length // C, inputs.interpret
+    stages = min(STAGES, chunks)
+    outputs = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
+    results: dict[str, Any] = dict(o=outputs)
+    if final:
+        results |= dict(final=jax.ShapeDtypeStruct((batch, value_heads, value_dim, key_dim), F32))
+    if keep:
+        states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
+        results |= dict(states=states, values=outputs)
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, initial=inputs.state, **tiles._asdict())
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    scratch = dict(
+        keys=blocks.smem((stages, 2 * C, key_dim), BF16),  # k, then q: one product reads the state for both
+        v=blocks.smem((stages, C, C), BF16),
+        inverses=blocks.smem((stages, C, C), BF16),
+        scores=blocks.smem((stages, C, C), BF16),
+        gates=plgpu.SMEM((stages, len(GATES), C), F32),
+        state=blocks.smem((C, key_dim), BF16),
+        o=blocks.smem((C, C), BF16),
+        values=blocks.smem((C, C), BF16) if keep else None,
+        filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
+        free=plgpu.Barrier(num_barriers=stages),
+        done=plgpu.Barrier(num_arrivals=2),
+    )
+    scratch = {name: value for name, value in scratch.items() if value is not None}
+
+    def body(*all_refs: Any, **s: Any) -> None:
+        refs = dict(zip([*arrays, *results], all_refs, strict=True))
+        b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
+        key_head = blocks.div(head, group)
+        columns = pl.ds(value_block * C, C)
+
+        def fill(n: Any, slot: Any) -> None:
+            rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
+            copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, barrier)
+            copy(refs["k"].at[b, rows, key_head], s["keys"].at[slot, pl.ds(0, C)])
+            copy(refs["q"].at[b, rows, key_head], s["keys"].at[slot, pl.ds(C, C)])
+            copy(refs["v"].at[b, rows, head, columns], s["v"].at[slot])
+            copy(refs["inverses"].at[b, head, rows], s["inverses"].at[slot])
+            copy(refs["scores"].at[b, head, rows], s["scores"].at[slot])
+            for place, row in enumerate(GATES):
+                copy(refs["gates"].at[b, head, n, row], s["gates"].at[slot, place])
+
+        def issue_copies() -> None:
+            for n in range(stages):
+                fill(jnp.int32(n), n)
+
+            @pl.loop(stages, chunks)
+            def _(n: Any) -> None:
+                slot = blocks.rem(n, stages)
+                plgpu.barrier_wait(s["free"].at[slot])
+                fill(n, slot)
+
+            for n in range(chunks - stages, chunks):
+                plgpu.barrier_wait(s["free"].at[n % stages])
+
+        def step(n: Any, state: jax.Array) -> jax.Array:
+            slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
+            gates = s["gates"].at[slot]
+            by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[GATES.index(row)]))
+            # Not by way of shared memory, which is full to the last 1000 bytes with K = 256.
+            carry = refs["gates"][b, head, n, CARRY, 0]
+            if keep:
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's state has left
+            blocks.store(s["state"], state.astype(BF16), interpret=interpret)
+            plgpu.commit_smem()
+            if keep:
+                plgpu.copy_smem_to_gmem(s["state"], refs["states"].at[b, head, n, columns])
+            plgpu.barrier_wait(s["filled"].at[slot])
+            read = blocks.matmul((s["state"], s["keys"].at[slot].T), interpret=interpret)
+            value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(READ_K)
+            value = value * by_token(BETA)
+            value = blocks.matmul((value.astype(BF16), s["inverses"].at[slot].T, value), interpret=interpret)
+            value_lo = value.astype(BF16)
+            seen = (value_lo, s["scores"].at[slot].T, read[:, C:] * by_token(READ_Q))
+            k = s["keys"].at[slot, pl.ds(0, C)]
+            written = ((value * by_token(WRITE)).astype(BF16), k, state * carry)
+            o, state = blocks.matmul(seen, written, interpret=interpret)
+            plgpu.wait_smem_to_gmem(int(keep), wait_read_only=True)  # the last chunk's results have left
+            blocks.store(s["o"], o.astype(BF16), interpret=interpret, transposed=True)
+            if keep:
+                blocks.store(s["values"], value_lo, interpret=interpret, transposed=True)
+            plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
+            plgpu.barrier_arrive(s["free"].at[slot])
+            if keep:
+                values = refs["values"].at[b, rows, head, columns]
+                plgpu.copy_smem_to_gmem(s["values"], values, commit_group=False)
+            plgpu.copy_smem_to_gmem(s["o"], refs["o"].at[b, rows, head, columns])
+            return state
+
+        def hold_state() -> None:
+            shape = (C, key_dim)
+            if inputs.state is None:
+                state = blocks.zeros(shape)
+            else:
+                initial = refs["initial"].at[b, head, columns]
+                state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+            state = lax.fori_loop(0, chunks, step, state)
+            if final:
+                refs["final"].at[b, head, columns][...] = state
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(wg == 0)(hold_state)
+        pl.when(wg == 1)(issue_copies)
+        blocks.finish_together(s["done"])
+
+    out = blocks.kernel(
+        body,
+        name="delta_wide_scan",
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=list(results.values()),
+        grid=(batch, value_heads, value_dim // C),
+        grid_names=("b", "h", "v"),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=scratch,
+    )(*arrays.values())
+    return Scanned(**dict(zip(results, out, strict=True)))

@@ -1,0 +1,58 @@
+"""The public op: checks its arguments, normalises them into an `AttentionCall` and hands it to a backend."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Op
+from pallas_kernels.documents import document_starts
+from pallas_kernels.linear_attention.checks import floating, scale_of
+from pallas_kernels.softmax_attention.call import AttentionCall
+
+OP = Op("softmax_attention", __package__, ("cudnn", "xla"))
+
+
+def softmax_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    backend: str = "auto",
+) -> jax.Array:
+    """o_t = sum_s softmax_s(scale q_t . k_s) v_s over the tokens s <= t of t's document and window.
+
+    Grouped heads (arXiv 2305.13245): query head h reads key/value head h // (H // G). What is not finite in
+    k or v reaches the outputs of other documents: a weight of 0 times nan is nan, on every backend.
+
+    Args:
+        q: [B, T, H, K], floating.  k: [B, T, G, K].  v: [B, T, G, V].  H a multiple of G.
+        segment_ids: None or integers [B, T]; wherever neighbours differ a document starts. Ids may be reused.
+        scale: a Python number; K**-0.5 when None.
+        window: tokens that a query sees, its own included; 0 for the whole document.
+        backend: "reference" (all T x T scores, the oracle), "xla" (blockwise, in memory linear in T), "cudnn"
+            (its fused kernel; 16-bit arrays) or "auto": cudnn where it can, else xla, logged once per reason.
+
+    Returns:
+        o [B, T, H, V] in v's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or backend that is impossible, by argument name; or "cudnn" for a call that
+            it does not support, with the reason.
+    """
+    batch, length, heads, dim = floating("q", q, 4, exact=True).shape
+    groups, value_dim = floating("v", v, 4, exact=True).shape[2:]
+    for name, array, shape in (("k", k, (groups, dim)), ("v", v, (groups, value_dim))):
+        if floating(name, array, 4, exact=True).shape != (batch, length, *shape):
+            raise ValueError(
+                f"{name}.shape = {array.shape}: must be {(batch, length, *shape)} to match q and v"
+            )
+    if not groups or heads % groups:
+        raise ValueError(f"q.shape = {q.shape}: its {heads} heads must be a multiple of v's {groups}")
+    if not isinstance(window, int) or window < 0:
+        raise ValueError(f"window = {window!r}: must be an integer of at least 0 (0: no window)")
+    starts = None if segment_ids is None else document_starts(segment_ids, (batch, length))
+    if not batch or not length:
+        return jnp.zeros((batch, length, heads, value_dim), v.dtype)
+    return OP.compute(AttentionCall(q, k, v, starts, scale_of(scale, dim), window), backend)

@@ -1,0 +1,64 @@
+"""Inputs that are hard for chunkwise kernels, interpreted, against the float64 recurrence."""
+
+import dataclasses
+import functools
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
+
+from pallas_kernels.linear_attention import hopper, reference
+from pallas_kernels.linear_attention.op import normalize
+
+FLOATS = ("q", "k", "v", "log_decay", "beta", "initial_state")
+
+
+def values_and_gradients(backend, call):
+    """Outputs and gradients by name, float64; the gradients of the results are fixed random numbers."""
+    rng = np.random.default_rng(1)
+    arrays = {name: a for name in FLOATS if (a := getattr(call, name)) is not None}
+    run = lambda arrays: backend.linear_attention(dataclasses.replace(call, **arrays))
+    (o, state), pull = jax.vjp(run, arrays)
+    bars = [jnp.asarray(np.float32(rng.normal(size=x.shape)), x.dtype) for x in (o, state)]
+    (d,) = pull(tuple(bars))
+    named = {"o": o, "state": state} | {f"d{name}": a for name, a in d.items()}
+    return {name: np.asarray(a, np.float64) for name, a in named.items()}
+
+
+def exact(call):
+    with jax.enable_x64(True):
+        wide = {
+            name: jnp.asarray(np.asarray(a, np.float64))
+            for name in FLOATS
+            if (a := getattr(call, name)) is not None
+        }
+        return values_and_gradients(reference, dataclasses.replace(call, **wide))
+
+
+def gated(gate, delta=True, length=70):
+    """One decay per head in (-0.2, 0) but for ``gate`` at token 20."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, length, 1, 64)), jnp.bfloat16) for _ in "qkv")
+    decay = jnp.asarray(rng.uniform(-0.2, 0, (1, length, 1)), jnp.float32).at[:, 20].set(gate)
+    beta = jnp.asarray(rng.uniform(size=(1, length, 1)), jnp.float32) if delta else None
+    options = dict(log_decay=decay, beta=beta, qk_l2norm=True, output_final_state=True, interpret=True)
+    return normalize(q, k, v, **options)
+
+
+@pytest.mark.parametrize("delta", [True, False])
+def test_one_strong_gate_leaves_its_chunk_exact(delta):
+    got, want = values_and_gradients(hopper, gated(-1e4, delta)), exact(gated(-1e4, delta))
+    for name in want:
+        error = np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
+        assert error < (3e-2 if name == "dbeta" else 6e-3), (name, error)
+    assert got["dlog_decay"][0, 20, 0] == 0
+    # What forgets everything forgets no more: the same bits, whatever its size.
+    attend = functools.partial(values_and_gradients, hopper)
+    for gate in (-3e38, -np.inf) if delta else (-np.inf,):
+        for name, value in attend(gated(gate, delta)).items():
+            np.testing.assert_array_equal(value, got[name], err_msg=name)

@@ -1,0 +1,50 @@
+"""Which backend every cell of configs/hybrid.py would run on, asked for an H100 of its calls' shapes."""
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import pytest
+
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
+
+from configs import hybrid
+from hybridlm import config as configs
+from hybridlm import model
+from hybridlm.rows import Rows
+from pallas_kernels import explain
+from pallas_kernels.dispatch import H100
+
+# Calls that no kernel computes yet: why, and at which sizes and mixers.
+NOT_YET: dict[tuple[str, str], str] = {}
+# Mixers without a call of a Pallas op: HGRN's recurrence is elementwise (an associative scan in XLA),
+# attention is cuDNN's.
+NO_CALLS = ("hgrn", "swa")
+
+
+def calls(size, mixer):
+    """[Choice] of one row of the published length, bf16 as trained."""
+    config = configs.resolve(configs.load(f"configs/hybrid.py:{size},{mixer},pure"))
+    definition = model.build(config)
+    tokens = jax.ShapeDtypeStruct((1, config.train.seq_len), jnp.int32)
+    forward = lambda params, tokens, rows: model.logits(definition, params, tokens, rows)
+    return explain(forward, model.shapes(definition), tokens, Rows(tokens, tokens), device=H100)
+
+
+@pytest.mark.parametrize("mixer", hybrid.MIXERS)
+@pytest.mark.parametrize("size", hybrid.SIZES)
+def test_every_cell_runs_on_kernels(size, mixer):
+    found = calls(size, mixer)
+    assert bool([choice for choice in found if choice.op == "linear_attention"]) == (mixer not in NO_CALLS)
+    slow = [str(choice) for choice in found if choice.backend != "hopper"]
+    assert bool(slow) == ((size, mixer) in NOT_YET), slow
+
+
+def test_ratios_have_the_calls_of_the_pure_stack():
+    """So the test above speaks for every cell: a ratio moves layers and the MLP's width, nothing else."""
+    for size, mixer in ((size, mixer) for size in hybrid.SIZES for mixer in hybrid.MIXERS):
+        pure = hybrid.get_config(f"{size},{mixer},pure")
+        for ratio in hybrid.RATIOS:
+            cell = hybrid.get_config(f"{size},{mixer},{ratio}")
+            assert cell.mixers[mixer] == pure.mixers[mixer]
+            assert cell.model.d_model == pure.model.d_model
