@@ -14,8 +14,8 @@ from eval import probes, subject
 from eval.tasks import base
 from hybridlm import config as configs
 from hybridlm import model as lm
-from hybridlm.data import tokenizer
 from hybridlm.context import Context
+from hybridlm.data import tokenizer
 from hybridlm.rows import single_document
 from tests import tiny
 
