@@ -136,7 +136,8 @@ def test_labels_are_as_many_as_the_chance_says(loaded, name):
     examples = data.build(config, split="val", batch_size=256, seq_len=length, seed=0, vocab_size=vocab)
     targets = examples.batch(0)["targets"]
     labels = targets[targets >= 0]
-    sized = dataclasses.replace(loaded, definition=dataclasses.replace(loaded.definition, vocab_size=vocab))
+    resized = dataclasses.replace(loaded.definition.model, vocab_size=vocab)
+    sized = dataclasses.replace(loaded, definition=dataclasses.replace(loaded.definition, model=resized))
     possible = round(1 / task.chance(sized, setting))
     assert len(np.unique(labels)) <= possible
     if len(labels) > 20 * possible:
