@@ -183,7 +183,7 @@ class Trainer:
                 self.own(state, r)["params"],
                 one.workdir,
                 one.train_data.tokenizer,
-            )  # fmt: skip
+            )
             for r, one in enumerate(self.members)
         ]
         several = lambda: jax.tree.map(lambda *leaves: np.stack(leaves), *loaded)
