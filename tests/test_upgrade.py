@@ -40,7 +40,7 @@ def test_an_upgraded_run_goes_on_as_it_would_have(old: Path) -> None:
     assert [line["step"] for line in got] == list(range(1, 9))
     for before, after in zip(want[4:], got[4:], strict=True):
         for name in ("loss", "grad_norm", "learning_rate"):
-            assert after[name] == pytest.approx(before[name], rel=1e-5), (before["step"], name)
+            assert after[name] == pytest.approx(before[name], rel=5e-4), (before["step"], name)
 
 
 def test_a_killed_upgrade_goes_on(old: Path) -> None:
