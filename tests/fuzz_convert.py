@@ -26,8 +26,8 @@ from hybridlm.errors import ConfigError
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "models" / "shapes.json").read_text())
 NONSENSE: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 10**9, 10**30, 0.5, -0.0, 1e300, float("inf"), float("nan"), "", "x",
-    "é\x1b[2J", [], [0], [None], ["x"], [[]], {}, {"a": 1}, {"layers": [0], "num_heads": 2}, "../x",
+    None, True, False, 0, 1, -1, 2, 3, 7, 10**9, 10**30, 0.5, -0.0, 1e300, float("inf"), float("nan"), "",
+    "x", "é\x1b[2J", [], [0], [None], ["x"], [[]], {}, {"a": 1}, {"layers": [0], "num_heads": 2}, "../x",
     "/etc/passwd",
 )  # fmt: skip
 
