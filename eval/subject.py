@@ -1,12 +1,10 @@
 """The model under test: text in, text or probabilities out, in batches of few shapes."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,27 +143,7 @@ def load(
     tokenizer: "bytes" or a tokenizer.json, where the run's own is not to be found.
     """
     config, definition, params, step = weights.load(workdir, step)
-    tokens = tokenizers.load(tokenizer) if tokenizer else tokenizer_of(config.data)
-    if tokens is not None and tokens.vocab_size > definition.vocab_size:
-        allowed = f"has {tokens.vocab_size} ids, the model {definition.vocab_size}"
-        raise ConfigError("--tokenizer", tokens.name, allowed)
+    tokens = tokenizers.load(tokenizer) if tokenizer else weights.tokenizer(workdir, config)
+    if tokens is not None:
+        weights.check_fits(tokens, definition.vocab_size)
     return Subject(definition, params, tokens, config, step, batch_tokens)
-
-
-def tokenizer_of(data: Any) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a run's ``config.data``, read without its text; None if its tokens stand for none."""
-    if data.kind == "text":
-        return tokenizers.load(data.tokenizer)
-    if data.kind == "shards":
-        path = Path(data.path).expanduser()
-        try:
-            named = json.loads((path / "index.json").read_text())["tokenizer"]["name"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                "data.path", str(path), f"holds no tokenizer ({error})", "Give --tokenizer."
-            ) from error
-        return tokenizers.load(named if named == "bytes" else str(path / named))
-    if data.kind == "mixture":
-        found = [tokenizer_of(component) for component in data.components.values()]
-        return next((tokens for tokens in found if tokens is not None), None)
-    return None

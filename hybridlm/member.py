@@ -196,16 +196,17 @@ def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | Non
     wanted = config.eval
     if tokenizer is None or not wanted.sample_tokens:
         return {}
+    prompt = [tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]
     tokens = generate.generate(
         definition,
         params,
-        [[tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]],
+        [prompt],
         max_new_tokens=wanted.sample_tokens,
         sampling=generate.Sampling(temperature=wanted.temperature),
         seed=config.train.seed,
         stop=tokenizer.doc_id,
     )
-    return {"sample": wanted.sample_prompt + tokenizer.decode(tokens[0])}
+    return {"sample": wanted.sample_prompt + tokenizer.decode_after(prompt, tokens[0])}
 
 
 def write_json(path: Path, value: Any) -> None:

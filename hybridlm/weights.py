@@ -1,15 +1,19 @@
-"""The parameters of a run, as its checkpoints have them."""
+"""The parameters of a run, as its checkpoints have them, and the tokenizer that belongs to them."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from hybridlm import config as configs
-from hybridlm import model
+from hybridlm import model, untrusted
 from hybridlm.config import Config
+from hybridlm.data import tokenizer as tokenizers
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
+
+TOKENIZER = "tokenizer.json"  # in a workdir
 
 
 class Weights(NamedTuple):
@@ -42,3 +46,36 @@ def load(workdir: str | Path, step: int | None = None, **changes: str) -> Weight
         like = jax.tree.map(place, model.canonical_shapes(definition))
         flat = saves.restore(step, {"params": like})["params"]
     return Weights(config, definition, jax.jit(lambda flat: model.restack(definition, flat))(flat), step)
+
+
+def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:
+    """The tokenizer of the run in ``workdir``; None if its tokens stand for no text.
+
+    The one that lies beside the weights, or else what the run's data name, read without their text.
+    ConfigError where neither can be read, and for one with ids that the model has not.
+    """
+    own = Path(workdir) / TOKENIZER
+    found = tokenizers.load(str(own)) if own.is_file() else tokenizer_of(config.data)
+    if found is not None:
+        check_fits(found, config.model.vocab_size)
+    return found
+
+
+def check_fits(found: Tokenizer, vocab_size: int, field: str = "--tokenizer") -> None:
+    if found.vocab_size > vocab_size:
+        raise ConfigError(field, found.name, f"has {found.vocab_size} ids, the model {vocab_size}")
+
+
+def tokenizer_of(data: Any) -> Tokenizer | None:
+    """The tokenizer that a run's ``config.data`` names; None if its tokens stand for no text."""
+    if data.kind == "text":
+        return tokenizers.load(data.tokenizer)
+    if data.kind == "shards":
+        path = Path(data.path).expanduser()
+        shape = {"tokenizer": {"name": str}}
+        named = untrusted.read_json(path / "index.json", "data.path", shape)["tokenizer"]["name"]
+        return tokenizers.load(named if named == "bytes" else str(untrusted.inside(path, named, "data.path")))
+    if data.kind == "mixture":
+        each = [tokenizer_of(component) for component in data.components.values()]
+        return next((tokens for tokens in each if tokens is not None), None)
+    return None
