@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from hybridlm import model
-from hybridlm.convert import tensors, transfer
+from hybridlm.convert import families, tensors
 from hybridlm.convert.fields import Fields
 
 SHARD = 200 * 10**6
@@ -30,9 +30,9 @@ def write_checkpoint(folder: Path, layers: int, d_model: int) -> dict[str, tenso
         "num_hidden_layers": layers, "num_attention_heads": d_model // 64,
         "num_key_value_heads": d_model // 64, "head_dim": 64,
     }  # fmt: skip
-    family = transfer.FAMILIES["qwen3"]
+    family = families.FAMILIES["qwen3"]
     definition = model.build(family.read(Fields(values)).config())
-    shapes = transfer.plan(definition, family, "qwen3").shapes
+    shapes = families.plan(definition, family).shapes
     planned = tensors.shards([(name, "F32", shape) for name, shape in shapes.items()], SHARD)
     rng = np.random.default_rng(0)
     tensors.write(folder, planned, lambda name: rng.standard_normal(shapes[name], np.float32))

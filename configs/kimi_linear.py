@@ -26,7 +26,7 @@ def get_config(arg: str = "dense") -> ConfigDict:
     config.model.pattern = "(kda*3 mla)*6 kda*2 mla"
     config.model.d_model = 2304
     config.model.norm_eps = 1e-5
-    config.mixers.kda = mixer("kda", num_heads=32, output_gate_bias=False)
+    config.mixers.kda = mixer("kda", num_heads=32, output_gate_bias=False, norm_eps=1e-5)
     config.mixers.mla = mixer("mla", num_heads=32, rope_theta=0.0)
     if arg == "moe":
         config.model.pattern = "kda kda/moe*2 mla/moe (kda/moe*3 mla/moe)*5 kda/moe*2 mla/moe"

@@ -69,9 +69,9 @@ def check(path: str | Path) -> None:
     if (path / "checkpoints").is_dir():
         configs.of_run(path)
     elif (path / "config.json").is_file():
-        from hybridlm.convert import transfer  # only a run that starts from one needs the converters
+        from hybridlm.convert import families  # only a run that starts from one needs the converters
 
-        transfer.read_config(path)
+        families.read_config(path)
     else:
         problem = "is neither a workdir with checkpoints nor a Hugging Face folder"
         raise ConfigError("init_from", str(path), problem)
@@ -91,12 +91,12 @@ def source(path: str | Path) -> Iterator[Source]:
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
             yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir))
     else:
-        from hybridlm.convert import transfer
+        from hybridlm.convert import families, incoming
 
-        imported = transfer.read_config(path)
+        imported = families.read_config(path)
         read: dict[str, np.ndarray] = {}
-        manifest = transfer.fill(path, imported, read.__setitem__)
-        carry = lambda workdir: transfer.carry(imported, manifest, workdir)
+        manifest = incoming.fill(path, imported, read.__setitem__)
+        carry = lambda workdir: incoming.carry(imported, manifest, workdir)
         yield Source(model.build(imported.config), read, carry)
 
 

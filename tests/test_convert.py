@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import generate, init_from, layered, model
+from hybridlm import generate, init_from, model
 from hybridlm.convert import __main__ as command
-from hybridlm.convert import evaluate, tensors, transfer
+from hybridlm.convert import evaluate, families, incoming, outgoing, tensors
 from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from tests import tiny
 from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ NAMES = ("fla_deltanet", "kimi_linear", "qwen3_next")
 @functools.cache
 def imported(name: str, root: Path) -> SimpleNamespace:
     workdir = root / name
-    transfer.import_hf(GOLDEN / name, workdir)
+    incoming.import_hf(GOLDEN / name, workdir)
     definition, params = evaluate.load(workdir)
     expected = dict(np.load(GOLDEN / name / "expected.npz"))
     return SimpleNamespace(workdir=workdir, definition=definition, params=params, expected=expected)
@@ -91,20 +92,18 @@ def test_gradients(root: Path) -> None:
     batch = {"tokens": jnp.asarray(ids), "targets": jnp.asarray(targets)}
     batch |= dict(zip(("segment_ids", "positions"), single_document(*ids.shape), strict=True))
     with jax.default_matmul_precision("highest"):
-        grads, sums = jax.jit(jax.grad(lambda p: model.loss_fn(run.definition, p, batch), has_aux=True))(
-            run.params
-        )
+        loss = lambda params: tiny.loss_fn(run.definition, params, batch)
+        grads, sums = jax.jit(jax.grad(loss, has_aux=True))(run.params)
     assert sums["loss_sum"] / sums["tokens"] == pytest.approx(float(run.expected["loss"]), rel=1e-5)
-    flat = trees.flatten(grads)
-    source = transfer.read_config(GOLDEN / "qwen3_next")
-    planned = transfer.plan(run.definition, source.family, source.model_type)
+    flat = model.unstack(run.definition, grads)
+    source = families.read_config(GOLDEN / "qwen3_next")
+    planned = families.plan(run.definition, source.family)
     compared = 0
     for rule in planned.rules:
         for theirs in rule.theirs:
             want = run.expected.get(f"grad.{theirs}")
             if want is not None:
-                entries = [planned.entries[name] for name in rule.ours]
-                arrays = rule.outward([np.asarray(flat[e.path][e.place]) / sums["tokens"] for e in entries])
+                arrays = rule.outward([np.asarray(flat[name]) / sums["tokens"] for name in rule.ours])
                 assert error(arrays[rule.theirs.index(theirs)], want) < 1e-4, theirs
                 compared += 1
     assert compared == sum(name.startswith("grad.") for name in run.expected)
@@ -177,16 +176,16 @@ EXTRA["kimi_linear, no shared expert"].pop("n_shared_experts", None)
 def test_configs_and_rules_of(name: str) -> None:
     """config.json -> definition -> config.json -> the same; rules invert; names are the published ones."""
     values = SHAPES[name]["config"] if name in SHAPES else EXTRA[name]
-    family = transfer.FAMILIES[values["model_type"]]
+    family = families.FAMILIES[values["model_type"]]
     definition = model.build(family.read(Fields(values)).config())
     written = family.write(definition, values["model_type"])
     assert not same_model(definition, model.build(family.read(Fields(written)).config()))
-    planned = transfer.plan(definition, family, values["model_type"])
+    planned = families.plan(definition, family)
     if name in SHAPES:
         assert planned.shapes == {key: tuple(shape) for key, shape in SHAPES[name]["shapes"].items()}
-    rng = np.random.default_rng(0)
+    rng, sizes = np.random.default_rng(0), model.canonical_shapes(definition)
     for rule in planned.rules:
-        ours = [rng.normal(size=planned.entries[entry].shape) for entry in rule.ours]
+        ours = [rng.normal(size=sizes[entry].shape) for entry in rule.ours]
         for before, after in zip(ours, rule.inward(rule.outward(ours)), strict=True):
             np.testing.assert_array_equal(before, after)
 
@@ -208,7 +207,7 @@ def test_layers_of_released_configs() -> None:
         "mla_use_nope": True,
         "moe_layer_freq": 1,
     }
-    layers = transfer.FAMILIES["kimi_linear"].read(Fields(kimi)).layers
+    layers = families.FAMILIES["kimi_linear"].read(Fields(kimi)).layers
     assert layers == ["kda", *["kda/moe"] * 2, "mla/moe", *["kda/moe"] * 3, "mla/moe"] + [
         *["kda/moe"] * 3, "mla/moe",
     ] * 4 + ["kda/moe"] * 2 + ["mla/moe"]  # fmt: skip
@@ -221,7 +220,7 @@ def test_layers_of_released_configs() -> None:
         "full_attention_interval": 2,
         "mlp_only_layers": [],
     }
-    found = transfer.FAMILIES["qwen3_next"].read(Fields(qwen))
+    found = families.FAMILIES["qwen3_next"].read(Fields(qwen))
     assert found.layers == ["gdn/moe", "full/moe"] * 2
     assert found.mixers["full"].rope_theta == 1e7
 
@@ -258,7 +257,7 @@ def test_layers_of_released_configs() -> None:
 def test_what_a_config_may_not_ask_for(name: str, changes: dict, field: str) -> None:
     values = SHAPES[name]["config"] | changes
     with pytest.raises(ConfigError) as caught:
-        transfer.FAMILIES[values["model_type"]].read(Fields(values))
+        families.FAMILIES[values["model_type"]].read(Fields(values))
     assert caught.value.field == f"config.json: {field}"
 
 
@@ -266,7 +265,7 @@ def test_what_fields_that_are_missing_or_null_stand_for() -> None:
     """The defaults of the published config classes, which are not those of other families."""
     retnet = {k: v for k, v in SHAPES["fla_retnet"]["config"].items() if k not in ("hidden_ratio",)}
     retnet |= {"intermediate_size": None, "hidden_size": 768, "num_heads": 4, "temperature": 0.6}
-    read = lambda values: transfer.FAMILIES[values["model_type"]].read(Fields(values))
+    read = lambda values: families.FAMILIES[values["model_type"]].read(Fields(values))
     assert read(retnet).model["mlp_hidden"] == 1024  # fla's RetNet has a ratio of 2
     assert read(retnet | {"hidden_ratio": None}).model["mlp_hidden"] == 2048
     hgrn2 = SHAPES["fla_hgrn2"]["config"] | {"hidden_size": 64, "num_heads": 3, "expand_ratio": 16}
@@ -282,11 +281,11 @@ def test_a_multimodal_config(tmp_path: Path) -> None:
     text = EXTRA["qwen3_5_text"] | {"tie_word_embeddings": False}
     outer = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True, "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(outer))
-    source = transfer.read_config(tmp_path)
+    source = families.read_config(tmp_path)
     assert source.model_type == "qwen3_5_text" and source.config.model.tie_embeddings
     (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": None}))
     with pytest.raises(ConfigError, match="text_config"):
-        transfer.read_config(tmp_path)
+        families.read_config(tmp_path)
 
 
 # Damaged folders. A change gets the folder's tensors and config, and may write files itself.
@@ -377,23 +376,23 @@ def test_a_tied_head_that_is_stored_twice(tmp_path: Path) -> None:
     write(folder, values | {"lm_head.weight": values["model.embeddings.weight"]})
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
-    transfer.import_hf(folder, tmp_path / "run")
-    transfer.export_hf(tmp_path / "run", tmp_path / "again")
+    incoming.import_hf(folder, tmp_path / "run")
+    outgoing.export_hf(tmp_path / "run", tmp_path / "again")
     assert tree(tmp_path / "again") == tree(folder)
 
 
 def test_shards_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new export in another dtype, sharded, imports again; another model_type than it has is refused."""
-    transfer.import_hf(GOLDEN / "fla_deltanet", tmp_path / "run")
-    monkeypatch.setattr(transfer, "SHARD_BYTES", 50_000)
-    transfer.export_hf(tmp_path / "run", tmp_path / "hf", model_type="delta_net", dtype="BF16")
+    incoming.import_hf(GOLDEN / "fla_deltanet", tmp_path / "run")
+    monkeypatch.setattr(outgoing, "SHARD_BYTES", 50_000)
+    outgoing.export_hf(tmp_path / "run", tmp_path / "hf", model_type="delta_net", dtype="BF16")
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 3
     assert tree(tmp_path / "hf") == tree(GOLDEN / "fla_deltanet")
-    transfer.read_config(tmp_path / "hf")
+    families.read_config(tmp_path / "hf")
     with pytest.raises(ConfigError, match=r"gla \(has no layer of this kind\)"):
-        transfer.export_hf(tmp_path / "run", tmp_path / "other", model_type="gla")
+        outgoing.export_hf(tmp_path / "run", tmp_path / "other", model_type="gla")
     with pytest.raises(ConfigError, match="already holds checkpoints"):
-        transfer.import_hf(GOLDEN / "fla_deltanet", tmp_path / "run")
+        incoming.import_hf(GOLDEN / "fla_deltanet", tmp_path / "run")
 
 
 def test_init_from(tmp_path: Path) -> None:
@@ -409,19 +408,18 @@ def test_init_from(tmp_path: Path) -> None:
     fresh = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     params = init_from.start(str(GOLDEN / "fla_deltanet"), definition, fresh, tmp_path)
     report = init_from.Report(**json.loads((tmp_path / "init_from.json").read_text()))
-    assert set(report.loaded) | set(report.new) == set(layered.entries(definition))
+    assert set(report.loaded) | set(report.new) == set(model.canonical_shapes(definition))
     lines = report.lines()
     assert "layer 0: loaded" in lines and "layer 2: new" in lines and "embedding: loaded" in lines
     (second,) = (line for line in lines if line.startswith("layer 1: "))
     assert "loaded mixer_norm.scale, mlp.down.kernel" in second
     assert "; new mixer.k_proj.kernel" in second and second.endswith("mixer.b_proj.kernel")
-    folder, before, after = tensors.Folder(GOLDEN / "fla_deltanet"), *map(trees.flatten, (fresh, params))
-    for name, entry in layered.entries(definition).items():
-        if name in report.new:
-            np.testing.assert_array_equal(after[entry.path][entry.place], before[entry.path][entry.place])
-    entry = layered.entries(definition)["layers.1.mlp.up.kernel"]
+    folder = tensors.Folder(GOLDEN / "fla_deltanet")
+    before, after = (model.unstack(definition, one) for one in (fresh, params))
+    for name in report.new:
+        np.testing.assert_array_equal(after[name], before[name])
     want = folder.read("model.layers.1.mlp.up_proj.weight").astype(np.float32).T
-    np.testing.assert_array_equal(after[entry.path][entry.place], want)
+    np.testing.assert_array_equal(after["layers.1.mlp.up.kernel"], want)
     assert (tmp_path / "hf" / "manifest.json").is_file()
     with pytest.raises(ConfigError, match="neither a workdir with checkpoints nor a Hugging Face folder"):
         init_from.check(tmp_path / "nowhere")

@@ -12,7 +12,7 @@ import pytest
 
 from hybridlm import config as configs
 from hybridlm import model
-from hybridlm.convert import evaluate, transfer
+from hybridlm.convert import evaluate, incoming, outgoing
 from hybridlm.run import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
@@ -115,11 +115,11 @@ def test_both_ways(name: str, tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 70))
     want = torch_logits(net, ids)
     net.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
-    transfer.import_hf(tmp_path / "theirs", tmp_path / "run")
+    incoming.import_hf(tmp_path / "theirs", tmp_path / "run")
     definition, params = evaluate.load(tmp_path / "run")
     assert error(evaluate.logits(definition, params, ids), want) < 1e-4
     for folder, options in (("again", {}), ("anew", {"model_type": net.config.model_type})):
-        transfer.export_hf(tmp_path / "run", tmp_path / folder, **options)
+        outgoing.export_hf(tmp_path / "run", tmp_path / folder, **options)
         back, report = type(net).from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert error(torch_logits(back.eval(), ids), want) < 1e-5, folder
@@ -135,9 +135,9 @@ def test_the_language_model_of_a_multimodal_one(tmp_path: Path) -> None:
     net.tie_weights()
     net.save_pretrained(tmp_path / "theirs")
     ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 40))
-    transfer.import_hf(tmp_path / "theirs", tmp_path / "run")
+    incoming.import_hf(tmp_path / "theirs", tmp_path / "run")
     assert error(evaluate.logits(*evaluate.load(tmp_path / "run"), ids), torch_logits(net, ids)) < 1e-4
-    transfer.export_hf(tmp_path / "run", tmp_path / "again")
+    outgoing.export_hf(tmp_path / "run", tmp_path / "again")
     back, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", output_loading_info=True
     )
@@ -157,10 +157,10 @@ def test_a_native_run_leaves(tmp_path: Path) -> None:
 
     params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saves:
-        saves.save(0, {"params": params}, {}, {})
+        saves.save(0, {"params": model.unstack(definition, params)}, {"format": checkpoint.FORMAT})
     (tmp_path / "run" / "config.json").write_text(configs.to_json(resolved))
     ids = np.random.default_rng(0).integers(0, 31, (1, 20))
-    assert transfer.export_hf(tmp_path / "run", tmp_path / "hf", model_type="qwen3") == "qwen3"
+    assert outgoing.export_hf(tmp_path / "run", tmp_path / "hf", model_type="qwen3") == "qwen3"
     net = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     definition, params = evaluate.load(tmp_path / "run")
     assert error(torch_logits(net, ids), evaluate.logits(definition, params, ids)) < 1e-4

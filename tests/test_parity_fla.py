@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 
 from hybridlm import generate, model
-from hybridlm.convert import evaluate, transfer
+from hybridlm.convert import evaluate, families, incoming, outgoing
 from hybridlm.convert.family import same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from tests import tiny
 
 torch = pytest.importorskip("torch", reason="needs the parity extra: torch")
 
@@ -137,12 +138,12 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     want = {key: tuple(value.shape) for key, value in net.state_dict().items() if key not in tied}
     try:
-        source = transfer.read_config(tmp_path)
+        source = families.read_config(tmp_path)
     except ConfigError as error:
         assert settings.get("num_kv_heads") and "num_kv_heads" in error.field, settings
         return
     definition = model.build(source.config)
-    shapes = transfer.plan(definition, source.family, source.model_type).shapes
+    shapes = families.plan(definition, source.family).shapes
     renamed = {key if key in shapes else source.family.rename(key): shape for key, shape in want.items()}
     assert shapes == renamed, settings
     written = source.family.write(definition, source.model_type)
@@ -200,14 +201,14 @@ def gradients(folder: Path, definition: model.Definition, params: model.Params, 
     batch = {"tokens": jnp.asarray(ids), "targets": jnp.asarray(targets)}
     batch |= dict(zip(("segment_ids", "positions"), single_document(*ids.shape), strict=True))
     with jax.default_matmul_precision("highest"):
-        grads, sums = jax.jit(jax.grad(lambda p: model.loss_fn(definition, p, batch), has_aux=True))(params)
-    flat = trees.flatten(grads)
-    source = transfer.read_config(folder)
-    planned = transfer.plan(definition, source.family, source.model_type)
+        loss = lambda params: tiny.loss_fn(definition, params, batch)
+        grads, sums = jax.jit(jax.grad(loss, has_aux=True))(params)
+    flat = model.unstack(definition, grads)
+    source = families.read_config(folder)
+    planned = families.plan(definition, source.family)
     found = {}
     for rule in planned.rules:
-        entries = [planned.entries[name] for name in rule.ours]
-        arrays = rule.outward([np.asarray(flat[e.path][e.place]) / sums["tokens"] for e in entries])
+        arrays = rule.outward([np.asarray(flat[name]) / sums["tokens"] for name in rule.ours])
         found |= dict(zip(rule.theirs, arrays, strict=True))
     return found
 
@@ -223,7 +224,7 @@ def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.Monk
     ids = np.random.default_rng(0).integers(3, SMALL["vocab_size"], (2, 139))
     want = fla_logits(net, ids)  # two chunks of 64 and a ragged one
     net.save_pretrained(tmp_path / "theirs")
-    transfer.import_hf(tmp_path / "theirs", tmp_path / "run")
+    incoming.import_hf(tmp_path / "theirs", tmp_path / "run")
     definition, params = evaluate.load(tmp_path / "run")
     logits = evaluate.logits(definition, params, ids)
     errors = {"logits": error(logits, want)}
@@ -240,7 +241,7 @@ def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.Monk
     errors["worst gradient"] = worst[key]
     print(f"{name}: gradients {worst[key]:.1e} {key}", flush=True)
 
-    transfer.export_hf(tmp_path / "run", tmp_path / "again", model_type=net.config.model_type)
+    outgoing.export_hf(tmp_path / "run", tmp_path / "again", model_type=net.config.model_type)
     kernels = {key: value for key, value in CASES[name][1].items() if key == "attn_mode"}
     back, report = type(net).from_pretrained(tmp_path / "again", **kernels, output_loading_info=True)
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -1,6 +1,7 @@
 """A run's parameters in float32 and its logits: what implementations are compared by."""
 
 import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybridlm import model, weights
+from hybridlm import model, untrusted, weights
+from hybridlm.convert.incoming import writing
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 
@@ -31,6 +33,9 @@ def logits(definition: model.Definition, params: model.Params, ids_BT: Any) -> n
 
 
 def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None) -> None:
+    with writing("--out", out):  # before minutes of computing
+        out.parent.mkdir(parents=True, exist_ok=True)
+        untrusted.write_bytes(out, b"")
     try:
         tokens = np.load(ids)
     except (OSError, ValueError) as error:
@@ -41,4 +46,7 @@ def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None) ->
     if tokens.min() < 0 or tokens.max() >= definition.vocab_size:
         span = f"{tokens.min()} to {tokens.max()}"
         raise ConfigError("--ids", span, f"must be token ids 0 to {definition.vocab_size - 1}")
-    np.save(out, logits(definition, params, tokens))
+    whole = io.BytesIO()
+    np.save(whole, logits(definition, params, tokens))
+    with writing("--out", out):
+        untrusted.write_bytes(out, whole.getvalue())

@@ -1,19 +1,28 @@
-"""What a family of public checkpoints is to the converter."""
+"""What a family of public checkpoints is to the converter: the model around its layers.
+
+What the layers themselves are called stands with each kind (`hybridlm.convert.public`).
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import model, plan
+from hybridlm import mixers, mlps, model, plan
 from hybridlm.block import Spec
-from hybridlm.convert.fields import Fields
-from hybridlm.convert.rules import Rule
+from hybridlm.convert.fields import MAX_LAYERS, Fields
+from hybridlm.convert.public import EVERY, Format
+from hybridlm.convert.rules import Rule, norm, same, transposed
 from hybridlm.errors import ConfigError
 
-TRAINING = ("balance_loss", "bias_rate")  # settings of layers that do not change what they compute
+SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
+SPARSE = "moe"
+
+
+class Unsayable(ConfigError):
+    """A kind of layer that a format has not."""
 
 
 class Architecture(NamedTuple):
@@ -35,24 +44,155 @@ class Architecture(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """read: config.json -> Architecture; write: Definition and model_type -> config.json, ConfigError where
-        there is none. What cannot be said may be left out: the caller reads it back and compares.
-    rules: every tensor.  rename: another name that a tensor has in circulation -> its name in the rules.
+    """format: of its layers, a key of a kind's ``public``.
+    classes: model_type -> prefix of the classes' names.
+    read: config.json -> Architecture.
+    write: (Definition, model_type) -> config.json, ConfigError where there is none. What cannot be said may
+        be left out: the caller reads it back and compares.
+    norms: layer type -> names of a layer's two norms.
+    embedding: its name.
+    rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
     multimodal: model_type of a model around one of these -> model_type of its text_config.
     """
 
-    model_types: tuple[str, ...]
+    format: str
+    classes: Mapping[str, str]
     read: Callable[[Fields], Architecture]
     write: Callable[[model.Definition, str], dict[str, Any]]
-    rules: Callable[[model.Definition, str], list[Rule]]
+    norms: Callable[[str], tuple[str, str]] = lambda kind: ("input_layernorm", "post_attention_layernorm")
+    embedding: str = "model.embed_tokens.weight"
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def rules(self, definition: model.Definition) -> list[Rule]:
+        """Every tensor."""
+        d_model, name = definition.d_model, self.format
+        found = [same("embedding", self.embedding), norm("final_norm", "model.norm")]
+        if not definition.model.tie_embeddings:
+            found.append(transposed("head", "lm_head.weight"))
+        for mixer, spec in {spec.mixer: spec for spec in definition.layers}.items():
+            shared = mixer_format(spec, name).shared(spec.config)
+            found += [rule.under(f"shared.{mixer}.", "model.") for rule in shared]
+        for index, spec in enumerate(definition.layers):
+            mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
+            norms = self.norms(mixer_.layer_type)
+            layer = [norm(*pair) for pair in zip(("mixer_norm", "mlp_norm"), norms, strict=True)]
+            layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
+            layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
+            found += [rule.under(f"layers.{index}.", f"model.layers.{index}.") for rule in layer]
+        return found
+
+
+def kinds(format: str) -> dict[str, tuple[str, Format[Any]]]:
+    """layer_type -> (kind, Format) of the mixers that a format has."""
+    known = {kind: mixers.load(kind).public.get(format) for kind in mixers.kinds()}
+    return {one.layer_type: (kind, one) for kind, one in known.items() if one}
+
+
+def mixer_format(spec: Spec, format: str) -> Format[Any]:
+    found = mixers.load(spec.kind).public.get(format)
+    if found is None:
+        raise Unsayable("model.pattern", spec.name, f"has no layer of kind {spec.kind}")
+    return found
+
+
+def mlp_format(spec: Spec, format: str) -> Format[Any]:
+    public = mlps.load(spec.mlp_kind).public
+    if format not in public and EVERY not in public:
+        raise Unsayable("mlps", spec.name, f"has no layer with an MLP of kind {spec.mlp_kind}")
+    return public.get(format) or public[EVERY]
+
+
+def types(definition: model.Definition, format: str) -> list[str]:
+    return [mixer_format(spec, format).layer_type for spec in definition.layers]
+
+
+def sparse(definition: model.Definition) -> list[bool]:
+    return [spec.mlp_kind == SPARSE for spec in definition.layers]
+
+
+def said(specs: Iterable[Spec], format: str, d_model: int) -> dict[str, Any]:
+    """Fields of config.json that say the mixers and MLPs; ConfigError where two layers contradict."""
+    values: dict[str, Any] = {}
+    for spec in dict.fromkeys(specs):
+        mixer, mlp = mixer_format(spec, format), mlp_format(spec, format)
+        fields = mixer.write(spec.config.explicit(d_model), d_model) | mlp.write(spec.mlp_config, d_model)
+        for name, value in fields.items():
+            if values.setdefault(name, value) != value:
+                problem = f"has one {name} for all layers, not {values[name]} and {value}"
+                raise ConfigError("model.pattern", spec.name, problem)
+    return values
+
+
+# config.json of transformers' families, which have names of layers in layer_types.
+
+
+def assemble(
+    fields: Fields,
+    format: str,
+    types: list[str],
+    sparse: list[bool],
+    eps: float = 1e-6,
+    **model: Any,
+) -> Architecture:
+    """What remains to be read once it is known of which type each layer is, and whether it has experts.
+
+    eps: what a missing rms_norm_eps stands for.  model: settings besides.
+    """
+    fields.only("hidden_act", "silu")
+    d_model, eps = fields.size("hidden_size"), fields.get("rms_norm_eps", eps)
+    known = kinds(format)
+    definitions = {
+        SHORT[kind]: configs.mixer(kind, **one.read(fields, d_model, eps)) for kind, one in known.values()
+    }
+    experts = mlps.load(SPARSE).public.get(format)
+    mlp = {SPARSE: configs.mlp(SPARSE, **experts.read(fields, d_model, eps))} if experts else {}
+    model |= {
+        "d_model": d_model,
+        "vocab_size": fields.size("vocab_size"),
+        "mlp_hidden": fields.size("intermediate_size", default=d_model if all(sparse) else None),
+        "norm_eps": eps,
+        "tie_embeddings": fields.get("tie_word_embeddings", False),
+    }
+    names = [SHORT[known[one][0]] if one in known else one for one in types]
+    layers = [f"{name}/{SPARSE}" if has else name for name, has in zip(names, sparse, strict=True)]
+    return Architecture(layers, definitions, mlp, model)
+
+
+def describe(definition: model.Definition, family: Family, model_type: str) -> dict[str, Any]:
+    """The inverse of `assemble`, with layer_types."""
+    return {
+        "architectures": [f"{family.classes[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "hidden_size": definition.d_model,
+        "intermediate_size": definition.d_model,  # of a model without dense layers
+        "layer_types": types(definition, family.format),
+        "num_hidden_layers": len(definition.layers),
+        "rms_norm_eps": definition.model.norm_eps,
+        "tie_word_embeddings": definition.model.tie_embeddings,
+        "vocab_size": definition.vocab_size,
+    } | said(definition.layers, family.format, definition.d_model)
+
+
+def num_layers(fields: Fields) -> int:
+    return fields.size("num_hidden_layers", MAX_LAYERS)
+
+
+def every_type(definition: model.Definition, format: str) -> None:
+    """ConfigError unless each of the format's kinds of layers is there."""
+    missing = sorted(set(kinds(format)) - set(types(definition, format)))
+    if missing:
+        raise Unsayable("model.pattern", definition.model.pattern, f"has layers of {', '.join(missing)}, too")
+
 
 def same_model(a: model.Definition, b: model.Definition) -> str:
-    """What two definitions compute differently, in words; "" if nothing."""
+    """What two definitions compute differently, in words; "" if nothing.
+
+    Settings are compared in their `explicit` form: of those that compute nothing no difference is seen.
+    """
     for field in ("d_model", "vocab_size", "norm_eps", "norm_unit_offset", "tie_embeddings"):
         ours, theirs = getattr(a.model, field), getattr(b.model, field)
         if ours != theirs:
@@ -65,30 +205,9 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
                 return f"layer {index}: {what} {getattr(one, what)} and {getattr(other, what)}"
         for x, y in (
             (one.config.explicit(a.d_model), other.config.explicit(b.d_model)),
-            (one.mlp_config, other.mlp_config),
+            (one.mlp_config.explicit(), other.mlp_config.explicit()),
         ):
             for name, value in vars(x).items():
-                if value != getattr(y, name) and name not in TRAINING:
+                if value != getattr(y, name):
                     return f"layer {index}: {name} {value} and {getattr(y, name)}"
     return ""
-
-
-def of_kind(definition: model.Definition, kind: str) -> list[Spec]:
-    """The layers of a kind of mixer."""
-    return [spec for spec in definition.layers if spec.kind == kind]
-
-
-def uniform(specs: list[Spec], what: str, d_model: int) -> Any:
-    """The settings that all of ``specs`` share; ConfigError when they differ."""
-    settings = {spec.config.explicit(d_model) for spec in specs}
-    if len(settings) != 1:
-        raise ConfigError("model.pattern", what, "must have the same settings in every layer to be exported")
-    return settings.pop()
-
-
-def mlp_widths(definition: model.Definition) -> int:
-    """The width of the stack's SwiGLUs, 0 without one; ConfigError when they differ."""
-    widths = {spec.mlp_config.hidden for spec in definition.layers if spec.mlp_kind == "swiglu"}
-    if len(widths) > 1:
-        raise ConfigError("mlps", sorted(widths), "must be one width of SwiGLU to be exported")
-    return widths.pop() if widths else 0

@@ -3,7 +3,10 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
+
+MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31  # above every model; a number beyond would take minutes to refuse
 
 # Fields that say nothing about what a forward pass computes.
 INERT = {
@@ -30,7 +33,7 @@ class Fields:
         self.values, self.source, self.taken = values, source, set(INERT)
 
     def refuse(self, name: str, allowed: str, fix: str = "") -> ConfigError:
-        return ConfigError(f"{self.source}: {name}", self.values.get(name), allowed, fix)
+        return ConfigError(f"{self.source}: {untrusted.terminal(name)}", self.values.get(name), allowed, fix)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value; ``default`` where it is missing or null. Numbers must be what the default is."""
@@ -45,20 +48,43 @@ class Fields:
         if isinstance(default, float):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise self.refuse(name, "must be a number")
+            if not abs(value) <= 1e300:
+                raise self.refuse(name, "must be finite")
             return float(value)
         return value
 
-    def size(self, name: str) -> int:
-        """A whole number that must be there."""
-        self.taken.add(name)
-        if self.values.get(name) is None:
+    def size(self, name: str, most: int = MAX_SIZE, default: int | None = None) -> int:
+        """A positive whole number; it must be there unless there is a ``default``."""
+        value = self.get(name, default)
+        if value is None:
             raise self.refuse(name, "is missing")
-        return self._whole(name, self.values[name])
+        if not 1 <= self._whole(name, value) <= most:
+            raise self.refuse(name, f"must be from 1 to {most:,}")
+        return value
 
     def _whole(self, name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(name, "must be a whole number")
+        if not -MAX_SIZE <= value <= MAX_SIZE:
+            raise self.refuse(name, f"must be at most {MAX_SIZE:,}")
         return value
+
+    def part(self, name: str, width: float, heads: int) -> int:
+        """Channels per head of a width that ``name`` decides, which must split evenly."""
+        if heads < 1 or width < heads or width != int(width) or int(width) % heads:
+            raise self.refuse(name, f"must split a width of {width:g} into {heads} heads evenly")
+        return int(width) // heads
+
+    def either(self, first: str, second: str, default: Any, most: int = MAX_SIZE) -> Any:
+        """A field that goes by two names."""
+        self.ignore(first, second)
+        known = [name for name in (first, second) if self.values.get(name) is not None]
+        values = [self.get(name, default) for name in known]
+        if len(values) == 2 and values[0] != values[1]:
+            raise self.refuse(first, f"contradicts {second} = {values[1]}")
+        if values and not 0 <= values[0] <= most:
+            raise self.refuse(known[0], f"must be from 0 to {most:,}")
+        return values[0] if values else default
 
     def only(self, name: str, *supported: Any) -> None:
         """Refuses every value but the ``supported`` ones; a missing or null field stands for the first."""
@@ -82,8 +108,23 @@ class Fields:
     def layers(self, name: str, kinds: Collection[str], num_layers: int) -> list[str] | None:
         """One of ``kinds`` per layer, None where the field is missing."""
         value = self.get(name)
-        if value is not None and (len(value) != num_layers or not set(value) <= set(kinds)):
+        if value is not None and not (
+            isinstance(value, list)
+            and len(value) == num_layers
+            and all(isinstance(one, str) and one in kinds for one in value)
+        ):
             raise self.refuse(name, f"must name {num_layers} layers, each one of {', '.join(kinds)}")
+        return value
+
+    def indices(self, name: str, low: int, high: int) -> list[int] | None:
+        """A list of layers, each from ``low`` to ``high`` and once, None where the field is missing."""
+        value = self.get(name)
+        if value is not None and not (
+            isinstance(value, list)
+            and all(type(index) is int and low <= index <= high for index in value)
+            and len(set(value)) == len(value)
+        ):
+            raise self.refuse(name, f"must list layers {low} to {high}, each once")
         return value
 
     def rope(self, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, float]:
@@ -95,12 +136,12 @@ class Fields:
                 continue
             nested.only("rope_type", "default")
             nested.only("type", "default", "mrope")
-            nested.ignore(
-                "mrope_section", "mrope_interleaved"
-            )  # text tokens have equal positions on all axes
+            nested.ignore("mrope_section", "mrope_interleaved")  # a text token has one position on all axes
             theta = nested.get("rope_theta", theta)
             fraction = nested.get("partial_rotary_factor", fraction)
             nested.finish()
+        if theta <= 0:
+            raise self.refuse("rope_theta", "must be above 0")
         return theta, fraction
 
     def finish(self) -> None:

@@ -57,6 +57,17 @@ def same(ours: str, theirs: str, *, loose: bool = False) -> Rule:
     return Rule((ours,), (theirs,), list, list, loose)
 
 
+def reshaped(ours: str, theirs: str, shape: Callable[[int], tuple[int, ...]]) -> Rule:
+    """A vector here; ``shape`` of its size there, or any other of that size."""
+    return Rule(
+        (ours,),
+        (theirs,),
+        lambda arrays: [array.reshape(-1) for array in arrays],
+        lambda arrays: [array.reshape(shape(array.size)) for array in arrays],
+        loose=True,
+    )
+
+
 def transposed(ours: str, theirs: str) -> Rule:
     each = lambda arrays: [array.T for array in arrays]
     return Rule((ours,), (theirs,), each, each)
@@ -81,6 +92,12 @@ def conv(ours: str, theirs: str) -> Rule:
         lambda arrays: [array[:, 0].T for array in arrays],
         lambda arrays: [array.T[:, None] for array in arrays],
     )
+
+
+def short_convs(ours: str, theirs: str, taps: int) -> list[Rule]:
+    """FLA's, by their first letters on both sides; none where there are no ``taps``."""
+    pairs = zip(ours, theirs, strict=True) if taps else ()
+    return [conv(f"{one}_conv", f"{other}_conv1d") for one, other in pairs]
 
 
 def convs(ours: Sequence[str], theirs: Sequence[str]) -> Rule:

@@ -8,6 +8,7 @@ model.safetensors, or shards that model.safetensors.index.json lists.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,12 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MAX_HEADER, MAX_RANK = 100_000_000, 8  # the former is the format's
+ENTRY = {"dtype": str, "shape": [untrusted.NATURAL], "data_offsets": [untrusted.NATURAL]}
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
@@ -32,7 +36,10 @@ class Tensor(NamedTuple):
 
 
 class Folder:
-    """The tensors of a checkpoint folder. ConfigError for --hf when it is not whole."""
+    """The tensors of a checkpoint folder. ConfigError for --hf when it is not whole.
+
+    Where there is an index it rules: a shard may hold the names that the index gives it, and no other.
+    """
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -40,21 +47,28 @@ class Folder:
             raise ConfigError("--hf", str(directory), "is not a directory")
         self.tensors: dict[str, Tensor] = {}
         index = self.directory / INDEX
-        listed = _weight_map(index) if index.is_file() else None
+        listed: dict[str, str] | None = None
+        if index.is_file():
+            path = untrusted.inside(self.directory, INDEX, "--hf")
+            listed = untrusted.read_json(path, "--hf", {"weight_map": {str: str}})["weight_map"]
         files = sorted(set(listed.values())) if listed is not None else [SINGLE]
-        missing = [name for name in files if not (self.directory / name).is_file()]
+        paths = {name: untrusted.inside(self.directory, name, "--hf") for name in files}
+        missing = [name for name, path in paths.items() if not path.is_file()]
         if missing:
             what = "shards that its index lists are missing" if listed is not None else "has no such file"
             raise ConfigError("--hf", str(directory), f"{what}: {', '.join(missing)}")
-        for name in files:
-            self.tensors |= header(self.directory / name)
-        if listed is not None and set(listed) != set(self.tensors):
-            absent = sorted(set(listed) - set(self.tensors))
-            extra = sorted(set(self.tensors) - set(listed))
-            problem = (
-                f"the index and the shards disagree; only in the index: {absent}; only in shards: {extra}"
+        for name, path in paths.items():
+            held = header(path)
+            elsewhere = [one for one in held if listed is not None and listed.get(one) != name]
+            if elsewhere:
+                problem = f"holds tensors that its index does not give it: {_names(elsewhere)}"
+                raise ConfigError("--hf", str(path), problem)
+            self.tensors |= held
+        absent = set(listed or ()) - set(self.tensors)
+        if absent:
+            raise ConfigError(
+                "--hf", str(directory), f"its shards lack tensors of its index: {_names(absent)}"
             )
-            raise ConfigError("--hf", str(directory), problem)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its own dtype."""
@@ -62,7 +76,15 @@ class Folder:
         with file.open("rb") as stream:
             stream.seek(start)
             data = stream.read(end - start)
+        if len(data) != end - start:
+            raise ConfigError("--hf", str(file), "was cut short while it was read")
         return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
+
+
+def _names(names: Iterable[str], most: int = 20) -> str:
+    names = sorted(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(untrusted.terminal, names[:most])) + rest
 
 
 def header(file: Path) -> dict[str, Tensor]:
@@ -71,37 +93,34 @@ def header(file: Path) -> dict[str, Tensor]:
     def refuse(problem: str) -> ConfigError:
         return ConfigError("--hf", str(file), problem, "Download it again.")
 
-    size = file.stat().st_size
+    size = untrusted.regular(file, "--hf").st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise refuse(f"is no safetensors file, or is cut short: {size} bytes")
-        try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            tensors = {
-                name: Tensor(
-                    file, e["dtype"], tuple(e["shape"]), *(8 + length + at for at in e["data_offsets"])
-                )
-                for name, e in entries.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise refuse(f"has a damaged header ({type(error).__name__}: {error})") from None
-    for name, (_, dtype, shape, start, end) in tensors.items():
-        if end > size:
-            raise refuse(f"is cut short: {name} ends at byte {end}, the file at {size}")
-        if dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise refuse(f"has a damaged header: {name} is {dtype}{list(shape)} in {end - start} bytes")
-    return tensors
-
-
-def _weight_map(index: Path) -> dict[str, str]:
+        if length > MAX_HEADER:
+            raise refuse(f"has a header of {length:,} bytes, more than the {MAX_HEADER:,} of the format")
+        content = stream.read(length)
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "--hf", str(index), f"is no readable index ({type(error).__name__}: {error})"
-        ) from None
+        entries = untrusted.parse(content)
+        if isinstance(entries, dict):
+            entries.pop("__metadata__", None)
+        untrusted.check_shape(entries, {str: ENTRY})
+    except ValueError as error:
+        raise refuse(f"has a damaged header: {error}") from None
+    tensors = {}
+    for name, entry in entries.items():
+        dtype, shape, said = entry["dtype"], tuple(entry["shape"]), untrusted.terminal(name)
+        start, end = entry["data_offsets"] if len(entry["data_offsets"]) == 2 else (1, 0)
+        if start > end or len(shape) > MAX_RANK:
+            raise refuse(f"has a damaged header: {said} has no place or shape")
+        start, end = start + 8 + length, end + 8 + length
+        if end > size:
+            raise refuse(f"is cut short: {said} ends at byte {end}, the file at {size}")
+        if dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise refuse(f"has a damaged header: {said} is {dtype}{list(shape)} in {end - start} bytes")
+        tensors[name] = Tensor(file, untrusted.terminal(dtype), shape, start, end)
+    return tensors
 
 
 class Planned(NamedTuple):
@@ -148,14 +167,15 @@ def write(directory: Path, planned: Mapping[str, Planned], value: Callable[[str]
             offset += one.nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data start at a multiple of 8, as the format asks
-        with (directory / file).open("wb") as stream:
+        with (directory / file).open("xb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name, one in group.items():
                 array = np.ascontiguousarray(value(name).astype(DTYPES[one.dtype], copy=False))
-                assert array.shape == one.shape, name
                 stream.write(array.reshape(-1).view(np.uint8).data)
+            stream.flush()
+            os.fsync(stream.fileno())
     if len(files) > 1:
         total = sum(one.nbytes for one in planned.values())
         weight_map = {name: one.file for name, one in sorted(planned.items())}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        untrusted.write_json(directory / INDEX, index)

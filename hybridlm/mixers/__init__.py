@@ -5,6 +5,7 @@ Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 from hybridlm import kinds as _kinds
 from hybridlm.context import Context
+from hybridlm.convert.public import Format
 from hybridlm.errors import ConfigError
 
 
@@ -62,7 +64,8 @@ class Config(_kinds.Settings):
         raise NotImplementedError
 
     def explicit(self, d_model: int) -> Any:
-        """The same settings with sizes that follow from d_model written out, to be compared."""
+        """The same settings to be compared: sizes that follow from d_model are written out, and settings that
+        compute nothing beside the others are what they are by default."""
         return self
 
 
@@ -72,10 +75,12 @@ class TokenMixer(nnx.Module):
     Mixer(config, site, rngs=rngs).  A kind whose parameters belong to the whole stack names a module in
     ``shared_class``, made once as shared_class(config, site, rngs=rngs); layer i finds row i of what its
     `per_layer` returns, leading axis num_layers, in `Context.shared`.
+    public: how checkpoints of each public format that has this kind say it.
     """
 
     config_class: ClassVar[type[Config]]
     shared_class: ClassVar[Any] = None
+    public: ClassVar[Mapping[str, Format[Any]]] = {}
 
     def __init__(self, config: Any, site: Site, *, rngs: nnx.Rngs):
         raise NotImplementedError

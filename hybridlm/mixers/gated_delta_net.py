@@ -6,13 +6,26 @@ y = W_o (rmsnorm(o) * swish(W_g x)),   q, k, v = silu(conv(W x)),  q and k of un
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from hybridlm import linear_mixer
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, grouped, grouped_fields, linears
+from hybridlm.convert.rules import (
+    Rule,
+    concatenated,
+    conv,
+    convs,
+    interleaved,
+    linear,
+    norm,
+    same,
+    short_convs,
+)
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, param
 from hybridlm.linear_mixer import (
@@ -40,8 +53,125 @@ class Config(linear_mixer.GroupedConfig):
         return 3 * d_model // 4
 
 
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("output_gate_activation", "swish", "silu", "sigmoid")
+    gate = "sigmoid" if fields.get("output_gate_activation") == "sigmoid" else "swish"
+    sizes = grouped(fields, heads=6, head_dim=256, expand_v=2.0)
+    return sizes | {"output_gate": gate if fields.get("use_gate", True) else "none", "norm_eps": eps}
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    return grouped_fields(config) | {
+        "use_gate": config.output_gate != "none",
+        "output_gate_activation": "sigmoid" if config.output_gate == "sigmoid" else "swish",
+    }
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    gate = "g" if config.output_gate != "none" else ""
+    found = [*linears(f"qkvoab{gate}"), *short_convs("qkv", "qkv", config.conv_size)]
+    return [*found, norm("o_norm", "o_norm"), *_decay(loose=True)]
+
+
+def _decay(loose: bool = False) -> list[Rule]:
+    return [same(name, name, loose=loose) for name in ("A_log", "dt_bias")]
+
+
+def _hf_read(fields: Fields, heads: int, num_v: int, key: int, value: int, eps: float) -> dict[str, Any]:
+    """Of transformers' models, whose defaults and norms' eps are given."""
+    return {
+        "num_heads": fields.size("linear_num_key_heads", default=heads),
+        "num_v_heads": fields.get("linear_num_value_heads", num_v),
+        "head_dim": fields.get("linear_key_head_dim", key),
+        "v_head_dim": fields.get("linear_value_head_dim", value),
+        "conv_size": fields.get("linear_conv_kernel_dim", 4),
+        "norm_eps": eps,
+    }
+
+
+def _hf_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "linear_num_key_heads": config.num_heads,
+        "linear_num_value_heads": config.num_v_heads,
+        "linear_key_head_dim": config.head_dim,
+        "linear_value_head_dim": config.v_head_dim,
+        "linear_conv_kernel_dim": config.conv_size,
+    }
+
+
+def _qwen_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    return _hf_read(fields, 16, 32, 128, 128, eps)
+
+
+def _qwen_rules(config: Config, d_model: int) -> list[Rule]:
+    heads = config.heads(d_model)
+    widths = (heads.key_width, heads.key_width, heads.value_width)
+    return [
+        concatenated([f"{name}_conv" for name in "qkv"], widths, "conv1d", conv),
+        norm("o_norm", "norm"),
+        linear("o_proj", "out_proj"),
+        *_decay(),
+    ]
+
+
+def _qwen3_next_rules(config: Config, d_model: int) -> list[Rule]:
+    """Projections are fused by key head, with the value heads that share it."""
+    heads = config.heads(d_model)
+    share = heads.num_v // heads.num
+    qkvz, value = [f"{name}_proj" for name in "qkvg"], share * heads.value
+    return [
+        *_qwen_rules(config, d_model),
+        interleaved(qkvz, (heads.key, heads.key, value, value), "in_proj_qkvz"),
+        interleaved(("b_proj", "a_proj"), (share, share), "in_proj_ba"),
+    ]
+
+
+def _qwen3_5_rules(config: Config, d_model: int) -> list[Rule]:
+    heads = config.heads(d_model)
+    widths = (heads.key_width, heads.key_width, heads.value_width)
+    return [
+        *_qwen_rules(config, d_model),
+        concatenated([f"{name}_proj" for name in "qkv"], widths, "in_proj_qkv", linear),
+        *(linear(f"{ours}_proj", f"in_proj_{theirs}") for ours, theirs in zip("gba", "zba", strict=True)),
+    ]
+
+
+OLMO_NORM_EPS = 1e-5  # hard-coded there
+
+
+def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("linear_use_gate", True)
+    for name in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor"):
+        fields.ignore(f"linear_{name}")
+    heads = fields.size("num_attention_heads")
+    linear_heads = fields.size("linear_num_key_heads", default=heads)
+    key = fields.get("linear_key_head_dim", int(0.75 * d_model / linear_heads))
+    sizes = _hf_read(fields, heads, heads, key, 2 * key, OLMO_NORM_EPS)
+    return sizes | {"neg_eigval": fields.get("linear_allow_neg_eigval", True)}
+
+
+def _olmo_write(config: Config, d_model: int) -> dict[str, Any]:
+    return _hf_write(config, d_model) | {"linear_allow_neg_eigval": config.neg_eigval}
+
+
+def _olmo_rules(config: Config, d_model: int) -> list[Rule]:
+    """The convolutions are one at run time there, which transformers 5.23 saves cut into equal parts."""
+    joined = convs([f"{name}_conv" for name in "qkv"], [f"{name}_conv1d" for name in "qkv"])
+    return [*linears("qkvoabg"), joined, norm("o_norm", "o_norm"), *_decay()]
+
+
+LINEAR = ("linear_attn.", "linear_attention")
+
+
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "gated_deltanet", "GatedDeltaNet"),
+        "qwen3_next": Format(_qwen_read, _hf_write, _qwen3_next_rules, *LINEAR),
+        "qwen3_5": Format(_qwen_read, _hf_write, _qwen3_5_rules, *LINEAR),
+        "qwen3_5_moe": Format(_qwen_read, _hf_write, _qwen3_5_rules, *LINEAR),
+        "olmo_hybrid": Format(_olmo_read, _olmo_write, _olmo_rules, *LINEAR),
+    }
     qk_l2norm = True
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

@@ -6,6 +6,7 @@ y = W_o (rmsnorm(o) * swish(W_g x)),   q, k, v linear
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from flax import nnx
 
 from hybridlm import linear_mixer
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, conv_size, linears, multi_head, multi_head_fields, only_plain
+from hybridlm.convert.rules import Rule, bias, linear, norm, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, Positive
 from hybridlm.layers import Linear, split_heads
@@ -52,8 +56,43 @@ class Config(linear_mixer.Config):
         super().check(d_model)
 
 
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    sizes = multi_head(fields, d_model, heads=4, expand_k=0.5, expand_v=1.0)
+    only_plain(fields, sizes["num_heads"])
+    gate = "swish" if fields.get("use_output_gate", True) else "none"
+    return sizes | {"output_gate": gate, "conv_size": conv_size(fields, False), "norm_eps": eps}
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    return multi_head_fields(config, d_model) | {"use_output_gate": config.output_gate == "swish"}
+
+
+def output_rules(gated: bool) -> list[Rule]:
+    """Of GLA and RetNet, whose norm is fused with the gate; with fuse_norm off it is called g_norm."""
+    return [
+        *linears("qkvog" if gated else "qkvo"),
+        norm("o_norm", "g_norm_swish_gate" if gated else "g_norm"),
+    ]
+
+
+ALIASES = {".g_norm.": ".g_norm_swish_gate."}
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    return [
+        *output_rules(config.output_gate != "none"),
+        *short_convs("qkv", "qkv", config.conv_size),
+        linear("f_a_proj", "gk_proj.0"),
+        linear("f_b_proj", "gk_proj.1"),
+        bias("f_b_proj", "gk_proj.1"),
+    ]
+
+
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "gla", "GLA", aliases=ALIASES)
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)

@@ -5,7 +5,7 @@ y = W_o (rmsnorm(h) * swish(W_g x)) with the norm over the whole width; lb: see 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from flax import nnx
 
 from hybridlm import mixers
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, conv_fields, conv_size, linears
+from hybridlm.convert.rules import Rule, norm, same, short_convs
 from hybridlm.fields import Count, Epsilon
 from hybridlm.forget_gate import LowerBounds, log_forget
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve, elementwise
@@ -47,9 +50,37 @@ class Shared(LowerBounds):
         super().__init__(site.num_layers, config.width or site.d_model, config.lower_bound, rngs=rngs)
 
 
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    return {
+        "width": fields.part("expand_ratio", d_model * fields.get("expand_ratio", 1.0), 1),
+        "conv_size": conv_size(fields, False),
+        "lower_bound": fields.get("use_lower_bound", True),
+        "norm_eps": eps,
+    }
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    ratio = config.width / d_model
+    said = {
+        "expand_ratio": int(ratio) if ratio.is_integer() else ratio,
+        "use_lower_bound": config.lower_bound,
+    }
+    return said | conv_fields(config.conv_size)
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    return [*linears("ifog"), *short_convs("if", "if", config.conv_size), norm("o_norm", "g_norm")]
+
+
+def bounds(config: Any) -> list[Rule]:
+    """Of HGRN and HGRN2, whose layers share them."""
+    return [same("lower_bounds", "lower_bounds")] if config.lower_bound else []
+
+
 class Mixer(TokenMixer):
     config_class = Config
     shared_class = Shared
+    public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn", "HGRN", bounds)}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model = site.d_model

@@ -1,13 +1,12 @@
 """HGRN2 (Qin et al. 2024, arXiv 2404.07904): GLA whose key is the complement of its decay.
 
-    S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T,   o_t = S_t^T q_t / sqrt(K),   q = swish(W_q x), v = W_v x
-    f_t = lb + (1 - lb) sigmoid(W_k x_t),   y = W_o rmsnorm(o) with one norm over all heads, no gate
-    lb: a lower bound per channel that rises with depth, see `forget_gate`
-
-FLA's names: k_proj is its f_proj, v_proj its i_proj.
+S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T,   o_t = S_t^T q_t / sqrt(K),   q = swish(W_q x), v = W_v x
+f_t = lb + (1 - lb) sigmoid(W_k x_t),   y = W_o rmsnorm(o) with one norm over all heads, no gate
+lb: a lower bound per channel that rises with depth, see `forget_gate`
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,16 @@ from flax import nnx
 
 from hybridlm import linear_mixer, mixers
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, conv_fields, conv_size
+from hybridlm.convert.rules import Rule, linear, norm, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
 from hybridlm.forget_gate import LowerBounds, log_forget
 from hybridlm.layers import RMSNorm, merge_heads, split_heads
 from hybridlm.linear_mixer import Heads, Inputs, LinearMixer
 from hybridlm.mixers import Cost, Site, whole_heads
+from hybridlm.mixers.hgrn import bounds
 
 NORM_EPS = 1e-5  # FLA's layer ignores the model's norm_eps
 
@@ -66,9 +69,39 @@ class Shared(LowerBounds):
         super().__init__(site.num_layers, config.heads(site.d_model).key_width, config.lower_bound, rngs=rngs)
 
 
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    if fields.values.get("expand_ratio", 128) is None:
+        heads = fields.size("num_heads")
+        ratio = fields.part("num_heads", d_model, heads)
+    else:  # num_heads follows, whatever it says
+        ratio = fields.size("expand_ratio", default=128)
+        heads = d_model // ratio
+    fields.ignore("num_heads", "expand_ratio")
+    return {
+        "num_heads": heads,
+        "head_dim": ratio,
+        "v_head_dim": fields.part("expand_ratio", d_model, heads),
+        "conv_size": conv_size(fields, False),
+        "lower_bound": fields.get("use_lower_bound", True),
+    }
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    said = {"num_heads": config.num_heads, "expand_ratio": config.head_dim}
+    return said | {"use_lower_bound": config.lower_bound} | conv_fields(config.conv_size)
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    """Their f is k here, their i is v."""
+    pairs = zip("qkvo", "qfio", strict=True)
+    linears = [linear(f"{ours}_proj", f"{theirs}_proj") for ours, theirs in pairs]
+    return [*linears, *short_convs("qkv", "qfi", config.conv_size), norm("o_norm", "g_norm")]
+
+
 class Mixer(LinearMixer):
     config_class = Config
     shared_class = Shared
+    public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn2", "HGRN2", bounds)}
     silu = False
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

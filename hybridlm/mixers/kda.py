@@ -7,7 +7,7 @@ y = W_o (rmsnorm(o) * sigmoid(W_g2 W_g1 x)),   q, k, v = silu(conv(W x)),  q and
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from flax import nnx
 
 from hybridlm import linear_mixer
 from hybridlm.context import Context
-from hybridlm.fields import INT32, Epsilon, Limits
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, grouped, grouped_fields, linears
+from hybridlm.convert.rules import Rule, bias, linear, norm, reshaped, same, short_convs
+from hybridlm.fields import INT32, Limits
 from hybridlm.layers import Linear, param, split_heads, zeros
 from hybridlm.linear_mixer import (
     Inputs,
@@ -42,17 +45,81 @@ class Config(linear_mixer.GroupedConfig):
     output_gate: OutputGate = "sigmoid"
     output_gate_rank: Annotated[int, Limits(-1, INT32)] = 0
     output_gate_bias: bool = True
-    norm_eps: Epsilon = 1e-5
 
     def explicit(self, d_model: int) -> "Config":
         explicit = super().explicit(d_model)
         assert isinstance(explicit, Config)
-        same = self.output_gate_rank == explicit.v_head_dim
-        return dataclasses.replace(explicit, output_gate_rank=0) if same else explicit
+        same_rank = self.output_gate_rank == explicit.v_head_dim
+        rank = 0 if same_rank or self.output_gate == "none" else self.output_gate_rank
+        has_bias = self.output_gate != "none" and rank >= 0
+        bias = self.output_gate_bias if has_bias else Config.output_gate_bias
+        return dataclasses.replace(explicit, output_gate_rank=rank, output_gate_bias=bias)
+
+
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    bound = fields.get("lower_bound", 0.0)
+    if bool(bound) != fields.get("safe_gate", False):
+        raise fields.refuse("safe_gate", f"must go together with lower_bound, which is {bound or None}")
+    sizes = grouped(fields, heads=16, head_dim=128, expand_v=1.0)
+    return sizes | {"lower_bound": bound, "norm_eps": eps}
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    bound = config.lower_bound
+    return grouped_fields(config) | {"safe_gate": bool(bound), "lower_bound": bound or None}
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    pairs = [(f"{name}_{part}_proj", f"{name}_proj.{at}") for name in "fg" for at, part in enumerate("ab")]
+    return [
+        *linears("qkvob"),
+        *(linear(ours, theirs) for ours, theirs in pairs),
+        bias("g_b_proj", "g_proj.1"),
+        *short_convs("qkv", "qkv", config.conv_size),
+        norm("o_norm", "o_norm"),
+        *(same(name, name, loose=True) for name in ("A_log", "dt_bias")),
+    ]
+
+
+def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """Sizes stand in linear_attn_config (the released weights) or beside the others (transformers 5.23)."""
+    nested = fields.sub("linear_attn_config") or Fields({})
+    nested.ignore("full_attn_layers", "kda_layers")
+    sizes = {"output_gate_bias": False, "norm_eps": eps}
+    for ours, inner, outer, default in (
+        ("num_heads", "num_heads", "linear_num_heads", 32),
+        ("head_dim", "head_dim", "linear_head_dim", 128),
+        ("conv_size", "short_conv_kernel_size", "linear_conv_kernel_dim", 4),
+    ):
+        sizes[ours] = nested.get(inner, fields.get(outer, default))
+        if fields.get(outer, sizes[ours]) != sizes[ours]:
+            raise fields.refuse(outer, f"contradicts linear_attn_config.{inner} = {sizes[ours]}")
+    nested.finish()
+    return sizes
+
+
+def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
+    sizes = {"num_heads": config.num_heads, "head_dim": config.head_dim}
+    return {"linear_attn_config": sizes | {"short_conv_kernel_size": config.conv_size}}
+
+
+def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
+    names = [*"qkvob", "f_a", "f_b", "g_a", "g_b"]
+    return [
+        *(linear(f"{name}_proj", f"{name}_proj") for name in names),
+        *short_convs("qkv", "qkv", config.conv_size),
+        norm("o_norm", "o_norm"),
+        same("dt_bias", "dt_bias", loose=True),
+        reshaped("A_log", "A_log", lambda heads: (1, 1, heads, 1)),
+    ]
 
 
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "kda", "KDA"),
+        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "linear_attention"),
+    }
     qk_l2norm = True
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

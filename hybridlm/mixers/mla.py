@@ -9,7 +9,7 @@ themselves, as if with one key/value head.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from flax import nnx
 
 from hybridlm import mixers
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, linear, norm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
@@ -82,8 +85,58 @@ class Config(mixers.Config):
         return dataclasses.replace(self, num_heads=self.heads(d_model))
 
 
+KIMI_NORM_EPS = 1e-6  # of the latents there, whatever rms_norm_eps is
+
+
+def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """Nothing rotates, so that what is said of it says nothing."""
+    fields.only("attention_bias", False)
+    fields.only("mla_use_nope", True)
+    fields.ignore(
+        "rope_theta", "rope_scaling", "rope_parameters", "rope_interleave", "head_dim", "qk_head_dim"
+    )
+    heads = fields.size("num_attention_heads", default=32)
+    fields.only("num_key_value_heads", None, heads)
+    return {
+        "num_heads": heads,
+        "q_lora_rank": fields.get("q_lora_rank", 0),
+        "kv_lora_rank": fields.get("kv_lora_rank", 512),
+        "qk_nope_head_dim": fields.get("qk_nope_head_dim", 128),
+        "qk_rope_head_dim": fields.get("qk_rope_head_dim", 64),
+        "v_head_dim": fields.get("v_head_dim", 128),
+        "rope_theta": 0.0,
+        "norm_eps": KIMI_NORM_EPS,
+    }
+
+
+def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "q_lora_rank": config.q_lora_rank or None,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+    }
+
+
+def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
+    latent = [linear("q_a_proj", "q_a_proj"), norm("q_a_norm", "q_a_layernorm"), linear("q_proj", "q_b_proj")]
+    return [
+        *(latent if config.q_lora_rank else [linear("q_proj", "q_proj")]),
+        linear("kv_a_proj", "kv_a_proj_with_mqa"),
+        norm("kv_a_norm", "kv_a_layernorm"),
+        linear("kv_b_proj", "kv_b_proj"),
+        linear("o_proj", "o_proj"),
+    ]
+
+
 class Mixer(TokenMixer):
     config_class = Config
+    public: ClassVar = {
+        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention")
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model = site.d_model

@@ -5,7 +5,7 @@ y = W_o (rmsnorm(o) * swish(W_g x)),   q, k linear and rotated (RoPE), v linear
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,15 @@ from flax import nnx
 
 from hybridlm import linear_mixer
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, multi_head, multi_head_fields, only_plain
+from hybridlm.convert.rules import Rule, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive, Theta
 from hybridlm.layers import rotate
 from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import Site
+from hybridlm.mixers.gla import ALIASES, output_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +46,27 @@ class Config(linear_mixer.Config):
         super().check(d_model)
 
 
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.ignore("use_short_conv", "conv_size")  # fla's model does not hand them to its layer
+    sizes = multi_head(fields, d_model, heads=8, expand_k=1.0, expand_v=2.0)
+    only_plain(fields, sizes["num_heads"])
+    gate = "swish" if fields.get("use_output_gate", True) else "none"
+    return sizes | {"output_gate": gate, "norm_eps": eps}
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    return multi_head_fields(config, d_model) | {"use_output_gate": config.output_gate == "swish"}
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    return [*output_rules(config.output_gate != "none"), *short_convs("qkv", "qkv", config.conv_size)]
+
+
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "retnet", "RetNet", aliases=ALIASES)
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)

@@ -5,6 +5,7 @@ Adding a file adds a kind; "module:Class" names one that lives elsewhere. Kind "
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 from hybridlm import kinds as _kinds
 from hybridlm.context import Context
+from hybridlm.convert.public import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +31,19 @@ class Config(_kinds.Settings):
         """Parameters of one layer that a given token does not touch."""
         return 0
 
+    def explicit(self) -> Any:
+        """The same settings to be compared: those that change no output are what they are by default."""
+        return self
+
 
 class Mlp(nnx.Module):
-    """Mlp(config, site, rngs=rngs): x [..., D] -> y [..., D]; a decode step has no T axis."""
+    """Mlp(config, site, rngs=rngs): x [..., D] -> y [..., D]; a decode step has no T axis.
+
+    public: how checkpoints of each public format that has this kind say it.
+    """
 
     config_class: ClassVar[type[Config]]
+    public: ClassVar[Mapping[str, Format[Any]]] = {}
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         raise NotImplementedError

@@ -1,12 +1,16 @@
 """SwiGLU (Shazeer 2020, arXiv 2002.05202): y = W_down (silu(W_gate x) * W_up x)."""
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from hybridlm import mlps
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import EVERY, Format
+from hybridlm.convert.rules import Rule, linear
 from hybridlm.fields import Count
 from hybridlm.layers import SwiGLU
 from hybridlm.mixers import Site
@@ -25,8 +29,21 @@ class Config(mlps.Config):
         return dataclasses.replace(self, hidden=self.hidden or model_hidden)
 
 
+def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    return {"hidden": fields.size("intermediate_size")}
+
+
+def _write(config: Config, d_model: int) -> dict[str, Any]:
+    return {"intermediate_size": config.hidden}
+
+
+def swiglu_rules(ours: str = "", theirs: str = "") -> list[Rule]:
+    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("gate", "up", "down")]
+
+
 class Mlp(SwiGLU):
     config_class = Config
+    public: ClassVar = {EVERY: Format(_read, _write, lambda config, d_model: swiglu_rules(), "mlp.")}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(site.d_model, config.hidden, rngs=rngs)
