@@ -1,6 +1,10 @@
 """The commands of this repository, and what a module that is none says for itself under `python -m`."""
 
+import os
+import runpy
 import sys
+from functools import partial
+from pathlib import Path
 
 COMMANDS = {
     "python train.py": "trains a run",
@@ -28,7 +32,25 @@ def refuse_others() -> None:
     if sys.argv[:1] != ["-m"]:
         return
     asked = sys.orig_argv[1 + next((i for i, one in enumerate(sys.orig_argv) if one[-1:] == "m"), -1)]
-    if not asked.startswith("hybridlm.") or f"python -m {asked}" in COMMANDS:
+    if asked.partition(".")[0] != "hybridlm" or f"python -m {asked}" in COMMANDS:
         return
     print(f"{asked} is no command. Commands, each with --help:\n{listing()}", file=sys.stderr)
     sys.exit(2)
+
+
+def root() -> Path:
+    """Where train.py, configs, eval and launch are: the clone, or in a wheel a folder of this package."""
+    here = Path(__file__).parent
+    return here.parent if (here.parent / "train.py").is_file() else here / "rooms"
+
+
+def _run(module: str) -> None:
+    """``python -m module`` from anywhere: this process and its children find what is in `root` first."""
+    sys.path.insert(0, str(root()))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), os.environ.get("PYTHONPATH")]))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+train, evaluate, sweep = partial(_run, "train"), partial(_run, "eval"), partial(_run, "launch.sweep")
+generate, convert = partial(_run, "hybridlm.generate"), partial(_run, "hybridlm.convert")
+prepare = partial(_run, "hybridlm.data.prepare")

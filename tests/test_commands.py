@@ -21,14 +21,14 @@ def test_help(command):
     assert done.returncode == 0 and "usage:" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("module", ["hybridlm.pattern", "hybridlm.data.text", "hybridlm.mixers"])
+@pytest.mark.parametrize("module", ["hybridlm", "hybridlm.pattern", "hybridlm.data.text", "hybridlm.mixers"])
 def test_a_module_that_is_no_command(module):
     done = ran("-Wd", "-m", module, "hybridlm.generate")
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"{module} is no command.") and "python -m hybridlm.generate" in done.stderr
 
 
-def test_the_package_lists_its_commands():
-    done = ran("-m", "hybridlm")
-    assert done.returncode == 0 and all(command in done.stdout for command in commands.COMMANDS)
-    assert ran("-c", "import sys; sys.argv[0] = '-'; import hybridlm.pattern; print('fine')").stdout == "fine\n"
+def test_an_import_says_nothing():
+    assert (
+        ran("-c", "import sys; sys.argv[0] = '-'; import hybridlm.pattern; print('fine')").stdout == "fine\n"
+    )

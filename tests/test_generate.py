@@ -171,7 +171,13 @@ def test_samples_are_those_of_their_numbers_however_they_are_batched():
     definition, params = built("gdn swa")
     hot = Sampling(temperature=3.0)
     make = lambda numbers, **options: generate.continuations(
-        definition, params, [[5, 6]] * len(numbers), max_new_tokens=8, sampling=hot, samples=numbers, **options
+        definition,
+        params,
+        [[5, 6]] * len(numbers),
+        max_new_tokens=8,
+        sampling=hot,
+        samples=numbers,
+        **options,
     )
     batches = [make([*range(at, min(at + 3, 16))]) for at in range(0, 16, 3)]
     repeats = [row for batch in batches for row in batch]

@@ -86,9 +86,9 @@ def test_tokens_that_stand_for_no_text(tmp_path, capsys):
 def test_until():
     until = Until(["", "end", "dx"])
     assert [until.add(text) for text in ("ab e", "n", "c end", "x")] == ["ab ", "", "enc ", ""]
-    assert until.done and until.end() == ""
+    assert until.done and until.add("", last=True) == ""
     open_ = Until(["\n\n"])
-    assert open_.add("a\n") == "a" and open_.end() == "\n"
+    assert open_.add("a\n") == "a" and open_.add("", last=True) == "\n"
 
 
 TEMPLATE = (
@@ -98,7 +98,7 @@ TEMPLATE = (
 
 
 def chatting(workdir) -> None:
-    """A byte-level tokenizer with the specials of a chat model, and its template, as an import leaves them."""
+    """A byte-level tokenizer with a chat model's specials, and its template, as an import leaves them."""
     file = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet())}, merges=[]))
     file.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     file.decoder = decoders.ByteLevel()

@@ -9,43 +9,38 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 from hybridlm import generate, weights
-from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Limits, Positive, checked
 from hybridlm.generate import chat
 from hybridlm.run import cli, logbook
 
-log = logging.getLogger("hybridlm")
-
 EVERY = 4  # tokens between two looks at what was written
+LIMITS = {"max_new_tokens": Positive, "n": Positive, "seed": Annotated[int, Limits(0, 2**63 - 1)]}
 
 
 class Until:
-    """Text as it comes, up to the first of the strings ``stop`` that is complete.
+    """Text as it comes, up to the first of the strings ``stop`` that is complete (``done``).
 
-    The beginning of one is held back until it is decided. done: whether one was found.
+    The beginning of one is held back until it is decided.
     """
 
     def __init__(self, stop: Sequence[str]):
         self.stop, self.held, self.done = [text for text in stop if text], "", False
 
-    def add(self, text: str) -> str:
+    def add(self, text: str, last: bool = False) -> str:
+        """What is certain now of the text so far, and was not before. last: nothing follows ``text``."""
         if self.done:
             return ""
         self.held += text
         found = [at for one in self.stop if (at := self.held.find(one)) >= 0]
-        if found:
-            self.done, shown, self.held = True, self.held[: min(found)], ""
-            return shown
         lengths = [n for one in self.stop for n in range(1, len(one)) if self.held.endswith(one[:n])]
-        keep = len(self.held) - max(lengths, default=0)
+        self.done = bool(found)
+        keep = min(found, default=len(self.held) - (0 if last else max(lengths, default=0)))
         shown, self.held = self.held[:keep], self.held[keep:]
         return shown
-
-    def end(self) -> str:
-        """What was held back and is not the beginning of a stop string after all."""
-        return self.held
 
 
 class Writer:
@@ -55,20 +50,13 @@ class Writer:
         self.flags, workdir = flags, Path(flags.workdir)
         self.how = generate.Sampling(flags.temperature, flags.top_k, flags.top_p)
         self.how.check()
-        for name, value, least in (("max_new_tokens", flags.max_new_tokens, 1), ("n", flags.n, 1)):
-            if value < least:
-                raise ConfigError(f"--{name}", value, f"must be at least {least}")
-        if not 0 <= flags.seed < 2**63:
-            raise ConfigError("--seed", flags.seed, "must be between 0 and 2^63 - 1")
-        config, self.definition, self.params, step = weights.load(workdir, flags.checkpoint)
+        for name, kind in LIMITS.items():
+            checked(f"--{name}", kind, getattr(flags, name))
+        config, self.definition, self.params, _ = weights.load(workdir, flags.checkpoint)
         tokens = weights.tokenizer(workdir, config)
         if tokens is None:
             raise ConfigError("--workdir", str(workdir), f"its data ({config.data.kind}) stand for no text")
-        self.tokenizer: Tokenizer = tokens
-        self.chat = None if flags.raw else chat.find(workdir, tokens)
-        self.trained = config.train.seq_len
-        kind = "answers by its chat template" if self.chat else "continues text"
-        log.info("%s at step %s %s", workdir, f"{step:,}", kind)
+        self.tokenizer, self.chat = tokens, None if flags.raw else chat.find(workdir, tokens)
 
     def encode(self, messages: list[chat.Message]) -> list[int]:
         """Of a chat all, of a plain text the last."""
@@ -79,9 +67,6 @@ class Writer:
     def write(self, prompt: list[int]) -> Iterator[tuple[int, str]]:
         """(row, text that was added to it) as it comes; rows are the ``n`` samples."""
         flags, ends = self.flags, {self.tokenizer.doc_id, *(self.chat.ends if self.chat else ())}
-        total = len(prompt) + flags.max_new_tokens
-        if total > self.trained:
-            log.warning("%d tokens with the prompt: the run was trained on rows of %d", total, self.trained)
         streams = [self.tokenizer.stream(prompt) for _ in range(flags.n)]
         untils = [Until(flags.stop) for _ in range(flags.n)]
         blocks = generate.stream(
@@ -95,60 +80,55 @@ class Writer:
             if all(until.done for until in untils):
                 break
         for row, until in enumerate(untils):
-            yield row, until.add(streams[row].end()) + until.end()
+            yield row, until.add(streams[row].end(), last=True)
 
+    def show(self, messages: list[chat.Message]) -> str:
+        """Prints the samples that follow ``messages``, the first as it comes, and returns that."""
+        typed = "" if self.chat or self.flags.interactive else messages[-1]["content"]
+        texts = [typed] * self.flags.n
+        say(("--- 1\n" if self.flags.n > 1 else "") + typed)
+        for row, text in self.write(self.encode(messages)):
+            texts[row] += text
+            say(text if row == 0 else "")
+        say("\n" + "".join(f"--- {row}\n{text}\n" for row, text in enumerate(texts[1:], 2)))
+        return texts[0]
 
-def show(writer: Writer, messages: list[chat.Message]) -> str:
-    """Prints the samples that follow ``messages``, the first as it comes, and returns that."""
-    typed = "" if writer.chat or writer.flags.interactive else messages[-1]["content"]
-    texts, several = [typed] * writer.flags.n, writer.flags.n > 1
-    say(("--- 1\n" if several else "") + typed)
-    for row, text in writer.write(writer.encode(messages)):
-        texts[row] += text
-        if row == 0:
-            say(text)
-    say("\n" + "".join(f"--- {row}\n{text}\n" for row, text in enumerate(texts[1:], 2)))
-    return texts[0]
+    def talk(self) -> None:
+        """Prompts from the terminal until it ends. A chat goes on, a plain prompt begins a new text."""
+        messages: list[chat.Message] = []
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                return
+            if line:
+                messages = [*(messages if self.chat else []), message(line)]
+                messages.append({"role": "assistant", "content": self.show(messages)})
 
 
 def say(text: str) -> None:
     print(logbook.printable(text), end="", flush=True)
 
 
-def talk(writer: Writer) -> None:
-    """Prompts from the terminal until it ends. A chat goes on, a plain prompt begins a new text."""
-    messages: list[chat.Message] = []
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        if not line:
-            continue
-        messages = [*(messages if writer.chat else []), {"role": "user", "content": checked(line)}]
-        messages.append({"role": "assistant", "content": show(writer, messages)})
-
-
-def checked(prompt: str) -> str:
+def message(prompt: str) -> chat.Message:
     try:
-        prompt.encode()
+        return {"role": "user", "content": prompt.encode().decode()}
     except UnicodeEncodeError:
         raise ConfigError("--prompt", prompt, "must be UTF-8") from None
-    return prompt
 
 
 def run(flags: argparse.Namespace) -> None:
     if flags.prompt is None and not flags.interactive:
         raise ConfigError("--prompt", "", "must be given, if --interactive is not")
-    prompt = None if flags.prompt is None else checked(flags.prompt)
+    first = [] if flags.prompt is None else [message(flags.prompt)]
     writer = Writer(flags)
-    if prompt is not None:
-        show(writer, [{"role": "user", "content": prompt}])
+    if first:
+        writer.show(first)
     if flags.interactive:
-        talk(writer)
+        writer.talk()
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m hybridlm.generate", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -166,13 +146,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("-n", type=int, default=1, help="texts (default: %(default)s)")
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
     add("--raw", action="store_true", help="without the chat template, if the run has one")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    flags = parse(sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")  # to stderr
-    log.setLevel(logging.INFO)
     return cli.run(lambda: run(flags))
 
 

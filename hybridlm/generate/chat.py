@@ -29,9 +29,9 @@ class Chat:
         except ImportError:
             problem, fix = "needs the package jinja2", "pip install jinja2, or give --raw to do without it."
             raise ConfigError("chat template", f"{CARRIED}/", problem, fix) from None
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        self.template, self.special, self.ends = environment.from_string(template), special, ends
+        self.environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self.environment.globals["raise_exception"] = _refuse
+        self.template, self.special, self.ends = template, special, ends
         self.tokens = tokenizers.Tokenizer.from_buffer(tokenizer.content)  # reads special tokens as such
         self.tokens.no_padding()
         self.tokens.no_truncation()
@@ -39,7 +39,8 @@ class Chat:
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of ``messages`` up to where the answer begins; ConfigError for what the template refuses."""
         try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **self.special)
+            template = self.environment.from_string(self.template)
+            text = template.render(messages=messages, add_generation_prompt=True, **self.special)
         except ConfigError:
             raise
         except Exception as error:  # a template can fail in any way

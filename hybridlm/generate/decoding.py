@@ -65,9 +65,7 @@ def prefill(model: lm.LM, tokens_BT: jax.Array, rows: Rows, cache: lm.Cache) -> 
 
 
 class Carry(NamedTuple):
-    """B rows while they are written. step: tokens so far.  token, done, position: of each row's newest.
-    out: int32 [B, budget], -1 where there is none.  keys: of the rows.
-    """
+    """B rows while they are written. step: tokens so far.  out: int32 [B, budget], -1 where there is none."""
 
     step: jax.Array
     token: jax.Array
@@ -85,16 +83,9 @@ def _choose(head_DV: jax.Array, hidden_BD: jax.Array, keys: jax.Array, step: Any
 
 @partial(jax.jit, static_argnames=("definition", "budget", "sampling"))
 def _begin(
-    weights: lm.Params,
-    tokens_BT: jax.Array,
-    rows: Rows,
-    keys: jax.Array,
-    stops_V: jax.Array,
-    *,
-    definition: lm.Definition,
-    budget: int,
-    sampling: Sampling,
-) -> Carry:
+    weights: lm.Params, tokens_BT: jax.Array, rows: Rows, keys: jax.Array, stops_V: jax.Array, *,
+    definition: lm.Definition, budget: int, sampling: Sampling,
+) -> Carry:  # fmt: skip
     """The prompts read, and a first token of each row."""
     model = lm.merge(definition, weights)
     batch, length = tokens_BT.shape
@@ -106,14 +97,9 @@ def _begin(
 
 @partial(jax.jit, static_argnames=("definition", "sampling"), donate_argnums=1)
 def _advance(
-    weights: lm.Params,
-    carry: Carry,
-    limit: jax.Array,
-    stops_V: jax.Array,
-    *,
-    definition: lm.Definition,
-    sampling: Sampling,
-) -> Carry:
+    weights: lm.Params, carry: Carry, limit: jax.Array, stops_V: jax.Array, *,
+    definition: lm.Definition, sampling: Sampling,
+) -> Carry:  # fmt: skip
     """Up to ``limit`` tokens, or until every row is done: after a token that ``stops_V`` [V] marks."""
     model = lm.merge(definition, weights)
     head, blocks = model.head_matrix().astype(definition.dtype), model.unstacked()
@@ -137,17 +123,10 @@ def _cast(definition: lm.Definition, params: lm.Params) -> lm.Params:
 
 
 def stream(
-    definition: lm.Definition,
-    params: lm.Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    stops: Sequence[int] = (),
-    samples: Sequence[int] | None = None,
-    every: int = 0,
-) -> Iterator[np.ndarray]:
+    definition: lm.Definition, params: lm.Params, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    sampling: Sampling = GREEDY, seed: int = 0, stops: Sequence[int] = (),
+    samples: Sequence[int] | None = None, every: int = 0,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """New tokens, int32 [B, n], as they come, ``every`` so many (0: all at once); -1 where a row has ended.
 
     prompts: token ids, at least one each, lengths may differ.  stops: tokens after which a row ends.
@@ -193,13 +172,9 @@ def continuations(
 
 
 def generate(
-    definition: lm.Definition,
-    params: lm.Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    stop: int | None = None,
-    **options: Any,
-) -> list[list[int]]:
+    definition: lm.Definition, params: lm.Params, prompts: Sequence[Sequence[int]], *,
+    stop: int | None = None, **options: Any,
+) -> list[list[int]]:  # fmt: skip
     """Continuations of ``prompts`` (see `stream`), cut before the token ``stop``."""
     stops = [] if stop is None else [stop]
     rows = continuations(definition, params, prompts, stops=stops, **options)
@@ -207,14 +182,9 @@ def generate(
 
 
 def complete(
-    definition: lm.Definition,
-    params: lm.Params,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    stop: Sequence[str] = (),
-    **options: Any,
-) -> list[str]:
+    definition: lm.Definition, params: lm.Params, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *,
+    stop: Sequence[str] = (), **options: Any,
+) -> list[str]:  # fmt: skip
     """Texts that ``prompts`` (token ids) go on with, cut before the first of the ``stop`` strings.
 
     A row ends early at the document separator and at a token whose text holds a stop string; a stop string
@@ -225,10 +195,7 @@ def complete(
     if tokenizer.pieces is not None:
         encoded = [text.encode() for text in stop]
         stops += [i for i, piece in enumerate(tokenizer.pieces) if any(text in piece for text in encoded)]
-    texts = []
-    for prompt, row in zip(
-        prompts, continuations(definition, params, prompts, stops=stops, **options), strict=True
-    ):
-        text = tokenizer.decode_after(prompt, [token for token in row if token != tokenizer.doc_id])
-        texts.append(text[: min([text.find(s) for s in stop if s in text], default=len(text))])
-    return texts
+    rows = continuations(definition, params, prompts, stops=stops, **options)
+    written = ([token for token in row if token != tokenizer.doc_id] for row in rows)
+    texts = [tokenizer.decode_after(p, tokens) for p, tokens in zip(prompts, written, strict=True)]
+    return [text[: min([text.find(s) for s in stop if s in text], default=len(text))] for text in texts]
