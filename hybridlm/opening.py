@@ -38,7 +38,7 @@ def lines(
     }
     model_type, reason = families.public_format(config)
     if not model_type:
-        said["export"] = f"none: the model {reason}"
+        said["export"] = f"the model {reason}"
     return [f"{name:<8} {text}" for name, text in said.items()]
 
 

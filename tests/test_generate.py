@@ -224,7 +224,7 @@ def test_buckets_are_few_and_fit():
     assert sorted(sizes) == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
     for n in (2049, 3000, 5000, 12_289, 100_000):
         size = generate.bucket(n)
-        assert n <= size <= 1.5 * n + generate.PREFILL_CHUNK and size % generate.PREFILL_CHUNK == 0
+        assert n <= size <= 1.5 * n + decoding.PREFILL_CHUNK and size % decoding.PREFILL_CHUNK == 0
 
 
 @pytest.mark.parametrize(
