@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 5e-3
     config.optimizer.warmup_steps = 40
     config.checkpoint.every_steps = 150
-    config.eval.every_steps = 150
+    config.eval.every_steps = 50
     config.eval.batches = 32
     config.eval.sample_prompt = "def "
     config.eval.sample_tokens = 256

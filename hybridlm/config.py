@@ -11,6 +11,7 @@ the rest, and makes the `Config` that all other code reads: nothing there asks w
 import dataclasses
 import inspect
 import json
+import logging
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,22 +20,16 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from hybridlm import commands, mixers, mlps, objectives, pattern, schema
 from hybridlm import data as data_kinds
-from hybridlm import mixers, mlps, objectives, pattern, schema
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
+from hybridlm.schema import SECTIONS
+
+log = logging.getLogger("hybridlm")
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
-SECTIONS: dict[str, type] = {
-    "model": schema.Model,
-    "optimizer": schema.Optimizer,
-    "train": schema.Train,
-    "mesh": schema.Mesh,
-    "checkpoint": schema.Checkpoint,
-    "log": schema.Log,
-    "eval": schema.Eval,
-}
 NAMED = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, and where their kinds are
 ONE = {"data": data_kinds, "objective": objectives}  # sections that are one definition
 MOVED = {"train.z_loss": "objective.z_loss"}  # since 0.1.0
@@ -152,6 +147,9 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     """
     filename, argument = _split(spec)
     path = Path(filename)
+    if not path.is_file() and path.parts[:1] == ("configs",) and (commands.root() / path).is_file():
+        path = commands.root() / path
+        log.info("--config: there is no %s here; it is that of hybridlm, in %s", filename, path.parent)
     if not path.is_file():
         known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
         raise ConfigError("--config", filename, "no such file", nearest(filename, known) if known else "")

@@ -12,7 +12,7 @@ import numpy as np
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate
+from hybridlm import cost, data, generate, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -72,6 +72,8 @@ class Member:
         """From step ``start`` on: writes what describes the run, and opens its records."""
         write_json(self.workdir / "config.json", self.record["config"])
         write_json(self.workdir / "layers.json", self.record["layers"])
+        if processes.first():
+            weights.keep_tokenizer(self.workdir, self.train_data.tokenizer)
         for dataset in (self.train_data, self.val_data):
             dataset.verify(jax.process_index(), jax.process_count())
         book = logbook.Logbook(self.workdir, self.config, start=start)
@@ -196,16 +198,17 @@ def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | Non
     wanted = config.eval
     if tokenizer is None or not wanted.sample_tokens:
         return {}
+    prompt = [tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]
     tokens = generate.generate(
         definition,
         params,
-        [[tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]],
+        [prompt],
         max_new_tokens=wanted.sample_tokens,
         sampling=generate.Sampling(temperature=wanted.temperature),
         seed=config.train.seed,
         stop=tokenizer.doc_id,
     )
-    return {"sample": wanted.sample_prompt + tokenizer.decode(tokens[0])}
+    return {"sample": wanted.sample_prompt + tokenizer.decode_after(prompt, tokens[0])}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -90,24 +90,27 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
         f"{quantity(flops * tokens * train.steps, 'FLOP')}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items()),
         "memory per device, estimate": f"{quantity(sum(memory), 'B')} ({parts})",
-        "data": _data(config),
+        "training data": _data(config, "train"),
+        "held-out data": _data(config, "val"),
     }
 
 
-def _data(config: Config) -> str:
+def _data(config: Config, split: str) -> str:
     train = config.train
+    sizes = {"batch_size": train.batch_size, "seq_len": train.seq_len, "vocab_size": config.model.vocab_size}
     try:
-        held_out = data.build(
-            config.data,
-            split="val",
-            batch_size=train.batch_size,
-            seq_len=train.seq_len,
-            seed=train.seed,
-            vocab_size=config.model.vocab_size,
-        )
+        dataset = data.build(config.data, split=split, seed=train.seed, **sizes)
     except ConfigError as error:
         return f"not usable here: {error}"
-    return held_out.describe()
+    return amount(config, dataset) if split == "train" else dataset.source.describe()
+
+
+def amount(config: Config, dataset: data.Dataset) -> str:
+    """How much there is to train on, and how often the run reads it."""
+    train = config.train
+    read = train.steps * train.batch_size * train.seq_len
+    said = f"{dataset.source.describe()}; the run reads {quantity(read, '')} tokens"
+    return said + (f", {read / train.seq_len / dataset.num_rows:.3g} epochs" if dataset.num_rows else "")
 
 
 def quantity(value: float, unit: str) -> str:

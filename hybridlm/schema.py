@@ -72,6 +72,8 @@ class Train:
     max_skipped: updates in a row that are skipped for a loss or gradient that is not finite; one more ends
         the run.
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
+    compilation_cache: folder that keeps compiled programs for the next start; "auto": in the user's cache
+        folder ($XDG_CACHE_HOME), "": none. $JAX_COMPILATION_CACHE_DIR goes before it.
     """
 
     steps: Positive = 1000
@@ -81,6 +83,7 @@ class Train:
     microbatches: Positive = 1
     max_skipped: Count = 8
     max_minutes: NonNegative = 0.0
+    compilation_cache: str = "auto"
 
     def check(self) -> None:
         if self.batch_size % self.microbatches:

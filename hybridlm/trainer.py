@@ -24,13 +24,13 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import config as configs
-from hybridlm import init_from, program, report, sharding
+from hybridlm import cost, init_from, opening, program, report, sharding
 from hybridlm.config import Config
 from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.member import Evaluate, Member, Metrics, due, held_out
 from hybridlm.program import NORMS, State
-from hybridlm.run import checkpoint, interrupt, logbook, private, processes
+from hybridlm.run import checkpoint, interrupt, logbook, picture, private, processes, programs
 from hybridlm.run.clock import Clock
 from pallas_kernels import auto_means
 
@@ -74,6 +74,7 @@ def together(
     With several, tokens_per_second in the metrics is that of all together, and ``packed`` their number.
     """
     config = resolved[0]
+    programs.enable(config.train.compilation_cache)
     workdirs = [workdir.absolute() for workdir in workdirs]
     with interrupt.Stop(config.train.max_minutes) as stop, stored(workdirs[0]):
         mesh = sharding.make_mesh(config.mesh)
@@ -120,6 +121,8 @@ class Trainer:
 
     def train(self, resume: str) -> None:
         start = self.choose(resume)
+        if processes.first():
+            self.open(start)
         self.say_determinism()
         state = self.begin(start)
         with ExitStack() as stack:
@@ -137,6 +140,15 @@ class Trainer:
                     }
             if start < self.config.train.steps:
                 self.loop(state, start)
+
+    def open(self, start: int) -> None:
+        """Prints what this start of the first member is, before anything is compiled."""
+        one = self.members[0]
+        datasets = (one.train_data, one.val_data)
+        said = opening.lines(
+            one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
+        )
+        rich.get_console().print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
@@ -232,10 +244,10 @@ class Trainer:
                 clock.restart()
 
     def compiled(self, state: State, start: int) -> Callable:
-        began = time.perf_counter()
+        began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
         executable = self.program.step.lower(state, batch).compile()  # type: ignore[attr-defined]
-        log.info("compiled the training step in %.1f s", time.perf_counter() - began)
+        log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
 
     def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
@@ -307,9 +319,26 @@ class Trainer:
 def draw(member: Member) -> None:
     """loss.png, which no trained step may depend on."""
     try:
-        logbook.plot(logbook.read(member.workdir / "metrics.jsonl"), member.workdir / "loss.png")
+        records = logbook.read(member.workdir / "metrics.jsonl")
+        size = f"{cost.parameters(member.config):,} parameters"
+        title = f"{member.workdir.name}: {member.config.model.pattern}, {size}"
+        last = next((r for r in reversed(records) if r.get("val_bpb")), None)
+        nats = last["val_loss"] / last["val_bpb"] if last else 0.0  # of a token, for each bit of a byte
+        levels = {name: nats * bits for name, bits in references(member).items()} if last else {}
+        picture.plot(records, member.workdir / "loss.png", title, levels)
     except Exception as error:
         log.warning("loss.png was not drawn: %s", error)
+
+
+def references(member: Member) -> dict[str, float]:
+    """Bits per byte of the held-out text without a model; nothing where tokens stand for no bytes."""
+    text = member.val_data.held_out_bytes(member.config.eval.batches)
+    if not text:
+        return {}
+    return {
+        "gzip -9": baselines.gzip_bits_per_byte(text),
+        "order-0 entropy": baselines.order0_bits_per_byte(text),
+    }
 
 
 def tell(member: Member) -> None:
@@ -325,8 +354,8 @@ def tell(member: Member) -> None:
     if text and "val_bpb" in metrics:
         say(f"held-out bits per byte, on the same {len(text):,} bytes:")
         say(f"  this model       {metrics['val_bpb']:.3f}")
-        say(f"  gzip -9          {baselines.gzip_bits_per_byte(text):.3f}")
-        say(f"  order-0 entropy  {baselines.order0_bits_per_byte(text):.3f}")
+        for name, bits in references(member).items():
+            say(f"  {name:<16} {bits:.3f}")
     if "sample" in metrics:
         say(f"sample:\n{logbook.printable(metrics['sample'])}")
     say("written:")

@@ -9,7 +9,7 @@ from hybridlm import config as configs
 from hybridlm import model, untrusted
 from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
-from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.data.tokenizer import FileTokenizer, Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
 
@@ -59,6 +59,14 @@ def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:
     if found is not None:
         check_fits(found, config.model.vocab_size)
     return found
+
+
+def keep_tokenizer(workdir: Path, used: Tokenizer | None) -> None:
+    """Puts the tokenizer of a run beside its weights, so that they can be read without its data."""
+    if isinstance(used, FileTokenizer):
+        untrusted.write_bytes(workdir / TOKENIZER, used.content)
+    else:  # of an earlier start that left no checkpoint
+        (workdir / TOKENIZER).unlink(missing_ok=True)
 
 
 def check_fits(found: Tokenizer, vocab_size: int, field: str = "--tokenizer") -> None:

@@ -12,7 +12,7 @@ from hybridlm import config as configs
 from hybridlm import generate, model
 from hybridlm.data import tokenizer
 from hybridlm.errors import ConfigError
-from hybridlm.generate import Sampling
+from hybridlm.generate import Sampling, decoding
 from hybridlm.rows import Rows, single_document
 
 FAST = {
@@ -65,7 +65,7 @@ EVERY_KIND = "full mla deltanet gdn kda gla hgrn hgrn2 retnet"
 )
 def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern, dtype, error):
     """Prompts of 3 and 14 tokens, prefilled in chunks of 8, then 5 given tokens one at a time."""
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 8)
     definition, params = built(pattern, dtype)
     rng = np.random.default_rng(0)
     prompts, given = [rng.integers(300, size=n) for n in (3, 14)], rng.integers(300, size=(2, 5))
@@ -105,13 +105,14 @@ def test_matrices_are_used_in_the_dtype_of_the_model_only():
 
 def test_the_decoding_loop_casts_no_matrix():
     definition, params = built("kda mla", "bfloat16")
-    given = jax.tree.leaves(model.cast_to_compute(definition, params))
-    shapes = {leaf.shape[2:] for leaf in given if leaf.dtype == jnp.bfloat16}
+    given = model.cast_to_compute(definition, params)
+    shapes = {leaf.shape[2:] for leaf in given.values() if leaf.dtype == jnp.bfloat16}
     tokens, rows = generate.left_pad([[1, 2]], 64)
-    options = dict(definition=definition, steps=4, sampling=generate.GREEDY, limit=4)
-    traced = generate._generate.trace(
-        params, jnp.asarray(tokens), rows, jax.random.key(0), stops_V=jnp.zeros(300, bool), **options
-    )
+    options = dict(definition=definition, sampling=generate.GREEDY)
+    keys, stops = jax.random.split(jax.random.key(0), 1), jnp.zeros(300, bool)
+    begin = functools.partial(decoding._begin, budget=4, **options)
+    carry = jax.eval_shape(begin, given, jnp.asarray(tokens), rows, keys, stops)
+    traced = decoding._advance.trace(given, carry, jnp.int32(4), stops, **options)
     (loop,) = (eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "while")
     found = {
         eqn.invars[0].aval.shape
@@ -165,6 +166,47 @@ def test_complete_cuts_at_stop_strings():
     assert [len(row) for row in rows] == [1, 1]
 
 
+def test_samples_are_those_of_their_numbers_however_they_are_batched():
+    """16 repeats of one prompt in batches of 3, as an evaluation makes them: all differ, and again alike."""
+    definition, params = built("gdn swa")
+    hot = Sampling(temperature=3.0)
+    make = lambda numbers, **options: generate.continuations(
+        definition,
+        params,
+        [[5, 6]] * len(numbers),
+        max_new_tokens=8,
+        sampling=hot,
+        samples=numbers,
+        **options,
+    )
+    batches = [make([*range(at, min(at + 3, 16))]) for at in range(0, 16, 3)]
+    repeats = [row for batch in batches for row in batch]
+    assert len({tuple(row) for row in repeats}) == 16
+    assert make([7, 11, 2]) == [repeats[7], repeats[11], repeats[2]]
+    assert make([7])[0] == repeats[7] != make([7], seed=1)[0]
+
+
+def test_a_stream_is_what_comes_at_once_in_parts():
+    definition, params = built("gdn swa")
+    options = dict(max_new_tokens=11, sampling=Sampling(temperature=2.0), stops=range(0, 300, 7))
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    [whole] = generate.stream(definition, params, prompts, **options)
+    parts = list(generate.stream(definition, params, prompts, every=4, **options))
+    assert [part.shape[1] for part in parts][:-1] == [4] * (len(parts) - 1)
+    got = np.concatenate(parts, axis=1)
+    np.testing.assert_array_equal(got, whole[:, : got.shape[1]])
+    assert (whole[:, got.shape[1] :] == -1).all()  # a stream ends with its longest row
+
+
+def test_an_empty_stop_string_stops_nothing():
+    definition, params = built("gdn swa")
+    make = lambda stop: generate.complete(
+        definition, params, tokenizer.load("bytes"), [[256, 65]], max_new_tokens=6, stop=stop,
+        sampling=Sampling(temperature=3.0),
+    )  # fmt: skip
+    assert make([""]) == make([]) != [""]
+
+
 def test_sampling_follows_its_distribution():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
     keys = jax.random.split(jax.random.key(0), 4000)
@@ -182,7 +224,7 @@ def test_buckets_are_few_and_fit():
     assert sorted(sizes) == [64, 96, 128, 192, 256, 384, 512, 768, 1024]
     for n in (2049, 3000, 5000, 12_289, 100_000):
         size = generate.bucket(n)
-        assert n <= size <= 1.5 * n + generate.PREFILL_CHUNK and size % generate.PREFILL_CHUNK == 0
+        assert n <= size <= 1.5 * n + decoding.PREFILL_CHUNK and size % decoding.PREFILL_CHUNK == 0
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,18 @@ def test_plain_output_is_few_lines(tmp_path, capsys):
     assert lines[0].startswith("step 1/1000  loss 1.0000  tokens/s 10")
 
 
-def test_plot_writes_a_picture(tmp_path):
-    logbook.plot([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "val_loss": 1.5}], tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+def test_progress_says_what_is_left_and_the_share_of_the_peak(tmp_path, capsys):
+    with logbook.Logbook(tmp_path, config(steps=20_000), start=0) as book:
+        book.write(10_000, line(mfu=0.4321))
+    assert capsys.readouterr().out.splitlines()[0].endswith("MFU 43.2%  83 min left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (5940, "99 min"), (11_100, "3 h 05 min")],
+)
+def test_span(seconds, said):
+    assert logbook.span(seconds) == said
 
 
 class FakeWandb:

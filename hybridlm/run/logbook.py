@@ -1,4 +1,4 @@
-"""What a run tells the world: metrics.jsonl, Weights & Biases, a progress bar, loss.png. Process 0 only.
+"""What a run tells the world: metrics.jsonl, Weights & Biases, a progress bar. Process 0 only.
 
 metrics.jsonl is the record: one JSON object per logged step, ascending. W&B gets the same numbers and can
 never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines that follow are
@@ -139,12 +139,13 @@ class Bar:
             "val bits/byte": f"{metrics['val_bpb']:.3f}" if "val_bpb" in metrics else "",
             "val accuracy": f"{metrics['val_accuracy']:.3f}" if tokens_alone else "",
             "tokens/s": f"{metrics['tokens_per_second']:,.0f}",
+            "MFU": f"{metrics['mfu']:.1%}" if "mfu" in metrics else "",
         }
         numbers = "  ".join(f"{name} {value}" for name, value in parts.items() if value)
         self.bar.update(self.task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step >= self.next_plain or "val_loss" in metrics):
             self.next_plain = step + self.plain_every
-            left = f"{(self.steps - step) * metrics['step_seconds']:.0f} s left"
+            left = f"{span((self.steps - step) * metrics['step_seconds'])} left"
             self.say(f"step {step}/{self.steps}  {numbers}  {left}")
         if "sample" in metrics and step < self.steps:  # the last one is for the summary
             self.say(printable(metrics["sample"]))
@@ -223,26 +224,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def plot(records: list[Metrics], path: Path) -> None:
-    """The loss curve, training and held-out, nats per token over steps, as a PNG at ``path``."""
-    from matplotlib.figure import Figure  # slow to import, used once; a bare Figure draws with Agg
-
-    figure = Figure(figsize=(7, 4), dpi=120)
-    axes = figure.add_subplot()
-    train = [r for r in records if "loss" in r]  # not in the line of a skipped update
-    axes.plot([r["step"] for r in train], [r["loss"] for r in train], linewidth=1, label="training batch")
-    held_out = [r for r in records if "val_loss" in r]
-    if held_out:
-        axes.plot(
-            [r["step"] for r in held_out],
-            [r["val_loss"] for r in held_out],
-            "o-",
-            markersize=3,
-            label="held out",
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+def span(seconds: float) -> str:
+    """40 s, 12 min, 3 h 05 min."""
+    minutes = round(seconds / 60)
+    longer = f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return longer if seconds >= 100 else f"{seconds:.0f} s"

@@ -1,0 +1,56 @@
+"""The commands of this repository, and what a module that is none says for itself under `python -m`."""
+
+import os
+import runpy
+import sys
+from functools import partial
+from pathlib import Path
+
+COMMANDS = {
+    "python train.py": "trains a run",
+    "python -m hybridlm.generate": "writes text with one",
+    "python -m hybridlm.data.prepare": "makes token shards of text",
+    "python -m hybridlm.convert": "public checkpoints in and out",
+    "python -m hybridlm.run.replay": "repeats a step that went wrong",
+    "python -m eval": "measures recall and memory of a run",
+    "python -m eval.harness": "runs tasks of lm-evaluation-harness",
+    "python -m launch.sweep": "trains a sweep",
+    "python -m launch.report": "makes a sweep's report",
+}
+
+
+def listing() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(f"  {command:{width}}  {about}" for command, about in COMMANDS.items())
+
+
+def refuse_others() -> None:
+    """Ends a `python -m hybridlm.pattern`, which would do nothing, with the list of commands and code 2.
+
+    Python imports the package before the module that it was asked for, and names it in ``orig_argv`` only.
+    """
+    if sys.argv[:1] != ["-m"]:
+        return
+    asked = sys.orig_argv[1 + next((i for i, one in enumerate(sys.orig_argv) if one[-1:] == "m"), -1)]
+    if asked.partition(".")[0] != "hybridlm" or f"python -m {asked}" in COMMANDS:
+        return
+    print(f"{asked} is no command. Commands, each with --help:\n{listing()}", file=sys.stderr)
+    sys.exit(2)
+
+
+def root() -> Path:
+    """Where train.py, configs, eval and launch are: the clone, or in a wheel a folder of this package."""
+    here = Path(__file__).parent
+    return here.parent if (here.parent / "train.py").is_file() else here / "rooms"
+
+
+def _run(module: str) -> None:
+    """``python -m module`` from anywhere: this process and its children find what is in `root` first."""
+    sys.path.insert(0, str(root()))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), os.environ.get("PYTHONPATH")]))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+train, evaluate, sweep = partial(_run, "train"), partial(_run, "eval"), partial(_run, "launch.sweep")
+generate, convert = partial(_run, "hybridlm.generate"), partial(_run, "hybridlm.convert")
+prepare = partial(_run, "hybridlm.data.prepare")

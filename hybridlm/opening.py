@@ -1,0 +1,78 @@
+"""What a run says before its first step: six lines, and a seventh if no public format has the model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybridlm import cost, report
+from hybridlm.config import Config
+from hybridlm.convert import families
+from hybridlm.data import Dataset
+from hybridlm.run import private
+from pallas_kernels import Choice, explain
+from pallas_kernels.dispatch import KERNELS
+
+CUDA = "Python >= 3.12 and `pip install 'hybridlm[cuda]'` (jax >= 0.11.2 with CUDA 12)"
+
+
+def lines(
+    config: Config, workdir: Path, start: int, mesh: Mapping[str, int], program: Any,
+    datasets: Sequence[Dataset], runs: int = 1,
+) -> list[str]:  # fmt: skip
+    """What a user wants to know at once, a line each.
+
+    start: the step resumed from.  datasets: for training, and held out.  runs: that share ``program``.
+    """
+    summary, steps = cost.summary(config), config.train.steps
+    said = {
+        "devices": _devices(mesh),
+        "kernels": kernels(choices(config, program, runs)),
+        "model": f"{summary['parameters']:,} parameters, {summary['plan']}; {report.full_layers(config)}",
+        "data": report.amount(config, datasets[0]) + f"; held out: {datasets[1].source.describe()}",
+        "workdir": private.hide(str(workdir)),
+        "steps": f"{start + 1:,} to {steps:,}, " + (f"resumed at step {start:,}" if start else "a new run"),
+    }
+    model_type, reason = families.public_format(config)
+    if not model_type:
+        said["export"] = f"the model {reason}"
+    return [f"{name:<8} {text}" for name, text in said.items()]
+
+
+def _devices(mesh: Mapping[str, int]) -> str:
+    first, axes = jax.devices()[0], ", ".join(f"{name} {size}" for name, size in mesh.items())
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    devices = f"{jax.device_count()} x {first.device_kind} ({first.platform}){processes}"
+    return f"{devices}, mesh {axes}, jax {jax.__version__}"
+
+
+def choices(config: Config, program: Any, runs: int = 1) -> list[Choice]:
+    """The backend of every op in the training step's forward pass; traces it, computes nothing."""
+    rows = config.train.batch_size // config.train.microbatches
+    row = jax.ShapeDtypeStruct((rows, config.train.seq_len), np.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+    params = program.shapes["params"]
+    if runs > 1:
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype), params)
+    return explain(program.evaluate, params, batch)
+
+
+def kernels(found: Sequence[Choice]) -> str:
+    """Which backends compute the ops, why the kernels before them do not, and what would have to be there."""
+    ran: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for choice in found:
+        ran.setdefault(choice.backend, []).append(choice.op)
+        for name, reason in choice.refused:
+            refused.setdefault(reason, []).append(name)
+    unique = lambda names: ", ".join(dict.fromkeys(names))
+    said = "; ".join(f"{name}: {unique(ops)}" for name, ops in ran.items()) or "none of ours in this model"
+    if refused:
+        said += "; not " + "; not ".join(f"{unique(names)}: {reason}" for reason, names in refused.items())
+    if not set(ran) & set(KERNELS) and refused and os.path.exists("/dev/nvidiactl"):
+        wanted = jax.default_backend() != "gpu" or any("cannot be imported" in reason for reason in refused)
+        said += f"; for kernels on this GPU: {CUDA}" if wanted else ""
+    return said

@@ -1,0 +1,54 @@
+"""Compiled programs kept from one start of a run to the next: JAX's persistent compilation cache.
+
+Unlike processors have folders of their own, since homes are shared; nothing is ever removed from one.
+"""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import jax
+from jax import monitoring
+
+from hybridlm.errors import ConfigError
+
+log = logging.getLogger("hybridlm")
+
+HIT = "/jax/compilation_cache/cache_hits"
+hits: list[str] = []  # one for each program that was read from the cache
+monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == HIT else None)
+
+
+def enable(setting: str) -> None:
+    """setting: `schema.Train.compilation_cache`. A cache that the environment names stays.
+
+    ConfigError for a folder that was asked for and cannot be made; the usual one is only done without.
+    """
+    if not setting or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = usual() if setting == "auto" else Path(setting).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if setting != "auto":
+            problem = f"cannot be made: {error.strerror}"
+            raise ConfigError("train.compilation_cache", setting, problem) from error
+        log.warning("no compilation cache: %s: %s", folder, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def usual() -> Path:
+    """In the user's cache folder, as the XDG base directories have it."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().partition("\n\n")[0].splitlines() if info.is_file() else []
+    able = "\n".join(line for line in lines if line.startswith(("flags", "Features", "model name")))
+    return Path(home) / "hybridlm" / f"jax-{jax.__version__}-{hashlib.sha256(able.encode()).hexdigest()[:8]}"
+
+
+def said(before: int) -> str:
+    """Whether the programs since ``before`` hits came from the cache."""
+    folder = jax.config.jax_compilation_cache_dir
+    return f", {'read from' if len(hits) > before else 'kept in'} {folder}" if folder else ", no cache"
