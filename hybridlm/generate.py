@@ -1,8 +1,8 @@
 """Generation: chunked prefill of left-padded prompts, then one compiled loop of single-token steps.
 
-The cache is of fixed size: recurrent states, and a preallocated KV cache for softmax attention. A row's
-samples depend on the seed, the row's index and the step only, not on the rest of the batch. Prompts and
-budgets are padded to a few lengths (`bucket`), so that few programs are compiled.
+The cache is of fixed size: recurrent states, and a preallocated KV cache for softmax attention. What is drawn
+for a row depends on the seed, the row's ``sample`` and the step only, not on the rest of the batch. Prompts
+and budgets are padded to a few lengths (`bucket`), so that few programs are compiled.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ def _generate(
     params: lm.Params,
     tokens_BT: jax.Array,
     rows: Rows,
-    key: jax.Array,
+    row_keys: jax.Array,
     *,
     definition: lm.Definition,
     steps: int,
@@ -118,7 +118,6 @@ def _generate(
     batch, length = tokens_BT.shape
     head = model.head_matrix().astype(definition.dtype)
     blocks = model.unstacked()
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
 
     def choose(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
         logits = jnp.einsum("bd,dv->bv", hidden_BD, head, preferred_element_type=jnp.float32)
@@ -173,20 +172,24 @@ def complete(
     stop: Sequence[str] = (),
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    samples: Sequence[int] | None = None,
 ) -> list[str]:
     """Texts that continue ``prompts`` (token ids), cut before the first of the ``stop`` strings.
 
     A row ends early at the document separator and at a token whose text holds a stop string; a stop string
-    that spans tokens is cut from the text afterwards.
+    that spans tokens is cut from the text afterwards, and an empty one stops nothing.
     """
+    stop = [text for text in stop if text]
     stops = [tokenizer.doc_id]
     if tokenizer.pieces is not None:
         encoded = [text.encode() for text in stop]
         stops += [i for i, piece in enumerate(tokenizer.pieces) if any(text in piece for text in encoded)]
     rows = continuations(
-        definition, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops
-    )
-    texts = [tokenizer.decode(token for token in row if token != tokenizer.doc_id) for row in rows]
+        definition, params, prompts, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stops=stops,
+        samples=samples,
+    )  # fmt: skip
+    written = ([token for token in row if token != tokenizer.doc_id] for row in rows)
+    texts = [tokenizer.decode_after(p, tokens) for p, tokens in zip(prompts, written, strict=True)]
     return [text[: min([text.find(s) for s in stop if s in text], default=len(text))] for text in texts]
 
 
@@ -199,8 +202,13 @@ def continuations(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stops: Sequence[int] = (),
+    samples: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """At most ``max_new_tokens`` tokens for each prompt, up to and with the first one in ``stops``."""
+    """At most ``max_new_tokens`` tokens for each prompt, up to and with the first one in ``stops``.
+
+    samples: a number for each row that its random draws depend on, in place of its place in the batch: the
+        same prompt again needs another, and a row that moves to another batch keeps its own.
+    """
     sampling.check()
     if max_new_tokens < 1:
         raise ConfigError("max_new_tokens", max_new_tokens, "must be at least 1")
@@ -211,11 +219,12 @@ def continuations(
     tokens, rows = left_pad(prompts, bucket(max(len(prompt) for prompt in prompts)))
     marks = np.zeros(definition.vocab_size, bool)
     marks[[token for token in stops if token < definition.vocab_size]] = True
+    numbers = jnp.arange(len(prompts)) if samples is None else jnp.asarray(samples, jnp.uint32)
     out = _generate(
         params,
         jnp.asarray(tokens),
         rows,
-        jax.random.key(seed),
+        jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(numbers),
         definition=definition,
         steps=bucket(max_new_tokens),
         sampling=sampling,

@@ -14,6 +14,7 @@ from eval import probes, subject
 from eval.tasks import base
 from hybridlm import config as configs
 from hybridlm import model as lm
+from hybridlm.context import Context
 from hybridlm.data import tokenizer
 from hybridlm.rows import single_document
 from tests import tiny
@@ -60,7 +61,7 @@ def test_attention_mass(tested):
     model = lm.merge(tested.definition, tested.params)
     rows = single_document(1, len(tokens))
     (first, _), (second, _) = model.unstacked()
-    hidden = second.mixer_norm(first(model.embedding[...][jnp.array([tokens])], rows, None, None)[0])
+    hidden = second.mixer_norm(first(model.embedding[...][jnp.array([tokens])], Context(rows), None)[0])
     q, k = (
         np.asarray(x).reshape(len(tokens), 4, -1)
         for x in (second.mixer.q_proj(hidden)[0], second.mixer.k_proj(hidden)[0])
@@ -105,7 +106,12 @@ def test_pictures_and_readings(tested, tmp_path, monkeypatch):
     class Perfect:
         """Right on every label, without text."""
 
-        tokenizer, definition = None, dataclasses.replace(tested.definition, vocab_size=512)
+        tokenizer, definition = (
+            None,
+            dataclasses.replace(
+                tested.definition, model=dataclasses.replace(tested.definition.model, vocab_size=512)
+            ),
+        )
         rows_per_batch = staticmethod(lambda length: 4)
         token_scores = staticmethod(lambda batch: (None, batch["targets"] >= 0))
 
