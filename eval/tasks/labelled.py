@@ -14,7 +14,7 @@ import numpy as np
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting
 from hybridlm import data
-from hybridlm.data import copying, mad, state_tracking
+from hybridlm.data import copying, joint_recall, mad, state_tracking
 
 Settings = Mapping[str, Any]
 
@@ -37,10 +37,18 @@ class LabelTask:
         """This task's settings over those of the run's own data, where it has the same kind."""
         kind = self.settings["kind"]
         parts = run.components.values() if run.kind == data.MIXTURE else [run]
-        own = next((dict(part) for part in parts if part.kind == kind), {})
+        own = next((dataclasses.asdict(part) for part in parts if part.kind == kind), {})
         known = {field.name for field in dataclasses.fields(data.KINDS[kind].Config)}
         kept = {k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples")}
         return {**kept, **self.settings, "val_examples": samples}
+
+    def examples(self, subject: Subject) -> str:
+        """The settings of the data and the ids that they are drawn from."""
+        whole = dataclasses.asdict(data.settings(self.data_config(subject.config.data, 1)))
+        decisive = {
+            n: v for n, v in sorted(whole.items()) if n not in ("val_examples", "train_examples", "weight")
+        }
+        return f"{subject.definition.vocab_size} ids, {decisive}"
 
     def chance(self, subject: Subject, setting: Setting) -> float | None:
         config = self.data_config(subject.config.data, 1)
@@ -105,6 +113,15 @@ TASKS = [
             (max(64, 4 * pairs),),
         )
         for pairs in (4, 8, 16, 32, 64, 128, 256)
+    ),
+    *(
+        LabelTask(
+            f"joint_recall_{size}", "HAX, arXiv 2507.00449",
+            f"values of {size} keys in each of {size} contexts",
+            {"kind": "joint_recall", "contexts": size, "keys": size},
+            lambda settings, vocab: joint_recall.IDS, (joint_recall.length(size, size),),
+        )
+        for size in (5, 8, 16)
     ),
     *(
         LabelTask(
