@@ -37,7 +37,7 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
     config.model.d_model = 128
     config.model.dtype = "float32"
     config.model.remat = "none"
-    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet"):
+    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm"):
         config.mixers[name].update(num_heads=2, head_dim=64)
     config.mixers.gla.num_heads = 2
     config.train.steps = 20_000

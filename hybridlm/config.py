@@ -51,6 +51,13 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "hgrn": ("hgrn", {}),
     "hgrn2": ("hgrn2", {}),
     "retnet": ("retnet", {}),
+    "mamba2": ("mamba2", {}),
+    "mamba": ("mamba", {}),
+    "deltaproduct": ("delta_product", {}),
+    "gdp": ("gated_delta_product", {}),
+    "lightning": ("lightning", {}),
+    "rglru": ("rglru", {}),
+    "mlstm": ("mlstm", {}),
 }
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
 

@@ -6,6 +6,7 @@ new; what nobody takes is reported as dropped.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import shutil
@@ -18,8 +19,10 @@ import numpy as np
 
 from hybridlm import config as configs
 from hybridlm import model
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
+from hybridlm.weights import TOKENIZER
 
 log = logging.getLogger("hybridlm")
 
@@ -30,11 +33,13 @@ class Source(NamedTuple):
     """Another model: its definition, and its parameters by canonical name, anything that NumPy can read.
 
     carry: brings what an import or export needs to know of a public checkpoint into a workdir.
+    tokenizer: the file of its tokenizer, which may not exist.
     """
 
     definition: model.Definition
     arrays: Mapping[str, Any]
     carry: Callable[[Path], None]
+    tokenizer: Path
 
 
 class Report(NamedTuple):
@@ -89,7 +94,7 @@ def source(path: str | Path) -> Iterator[Source]:
             if not steps:
                 raise ConfigError("init_from", str(path), "has no checkpoint")
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
-            yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir))
+            yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
     else:
         from hybridlm.convert import families, incoming
 
@@ -97,7 +102,7 @@ def source(path: str | Path) -> Iterator[Source]:
         read: dict[str, np.ndarray] = {}
         manifest = incoming.fill(path, imported, read.__setitem__)
         carry = lambda workdir: incoming.carry(imported, manifest, workdir)
-        yield Source(model.build(imported.config), read, carry)
+        yield Source(model.build(imported.config), read, carry, path / TOKENIZER)
 
 
 def _copy(carried: Path, workdir: Path) -> None:
@@ -134,12 +139,23 @@ def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> b
     return {"mixer": one.kind == other.kind, "mlp": one.mlp_kind == other.mlp_kind}.get(part, True)
 
 
-def start(path: str, definition: model.Definition, params: model.Params, workdir: Path) -> model.Params:
-    """`load` from ``path``, reported in the log and in ``workdir``/init_from.json."""
+def start(
+    path: str,
+    definition: model.Definition,
+    params: model.Params,
+    workdir: Path,
+    tokenizer: Tokenizer | None = None,
+) -> model.Params:
+    """`load` from ``path``, reported in the log and in ``workdir``/init_from.json.
+
+    tokenizer: of the data that the run will see; a warning where the source's embedding stands for others.
+    """
     with source(path) as other:
         params, report = load(other, definition, params)
         if jax.process_index() == 0:
             other.carry(workdir)
+            if "embedding" in report.loaded and tokenizer is not None:
+                _compare(other.tokenizer, tokenizer)
     if not report.loaded:
         raise ConfigError(
             "init_from", path, "has nothing in common with this model: no parameter could be loaded"
@@ -149,3 +165,12 @@ def start(path: str, definition: model.Definition, params: model.Params, workdir
     if jax.process_index() == 0:
         (workdir / "init_from.json").write_text(json.dumps(report._asdict(), indent=1) + "\n")
     return params
+
+
+def _compare(theirs: Path, ours: Tokenizer) -> None:
+    if theirs.is_file() and hashlib.sha256(theirs.read_bytes()).hexdigest() != ours.fingerprint:
+        log.warning(
+            "the embedding was learnt with the tokenizer %s, the data come with %s: "
+            "set data.tokenizer, unless you mean it",
+            theirs, ours.name,
+        )  # fmt: skip

@@ -116,10 +116,18 @@ def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tup
 embed.defvjp(_embed_forward, _embed_backward)
 
 
+def rms(x: jax.Array, eps: float) -> jax.Array:
+    """x * rsqrt(mean(x^2) + eps) over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype.
 
     unit_offset: the factor is 1 + scale, and scale starts at 0 (Qwen3-Next, Gemma).
+    groups: parts of the axis that are normed each on its own.
+    scaled: whether there is a scale.
     """
 
     def __init__(
@@ -130,15 +138,18 @@ class RMSNorm(nnx.Module):
         eps: float = 1e-6,
         axis: str | None = None,
         unit_offset: bool = False,
+        groups: int = 1,
+        scaled: bool = True,
     ):
-        self.eps, self.unit_offset = eps, unit_offset
-        self.scale = param(rngs, (features,), (axis,), zeros if unit_offset else ones, decay=False)
+        self.eps, self.unit_offset, self.groups = eps, unit_offset, groups
+        init = zeros if unit_offset else ones
+        self.scale = param(rngs, (features,), (axis,), init, decay=False) if scaled else None
 
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """``gate``: a float32 factor, multiplied in after the norm and before rounding to x's dtype."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
+        y = rms(x.reshape(*x.shape[:-1], self.groups, -1), self.eps).reshape(x.shape)
+        if self.scale is not None:
+            y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
         return (y if gate is None else y * gate).astype(x.dtype)
 
 
@@ -160,12 +171,15 @@ class ShortConv(nnx.Module):
 
     kernel [width, F], tap width-1 on the current token; ``history`` is the last width-1 raw inputs
     [B, width-1, F], oldest first. Summed in float32, returned in x's dtype. Source: FLA ShortConvolution.
+    bias: added to the sum, before ``silu``.
     """
 
-    def __init__(self, features: int, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, features: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):
         bound = width**-0.5  # PyTorch's Conv1d default for a depthwise kernel
         self.width = width
         self.kernel = param(rngs, (width, features), ("taps", "heads"), uniform(-bound, bound), decay=True)
+        init = uniform(-bound, bound)
+        self.bias = param(rngs, (features,), ("heads",), init, decay=False) if bias else None
 
     def init_history(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         return jnp.zeros((batch, self.width - 1, self.kernel.shape[-1]), dtype)
@@ -176,8 +190,12 @@ class ShortConv(nnx.Module):
         """Returns (y [B, T, F], with ``silu`` its SiLU; the history after the last token)."""
         token_axes = ("batch", None, "heads")
         in_axes = token_axes, ("taps", "heads"), ("batch", None), None if history is None else token_axes
-        convolve = per_shard(lambda *args: (short_conv(*args, silu=silu),), in_axes, (token_axes,))
+        inside = silu and self.bias is None  # the op has no bias
+        convolve = per_shard(lambda *args: (short_conv(*args, silu=inside),), in_axes, (token_axes,))
         (y_BTF,) = convolve(x_BTF, self.kernel[...], rows.positions, history)
+        if self.bias is not None:
+            y = y_BTF.astype(jnp.float32) + self.bias[...]
+            y_BTF = (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
         before = self.init_history(x_BTF.shape[0], x_BTF.dtype) if history is None else history
         padded = jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)
         return y_BTF, padded[:, x_BTF.shape[1] :]

@@ -36,8 +36,8 @@ from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels import linear_attention, linear_attention_step
 
-OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu}
-OutputGate = Literal["none", "sigmoid", "swish"]
+OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu, "linear": lambda x: x}
+OutputGate = Literal["none", "sigmoid", "swish", "linear"]
 CHUNK = 64  # tokens a chunk in the FLOP count, as in the papers
 
 
@@ -75,7 +75,7 @@ class Config(mixers.Config):
     head_dim: channels of q and k per head.
     v_head_dim: channels of v per value head; 0 is v_expansion * head_dim.
     conv_size: taps of the short convolutions with SiLU on q, k, v; 0 for none.
-    output_gate: "none", or "swish" or "sigmoid" of a projection of the layer's input.
+    output_gate: "none", or "swish" or "sigmoid" of a projection of the layer's input, or "linear": itself.
     norm_eps: of the output norm.
     """
 
@@ -89,6 +89,11 @@ class Config(mixers.Config):
     output_gate: OutputGate = "none"
     norm_eps: Epsilon = 1e-6
 
+    @property
+    def writes(self) -> int:
+        """Keys and values that a token writes, one after the other; see `LinearMixer.recur`."""
+        return 1
+
     def key_width(self, d_model: int) -> int:
         return d_model
 
@@ -101,7 +106,7 @@ class Config(mixers.Config):
         self.heads(d_model).check()
 
     def cost(self, d_model: int, context: int) -> Cost:
-        return cost(self.heads(d_model), self.conv_size, delta=self.delta)
+        return cost(self.heads(d_model), self.conv_size, delta=self.delta, writes=self.writes)
 
     def explicit(self, d_model: int) -> "Config":
         heads = self.heads(d_model)
@@ -132,13 +137,17 @@ class GroupedConfig(Config):
 
 
 class Inputs(NamedTuple):
-    """Arguments of the recurrence: q, k [B, T, H, K]; v [B, T, HV, V]; gates [B, T, HV(, K)] float32."""
+    """Arguments of the recurrence: q, k [B, T, H, K]; v [B, T, HV, V]; gates [B, T, HV(, K)] float32.
+
+    skip: [B, T, HV, V], added to what the recurrence reads.
+    """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
     log_decay: jax.Array | None = None
     beta: jax.Array | None = None
+    skip: jax.Array | None = None
 
 
 class LinearMixer(TokenMixer):
@@ -147,10 +156,14 @@ class LinearMixer(TokenMixer):
     gate_rank: of the output gate: 0 for one matrix, else the middle width of two.
     gate_bias: bias of the second of the two.
     silu: whether SiLU acts on q, k and v, after their convolutions if there are any.
+    scale: of the queries; None is K**-0.5.
+    conv_bias: whether the short convolutions have a bias.
     """
 
     qk_l2norm = False
     silu = True
+    scale: float | None = None
+    conv_bias = False
 
     def __init__(
         self, config: Config, site: Site, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
@@ -159,14 +172,13 @@ class LinearMixer(TokenMixer):
         self.heads = heads = config.heads(d_model)
         self.conv_size = conv_size = config.conv_size
         self.output_gate = output_gate = config.output_gate
-        key_width, value_width = heads.key_width, heads.value_width
-        self.q_proj = Linear(d_model, key_width, rngs=rngs)
-        self.k_proj = Linear(d_model, key_width, rngs=rngs)
-        self.v_proj = Linear(d_model, value_width, rngs=rngs)
+        value_width, self.writes = heads.value_width, config.writes
+        widths = heads.key_width, self.writes * heads.key_width, self.writes * value_width
+        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, width, rngs=rngs) for width in widths)
         if conv_size:
-            self.q_conv = ShortConv(key_width, conv_size, rngs=rngs)
-            self.k_conv = ShortConv(key_width, conv_size, rngs=rngs)
-            self.v_conv = ShortConv(value_width, conv_size, rngs=rngs)
+            self.q_conv, self.k_conv, self.v_conv = (
+                ShortConv(width, conv_size, rngs=rngs, bias=self.conv_bias) for width in widths
+            )
         self.gate_rank = gate_rank
         if output_gate != "none" and gate_rank:
             self.g_a_proj = Linear(d_model, gate_rank, rngs=rngs, axes=("embed", None))
@@ -181,6 +193,10 @@ class LinearMixer(TokenMixer):
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         """The recurrence's arguments from the projected and activated q, k, v (already split into heads)."""
         raise NotImplementedError
+
+    def recur(self, inputs: Inputs, rows: Rows, state: Any) -> tuple[jax.Array, Any]:
+        """(o [B, T, HV, V], the state after the last token, or None where ``state`` is None)."""
+        return recurrence(inputs, rows, state, qk_l2norm=self.qk_l2norm, scale=self.scale)
 
     def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
         """The output norm, heads merged: [B, T, HV * V]."""
@@ -198,7 +214,9 @@ class LinearMixer(TokenMixer):
         q, k = split_heads(q, heads.key), split_heads(k, heads.key)
         inputs = self.inputs(x_BTD, q, k, split_heads(v, heads.value), context)
         state = None if cache is None else cache.state
-        o_BTHV, state = recurrence(inputs, rows, state, qk_l2norm=self.qk_l2norm)
+        o_BTHV, state = self.recur(inputs, rows, state)
+        if inputs.skip is not None:
+            o_BTHV += inputs.skip.astype(o_BTHV.dtype)
         y_BTD = self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD)))
         return y_BTD, None if state is None else RecurrentCache(state, history)
 
@@ -219,7 +237,12 @@ class LinearMixer(TokenMixer):
 
 
 def recurrence(
-    inputs: Inputs, rows: Rows, state: jax.Array | None = None, *, qk_l2norm: bool = False
+    inputs: Inputs,
+    rows: Rows,
+    state: jax.Array | None = None,
+    *,
+    qk_l2norm: bool = False,
+    scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The op on each device's own rows and heads; documents never meet.
 
@@ -239,18 +262,18 @@ def recurrence(
         if state is not None and q.shape[1] == 1:
             g, b = (None if gate is None else gate[:, 0] for gate in (log_decay, beta))
             o_BHV, state = linear_attention_step(
-                q[:, 0], k[:, 0], v[:, 0], state=state, log_decay=g, beta=b, qk_l2norm=qk_l2norm
+                q[:, 0], k[:, 0], v[:, 0], state=state, log_decay=g, beta=b, qk_l2norm=qk_l2norm, scale=scale
             )
             return o_BHV[:, None], state
         return linear_attention(
             q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=segment_ids,
-            qk_l2norm=qk_l2norm, output_final_state=state is not None,
+            qk_l2norm=qk_l2norm, scale=scale, output_final_state=state is not None,
         )  # fmt: skip
 
     if state is not None:
         state = continued(state, rows)
     token_axes, state_axes = ("batch", None, "heads", None), ("batch", "heads", None, None)
-    args = (*inputs, rows.segment_ids, state)
+    args = (*inputs[:-1], rows.segment_ids, state)
     in_axes = [None if arg is None else token_axes[: arg.ndim] for arg in args[:-1]]
     out_state = None if state is None else state_axes
     return per_shard(op, (*in_axes, out_state), (token_axes, out_state))(*args)
@@ -280,12 +303,13 @@ def dt_bias_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arra
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def cost(heads: Heads, conv_size: int, *, delta: bool) -> Cost:
+def cost(heads: Heads, conv_size: int, *, delta: bool, writes: int = 1) -> Cost:
     """FLOPs of the chunkwise form, the delta rule's after Kimi Linear (6 K V + 3 C K + C^2 where V = K)."""
     _, num_v, key, value = heads
     if delta:
         flops = 6 * key * value + 3 * CHUNK * (key + value) // 2 + CHUNK**2
     else:
         flops = 4 * key * value + CHUNK * (key + value)
-    history = max(conv_size - 1, 0) * (2 * heads.key_width + heads.value_width)
-    return Cost(state=num_v * key * value + history, flops=num_v * flops)
+    width = heads.key_width + writes * (heads.key_width + heads.value_width)
+    history = max(conv_size - 1, 0) * width
+    return Cost(state=num_v * key * value + history, flops=writes * num_v * flops)

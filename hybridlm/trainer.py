@@ -177,7 +177,13 @@ class Trainer:
     def from_others(self, state: State) -> State:
         """``state`` with parameters of init_from."""
         loaded = [
-            init_from.start(self.config.init_from, self.definition, self.own(state, r)["params"], one.workdir)
+            init_from.start(
+                self.config.init_from,
+                self.definition,
+                self.own(state, r)["params"],
+                one.workdir,
+                one.train_data.tokenizer,
+            )
             for r, one in enumerate(self.members)
         ]
         several = lambda: jax.tree.map(lambda *leaves: np.stack(leaves), *loaded)

@@ -72,7 +72,8 @@ def read_json(path: str | Path, what: str, shape: Any = ANY, limit: int = MAX_BY
         value = parse(content)
         check_shape(value, shape)
     except ValueError as error:
-        raise ConfigError(what, str(path), f"is not the JSON that it should be: {error}") from error
+        said = terminal(str(error))
+        raise ConfigError(what, str(path), f"is not the JSON that it should be: {said}") from error
     return value
 
 

@@ -234,7 +234,6 @@ def late(*_: Any) -> None:
 
 def fuzz(cases: int, seed: int) -> tuple[Counter, list[str]]:
     """(outcomes, reports of what was wrong)."""
-    logging.getLogger("hybridlm").setLevel(logging.ERROR)
     outcomes: Counter = Counter()
     wrong = []
     signal.signal(signal.SIGALRM, late)
@@ -267,6 +266,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
+    logging.getLogger("hybridlm").setLevel(logging.ERROR)
     outcomes, wrong = fuzz(flags.cases, flags.seed)
     print("\n".join(wrong))
     said = ", ".join(f"{n} {kind}" for kind, n in outcomes.most_common())

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from hybridlm import seal
+from hybridlm.run import seal
 
 LAYERS = {"pure": [], "3:1": [3], "1:1": [1, 3]}
 

@@ -4,7 +4,6 @@ import time
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from hybridlm import data
 from hybridlm.data.prepare import prepare
@@ -27,13 +26,12 @@ def configs(tmp_path_factory):
         {"kind": "mqar", "slices": "(64, 4), (32, 8)"},
     )
     parts = {"text": text | {"weight": 2.0}, "shards": shards | {"weight": 1}, "mqar": mqar | {"weight": 0.5}}
-    configs = {
+    return {
         "text": text,
         "shards": shards,
         "mqar": mqar,
         "mixture": {"kind": "mixture", "components": parts},
     }
-    return {name: ConfigDict(config) for name, config in configs.items()}
 
 
 def same(a, b):
@@ -159,21 +157,21 @@ REFUSALS = [
     ({"kind": "mqar", "val_examples": 0}, {}, "data.val_examples", "at least 1"),
     ({}, {}, "data.kind", "must be one of text, shards, mqar, copying"),
     (TEXT | {"pth": "x"}, {}, "data.pth", "Did you mean 'path'"),
-    (TEXT | {"holdout": "x"}, {}, "data.holdout", "must be of type float"),
-    (TEXT | {"path": 3}, {}, "data.path", "must be of type str"),
-    (TEXT | {"num_pairs": 9}, {}, "data.num_pairs", "is no field of data kind 'text'"),
+    (TEXT | {"holdout": "x"}, {}, "data.holdout", "must be a number"),
+    (TEXT | {"path": 3}, {}, "data.path", "must be a string"),
+    (TEXT | {"num_pairs": 9}, {}, "data.num_pairs", "no such field"),
     (TEXT | {"path": "gone.txt"}, {}, "data.path", "does not exist"),
     (TEXT, {"vocab_size": 256}, "model.vocab_size", "must be at least 257"),
     (TEXT, {"batch_size": 0}, "train.batch_size", "positive"),
     (TEXT, {"batch_size": 10**9}, "train.batch_size", "rows of 64 tokens that the training data fill"),
     ({"kind": "mqar", "train_examples": 7}, {}, "train.batch_size", "is more than the 7 rows"),
     ({"kind": "mqar", "num_pairs": 50}, {}, "data.num_pairs", "4 \\* pairs"),
-    ({"kind": "mqar", "random_non_queries": 1}, {}, "data.random_non_queries", "must be of type bool"),
+    ({"kind": "mqar", "random_non_queries": 1}, {}, "data.random_non_queries", "must be True or False"),
     ({"kind": "mixture"}, {}, "data.components", "must name the parts"),
-    (mixture_of(**TEXT), {}, "data.components.a.weight", "positive number"),
+    (mixture_of(**TEXT, weight=0), {}, "data.components.a.weight", "must be above 0"),
     (mixture_of(kind="x", weight=1), {}, "data.components.a.kind", "one of"),
     (mixture_of(kind="shards", path="gone", weight=1), {}, "data.components.a.path", "is no directory"),
-    (mixture_of(**TEXT, weight=1) | {"path": "x"}, {}, "data.path", "is no field of data kind 'mixture'"),
+    (mixture_of(**TEXT, weight=1) | {"path": "x"}, {}, "data.path", "no such field"),
 ]
 
 
@@ -182,5 +180,5 @@ REFUSALS = [
 )
 def test_bad_settings_are_refused_by_name(config, sizes, field, message):
     with pytest.raises(ConfigError, match=message) as error:
-        data.build(ConfigDict(config), split="train", **(SIZES | sizes))
+        data.build(config, split="train", **(SIZES | sizes))
     assert error.value.field == field

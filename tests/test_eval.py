@@ -34,10 +34,12 @@ def workdir(tmp_path_factory):
     config = configs.resolve(tiny.config(tiny.write_text(folder), train__seq_len=64))
     definition = lm.build(config)
     params = jax.jit(lambda key: lm.init(definition, key))(jax.random.key(0))
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 3 else x, params)  # sharper than at birth
+    params = lm.unstack(definition, params)
+    sharper = lambda name, x: 4 * x if name.startswith("layers.") and x.ndim > 1 else x  # than at birth
+    params = {name: sharper(name, x) for name, x in params.items()}
     (folder / "config.json").write_text(configs.to_json(config))
     with checkpoint.Checkpoints(folder / "checkpoints") as saves:
-        saves.save(3, {"params": lm.unstack(definition, params)}, {"step": 3})
+        saves.save(3, {"params": params}, {"step": 3, "format": checkpoint.FORMAT})
     return folder
 
 
@@ -130,10 +132,6 @@ def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):
         runner.measure(mute, [tasks.TASKS["passkey"]], plan())
 
 
-def with_vocab(definition, size):
-    return dataclasses.replace(definition, model=dataclasses.replace(definition.model, vocab_size=size))
-
-
 @pytest.mark.parametrize("name", [task.name for task in tasks.labelled.TASKS])
 def test_labels_are_as_many_as_the_chance_says(loaded, name):
     """1 / chance answers occur and no more, and a subject that is always right scores 1 on each sample."""
@@ -144,7 +142,8 @@ def test_labels_are_as_many_as_the_chance_says(loaded, name):
     examples = data.build(config, split="val", batch_size=256, seq_len=length, seed=0, vocab_size=vocab)
     targets = examples.batch(0)["targets"]
     labels = targets[targets >= 0]
-    sized = dataclasses.replace(loaded, definition=with_vocab(loaded.definition, vocab))
+    resized = dataclasses.replace(loaded.definition.model, vocab_size=vocab)
+    sized = dataclasses.replace(loaded, definition=dataclasses.replace(loaded.definition, model=resized))
     possible = round(1 / task.chance(sized, setting))
     assert len(np.unique(labels)) <= possible
     if len(labels) > 20 * possible:

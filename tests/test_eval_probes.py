@@ -95,6 +95,10 @@ def test_a_length_too_short_is_told_what_all_rows_need(tested, monkeypatch):
     assert probes.recall(tested, length + 100, samples=1).accuracy.min() == 1  # keys differ in length
 
 
+def wide_vocabulary(definition: lm.Definition) -> lm.Definition:
+    return dataclasses.replace(definition, model=dataclasses.replace(definition.model, vocab_size=512))
+
+
 def test_pictures_and_readings(tested, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "PAIRS", (1, 2))
     monkeypatch.setattr(probes, "DEPTHS", 2)
@@ -106,12 +110,7 @@ def test_pictures_and_readings(tested, tmp_path, monkeypatch):
     class Perfect:
         """Right on every label, without text."""
 
-        tokenizer, definition = (
-            None,
-            dataclasses.replace(
-                tested.definition, model=dataclasses.replace(tested.definition.model, vocab_size=512)
-            ),
-        )
+        tokenizer, definition = None, wide_vocabulary(tested.definition)
         rows_per_batch = staticmethod(lambda length: 4)
         token_scores = staticmethod(lambda batch: (None, batch["targets"] >= 0))
 

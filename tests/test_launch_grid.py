@@ -34,7 +34,7 @@ def test_points_in_order_of_the_axes_and_named_by_them():
     assert cost.full_layers(by_name["kda_3-1_seed1"].config) == [3]
     assert cost.full_layers(by_name["full_full_seed0"].config) == [0, 1, 2, 3]
     assert by_name["kda_3-1_seed1"].config.train.seed == 1
-    assert by_name["kda_3-1_seed1"].config.mixers.kda.kind == "kda"
+    assert by_name["kda_3-1_seed1"].config.mixers["kda"].kind == "kda"
 
 
 def test_a_point_is_a_command_line_of_train():

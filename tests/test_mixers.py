@@ -47,6 +47,34 @@ CASES = {
     "hgrn": ("hgrn", dict(width=20, conv_size=3)),
     "hgrn2": ("hgrn2", dict(head_dim=8, conv_size=2)),
     "retnet": ("retnet", dict(num_heads=2, head_dim=6)),
+    "mamba2": ("mamba2", dict(head_dim=8, state_size=6, n_groups=2, conv_size=3, dt_min=0.2, dt_max=2.0)),
+    "delta_product": ("delta_product", dict(num_heads=2, head_dim=6, num_householder=3)),
+    "gated_delta_product": (
+        "gated_delta_product",
+        dict(num_heads=2, num_v_heads=4, head_dim=6, v_head_dim=5, conv_size=3),
+    ),
+    "mamba": ("mamba", dict(state_size=3, dt_rank=2, conv_size=3)),
+    "mamba scaled norms": ("mamba", dict(state_size=3, conv_size=0, dbc_norm="scaled")),
+    "lightning": ("lightning", dict(num_heads=2, head_dim=6)),
+    "lightning transnormer": (
+        "lightning",
+        dict(
+            num_heads=3,
+            head_dim=4,
+            slopes="transnormer",
+            output_gate="linear",
+            v_silu=False,
+            norm_scale=False,
+        ),
+    ),
+    "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),
+    "mlstm": ("mlstm", dict(num_heads=2, head_dim=8, gate_cap=4.0)),
+    "mlstm sigmoid": (
+        "mlstm",
+        dict(
+            num_heads=2, head_dim=6, input_gate="sigmoid", normalizer=False, gate_cap=0.0, output_gate="none"
+        ),
+    ),
 }
 
 
@@ -207,6 +235,12 @@ def test_parameters_of_the_other_kinds():
     retnet = parameters("retnet", d) + 3 * d * 1536 + 2 * d  # paired with an MLP of ratio 2
     assert round((24 * retnet + 2 * 32000 * d + d) / 1e6, 1) == 380.2
     assert parameters("gated_delta_net", 2048) / 2048**2 == pytest.approx(6, abs=0.05)
+    # Released checkpoints: mamba-130m, mamba2-130m, xLSTM-7b.
+    assert 24 * (parameters("mamba", 768) + 768) + 50280 * 768 + 768 == 129135360
+    assert 24 * (parameters("mamba2", 768) + 768) + 50288 * 768 + 768 == 128989632
+    xlstm = parameters("mlstm", 4096, head_dim=256) + 3 * 4096 * 10944 + 2 * 4096
+    assert 32 * xlstm + 2 * 50304 * 4096 + 4096 == 6865424896
+    assert parameters("gated_delta_product", 2048) / 2048**2 == pytest.approx(8.25, abs=0.05)
     # DeepSeek-V2's sizes, written out: q, latent and shared key, its norm, up-projection, output.
     rank, heads = 512, 16
     expected = 2048 * heads * 192 + 2048 * (rank + 64) + rank + rank * heads * 256 + heads * 128 * 2048
@@ -313,6 +347,14 @@ def test_gla_and_hgrn_are_their_papers_equations():
         ("hgrn", dict(width=-1), "width"),
         ("hgrn2", dict(num_heads=3, head_dim=16), "num_heads"),
         ("retnet", dict(num_heads=2, head_dim=5), "head_dim"),
+        ("mamba2", dict(head_dim=48), "num_heads"),  # 128 / 48
+        ("mamba2", dict(n_groups=3), "n_groups"),
+        ("mamba2", dict(dt_min=0.1, dt_max=0.01), "dt_max"),
+        ("mamba", dict(dbc_norm="layer"), "dbc_norm"),
+        ("gated_delta_product", dict(num_householder=0), "num_householder"),
+        ("lightning", dict(head_dim=64, slopes="alibi"), "slopes"),
+        ("rglru", dict(num_heads=5), "num_heads"),
+        ("mlstm", dict(input_gate="relu"), "input_gate"),
     ],
 )
 def test_impossible_settings_are_refused(kind, settings, field):

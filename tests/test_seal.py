@@ -14,7 +14,7 @@ def saved(tmp_path):
     directory = tmp_path / "checkpoints"
     with Checkpoints(directory) as saves:
         for step in (3, 5):
-            saves.save(step, state(step) | {"opt_state": state(step)["params"]}, record(step), {})
+            saves.save(step, state(step) | {"opt_state": state(step)["params"]}, record(step))
     return directory
 
 
@@ -59,7 +59,7 @@ def test_the_newest_sound_checkpoint_is_found_and_nothing_is_deleted(saved, capl
     checkpoint.mend(saved)
     with Checkpoints(saved) as saves:
         assert saves.steps() == [3]
-        saves.save(5, state(5) | {"opt_state": state(5)["params"]}, record(5), {})  # its place is free again
+        saves.save(5, state(5) | {"opt_state": state(5)["params"]}, record(5))  # its place is free again
     (aside,) = (saved.parent / "damaged").iterdir()
     assert aside.name.startswith("5-") and (aside / broken.relative_to(saved / "5")).exists()
     assert f"5: {broken.relative_to(saved / '5')} is not what was written" in caplog.text

@@ -14,7 +14,8 @@ import numpy as np
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting
 from hybridlm import data
-from hybridlm.data import copying, joint_recall, mad, state_tracking
+from hybridlm.data import copying, joint_recall, mad, mixture, state_tracking
+from hybridlm.fields import plain
 
 Settings = Mapping[str, Any]
 
@@ -33,18 +34,20 @@ class LabelTask:
     lengths: tuple[int, ...] = (256,)
     text: bool = False
 
-    def data_config(self, run: Any, samples: int) -> dict[str, Any]:
+    def data_config(self, run: data.Config, samples: int) -> dict[str, Any]:
         """This task's settings over those of the run's own data, where it has the same kind."""
         kind = self.settings["kind"]
-        parts = run.components.values() if run.kind == data.MIXTURE else [run]
-        own = next((dataclasses.asdict(part) for part in parts if part.kind == kind), {})
+        parts = run.components.values() if isinstance(run, mixture.Config) else [run]
+        own = next((plain(part) for part in parts if part.kind == kind), {})
         known = {field.name for field in dataclasses.fields(data.KINDS[kind].Config)}
-        kept = {k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples")}
+        kept = {
+            k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples", "weight")
+        }
         return {**kept, **self.settings, "val_examples": samples}
 
     def examples(self, subject: Subject) -> str:
         """The settings of the data and the ids that they are drawn from."""
-        whole = dataclasses.asdict(data.settings(self.data_config(subject.config.data, 1)))
+        whole = plain(data.settings(self.data_config(subject.config.data, 1)))
         decisive = {
             n: v for n, v in sorted(whole.items()) if n not in ("val_examples", "train_examples", "weight")
         }

@@ -117,8 +117,9 @@ def written(definition: model.Definition, model_type: str = "") -> tuple[str, di
         if not difference:
             return name, values
         reasons.append(f"{name} ({difference})")
-    kinds = [spec.kind for spec in definition.layers] + [spec.mlp_kind for spec in definition.layers]
     problem = f"is none that a public format can say: {'; '.join(reasons or unknown)}"
     if not reasons and not model_type:
-        problem = f"is none that a public format can say: none has {', '.join(dict.fromkeys(kinds))} together"
+        layers = definition.layers
+        kinds = ", ".join(dict.fromkeys([one.kind for one in layers] + [one.mlp_kind for one in layers]))
+        problem = f"is none that a public format can say: none has layers of exactly these kinds: {kinds}"
     raise ConfigError("model.pattern", definition.model.pattern, problem)

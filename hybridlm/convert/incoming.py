@@ -156,6 +156,7 @@ def import_hf(directory: str | Path, workdir: str | Path) -> configs.Config:
             untrusted.write_text(workdir / CONFIG, configs.to_json(config))
             untrusted.write_json(workdir / "layers.json", cost.summary(config))
             carry(source, manifest, workdir)
+            _tokenizer(workdir / CARRIED / TOKENIZER, workdir, config.model.vocab_size)
             scratch.rename(workdir / "checkpoints")
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -187,8 +188,7 @@ def writing(flag: str, place: Path) -> Iterator[None]:
 
 
 def carry(source: Source, manifest: Mapping[str, Any], workdir: Path) -> None:
-    """What a Hugging Face folder holds besides weights, and the manifest, into ``workdir``/hf; its tokenizer
-    beside the weights too."""
+    """What a Hugging Face folder holds besides weights, and the manifest, into ``workdir``/hf."""
     carried = workdir / CARRIED
     carried.mkdir(exist_ok=True)
     for file in sorted(source.directory.iterdir()):
@@ -199,7 +199,6 @@ def carry(source: Source, manifest: Mapping[str, Any], workdir: Path) -> None:
     if json.loads((carried / CONFIG).read_bytes()) != source.values:  # of a multimodal model
         untrusted.write_json(carried / CONFIG, source.values)
     untrusted.write_json(carried / MANIFEST, manifest)
-    _tokenizer(carried / TOKENIZER, workdir, source.config.model.vocab_size)
 
 
 def _tokenizer(file: Path, workdir: Path, vocab_size: int) -> None:

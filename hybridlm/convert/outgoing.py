@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, untrusted, weights
+from hybridlm import model, untrusted
 from hybridlm.convert import tensors, tokens
 from hybridlm.convert.families import CONFIG, FAMILIES, Plan, plan, read_config, written
 from hybridlm.convert.family import same_model
@@ -137,10 +137,10 @@ def _describe(
     dtype: str,
 ) -> None:
     """Everything but the tensors: config.json, the run's tokenizer, and what an import brought."""
-    own = weights.tokenizer(workdir, config)
+    own = tokens.of(workdir, config)
     if carried:
         for file in sorted((workdir / CARRIED).iterdir()):
-            if file.name != MANIFEST and file.is_file() and not tokens.foreign(file, own):
+            if file.name != MANIFEST and file.is_file() and not tokens.foreign(file, own, config):
                 inside = untrusted.inside(workdir / CARRIED, file.name, "--workdir")
                 untrusted.write_bytes(folder / file.name, untrusted.read_bytes(inside, "--workdir"))
         named = "dtype" if "dtype" in values else "torch_dtype"

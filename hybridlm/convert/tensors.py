@@ -107,7 +107,7 @@ def header(file: Path) -> dict[str, Tensor]:
             entries.pop("__metadata__", None)
         untrusted.check_shape(entries, {str: ENTRY})
     except ValueError as error:
-        raise refuse(f"has a damaged header: {error}") from None
+        raise refuse(f"has a damaged header: {untrusted.terminal(str(error))}") from None
     tensors = {}
     for name, entry in entries.items():
         dtype, shape, said = entry["dtype"], tuple(entry["shape"]), untrusted.terminal(name)
@@ -167,7 +167,7 @@ def write(directory: Path, planned: Mapping[str, Planned], value: Callable[[str]
             offset += one.nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data start at a multiple of 8, as the format asks
-        with (directory / file).open("xb") as stream:
+        with (directory / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name, one in group.items():
                 array = np.ascontiguousarray(value(name).astype(DTYPES[one.dtype], copy=False))

@@ -7,11 +7,12 @@ from typing import Any
 
 import tokenizers as library
 
-from hybridlm import untrusted
+from hybridlm import untrusted, weights
 from hybridlm.config import Config
 from hybridlm.convert.families import CONFIG
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.data.tokenizer import Tokenizer
+from hybridlm.errors import ConfigError
 from hybridlm.init_from import CARRIED
 from hybridlm.weights import TOKENIZER
 
@@ -23,10 +24,24 @@ OTHERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def foreign(file: Path, own: Tokenizer | None) -> bool:
-    """Whether a file that an import brought is of another tokenizer than the run's ``own``."""
-    if file.name not in (TOKENIZER, *OTHERS) or own is None:
+def of(workdir: Path, config: Config) -> Tokenizer | None:
+    """The run's tokenizer; a warning where it cannot be read any more."""
+    try:
+        return weights.tokenizer(workdir, config)
+    except ConfigError as error:
+        log.warning("%s", error)
+        return None
+
+
+def foreign(file: Path, own: Tokenizer | None, config: Config) -> bool:
+    """Whether a file that an import brought is of another tokenizer than the run's ``own``.
+
+    Without one it is the model's as long as that is what was imported, and nothing was trained from it.
+    """
+    if file.name not in (TOKENIZER, *OTHERS):
         return False
+    if own is None:
+        return bool(config.init_from)
     theirs = file.with_name(TOKENIZER)
     return not theirs.is_file() or hashlib.sha256(theirs.read_bytes()).hexdigest() != own.fingerprint
 
@@ -44,8 +59,6 @@ def special(workdir: Path, own: Tokenizer | None) -> dict[str, int | None]:
 def write(folder: Path, own: Tokenizer | None, config: Config) -> None:
     """tokenizer.json, tokenizer_config.json and generation_config.json, unless the import brought them."""
     if own is None:
-        if not (folder / TOKENIZER).exists():
-            log.warning("no tokenizer: none is known that belongs to this run")
         return
     if (folder / TOKENIZER).exists():  # the import's, which is the run's
         return

@@ -55,6 +55,10 @@ def _rewrite(current: Path, target: Path) -> None:
         if not steps or any("format" in record for record in records.values()):
             problem = "holds no checkpoints of hybridlm 0.1.0" if steps else "holds no checkpoint"
             raise ConfigError("--workdir", str(current.parent), problem, "There is nothing to upgrade.")
+        for name, mlp in configs.of_run(current.parent).mlps.items():
+            if getattr(mlp, "selection_bias", False):  # 0.1.0 never moved it
+                rate = getattr(mlp, "bias_rate", 0.0)
+                log.warning("mlps.%s.bias_rate = %g moves the selection bias from now on", name, rate)
         with checkpoint.Checkpoints(target, last=len(steps)) as new:
             for step in steps:
                 log.info("checkpoint at step %d", step)

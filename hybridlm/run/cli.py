@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.run import private, processes
 
@@ -34,7 +35,7 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
         traceback.print_exc()
         code, message = 1, f"error: {type(error).__name__}: {error}"
     if message:
-        print(private.hide(message), file=sys.stderr, flush=True)
+        print(untrusted.terminal(private.hide(message), lines=True), file=sys.stderr, flush=True)
     processes.leave(code, private.hide(message))
     return code
 

@@ -1,0 +1,150 @@
+"""Mamba (Gu, Dao 2023, arXiv 2312.00752): a selective scan, N state numbers for each of its channels.
+
+h[c, n] <- exp(dt[c] A[c, n]) h[c, n] + dt[c] B[n] x[c],   y[c] = sum_n C[n] h[c, n] + D[c] x[c]
+dt = softplus(W_dt r + dt_bias),  r, B, C = W x,  x = silu(conv(W_x u) + bias),  out = W_o (y * silu(W_z u))
+Its models have no MLP: pattern "mamba/none". The scan keeps states only every `PIECE` tokens for the backward
+pass, which makes those between anew; what it keeps of a row is linear in T.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import mixers
+from hybridlm.context import Context
+from hybridlm.fields import Count, Epsilon, Positive
+from hybridlm.layers import (
+    Linear,
+    RecurrentCache,
+    RMSNorm,
+    ShortConv,
+    convolve,
+    elementwise,
+    ones,
+    param,
+    rms,
+    uniform,
+)
+from hybridlm.linear_mixer import dt_bias_init
+from hybridlm.mixers import Cost, Site, TokenMixer
+from hybridlm.rows import Rows
+
+PIECE = 128  # tokens whose states exist at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(mixers.Config):
+    """Mamba, with the names of its public configs.
+
+    expand: channels of the scan over d_model.
+    state_size: state numbers per channel.
+    dt_rank: width that dt is projected through; 0 is d_model / 16, rounded up.
+    conv_size: taps of the short convolution of x; 0 for none.
+    dbc_norm: of r, B and C: none, rms without a scale (Falcon-Mamba), or scaled (Jamba).
+    norm_eps: of these norms.
+    """
+
+    expand: Positive = 2
+    state_size: Positive = 16
+    dt_rank: Count = 0
+    conv_size: Count = 4
+    dbc_norm: Literal["none", "rms", "scaled"] = "none"
+    norm_eps: Epsilon = 1e-6
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        width = self.expand * d_model
+        history = max(self.conv_size - 1, 0) * width
+        return Cost(state=width * self.state_size + history, flops=9 * width * self.state_size)
+
+    def explicit(self, d_model: int) -> "Config":
+        return dataclasses.replace(self, dt_rank=self.dt_rank or -(-d_model // 16))
+
+
+class Mixer(TokenMixer):
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model, state, rank = site.d_model, config.state_size, config.explicit(site.d_model).dt_rank
+        self.config, self.sizes, self.width = config, (rank, state, state), config.expand * d_model
+        self.x_proj = Linear(d_model, self.width, rngs=rngs)
+        self.z_proj = Linear(d_model, self.width, rngs=rngs)
+        if config.conv_size:
+            self.x_conv = ShortConv(self.width, config.conv_size, rngs=rngs, bias=True)
+        self.dbc_proj = Linear(self.width, sum(self.sizes), rngs=rngs, axes=("heads", None))
+        if config.dbc_norm == "scaled":
+            self.dbc_norms = nnx.List(RMSNorm(size, rngs=rngs, eps=config.norm_eps) for size in self.sizes)
+        init = uniform(-(rank**-0.5), rank**-0.5)
+        self.dt_proj = Linear(rank, self.width, rngs=rngs, axes=(None, "heads"), init=init)
+        self.dt_bias = param(rngs, (self.width,), ("heads",), dt_bias_init, decay=False)
+        self.A_log = param(rngs, (self.width, state), ("heads", None), counted, decay=False)
+        self.D = param(rngs, (self.width,), ("heads",), ones, decay=False)
+        self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+        past = None if cache is None else cache.history
+        (x,), history = convolve(self._convs(), (self.x_proj(x_BTD),), context.rows, past, silu=True)
+        r, B, C = self._dbc(x)
+        dt = jax.nn.softplus(self.dt_proj(r).astype(jnp.float32) + self.dt_bias[...])
+        y, state = selective_scan(x, dt, self.A_log[...], B, C, context.rows, before.state)
+        y += self.D[...] * x.astype(jnp.float32)
+        y *= jax.nn.silu(self.z_proj(x_BTD).astype(jnp.float32))
+        y_BTD = self.o_proj(y.astype(x_BTD.dtype))
+        return y_BTD, None if cache is None else RecurrentCache(state, history)
+
+    def _dbc(self, x_BTF: jax.Array) -> list[jax.Array]:
+        rank, state, _ = self.sizes
+        parts = jnp.split(self.dbc_proj(x_BTF), (rank, rank + state), axis=-1)
+        if self.config.dbc_norm == "rms":
+            return [rms(part, self.config.norm_eps).astype(part.dtype) for part in parts]
+        if self.config.dbc_norm == "scaled":
+            return [norm(part) for norm, part in zip(self.dbc_norms, parts, strict=True)]
+        return parts
+
+    def _convs(self) -> tuple[ShortConv, ...]:
+        return (self.x_conv,) if self.config.conv_size else ()
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
+        state = jnp.zeros((batch, self.width, self.config.state_size), jnp.float32)
+        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))
+
+
+def counted(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """log(1 ... N) in every channel."""
+    return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
+
+
+def selective_scan(
+    x: jax.Array, dt: jax.Array, A_log: jax.Array, B: jax.Array, C: jax.Array, rows: Rows, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(sum_n C h float32 [B, T, F], the state after the last token).
+
+    x, dt: [B, T, F].  A_log: [F, N].  B, C: [B, T, N].  state: [B, F, N], as in `layers.elementwise`.
+    """
+    batch, length, width = x.shape
+    pieces = -(-length // PIECE)
+    size = min(length, PIECE)
+
+    @jax.checkpoint
+    def piece(state_BM: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
+        x, dt, B, C, rows = inputs
+        flat = lambda a: a.reshape(batch, size, -1)
+        log_decay = flat(-jnp.exp(A_log) * dt[..., None])
+        written = flat((dt * x)[..., None] * B[:, :, None])
+        h, state_BM = elementwise(written, log_decay, rows, state_BM)
+        return state_BM, jnp.einsum("btfn,btn->btf", h.reshape(batch, size, width, -1), C)
+
+    def cut(a: jax.Array) -> jax.Array:
+        """[pieces, B, size, ...]; beyond the end dt is 0, so that the state stays, and rows go on."""
+        mode = "constant" if jnp.issubdtype(a.dtype, jnp.floating) else "edge"
+        a = jnp.pad(a, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (a.ndim - 2), mode=mode)
+        return jnp.moveaxis(a.reshape(batch, pieces, size, *a.shape[2:]), 1, 0)
+
+    floats = (a.astype(jnp.float32) for a in (x, dt, B, C))
+    last, y = jax.lax.scan(piece, state.reshape(batch, -1), jax.tree.map(cut, (*floats, rows)))
+    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, width)[:, :length], last.reshape(state.shape)

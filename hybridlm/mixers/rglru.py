@@ -1,0 +1,132 @@
+"""The recurrent block of Griffin (De et al. 2024, arXiv 2402.19427) around its RG-LRU, a number per channel.
+
+h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (sigmoid(W_i x_t) x_t),   log a_t = -8 sigmoid(W_r x_t) softplus(p)
+y = W_o (h * gelu(W_y u)),   x = conv(W_x u) + bias;   at a document's first token the root is 1
+W_i and W_r are block-diagonal; in RecurrentGemma W_x is linear_x, W_y linear_y, p recurrent_param.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import mixers
+from hybridlm.context import Context
+from hybridlm.errors import ConfigError
+from hybridlm.fields import Count, Positive
+from hybridlm.layers import (
+    Linear,
+    RecurrentCache,
+    ShortConv,
+    convolve,
+    elementwise,
+    merge_heads,
+    normal,
+    param,
+    split_heads,
+    zeros,
+)
+from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.rows import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(mixers.Config):
+    """RG-LRU.
+
+    width: channels of the recurrence; 0 is d_model.
+    num_heads: blocks of the gates' matrices; 0 is width / head_dim.
+    head_dim: channels of a block.
+    conv_size: taps of the short convolution, which has no activation; 0 for none.
+    bias: whether the projections have biases, as in RecurrentGemma.
+    """
+
+    width: Count = 0
+    num_heads: Count = 0
+    head_dim: Positive = 128
+    conv_size: Count = 4
+    bias: bool = True
+
+    def check(self, d_model: int) -> None:
+        width = self.width or d_model
+        whole_heads(self, width, self.head_dim)
+        if self.num_heads and width % self.num_heads:
+            raise ConfigError("num_heads", self.num_heads, f"must divide the width, {width}")
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        width = self.width or d_model
+        return Cost(state=width * max(self.conv_size, 1), flops=10 * width)
+
+    def explicit(self, d_model: int) -> "Config":
+        width = self.width or d_model
+        num_heads = self.num_heads or width // self.head_dim
+        return dataclasses.replace(self, width=width, num_heads=num_heads, head_dim=width // num_heads)
+
+
+class BlockLinear(nnx.Module):
+    """y = x W + bias with W block-diagonal: kernel [H, K, K], bias [H, K], x and y [..., H * K]."""
+
+    def __init__(self, blocks: int, size: int, *, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (blocks, size, size), ("heads", None, None), normal(size**-0.5), decay=True)
+        self.bias = param(rngs, (blocks, size), ("heads", None), zeros, decay=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_H = split_heads(x, self.kernel.shape[1])
+        y = jnp.einsum("...hk,hkl->...hl", x_H, self.kernel[...].astype(x.dtype))
+        return merge_heads(y.astype(jnp.float32) + self.bias[...])
+
+
+class Mixer(TokenMixer):
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model, sizes = site.d_model, config.explicit(site.d_model)
+        self.width, self.conv_size = sizes.width, config.conv_size
+        init, final = normal(d_model**-0.5), normal((2 / site.num_layers / sizes.width) ** 0.5)
+        self.x_proj = Linear(d_model, sizes.width, rngs=rngs, bias=config.bias, init=init)
+        self.y_proj = Linear(d_model, sizes.width, rngs=rngs, bias=config.bias, init=init)
+        if config.conv_size:
+            self.x_conv = ShortConv(sizes.width, config.conv_size, rngs=rngs, bias=True)
+        self.input_gate = BlockLinear(sizes.num_heads, sizes.head_dim, rngs=rngs)
+        self.recurrent_gate = BlockLinear(sizes.num_heads, sizes.head_dim, rngs=rngs)
+        self.recurrent_param = param(rngs, (sizes.width,), ("heads",), radius, decay=False)
+        self.o_proj = Linear(
+            sizes.width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=final
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+        past = None if cache is None else cache.history
+        (x,), history = convolve(self._convs(), (self.x_proj(x_BTD),), context.rows, past)
+        gates = self.input_gate(x), self.recurrent_gate(x)
+        h, state = rg_lru(x, *gates, self.recurrent_param[...], context.rows, before.state)
+        gate = jax.nn.gelu(self.y_proj(x_BTD).astype(jnp.float32), approximate=True)
+        y_BTD = self.o_proj((h * gate).astype(x_BTD.dtype))
+        return y_BTD, None if cache is None else RecurrentCache(state, history)
+
+    def _convs(self) -> tuple[ShortConv, ...]:
+        return (self.x_conv,) if self.conv_size else ()
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
+        state = jnp.zeros((batch, self.width), jnp.float32)
+        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))
+
+
+def rg_lru(
+    x: jax.Array, input_gate: jax.Array, recurrent_gate: jax.Array, p: jax.Array, rows: Rows, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(h float32 [B, T, F], the state after the last token); gates before their sigmoids, p [F]."""
+    log_a = -8 * jax.nn.sigmoid(recurrent_gate) * jax.nn.softplus(p)
+    root = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-8))  # the floor bounds its slope
+    root = jnp.where((rows.positions == 0)[..., None], 1.0, root)
+    return elementwise(root * jax.nn.sigmoid(input_gate) * x.astype(jnp.float32), log_a, rows, state)
+
+
+def radius(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """p with exp(-softplus(p)) in [0.9, 0.999], uniform in its square, as in the authors' code."""
+    square = jax.random.uniform(key, shape, dtype, 0.9**2, 0.999**2)
+    return jnp.log(jnp.expm1(-jnp.log(square) / 2))

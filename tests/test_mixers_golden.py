@@ -1,0 +1,151 @@
+"""Kinds that are more than a call of an op, against float64 vectors of public implementations, in float32."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm.linear_mixer import Inputs, recurrence
+from hybridlm.mixers import lightning, mamba, mamba2, mlstm, rglru
+from hybridlm.mixers.delta_product import product
+from hybridlm.rows import Rows, single_document
+
+GOLDEN = Path(__file__).parent / "golden" / "mixers"
+FILES = [path for path in sorted(GOLDEN.glob("*/*.npz")) if path.parent.name != "layers"]
+CASES = [f"{path.parent.name}/{path.stem}" for path in FILES]
+
+
+def gated_delta_product(a, rows, meta):
+    steps, (batch, length, *_) = meta["kwargs"]["nh"], a["q"].shape
+    k, v, beta = (a[name].reshape(batch, length, -1, *a[name].shape[3:]) for name in ("k", "v", "beta"))
+    l2norm = bool(meta["l2norm_inside"])
+    o, state = product(Inputs(a["q"], k, v, a["g"], beta), steps, rows, a["h0"], qk_l2norm=l2norm)
+    return {"o": o, "ht": state}
+
+
+def lightning_attention(a, rows, meta):
+    which, scale = ("minimax", 1.0) if meta["case"].startswith("minimax") else ("transnormer", None)
+    decay = -jnp.broadcast_to(lightning.slopes(which, a["q"].shape[2], 3, 8), a["q"].shape[:3])
+    o, state = recurrence(Inputs(a["q"], a["k"], a["v"], decay), rows, a["h0"], scale=scale)
+    return {"o": o, "ht": state}
+
+
+def ssd(a, rows, meta):
+    dt = jax.nn.softplus(a["dt"] + a["dt_bias"])
+    inputs = mamba2.ssd(a["C"], a["B"], a["x"], dt, a["A_log"], a["D"])
+    o, state = recurrence(inputs, rows, a["h0"].swapaxes(2, 3), scale=1.0)
+    return {"y": o + inputs.skip, "ht": state.swapaxes(2, 3)}
+
+
+def selective_scan(a, rows, meta):
+    dt = jax.nn.softplus(a["delta"] + a["delta_bias"])
+    y, state = mamba.selective_scan(a["u"], dt, a["A_log"], a["B"], a["C"], rows, a["h0"])
+    return {"y": (y + a["D"] * a["u"]) * jax.nn.silu(a["z"]), "ht": state}
+
+
+def mlstm_cell(a, rows, meta):
+    settings = meta["kwargs"]
+    sigmoid = settings.get("input_gate") == "sigmoid"
+    config = mlstm.Config(
+        input_gate="sigmoid" if sigmoid else "exponential",
+        normalizer=settings.get("normalize", True),
+        eps=settings.get("eps", 1e-6),
+    )
+    m = jnp.zeros_like(a["n0"][..., 0]) if sigmoid else a["m0"]
+    state = {"C": a["h0"], "n": a["n0"].reshape(len(m), -1), "m": m}
+    o, after = mlstm.mlstm(
+        Inputs(a["q"], a["k"], a["v"], jax.nn.log_sigmoid(a["f"]), a["i"]), rows, state, config
+    )
+    out = {"o": o, "ht": after["C"], "nt": after.get("n"), "mt": after["m"]}
+    if not config.normalizer:  # nothing is then made of n
+        return {name: out[name] for name in ("o", "ht")}
+    out["nt"] = out["nt"].reshape(a["n0"].shape)
+    return {name: out[name] for name in meta["outputs"]}
+
+
+def rg_lru(a, rows, meta):
+    state = a.get("h0", jnp.zeros_like(a["x"][:, 0]))
+    y, last = rglru.rg_lru(a["x"], a["gate_x"], a["gate_a"], a["lam"], rows, state)
+    ends = jnp.asarray([-1]) if "h0" in a else np.asarray(meta["ends"])
+    return {"y": y, "ht": last if "h0" in a else y[0, ends]}
+
+
+KINDS = {
+    "gated_delta_product": gated_delta_product,
+    "lightning": lightning_attention,
+    "mamba2": ssd,
+    "mamba": selective_scan,
+    "mlstm": mlstm_cell,
+    "rglru": rg_lru,
+}
+
+
+def load(case):
+    """(inputs, outputs, cotangents, gradients, rows, meta): inputs that are not there are zero states."""
+    a = dict(np.load(GOLDEN / f"{case}.npz"))
+    meta = json.loads(str(a.pop("meta"))) | {"case": Path(case).name}
+    outputs = meta.get("outputs", ["o", "ht"])
+    gradients = {name.removeprefix("grad_"): a.pop(name) for name in list(a) if name.startswith("grad_")}
+    cotangents = {name: a.pop(f"d{name}") for name in outputs}
+    expected = {name: a.pop(name) for name in outputs}
+    bounds = a.pop("cu_seqlens", None)
+    inputs = {name: jnp.asarray(value) for name, value in a.items() if f"d{name}" in a or name in gradients}
+    gradients |= {name: a[f"d{name}"] for name in inputs if f"d{name}" in a}
+    first = next(iter(inputs.values()))
+    rows = single_document(*first.shape[:2])
+    if "h0" in inputs:
+        rows = rows._replace(positions=rows.positions + 1)  # the state's document goes on
+    if bounds is not None:
+        meta["ends"] = [int(end) - 1 for end in bounds[1:]]
+        positions = np.concatenate([np.arange(n) for n in np.diff(bounds)])[None]
+        ids = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))[None] + 1
+        rows = Rows(jnp.asarray(ids), jnp.asarray(positions))
+    return inputs, expected, cotangents, gradients, rows, meta
+
+
+def close(actual, expected, tolerance, what):
+    error = np.abs(np.asarray(actual, np.float64) - expected).max() / max(np.abs(expected).max(), 1e-3)
+    assert error <= tolerance, f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case, monkeypatch):
+    monkeypatch.setattr(mamba, "PIECE", 31)  # several pieces, the last one short
+    inputs, expected, cotangents, gradients, rows, meta = load(case)
+    kind = KINDS[case.partition("/")[0]]
+
+    @jax.jit
+    def run(inputs):
+        outputs, pull = jax.vjp(lambda inputs: kind(inputs, rows, meta), inputs)
+        return outputs, pull({name: jnp.asarray(cotangents[name], jnp.float32) for name in outputs})[0]
+
+    outputs, got = run(inputs)
+    tolerance = 2e-4 if "strong" in case else 1e-5
+    for name, value in outputs.items():
+        close(value, expected[name], tolerance, name)
+    if len(outputs) == len(expected):
+        for name, value in gradients.items():
+            close(got[name], value, tolerance, f"gradient of {name}")
+
+
+def test_lightning_slopes():
+    for case in ("minimax_layer3of8", "fla_layer3of8"):
+        g = np.load(GOLDEN / "lightning" / f"{case}.npz")["g"]
+        slopes = lightning.slopes(
+            "minimax" if "minimax" in case else "transnormer", g.shape[2], jnp.int32(3), 8
+        )
+        np.testing.assert_allclose(-slopes, g[0, 0], rtol=1e-6)
+
+
+def test_the_selective_scan_keeps_no_states_of_a_row():
+    """A gradient works in a fraction of the memory of one state a token."""
+    batch, length, width, state = 1, 4096, 64, 64
+    shapes = [(batch, length, width)] * 2 + [(width, state)] + [(batch, length, state)] * 2
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    rows, first = single_document(batch, length), jnp.zeros((batch, width, state))
+    loss = lambda *args: jnp.sum(mamba.selective_scan(*args, rows, first)[0] ** 2)
+    memory = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.7 * 4 * length * width * state

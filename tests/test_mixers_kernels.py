@@ -1,0 +1,48 @@
+"""Which backends a Hopper GPU would run the kinds on, at the sizes of a 340M model in bfloat16."""
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from hybridlm import config as configs
+from hybridlm import mixers
+from hybridlm.context import Context
+from hybridlm.rows import Rows, single_document
+from pallas_kernels import H100, explain
+
+MATRIX_STATE = ("deltanet", "kda", "mamba2", "deltaproduct", "gdp", "lightning", "mlstm")
+ELEMENT_WISE = ("hgrn", "mamba", "rglru")
+
+
+def backends(name: str, op: str, step: bool = False) -> set[str]:
+    kind, settings = configs.STANDARD[name]
+    mixer = mixers.load(kind)
+    config = mixer.config_class(kind=kind, **settings)
+    made = nnx.eval_shape(lambda: mixer(config, mixers.Site(1024, 1, 24), rngs=nnx.Rngs(params=0)))
+    graph, state = nnx.split(made)
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if step:
+        cache = jax.eval_shape(lambda: made.init_cache(8, 64, jnp.bfloat16))
+        context = Context(Rows(jnp.ones(8, int), jnp.ones(8, int)), 1, 24)
+        run = lambda state, x, cache: nnx.merge(graph, state).step(x, context, cache)[0]
+        choices = explain(run, state, bf16(8, 1024), cache, device=H100)
+    else:
+        context = Context(single_document(8, 2048), 1, 24)
+        run = lambda state, x: nnx.merge(graph, state)(x, context)[0]
+        choices = explain(run, state, bf16(8, 2048, 1024), device=H100)
+    return {choice.backend for choice in choices if choice.op == op}
+
+
+@pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
+@pytest.mark.parametrize("name", MATRIX_STATE)
+def test_matrix_states_are_the_kernels(name):
+    assert backends(name, "linear_attention") == {"hopper"}
+    assert backends(name, "linear_attention_step", step=True) == {"hopper"}
+
+
+@pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
+@pytest.mark.parametrize("name", ELEMENT_WISE)
+def test_element_wise_states_are_the_kernels(name):
+    assert backends(name, "elementwise_recurrence") == {"hopper"}
