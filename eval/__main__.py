@@ -115,7 +115,8 @@ def progress(console: Console) -> Bars:
 def watcher(bars: Bars, todo: Sequence[tuple[tasks.Task, tasks.Setting]]) -> runner.Watch:
     """A bar for each measurement, and one over all that knows the end: its unit is tokens of contexts."""
     weight = {runner.name_of(task, setting): max(setting.length, 1) for task, setting in todo}
-    whole = bars.add_task("all", total=sum(setting.length * setting.samples for _, setting in todo))
+    tokens = sum(weight[runner.name_of(task, setting)] * setting.samples for task, setting in todo)
+    whole = bars.add_task("all", total=tokens)
     ended = [0.0]  # tokens of the measurements that were begun before
 
     def watch(name: str, samples: int) -> subject.Progress:

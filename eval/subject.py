@@ -196,12 +196,12 @@ class Subject:
 
 
 def sample_numbers(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """A number below 2^32 for each of ``prompts``: of its tokens and of how many equal ones came before."""
+    """A number below 2^31 for each of ``prompts``: of its tokens and of how many equal ones came before."""
     seen: Counter[bytes] = Counter()
     numbers = []
     for prompt in prompts:
         key = np.asarray(prompt, np.int32).tobytes()
-        numbers.append(zlib.crc32(key + np.int64(seen[key]).tobytes()))
+        numbers.append(zlib.crc32(key + np.int64(seen[key]).tobytes()) >> 1)
         seen[key] += 1
     return numbers
 
