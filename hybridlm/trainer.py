@@ -54,7 +54,8 @@ def train(
     if member.failed:
         raise RunError(member.failed)
     if processes.first():
-        tell(member)
+        with logbook.harmless("the summary"):
+            tell(member)
     return member.metrics
 
 
@@ -300,10 +301,8 @@ class Trainer:
 
 def draw(member: Member) -> None:
     """loss.png, which no trained step may depend on."""
-    try:
+    with logbook.harmless("drawing loss.png"):
         logbook.plot(logbook.read(member.workdir / "metrics.jsonl"), member.workdir / "loss.png")
-    except Exception as error:
-        log.warning("loss.png was not drawn: %s", error)
 
 
 def tell(member: Member) -> None:

@@ -65,7 +65,7 @@ from tests.test_checkpoint import record
 def body():
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as saves:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))
-        saves.save(5, {"params": {str(i): jnp.arange(1 << 16) for i in range(40)}}, record(5), {})
+        saves.save(5, {"params": {str(i): jnp.arange(1 << 16) for i in range(40)}}, record(5))
 
 sys.exit(cli.run(body))
 """
