@@ -8,6 +8,7 @@ tokenizer, haystack) are tested in pairs, and the tests of a run are corrected f
 import argparse
 import base64
 import csv
+import functools
 import io
 import sys
 from collections.abc import Iterable, Sequence
@@ -91,7 +92,7 @@ def write(workdirs: Sequence[Path], folder: Path) -> Path:
     compared = [Comparison(run, *paired.differences(run.results, baseline.results)) for run in others]
     files = {"compare.csv": table(baseline, compared), "compare.html": page(baseline, compared)}
     for name, text in files.items():
-        runner.put(folder / name, lambda name=name, text=text: untrusted.write_text(folder / name, text))
+        runner.put(folder / name, functools.partial(untrusted.write_text, folder / name, text))
     return folder / "compare.html"
 
 

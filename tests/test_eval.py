@@ -274,7 +274,8 @@ def test_the_tokenizer_beside_the_weights_is_the_one(workdir, tmp_path):
     vocabulary = {character: index for index, character in enumerate("abcdefgh")}
     written = lambda extra: json.dumps(
         {"version": "1.0", "added_tokens": [], "normalizer": None,
-         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": {"type": "ByteFallback"},
+         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None,
+         "decoder": {"type": "ByteFallback"},
          "model": {"type": "WordLevel", "vocab": vocabulary | extra, "unk_token": "a"}}
     )  # fmt: skip
     config = configs.of_run(workdir)

@@ -50,7 +50,8 @@ class NaturalTask:
     @property
     def asked(self) -> str:
         """The field that the question is made of, "" for none."""
-        return {_key_value: "key", _asked: "question"}.get(self.question, "")
+        names: dict[Any, str] = {_key_value: "key", _asked: "question"}
+        return names.get(self.question, "")
 
     def chance(self, subject: Subject, setting: Setting) -> float | None:
         return None

@@ -64,9 +64,10 @@ def join(spec: str) -> None:
         address["coordinator_bind_address"] = where  # JAX alone would listen on every interface
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the trainer
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    seconds = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": meeting.MEET_SECONDS}
+    address["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
+    address["initialization_timeout"] = meeting.MEET_SECONDS
     try:
-        jax.distributed.initialize(**address, **seconds)
+        jax.distributed.initialize(**address)
     except (ValueError, RuntimeError) as error:
         raise ConfigError("--distributed", spec, f"the processes did not meet ({error})") from error
     try:
