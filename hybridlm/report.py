@@ -97,9 +97,11 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
 
 def _data(config: Config, split: str) -> str:
     train = config.train
-    sizes = {"batch_size": train.batch_size, "seq_len": train.seq_len, "vocab_size": config.model.vocab_size}
     try:
-        dataset = data.build(config.data, split=split, seed=train.seed, **sizes)
+        dataset = data.build(
+            config.data, split=split, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed,
+            vocab_size=config.model.vocab_size,
+        )  # fmt: skip
     except ConfigError as error:
         return f"not usable here: {error}"
     return amount(config, dataset) if split == "train" else dataset.source.describe()
