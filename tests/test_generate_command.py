@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -9,9 +11,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hybridlm import config as configs
 from hybridlm import generate, trainer, weights
+from hybridlm.convert import incoming
 from hybridlm.generate import chat
 from hybridlm.generate.__main__ import Until, main
 from tests import tiny
+
+GOLDEN = Path(__file__).parent / "golden" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +126,7 @@ def test_a_chat_template(tmp_path):
     found = chat.find(tmp_path, tokens)
     ids = found.encode([{"role": "user", "content": "Hi"}])
     assert ids.count(256) == 2 and ids.count(257) == 1  # read as special tokens, not as their letters
-    assert tokens.decode(ids) == "user\nHiassistant\n"
+    assert tokens.decode(ids) == "user\nHiassistant"
     assert found.ends == [257, 258]
     with pytest.raises(configs.ConfigError, match="refuses these messages: no"):
         found.encode([{"role": "system", "content": "Hi"}])
@@ -134,3 +139,17 @@ def test_a_chat_template_without_jinja_is_said(tmp_path, monkeypatch):
     with pytest.raises(configs.ConfigError, match="pip install jinja2"):
         chat.find(tmp_path, tokens)
     assert chat.find(tmp_path / "hf", tokens) is None
+
+
+def test_an_imported_model_writes(tmp_path, capsys):
+    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it."""
+    folder = tmp_path / "public"
+    shutil.copytree(GOLDEN / "fla_deltanet", folder)
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    file = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(words - 1)}, unk_token="w0"))
+    file.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    file.save(str(folder / "tokenizer.json"))
+    incoming.import_hf(folder, tmp_path / "run")
+    text = written(capsys, f"--workdir={tmp_path / 'run'}", "--prompt=w3 w5", "--max_new_tokens=4")
+    names = text.split()
+    assert names[:2] == ["w3", "w5"] and 2 < len(names) <= 6 and all(name[0] == "w" for name in names)

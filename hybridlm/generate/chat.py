@@ -29,7 +29,8 @@ class Chat:
         except ImportError:
             problem, fix = "needs the package jinja2", "pip install jinja2, or give --raw to do without it."
             raise ConfigError("chat template", f"{CARRIED}/", problem, fix) from None
-        self.environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        options: Any = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+        self.environment = ImmutableSandboxedEnvironment(**options)  # as transformers sets it up
         self.environment.globals["raise_exception"] = _refuse
         self.template, self.special, self.ends = template, special, ends
         self.tokens = tokenizers.Tokenizer.from_buffer(tokenizer.content)  # reads special tokens as such
