@@ -50,9 +50,5 @@ def usual() -> Path:
 
 def said(before: int) -> str:
     """Whether the programs since ``before`` hits came from the cache."""
-<<<<<<< HEAD
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-=======
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
->>>>>>> refs/heads/w2-hour
     return f", {'read from' if len(hits) > before else 'kept in'} {folder}" if folder else ", no cache"
