@@ -84,7 +84,8 @@ class SessionTask:
         tokens = subject.text_tokenizer
         contexts, questions, answers = [], [], []
         for session in self.sessions(tokens, setting):
-            context, before = subject.encode(session.context), []
+            context = subject.encode(session.context)
+            before: list[int] = []
             for question, answer, rest in session.turns:
                 asked = tokens.encode(question)
                 contexts.append(context)
