@@ -23,7 +23,7 @@ def files():
                 yield name
 
 
-@pytest.mark.parametrize("name", files())
+@pytest.mark.parametrize("name", list(files()))
 def test_no_old_way(name):
     text = (
         (ROOT / name).read_text().replace("untrusted.write_text(", "").replace("untrusted.write_bytes(", "")
