@@ -1,6 +1,5 @@
 """What a sweep amounts to before it runs: a row for each run, and the hours on a device."""
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -121,7 +120,7 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
         path = workdir / run.name / POINT
         if (workdir / run.name).exists() and not (workdir / run.name).is_dir():
             raise ConfigError("axes", run.name, f"a run cannot have this name, {workdir} has a file of it")
-        old, new = _written(path), json.loads(configs.to_json(run.config))
+        old, new = _written(path), untrusted.parse(configs.to_json(run.config))
         if old is not None and old != new:
             problem = f"has a run {run.name!r} with another config: {_changed(old, new)}"
             raise ConfigError("--workdir", str(workdir), problem, "Give another --workdir.")

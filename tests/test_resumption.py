@@ -1,5 +1,7 @@
 """What a run makes of a workdir that was harmed, renamed, or is to be gone on with otherwise."""
 
+import json
+import math
 import shutil
 
 import pytest
@@ -111,3 +113,14 @@ def test_a_place_that_cannot_be_read_again_is_refused(text, tmp_path, name):
 def test_a_prompt_that_is_no_utf8_is_refused(text):
     with pytest.raises(ConfigError, match=r"eval.sample_prompt.* UTF-8"):
         resolved(text, eval__sample_prompt="a\udcff")
+
+
+def test_a_validation_that_is_not_finite_costs_nothing(text, whole, run, tmp_path, monkeypatch):
+    """Null in the line, an event, and a checkpoint that ranks nowhere."""
+    monkeypatch.setattr(trainer.Trainer, "validation", lambda self, params: [{"val_loss": math.nan}])
+    trainer.train(resolved(text, train__steps=8), run)
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    assert '"step": 8' in last and '"val_loss": null' in last
+    event = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+    assert event == {"step": 8, "event": "not finite", "metrics": ["val_loss"]}
+    assert "8" in steps(run)

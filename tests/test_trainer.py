@@ -257,5 +257,5 @@ def test_looking_never_costs_a_step(text, tmp_path, monkeypatch, caplog):
     both = [f"{what} failed" for what in ("validation", "eval.tasks")]
     assert said == [*((2, what) for what in both), *((4, what) for what in (*both, "sample failed"))]
     assert all("of the test" in event["error"] for event in events)
-    assert "loss.png was not drawn" in caplog.text
+    assert "drawing loss.png failed" in caplog.text
     assert weights.load(tmp_path).step == 4

@@ -160,7 +160,7 @@ def poison(trial: Trial, chance: random.Random) -> bool:
         return False  # it had ended before it could be killed
     first = chance.randint(min(begin + 1, STEPS - 5), STEPS - 5)
     code = trial.run(poison=tuple(range(first, first + 5)))
-    trial.refused(1, r"not finite, \d updates in a row since step \d+; .* hybridlm\.replay", code)
+    trial.refused(1, r"not finite, \d updates in a row since step \d+; .* hybridlm\.run\.replay", code)
     for step in (path for path in trial.workdir.glob("checkpoints/[0-9]*") if int(path.name) >= first):
         shutil.rmtree(step)  # saved after skipped updates that the undisturbed run does not skip
     return True
@@ -187,7 +187,11 @@ def change_config(trial: Trial, chance: random.Random) -> bool:
         return False
     changes = ("model.d_model=32", "model.pattern=retnet*2", "model.vocab_size=300", "train.seed=5")
     code = trial.run(f"--config.{chance.choice((*changes, 'train.batch_size=4'))}")
-    return trial.refused(2, r"a resumed run cannot change it; changed since the checkpoint: ", code)
+    return trial.refused(
+        2,
+        r"a resumed run cannot change it; changed since the checkpoint: |holds a run of another pattern",
+        code,
+    )
 
 
 def processes(trial: Trial, chance: random.Random) -> bool:
@@ -208,6 +212,41 @@ def processes(trial: Trial, chance: random.Random) -> bool:
     return False
 
 
+def look(trial: Trial, chance: random.Random) -> bool:
+    """Validation, tasks, sampling, the picture, W&B or stdout fail from the start; training goes on."""
+    what = chance.choice(("validation", "sample", "plot", "wandb", "stdout"))
+    process = trial.start(breaks=what)
+    trial.at_random(process, chance)
+    process.kill()
+    finish(process)
+    if what == "validation" and (trial.workdir / "checkpoints").exists():
+        shutil.rmtree(trial.workdir)  # its lines lack what was not measured, rightly
+    return False
+
+
+def harm_records(trial: Trial, chance: random.Random) -> bool:
+    """config.json, events.jsonl or the last line of metrics.jsonl damaged after a kill."""
+    kill(trial, chance)
+    harm = chance.choice((b"", b"\0" * 30, b"{\xff"))
+    for name in ("config.json", "layers.json", "events.jsonl", "wandb_id"):
+        if (trial.workdir / name).exists():
+            (trial.workdir / name).write_bytes(harm)
+    metrics = trial.workdir / "metrics.jsonl"
+    if metrics.exists():
+        with metrics.open("ab") as file:
+            file.write(harm + b"\n")
+    return False
+
+
+def rename(trial: Trial, chance: random.Random) -> bool:
+    """The newest checkpoint under another number, or a link to it."""
+    kill(trial, chance)
+    if newest := trial.newest():
+        other = newest.with_name(str(chance.randint(100, 999)))
+        newest.rename(other) if chance.random() < 0.5 else other.symlink_to(newest.name)
+    return False
+
+
 FAULTS: dict[str, Callable[[Trial, random.Random], bool]] = {
     "killed": kill,
     "killed while saving": kill_in_a_save,
@@ -218,6 +257,9 @@ FAULTS: dict[str, Callable[[Trial, random.Random], bool]] = {
     "nan, too many in a row": poison,
     "second run": second_run,
     "config changed": change_config,
+    "looking fails": look,
+    "records damaged": harm_records,
+    "checkpoint renamed": rename,
     "one of two processes killed": processes,
 }
 

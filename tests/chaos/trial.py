@@ -60,17 +60,20 @@ class Trial:
 
     def __init__(self, corpus: Corpus, kind: str, folder: Path):
         folder.mkdir()
-        self.corpus, self.kind, self.folder, self.workdir = corpus, kind, folder, folder / "run"
+        self.corpus, self.kind, self.folder, self.workdir = corpus, kind, folder, folder / "a run's $x"
         self.starts = 0
         self.arguments = [f"--config={corpus.configs[kind]}", f"--workdir={self.workdir}"]
         if kind == "shards":
             shutil.copytree(corpus.folder / "shards", folder / "shards")
             self.arguments.append(f"--config.data.path={folder / 'shards'}")
 
-    def start(self, *more: str, pause: str = "0.02", poison: tuple[int, ...] = ()) -> subprocess.Popen:
+    def start(
+        self, *more: str, pause: str = "0.02", poison: tuple[int, ...] = (), breaks: str = ""
+    ) -> subprocess.Popen:
         steps = poison or (POISONED if self.kind == "poisoned" else ())
         sums = ",".join(str(self.corpus.sums[step - 1]) for step in steps)
         environment = os.environ | {"CHAOS_POISON": sums, "CHAOS_PAUSE": pause, "JAX_PLATFORMS": "cpu"}
+        environment["CHAOS_BREAKS"] = breaks
         self.starts += 1
         with self.log.open("w") as log:
             return subprocess.Popen(
