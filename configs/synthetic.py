@@ -6,6 +6,7 @@
 The argument is TASK,PATTERN; kda if the pattern is left out, repeated to the task's depth. Tasks:
 
     palindrome, copy, stack    Kimi Linear, section 5.1: 2 layers of 2 heads of 128; here length 256, 512 ids
+    joint_recall               HAX: 8 keys in each of 8 contexts, 274 tokens
     induction                  H3: 30 tokens of 20
     in_context_recall, noisy_in_context_recall, fuzzy_in_context_recall, memorization, selective_copying
                                MAD: mixer, SwiGLU, mixer, SwiGLU of width 128, 200 epochs of batch 128
@@ -18,12 +19,12 @@ papers sweep learning rates (Kimi Linear 5e-5 to 1e-3, MAD 1e-4 to 1e-3); here i
 from ml_collections import ConfigDict
 
 from hybridlm.config import data, default
-from hybridlm.data import copying, mad, state_tracking
+from hybridlm.data import copying, joint_recall, mad, state_tracking
 from hybridlm.errors import ConfigError, nearest
 
 MAD_VOCAB = {"noisy_in_context_recall": 32, "memorization": 256}
 MAD_LENGTH = {"memorization": 32, "selective_copying": 256}
-TASKS = (*copying.TASKS, "stack", *mad.TASKS, *state_tracking.GROUPS)
+TASKS = (*copying.TASKS, "stack", "joint_recall", *mad.TASKS, *state_tracking.GROUPS)
 
 
 def get_config(arg: str = "palindrome,kda") -> ConfigDict:
@@ -54,6 +55,9 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
         config.data, config.model.vocab_size = data("copying", task=task), 512
     elif task == "stack":
         config.data, config.model.vocab_size = data("stack"), 512
+    elif task == "joint_recall":
+        config.data, config.model.vocab_size = data("joint_recall"), 64
+        config.train.seq_len = joint_recall.length(8, 8)
     elif task in mad.TASKS:
         examples = 256 if task == "memorization" else 12_800
         config.data = data("mad", task=task, train_examples=examples)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from eval import haystack, report, runner, subject, tasks
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.run import cli, logbook
+from hybridlm.run import cli, logbook, private
 
 log = logging.getLogger("hybridlm")
 
@@ -77,20 +79,18 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     wanted = plan(flags)
     if not flags.workdir:
         raise ConfigError("--workdir", "", "must name the run to evaluate")
-    tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens)
     workdir = Path(flags.workdir)
-    title = f"{workdir.name} at step {tested.step:,}"
-    about = {"run": workdir.name, "step": tested.step, "pattern": tested.config.model.pattern}
+    known = runner.read(workdir / "eval.json")
+    tested = subject.load(workdir, flags.step, flags.tokenizer, flags.batch_tokens)
+    runner.check_writable(workdir)
+    name = Path(private.hide(str(workdir.resolve()))).name
+    title = f"{name} at step {tested.step:,}"
+    about = {"run": name, "step": tested.step, "pattern": tested.config.model.pattern}
     keep = lambda results: runner.write(
         workdir / "eval.json", results, about | {"haystack": wanted.haystack.name}
     )
-    with Bars(console=console, transient=True) as bars:
-
-        def watch(name: str, samples: int) -> subject.Progress:
-            bar = bars.add_task(name, total=samples)
-            return lambda done: bars.advance(bar, done)
-
-        known = runner.read(workdir / "eval.json")
+    with progress(console) as bars:
+        watch = watcher(bars, runner.missing(tested, chosen, wanted, known))
         results = runner.measure(tested, chosen, wanted, known, watch=watch, done=keep)
     names = {task.name for task in chosen}
     shown = {name: result for name, result in results.items() if result["task"] in names}
@@ -101,8 +101,39 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     tracker = logbook.Tracker(workdir, tested.config, tested.config.log.wandb_mode)
     tracker.log(tested.step, runner.metrics(shown.items()))
     tracker.close(failed=False)
-    for name in ("eval.json", "eval.png"):
-        console.print(f"wrote {workdir / name}", highlight=False, soft_wrap=True)
+    for file in ("eval.json", "eval.png"):
+        shown_path = untrusted.terminal(private.hide(str(workdir / file)))
+        console.print(f"wrote {shown_path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def progress(console: Console) -> Bars:
+    name, share = TextColumn("{task.description}", markup=False), TextColumn("{task.percentage:>3.0f}%")
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Bars(name, BarColumn(), share, *clocks, console=console, transient=True)
+
+
+def watcher(bars: Bars, todo: Sequence[tuple[tasks.Task, tasks.Setting]]) -> runner.Watch:
+    """A bar for each measurement, and one over all that knows the end: its unit is tokens of contexts."""
+    weight = {runner.name_of(task, setting): max(setting.length, 1) for task, setting in todo}
+    tokens = sum(weight[runner.name_of(task, setting)] * setting.samples for task, setting in todo)
+    whole = bars.add_task("all", total=tokens)
+    ended = [0.0]  # tokens of the measurements that were begun before
+
+    def watch(name: str, samples: int) -> subject.Progress:
+        for shown in bars.tasks:
+            if shown.id != whole:
+                bars.remove_task(shown.id)
+        bars.update(whole, completed=ended[0])  # one that was left out, or had fewer samples, is over too
+        ended[0] += weight[name] * samples
+        bar = bars.add_task(name, total=samples)
+
+        def advance(done: int) -> None:
+            bars.advance(bar, done)
+            bars.advance(whole, done * weight[name])
+
+        return advance
+
+    return watch
 
 
 def main(argv: Sequence[str]) -> int:

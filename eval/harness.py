@@ -1,133 +1,25 @@
 """Any task of lm-evaluation-harness on a run: python -m eval.harness --workdir=runs/x --tasks=lambada_openai
 
-`HybridLM` is an LM of the harness (EleutherAI, `lm_eval`); pass one to `lm_eval.simple_evaluate` to use it
-from Python. Requests are batched by length, padded to a few ones, so that a handful of programs are compiled.
+Writes harness.json into the workdir. From Python: `eval.harnessed.HybridLM` is an LM of the harness.
 """
 
 import argparse
 import json
+import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from lm_eval import simple_evaluate, utils
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
-
-from eval import subject
-from hybridlm.errors import ConfigError, RunError
-from hybridlm.generate import Sampling
-from hybridlm.run import cli
+from eval import runner, subject
+from hybridlm import untrusted
+from hybridlm.errors import ConfigError
+from hybridlm.run import cli, private
 
 
-class HybridLM(TemplateLM):
-    """A subject behind the harness's interface.
-
-    max_length: tokens that the model sees at most; longer contexts lose their beginning. 0 is the length of
-        the rows it was trained on.
-    """
-
-    def __init__(self, tested: subject.Subject, max_length: int = 0):
-        super().__init__()
-        self.subject, self.tokens = tested, tested.text_tokenizer
-        self.max_length = max_length or tested.config.train.seq_len
-
-    @property
-    def eot_token_id(self) -> int:
-        """The document separator, which begins every document and so also every context."""
-        return self.tokens.doc_id
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokens.name.replace("/", "__")
-
-    @property
-    def max_gen_toks(self) -> int:
-        return min(256, self.max_length // 2)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.tokens.encode(string)
-
-    def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
-        pairs = []
-        for (context, _), context_tokens, continuation in requests:
-            if context:  # an empty one is the separator already
-                context_tokens = [self.eot_token_id, *context_tokens]
-            room = self.max_length + 1 - len(continuation)
-            if room < 1:
-                raise RunError(
-                    f"a continuation of {len(continuation)} tokens exceeds {self.max_length} tokens."
-                )
-            pairs.append((context_tokens[-room:], continuation))
-        results = self.subject.log_likelihoods(pairs)
-        for request, result in zip(requests, results, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request[0], result)
-        return results
-
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, each token predicted once, in windows of max_length."""
-        pairs, owners = [], []
-        for index, request in enumerate(requests):
-            windows = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.eot_token_id, self.max_length, context_len=1
-            )
-            for window in windows:
-                pairs.append(utils.make_disjoint_window(window))
-                owners.append(index)
-        totals = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self.subject.log_likelihoods(pairs), strict=True):
-            totals[owner] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions; requests that share their generation settings go together."""
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        texts = [""] * len(requests)
-        for indices in groups.values():
-            settings = normalize_gen_kwargs(requests[indices[0]].args[1], self.max_gen_toks)
-            stop = handle_stop_sequences(settings.get("until"), eos=None)
-            new = min(settings["max_gen_toks"], self.max_length - 1)
-            prompts = [self.subject.encode(requests[i].args[0])[-(self.max_length - new) :] for i in indices]
-            sampling = Sampling(
-                temperature=settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0,
-                top_k=settings.get("top_k", 0), top_p=settings.get("top_p", 1.0),
-            )  # fmt: skip
-            made = self.subject.complete(prompts, max_new_tokens=new, stop=stop, sampling=sampling)
-            for index, text in zip(indices, made, strict=True):
-                texts[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
-        return texts
-
-
-def evaluate(
-    tested: subject.Subject, tasks: Sequence[str], *, max_length: int = 0, num_fewshot: int | None = None,
-    limit: int | None = None, include_path: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """The harness's results. include_path: folder of further task files (yaml)."""
-    model = HybridLM(tested, max_length)
-    details = {"tokenizer": tested.text_tokenizer.name, "max_seq_lengths": [model.max_length]}
-    manager = TaskManager(include_path=include_path, metadata=details)
-    unknown = [task for task in tasks if not manager.match_tasks([task])]
-    if unknown:
-        allowed = "lm-evaluation-harness knows no such task"
-        raise ConfigError("--tasks", ", ".join(unknown), allowed, "`lm-eval ls tasks` lists them.")
-    results = simple_evaluate(
-        model, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, metadata=details
-    )
-    assert results is not None  # only processes other than the first get none
-    return results
-
-
-def main(argv: Sequence[str]) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.harness", allow_abbrev=False)
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--tasks", required=True, metavar="NAME,...")
@@ -138,21 +30,60 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="default: the run's own")
     parser.add_argument("--batch_tokens", type=int, default=1 << 15)
-    flags = parser.parse_args(argv)
-    return cli.run(lambda: harness(flags))
+    return parser.parse_args(argv)
+
+
+def library() -> ModuleType:
+    """`eval.harnessed`, ConfigError without the package that it needs."""
+    try:
+        from eval import harnessed
+    except ImportError as error:
+        fix = "pip install 'hybridlm[eval]'."
+        lacks = f"needs the package {error.name}"
+        raise ConfigError("--tasks", "lm-evaluation-harness", lacks, fix) from error
+    return harnessed
 
 
 def harness(flags: argparse.Namespace) -> None:
+    for name in ("max_length", "num_fewshot"):
+        if (getattr(flags, name) or 0) < 0:
+            raise ConfigError(f"--{name}", getattr(flags, name), "must not be negative")
+    for name in ("limit", "batch_tokens"):
+        if getattr(flags, name) is not None and getattr(flags, name) < 1:
+            raise ConfigError(f"--{name}", getattr(flags, name), "must be at least 1")
+    harnessed = library()
     tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens)
-    results = evaluate(
-        tested, flags.tasks.split(","), max_length=flags.max_length, num_fewshot=flags.num_fewshot,
-        limit=flags.limit, include_path=flags.include_path,
+    runner.check_writable(flags.workdir)
+    results = harnessed.evaluate(
+        tested, [name for name in flags.tasks.split(",") if name], max_length=flags.max_length,
+        num_fewshot=flags.num_fewshot, limit=flags.limit, include_path=flags.include_path,
     )  # fmt: skip
-    print(utils.make_table(results))
+    print(harnessed.utils.make_table(results))
     path = Path(flags.workdir) / "harness.json"
     kept = {name: results[name] for name in ("results", "versions", "n-samples")}
-    path.write_text(json.dumps({"step": tested.step, **kept}, indent=2, default=str) + "\n")
-    print(f"wrote {path}")
+    runner.put(path, lambda: untrusted.write_json(path, plain({"step": tested.step, **kept})))
+    print(f"wrote {untrusted.terminal(private.hide(str(path)))}")
+
+
+def plain(value: Any) -> Any:
+    """What JSON has a word for: numbers that are not finite are null, what it does not know is its text."""
+    if isinstance(value, dict):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    try:
+        json.dumps(value)
+    except TypeError:
+        return private.hide(str(value))
+    return value
+
+
+def main(argv: Sequence[str]) -> int:
+    flags = parse(argv)
+    logging.basicConfig(format="%(message)s")
+    return cli.run(lambda: harness(flags))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError
+from hybridlm.run import private
 
 DEFAULT = "python-docs:"
 
@@ -32,14 +34,12 @@ def load(name: str = DEFAULT) -> Haystack:
 
         text = " ".join(topics[topic] for topic in sorted(topics))
     else:
-        try:
-            text = Path(name).expanduser().read_text(errors="replace")
-        except OSError as error:
-            raise ConfigError("--haystack", name, f"cannot be read ({error.strerror})") from error
+        path = Path(name).expanduser()
+        text = untrusted.read_bytes(path, "--haystack").decode(errors="replace")
     words = tuple(text.split())
     if not words:
         raise ConfigError("--haystack", name, "holds no words")
-    return Haystack(name, words, hashlib.sha256(" ".join(words).encode()).hexdigest()[:16])
+    return Haystack(private.hide(name), words, hashlib.sha256(" ".join(words).encode()).hexdigest()[:16])
 
 
 def sentences(text: str) -> list[str]:

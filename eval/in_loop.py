@@ -1,5 +1,6 @@
 """Tasks in the training loop: config.eval.tasks, measured beside each validation."""
 
+import logging
 from typing import Any
 
 import jax
@@ -10,9 +11,14 @@ from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from hybridlm.member import Evaluate, Metrics
 
+log = logging.getLogger("hybridlm")
+
 
 def build(config: Config) -> Evaluate | None:
-    """What `trainer.train` calls, None if the config wants no tasks; ConfigError for unknown ones."""
+    """What `trainer.train` calls, None if the config wants no tasks; ConfigError for unknown ones.
+
+    A task that fails costs no other task its numbers, and no number that is not finite is given.
+    """
     wanted = config.eval
     if not wanted.tasks:
         return None
@@ -26,8 +32,18 @@ def build(config: Config) -> Evaluate | None:
     lengths = tuple(wanted.task_lengths) or (config.train.seq_len,)
     plan = runner.Plan(lengths, wanted.task_samples, config.train.seed, haystack.load())
 
+    told: set[str] = set()
+
     def evaluate(definition: Any, params: Any, tokenizer: Any, step: int) -> Metrics:
+        failed: dict[str, Exception] = {}
         subject = Subject(definition, params, tokenizer, config, step)
-        return runner.metrics(runner.measure(subject, chosen, plan).items())
+        results = runner.measure(subject, chosen, plan, left_out=failed.__setitem__)
+        for name, error in failed.items():
+            if name not in told:  # once, not at every validation
+                log.warning("%s left out: %s", name, error or type(error).__name__)
+                told.add(name)
+        if failed and not results:
+            raise next(iter(failed.values()))  # an event of the run, which goes on
+        return runner.metrics(results.items())
 
     return evaluate

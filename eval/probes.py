@@ -9,7 +9,7 @@ is asked for numbers hidden in repeated text (RULER's needles), one without text
 """
 
 import argparse
-import json
+import io
 import random
 import sys
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval import subject
+from eval import runner, subject
 from eval.subject import Subject
 from eval.tasks import base, ruler
-from hybridlm import cost, data, generate
+from hybridlm import cost, data, generate, untrusted
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows, single_document
-from hybridlm.run import cli
+from hybridlm.run import cli, private
 
 PAIRS = (1, 2, 4, 8, 16)
 DEPTHS = 8  # of the heat map, from far to near
@@ -188,6 +188,12 @@ def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     return figure, figure.subplots(1, 2 if width > 7 else 1)
 
 
+def _save(figure: Any, path: Path) -> None:
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    runner.put(path, lambda: untrusted.write_bytes(path, out.getvalue()))
+
+
 def draw_recall(grid: Grid, path: Path) -> str:
     good = np.argwhere(np.nan_to_num(grid.accuracy, nan=-1.0) >= 0.5)
     reading = "nowhere is as much as half recalled"
@@ -201,7 +207,7 @@ def draw_recall(grid: Grid, path: Path) -> str:
     axes.set_xlabel("tokens from what is asked for to the answer")
     axes.set_ylabel("pairs stored")
     figure.colorbar(image, label="accuracy")
-    figure.savefig(path)
+    _save(figure, path)
     return reading
 
 
@@ -219,7 +225,7 @@ def draw_states(measured: dict[int, np.ndarray], lengths: Sequence[int], path: P
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=6, ncols=2)
-    figure.savefig(path)
+    _save(figure, path)
     return reading
 
 
@@ -236,7 +242,7 @@ def draw_attention(masses: dict[int, np.ndarray], path: Path) -> str:
     axes.set_ylabel("weight on the needle")
     axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    _save(figure, path)
     return reading
 
 
@@ -255,7 +261,8 @@ def run(tested: Subject, folder: Path, *, length: int, samples: int) -> dict[str
         masses = attention_mass(tested, tokens, span)
         readings["probe_attention.png"] = draw_attention(masses, folder / "probe_attention.png")
         numbers["attention"] = {str(k): v.tolist() for k, v in masses.items()}
-    (folder / "probes.json").write_text(json.dumps({"step": tested.step, **numbers}, indent=1) + "\n")
+    path = folder / "probes.json"
+    runner.put(path, lambda: untrusted.write_json(path, {"step": tested.step, **numbers}))
     return readings
 
 
@@ -271,14 +278,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def probe(flags: argparse.Namespace) -> None:
+    if flags.samples < 1 or flags.length < 0:
+        raise ConfigError("--samples, --length", (flags.samples, flags.length), "must be positive")
     tested = subject.load(flags.workdir, flags.step, flags.tokenizer)
+    runner.check_writable(flags.workdir)
     length = flags.length or tested.config.train.seq_len
     try:
         readings = run(tested, Path(flags.workdir), length=length, samples=flags.samples)
     except base.TooShort as error:
         raise ConfigError("--length", length, f"is too short: {error}") from error
     for name, reading in readings.items():
-        print(f"{Path(flags.workdir) / name}: {reading}")
+        print(untrusted.terminal(private.hide(f"{Path(flags.workdir) / name}: {reading}")))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """Results as a table in the terminal and as a picture."""
 
+import io
 from pathlib import Path
 
 from rich.table import Table
 
-from eval.runner import Result
+from eval.runner import Result, put
+from hybridlm import untrusted
 
 
 def table(results: dict[str, Result], title: str) -> Table:
     """A row for each task and length: accuracy, its 95% interval, samples, and what guessing gets."""
-    shown = Table(title=title, title_justify="left")
+    shown = Table(title=untrusted.markup(title), title_justify="left")
     shown.add_column("task", no_wrap=True)
     for column in ("length", "accuracy", "95% interval", "samples", "guessing"):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in results.values():
         chance = result["chance"]
         shown.add_row(
-            result["task"],
+            untrusted.markup(result["task"]),
             f"{result['length']:,}",
             f"{result['accuracy']:.3f}",
             f"{result['low']:.3f} to {result['high']:.3f}",
@@ -50,7 +52,10 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
         axes.set_xticks(lengths, [f"{n:,}" for n in lengths], fontsize=7)
         axes.minorticks_off()
         axes.set_ylim(-0.03, 1.03)
-        axes.set_title(f"{name} (n={found[0]['samples']})", fontsize=8)
+        axes.set_title(f"{untrusted.plot(name)} (n={found[0]['samples']})", fontsize=8)
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{title}; x: tokens, y: accuracy, bars: 95%, dotted: guessing", fontsize=8)
-    figure.savefig(path)
+    legend = "x: tokens, y: accuracy, bars: 95%, dotted: guessing"
+    figure.suptitle(f"{untrusted.plot(title)}; {legend}", fontsize=8)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    put(path, lambda: untrusted.write_bytes(path, out.getvalue()))

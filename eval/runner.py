@@ -1,9 +1,7 @@
 """Measures tasks on a subject, one after the other, and keeps what was measured in a file."""
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,10 +11,18 @@ from eval.haystack import Haystack
 from eval.statistics import accuracy
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting, Task, TooShort
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import private
 
 log = logging.getLogger("hybridlm")
 Result = dict[str, Any]
+IDENTITY = {"step": untrusted.NATURAL, "samples": untrusted.NATURAL, "seed": int}
+RESULT = {
+    "task": str, "length": untrusted.NATURAL, "accuracy": float, "low": float, "high": float,
+    "samples": untrusted.NATURAL, "chance": (float, type(None)), "identity": IDENTITY,
+    "scores?": [float], "by_turn?": [float],
+}  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -35,9 +41,21 @@ class Plan(NamedTuple):
         return [Setting(n, self.samples, self.seed, self.haystack, self.data_dir) for n in lengths]
 
 
-Watch = Callable[
-    [str, int], Progress
-]  # (what is measured, number of samples) -> what to call as they are done
+# (what is measured, number of samples) -> what to call as they are done
+Watch = Callable[[str, int], Progress]
+
+
+def missing(
+    subject: Subject, tasks: Sequence[Task], plan: Plan, known: dict[str, Result]
+) -> list[tuple[Task, Setting]]:
+    """What ``known`` results do not hold of the plan, in its order."""
+    every = [(task, setting) for task in tasks for setting in plan.settings(task)]
+    identity = lambda task, setting: known.get(name_of(task, setting), {}).get("identity")
+    return [(t, s) for t, s in every if identity(t, s) != _identity(subject, t, s)]
+
+
+def name_of(task: Task, setting: Setting) -> str:
+    return f"{task.name}@{setting.length}"
 
 
 def measure(
@@ -48,53 +66,62 @@ def measure(
     *,
     watch: Watch = lambda name, samples: lambda done: None,
     done: Callable[[dict[str, Result]], None] = lambda results: None,
+    left_out: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Result]:
     """ "task@length" -> Result for every task and length of the plan.
 
     known: earlier results, taken over where the same was measured.
     done: called with all results after each one.
-    A task that a model or length cannot be measured on is left out, with a warning that says why.
+    left_out: called with what could not be measured and why; by default a warning says so, and if it is the
+        only one that was asked for, the error is raised.
     """
     if subject.tokenizer is None and all(task.text for task in tasks):
         _ = subject.text_tokenizer  # raises: nothing could be measured
     results = dict(known or {})
-    for task in tasks:
-        for setting in plan.settings(task):
-            name = f"{task.name}@{setting.length}"
-            identity = _identity(subject, task, setting)
-            if results.get(name, {}).get("identity") == identity:
-                continue
-            results.pop(name, None)
-            began = time.perf_counter()
-            try:
-                scores = task.run(subject, setting, watch(name, setting.samples))
-                chance = task.chance(subject, setting)
-            except TooShort as error:
-                log.warning("%s left out: %s", name, error)
-                continue
-            except ConfigError as error:
-                if len(tasks) == 1:
-                    raise
-                log.warning("%s left out: %s", name, error)
-                continue
-            measured = accuracy(scores.tolist())
-            if not measured.samples:
-                log.warning("%s left out: it has no samples", name)
-                continue
-            results[name] = {
-                "task": task.name,
-                "length": setting.length,
-                "accuracy": measured.mean,
-                "low": measured.low,
-                "high": measured.high,
-                "samples": measured.samples,
-                "chance": chance,
-                "source": task.source,
-                "seconds": round(time.perf_counter() - began, 2),
-                "identity": identity,
-            }
-            done(results)
+    for task, setting in missing(subject, tasks, plan, results):
+        name = name_of(task, setting)
+        results.pop(name, None)
+        began = time.perf_counter()
+        try:
+            scores = task.run(subject, setting, watch(name, setting.samples))
+            chance = task.chance(subject, setting)
+            if not scores.size:
+                raise TooShort("it has no samples")
+        except TooShort as error:
+            (left_out or _warn)(name, error)
+            continue
+        except (ConfigError, RunError) as error:  # of one task: the others are still to be had
+            if left_out is None and len(tasks) == 1:
+                raise
+            (left_out or _warn)(name, error)
+            continue
+        except Exception as error:
+            if left_out is None:
+                raise
+            left_out(name, error)
+            continue
+        seconds = round(time.perf_counter() - began, 2)
+        results[name] = {
+            "task": task.name, "length": setting.length, **_numbers(scores), "chance": chance,
+            "source": task.source, "seconds": seconds, "identity": _identity(subject, task, setting),
+        }  # fmt: skip
+        done(results)
     return results
+
+
+def _numbers(scores: Any) -> Result:
+    """Of one score a sample, or of one for each turn of it: they share a context, so samples are sessions."""
+    sessions = scores if scores.ndim == 1 else scores.mean(axis=1)
+    measured = accuracy(sessions.tolist())
+    turns = {} if scores.ndim == 1 else {"by_turn": [round(float(x), 6) for x in scores.mean(axis=0)]}
+    return {
+        "accuracy": measured.mean, "low": measured.low, "high": measured.high, "samples": measured.samples,
+        **turns, "scores": [round(float(x), 6) for x in sessions],
+    }  # fmt: skip
+
+
+def _warn(name: str, error: Exception) -> None:
+    log.warning("%s left out: %s", name, error)
 
 
 def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
@@ -106,25 +133,48 @@ def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
         "seed": setting.seed,
         "tokenizer": tokens,
         "haystack": setting.haystack.fingerprint if task.text else None,
-        "data_dir": setting.data_dir,
+        "data_dir": private.hide(setting.data_dir),
+        "examples": task.examples(subject) if hasattr(task, "examples") else None,
     }
 
 
 def read(path: Path) -> dict[str, Result]:
     """The results in ``path``, {} when there is none; RunError for a file that is not one of results."""
-    if not path.exists():
-        return {}
+    return read_whole(path)["results"] if path.exists() else {}
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """The file with what it says about the run; RunError where it is none of results, or damaged."""
     try:
-        return dict(json.loads(path.read_text())["results"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: is not a file of results ({error!r}); remove it to start anew.") from error
+        return untrusted.read_json(path, "eval.json", {"results": {str: RESULT}})
+    except ConfigError as error:
+        said = f"{error.allowed} {error.fix}".strip().rstrip(".")
+        raise RunError(f"{path}: is not a file of results ({said}); remove it to start anew.") from error
 
 
 def write(path: Path, results: dict[str, Result], about: dict[str, Any]) -> None:
-    """Replaces ``path`` in one step, so that a killed run loses nothing that was there."""
-    whole = path.with_suffix(".tmp")
-    whole.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
-    os.replace(whole, path)
+    """Puts results at ``path``, whole or not at all; RunError where the disk refuses."""
+    put(path, lambda: untrusted.write_json(path, {**about, "results": results}))
+
+
+def put(path: Path, write: Callable[[], None]) -> None:
+    """``write()``, which writes ``path``; RunError where the disk refuses."""
+    try:
+        write()
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def check_writable(folder: str | Path) -> None:
+    """ConfigError, before anything is measured, for a folder in which the results cannot be put."""
+    probe = Path(folder) / ".eval.probe"
+    try:
+        untrusted.write_bytes(probe, b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        fix = "What would be measured could not be kept."
+        allowed = f"cannot be written to ({error.strerror})"
+        raise ConfigError("--workdir", str(folder), allowed, fix) from error
 
 
 def metrics(results: Iterable[tuple[str, Result]]) -> dict[str, float]:

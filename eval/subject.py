@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eval import shared
 from hybridlm import generate, loss, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
@@ -18,6 +21,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
 
 log = logging.getLogger("hybridlm")
+SHOWN = 64  # tokens before a text that can have a part in how it is spelt
 Progress = Callable[[int], None]  # called with the number of samples done since the last call
 
 
@@ -60,24 +64,89 @@ class Subject:
         seed: int = 0,
         progress: Progress = lambda done: None,
     ) -> list[str]:
-        """A text for each prompt (token ids), in their order."""
+        """A text for each prompt (token ids), in their order.
+
+        What is drawn for a prompt depends on ``seed``, its tokens and how often it came before, so repeats
+        differ, and neither batches nor what else is asked make a difference.
+        """
         texts: list[str] = [""] * len(prompts)
+        numbers = sample_numbers(prompts)
         for chosen, filled in self._batches([len(p) for p in prompts], max_new_tokens):
             made = generate.complete(
                 self.definition, self.params, self.text_tokenizer, [prompts[i] for i in filled],
                 max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed,
+                samples=[numbers[i] for i in filled],
             )  # fmt: skip
             for index, text in zip(chosen, made[: len(chosen)], strict=True):
                 texts[index] = text
             progress(len(chosen))
         return texts
 
+    def answer(
+        self,
+        contexts: Sequence[Sequence[int]],
+        questions: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        progress: Progress = lambda done: None,
+    ) -> list[str]:
+        """A greedy text behind each question (token ids, at least one), which stands behind its context.
+
+        A context that several questions share is read once, and its cache copied for each (`eval.shared`).
+        """
+        tokens, stop = self.text_tokenizer, [text for text in stop if text]
+        encoded = [text.encode() for text in stop]
+        marks = np.zeros(self.definition.vocab_size, bool)
+        marks[tokens.doc_id] = True
+        for index, piece in enumerate(tokens.pieces or ()):
+            marks[index] |= any(text in piece for text in encoded)
+        texts: list[str] = [""] * len(questions)
+        budget = shared.pad(max_new_tokens)
+        groups = shared.grouped(contexts)
+        for members, batch in shared.batches(groups, questions, budget, self.batch_tokens):
+            out = np.asarray(
+                shared.written(
+                    self.params, batch, jnp.int32(max_new_tokens), jnp.asarray(marks),
+                    definition=self.definition, budget=budget,
+                )
+            )  # fmt: skip
+            for row, index in enumerate(members):
+                new = [token for token in out[row].tolist() if token >= 0 and token != tokens.doc_id]
+                text = tokens.decode_after([*contexts[index], *questions[index]][-SHOWN:], new)
+                texts[index] = text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+            progress(len(members))
+        return texts
+
     def log_likelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress = lambda done: None
     ) -> list[tuple[float, bool]]:
         """For (context, continuation), token ids: log P(continuation | context) in nats, and whether each of
-        its tokens is the most probable one. Contexts hold at least one token.
+        its tokens is the most probable one. Contexts hold at least one token; one that several pairs have,
+        and that is longer than what follows it, is read once for all of them.
         """
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        following = [continuation for _, continuation in pairs]
+        longer = lambda group: len(group.context) > max(len(following[i]) for i in group.members)
+        groups = shared.grouped([context for context, _ in pairs])
+        together = [group for group in groups if len(group.members) > 1 and longer(group)]
+        for members, batch in shared.batches(together, following, 0, self.batch_tokens):
+            log_prob, correct = map(np.asarray, shared.scores(self.params, batch, self.definition))
+            for row, index in enumerate(members):
+                count = len(following[index])
+                total = float(log_prob[row, :count].sum(dtype=np.float64))
+                results[index] = total, bool(correct[row, :count].all())
+            progress(len(members))
+        taken = {index for group in together for index in group.members}
+        alone = [index for index in range(len(pairs)) if index not in taken]
+        for index, result in zip(alone, self._each([pairs[i] for i in alone], progress), strict=True):
+            results[index] = result
+        return results
+
+    def _each(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], progress: Progress
+    ) -> list[tuple[float, bool]]:
+        """`log_likelihoods`, each pair a row of its own."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
         for chosen, filled in self._batches(lengths, 0):
@@ -124,6 +193,17 @@ class Subject:
             for start in range(0, len(buckets[length]), rows):
                 chosen = buckets[length][start : start + rows]
                 yield chosen, chosen + chosen[:1] * (rows - len(chosen))
+
+
+def sample_numbers(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A number below 2^31 for each of ``prompts``: of its tokens and of how many equal ones came before."""
+    seen: Counter[bytes] = Counter()
+    numbers = []
+    for prompt in prompts:
+        key = np.asarray(prompt, np.int32).tobytes()
+        numbers.append(zlib.crc32(key + np.int64(seen[key]).tobytes()) >> 1)
+        seen[key] += 1
+    return numbers
 
 
 @partial(jax.jit, static_argnames="definition")

@@ -8,6 +8,7 @@ the rest, and makes the `Config` that all other code reads: nothing there asks w
     config.mixers["kda"].head_dim
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -20,12 +21,14 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import commands, mixers, mlps, objectives, pattern, schema
+from hybridlm import commands, mixers, mlps, objectives, pattern, schema, untrusted
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
 from hybridlm.schema import SECTIONS
+
+log = logging.getLogger("hybridlm")
 
 log = logging.getLogger("hybridlm")
 
@@ -355,21 +358,42 @@ def to_json(config: Config) -> str:
 
 def to_yaml(config: Config) -> str:
     """What a person reads."""
-    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(untrusted.parse(to_json(config)), sort_keys=False, allow_unicode=True)
 
 
 def from_json(path: str | Path) -> ConfigDict:
-    """What `to_json` wrote; pass it through `resolve`. ConfigError for a file that is not a config."""
+    """What `to_json` wrote; pass it through `resolve`. ConfigError for a file that is not a config.
+
+    A run's that is damaged is taken from the newest readable record of its checkpoints.
+    """
+    path = Path(path)
     try:
-        return ConfigDict(private.in_paths(json.loads(Path(path).read_text()), private.reveal))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        values = untrusted.read_json(path, "--config", {str: (dict, str)})
+    except ConfigError as error:
+        values = _recorded(path)
+        if values is None:
+            raise
+        log.warning("%s; its checkpoint's record is used", error)
+    try:
+        return ConfigDict(private.in_paths(values, private.reveal))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    """The config in the newest readable record of the checkpoints beside the config.json at ``path``."""
+    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if one.name.isdigit()]
+    for one in sorted(steps, key=lambda step: int(step.name), reverse=True):
+        with contextlib.suppress(ConfigError):
+            shape = {"config": {str: (dict, str)}}
+            return dict(untrusted.read_json(one / "run" / "metadata", "--config", shape)["config"])
+    return None
 
 
 def of_run(workdir: str | Path) -> Config:
     """The config of the run in ``workdir``; ConfigError where there is none."""
     path = Path(workdir) / "config.json"
-    if not path.is_file():
+    if not path.is_file() and _recorded(path) is None:
         fix = "Name a directory that train.py wrote."
         raise ConfigError("--workdir", str(workdir), "holds no config.json", fix)
     return resolve(from_json(path))

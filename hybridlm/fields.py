@@ -158,6 +158,8 @@ def convert(kind: Any, value: Any) -> Any:
     elif kind is float and type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value):
         return float(value)
     elif kind is not float and type(value) is kind:
+        if kind is str and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise ValueError("must be text in UTF-8")  # it could not be written down
         return value
     raise ValueError(f"must be {describe(kind)}")
 

@@ -7,7 +7,6 @@ new; what nobody takes is reported as dropped.
 
 import contextlib
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model
+from hybridlm import model, untrusted
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
@@ -163,7 +162,7 @@ def start(
     counts = ", ".join(f"{len(names)} {kind}" for kind, names in report._asdict().items())
     log.info("parameters from %s: %s\n  %s", path, counts, "\n  ".join(report.lines()))
     if jax.process_index() == 0:
-        (workdir / "init_from.json").write_text(json.dumps(report._asdict(), indent=1) + "\n")
+        untrusted.write_json(workdir / "init_from.json", report._asdict())
     return params
 
 

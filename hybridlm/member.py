@@ -1,7 +1,7 @@
 """One run as the training loop sees it: its data, its folder, what it has measured, why it failed."""
 
-import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, weights
+from hybridlm import cost, data, generate, optimizer, untrusted, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.program import NORMS, State, per_token
-from hybridlm.run import checkpoint, logbook, processes, replay
+from hybridlm.run import checkpoint, logbook, private, processes, replay, sound
 from hybridlm.run.lock import Lock
 from hybridlm.run.watch import Watch
 
@@ -55,14 +56,16 @@ class Member:
             "data.fingerprint": self.record["fingerprint"],
             "jax": jax.__version__,
             "hybridlm": hybridlm.__version__,
+            "--workdir": private.hide(str(self.workdir)),
         }
         return {name: str(value) for name, value in (fields | own).items()}
 
     def open(self, stack: ExitStack, resume: str) -> None:
         """Takes the workdir and opens its checkpoints, until ``stack`` closes."""
+        sound.check_place(self.workdir / "checkpoints")
         self.lock = stack.enter_context(Lock(self.workdir)) if processes.first() else None
         if processes.first() and resume != "never":
-            checkpoint.mend(self.workdir / "checkpoints")
+            sound.mend(self.workdir / "checkpoints")
         processes.barrier("workdir")
         keep, directory = self.config.checkpoint, self.workdir / "checkpoints"
         saves = checkpoint.Checkpoints(directory, keep.keep_last, keep.keep_best)
@@ -70,8 +73,9 @@ class Member:
 
     def begin(self, stack: ExitStack, start: int) -> None:
         """From step ``start`` on: writes what describes the run, and opens its records."""
-        write_json(self.workdir / "config.json", self.record["config"])
-        write_json(self.workdir / "layers.json", self.record["layers"])
+        for name, value in (("config.json", self.record["config"]), ("layers.json", self.record["layers"])):
+            if processes.first():
+                untrusted.write_json(self.workdir / name, value)
         if processes.first():
             weights.keep_tokenizer(self.workdir, self.train_data.tokenizer)
         for dataset in (self.train_data, self.val_data):
@@ -96,6 +100,28 @@ class Member:
         if start > self.config.train.steps:
             problem = f"the checkpoint is already at step {start}"
             raise ConfigError("train.steps", self.config.train.steps, problem, "Raise it.")
+        self.say_rates(config, start)
+
+    def say_rates(self, before: dict[str, Any], start: int) -> None:
+        """Says what the learning rate will do if it goes on otherwise than in the checkpoint's config."""
+        try:
+            old = configs.resolve(ConfigDict(before))
+        except ConfigError:  # of an older version
+            return
+        rate = lambda one, count: float(optimizer.schedule(one.optimizer, one.train.steps)(count))
+        last, now = rate(old, start - 1), rate(self.config, start)
+        end = start >= old.train.steps
+        if start >= self.config.train.steps or math.isclose(
+            now, last if end else rate(old, start), rel_tol=1e-6
+        ):
+            return
+        schedule, steps = self.config.optimizer.schedule, self.config.train.steps
+        said = f"learning rate: {last:.3g} at step {start}, then {now:.3g} ({schedule} over {steps} steps)"
+        if now > 1.05 * last and last < 0.95 * rate(old, max(0, old.optimizer.warmup_steps - 1)):
+            fix = "to extend a run without that, resume it from a checkpoint before its decay"
+            log.warning("%s: it had decayed and rises again; %s", said, fix)
+        else:
+            log.info("%s", said)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens ``every`` so many steps follows ``step``; always after the last."""
@@ -165,9 +191,14 @@ class Member:
             return {}
 
     def write(self, step: int, metrics: Metrics) -> None:
-        self.metrics = metrics
-        self.book.write(step, metrics)
-        self.rank({"step": step, **metrics})
+        """The line of ``step``; what is not finite in it is null there, and what the disk refuses waits."""
+        values, lost = logbook.recordable(metrics)
+        if lost:
+            self.watch.note(step, "not finite", metrics=lost)
+        if problem := self.book.write(step, values):
+            self.watch.note(step, "metrics.jsonl cannot be written, its lines wait", error=problem)
+        self.metrics = {name: value for name, value in values.items() if value is not None}
+        self.rank({"step": step, **self.metrics})
 
     def rank(self, line: Metrics) -> None:
         """Tells the checkpoints how good the one at a line's step is."""
@@ -209,8 +240,3 @@ def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | Non
         stop=tokenizer.doc_id,
     )
     return {"sample": wanted.sample_prompt + tokenizer.decode_after(prompt, tokens[0])}
-
-
-def write_json(path: Path, value: Any) -> None:
-    if jax.process_index() == 0:
-        path.write_text(json.dumps(value, indent=2) + "\n")

@@ -99,8 +99,8 @@ def _data(config: Config, split: str) -> str:
     train = config.train
     try:
         dataset = data.build(
-            config.data, split=split, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed,
-            vocab_size=config.model.vocab_size,
+            config.data, split=split, seed=train.seed,
+            batch_size=train.batch_size, seq_len=train.seq_len, vocab_size=config.model.vocab_size,
         )  # fmt: skip
     except ConfigError as error:
         return f"not usable here: {error}"

@@ -54,7 +54,8 @@ def train(
     if member.failed:
         raise RunError(member.failed)
     if processes.first():
-        tell(member)
+        with logbook.harmless("the summary"):
+            tell(member)
     return member.metrics
 
 
@@ -318,7 +319,7 @@ class Trainer:
 
 def draw(member: Member) -> None:
     """loss.png, which no trained step may depend on."""
-    try:
+    with logbook.harmless("drawing loss.png"):
         records = logbook.read(member.workdir / "metrics.jsonl")
         size = f"{cost.parameters(member.config):,} parameters"
         title = f"{member.workdir.name}: {member.config.model.pattern}, {size}"
@@ -326,8 +327,6 @@ def draw(member: Member) -> None:
         nats = last["val_loss"] / last["val_bpb"] if last else 0.0  # of a token, for each bit of a byte
         levels = {name: nats * bits for name, bits in references(member).items()} if last else {}
         picture.plot(records, member.workdir / "loss.png", title, levels)
-    except Exception as error:
-        log.warning("loss.png was not drawn: %s", error)
 
 
 def references(member: Member) -> dict[str, float]:

@@ -11,6 +11,7 @@ from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.data.tokenizer import FileTokenizer, Tokenizer
 from hybridlm.errors import ConfigError
+from hybridlm.init_from import CARRIED
 from hybridlm.run import checkpoint
 
 TOKENIZER = "tokenizer.json"  # in a workdir
@@ -51,11 +52,13 @@ def load(workdir: str | Path, step: int | None = None, **changes: str) -> Weight
 def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:
     """The tokenizer of the run in ``workdir``; None if its tokens stand for no text.
 
-    The one that lies beside the weights, or else what the run's data name, read without their text.
+    The one that lies beside the weights, or that of the folder that the run was imported from (what is
+    trained from an import has data of its own), or else what the run's data name, read without their text.
     ConfigError where neither can be read, and for one with ids that the model has not.
     """
-    own = Path(workdir) / TOKENIZER
-    found = tokenizers.load(str(own)) if own.is_file() else tokenizer_of(config.data)
+    places = [Path(workdir) / TOKENIZER, *([] if config.init_from else [Path(workdir) / CARRIED / TOKENIZER])]
+    own = next((place for place in places if place.is_file()), None)
+    found = tokenizers.load(str(own)) if own else tokenizer_of(config.data)
     if found is not None:
         check_fits(found, config.model.vocab_size)
     return found

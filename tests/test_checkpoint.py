@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.run import checkpoint
+from hybridlm.run import checkpoint, sound
 from hybridlm.run.checkpoint import Checkpoints
 
 
@@ -183,7 +183,7 @@ def test_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     with Checkpoints(tmp_path) as saves:
         half_written = tmp_path / "4.orbax-checkpoint-tmp"
         half_written.mkdir()
-        (half_written / checkpoint.COMMITTED).write_text("committed\n")
+        (half_written / sound.COMMITTED).write_text("committed\n")
         monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
         with pytest.raises(
             RunError, match=r"step 5 needs 76 bytes .* 10 free; the checkpoint at step 3 is intact"
@@ -224,7 +224,7 @@ def test_a_removal_cut_short_by_a_kill_is_ended_by_the_next_save(tmp_path):
     for entry in (tmp_path / "3").iterdir():
         if entry.name != "step":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    checkpoint.mend(tmp_path)
+    sound.mend(tmp_path)
     save(tmp_path, {9: None}, last=2, best=1, scores={3: 0.3, 5: 0.5, 7: 0.7})
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [5, 7, 9]
@@ -246,7 +246,7 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), tmp_path], check=False)
     assert len(list(tmp_path.iterdir())) == 2, "the second save should have left something behind"
-    checkpoint.mend(tmp_path)
+    sound.mend(tmp_path)
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["1"]

@@ -117,7 +117,8 @@ def test_training_goes_on_over_a_mesh(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     one, eight = np.array(json.loads(run.stdout.splitlines()[-1]))
     assert one[-1, 0] < one[0, 0]
-    np.testing.assert_allclose(eight, one, rtol=1e-4)
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(eight, one, rtol=5e-4)  # Adam turns rounding of small gradients into steps
 
 
 # Every family, without computing anything.

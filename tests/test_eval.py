@@ -1,20 +1,26 @@
 """A run measured from its workdir: scores of the subject, the file of results, the command line."""
 
 import dataclasses
+import errno
+import io
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import eval.__main__ as command
-from eval import in_loop, report, runner, statistics, subject, tasks
+from eval import harness, in_loop, report, runner, statistics, subject, tasks
 from eval.haystack import load as haystack
 from hybridlm import config as configs
-from hybridlm import data
+from hybridlm import data, weights
 from hybridlm import model as lm
+from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.rows import single_document
 from hybridlm.run import checkpoint
@@ -203,6 +209,129 @@ def test_in_the_loop(loaded):
     metrics = evaluate(loaded.definition, loaded.params, loaded.tokenizer, 1)
     assert set(metrics) == {"eval/parity@16", "eval/parity@32"}
     assert all(0 <= value <= 1 for value in metrics.values())
+
+
+def test_a_task_that_fails_in_the_loop_costs_no_other_its_numbers(loaded, monkeypatch, caplog):
+    """It is said once; if nothing is left the run gets the error to write down."""
+
+    class Failing(Chosen):
+        name = "failing"
+
+        def run(self, subject, setting, progress):
+            raise ZeroDivisionError("of its own")
+
+    config = lambda *names: configs.resolve(tiny.config("python-stdlib:", eval__tasks=names))
+    known = {"failing": Failing(), "chosen": Chosen()}
+    monkeypatch.setattr(in_loop.tasks, "choose", lambda suite, names: [known[name] for name in names])
+    evaluate = in_loop.build(config("failing", "chosen"))
+    for step in (1, 2):
+        metrics = evaluate(loaded.definition, loaded.params, loaded.tokenizer, step)
+        assert metrics == {"eval/chosen@16": 0.75}
+    assert caplog.text.count("failing@16 left out: of its own") == 1
+    with pytest.raises(ZeroDivisionError):
+        in_loop.build(config("failing"))(loaded.definition, loaded.params, loaded.tokenizer, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(workdir, capsys, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runner.untrusted, "write_bytes", full)
+    monkeypatch.setattr(runner, "measure", lambda *args, **fields: pytest.fail("measured"))
+    before = sorted(path.name for path in workdir.iterdir())
+    assert command.main([f"--workdir={workdir}", "--tasks=S3"]) == 2
+    shown = capsys.readouterr().err
+    assert "cannot be written to (No space left on device)" in shown and shown.count("\n") == 1
+    assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "eval.json"
+    runner.write(path, {}, {"step": 1})
+    before = path.read_bytes()
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(RunError, match=r"eval\.json: cannot be written \(No space left on device\)"):
+        runner.write(path, {}, {"step": 2})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"results": []}', '{"results": {"a@1": {"task": 1}}}', "[" * 5000, '{"results": {"a@1": null}}'],
+)
+def test_damaged_results(tmp_path, content):
+    (tmp_path / "eval.json").write_text(content)
+    with pytest.raises(RunError, match="not a file of results"):
+        runner.read(tmp_path / "eval.json")
+
+
+def test_the_tokenizer_beside_the_weights_is_the_one(workdir, tmp_path):
+    """Beside them first, then an import's own, then the data's; ids that the model has not are refused."""
+    vocabulary = {character: index for index, character in enumerate("abcdefgh")}
+    written = lambda extra: json.dumps(
+        {"version": "1.0", "added_tokens": [], "normalizer": None,
+         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None,
+         "decoder": {"type": "ByteFallback"},
+         "model": {"type": "WordLevel", "vocab": vocabulary | extra, "unk_token": "a"}}
+    )  # fmt: skip
+    config = configs.of_run(workdir)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text(written({"import": 9}))
+    found = lambda config: weights.tokenizer(tmp_path, config).fingerprint
+    imported = tokenizers.load(str(tmp_path / "hf" / "tokenizer.json")).fingerprint
+    assert found(config) == imported
+    assert found(config.replace(init_from="elsewhere")) == "bytes"  # trained from one, on data of its own
+    (tmp_path / "tokenizer.json").write_text(written({"own": 9}))
+    assert found(config) not in (imported, "bytes")
+    (tmp_path / "tokenizer.json").write_text(written({"far": 300}))
+    with pytest.raises(ConfigError, match="ids, the model 260"):
+        found(config)
+
+
+def test_names_from_outside_are_text(tmp_path):
+    results = {"a@8": {"task": "$_{x$[/b]", "length": 8, "accuracy": 0.5, "low": 0.4, "high": 0.6,
+                       "chance": None, "samples": 3}}  # fmt: skip
+    shown = Console(width=120, record=True, file=io.StringIO())
+    shown.print(report.table(results, "run [/b] \x1b[31m $_{x$"))
+    text = shown.export_text()
+    assert "[/b]" in text and "\x1b" not in text.replace("\\x1b", "")
+    report.plot(results, "run [/b] $_{x$", tmp_path / "x.png")
+
+
+def test_the_bar_over_all_knows_the_end():
+    bars = command.progress(Console(file=io.StringIO()))
+    todo = [(Chosen(), setting) for setting in plan().settings(Chosen())]
+    watch = command.watcher(bars, todo)
+    assert bars.tasks[0].total == 4 * (8 + 16)
+    watch("chosen@8", 4)(3)  # the last sample is missing
+    assert bars.tasks[0].completed == 24
+    watch("chosen@16", 4)(4)
+    assert bars.tasks[0].finished and [task.description for task in bars.tasks] == ["all", "chosen@16"]
+
+
+def test_help_of_the_harness_needs_no_extra(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "eval.harnessed", raising=False)
+    monkeypatch.delattr("eval.harnessed", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        harness.main(["--help"])
+    assert "--include_path" in capsys.readouterr().out
+    assert harness.main(["--workdir=x", "--tasks=y"]) == 2
+    said = capsys.readouterr().err
+    assert "needs the package lm_eval" in said and "pip install" in said and said.count("\n") == 1
+
+
+def test_what_the_harness_reports_becomes_json():
+    given = {"acc": float("nan"), 3: (1, float("inf")), "n": np.float32(0.5), "f": len}
+    plain = harness.plain(given)
+    assert plain["acc"] is None and plain["3"] == [1, None]
+    json.dumps(plain, allow_nan=False)
 
 
 def test_picture_of_many_tasks(tmp_path):

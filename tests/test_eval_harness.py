@@ -1,6 +1,8 @@
 """lm-evaluation-harness on a run, with local data: multiple choice, rolling and generative."""
 
+import dataclasses
 import json
+import logging
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ pytest.importorskip("lm_eval", reason="needs the eval extra")
 
 from lm_eval.api.instance import Instance
 
-from eval import harness, subject
+from eval import harnessed as harness
+from eval import subject
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.data import tokenizer
@@ -123,3 +126,37 @@ def test_long_texts_go_in_windows(tested):
     long = model.loglikelihood([request("loglikelihood", text, " key")], disable_tqdm=True)
     short = tested.log_likelihoods([(ids[-13:], list(b" key"))])
     assert long[0][0] == pytest.approx(short[0][0], rel=1e-5)  # 16 inputs, 4 of which predict
+
+
+def writes(model, texts, **settings):
+    return model.generate_until(
+        [request("generate_until", text, {"until": [], **settings}) for text in texts]
+    )
+
+
+def test_what_leaves_no_room_for_the_prompt(tested, caplog):
+    """Cut at the beginning as the harness does, said once; refused where nothing is left."""
+    model, text = harness.HybridLM(tested, max_length=16), "the gate, the state"
+    with caplog.at_level(logging.WARNING):
+        short = writes(model, [text, text[-6:]], max_gen_toks=10)
+        writes(model, [text], max_gen_toks=10)
+    assert short[0] == short[1]  # the last six tokens are all that is seen
+    assert [record.getMessage().startswith("1 of 2 prompts are cut") for record in caplog.records] == [True]
+    with pytest.raises(ConfigError, match="max_gen_toks = 16: must be less than the 16 tokens"):
+        writes(model, [text], max_gen_toks=16)
+
+
+def test_an_empty_stop_string_stops_nothing(tested):
+    model = harness.HybridLM(tested)
+    assert writes(model, ["state "], until=[""], max_gen_toks=4) == writes(model, ["state "], max_gen_toks=4)
+    assert writes(model, ["state "], until=["", "~"], max_gen_toks=4)[0]
+
+
+def test_sampled_repeats_differ_and_do_not_depend_on_batches(tested):
+    settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    few = harness.HybridLM(dataclasses.replace(tested, batch_tokens=3 * 72))
+    texts = ["the gate "] * 16 + ["a key "]
+    written = writes(few, texts, **settings)
+    assert len(set(written[:16])) == 16
+    assert writes(harness.HybridLM(tested), texts, **settings) == written  # one batch
+    assert writes(few, texts[::-1], **settings)[0] == written[16]  # nor on what else is asked

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import re
 
 import numpy as np
@@ -161,7 +162,8 @@ def test_haystack_of_the_users(tmp_path):
     task = PROMPTED["niah_single_2"]
     prompt = task.samples(BYTES, base.Setting(1024, 1, 0, loaded))[0].prompt
     assert prompt.count("A tale.") > 5
-    for name in ("missing.txt", ""):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("missing.txt", "", "pipe"):
         (tmp_path / "empty.txt").write_text(" ")
         with pytest.raises(ConfigError):
             haystack.load(str(tmp_path / (name or "empty.txt")))
@@ -246,7 +248,15 @@ def test_the_window_is_laid_around_the_answer():
 def test_natural_refusals(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         NATURAL["nq"].docs(str(tmp_path))
-    (tmp_path / "nq.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(ConfigError, match="no field 'context'"):
-        NATURAL["nq"].docs(str(tmp_path))
+    for line, said in (
+        ('{"question": "?", "answers": ["x"]}', "context is missing"),
+        ('{"question": "?", "answers": ["x"], "context": 3}', "context must be a text"),
+        ('{"question": " ", "answers": ["x"], "context": "c"}', "question is empty"),
+        ('{"question": "?", "answers": "x", "context": "c"}', "answers must be a list"),
+        ("[" * 5000, "nested more than"),
+        ("[]", "must be an object"),
+    ):
+        (tmp_path / "nq.jsonl").write_text(f"\n{line}\n")
+        with pytest.raises(ConfigError, match=rf"nq\.jsonl:2.*{said}"):
+            NATURAL["nq"].docs(str(tmp_path))
     assert not NATURAL["fda"].usable({"text": "x", "key": "k", "value": "long"})

@@ -1,12 +1,14 @@
 import io
 import json
 import logging
+import math
 import re
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 from rich.console import Console
@@ -53,16 +55,76 @@ def test_a_new_run_starts_an_empty_file(tmp_path):
     assert [record["step"] for record in logbook.read(tmp_path / "metrics.jsonl")] == [5]
 
 
-def test_numbers_that_json_does_not_have_are_refused(tmp_path):
-    with pytest.raises(ValueError), logbook.Logbook(tmp_path, config(), start=0) as book:
-        book.write(1, line(loss=float("nan")))
+def test_what_json_does_not_have_is_null_or_text():
+    given = {"loss": np.float32(2), "val_loss": math.nan, "x": math.inf, "sample": "a\udcff", "odd": [1, {}]}
+    values, lost = logbook.recordable(given)
+    assert values == {"loss": 2.0, "val_loss": None, "x": None, "sample": "a\\udcff", "odd": "[1, {}]"}
+    assert lost == ["val_loss", "x"]
 
 
-def test_full_disk_is_a_run_error(tmp_path):
+def test_a_null_is_not_there_when_read(tmp_path):
+    with logbook.Logbook(tmp_path, config(), start=0) as book:
+        book.write(1, line(val_loss=None))
+    assert '"val_loss": null' in (tmp_path / "metrics.jsonl").read_text()
+    assert logbook.read(tmp_path / "metrics.jsonl") == [{"step": 1} | line()]
+
+
+def test_lines_wait_for_a_full_disk(tmp_path, monkeypatch):
+    """Half a line is taken back; all are written, in order, when there is room again."""
+    with logbook.Logbook(tmp_path, config(), start=0) as book:
+        book.write(1, line())
+        real = book.file
+        book.file = SimpleNamespace(
+            write=lambda text: real.write(text[:9]), fileno=real.fileno, close=real.close
+        )
+        assert "No space left" in book.write(2, line())
+        assert book.write(3, line()) == ""  # said once
+        assert [one["step"] for one in logbook.read(tmp_path / "metrics.jsonl")] == [1]
+        book.file = real
+        assert book.write(4, line()) == ""
+    assert [one["step"] for one in logbook.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_lines_that_never_fit_are_an_error_at_the_end(tmp_path):
     book = logbook.Logbook(tmp_path, config(), start=0)
     book.path = Path("/dev/full")
-    with pytest.raises(RunError, match="cannot be written at step 3: No space left"), book:
+    with pytest.raises(RunError, match="2 lines could not be written: No space left"), book:
         book.write(3, line())
+        book.write(4, line())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\0" * 30, b"\xff\xfe", b"[]", b'{"loss": 1}', b'{"step": "x"}', b"[" * 9999, b'{"step": 1, "step": 2}',
+     b'{"step": -1}', b'{"step": 99999999999999999999}', b"null", b'{"step": 20, "sample": "\\ud800"}'],
+)  # fmt: skip
+def test_damaged_lines_are_set_aside_and_named(tmp_path, damage, caplog):
+    """In the middle and at the end; the others stay as they are."""
+    write(tmp_path, [10, 20, 30, 40])
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + damage + b"\n" + b"".join(lines[2:]) + b"\xff\n" + b'{"step": 50')
+    assert [one["step"] for one in logbook.read(path)] == [10, 30, 40]
+    write(tmp_path, [40], start=30)
+    assert path.read_bytes() == lines[0] + lines[2] + lines[3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n\xff\n"
+    assert "damaged lines set aside in metrics.jsonl.damaged: 2, 5" in caplog.text
+
+
+def test_a_bar_that_cannot_be_shown_ends_nothing(tmp_path, monkeypatch, caplog):
+    """rich leaves by SystemExit when the reader of a pipe is gone."""
+    for error in (SystemExit(1), OSError(28, "full"), UnicodeEncodeError("ascii", "x", 0, 1, "no")):
+        monkeypatch.setattr(logbook.Bar, "_show", lambda *_, error=error: (_ for _ in ()).throw(error))
+        write(tmp_path, [1, 2])
+    assert caplog.text.count("showing failed") == 6
+    assert len(logbook.read(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_damaged_id_of_wandb_is_replaced(tmp_path):
+    for damage in (b"", b"\0" * 8, b"../x"):
+        (tmp_path / "wandb_id").write_bytes(damage)
+        first = logbook.run_id(tmp_path)
+        assert first.isalnum() and logbook.run_id(tmp_path) == first
 
 
 def test_plain_output_is_few_lines(tmp_path, capsys):
@@ -167,4 +229,4 @@ def test_a_terminal_gets_a_bar_with_numbers_and_an_estimate(tmp_path, monkeypatc
         book.write(50, line(bits_per_byte=2.0, sample="def \x1b[31mf"))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
     assert re.search(r"50/100 loss 1\.0000  bits/byte 2\.000  tokens/s 10 \d:\d\d:\d\d", shown)
-    assert "def \N{REPLACEMENT CHARACTER}[31mf" in shown  # a sample cannot steer the terminal
+    assert "def \\x1b[31mf" in shown  # a sample cannot steer the terminal

@@ -131,6 +131,28 @@ def test_values_and_gradients(case, monkeypatch):
             close(got[name], value, tolerance, f"gradient of {name}")
 
 
+def test_delta_product_is_its_equations():
+    """Without a decay, step by step in float64; heads of k, v and beta in order of the steps."""
+    length, steps, heads, key, value = 5, 2, 2, 3, 4
+    draw = lambda seed, *shape: np.random.default_rng(seed).normal(size=(length, *shape))
+    q, k, v = draw(0, heads, key), draw(1, steps, heads, key), draw(2, steps, heads, value)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    beta = 2 / (1 + np.exp(-draw(3, steps, heads)))
+    S, o = np.zeros((heads, key, value)), []
+    for t in range(length):
+        for j in range(steps):
+            error = v[t, j] - np.einsum("hkv,hk->hv", S, k[t, j])
+            S = S + beta[t, j, :, None, None] * k[t, j, :, :, None] * error[:, None]
+        o.append(np.einsum("hkv,hk->hv", S, q[t]) / np.sqrt(key))
+    flat = lambda x: jnp.asarray(x.reshape(1, length, steps * heads, *x.shape[3:]), jnp.float32)
+    inputs = Inputs(jnp.asarray(q[None], jnp.float32), flat(k), flat(v), None, flat(beta))
+    rows, zeros = single_document(1, length), jnp.zeros((1, heads, key, value))
+    run = jax.jit(lambda inputs: product(inputs, steps, rows, zeros, qk_l2norm=False))
+    got, state = run(inputs)
+    close(got[0], np.stack(o), 1e-5, "o")
+    close(state[0], S, 1e-5, "state")
+
+
 def test_lightning_slopes():
     for case in ("minimax_layer3of8", "fla_layer3of8"):
         g = np.load(GOLDEN / "lightning" / f"{case}.npz")["g"]

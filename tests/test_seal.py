@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from hybridlm.errors import RunError
-from hybridlm.run import checkpoint, seal
+from hybridlm.run import seal, sound
 from hybridlm.run.checkpoint import Checkpoints
 from tests.test_checkpoint import record, shapes, state
 
@@ -46,17 +46,17 @@ def test_every_flipped_bit_every_cut_and_every_missing_file_is_seen(saved, tmp_p
             shutil.copytree(saved / "5", copy)
             harm(copy / path.relative_to(saved / "5"))
             if path.name == seal.NAME and not (copy / seal.NAME).exists():
-                assert checkpoint.damage(copy) is None  # the data are whole: read instead
+                assert sound.damage(copy) is None  # the data are whole: read instead
             else:
-                assert checkpoint.damage(copy), path
+                assert sound.damage(copy), path
             shutil.rmtree(copy)
-    assert checkpoint.damage(saved / "5") is None
+    assert sound.damage(saved / "5") is None
 
 
 def test_the_newest_sound_checkpoint_is_found_and_nothing_is_deleted(saved, caplog):
     broken = next(path for path in files(saved / "5") if "/d/" in str(path))
     flip(broken)
-    checkpoint.mend(saved)
+    sound.mend(saved)
     with Checkpoints(saved) as saves:
         assert saves.steps() == [3]
         saves.save(5, state(5) | {"opt_state": state(5)["params"]}, record(5))  # its place is free again
@@ -69,17 +69,17 @@ def test_without_a_sound_checkpoint_nothing_is_touched(saved):
     for step in ("3", "5"):
         shutil.rmtree(saved / step / "params")
     with pytest.raises(RunError, match=r"no checkpoint is sound \(5: params.* missing; 3: .* missing\)"):
-        checkpoint.mend(saved)
+        sound.mend(saved)
     assert {path.name for path in saved.iterdir()} == {"3", "5"}
 
 
-@pytest.mark.parametrize("item", checkpoint.ITEMS)
+@pytest.mark.parametrize("item", sound.ITEMS)
 def test_checkpoints_of_older_versions_are_read_whole(saved, item):
     (saved / "5" / seal.NAME).unlink()
-    assert checkpoint.damage(saved / "5") is None
+    assert sound.damage(saved / "5") is None
     for path in files(saved / "5" / item):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert checkpoint.damage(saved / "5")
+    assert sound.damage(saved / "5")
 
 
 def test_damage_is_found_on_every_way_of_reading(saved):

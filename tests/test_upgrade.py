@@ -39,8 +39,8 @@ def test_an_upgraded_run_goes_on_as_it_would_have(old: Path) -> None:
     got = logbook.read(old / "metrics.jsonl")
     assert [line["step"] for line in got] == list(range(1, 9))
     for before, after in zip(want[4:], got[4:], strict=True):
-        for name in ("loss", "grad_norm", "learning_rate"):
-            assert after[name] == pytest.approx(before[name], rel=1e-5), (before["step"], name)
+        for name, rel in (("loss", 1e-5), ("grad_norm", 1e-3), ("learning_rate", 1e-6)):  # one norm is 64
+            assert after[name] == pytest.approx(before[name], rel=rel), (before["step"], name)
 
 
 def test_a_killed_upgrade_goes_on(old: Path) -> None:

@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable
 
-from eval.tasks import labelled, natural, passkey, ruler
+from eval.tasks import labelled, natural, passkey, ruler, sessions
 from eval.tasks.base import Setting, Task
 from hybridlm.errors import ConfigError, nearest
 
 __all__ = ["SUITES", "TASKS", "Setting", "Task", "choose"]
 
 TASKS: dict[str, Task] = {
-    task.name: task for family in (passkey, ruler, natural, labelled) for task in family.TASKS
+    task.name: task for family in (passkey, ruler, sessions, natural, labelled) for task in family.TASKS
 }
 
 SUITES: dict[str, tuple[str, ...]] = {
     "recall": tuple(task.name for family in (passkey, ruler) for task in family.TASKS),
     "ruler": tuple(task.name for task in ruler.TASKS),
+    "sessions": tuple(task.name for task in sessions.TASKS),
     "natural": tuple(task.name for task in natural.TASKS),
     "synthetic": tuple(task.name for task in labelled.TASKS),
 }

@@ -34,6 +34,9 @@ class Task(Protocol):
     name: as on the command line.  source: where the definition is.  about: what is asked, in a line.
     lengths: context lengths that are measured if none are named.
     text: whether it needs a tokenizer.
+
+    A task whose samples depend on more than the setting, the tokenizer and the task itself has a method
+    ``examples(subject)``, a text that tells what.
     """
 
     name: str

@@ -14,7 +14,7 @@ import numpy as np
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting
 from hybridlm import data
-from hybridlm.data import copying, mad, mixture, state_tracking
+from hybridlm.data import copying, joint_recall, mad, mixture, state_tracking
 from hybridlm.fields import plain
 
 Settings = Mapping[str, Any]
@@ -44,6 +44,14 @@ class LabelTask:
             k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples", "weight")
         }
         return {**kept, **self.settings, "val_examples": samples}
+
+    def examples(self, subject: Subject) -> str:
+        """The settings of the data and the ids that they are drawn from."""
+        whole = plain(data.settings(self.data_config(subject.config.data, 1)))
+        decisive = {
+            n: v for n, v in sorted(whole.items()) if n not in ("val_examples", "train_examples", "weight")
+        }
+        return f"{subject.definition.vocab_size} ids, {decisive}"
 
     def chance(self, subject: Subject, setting: Setting) -> float | None:
         config = self.data_config(subject.config.data, 1)
@@ -108,6 +116,15 @@ TASKS = [
             (max(64, 4 * pairs),),
         )
         for pairs in (4, 8, 16, 32, 64, 128, 256)
+    ),
+    *(
+        LabelTask(
+            f"joint_recall_{size}", "HAX, arXiv 2507.00449",
+            f"values of {size} keys in each of {size} contexts",
+            {"kind": "joint_recall", "contexts": size, "keys": size},
+            lambda settings, vocab: joint_recall.IDS, (joint_recall.length(size, size),),
+        )
+        for size in (5, 8, 16)
     ),
     *(
         LabelTask(

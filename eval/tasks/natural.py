@@ -10,7 +10,6 @@ The window: a document is cut to the tokens around its answer, so scores depend 
 """
 
 import dataclasses
-import json
 import random
 import re
 from collections.abc import Callable
@@ -21,11 +20,13 @@ import numpy as np
 
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting, any_contained
+from hybridlm import untrusted
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, RunError
 
 Doc = dict[str, Any]
 MAX_NEW_TOKENS = 48
+ANSWERS = {"answers": [str]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,12 @@ class NaturalTask:
     lengths: tuple[int, ...] = (2048,)
     source: str = "Based and JRT, arXiv 2402.18668, 2407.05483"
     text: bool = True
+
+    @property
+    def asked(self) -> str:
+        """The field that the question is made of, "" for none."""
+        names: dict[Any, str] = {_key_value: "key", _asked: "question"}
+        return names.get(self.question, "")
 
     def chance(self, subject: Subject, setting: Setting) -> float | None:
         return None
@@ -70,7 +77,7 @@ class NaturalTask:
 
     def docs(self, data_dir: str) -> list[Doc]:
         if data_dir:
-            return read(Path(data_dir).expanduser() / f"{self.name}.jsonl", (self.document, *self.centre))
+            return read(Path(data_dir).expanduser() / f"{self.name}.jsonl", self)
         try:
             import datasets
         except ImportError as error:
@@ -83,16 +90,23 @@ class NaturalTask:
             raise RunError(f"{self.dataset} could not be loaded: {error}. {hint}") from error
 
 
-def read(path: Path, fields: tuple[str, ...]) -> list[Doc]:
-    """The objects of a JSON Lines file, which must have ``fields``."""
-    try:
-        docs = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ConfigError("--data_dir", str(path), f"cannot be read ({error})") from error
-    for number, doc in enumerate(docs, 1):
-        for field in fields:
-            if field not in doc:
-                raise ConfigError("--data_dir", f"{path}:{number}", f"has no field {field!r}")
+def read(path: Path, task: "NaturalTask") -> list[Doc]:
+    """The objects of a JSON Lines file, which must have the fields that ``task`` reads, as texts or lists."""
+    lines = untrusted.read_bytes(path, "--data_dir").splitlines()
+    docs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            doc = untrusted.parse(line)
+            untrusted.check_shape(doc, {task.document: str} | {f: (str, [str]) for f in task.centre})
+            untrusted.check_shape(doc, ANSWERS if "value" not in doc else {"value": str})
+            untrusted.check_shape(doc, {task.asked: str} if task.asked else dict)
+            if task.asked and not doc[task.asked].strip():
+                raise ValueError(f"{task.asked} is empty")
+        except ValueError as error:
+            raise ConfigError("--data_dir", f"{path}:{number}", f"cannot be used: {error}") from error
+        docs.append(doc)
     return docs
 
 

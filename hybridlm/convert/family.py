@@ -87,12 +87,12 @@ class Family:
 
 def kinds(format: str) -> dict[str, tuple[str, Format[Any]]]:
     """layer_type -> (kind, Format) of the mixers that a format has."""
-    known = {kind: mixers.load(kind).public.get(format) for kind in mixers.kinds()}
+    known = {kind: mixers.public(kind).get(format) for kind in mixers.kinds()}
     return {one.layer_type: (kind, one) for kind, one in known.items() if one}
 
 
 def mixer_format(spec: Spec, format: str) -> Format[Any]:
-    found = mixers.load(spec.kind).public.get(format)
+    found = mixers.public(spec.kind).get(format)
     if found is None:
         raise Unsayable("model.pattern", spec.name, f"has no layer of kind {spec.kind}")
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.data import copying, mad, mixture, mqar, shards, stack, state_tracking, text
+from hybridlm.data import copying, joint_recall, mad, mixture, mqar, shards, stack, state_tracking, text
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Batch, Config, Source, View, empty_rows
 from hybridlm.errors import ConfigError, RunError, nearest
@@ -20,6 +20,7 @@ KINDS: dict[str, Any] = {  # modules: Config, open_source
     "shards": shards,
     "mqar": mqar,
     "copying": copying,
+    "joint_recall": joint_recall,
     "stack": stack,
     "mad": mad,
     "state_tracking": state_tracking,

@@ -111,6 +111,11 @@ def load(kind: str) -> type[TokenMixer]:
     return _kinds.load(sys.modules[__name__], kind, "Mixer")
 
 
+def public(kind: str) -> Mapping[str, Format[Any]]:
+    """The public formats that ``kind`` names itself: a class below another's computes something else."""
+    return vars(load(kind)).get("public", {})
+
+
 def config_class(kind: str) -> type[Config]:
     return load(kind).config_class
 

@@ -11,8 +11,8 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from hybridlm import trees
+from hybridlm import trees, untrusted
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.run import seal
+from hybridlm.run import seal, sound
+from hybridlm.run.sound import COMMITTED, HALF_WRITTEN
 
 log = logging.getLogger("hybridlm")
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack traces, what it also raises
@@ -32,9 +33,6 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with stack t
 State = dict[str, Any]
 
 FORMAT = 2  # in the record: parameters by layer (1, without a number: stacked, hybridlm 0.1.0)
-ITEMS = ("params", "opt_state", "step", "run")  # of a training state
-COMMITTED = "commit_success.txt"  # to Orbax a directory without it is no checkpoint
-HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 CHUNK_BYTES = 1 << 25  # on disk, of arrays that are written in pieces
 COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own
 
@@ -50,6 +48,7 @@ FIXED = (
     "optimizer.name",
     "optimizer.freeze",
 )
+PATTERN, SHOWN = "model.pattern", 8  # of the differences
 FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state
 
 
@@ -96,6 +95,7 @@ class Checkpoints:
             preservation_policy=self.keep,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
+        self.names: dict[str, set[str]] = {}
         with translated(self.directory, "checkpoints cannot be kept there"):
             self.manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -120,7 +120,9 @@ class Checkpoints:
                 f"checkpoint at step {step} needs {need:,} bytes but {self.directory} has {free:,} free;"
                 f" {self._intact()}. Free space and start again with --resume=auto."
             )
-        items = {name: ocp.args.StandardSave(trees.flatten(tree)) for name, tree in state.items()}
+        flat = {name: trees.flatten(tree) for name, tree in state.items()}
+        self.names = {name: set(tree) for name, tree in flat.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in flat.items()}
         args = ocp.args.Composite(**items, run=ocp.args.JsonSave(record))
         with translated(
             self.directory,
@@ -153,6 +155,7 @@ class Checkpoints:
         like: tree of float32 shapes.
         Orbax gets a number in place of each array, since it would write them all at once.
         """
+        sound.check_place(self.directory)
         self.filling = step
         leaves = trees.flatten(like)
         numbers = {name: np.zeros((), np.float32) for name in leaves}
@@ -222,16 +225,16 @@ class Checkpoints:
         """Called by Orbax when all files of a save are written and the directory has not got its name yet."""
         for written in self.directory.glob(HALF_WRITTEN):
             for mark in written.glob(f"*/{COMMITTED}"):
-                mark.write_text("committed\n")
+                os.truncate(mark, 0)
             if self.filling is None:
+                sound.prove(written, self.names)
                 seal.write(written)
 
     def _clear_marks(self) -> None:
         """Orbax writes the path of a checkpoint into it, and with it the user's name; it reads it nowhere."""
         for mark in self._marks() if jax.process_index() == 0 else ():
             with contextlib.suppress(FileNotFoundError):  # its checkpoint is being removed
-                if mark.stat().st_size > len("committed\n"):
-                    mark.write_text("committed\n")
+                os.truncate(mark, 0)
 
     def _marks(self) -> list[Path]:
         """Of complete checkpoints; one being written may have its mark already, under a name of its own."""
@@ -243,7 +246,7 @@ class Checkpoints:
             return
         path = self.directory / str(step)
         with translated(path, "unreadable checkpoint", lambda: self._without(step)):
-            problem = seal.damage(path)
+            problem = seal.damage(path) or sound.misnamed(path)
         if problem:
             raise RunError(f"{path}: damaged checkpoint: {problem}; {self._without(step)}.")
         self.sound.add(step)
@@ -279,67 +282,6 @@ class translated:
             raise RunError(message + (f"; {self.hint()}" if self.hint else "") + ".") from error
 
 
-def mend(directory: Path) -> None:
-    """Makes the newest checkpoint a sound one: for the run that owns ``directory``, before it opens it.
-
-    Removes what a killed save left. Moves damaged checkpoints newer than the newest sound one to ``damaged``
-    beside ``directory``, so that training can come to their steps again; nothing is deleted. RunError when
-    there are checkpoints and none is sound; then nothing is moved.
-    """
-    for half_written in directory.glob(HALF_WRITTEN):
-        shutil.rmtree(half_written)
-    found = sorted((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), reverse=True)
-    damaged: dict[int, str] = {}
-    for step in found:
-        problem = damage(directory / str(step))
-        if problem is None:
-            break
-        damaged[step] = problem
-    listed = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
-    if damaged and len(damaged) == len(found):
-        fix = "Bring one back from a copy, or start anew in another --workdir."
-        raise RunError(f"{directory}: no checkpoint is sound ({listed}). {fix}")
-    for step in damaged:
-        aside = directory.parent / "damaged" / f"{step}-{time.time_ns()}"
-        aside.parent.mkdir(exist_ok=True)
-        (directory / str(step)).rename(aside)
-    if damaged:
-        log.error("%s: passed over damaged checkpoints, now in damaged/ (%s)", directory, listed)
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint of a training state at ``path``, in words; None if it is sound.
-
-    One without a seal (written by an older version) is read whole instead, which finds what is missing or
-    cut short but not every flipped bit.
-    """
-    try:
-        if problem := seal.damage(path):
-            return problem
-        json.loads((path / "_CHECKPOINT_METADATA").read_bytes())
-        if not (path / COMMITTED).exists():
-            return f"{COMMITTED} is missing"
-        if not (path / seal.NAME).exists():
-            log.info("%s: has no %s; reading it whole", path, seal.NAME)
-            for item in ITEMS:
-                if not (path / item).is_dir():
-                    return f"{item} is missing"
-            _read_whole(path)
-    except Exception as error:  # tensorstore, JSON and the file system raise all kinds
-        return str(error).splitlines()[0]
-    return None
-
-
-def _read_whole(path: Path) -> None:
-    json.loads((path / "run" / "metadata").read_bytes())
-    for item in ITEMS[:-1]:
-        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path / item}/"}}
-        keys = tensorstore.KvStore.open(base).result().list().result()
-        for name in (key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")):
-            spec = {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
-            tensorstore.open(spec, open=True, read=True).result().read().result()
-
-
 def choose(mode: str, checkpoints: Checkpoints) -> int | None:
     """The step to resume from, or None to start anew.
 
@@ -372,11 +314,17 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
     if "data.fingerprint" in refused:
         refused += [name for name in changed if _under(name, ("data",)) and name not in refused]
     show = lambda name: f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
+    if PATTERN in refused:  # most other differences follow from it, and none is what was meant
+        problem = f"this workdir holds a run of another pattern, {before.get(PATTERN, 'absent')!r}"
+        fix = "\nGive another --workdir to start anew, or the old pattern to go on."
+        raise ConfigError(PATTERN, after.get(PATTERN, "absent"), problem, fix)
     if refused:
+        shown = list(map(show, refused[:SHOWN]))
+        shown += [f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else []
         raise ConfigError(
             refused[0],
             after.get(refused[0], "absent"),
-            "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(map(show, refused)),
+            "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(shown),
             "Restore the old values, or start anew in another --workdir.",
         )
     for name in changed:
@@ -389,7 +337,7 @@ def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {
             k: v for name, sub in tree.items() for k, v in dotted(sub, f"{prefix}.{name}".lstrip(".")).items()
         }
-    return {prefix: json.loads(json.dumps(tree))}
+    return {prefix: untrusted.parse(json.dumps(tree))}
 
 
 def _under(name: str, prefixes: tuple[str, ...]) -> bool:

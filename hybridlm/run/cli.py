@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped
-from hybridlm.run import private, processes
+from hybridlm.run import private, processes, show
 
 
 def run(body: Callable[[], int | None], interrupted: str = "") -> int:
@@ -19,6 +19,7 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
     interrupted: what to tell a user who pressed Ctrl-C. Only an error of the program shows a traceback.
     """
     code, message = 0, ""
+    show.steady()
     ignore_abandoned_writes()
     try:
         code = body() or 0
@@ -32,12 +33,17 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
         code, message = 130, ": ".join(filter(None, ["interrupted", interrupted]))
     except Exception as error:
         processes.await_verdict()  # the death of another process of this run may explain it
-        traceback.print_exc()
+        say(traceback.format_exc().rstrip("\n"))
         code, message = 1, f"error: {type(error).__name__}: {error}"
     if message:
-        print(untrusted.terminal(private.hide(message), lines=True), file=sys.stderr, flush=True)
+        say(message)
     processes.leave(code, private.hide(message))
     return code
+
+
+def say(text: str) -> None:
+    """``text`` on stderr, without what names the user or steers a terminal."""
+    print(untrusted.terminal(private.hide(text), lines=True), file=sys.stderr, flush=True)
 
 
 def ignore_abandoned_writes() -> None:

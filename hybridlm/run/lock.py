@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
 
 log = logging.getLogger("hybridlm")
@@ -109,7 +110,7 @@ class Lock:
     def _read(self) -> dict:
         """The owner in the file; {} when there is none. Opened anew, as network file systems want it."""
         try:
-            owner = json.loads(self.path.read_bytes() or b"{}")
+            owner = untrusted.parse(self.path.read_bytes() or b"{}")
         except (OSError, ValueError):
             return {"host": "?", "pid": 0}  # half-written, or gone: someone else's, until it stops changing
         return owner if isinstance(owner, dict) else {"host": "?", "pid": 0}

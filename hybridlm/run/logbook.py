@@ -5,13 +5,15 @@ never fail the run. On resumption the file is cut back to the checkpoint's step,
 those of a run that was never interrupted.
 """
 
+import contextlib
 import json
 import logging
 import math
 import netrc
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hybridlm import config as configs
+from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
 
@@ -36,34 +39,68 @@ PRIVATE = {"x_disable_meta": True, "disable_git": True, "program": "train.py", "
 Metrics = dict[str, Any]
 
 
+def split(path: Path) -> tuple[list[tuple[bytes, Metrics]], dict[int, bytes]]:
+    """The lines of ``path`` that are objects with a step, as they stand there and read; and the others.
+
+    The others by their number from 1, without a last one cut short by a kill. A number that was not finite is
+    null in the file, and missing from what is read.
+    """
+    good: list[tuple[bytes, Metrics]] = []
+    damaged: dict[int, bytes] = {}
+    content = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            record = untrusted.parse(line)
+            untrusted.check_shape(record, {"step": untrusted.NATURAL})
+        except ValueError:
+            if line.endswith(b"\n"):
+                damaged[number] = line
+            continue
+        whole = line if line.endswith(b"\n") else line + b"\n"
+        good.append((whole, {name: value for name, value in record.items() if value is not None}))
+    return good, damaged
+
+
 def read(path: Path) -> list[Metrics]:
-    """The objects in ``path``, [] when it is missing; reading ends at the first line cut short by a kill."""
-    records: list[Metrics] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
+    """The objects in ``path``, [] when it is missing; lines that are none are left out."""
+    return [record for _, record in split(path)[0]]
 
 
 def truncate(path: Path, step: int) -> list[Metrics]:
-    """Drops every object after ``step`` from ``path``, in one atomic replacement; returns those that stay."""
-    records = read(path)
-    kept = [record for record in records if record["step"] <= step]
+    """Drops every object after ``step`` from ``path``, in one atomic replacement; returns those that stay.
+
+    Damaged lines are named and go to ``<name>.damaged`` beside it.
+    """
+    good, damaged = split(path)
+    kept = [(line, record) for line, record in good if record["step"] <= step]
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        before = aside.read_bytes() if aside.exists() else b""
+        untrusted.write_bytes(aside, before + b"".join(damaged.values()))
+        numbers = ", ".join(map(str, list(damaged)[:10])) + (" ..." if len(damaged) > 10 else "")
+        log.error("%s: damaged lines set aside in %s: %s", path, aside.name, numbers)
     if path.exists():
-        if len(kept) < len(records):
-            log.info(
-                "%s: dropped %d lines after step %d, to be computed again",
-                path,
-                len(records) - len(kept),
-                step,
-            )
-        whole = path.with_suffix(".tmp")
-        whole.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(whole, path)
-    return kept
+        if lost := len(good) - len(kept):
+            log.info("%s: dropped %d lines after step %d, to be computed again", path, lost, step)
+        untrusted.write_bytes(path, b"".join(line for line, _ in kept))
+    return [record for _, record in kept]
+
+
+def recordable(metrics: Mapping[str, Any]) -> tuple[Metrics, list[str]]:
+    """``metrics`` as JSON has them, and the names of those that are not finite, which are None there.
+
+    Other numbers than Python's become Python's, and whatever is neither number nor text its text.
+    """
+    values: Metrics = {}
+    for name, value in metrics.items():
+        try:
+            plain = value if type(value) in (int, float, str) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            plain = str(value)
+        if isinstance(plain, str):  # half a surrogate pair has no UTF-8
+            plain = plain.encode("utf-8", "backslashreplace").decode()
+        values[name] = None if isinstance(plain, float) and not math.isfinite(plain) else plain
+    return values, [name for name, value in values.items() if value is None]
 
 
 class Logbook:
@@ -72,6 +109,7 @@ class Logbook:
     config: the whole config; ``log`` says where to, ``train.steps`` when it ends.
     start: the step resumed from; 0 for a new run.
     kept: the lines up to there.  last: the step of the newest of them.
+    waiting: lines that the disk refused, in order; they are tried again with every next one.
     """
 
     def __init__(self, workdir: Path, config: Config, *, start: int):
@@ -81,6 +119,8 @@ class Logbook:
         self.tracker = Tracker(workdir, config, "disabled" if not first else config.log.wandb_mode)
         self.kept = truncate(self.path, start) if first else []
         self.last = self.kept[-1]["step"] if self.kept else 0
+        self.waiting: list[bytes] = []
+        self.refused = ""
 
     def __enter__(self) -> "Logbook":
         self.file = self.path.open("ab", buffering=0)  # a line is on its way when `write` returns
@@ -88,22 +128,44 @@ class Logbook:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._flush()
         self.bar.close()
         self.file.close()
         self.tracker.close(failed=error is not None)
+        if self.waiting:
+            problem = f"{self.path}: {len(self.waiting)} lines could not be written: {self.refused}."
+            log.error("%s", problem)
+            if error is None:
+                raise RunError(f"{problem} The checkpoints are complete.")
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line for ``step``, in the operating system's hands on return; RunError when it refuses."""
-        line = json.dumps({"step": step, **metrics}, allow_nan=False).encode() + b"\n"
-        try:
-            written = self.file.write(line)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written at step {step}: {error.strerror}.") from error
-        if written != len(line):
-            need = f"{len(line):,} bytes did not fit"
-            raise RunError(f"{self.path}: cannot be written at step {step}: the disk is full ({need}).")
-        self.tracker.log(step, metrics)
-        self.bar.show(step, metrics)
+    def write(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """One line for ``step``, in the operating system's hands on return, or waiting if it refuses.
+
+        metrics: `recordable`.  Returns why it refuses when it has just begun to, else "".
+        """
+        before = self.refused
+        self.waiting.append(json.dumps({"step": step, **metrics}, allow_nan=False).encode() + b"\n")
+        self._flush()
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.tracker.log(step, known)
+        self.bar.show(step, known)
+        return "" if before else self.refused
+
+    def _flush(self) -> None:
+        """Writes what waits, as far as the disk takes it; half a line is taken back."""
+        while self.waiting:
+            line, begin = self.waiting[0], 0
+            try:
+                begin = os.fstat(self.file.fileno()).st_size
+                written = self.file.write(line)
+                self.refused = "" if written == len(line) else "No space left on device"
+            except OSError as error:
+                self.refused = error.strerror or str(error)
+            if self.refused:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self.file.fileno(), begin)
+                return
+            del self.waiting[0]
 
 
 class Bar:
@@ -128,9 +190,15 @@ class Bar:
             self.bar.start()
 
     def close(self) -> None:
-        self.bar.stop()
+        with harmless("closing the bar"):
+            self.bar.stop()
 
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The numbers of ``step``, where they can be shown: a reader that went away ends nothing."""
+        with harmless("showing"):
+            self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
         tokens_alone = "val_accuracy" in metrics and "val_bpb" not in metrics  # a task, not text
         parts = {
             "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "not finite",
@@ -138,14 +206,14 @@ class Bar:
             "val loss": f"{metrics['val_loss']:.4f}" if "val_loss" in metrics else "",
             "val bits/byte": f"{metrics['val_bpb']:.3f}" if "val_bpb" in metrics else "",
             "val accuracy": f"{metrics['val_accuracy']:.3f}" if tokens_alone else "",
-            "tokens/s": f"{metrics['tokens_per_second']:,.0f}",
+            "tokens/s": f"{metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in metrics else "",
             "MFU": f"{metrics['mfu']:.1%}" if "mfu" in metrics else "",
         }
         numbers = "  ".join(f"{name} {value}" for name, value in parts.items() if value)
         self.bar.update(self.task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step >= self.next_plain or "val_loss" in metrics):
             self.next_plain = step + self.plain_every
-            left = f"{span((self.steps - step) * metrics['step_seconds'])} left"
+            left = f"{span((self.steps - step) * metrics.get('step_seconds', 0))} left"
             self.say(f"step {step}/{self.steps}  {numbers}  {left}")
         if "sample" in metrics and step < self.steps:  # the last one is for the summary
             self.say(printable(metrics["sample"]))
@@ -153,6 +221,15 @@ class Bar:
     def say(self, text: str) -> None:
         """Prints ``text`` as it is, above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
 
 
 class Tracker:
@@ -203,9 +280,11 @@ class Tracker:
 def run_id(workdir: Path) -> str:
     """The W&B id of the run in ``workdir``, the same after a resumption."""
     path = workdir / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text()
+    known = path.read_bytes() if path.exists() else b""
+    if not re.fullmatch(rb"[0-9a-z]{1,64}", known):  # none yet, or damaged
+        known = secrets.token_hex(4).encode()
+        untrusted.write_bytes(path, known)
+    return known.decode()
 
 
 def has_key() -> bool:
@@ -221,7 +300,7 @@ def has_key() -> bool:
 
 def printable(text: str) -> str:
     """``text`` without what could steer a terminal: a model can write any character."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return untrusted.terminal(text, lines=True)
 
 
 def span(seconds: float) -> str:

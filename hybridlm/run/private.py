@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from hybridlm import untrusted
+
 SHARED_NAMES = ("root", "user", "ubuntu")  # of nobody in particular
 
 
@@ -26,10 +28,14 @@ def reveal(text: str) -> str:
 
 
 class Filter(logging.Filter):
-    """`hide` for every line of a log."""
+    """`hide` for every line of a log, and nothing in it that steers a terminal. It cannot fail."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = hide(record.getMessage()), ()
+        try:
+            text = record.getMessage()
+        except Exception as error:
+            text = f"{record.msg} (cannot be filled in: {error})"
+        record.msg, record.args = untrusted.terminal(hide(text), lines=True), ()
         return True
 
 

@@ -2,10 +2,11 @@
 
 JAX's own service notices a dead process by missed heartbeats and then aborts the others with a stack dump. A
 socket from every process to the first notices at once when a process ends, however it does, and says which;
-the heartbeat stays for hosts that vanish without closing their sockets.
+a beat over it notices one that is stopped, and a host that vanished, before JAX does.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -21,18 +22,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import meeting
 
 log = logging.getLogger("hybridlm")
 
-HEARTBEAT_SECONDS = 40  # until a host that vanished is given up
+HEARTBEAT_SECONDS = 100  # until JAX gives up a process, which is later than `Peers` does
+BEAT_SECONDS, SILENT_SECONDS = 5.0, 60.0  # between signs of life; without one for so long a process is gone
+CONNECT_SECONDS = 60
 VERDICT_SECONDS = 20  # that a process waits, after a failed collective, to hear who is gone
 LEAVE_SECONDS = 5  # that process 0 waits for the others to end first: JAX aborts who is left without it
-AGREE_SECONDS = 120  # that a process waits for the others to say what they are about to train
+AGREE_SECONDS = 600  # that a process waits for the others to say what they are about to train
 PORT_KEY, SAME_KEY = "hybridlm/peers", "hybridlm/same"
 INTACT = "Earlier checkpoints are intact: start all processes again with --resume=auto"
 
 _peers: "Peers | None" = None
+_asked = itertools.count()  # how often `same` was, alike in every process
 
 
 def join(spec: str) -> None:
@@ -47,18 +53,26 @@ def join(spec: str) -> None:
         try:
             where, count, index = spec.split(",")
             address = {"coordinator_address": where, "num_processes": int(count), "process_id": int(index)}
-            int(where.rsplit(":", 1)[1])
+            if not (where.rpartition(":")[0] and 0 < int(where.rsplit(":", 1)[1]) < 1 << 16):
+                raise ValueError("no port")
+            if not 0 <= int(index) < int(count):
+                raise ValueError("no such process")
         except (ValueError, IndexError) as error:
-            raise ConfigError("--distributed", spec, "must be auto or HOST:PORT,COUNT,INDEX") from error
+            allowed = "must be auto or HOST:PORT,COUNT,INDEX, with INDEX from 0 to COUNT - 1"
+            raise ConfigError("--distributed", spec, allowed) from error
+        meeting.meet(where, int(count), int(index))
+        address["coordinator_bind_address"] = where  # JAX alone would listen on every interface
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the trainer
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address["heartbeat_timeout_seconds"] = HEARTBEAT_SECONDS
+    address["initialization_timeout"] = meeting.MEET_SECONDS
     try:
-        jax.distributed.initialize(**address, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(**address)
     except (ValueError, RuntimeError) as error:
         raise ConfigError("--distributed", spec, f"the processes did not meet ({error})") from error
     try:
         _peers = Peers() if jax.process_count() > 1 else None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise ConfigError("--distributed", spec, f"process 0 cannot be reached ({error})") from error
 
 
@@ -84,18 +98,24 @@ def same(what: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    client = _client()
-    client.key_value_set(f"{SAME_KEY}/{jax.process_index()}", json.dumps(dict(what)))
-    given = [
-        json.loads(client.blocking_key_value_get(f"{SAME_KEY}/{index}", AGREE_SECONDS * 1000))
-        for index in range(jax.process_count())
-    ]
+    client, key = _client(), f"{SAME_KEY}/{next(_asked)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(dict(what)))
+    given = [_said(client, key, index) for index in range(jax.process_count())]
     for index, other in enumerate(given):
         for name in sorted(given[0].keys() | other.keys()):
             ours, theirs = given[0].get(name, "absent"), other.get(name, "absent")
             if ours != theirs:
                 problem = f"is {theirs} in process {index}, and {ours} in process 0"
                 raise ConfigError(name, theirs, problem, "Start every process with the same command.")
+
+
+def _said(client: Any, key: str, index: int) -> dict[str, str]:
+    try:
+        text = client.blocking_key_value_get(f"{key}/{index}", int(AGREE_SECONDS * 1000))
+    except Exception as error:  # whatever JAX raises when nothing comes
+        what = f"process {index} has not said within {AGREE_SECONDS} s what it is about to train"
+        raise RunError(f"{what}: it is stuck, or still reading its data. {INTACT}.") from error
+    return dict(untrusted.parse(text))
 
 
 def _client() -> Any:
@@ -127,71 +147,108 @@ def await_verdict() -> None:
 class Peers:
     """One socket between process 0 and each other; lines of JSON.
 
-    {"token", "index", "who"} on joining, {"bye"} before an orderly end, {"end", "code"} for the end of all.
-    A socket that closes without "bye" is the death of its process.
+    {"token", "index", "who"} on joining, {"beat"} at times, {"bye"} before an orderly end, {"end", "code"}
+    for the end of all. A socket that closes without "bye" is the death of its process.
     """
 
     def __init__(self) -> None:
-        self.index, self.who = jax.process_index(), f"pid {os.getpid()} on {socket.gethostname()}"
+        self.index, self.who = jax.process_index(), meeting.who()
         self.sockets: dict[int, socket.socket] = {}
+        self.names: dict[int, str] = {}
+        self.heard: dict[int, float] = {}  # when, by the monotonic clock; without those that said bye
         self.listeners: list[threading.Thread] = []
         self.leaving = False
-        self.lock = threading.Lock()
+        self.lock, self.sending = threading.Lock(), threading.Lock()
         client = _client()
-        coordinator = str(jax._src.distributed.global_state.coordinator_address)
+        host = str(jax._src.distributed.global_state.coordinator_address).rsplit(":", 1)[0].strip("[]")
         if self.index == 0:
             token = secrets.token_hex(16)  # others may find the port
-            server = socket.create_server(("", 0), backlog=jax.process_count())
-            client.key_value_set(PORT_KEY, f"{server.getsockname()[1]} {token}")
-            while len(self.sockets) < jax.process_count() - 1:
-                self._welcome(server.accept()[0], token)
-            server.close()
+            with self._server(host) as server:
+                server.settimeout(CONNECT_SECONDS)
+                client.key_value_set(PORT_KEY, f"{server.getsockname()[1]} {token}")
+                while missing := [one for one in range(1, jax.process_count()) if one not in self.sockets]:
+                    try:
+                        self._welcome(server.accept()[0], token)
+                    except TimeoutError as error:
+                        came = f"{meeting.named(missing)} did not connect within {CONNECT_SECONDS} s"
+                        raise OSError(came) from error
         else:
-            host = coordinator.rsplit(":", 1)[0].strip("[]")
-            port, token = client.blocking_key_value_get(PORT_KEY, 60_000).split()
-            connection = socket.create_connection((host, int(port)), timeout=60)
-            connection.settimeout(None)
-            self.sockets[0] = connection
-            self._send(0, {"token": token, "index": self.index, "who": self.who})
+            port, token = client.blocking_key_value_get(PORT_KEY, CONNECT_SECONDS * 1000).split()
+            connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
+            self._send_to(connection, {"token": token, "index": self.index, "who": self.who})
             self._start_listening(0, "", connection)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _server(self, host: str) -> socket.socket:
+        try:
+            return meeting.listen((host, 0), jax.process_count())
+        except OSError as error:
+            log.warning("listening on every interface: %s is no address of this machine (%s)", host, error)
+            return socket.create_server(("", 0), backlog=jax.process_count())
 
     def _welcome(self, connection: socket.socket, token: str) -> None:
         try:
-            connection.settimeout(10)
-            hello = json.loads(connection.makefile("r").readline(1000))
-            if hello["token"] != token:
+            hello = meeting.hear(connection, meeting.HELLO_SECONDS)
+            untrusted.check_shape(hello, {"token": str, "index": untrusted.NATURAL, "who": str})
+            if not secrets.compare_digest(hello["token"].encode(), token.encode()):
                 raise ValueError("another's token")
-        except (OSError, ValueError, KeyError, TypeError):
+            if not 0 < hello["index"] < jax.process_count() or hello["index"] in self.sockets:
+                raise ValueError("no process that is missing")
+        except (OSError, ValueError):
             connection.close()
             return
-        connection.settimeout(None)
-        self.sockets[hello["index"]] = connection
         self._start_listening(hello["index"], f" ({hello['who']})", connection)
 
-    def _start_listening(self, *args: Any) -> None:
-        self.listeners.append(threading.Thread(target=self._listen, args=args, daemon=True))
+    def _start_listening(self, index: int, who: str, connection: socket.socket) -> None:
+        connection.settimeout(None)
+        self.sockets[index], self.names[index] = connection, f"process {index}{who}"
+        self.heard[index] = time.monotonic()
+        self.listeners.append(threading.Thread(target=self._listen, args=(index,), daemon=True))
         self.listeners[-1].start()
 
-    def _listen(self, index: int, who: str, connection: socket.socket) -> None:
+    def _listen(self, index: int) -> None:
         try:
-            for line in connection.makefile("r"):
-                message = json.loads(line)
+            for line in self.sockets[index].makefile("rb"):
+                self.heard[index] = time.monotonic()
+                message = untrusted.parse(line)
                 if "bye" in message:
+                    del self.heard[index]
                     return
-                self._end(message["end"], message["code"])
-        except OSError:
+                if "end" in message:
+                    self._end(str(message["end"]), int(message["code"]))
+        except (OSError, ValueError, KeyError, TypeError):
             pass
         if not self.leaving:
-            self._end(f"process {index}{who} ended without a word: killed or crashed. {INTACT}.", 1)
+            self._end(f"{self.names[index]} ended without a word: killed or crashed. {INTACT}.", 1)
+
+    def _beat(self) -> None:
+        """Says that this process lives, and ends the run if another has not for SILENT_SECONDS."""
+        before = time.monotonic()
+        while not self.leaving:
+            time.sleep(BEAT_SECONDS)
+            now = time.monotonic()
+            for index in self.sockets:
+                self._send(index, {"beat": True})
+            late, before = now - before > 3 * BEAT_SECONDS, now
+            for index, heard in list(self.heard.items()):
+                if late and index in self.heard:  # stopped itself: it cannot judge others
+                    self.heard[index] = now
+                elif now - heard > SILENT_SECONDS and not self.leaving:
+                    silent = f"{self.names[index]} has given no sign of life for {SILENT_SECONDS:g} s"
+                    self._end(f"{silent}: stopped, or its host is gone. {INTACT}.", 1)
 
     def _send(self, index: int, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it is gone already
-            self.sockets[index].sendall(json.dumps(message).encode() + b"\n")
+        self._send_to(self.sockets[index], message)
+
+    def _send_to(self, connection: socket.socket, message: dict[str, Any]) -> None:
+        with self.sending:  # beats and the end come from several threads
+            meeting.say(connection, message)
 
     def _end(self, message: str, code: int) -> None:
         """Tells everyone that this process can reach, and ends: the main thread may hang in a collective."""
         with self.lock:
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            with contextlib.suppress(Exception):  # showing it must not keep this process from ending
+                print(untrusted.terminal(f"error: {message}", lines=True), file=sys.stderr, flush=True)
             self._exit(code, message if self.index == 0 else "")
 
     def goodbye(self) -> None:
@@ -202,7 +259,8 @@ class Peers:
     def fail(self, message: str, code: int) -> None:
         """The caller has said ``message`` already; here it is told to the others."""
         with self.lock:
-            sys.stdout.flush()
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
             self._exit(code, f"process {self.index} ({self.who}): {message}")
 
     def _exit(self, code: int, message: str) -> None:

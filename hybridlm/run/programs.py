@@ -50,5 +50,5 @@ def usual() -> Path:
 
 def said(before: int) -> str:
     """Whether the programs since ``before`` hits came from the cache."""
-    folder = getattr(jax.config, "jax_compilation_cache_dir", None)
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return f", {'read from' if len(hits) > before else 'kept in'} {folder}" if folder else ", no cache"

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, program, schema, sharding
+from hybridlm import model, program, schema, sharding, untrusted
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint, cli, processes, watch
@@ -30,7 +30,7 @@ def dump(path: Path, config: Config, step: int, state: program.State, batch: dic
     with checkpoint.Checkpoints(path / "checkpoints") as saves:
         saves.save(step, state, {"step": step})
     if jax.process_index() == 0:
-        (path / "config.json").write_text(configs.to_json(config))
+        untrusted.write_text(path / "config.json", configs.to_json(config))
         np.savez(path / "batch.npz", **batch)  # type: ignore[arg-type]
 
 

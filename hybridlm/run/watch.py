@@ -108,13 +108,20 @@ class Watch:
     def trouble(self, step: int, what: str, error: Exception) -> None:
         """Reports that looking at ``step`` failed, which changes nothing for training."""
         lines = [line for line in str(error).splitlines() if line.strip()]
-        said = ": ".join([type(error).__name__, *lines[:1]])
+        said = ": ".join([type(error).__name__, *lines[:1]]).encode("utf-8", "backslashreplace").decode()
         log.error("step %d: %s failed, going on without it: %s", step, what, said)
         log.debug("%s", what, exc_info=error)
         self._event({"step": step, "event": f"{what} failed", "error": said})
 
+    def note(self, step: int, event: str, **details: Any) -> None:
+        """Reports what neither a step nor a look was to blame for."""
+        log.warning("step %d: %s (%s)", step, event, ", ".join(f"{n}: {v}" for n, v in details.items()))
+        self._event({"step": step, "event": event} | details)
+
     def _event(self, record: dict[str, Any]) -> None:
         """A line of events.jsonl; a disk that refuses it is said in the log."""
+        if jax.process_index():
+            return
         text = {name: str(v) for name, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
         try:
             with self.path.open("a") as file:

@@ -1,0 +1,156 @@
+"""Whether a checkpoint is what it should be: where it may lie, what was written, what its name says.
+
+Knows the files of Orbax's checkpoints, and opens none with it.
+"""
+
+import errno
+import logging
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorstore
+
+from hybridlm import untrusted
+from hybridlm.errors import ConfigError, RunError
+from hybridlm.run import seal
+
+log = logging.getLogger("hybridlm")
+
+ITEMS = ("params", "opt_state", "step", "run")  # of a training state
+COMMITTED = "commit_success.txt"  # to Orbax a directory without it is no checkpoint
+HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
+
+
+def check_place(directory: Path) -> None:
+    """ConfigError for a place whose checkpoints could not be read again: Orbax takes its name for a pattern,
+    and tensorstore for an address."""
+    text = str(directory)
+    odd = [character for character in "*?[\\\0" if character in text]
+    odd += ["gs:"] if re.search(r"(^|/)gs:(/|$)", text) else []
+    odd += ["bytes that are no UTF-8"] if re.search("[\ud800-\udfff]", text) else []
+    if odd:
+        problem = f"no checkpoint can be kept below a path with {' and '.join(odd)}"
+        raise ConfigError("--workdir", str(directory.parent), problem, "Give another --workdir.")
+
+
+def prove(path: Path, names: dict[str, set[str]]) -> None:
+    """Reads back what was written to ``path``: every array's name, and the step. RunError if that fails.
+
+    names: of the arrays of each item.  The sums that follow are taken of the same files.
+    """
+    for item, wanted in names.items():
+        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path / item}/"}}
+        keys = tensorstore.KvStore.open(base).result().list().result()
+        found = {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
+        if not wanted <= found:
+            lost = sorted(wanted - found)
+            raise RunError(f"{path}: written, but cannot be read back: {item} has no {', '.join(lost[:3])}.")
+        if len(wanted) == 1:
+            spec = {"driver": "zarr", "kvstore": base | {"path": f"{min(wanted)}/"}}
+            tensorstore.open(spec, open=True, read=True).result().read().result()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of the checkpoint at ``path``, from its file; ConfigError if that is not readable."""
+    record: dict[str, Any] = untrusted.read_json(path / "run" / "metadata", "--workdir", dict)
+    return record
+
+
+def misnamed(path: Path) -> str | None:
+    """Whether a checkpoint says of itself that it is of another step than its folder's name."""
+    step = read_record(path).get("step")
+    return f"it is of step {step}" if type(step) is int and str(step) != path.name else None
+
+
+def mend(directory: Path) -> None:
+    """Makes the newest checkpoint a sound one: for the run that owns ``directory``, before it opens it.
+
+    Removes what a killed save left. A checkpoint whose record tells another step than its name gets that name
+    again, or goes aside if it is taken. Moves damaged checkpoints newer than the newest sound one to
+    ``damaged`` beside ``directory``, so that training can come to their steps again; nothing is deleted.
+    RunError when there are checkpoints and none is sound; then nothing is moved.
+    """
+    for half_written in directory.glob(HALF_WRITTEN):
+        shutil.rmtree(half_written)
+    for path in sorted(path for path in directory.glob("[0-9]*") if path.name.isdigit()):
+        _name_again(path)
+    found = sorted((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+    damaged: dict[int, str] = {}
+    for step in found:
+        problem = damage(directory / str(step))
+        if problem is None:
+            break
+        damaged[step] = problem
+    listed = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+    if damaged and len(damaged) == len(found):
+        fix = "Bring one back from a copy, or start anew in another --workdir."
+        raise RunError(f"{directory}: no checkpoint is sound ({listed}). {fix}")
+    for step in damaged:
+        set_aside(directory / str(step))
+    if damaged:
+        log.error("%s: passed over damaged checkpoints, now in damaged/ (%s)", directory, listed)
+
+
+def _name_again(path: Path) -> None:
+    try:
+        problem = misnamed(path)
+    except ConfigError:
+        return  # damage, which is looked for from the newest down
+    own = path.with_name(str(read_record(path)["step"])) if problem else path
+    if not problem:
+        return
+    if own.exists() or path.is_symlink():
+        set_aside(path)
+        log.error("%s: %s; set aside in damaged/", path, problem)
+    else:
+        path.rename(own)
+        log.error("%s: %s; named so again", path, problem)
+
+
+def set_aside(path: Path) -> None:
+    """Moves a checkpoint to ``damaged`` beside the folder of checkpoints; in it, if that is elsewhere."""
+    name = f"{path.name}-{time.time_ns()}"
+    for place in (path.parent.parent / "damaged", path.parent / "damaged"):
+        place.mkdir(exist_ok=True)
+        try:
+            path.rename(place / name)
+            return
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint of a training state at ``path``, in words; None if it is sound.
+
+    One without a seal (written by an older version) is read whole instead, which finds what is missing or
+    cut short but not every flipped bit.
+    """
+    try:
+        if problem := seal.damage(path):
+            return problem
+        untrusted.read_json(path / "_CHECKPOINT_METADATA", "--workdir")
+        if not (path / COMMITTED).exists():
+            return f"{COMMITTED} is missing"
+        if not (path / seal.NAME).exists():
+            log.info("%s: has no %s; reading it whole", path, seal.NAME)
+            for item in ITEMS:
+                if not (path / item).is_dir():
+                    return f"{item} is missing"
+            _read_whole(path)
+        return misnamed(path)
+    except Exception as error:  # tensorstore, JSON and the file system raise all kinds
+        return str(error).splitlines()[0]
+
+
+def _read_whole(path: Path) -> None:
+    read_record(path)
+    for item in ITEMS[:-1]:
+        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path / item}/"}}
+        keys = tensorstore.KvStore.open(base).result().list().result()
+        for name in (key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")):
+            spec = {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
+            tensorstore.open(spec, open=True, read=True).result().read().result()

@@ -1,0 +1,113 @@
+"""What a run makes of a workdir that was harmed, renamed, or is to be gone on with otherwise."""
+
+import shutil
+
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import trainer
+from hybridlm.errors import ConfigError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+def resolved(text, **fields):
+    every = {"train__steps": 6, "checkpoint__every_steps": 2, "checkpoint__keep_last": 3}
+    decay = {"optimizer__schedule": "wsd", "optimizer__decay_fraction": 0.5}
+    return configs.resolve(tiny.config(text, **{"model__pattern": "retnet"} | every | decay | fields))
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    trainer.train(resolved(text), workdir)
+    return workdir
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def steps(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_last_line_that_was_lost_is_written(text, whole, run):
+    """Killed between the final save and its line."""
+    path = run / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    trainer.train(resolved(text), run)
+    assert tiny.lines(run) == tiny.lines(whole)
+
+
+def test_a_final_save_that_was_lost_is_made_again(text, whole, run):
+    """Killed between the last line and the end of the final save."""
+    (run / "checkpoints" / "6").rename(run / "checkpoints" / "6.orbax-checkpoint-tmp")
+    trainer.train(resolved(text), run)
+    assert tiny.lines(run) == tiny.lines(whole) and steps(run) == ["2", "4", "6"]
+
+
+def test_damaged_lines_are_set_aside(text, run):
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + b"\0" * 40 + b"\n\xff\n" + b"".join(lines[3:]))
+    trainer.train(resolved(text), run)
+    assert [line["step"] for line in tiny.lines(run)] == [1, 2, 4, 5, 6]
+    assert (run / "metrics.jsonl.damaged").read_bytes() == b"\0" * 40 + b"\n\xff\n"
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"[" * 9999, b"\xff"])
+def test_a_damaged_config_is_the_checkpoints(text, run, damage):
+    (run / "config.json").write_bytes(damage)
+    assert configs.of_run(run) == resolved(text)
+    assert configs.resolve(configs.load(str(run / "config.json"))) == resolved(text)
+
+
+def test_a_renamed_checkpoint_has_its_own_step(text, whole, run, caplog):
+    (run / "checkpoints" / "6").rename(run / "checkpoints" / "40")
+    trainer.train(resolved(text), run)
+    assert "40: it is of step 6; named so again" in caplog.text
+    assert steps(run) == ["2", "4", "6"] and tiny.lines(run) == tiny.lines(whole)
+
+
+def test_a_link_with_a_number_is_no_checkpoint(text, whole, run):
+    (run / "checkpoints" / "40").symlink_to("6")
+    trainer.train(resolved(text), run)
+    assert steps(run) == ["2", "4", "6"] and tiny.lines(run) == tiny.lines(whole)
+
+
+def test_a_decayed_run_that_is_extended_is_warned(text, run, caplog):
+    trainer.train(resolved(text, train__steps=8), run)
+    assert "0.001 at step 6, then 0.00325 (wsd over 8 steps): it had decayed and rises again" in caplog.text
+
+
+def test_another_pattern_is_refused_in_two_lines(text, run):
+    with pytest.raises(ConfigError) as caught:
+        trainer.train(resolved(text, model__pattern="retnet full"), run)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(
+        "model.pattern = 'retnet full': this workdir holds a run of another pattern, 'retnet'"
+    )
+    assert second.startswith("Give another --workdir") and len(first + second) < 250
+
+
+def test_another_metric_ranks_old_checkpoints_last(text, run):
+    trainer.train(resolved(text, train__steps=8, checkpoint__best_metric="loss"), run)
+    assert "8" in steps(run)
+
+
+@pytest.mark.parametrize("name", ["r[1]", "a\\b", "gs:", "x*", "q?", "u\udcff"])
+def test_a_place_that_cannot_be_read_again_is_refused(text, tmp_path, name):
+    with pytest.raises(ConfigError, match="no checkpoint can be kept below a path with"):
+        trainer.train(resolved(text), tmp_path / name / "run")
+    assert not (tmp_path / name).exists()
+
+
+def test_a_prompt_that_is_no_utf8_is_refused(text):
+    with pytest.raises(ConfigError, match=r"eval.sample_prompt.* UTF-8"):
+        resolved(text, eval__sample_prompt="a\udcff")
