@@ -120,9 +120,9 @@ def watcher(bars: Bars, todo: Sequence[tuple[tasks.Task, tasks.Setting]]) -> run
     ended = [0.0]  # tokens of the measurements that were begun before
 
     def watch(name: str, samples: int) -> subject.Progress:
-        for shown in bars.tasks:
-            if shown.id != whole:
-                bars.remove_task(shown.id)
+        for earlier in bars.tasks:
+            if earlier.id != whole:
+                bars.remove_task(earlier.id)
         bars.update(whole, completed=ended[0])  # one that was left out, or had fewer samples, is over too
         ended[0] += weight[name] * samples
         bar = bars.add_task(name, total=samples)

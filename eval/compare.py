@@ -8,10 +8,10 @@ tokenizer, haystack) are tested in pairs, and the tests of a run are corrected f
 import argparse
 import base64
 import csv
-import functools
 import io
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +92,7 @@ def write(workdirs: Sequence[Path], folder: Path) -> Path:
     compared = [Comparison(run, *paired.differences(run.results, baseline.results)) for run in others]
     files = {"compare.csv": table(baseline, compared), "compare.html": page(baseline, compared)}
     for name, text in files.items():
-        runner.put(folder / name, functools.partial(untrusted.write_text, folder / name, text))
+        runner.put(folder / name, partial(untrusted.write_text, folder / name, text))
     return folder / "compare.html"
 
 

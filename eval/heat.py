@@ -1,7 +1,6 @@
 """The pictures of a comparison: heat maps of task x length, and accuracy by turn."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -72,8 +71,9 @@ def turns(runs: Mapping[str, Mapping[str, Result]], task: str, length: int) -> F
     for index, (run, results) in enumerate(runs.items()):
         if "by_turn" in results.get(name, {}):
             values = results[name]["by_turn"]
-            look: dict[str, Any] = {"color": figures.COLOURS[index % 8], "marker": figures.MARKERS[index % 8]}
-            axes.plot(range(1, len(values) + 1), values, label=figures.text(run), linewidth=1.5, **look)
+            colour, marker = figures.COLOURS[index % 8], figures.MARKERS[index % 8]
+            x = range(1, len(values) + 1)
+            axes.plot(x, values, label=figures.text(run), linewidth=1.5, color=colour, marker=marker)
     axes.set_ylim(-0.02, 1.04)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("turn")

@@ -21,11 +21,9 @@ from hybridlm import model, untrusted
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
-from hybridlm.weights import TOKENIZER
+from hybridlm.weights import CARRIED, TOKENIZER
 
 log = logging.getLogger("hybridlm")
-
-CARRIED = "hf"  # what a workdir keeps of the public checkpoint that it came from
 
 
 class Source(NamedTuple):

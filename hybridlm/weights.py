@@ -11,10 +11,10 @@ from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.data.tokenizer import FileTokenizer, Tokenizer
 from hybridlm.errors import ConfigError
-from hybridlm.init_from import CARRIED
 from hybridlm.run import checkpoint
 
 TOKENIZER = "tokenizer.json"  # in a workdir
+CARRIED = "hf"  # what a workdir keeps of the public checkpoint that it came from
 
 
 class Weights(NamedTuple):

@@ -273,9 +273,8 @@ def test_the_tokenizer_beside_the_weights_is_the_one(workdir, tmp_path):
     """Beside them first, then an import's own, then the data's; ids that the model has not are refused."""
     vocabulary = {character: index for index, character in enumerate("abcdefgh")}
     written = lambda extra: json.dumps(
-        {"version": "1.0", "added_tokens": [], "normalizer": None,
-         "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None,
-         "decoder": {"type": "ByteFallback"},
+        {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
+         "pre_tokenizer": {"type": "WhitespaceSplit"}, "decoder": {"type": "ByteFallback"},
          "model": {"type": "WordLevel", "vocab": vocabulary | extra, "unk_token": "a"}}
     )  # fmt: skip
     config = configs.of_run(workdir)

@@ -50,8 +50,7 @@ class NaturalTask:
     @property
     def asked(self) -> str:
         """The field that the question is made of, "" for none."""
-        names: dict[Any, str] = {_key_value: "key", _asked: "question"}
-        return names.get(self.question, "")
+        return "key" if self.question is _key_value else "question" if self.question is _asked else ""
 
     def chance(self, subject: Subject, setting: Setting) -> float | None:
         return None
