@@ -67,7 +67,7 @@ def grid() -> list[str]:
 
 
 def test_hybrid_grid() -> None:
-    """Every size, mixer and ratio resolves, with the transformer's parameters within 2% and the full layers documented."""
+    """Each size, mixer and ratio has the transformer's parameters within 2% and full layers as documented."""
     lines = []
     transformer = {size: cost.parameters(resolved_hybrid(f"{size},full")) for size in hybrid.SIZES}
     for arg in grid():
