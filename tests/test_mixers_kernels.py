@@ -13,7 +13,7 @@ from hybridlm.rows import Rows, single_document
 from pallas_kernels import H100, explain
 
 MATRIX_STATE = ("deltanet", "kda", "mamba2", "deltaproduct", "gdp", "lightning", "mlstm")
-ELEMENT_WISE = ("hgrn", "mamba", "rglru")
+ELEMENT_WISE = ("mamba", "rglru")
 
 
 def backends(name: str, op: str, step: bool = False) -> set[str]:
