@@ -13,7 +13,7 @@ from hybridlm.context import Context
 from hybridlm.rows import Rows, single_document
 from tests.tiny import loss_fn
 
-PATTERNS = ["(write read kda)*3", "kda write read*3 write read", "first*6", "kda first*2 full"]
+PATTERNS = ["(write read full)*2", "full write read*2 write read", "first*3", "full first*2 full"]
 
 
 def build(pattern: str) -> model.Definition:
@@ -23,7 +23,6 @@ def build(pattern: str) -> model.Definition:
         "write": configs.mixer("tests.talking:Writer", **small),
         "read": configs.mixer("tests.talking:Reader", **small),
         "first": configs.mixer("tests.talking:ValueResidual", **small),
-        "kda": configs.mixer("kda", **small),
         "full": configs.mixer("attention", **small),
     }
     config.model.update(pattern=pattern, d_model=16, vocab_size=48, mlp_hidden=16, dtype="float32")
@@ -83,7 +82,7 @@ def test_decoding_equals_the_whole(pattern):
 
 
 def test_taps_are_what_the_layers_made_and_nobody_pays_unasked():
-    definition = build("(kda*2 full)*2")
+    definition = build("(first*2 full)*2")
     params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(0))
     rows = Rows(batch()["segment_ids"], batch()["positions"])
 
