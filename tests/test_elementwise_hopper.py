@@ -76,15 +76,15 @@ def test_nothing_crosses_a_start_and_nothing_later_is_seen():
     """With pieces: not what is not a number, forwards or backwards, and not a bit of later inputs."""
     case = make_case(length=64, features=128, decays=[0, 0.1, 1.0])
     x, g, ids, state, dh, dfinal = rounded(case, F32, F32, jnp.int32, F32, F32, F32)[0]
-    for row in range(2):
-        changes = np.flatnonzero(np.diff(ids[row]) != 0) + 1
-        start, last = int(changes[len(changes) // 2]), int(changes[-1])
-        poisoned = x.at[row, :start].set(jnp.nan), g.at[row, start - 1].set(jnp.nan), ids, state * jnp.inf
-        h, final, dx, dg, _ = results(*poisoned, dh.at[row, last:].set(jnp.nan), dfinal, 2, True)
-        assert jnp.isnan(h[row, start - 1]).all() and not jnp.isnan(h[row, start:]).any()
-        assert not jnp.isnan(final[row]).any()
-        assert jnp.isnan(dx[row, last:]).all() and not jnp.isnan(dx[row, start:last]).any()
-        assert not jnp.isnan(dg[row, start:last]).any()
+    row = 1
+    changes = np.flatnonzero(np.diff(ids[row]) != 0) + 1
+    start, last = int(changes[len(changes) // 2]), int(changes[-1])
+    poisoned = x.at[row, :start].set(jnp.nan), g.at[row, start - 1].set(jnp.nan), ids, state * jnp.inf
+    h, final, dx, dg, _ = results(*poisoned, dh.at[row, last:].set(jnp.nan), dfinal, 2, True)
+    assert jnp.isnan(h[row, start - 1]).all() and not jnp.isnan(h[row, start:]).any()
+    assert not jnp.isnan(final[row]).any()
+    assert jnp.isnan(dx[row, last:]).all() and not jnp.isnan(dx[row, start:last]).any()
+    assert not jnp.isnan(dg[row, start:last]).any()
 
     h, *_ = results(x, g, ids, state, dh, dfinal, 2, True)
     cut = 40
