@@ -24,12 +24,15 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # --old runs this file with the code of another checkout
+    from hybridlm.config import Config
 
 HERE = Path(__file__).resolve()
 
 
-def measure(config: Any, batch: dict[str, Any], steps: int, profiled: bool = False) -> dict[str, float]:
+def measure(config: "Config", batch: dict[str, Any], steps: int, profiled: bool = False) -> dict[str, float]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
     ``profiled``: one more step, whose kernels are printed.

@@ -1,15 +1,16 @@
 """Tasks in the training loop: config.eval.tasks, measured beside each validation."""
 
 import logging
-from typing import Any
 
 import jax
 
 from eval import haystack, runner, tasks
 from eval.subject import Subject
 from hybridlm.config import Config
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.member import Evaluate, Metrics
+from hybridlm.model import Definition, Params
 
 log = logging.getLogger("hybridlm")
 
@@ -34,7 +35,7 @@ def build(config: Config) -> Evaluate | None:
 
     told: set[str] = set()
 
-    def evaluate(definition: Any, params: Any, tokenizer: Any, step: int) -> Metrics:
+    def evaluate(definition: Definition, params: Params, tokenizer: Tokenizer | None, step: int) -> Metrics:
         failed: dict[str, Exception] = {}
         subject = Subject(definition, params, tokenizer, config, step)
         results = runner.measure(subject, chosen, plan, left_out=failed.__setitem__)

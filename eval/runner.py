@@ -84,7 +84,7 @@ def measure(
         began = time.perf_counter()
         try:
             scores = task.run(subject, setting, watch(name, setting.samples))
-            chance = task.chance(subject, setting)
+            chance = task.chance(subject.config)
             if not scores.size:
                 raise TooShort("it has no samples")
         except TooShort as error:

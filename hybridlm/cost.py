@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from hybridlm import model
 from hybridlm.block import Spec
 from hybridlm.config import Config
+from hybridlm.kinds import Settings
 from hybridlm.loss import chunk_tokens
 
 STATE_BYTES = 4  # recurrent states are float32
@@ -170,7 +171,7 @@ def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
 
 
 def _settings(spec: Spec) -> str:
-    def changed(config: Any) -> list[str]:
+    def changed(config: Settings) -> list[str]:
         defaults = vars(type(config)())
         return [f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k != "kind"]
 

@@ -2,7 +2,7 @@
 on, Stopped for one that was asked to leave and can be resumed."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ConfigError(ValueError):
@@ -27,6 +27,12 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):
     """A run that was asked to stop and did so with a complete checkpoint: the message says at which step."""
+
+
+def one_of(field: str, value: str, names: Collection[str]) -> None:
+    """ConfigError unless ``value`` is among ``names``."""
+    if value not in names:
+        raise ConfigError(field, value, "must be one of " + ", ".join(names), nearest(value, names))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

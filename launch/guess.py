@@ -1,16 +1,15 @@
 """What guessing would score: the dotted line of a report."""
 
-import dataclasses
 import math
-from types import SimpleNamespace
-from typing import Any
 
 from eval import tasks
 from eval.tasks import labelled
 from hybridlm import data
+from hybridlm.config import Config
+from hybridlm.fields import plain
 
 
-def of(config: Any) -> dict[str, float | None]:
+def of(config: Config) -> dict[str, float | None]:
     """ "recall" and "loss" of an answer drawn from all that are possible; None where that is not defined.
 
     config: resolved. The loss of text is that of a uniform token, ln V nats.
@@ -24,24 +23,17 @@ def of(config: Any) -> dict[str, float | None]:
     return {"recall": 1 / answers if answers else None, "loss": loss}
 
 
-def _answers(settings: Any, vocab: int) -> int | None:
+def _answers(settings: data.Config, vocab: int) -> int | None:
     """Number of answers that a label of the run's own task can be; None for text and mixtures."""
-    if settings.kind not in data.KINDS:
-        return None
-    known = dataclasses.asdict(data.KINDS[settings.kind].Config())
+    own = plain(settings)
     for task in labelled.TASKS:
-        decides = {name: value for name, value in task.settings.items() if name != "num_pairs"}
-        if all(getattr(settings, name, None) == value for name, value in decides.items()):
-            own = {name: getattr(settings, name, default) for name, default in known.items()}
+        if all(own.get(name) == value for name, value in task.settings.items() if name != "num_pairs"):
             return task.choices(own, vocab)
     return None
 
 
-def _mean_chance(config: Any) -> float | None:
+def _mean_chance(config: Config) -> float | None:
     """Of the tasks measured in the loop; None if one of them has none."""
-    definition = SimpleNamespace(vocab_size=config.model.vocab_size)
-    subject: Any = SimpleNamespace(config=config, definition=definition)
-    setting: Any = None  # no task's chance depends on it
-    found = [task.chance(subject, setting) for task in tasks.choose("", config.eval.tasks)]
+    found = [task.chance(config) for task in tasks.choose("", config.eval.tasks)]
     known = [one for one in found if one is not None]
     return sum(known) / len(known) if len(known) == len(found) else None

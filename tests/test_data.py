@@ -153,7 +153,7 @@ REFUSALS = [
     ({"kind": "shards"}, {}, "data.path", "must name the directory"),
     (TEXT | {"holdout": 1.0}, {}, "data.holdout", r"must be in \[0, 1\)"),
     ({"kind": "mqar", "slices": "(64, 4), 8"}, {}, "data.slices", "must read like"),
-    ({"kind": "mqar", "power_a": 0}, {}, "data.power_a", "must be positive"),
+    ({"kind": "mqar", "power_a": 0}, {}, "data.power_a", "must be above 0"),
     ({"kind": "mqar", "val_examples": 0}, {}, "data.val_examples", "at least 1"),
     ({}, {}, "data.kind", "must be one of text, shards, mqar, copying"),
     (TEXT | {"pth": "x"}, {}, "data.pth", "Did you mean 'path'"),

@@ -51,8 +51,8 @@ def test_examples_differ_and_are_packed():
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"contexts": 17, "keys": 5, "seq_len": 2000}, "from 1 to 16"),
-        ({"contexts": 5, "keys": 0, "seq_len": 2000}, "from 1 to 16"),
+        ({"contexts": 17, "keys": 5, "seq_len": 2000}, "between 1 and 16"),
+        ({"contexts": 5, "keys": 0, "seq_len": 2000}, "between 1 and 16"),
         ({"contexts": 8, "keys": 8, "seq_len": 273}, "seq_len >= 274"),
         ({"contexts": 5, "keys": 5, "seq_len": 128, "vocab_size": 57}, "at least 58"),
     ],

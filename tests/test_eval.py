@@ -91,7 +91,7 @@ class Chosen:
 
     name, source, about, lengths, text, runs = "chosen", "here", "nothing", (8, 16), True, 0
 
-    def chance(self, subject, setting):
+    def chance(self, config):
         return 0.25
 
     def run(self, subject, setting, progress):
@@ -142,9 +142,9 @@ def test_labels_are_as_many_as_the_chance_says(loaded, name):
     examples = data.build(config, split="val", batch_size=256, seq_len=length, seed=0, vocab_size=vocab)
     targets = examples.batch(0)["targets"]
     labels = targets[targets >= 0]
-    resized = dataclasses.replace(loaded.definition.model, vocab_size=vocab)
+    resized = dataclasses.replace(loaded.config.model, vocab_size=vocab)
     sized = dataclasses.replace(loaded, definition=dataclasses.replace(loaded.definition, model=resized))
-    possible = round(1 / task.chance(sized, setting))
+    possible = round(1 / task.chance(loaded.config.replace(model=resized)))
     assert len(np.unique(labels)) <= possible
     if len(labels) > 20 * possible:
         assert len(np.unique(labels)) == possible

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from eval.tasks import labelled, natural, passkey, ruler, sessions
 from eval.tasks.base import Setting, Task
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, nearest, one_of
 
 __all__ = ["SUITES", "TASKS", "Setting", "Task", "choose"]
 
@@ -23,8 +23,8 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 def choose(suite: str, names: Iterable[str]) -> list[Task]:
     """The tasks of ``suite`` ("" for none) and those called ``names``, each once; ConfigError if unknown."""
-    if suite and suite not in SUITES:
-        raise ConfigError("--suite", suite, "must be one of " + ", ".join(SUITES), nearest(suite, SUITES))
+    if suite:
+        one_of("--suite", suite, SUITES)
     chosen = list(SUITES.get(suite, ()))
     for name in names:
         if name not in TASKS:

@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.haystack import Haystack
 from eval.subject import Progress, Subject
+from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 
 
@@ -45,8 +46,11 @@ class Task(Protocol):
     lengths: tuple[int, ...]
     text: bool
 
-    def chance(self, subject: Subject, setting: Setting) -> float | None:
-        """Score of answers drawn at random from all that are possible, without reading; None if undefined."""
+    def chance(self, config: Config) -> float | None:
+        """Score of answers drawn at random from all that are possible, without reading; None if undefined.
+
+        config: of the run that is measured.
+        """
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         """A score in [0, 1] for each sample; ``progress`` is called with the number of samples done."""
@@ -106,7 +110,7 @@ class PromptTask:
     stop: tuple[str, ...] = ()
     text: bool = True
 
-    def chance(self, subject: Subject, setting: Setting) -> float | None:
+    def chance(self, config: Config) -> float | None:
         return self.guess
 
     def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:

@@ -14,6 +14,7 @@ import numpy as np
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting
 from hybridlm import data
+from hybridlm.config import Config
 from hybridlm.data import copying, joint_recall, mad, mixture, state_tracking
 from hybridlm.fields import plain
 
@@ -53,10 +54,9 @@ class LabelTask:
         }
         return f"{subject.definition.vocab_size} ids, {decisive}"
 
-    def chance(self, subject: Subject, setting: Setting) -> float | None:
-        config = self.data_config(subject.config.data, 1)
-        defaults = dataclasses.asdict(data.KINDS[config["kind"]].Config())
-        return 1 / self.choices({**defaults, **config}, subject.definition.vocab_size)
+    def chance(self, config: Config) -> float | None:
+        settings = plain(data.settings(self.data_config(config.data, 1)))
+        return 1 / self.choices(settings, config.model.vocab_size)
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         rows = min(subject.rows_per_batch(setting.length), setting.samples)

@@ -21,6 +21,7 @@ import numpy as np
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting, any_contained
 from hybridlm import untrusted
+from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError, RunError
 
@@ -52,7 +53,7 @@ class NaturalTask:
         """The field that the question is made of, "" for none."""
         return "key" if self.question is _key_value else "question" if self.question is _asked else ""
 
-    def chance(self, subject: Subject, setting: Setting) -> float | None:
+    def chance(self, config: Config) -> float | None:
         return None
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 from eval.subject import Progress, Subject
 from eval.tasks import ruler
 from eval.tasks.base import Setting, Writer, any_contained, largest
+from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 
 TURNS = 5
@@ -63,7 +64,7 @@ class SessionTask:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     text: bool = True
 
-    def chance(self, subject: Subject, setting: Setting) -> float | None:
+    def chance(self, config: Config) -> float | None:
         return self.guess
 
     def sessions(self, tokens: Tokenizer, setting: Setting) -> list[Session]:

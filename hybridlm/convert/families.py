@@ -10,7 +10,7 @@ from hybridlm.convert import fla, kimi_linear, olmo_hybrid, qwen3, qwen3_next
 from hybridlm.convert.family import Family, Unsayable, same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, nearest, one_of
 
 FAMILIES: dict[str, Family] = {
     model_type: family
@@ -43,9 +43,7 @@ def read_config(directory: str | Path) -> Source:
     model_type = values["model_type"]
     if model_type in MULTIMODAL:
         values, model_type = _text(values, file), MULTIMODAL[model_type]
-    if model_type not in FAMILIES:
-        known = "must be one of " + ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"{CONFIG}: model_type", model_type, known, nearest(str(model_type), FAMILIES))
+    one_of(f"{CONFIG}: model_type", model_type, sorted(FAMILIES))
     family = FAMILIES[model_type]
     return Source(Path(directory), values, model_type, family, family.read(Fields(values)).config())
 

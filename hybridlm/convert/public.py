@@ -4,10 +4,13 @@ hold of them, so that a family here knows only the model around its layers. Impo
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, linear
+
+if TYPE_CHECKING:
+    from hybridlm import linear_mixer
 
 C = TypeVar("C")
 EVERY = "*"  # stands for every format that a kind does not name
@@ -62,7 +65,7 @@ def multi_head(fields: Fields, d_model: int, heads: int, expand_k: float, expand
     }
 
 
-def multi_head_fields(config: Any, d_model: int) -> dict[str, Any]:
+def multi_head_fields(config: "linear_mixer.Config", d_model: int) -> dict[str, Any]:
     return {
         "num_heads": config.num_heads,
         "expand_k": config.num_heads * config.head_dim / d_model,
@@ -83,7 +86,7 @@ def grouped(fields: Fields, heads: int, head_dim: int, expand_v: float) -> dict[
     }
 
 
-def grouped_fields(config: Any) -> dict[str, Any]:
+def grouped_fields(config: "linear_mixer.GroupedConfig") -> dict[str, Any]:
     return {
         "num_heads": config.num_heads,
         "num_v_heads": config.num_v_heads,

@@ -11,7 +11,7 @@ import numpy as np
 from hybridlm.data import copying, joint_recall, mad, mixture, mqar, shards, stack, state_tracking, text
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Batch, Config, Source, View, empty_rows
-from hybridlm.errors import ConfigError, RunError, nearest
+from hybridlm.errors import ConfigError, RunError, one_of
 from hybridlm.fields import Named, mapping, under
 from hybridlm.fields import build as build_fields
 
@@ -180,8 +180,7 @@ def build(
 
 def config_class(kind: str) -> type[Config]:
     """The Config of ``kind``; ConfigError for a kind that there is not."""
-    if kind not in KINDS:
-        raise ConfigError("kind", kind, "must be one of " + ", ".join(KINDS), nearest(kind, KINDS))
+    one_of("kind", kind, KINDS)
     return KINDS[kind].Config
 
 

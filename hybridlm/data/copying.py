@@ -13,31 +13,22 @@ import dataclasses
 
 import numpy as np
 
-from hybridlm.data import source
-from hybridlm.data.generated import BLOCK, Generated, check_sizes, no_targets
+from hybridlm.data import generated
+from hybridlm.data.generated import BLOCK, Generated, no_targets
 from hybridlm.data.source import Source, View
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, one_of
 
 TASKS = ("palindrome", "copy", "induction")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(source.Config):
-    """task: palindrome, copy or induction.
-    train_examples: size of the training set; 0 never repeats an example.
-    val_examples: held-out examples.
-    """
+class Config(generated.Config):
+    """task: palindrome, copy or induction."""
 
     task: str = "palindrome"
-    train_examples: int = 0
-    val_examples: int = 1000
 
     def check(self) -> None:
-        check_sizes(self)
-        if self.task not in TASKS:
-            raise ConfigError(
-                "task", self.task, "must be one of " + ", ".join(TASKS), nearest(self.task, TASKS)
-            )
+        one_of("task", self.task, TASKS)
 
 
 def open_source(config: Config, view: View) -> Source:
@@ -47,8 +38,7 @@ def open_source(config: Config, view: View) -> Source:
     number = TASKS.index(config.task)
     return Generated(
         lambda rng: _make(rng, config.task, length, view.vocab_size),
-        view, name=config.task, length=length, entropy=(1, number, length),
-        examples=config.train_examples if view.split == "train" else config.val_examples,
+        view, config, name=config.task, length=length, entropy=(1, number, length),
     )  # fmt: skip
 
 

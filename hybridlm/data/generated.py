@@ -4,24 +4,32 @@ A task is a function that makes a block of examples of one length. A row packs a
 document of its own.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hybridlm.data import source
 from hybridlm.data.source import NO_LOSS, Batch, View, empty_rows, permutation
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Count, Positive
 
 BLOCK = 256  # examples made at once
 Make = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 
-def check_sizes(config: object) -> None:
-    """Refuses negative train_examples and a val_examples below 1, the fields that every task has."""
-    for name, least in (("train_examples", 0), ("val_examples", 1)):
-        if getattr(config, name) < least:
-            raise ConfigError(name, getattr(config, name), f"must be at least {least}")
+@dataclasses.dataclass(frozen=True)
+class Config(source.Config):
+    """What the settings of every task have.
+
+    train_examples: size of the training set; 0 never repeats an example.
+    val_examples: held-out examples.
+    """
+
+    train_examples: Count = 0
+    val_examples: Positive = 1000
 
 
 def check_vocab(task: str, needed: int, view: View) -> None:
@@ -32,26 +40,26 @@ def check_vocab(task: str, needed: int, view: View) -> None:
 
 
 class Generated:
-    """Source of the examples that ``make`` makes.
+    """Source of the examples that ``make`` makes, as many as ``config`` wants of the split.
 
     make: random generator -> tokens and targets, int32 [BLOCK, length]; targets are at the index whose output
         predicts them, NO_LOSS elsewhere.
     name: says what decides the examples apart from length, seed and split; part of the fingerprint.
     entropy: non-negative integers that seed the blocks, apart from those that View gives.
-    examples: of the split's data set; 0 never repeats one (training only).
     """
 
     tokenizer: Tokenizer | None = None
     checks: tuple[Callable[[], None], ...] = ()
 
     def __init__(
-        self, make: Make, view: View, *, name: str, length: int, examples: int, entropy: Sequence[int]
+        self, make: Make, view: View, config: Config, *, name: str, length: int, entropy: Sequence[int]
     ):
-        self.make, self.view, self.name, self.length, self.examples = make, view, name, length, examples
+        self.make, self.view, self.name, self.length = make, view, name, length
         self.vocab_size = view.vocab_size
         self.per_row = view.seq_len // length
-        self.num_rows = -(-examples // self.per_row) if examples else None
         training = view.split == "train"
+        self.examples = examples = config.train_examples if training else config.val_examples
+        self.num_rows = -(-examples // self.per_row) if examples else None
         self.entropy = (view.seed if training else 0, int(training), *entropy)
         self.fingerprint = f"{name} {(self.entropy, length, view.seq_len, view.vocab_size, examples)}"
         # A finite set is read in random order, so all of it is kept; otherwise blocks come one after another.

@@ -11,37 +11,29 @@ a composite key. Guessing gets 1/16; picking among the values that a key had in 
 """
 
 import dataclasses
+from typing import Annotated
 
 import numpy as np
 
-from hybridlm.data import source
-from hybridlm.data.generated import BLOCK, Generated, check_sizes, check_vocab, no_targets
+from hybridlm.data import generated
+from hybridlm.data.generated import BLOCK, Generated, check_vocab, no_targets
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Limits
 
 BOS, SEPARATOR = 1, 4
 IDS = 16  # of values, of keys and of contexts
 VALUES, KEYS, CONTEXTS = 10, 26, 42  # the first of each
 VOCABULARY = CONTEXTS + IDS
+Some = Annotated[int, Limits(1, IDS)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(source.Config):
-    """contexts, keys: of an example, 1 to 16 each; published are all pairs of 5 to 16.
-    train_examples: size of the training set; 0 never repeats an example.
-    val_examples: held-out examples.
-    """
+class Config(generated.Config):
+    """contexts, keys: of an example, 1 to 16 each; published are all pairs of 5 to 16."""
 
-    contexts: int = 8
-    keys: int = 8
-    train_examples: int = 0
-    val_examples: int = 1000
-
-    def check(self) -> None:
-        check_sizes(self)
-        for name in ("contexts", "keys"):
-            if not 1 <= getattr(self, name) <= IDS:
-                raise ConfigError(name, getattr(self, name), f"must be from 1 to {IDS}")
+    contexts: Some = 8
+    keys: Some = 8
 
 
 def length(contexts: int, keys: int) -> int:
@@ -57,9 +49,8 @@ def open_source(config: Config, view: View) -> Source:
         raise ConfigError("contexts", sizes, f"needs train.seq_len >= {size}, here {view.seq_len}")
     return Generated(
         lambda rng: _make(rng, config.contexts, config.keys),
-        view, name=f"joint recall of {config.keys} keys in each of {config.contexts} contexts",
+        view, config, name=f"joint recall of {config.keys} keys in each of {config.contexts} contexts",
         length=size, entropy=(7, config.contexts, config.keys),
-        examples=config.train_examples if view.split == "train" else config.val_examples,
     )  # fmt: skip
 
 

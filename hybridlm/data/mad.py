@@ -21,42 +21,35 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hybridlm.data import source
-from hybridlm.data.generated import BLOCK, Generated, check_sizes, no_targets
+from hybridlm.data import generated
+from hybridlm.data.generated import BLOCK, Generated, no_targets
 from hybridlm.data.source import NO_LOSS, Source, View, permutation
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, one_of
+from hybridlm.fields import Count, Positive
 
 MAP_SEED = 12345
 MOTIF = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(source.Config):
+class Config(generated.Config):
     """task: see the module.
     noise_vocab, noise_fraction: ids kept for noise, and the share of pairs it replaces (noisy recall).
     copied: tokens to copy (selective copying).
-    train_examples: size of the training set (12,800 there, 256 for memorization); 0 never repeats an example.
-    val_examples: held-out examples.
+    train_examples: 12,800 there, 256 for memorization.
     """
 
     task: str = "in_context_recall"
-    noise_vocab: int = 16
+    noise_vocab: Positive = 16
     noise_fraction: float = 0.2
-    copied: int = 16
-    train_examples: int = 12800
-    val_examples: int = 1280
+    copied: Positive = 16
+    train_examples: Count = 12800
+    val_examples: Positive = 1280
 
     def check(self) -> None:
-        check_sizes(self)
-        if self.task not in TASKS:
-            raise ConfigError(
-                "task", self.task, "must be one of " + ", ".join(TASKS), nearest(self.task, TASKS)
-            )
+        one_of("task", self.task, TASKS)
         if not 0 <= self.noise_fraction < 1:
             raise ConfigError("noise_fraction", self.noise_fraction, "must be in [0, 1)")
-        for name in ("noise_vocab", "copied"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "must be at least 1")
 
 
 def open_source(config: Config, view: View) -> Source:
@@ -65,9 +58,8 @@ def open_source(config: Config, view: View) -> Source:
     settings = (config.noise_vocab, config.noise_fraction, config.copied)
     tokens, _ = make(np.random.default_rng(0))
     return Generated(
-        make, view, name=f"{config.task} {settings}", length=tokens.shape[1],
+        make, view, config, name=f"{config.task} {settings}", length=tokens.shape[1],
         entropy=(4, number, tokens.shape[1]),
-        examples=config.train_examples if view.split == "train" else config.val_examples,
     )  # fmt: skip
 
 

@@ -12,35 +12,30 @@ import dataclasses
 
 import numpy as np
 
-from hybridlm.data import source
-from hybridlm.data.generated import BLOCK, Generated, check_sizes, draw_distinct, no_targets
+from hybridlm.data import generated
+from hybridlm.data.generated import BLOCK, Generated, draw_distinct, no_targets
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Above
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(source.Config):
+class Config(generated.Config):
     """num_pairs: key-value pairs n of an example that fills a row of ``train.seq_len``.
     slices: instead, a mixture of lengths: "(length, pairs), ..." or "(length, pairs, weight), ...", weights
         being shares of the training rows. Examples shorter than a row are packed, each a document of its own.
     power_a: exponent a of the gaps; 1.0 is uniform, towards 0 queries crowd behind the pairs.
     random_non_queries: fill the unused query positions with tokens of the whole vocabulary rather than 0.
-    train_examples: size of the training set of each slice (papers: 20k to 100k); 0 never repeats an example.
-    val_examples: held-out examples of each slice.
+    train_examples, val_examples: of each slice; papers train on 20k to 100k.
     """
 
     num_pairs: int = 8
     slices: str = ""
-    power_a: float = 0.01
+    power_a: Above = 0.01
     random_non_queries: bool = True
-    train_examples: int = 0
-    val_examples: int = 1000
 
     def check(self) -> None:
-        if self.power_a <= 0:
-            raise ConfigError("power_a", self.power_a, "must be positive", "The papers use 0.01.")
-        check_sizes(self)
         if self.slices:
             _parse(self.slices)
 
@@ -91,9 +86,8 @@ def _slice(length: int, pairs: int, config: Config, view: View) -> Generated:
         return tokens, targets
 
     return Generated(
-        make, view, length=length, entropy=(length, pairs),
+        make, view, config, length=length, entropy=(length, pairs),
         name=f"mqar with {pairs} pairs, power_a {config.power_a}, random filler {config.random_non_queries}",
-        examples=config.train_examples if view.split == "train" else config.val_examples,
     )  # fmt: skip
 
 

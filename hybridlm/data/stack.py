@@ -12,29 +12,20 @@ import dataclasses
 
 import numpy as np
 
-from hybridlm.data import source
-from hybridlm.data.generated import BLOCK, Generated, check_sizes, check_vocab, no_targets
+from hybridlm.data import generated
+from hybridlm.data.generated import BLOCK, Generated, check_vocab, no_targets
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError
+from hybridlm.fields import Positive
 
 PUSH, POP, FIRST_STACK = 0, 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(source.Config):
-    """num_stacks: the paper has 64.
-    train_examples: size of the training set; 0 never repeats an example.
-    val_examples: held-out examples.
-    """
+class Config(generated.Config):
+    """num_stacks: the paper has 64."""
 
-    num_stacks: int = 64
-    train_examples: int = 0
-    val_examples: int = 1000
-
-    def check(self) -> None:
-        check_sizes(self)
-        if self.num_stacks < 1:
-            raise ConfigError("num_stacks", self.num_stacks, "must be at least 1")
+    num_stacks: Positive = 64
 
 
 def open_source(config: Config, view: View) -> Source:
@@ -44,8 +35,8 @@ def open_source(config: Config, view: View) -> Source:
     check_vocab("stack", FIRST_STACK + config.num_stacks + 2, view)
     return Generated(
         lambda rng: _make(rng, config.num_stacks, length // 3, view.vocab_size),
-        view, name=f"stack {config.num_stacks}", length=length, entropy=(2, config.num_stacks, length),
-        examples=config.train_examples if view.split == "train" else config.val_examples,
+        view, config, name=f"stack {config.num_stacks}", length=length,
+        entropy=(2, config.num_stacks, length),
     )  # fmt: skip
 
 

@@ -15,33 +15,27 @@ import itertools
 
 import numpy as np
 
-from hybridlm.data import source
-from hybridlm.data.generated import BLOCK, Generated, check_sizes, check_vocab
+from hybridlm.data import generated
+from hybridlm.data.generated import BLOCK, Generated, check_vocab
 from hybridlm.data.source import Source, View
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, one_of
 
 GROUPS = {"parity": (2, False), "S3": (3, False), "S4": (4, False), "A5": (5, True), "S5": (5, False)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(source.Config):
+class Config(generated.Config):
     """group: parity, S3, S4, A5 or S5.
     only_swaps: draw from the identity and the exchanges of two points, which generate the group; one
         reflection a token then suffices (arXiv 2411.12537).
-    train_examples: size of the training set (DeltaProduct: 100k); 0 never repeats an example.
-    val_examples: held-out examples.
+    train_examples: 100k in DeltaProduct.
     """
 
     group: str = "S3"
     only_swaps: bool = False
-    train_examples: int = 0
-    val_examples: int = 1000
 
     def check(self) -> None:
-        check_sizes(self)
-        if self.group not in GROUPS:
-            allowed = "must be one of " + ", ".join(GROUPS)
-            raise ConfigError("group", self.group, allowed, nearest(self.group, GROUPS))
+        one_of("group", self.group, GROUPS)
         if self.only_swaps and GROUPS[self.group][1]:
             raise ConfigError("only_swaps", True, f"{self.group} has no exchange of two points")
 
@@ -61,9 +55,8 @@ def open_source(config: Config, view: View) -> Source:
         return tokens, targets
 
     return Generated(
-        make, view, name=config.group + ("-swaps" if config.only_swaps else ""), length=view.seq_len,
+        make, view, config, name=config.group + ("-swaps" if config.only_swaps else ""), length=view.seq_len,
         entropy=(3, number, view.seq_len),
-        examples=config.train_examples if view.split == "train" else config.val_examples,
     )  # fmt: skip
 
 

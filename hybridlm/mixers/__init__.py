@@ -6,7 +6,7 @@ Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 from flax import nnx
@@ -38,7 +38,7 @@ class Site(NamedTuple):
     """
 
     d_model: int
-    layer: Any = 0
+    layer: int | jax.Array = 0
     num_layers: int = 1
 
 
@@ -82,7 +82,7 @@ class TokenMixer(nnx.Module):
     shared_class: ClassVar[Any] = None
     public: ClassVar[Mapping[str, Format[Any]]] = {}
 
-    def __init__(self, config: Any, site: Site, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
@@ -120,7 +120,12 @@ def config_class(kind: str) -> type[Config]:
     return load(kind).config_class
 
 
-def whole_heads(config: Any, width: int, head_dim: int) -> None:
+class Headed(Protocol):
+    @property
+    def num_heads(self) -> int: ...
+
+
+def whole_heads(config: Headed, width: int, head_dim: int) -> None:
     """``width`` must split into heads of ``head_dim`` where ``config.num_heads`` is 0."""
     if config.num_heads == 0 and (width < head_dim or width % head_dim):
         raise ConfigError(

@@ -5,7 +5,7 @@ y = W_o (rmsnorm(h) * swish(W_g x)) with the norm over the whole width; lb: see 
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,12 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
     return [*linears("ifog"), *short_convs("if", "if", config.conv_size), norm("o_norm", "g_norm")]
 
 
-def bounds(config: Any) -> list[Rule]:
+class Bounded(Protocol):
+    @property
+    def lower_bound(self) -> bool: ...
+
+
+def bounds(config: Bounded) -> list[Rule]:
     """Of HGRN and HGRN2, whose layers share them."""
     return [same("lower_bounds", "lower_bounds")] if config.lower_bound else []
 
