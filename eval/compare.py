@@ -6,7 +6,6 @@ tokenizer, haystack) are tested in pairs, and the tests of a run are corrected f
 """
 
 import argparse
-import base64
 import csv
 import io
 import sys
@@ -25,8 +24,7 @@ from hybridlm import untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.report import quantity
 from hybridlm.run import cli, private
-from launch import figures
-from launch.report import STYLE
+from launch import figures, page
 
 LAYERS = {"parameters": untrusted.NATURAL, "state_bytes": untrusted.NATURAL, "cache_bytes": untrusted.NATURAL,
           "seq_len": untrusted.NATURAL}  # fmt: skip
@@ -90,7 +88,7 @@ def write(workdirs: Sequence[Path], folder: Path) -> Path:
     runs = read(workdirs)
     baseline, *others = runs
     compared = [Comparison(run, *paired.differences(run.results, baseline.results)) for run in others]
-    files = {"compare.csv": table(baseline, compared), "compare.html": page(baseline, compared)}
+    files = {"compare.csv": table(baseline, compared), "compare.html": html(baseline, compared)}
     for name, text in files.items():
         runner.put(folder / name, partial(untrusted.write_text, folder / name, text))
     return folder / "compare.html"
@@ -120,7 +118,7 @@ def table(baseline: Run, compared: Sequence[Comparison]) -> str:
     return out.getvalue()
 
 
-def page(baseline: Run, compared: Sequence[Comparison]) -> str:
+def html(baseline: Run, compared: Sequence[Comparison]) -> str:
     runs = [baseline, *(entry.run for entry in compared)]
     title = f"{', '.join(run.name for run in runs[1:])} against {baseline.name}"
     parts = [
@@ -130,11 +128,7 @@ def page(baseline: Run, compared: Sequence[Comparison]) -> str:
         _accuracies(baseline, compared),
         _notes(runs, compared),
     ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{TOLD}</style>'
-        f"</head><body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
-    )
+    return page.document(title, parts, TOLD)
 
 
 def _runs(runs: Sequence[Run]) -> str:
@@ -179,7 +173,7 @@ def _accuracies(baseline: Run, compared: Sequence[Comparison]) -> str:
         " and the p of no difference (McNemar's exact test, or sign flips where a sample's score is a share),"
         " corrected by Holm for all comparisons of the run. Bold: below 0.05."
     )
-    return f"<h2>Accuracy</h2>{_table(head, rows)}{_note(note)}"
+    return f"<h2>Accuracy</h2>{_table(head, rows)}{page.note(note)}"
 
 
 def _value(result: Result | None) -> str:
@@ -220,9 +214,7 @@ def _pictures(baseline: Run, compared: Sequence[Comparison]) -> str:
 
 
 def _figure(figure: Figure, caption: str) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(figures.png(figure)).decode()}"
-    image = f'<div class="scroll"><img alt="{escape(caption, quote=True)}" src="{source}"></div>'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return page.figure(figures.png(figure), caption)
 
 
 def _notes(runs: Sequence[Run], compared: Sequence[Comparison]) -> str:
@@ -240,7 +232,7 @@ def _notes(runs: Sequence[Run], compared: Sequence[Comparison]) -> str:
         for name, why in entry.refused.items():
             reasons.setdefault(why, []).append(name)
         lines += [f"{entry.run.name}, not compared ({why}): {', '.join(n)}." for why, n in reasons.items()]
-    return "".join(map(_note, [*lines, "The same numbers are in compare.csv."]))
+    return "".join(map(page.note, [*lines, "The same numbers are in compare.csv."]))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[tuple[str, str]]]) -> str:
@@ -248,14 +240,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[tuple[str, str]]]) -> st
     rows = list(rows)
     numbers = [kind.startswith("number") for _, kind in rows[0]] if rows else [False] * len(head)
     plain = zip(head, numbers, strict=True)
-    heads = "".join(f"<th{' class=number' if number else ''}>{escape(name)}</th>" for name, number in plain)
-    cell = lambda text, kind: f"<td{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{escape(text)}</td>"
-    lines = [heads, *("".join(cell(text, kind) for text, kind in row) for row in rows)]
-    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    return page.table([(name, "number" if number else "") for name, number in plain], rows)
 
 
 def main(argv: Sequence[str]) -> int:

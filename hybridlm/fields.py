@@ -11,8 +11,8 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 from hybridlm.errors import ConfigError, nearest
@@ -148,16 +148,12 @@ def convert(kind: Any, value: Any) -> Any:
     if origin is Literal and value in args and type(value) is type(args[args.index(value)]):
         return value
     if origin in (types.UnionType, typing.Union):
-        for arg in args:
-            try:
-                return convert(arg, value)
-            except ValueError:
-                continue
-    elif origin is tuple and isinstance(value, tuple | list):
+        return _alternative(convert, kind, value)
+    if origin is tuple and isinstance(value, tuple | list):
         return tuple(convert(args[0], element) for element in value)
-    elif kind is float and type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value):
         return float(value)
-    elif kind is not float and type(value) is kind:
+    if kind is not float and type(value) is kind:
         if kind is str and not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise ValueError("must be text in UTF-8")  # it could not be written down
         return value
@@ -175,28 +171,32 @@ def parse(kind: Any, text: str) -> Any:
     if origin is Literal:
         return convert(kind, next((arg for arg in args if str(arg) == text), text))
     if origin in (types.UnionType, typing.Union):
-        for arg in args:
-            try:
-                return parse(arg, text)
-            except ValueError:
-                continue
-    elif origin is tuple:
+        return _alternative(parse, kind, text)
+    if origin is tuple:
         parts = [part.strip() for part in text.strip("()[] ").split(",")]
         return tuple(parse(args[0], part.strip("'\"")) for part in parts if part)
-    elif kind is str:
+    if kind is str:
         return text
-    elif kind is bool and text.lower() in ("true", "false"):
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    elif kind is type(None) and text.lower() == "none":
+    if kind is type(None) and text.lower() == "none":
         return None
-    elif kind is int and re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text):
+    if kind is int and re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text):
         return int(text)
-    elif kind is float and text.isascii() and "_" not in text:
+    if kind is float and text.isascii() and "_" not in text:
         try:
             return convert(float, float(text))
         except ValueError:
             pass
     raise ValueError(f"must be {describe(kind)}")
+
+
+def _alternative(read: Callable[[Any, Any], Any], union: Any, value: Any) -> Any:
+    """What the first of the union's kinds that takes ``value`` makes of it."""
+    for kind in get_args(union):
+        with suppress(ValueError):
+            return read(kind, value)
+    raise ValueError(f"must be {describe(union)}")
 
 
 def number(value: float) -> str:

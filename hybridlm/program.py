@@ -38,7 +38,7 @@ class Program(NamedTuple):
     """
 
     init: Callable[[jax.Array], State]
-    step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
+    step: jax.stages.Wrapped
     evaluate: Callable[[Any, Batch], Sums]
     shapes: State
 

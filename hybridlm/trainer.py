@@ -8,7 +8,6 @@ that was killed and resumed therefore writes the same metrics as one that was no
 Save first, then look: the checkpoint of a step is begun before the step is validated, sampled or plotted.
 """
 
-import contextlib
 import logging
 import os
 import time
@@ -30,7 +29,7 @@ from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.member import Evaluate, Member, Metrics, due, held_out
 from hybridlm.program import NORMS, State
-from hybridlm.run import checkpoint, interrupt, logbook, picture, private, processes, programs
+from hybridlm.run import checkpoint, cli, interrupt, logbook, picture, private, processes, programs
 from hybridlm.run.clock import Clock
 from pallas_kernels import auto_means
 
@@ -77,7 +76,10 @@ def together(
     config = resolved[0]
     programs.enable(config.train.compilation_cache)
     workdirs = [workdir.absolute() for workdir in workdirs]
-    with interrupt.Stop(config.train.max_minutes) as stop, stored(workdirs[0]):
+    with (
+        interrupt.Stop(config.train.max_minutes) as stop,
+        cli.stored(workdirs[0], "Checkpoints saved before are intact."),
+    ):
         mesh = sharding.make_mesh(config.mesh)
         configs.check_batch(config.train, mesh.shape)
         rows = sharding.batch_rows(mesh, config.train.batch_size)
@@ -96,16 +98,6 @@ def together(
             if not member.failed:
                 draw(member)
     return members
-
-
-@contextlib.contextmanager
-def stored(workdir: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a RunError."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or workdir
-        raise RunError(f"{where}: {error.strerror or error}. Checkpoints saved before are intact.") from error
 
 
 class Trainer:
@@ -247,7 +239,7 @@ class Trainer:
     def compiled(self, state: State, start: int) -> Callable:
         began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
-        executable = self.program.step.lower(state, batch).compile()  # type: ignore[attr-defined]
+        executable = self.program.step.lower(state, batch).compile()
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
 

@@ -5,7 +5,6 @@ runs have left so far.
 """
 
 import argparse
-import base64
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,32 +16,9 @@ from hybridlm import untrusted
 from hybridlm.errors import RunError
 from hybridlm.report import quantity
 from hybridlm.run import cli, private
-from launch import figures, results
+from launch import figures, page, results
 from launch.results import Mean, Result
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 74rem; }
-body { padding: 1rem; }
-h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p, figcaption { max-width: 46rem; } .facts, figcaption, .note { color: #555; font-size: .9rem; }
-.pictures { display: grid; gap: 1.5rem 1rem; }
-.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; max-width: 56rem; }
-img { width: 100%; height: auto; display: block; } figure.wide img { min-width: 36rem; }
-.scroll { overflow-x: auto; } table { border-collapse: separate; font-size: .875rem; white-space: pre; }
-table { border-spacing: 0; }
-th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; } th { border-color: #888; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
-th:first-child, td:first-child { max-width: 11rem; overflow: hidden; text-overflow: ellipsis; }
-th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.bad { color: #a02020; white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
-code { font-size: .85em; overflow-wrap: anywhere; }
-@media (min-width: 60rem) { th:first-child, td:first-child { max-width: 20rem; } }
-@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
-"""
 TITLES = {"recall": "Recall", "loss": "Held-out loss"}
 PICTURES = ("by_fraction", "by_placement", "by_bytes", "by_speed", "curves")
 
@@ -63,13 +39,9 @@ def write(workdir: str | Path) -> Path:
             body.append(_pictures(measured, found, metric, pictures))
             body.append(_budgets(measured, metric))
     body += [_runs(found), _notes(found)]
-    title = escape(f"Sweep {Path(private.hide(untrusted.terminal(str(workdir.resolve())))).name}")
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><h1>{title}</h1>{''.join(body)}</body></html>\n"
-    )
-    files = {"results.csv": results.table(found).encode(), **pictures, "report.html": page.encode()}
+    title = f"Sweep {Path(private.hide(untrusted.terminal(str(workdir.resolve())))).name}"
+    html = page.document(title, body).encode()
+    files = {"results.csv": results.table(found).encode(), **pictures, "report.html": html}
     try:
         for name in (f"{metric}_{picture}.png" for metric in TITLES for picture in PICTURES):
             if name not in files:
@@ -118,7 +90,7 @@ def _by_layers(measured: Sequence[Mean], metric: str) -> str:
     guess = f" Guessing gets {' or '.join(f'{level:.3f}' for level in levels)}." if levels else ""
     note = f"{figures.NAMES[metric].capitalize()}. {over}{chosen}{guess}"
     head = ["mixer \\ full layers", *(columns[share] for share in shares)]
-    return f"<h2>{TITLES[metric]} by full-attention layers</h2>{_table(head, rows)}{_note(note)}"
+    return f"<h2>{TITLES[metric]} by full-attention layers</h2>{_table(head, rows)}{page.note(note)}"
 
 
 def _value(mean: Mean) -> str:
@@ -157,10 +129,7 @@ def _pictures(
         if figure is None:
             continue
         png = pictures[f"{metric}_{name}.png"] = figures.png(figure)
-        wide = ' class="wide"' if name == "curves" else ""
-        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        image = f'<div class="scroll"><img alt="{metric} {name.replace("_", " ")}" src="{source}"></div>'
-        parts.append(f"<figure{wide}>{image}<figcaption>{caption}</figcaption></figure>")
+        parts.append(page.figure(png, caption, f"{metric} {name.replace('_', ' ')}", wide=name == "curves"))
     return f'<div class="pictures">{"".join(parts)}</div>'
 
 
@@ -180,7 +149,7 @@ def _budgets(measured: Sequence[Mean], metric: str) -> str:
         )
     head = ["budget from", "mixer", "ratio", "full layers", metric]
     note = "State and KV cache of one sequence. A row holds up to the budget of the next."
-    return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{_note(note)}"
+    return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{page.note(note)}"
 
 
 def _runs(found: Sequence[Result]) -> str:
@@ -219,7 +188,7 @@ def _notes(found: Sequence[Result]) -> str:
     note += " Full layers are counted from 0."
     if not any(r.tokens_per_second for r in found):
         note += " No speed is shown: these runs shared a device or a program, or ran on different ones."
-    return _note(f"{note} The same numbers are in results.csv.")
+    return page.note(f"{note} The same numbers are in results.csv.")
 
 
 TEXTS = {"run", "full layers", "commit", "date"}
@@ -227,18 +196,12 @@ NUMBERS = {"learning rate", "width", "parameters", "tokens", "state + KV", "reca
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def cell(name: str, text: str) -> str:
+    def cell(name: str, text: str) -> tuple[str, str]:
         number = name in NUMBERS or (text[:1].isdigit() and name not in TEXTS)
-        kind = ' class="number"' if number else ' class="bad"' if name == "error" else ""
-        return f"<td{kind}>{escape(text)}</td>"
+        return text, "number" if number else "bad" if name == "error" else ""
 
-    heads = "".join(f"<th{' class=number' if name in NUMBERS else ''}>{escape(name)}</th>" for name in head)
-    lines = [heads, *("".join(map(cell, head, row)) for row in rows)]
-    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    heads = [(name, "number" if name in NUMBERS else "") for name in head]
+    return page.table(heads, (list(map(cell, head, row)) for row in rows))
 
 
 def main(argv: Sequence[str]) -> int:

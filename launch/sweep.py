@@ -8,14 +8,13 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 """
 
 import argparse
-import contextlib
 import fcntl
 import importlib
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import rich
 
 import train
 from hybridlm import untrusted
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private
 from launch import engines, grid, local, plan
 from launch.view import View
@@ -94,7 +93,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         return 0
     workdir = flags.workdir or train.default_workdir(flags.config)
     workdir = _named(workdir)
-    with stored(workdir):
+    with cli.stored(workdir, "What the runs have saved is intact; the same command continues."):
         return run(runs, workdir, definition.vmap, flags)
 
 
@@ -123,17 +122,6 @@ def _named(workdir: Path) -> Path:
     except UnicodeEncodeError:
         raise ConfigError("--workdir", str(workdir), "is not UTF-8", "Give another.") from None
     return workdir.absolute() if str(workdir).startswith("-") else workdir
-
-
-@contextlib.contextmanager
-def stored(workdir: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a RunError."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or workdir
-        hint = "what the runs have saved is intact; the same command continues"
-        raise RunError(f"{where}: {error.strerror or error}; {hint}.") from error
 
 
 def _say(text: str) -> None:

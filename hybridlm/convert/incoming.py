@@ -8,7 +8,6 @@ workdir holds no model, and the same command starts anew.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import shutil
@@ -147,8 +146,7 @@ def import_hf(directory: str | Path, workdir: str | Path) -> configs.Config:
         if (workdir / "checkpoints").exists():
             raise ConfigError("--workdir", str(workdir), "already holds checkpoints", "Give another.")
         config = source.config
-        text = dataclasses.replace(config.data, tokenizer=str(workdir / TOKENIZER))  # type: ignore[call-arg]
-        config = config.replace(data=text)
+        config = config.replace(data__tokenizer=str(workdir / TOKENIZER))
         scratch = workdir / SCRATCH
         shutil.rmtree(scratch, ignore_errors=True)  # of an import that was killed
         try:

@@ -5,15 +5,7 @@ Source: transformers 5.23, models/olmo_hybrid.
 
 from typing import Any
 
-from hybridlm.convert.family import (
-    Architecture,
-    Family,
-    assemble,
-    describe,
-    every_type,
-    kinds,
-    num_layers,
-)
+from hybridlm.convert.family import Architecture, Family, assemble, describe, every_type, kinds, num_layers
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 

@@ -12,16 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hybridlm import linear_mixer, mixers
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear
-from hybridlm.linear_mixer import Inputs, recurrence
+from hybridlm.linear_mixer import Inputs, LinearMixer, recurrence
 from hybridlm.mixers import Site, delta_net
 from hybridlm.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(delta_net.Config):
-    """DeltaProduct.
+class Steps(mixers.Config):
+    """What several steps a token add to the settings of a kind with one.
 
     num_householder: steps a token, each with its own k, v and beta.
     """
@@ -34,15 +35,24 @@ class Config(delta_net.Config):
         return self.num_householder
 
 
-class Mixer(delta_net.Mixer):
-    config_class = Config
+@dataclasses.dataclass(frozen=True)
+class Config(Steps, delta_net.Config):
+    """DeltaProduct."""
 
-    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+
+class ProductMixer(LinearMixer):
+    """To stand before the Mixer of the kind with one step."""
+
+    def __init__(self, config: linear_mixer.Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)
         self.b_proj = Linear(site.d_model, self.writes * self.heads.num_v, rngs=rngs)
 
     def recur(self, inputs: Inputs, rows: Rows, state: Any) -> tuple[jax.Array, Any]:
         return product(inputs, self.writes, rows, state, qk_l2norm=self.qk_l2norm)
+
+
+class Mixer(ProductMixer, delta_net.Mixer):
+    config_class = Config
 
 
 def product(

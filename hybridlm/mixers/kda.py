@@ -20,15 +20,7 @@ from hybridlm.convert.public import Format, grouped, grouped_fields, linears
 from hybridlm.convert.rules import Rule, bias, linear, norm, reshaped, same, short_convs
 from hybridlm.fields import INT32, Limits
 from hybridlm.layers import Linear, param, split_heads, zeros
-from hybridlm.linear_mixer import (
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    dt_bias_init,
-    log_uniform,
-    softplus_decay,
-    write_strength,
-)
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import Site
 
 
@@ -136,15 +128,16 @@ class Mixer(LinearMixer):
         self.f_a_proj = Linear(d_model, heads.value, rngs=rngs, axes=("embed", None))
         self.f_b_proj = Linear(heads.value, decay_width, rngs=rngs, axes=(None, "heads"))
         self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
-        A_log_init = zeros if config.lower_bound else log_uniform(1, 16)
+        A_log_init = zeros if config.lower_bound else linear_mixer.log_uniform(1, 16)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), A_log_init, decay=False)
-        self.dt_bias = param(rngs, (decay_width,), ("heads",), dt_bias_init, decay=False)
+        self.dt_bias = param(rngs, (decay_width,), ("heads",), linear_mixer.dt_bias_init, decay=False)
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)
         dt_bias_HK = split_heads(self.dt_bias[...], self.heads.key)
         log_decay_BTHK = channel_decay(f_BTHK, self.A_log[...], dt_bias_HK, self.lower_bound)
-        return Inputs(q, k, v, log_decay_BTHK, write_strength(self.b_proj(x_BTD), self.neg_eigval))
+        beta = linear_mixer.write_strength(self.b_proj(x_BTD), self.neg_eigval)
+        return Inputs(q, k, v, log_decay_BTHK, beta)
 
 
 def channel_decay(
@@ -154,4 +147,4 @@ def channel_decay(
     A_log_H1 = A_log_H[:, None]
     if lower_bound:
         return lower_bound * jax.nn.sigmoid(jnp.exp(A_log_H1) * (f_BTHK.astype(jnp.float32) + dt_bias_HK))
-    return softplus_decay(f_BTHK, A_log_H1, dt_bias_HK)
+    return linear_mixer.softplus_decay(f_BTHK, A_log_H1, dt_bias_HK)

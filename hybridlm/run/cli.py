@@ -3,10 +3,12 @@
 0 done, 1 it could not go on, 2 bad input, 3 stopped as asked with a complete checkpoint, 130 interrupted.
 """
 
+import contextlib
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped
@@ -39,6 +41,15 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
         say(message)
     processes.leave(code, private.hide(message))
     return code
+
+
+@contextlib.contextmanager
+def stored(workdir: Path, intact: str) -> Iterator[None]:
+    """Turns what the disk refuses into a RunError, which says what is intact."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename or workdir}: {error.strerror or error}. {intact}") from error
 
 
 def say(text: str) -> None:

@@ -42,15 +42,10 @@ def prove(path: Path, names: dict[str, set[str]]) -> None:
     names: of the arrays of each item.  The sums that follow are taken of the same files.
     """
     for item, wanted in names.items():
-        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path / item}/"}}
-        keys = tensorstore.KvStore.open(base).result().list().result()
-        found = {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
-        if not wanted <= found:
-            lost = sorted(wanted - found)
+        if lost := sorted(wanted - set(_arrays(path / item))):
             raise RunError(f"{path}: written, but cannot be read back: {item} has no {', '.join(lost[:3])}.")
         if len(wanted) == 1:
-            spec = {"driver": "zarr", "kvstore": base | {"path": f"{min(wanted)}/"}}
-            tensorstore.open(spec, open=True, read=True).result().read().result()
+            _read_array(path / item, min(wanted))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -149,8 +144,20 @@ def damage(path: Path) -> str | None:
 def _read_whole(path: Path) -> None:
     read_record(path)
     for item in ITEMS[:-1]:
-        base = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{path / item}/"}}
-        keys = tensorstore.KvStore.open(base).result().list().result()
-        for name in (key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")):
-            spec = {"driver": "zarr", "kvstore": base | {"path": f"{name}/"}}
-            tensorstore.open(spec, open=True, read=True).result().read().result()
+        for name in _arrays(path / item):
+            _read_array(path / item, name)
+
+
+def _store(item: Path) -> dict[str, Any]:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
+
+
+def _arrays(item: Path) -> list[str]:
+    """Names of the arrays of an item."""
+    keys = tensorstore.KvStore.open(_store(item)).result().list().result()
+    return [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
+
+
+def _read_array(item: Path, name: str) -> None:
+    spec = {"driver": "zarr", "kvstore": _store(item) | {"path": f"{name}/"}}
+    tensorstore.open(spec, open=True, read=True).result().read().result()

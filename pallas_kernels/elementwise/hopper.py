@@ -113,16 +113,8 @@ def choose_pieces(batch: int, tiles: int, rows: int, features: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _recurrence(
-    x: jax.Array,
-    log_decay: jax.Array,
-    words: jax.Array | None,
-    state: jax.Array,
-    rows: int,
-    pieces: int,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
-    return _forward(x, log_decay, words, state, rows, pieces, interpret)[0]
+def _recurrence(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    return _forward(*arguments)[0]
 
 
 def _forward(
@@ -262,19 +254,7 @@ class Walk:
                     source = ref.at[b, pl.ds(0, rows - 1), columns]
                     plgpu.copy_gmem_to_smem(source, buffer.at[slot, pl.ds(1, rows - 1)], barrier)
 
-            @pl.when(wg == 1)
-            def _() -> None:
-                for k in range(stages):
-                    fill(k, k)
-
-                @pl.loop(stages, tiles)
-                def _(k: Any) -> None:
-                    slot = blocks.rem(k, stages)
-                    plgpu.barrier_wait(free.at[slot])
-                    fill(k, slot)
-
-                for k in range(tiles - stages, tiles):
-                    plgpu.barrier_wait(free.at[k % stages])
+            pl.when(wg == 1)(lambda: blocks.refill(fill, free, tiles, stages))
 
             @pl.when(wg == 0)
             def _() -> None:

@@ -226,20 +226,8 @@ def _group(spec: _Spec, arrays: _Arrays, state: jax.Array) -> tuple[jax.Array, j
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _states(
-    precision: Precision,
-    state: jax.Array,
-    read: jax.Array | None,
-    values: jax.Array,
-    keys: jax.Array,
-    total: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sequential part, chunk by chunk: written = values - read S; S' = Diag(total) S + keys^T written.
-
-    state [N, K, V]; read, keys [G, N, C, K]; values [G, N, C, V]; total [G, N, K], here with N = B*HV.
-    Returns (final state, the states before each chunk [G, N, K, V], written [G, N, C, V]).
-    """
-    return _states_forward(precision, state, read, values, keys, total)[0]
+def _states(*arguments: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return _states_forward(*arguments)[0]
 
 
 def _states_forward(
@@ -249,7 +237,12 @@ def _states_forward(
     values: jax.Array,
     keys: jax.Array,
     total: jax.Array,
-) -> tuple:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple]:
+    """The sequential part, chunk by chunk: written = values - read S; S' = Diag(total) S + keys^T written.
+
+    state [N, K, V]; read, keys [G, N, C, K]; values [G, N, C, V]; total [G, N, K], here with N = B*HV.
+    Returns (final state, the states before each chunk [G, N, K, V], written [G, N, C, V]) and what is kept.
+    """
     matmul = functools.partial(jnp.matmul, precision=precision)
 
     def step(state: jax.Array, xs: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:

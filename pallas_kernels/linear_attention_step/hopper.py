@@ -69,17 +69,10 @@ def self_test() -> str | None:
 
 
 def _update(
-    state: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    beta: jax.Array | None,
-    *,
-    scale: float,
-    qk_l2norm: bool,
-    interpret: bool,
+    state: jax.Array, *given: Any, scale: float, qk_l2norm: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
+    """As `reference.update`."""
+    q, k, v, log_decay, beta = given
     key_dim, value_dim = state.shape[-2:]
     q, k = q.astype(F32), k.astype(F32)
     if qk_l2norm:

@@ -17,7 +17,7 @@ from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradien
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 from pallas_kernels.linear_attention.hopper.wide_backward import wide_gradients
 from pallas_kernels.linear_attention.hopper.wide_reverse import wide_reverse
 
@@ -127,6 +127,7 @@ def _delta(
         first = first[::count]
     wide = max(inputs.k.shape[3], inputs.v.shape[3]) > WIDEST_CHUNKS
     chunks = wide_gradients if wide else functools.partial(chunk_gradients, run=CHUNK_RUN)
-    dq, dk, per_token = chunks(inputs, saved.gates, saved.states, state_gradients, saved.values, do, dv)
+    given = Chunks(saved.gates, saved.states, state_gradients, saved.values, do, dv)
+    dq, dk, per_token = chunks(inputs, given)
     d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
     return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

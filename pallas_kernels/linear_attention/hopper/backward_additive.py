@@ -55,8 +55,7 @@ def additive_gradients(
 
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, do=do, states=states, last=d_state)
     vectors = Vectors(inputs, ("log_decay", "segment", "entering"))
-    arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays, strict=True)}
-    arrays = {name: value for name, value in arrays.items() if value is not None}
+    arrays |= vectors.named
     keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
     results = dict(dq=keys, dk=keys, dv=jax.ShapeDtypeStruct(inputs.v.shape, BF16))
     if decays:
@@ -88,10 +87,8 @@ def additive_gradients(
         stepped=plgpu.Barrier(num_arrivals=tiles),  # q_s, k_s, P, gate_s have been read, kept_s is written
         done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
-    scratch = {name: value for name, value in scratch.items() if value is not None}
 
-    def body(*arguments: Any, **s: Any) -> None:
-        refs = dict(zip([*arrays, *results], arguments, strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         piece, head, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
         key_head = blocks.div(head, value_heads // heads)
         b, last = blocks.div(piece, pieces), (blocks.rem(piece, pieces) + 1) * count - 1
@@ -115,10 +112,7 @@ def additive_gradients(
         def hold_state() -> None:
             columns = pl.ds(wg * C, C)
             hide_zero()
-            if d_state is None:
-                g = blocks.zeros(shape)
-            else:
-                g = plgpu.load(refs["last"].at[piece, head, columns], layout=blocks.WGMMA, optimized=False)
+            g = blocks.state(refs.get("last"), shape, (piece, head, columns))
 
             def step(i: Any, g: jax.Array) -> jax.Array:
                 slot = blocks.rem(i, stages)
@@ -256,8 +250,7 @@ def additive_gradients(
             copy(refs["k"].at[b, rows(i), key_head], "k_s")
             copy(refs["q"].at[b, rows(i), key_head], "q_s")
             if len(vectors):
-                sources = [refs["in_" + name] for name in vectors.names]
-                vectors.copy(sources, s["vectors_s"].at[slot], barrier, b, head, rows(i))
+                vectors.copy(refs, s["vectors_s"].at[slot], barrier, b, head, rows(i))
             for name in ("do", "v"):
                 for j in over:
                     source = refs[name].at[b, rows(i), head, pl.ds(j * C, C)]
@@ -287,34 +280,14 @@ def additive_gradients(
             for i in range(max(count - stages, 0), count):
                 plgpu.barrier_wait(s["free"].at[i % stages])
 
-        @pl.when(wg < tiles)
-        def _() -> None:
-            plgpu.set_max_registers(registers[0], action="increase")
-            hold_state()
-
-        @pl.when(wg == tiles)
-        def _() -> None:
-            plgpu.set_max_registers(registers[1], action="increase")
-            make_gradients()
-
-        @pl.when(wg == tiles + 1)
-        def _() -> None:
-            plgpu.set_max_registers(registers[2], action="decrease")
-            issue_copies()
+        blocks.role(wg < tiles, hold_state, increase=registers[0])
+        blocks.role(wg == tiles, make_gradients, increase=registers[1])
+        blocks.role(wg == tiles + 1, issue_copies, decrease=registers[2])
 
         blocks.finish_together(s["done"])
 
-    out = blocks.kernel(
-        body,
-        name="additive_gradients",
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=list(results.values()),
-        grid=(batch * pieces, value_heads),
-        grid_names=("b", "h"),
-        num_threads=tiles + 2,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*arrays.values())
-    named = dict(zip(results, out, strict=True))
-    return named["dq"], named["dk"], named["dv"], named.get("d_log"), named["first"]
+    grid = dict(b=batch * pieces, h=value_heads)
+    out = blocks.launch(
+        "additive_gradients", body, arrays, results, scratch, grid, threads=tiles + 2, interpret=interpret
+    )
+    return out["dq"], out["dk"], out["dv"], out.get("d_log"), out["first"]

@@ -25,40 +25,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, chunk_math
-from pallas_kernels.linear_attention.hopper.blocks import (
-    BETA,
-    CARRY,
-    F32,
-    NORM_K,
-    NORM_Q,
-    READ_K,
-    READ_Q,
-    SUM,
-    WRITE,
-    C,
-)
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
 # Rows of `sums_s`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
 # dS^T)_i, <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
 DECAY, LEAVING, KEPT, ERROR = range(4)
 
 
-def chunk_gradients(
-    inputs: Inputs,
-    gates: jax.Array,
-    states: jax.Array,
-    state_gradients: jax.Array,
-    values: jax.Array,
-    do: jax.Array,
-    dv: jax.Array,
-    *,
-    run: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk [B, T, HV, K] bf16, one per value head; dlog_decay (junk without decay) and dbeta [B, HV, 2, T].
 
-    states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16.  run: chunks that
-    one block of threads takes in turn.
+    run: chunks that one block of threads takes in turn.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -92,21 +70,20 @@ def chunk_gradients(
         both=plgpu.Barrier(num_arrivals=2),
         done=plgpu.Barrier(num_arrivals=3),
     )
-    scratch = {name: value for name, value in scratch.items() if value is not None}
 
-    def body(*refs: Any, **s: Any) -> None:
-        rest = list(refs)
-        q_ref, k_ref, u_ref, do_ref, h_ref, g_ref, gates_ref, dv_ref = (rest.pop(0) for _ in range(8))
-        segment_ref: Any = rest.pop(0) if documents else None
-        dq_ref, dk_ref, out_ref = rest
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do)
+    arrays |= dict(h=given.states, g=given.state_gradients, gates=given.gates, dv=given.dv)
+    arrays |= dict(segment=inputs.segment)
+    keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), bf16)
+    numbers = jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)
+
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
         steps = jnp.minimum(run, chunks - first)
 
-        def sync() -> None:
-            plgpu.barrier_arrive(s["both"])
-            plgpu.barrier_wait(s["both"])
+        sync = lambda: blocks.meet(s["both"])
 
         def copy(source: Any, target: Any, barrier: Any) -> None:
             plgpu.copy_gmem_to_smem(source, target, barrier)
@@ -116,26 +93,26 @@ def chunk_gradients(
             rows, barrier = pl.ds(n * C, C), s["qk_filled"].at[slot]
             for part in range(2):
                 columns = pl.ds(part * half, half)
-                copy(q_ref.at[b, rows, key_head, columns], s["qk_s"].at[slot, 0, part], barrier)
-                copy(k_ref.at[b, rows, key_head, columns], s["qk_s"].at[slot, 1, part], barrier)
-            copy(gates_ref.at[b, head, n], s["gate_s"].at[slot], barrier)
+                copy(refs["q"].at[b, rows, key_head, columns], s["qk_s"].at[slot, 0, part], barrier)
+                copy(refs["k"].at[b, rows, key_head, columns], s["qk_s"].at[slot, 1, part], barrier)
+            copy(refs["gates"].at[b, head, n], s["gate_s"].at[slot], barrier)
             if documents:
-                copy(segment_ref.at[b, rows], s["segment_s"].at[slot], barrier)
+                copy(refs["segment"].at[b, rows], s["segment_s"].at[slot], barrier)
 
         def fill_values(i: Any) -> None:
             rows = pl.ds((first + i) * C, C)
             for block in range(blocks_v):
                 columns = pl.ds(block * C, C)
-                copy(u_ref.at[b, rows, head, columns], s["u_s"].at[block], s["v_filled"])
-                copy(do_ref.at[b, rows, head, columns], s["d_s"].at[0, block], s["v_filled"])
-                copy(dv_ref.at[b, rows, head, columns], s["d_s"].at[1, block], s["v_filled"])
+                copy(refs["u"].at[b, rows, head, columns], s["u_s"].at[block], s["v_filled"])
+                copy(refs["do"].at[b, rows, head, columns], s["d_s"].at[0, block], s["v_filled"])
+                copy(refs["dv"].at[b, rows, head, columns], s["d_s"].at[1, block], s["v_filled"])
 
         def fill_states(i: Any) -> None:
             for part in range(2):
                 for block in range(blocks_v):
                     source = (b, head, first + i, pl.ds(block * C, C), pl.ds(part * half, half))
-                    copy(h_ref.at[source], s["h_s"].at[part, block], s["h_filled"])
-                    copy(g_ref.at[source], s["g_s"].at[part, block], s["h_filled"])
+                    copy(refs["h"].at[source], s["h_s"].at[part, block], s["h_filled"])
+                    copy(refs["g"].at[source], s["g_s"].at[part, block], s["h_filled"])
 
         def issue_copies() -> None:
             fill_keys(jnp.int32(0))
@@ -174,17 +151,17 @@ def chunk_gradients(
                 keep = keep & (
                     blocks.by_row(blocks.row_vector(segment_s)) == blocks.by_col(blocks.col_vector(segment_s))
                 )
-            sums = blocks.row_vector(gate_s.at[SUM]), blocks.col_vector(gate_s.at[SUM])
-            norm = blocks.row_vector(gate_s.at[NORM_Q - wg * (NORM_Q - NORM_K)]) * (
+            sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
+            norm = blocks.row_vector(gate_s.at[blocks.NORM_Q - wg * (blocks.NORM_Q - blocks.NORM_K)]) * (
                 1.0 - 2.0 * wg.astype(F32)
             )
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
-            raw = raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+            raw = raw * blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
             blocks.store(s["e_s"].at[wg], raw.astype(bf16), interpret=interpret)
 
         def per_token(wg: Any, gate_s: Any, sums_s: Any) -> jax.Array:
             """dlog_decay (first warpgroup) or dbeta (second) of the chunk."""
-            beta = blocks.row_vector(gate_s.at[BETA])
+            beta = blocks.row_vector(gate_s.at[blocks.BETA])
             error = blocks.row_vector(sums_s.at[1, ERROR]) / (beta * beta)
             if not decays:
                 return error
@@ -192,7 +169,9 @@ def chunk_gradients(
                 blocks.col_vector(sums_s.at[0, row]) + blocks.col_vector(sums_s.at[1, row])
                 for row in (DECAY, LEAVING, KEPT)
             )
-            d_log = chunk_math.log_decay_gradient(d_sum, leaving + kept * gate_s[CARRY, 0], wg - warpgroup)
+            d_log = chunk_math.log_decay_gradient(
+                d_sum, leaving + kept * gate_s[blocks.CARRY, 0], wg - warpgroup
+            )
             return jnp.where(wg == 0, d_log, error)
 
         def gradients() -> None:
@@ -202,7 +181,7 @@ def chunk_gradients(
                 plgpu.barrier_wait(s["qk_filled"].at[slot])
                 # Plus 0, unknown to the compiler: else it lifts every descriptor out of the loop into
                 # registers, and spills 200 bytes.
-                wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
+                wg = warpgroup + (gate_s[blocks.NORM_K, 0] < -1.0).astype(jnp.int32)
                 q_s, k_s = (s["qk_s"].at[slot, part, wg] for part in range(2))
                 sums_s = s["sums_s"].at[blocks.rem(i, 2), wg]
                 plgpu.barrier_wait(s["v_filled"])
@@ -228,12 +207,12 @@ def chunk_gradients(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["v_free"])
                 plgpu.barrier_arrive(s["h_free"])
-                dq = dq * blocks.by_row(blocks.row_vector(gate_s.at[READ_Q]), tile)
-                dk = dk * blocks.by_row(blocks.row_vector(gate_s.at[WRITE]), tile)
+                dq = dq * blocks.by_row(blocks.row_vector(gate_s.at[blocks.READ_Q]), tile)
+                dk = dk * blocks.by_row(blocks.row_vector(gate_s.at[blocks.WRITE]), tile)
                 if decays:
                     sums_s.at[LEAVING][...] = jnp.sum(blocks.tile(k_s) * dk, axis=1)
                 sync()  # E and F are there
-                seen = seen * blocks.by_row(blocks.row_vector(gate_s.at[READ_K]) * -1.0, tile)
+                seen = seen * blocks.by_row(blocks.row_vector(gate_s.at[blocks.READ_K]) * -1.0, tile)
                 e_s, f_s = s["e_s"].at[0], s["e_s"].at[1]
                 dq, dk, seen = multiply(
                     ([(left(e_s), k_s)], dq),
@@ -254,10 +233,10 @@ def chunk_gradients(
                 plgpu.commit_smem()
                 sync()  # E and F may be overwritten, and both halves of the inner products are there
                 if inputs.l2norm:  # take out the part along q, along k
-                    norm = blocks.row_vector(gate_s.at[NORM_Q]) * (1 / inputs.scale)
+                    norm = blocks.row_vector(gate_s.at[blocks.NORM_Q]) * (1 / inputs.scale)
                     along = blocks.row_vector(norm_s.at[0, 0]) + blocks.row_vector(norm_s.at[1, 0])
                     dq = dq + blocks.tile(q_s) * blocks.by_row(along * norm * norm * -1.0, tile)
-                    norm = blocks.row_vector(gate_s.at[NORM_K])
+                    norm = blocks.row_vector(gate_s.at[blocks.NORM_K])
                     along = blocks.row_vector(norm_s.at[0, 1]) + blocks.row_vector(norm_s.at[1, 1])
                     dk = dk + blocks.tile(k_s) * blocks.by_row(along * norm * norm * -1.0, tile)
                 blocks.store(q_s, dq.astype(bf16), interpret=interpret)
@@ -265,36 +244,21 @@ def chunk_gradients(
                 s["out_s"].at[wg][...] = per_token(wg, gate_s, s["sums_s"].at[blocks.rem(i, 2)])
                 plgpu.commit_smem()
                 target = (b, pl.ds(n * C, C), head, pl.ds(wg * half, half))
-                plgpu.copy_smem_to_gmem(q_s, dq_ref.at[target])
-                plgpu.copy_smem_to_gmem(k_s, dk_ref.at[target])
-                plgpu.copy_smem_to_gmem(s["out_s"].at[wg], out_ref.at[b, head, wg, pl.ds(n * C, C)])
+                plgpu.copy_smem_to_gmem(q_s, refs["dq"].at[target])
+                plgpu.copy_smem_to_gmem(k_s, refs["dk"].at[target])
+                plgpu.copy_smem_to_gmem(s["out_s"].at[wg], refs["numbers"].at[b, head, wg, pl.ds(n * C, C)])
 
             lax.fori_loop(0, steps, step, None)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup < 2)
-        def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            gradients()
-
-        @pl.when(warpgroup == 2)
-        def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-            issue_copies()
+        blocks.role(warpgroup < 2, gradients, increase=232)
+        blocks.role(warpgroup == 2, issue_copies, decrease=40)
 
         blocks.finish_together(s["done"])
 
-    dq = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), bf16)
-    arguments: tuple = (inputs.q, inputs.k, values, do, states, state_gradients, gates, dv, inputs.segment)
-    return blocks.kernel(
-        body,
-        name="delta_chunk_gradients",
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=[dq, dq, jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)],
-        grid=(batch, value_heads, pl.cdiv(chunks, run)),
-        grid_names=("b", "h", "n"),
-        num_threads=3,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*[x for x in arguments if x is not None])
+    grid = dict(b=batch, h=value_heads, n=pl.cdiv(chunks, run))
+    results = dict(dq=keys, dk=keys, numbers=numbers)
+    out = blocks.launch(
+        "delta_chunk_gradients", body, arrays, results, scratch, grid, threads=3, interpret=interpret
+    )
+    return out["dq"], out["dk"], out["numbers"]

@@ -19,18 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import (
-    BETA,
-    CARRY,
-    F32,
-    NORM_K,
-    NORM_Q,
-    READ_K,
-    READ_Q,
-    SUM,
-    WRITE,
-    C,
-)
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.gates import write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
@@ -94,18 +83,18 @@ def reverse_scan(
         p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
         done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
-    scratch = {name: value for name, value in scratch.items() if value is not None}
 
-    def body(*refs: Any, **s: Any) -> None:
-        rest = list(refs)
-        q_ref, do_ref = (rest.pop(0) for _ in range(2))
-        gates_ref: Any = rest.pop(0) if gates is not None else None
-        vector_refs = [rest.pop(0) for _ in vectors.arrays]
-        k_ref: Any = rest.pop(0) if chained else None
-        a_ref: Any = rest.pop(0) if delta else None
-        segment_ref: Any = rest.pop(0) if documents else None
-        last_ref: Any = rest.pop(0) if d_state is not None else None
-        g_ref, dv_ref, first_ref = rest if output else (None, None, *rest)
+    arrays: dict[str, Any] = dict(q=inputs.q, do=do, gates=gates, **vectors.named)
+    arrays |= dict(k=inputs.k if chained else None, a=inverses)
+    arrays |= dict(segment=inputs.segment if documents else None, last=d_state)
+    states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16)
+    results = dict(
+        states=states if output else None,
+        dv=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), bf16) if output else None,
+        first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32),
+    )
+
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         piece, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
         wg = lax.axis_index("wg")
         key_head = blocks.div(head, group)
@@ -115,26 +104,24 @@ def reverse_scan(
             n = last - i
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
             if chained:
-                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], s["k_s"].at[slot], barrier)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], s["q_s"].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(refs["k"].at[b, rows, key_head], s["k_s"].at[slot], barrier)
+            plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, key_head], s["q_s"].at[slot], barrier)
             if gates is not None:
-                plgpu.copy_gmem_to_smem(gates_ref.at[b, head, n], s["gate_s"].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(refs["gates"].at[b, head, n], s["gate_s"].at[slot], barrier)
             if len(vectors):
-                vectors.copy(vector_refs, s["vectors_s"].at[slot], barrier, b, head, rows)
+                vectors.copy(refs, s["vectors_s"].at[slot], barrier, b, head, rows)
             for tile in range(tiles):
                 columns = pl.ds(value_block * value_tile + tile * C, C)
-                plgpu.copy_gmem_to_smem(do_ref.at[b, rows, head, columns], s["do_s"].at[slot, tile], barrier)
+                source = refs["do"].at[b, rows, head, columns]
+                plgpu.copy_gmem_to_smem(source, s["do_s"].at[slot, tile], barrier)
             if delta:
-                plgpu.copy_gmem_to_smem(a_ref.at[b, head, rows], s["a_s"].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(refs["a"].at[b, head, rows], s["a_s"].at[slot], barrier)
             if documents:
-                plgpu.copy_gmem_to_smem(segment_ref.at[b, rows], s["segment_s"].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(refs["segment"].at[b, rows], s["segment_s"].at[slot], barrier)
 
         def hold_state() -> None:
             columns = pl.ds(value_block * value_tile + wg * C, C)
-            if last_ref is None:
-                g = blocks.zeros((C, key_dim))
-            else:
-                g = plgpu.load(last_ref.at[piece, head, columns], layout=blocks.WGMMA, optimized=False)
+            g = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
 
             def step(i: Any, g: jax.Array) -> jax.Array:
                 n = last - i
@@ -143,16 +130,14 @@ def reverse_scan(
                 k_s: Any = s["k_s"].at[slot] if chained else None
                 g_lo = g.astype(bf16)
                 if output:
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the previous step's dS has left g_s
-                    blocks.store(s["g_s"].at[wg], g_lo, interpret=interpret)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(s["g_s"].at[wg], g_ref.at[b, head, n, columns])
+                    target = refs["states"].at[b, head, n, columns]
+                    blocks.send(s["g_s"].at[wg], g_lo, target, interpret=interpret)
                 plgpu.barrier_wait(s["filled"].at[slot])
                 if chained:
                     dv = blocks.matmul((g_lo, k_s.T), interpret=interpret)
-                    dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[WRITE]))
+                    dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[blocks.WRITE]))
                 plgpu.barrier_wait(s["p_ready"].at[ahead])
-                written = (do_s.at[wg].T, q_s, g * gate_s[CARRY, 0])
+                written = (do_s.at[wg].T, q_s, g * gate_s[blocks.CARRY, 0])
                 if chained:
                     dv, g = blocks.matmul(
                         (do_s.at[wg].T, s["p_s"].at[ahead], dv), written, interpret=interpret
@@ -160,8 +145,8 @@ def reverse_scan(
                 else:
                     g = blocks.matmul(written, interpret=interpret)
                 if delta:
-                    beta = blocks.col_vector(gate_s.at[BETA])
-                    back = beta * blocks.col_vector(gate_s.at[READ_K]) * -1.0
+                    beta = blocks.col_vector(gate_s.at[blocks.BETA])
+                    back = beta * blocks.col_vector(gate_s.at[blocks.READ_K]) * -1.0
                     dx = blocks.matmul((dv.astype(bf16), s["a_s"].at[slot], dv), interpret=interpret)
                     g = blocks.matmul(((dx * blocks.by_col(back)).astype(bf16), k_s, g), interpret=interpret)
                     dv = dx * blocks.by_col(beta)
@@ -172,11 +157,12 @@ def reverse_scan(
                 plgpu.barrier_arrive(s["p_free"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])
                 if output:
-                    plgpu.copy_smem_to_gmem(s["dv_s"].at[wg], dv_ref.at[b, pl.ds(n * C, C), head, columns])
+                    target = refs["dv"].at[b, pl.ds(n * C, C), head, columns]
+                    plgpu.copy_smem_to_gmem(s["dv_s"].at[wg], target)
                 return g
 
             g = lax.fori_loop(0, count, step, g)
-            first_ref.at[piece, head, columns][...] = g
+            refs["first"].at[piece, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 
         def prepare_chunk() -> None:
@@ -192,7 +178,7 @@ def reverse_scan(
 
                 if chained:
                     k_s = s["k_s"].at[slot]
-                    sums = blocks.row_vector(gate_s.at[SUM]), blocks.col_vector(gate_s.at[SUM])
+                    sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
                     segment = None
                     if documents:
                         ids = s["segment_s"].at[slot]
@@ -200,13 +186,13 @@ def reverse_scan(
                     scores = blocks.matmul((q_s, k_s.T), interpret=interpret)
                     plgpu.commit_smem()  # every warp is done with q before it is overwritten
                     scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
-                    scores *= blocks.by_row(blocks.row_vector(gate_s.at[NORM_Q]))
-                    scores *= blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+                    scores *= blocks.by_row(blocks.row_vector(gate_s.at[blocks.NORM_Q]))
+                    scores *= blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
                     blocks.store(s["p_s"].at[ahead], scores.astype(bf16), interpret=interpret)
                 if gates is None:
                     numbers = s["vectors_s"].at[slot] if len(vectors) else None
                     write_gates(inputs, vectors, numbers, gate_s, q=q_s, every=False)
-                read = blocks.by_row(blocks.row_vector(gate_s.at[READ_Q]), (C, key_dim))
+                read = blocks.by_row(blocks.row_vector(gate_s.at[blocks.READ_Q]), (C, key_dim))
                 read_q = (blocks.tile(q_s) * read).astype(bf16)
                 blocks.store(q_s, read_q, interpret=interpret)
                 plgpu.commit_smem()
@@ -216,55 +202,16 @@ def reverse_scan(
             for i in range(max(count - AHEAD, 0), count):
                 plgpu.barrier_wait(s["p_free"].at[i % AHEAD])
 
-        def issue_copies() -> None:
-            for i in range(min(stages, count)):
-                fill(i, i)
-
-            @pl.loop(stages, count)
-            def _(i: Any) -> None:
-                slot = blocks.rem(i, stages)
-                plgpu.barrier_wait(s["free"].at[slot])
-                fill(i, slot)
-
-            for i in range(max(count - stages, 0), count):
-                plgpu.barrier_wait(s["free"].at[i % stages])
-
-        @pl.when(wg < tiles)
-        def _() -> None:
-            plgpu.set_max_registers(registers[0], action="increase")
-            hold_state()
-
-        @pl.when(wg == tiles)
-        def _() -> None:
-            plgpu.set_max_registers(registers[1], action="decrease" if tiles == 2 else "increase")
-            prepare_chunk()
-
-        @pl.when(wg == tiles + 1)
-        def _() -> None:
-            plgpu.set_max_registers(registers[2], action="decrease")
-            issue_copies()
+        blocks.role(wg < tiles, hold_state, increase=registers[0])
+        change = {"decrease" if tiles == 2 else "increase": registers[1]}
+        blocks.role(wg == tiles, prepare_chunk, **change)
+        blocks.role(
+            wg == tiles + 1, lambda: blocks.refill(fill, s["free"], count, stages), decrease=registers[2]
+        )
 
         blocks.finish_together(s["done"])
 
-    results = [jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32)]
-    if output:
-        results = [
-            jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16),
-            jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), bf16),
-            *results,
-        ]
-    keys, segment = inputs.k if chained else None, inputs.segment if documents else None
-    arguments = (inputs.q, do, gates, *vectors.arrays, keys, inverses, segment, d_state)
-    out = blocks.kernel(
-        body,
-        name=("delta_reverse_" if delta else "additive_reverse_") + ("summary" if summary else "scan"),
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=results,
-        grid=(batch * pieces, value_heads, value_dim // value_tile),
-        grid_names=("b", "h", "v"),
-        num_threads=tiles + 2,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*[x for x in arguments if x is not None])
-    return (None, None, out[0]) if summary else tuple(out)
+    grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
+    name = ("delta_reverse_" if delta else "additive_reverse_") + ("summary" if summary else "scan")
+    out = blocks.launch(name, body, arrays, results, scratch, grid, threads=tiles + 2, interpret=interpret)
+    return out.get("states"), out.get("dv"), out["first"]

@@ -8,8 +8,8 @@ in registers, so a chain of products needs no trip through shared memory.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,64 @@ def kernel(
     return call
 
 
+def present(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not None of the arrays, results or buffers of a kernel with variants."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def launch(
+    name: str,
+    body: Callable,
+    arrays: Mapping[str, Any],
+    results: Mapping[str, Any],
+    scratch: Mapping[str, Any],
+    grid: Mapping[str, int],
+    *,
+    threads: int,
+    interpret: Any,
+) -> dict[str, Any]:
+    """Results by name of `kernel` for body(refs, smem): dicts of arrays and results, and of buffers.
+
+    What is None is absent.  threads: warpgroups of a block, axis "wg"; barriers are manual.
+    """
+    arrays, results = present(arrays), present(results)
+
+    def named(*refs: Any, **smem: Any) -> None:
+        body(dict(zip([*arrays, *results], refs, strict=True)), smem)
+
+    out = kernel(
+        named,
+        name=name,
+        interpret=interpret,
+        manual_barriers=True,
+        out_type=list(results.values()),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=threads,
+        thread_name="wg",
+        scratch_types=present(scratch),
+    )(*arrays.values())
+    return dict(zip(results, out, strict=True))
+
+
+def refill(fill: Callable, free: Any, count: int, stages: int) -> None:
+    """fill(n, slot) for n below ``count``, as soon as its slot of ``stages`` is free; ends when all are free.
+
+    For a warpgroup that issues copies: it may not leave before the last have been read.
+    """
+    for n in range(min(stages, count)):
+        fill(n, n)
+
+    @pl.loop(stages, count)
+    def _(n: Any) -> None:
+        slot = rem(n, stages)
+        plgpu.barrier_wait(free.at[slot])
+        fill(n, slot)
+
+    for n in range(max(count - stages, 0), count):
+        plgpu.barrier_wait(free.at[n % stages])
+
+
 def _varying(x: jax.Array) -> frozenset:
     kind = jax.typeof(x)
     return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
@@ -99,6 +157,21 @@ def store(
         registers.store_tiled(tile, swizzle=swizzle)
 
     write(value, ref)
+
+
+def send(tile: Any, value: jax.Array, target: Any, *, interpret: Any) -> None:
+    """target[...] = value in bfloat16, by way of a tile that all copies but the last have left."""
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # what the tile held has left
+    store(tile, value.astype(jnp.bfloat16), interpret=interpret)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, target)
+
+
+def state(ref: Any, shape: tuple[int, int], place: tuple) -> jax.Array:
+    """The part of a float32 array in global memory that a warpgroup holds; zeros where ``ref`` is None."""
+    if ref is None:
+        return zeros(shape)
+    return plgpu.load(ref.at[place], layout=WGMMA, optimized=False)
 
 
 def write(ref: Any, value: jax.Array, *, interpret: Any) -> None:
@@ -230,10 +303,26 @@ def pair_decay(keep: jax.Array, sums: tuple[jax.Array, jax.Array] | None) -> jax
     return jnp.exp2(jnp.where(keep, by_row(sums[0]) - by_col(sums[1]), -jnp.inf))
 
 
+def meet(barrier: Any) -> None:
+    """Returns when as many warpgroups as ``barrier`` counts are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def finish_together(done: Any) -> None:
     """No warpgroup may leave while another still issues wgmma (an illegal instruction on hardware)."""
-    plgpu.barrier_arrive(done)
-    plgpu.barrier_wait(done)
+    meet(done)
+
+
+def role(here: Any, run: Callable[[], None], *, increase: int = 0, decrease: int = 0) -> None:
+    """What the warpgroups do for which ``here`` holds, with so many registers a thread if it says one."""
+
+    @pl.when(here)
+    def _() -> None:
+        if increase or decrease:
+            action: Literal["increase", "decrease"] = "increase" if increase else "decrease"
+            plgpu.set_max_registers(increase or decrease, action=action)
+        run()
 
 
 def head_major(x: jax.Array, length: int) -> jax.Array:

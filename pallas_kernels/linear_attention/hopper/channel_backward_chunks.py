@@ -80,8 +80,7 @@ def chunk_gradients(
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do)
     arrays |= dict(h=states, g=state_gradients, norms=norms, carry=carry)
     decay_type = arrays["decay"].dtype
-    arrays |= dict(dv=dv) if delta else {}
-    arrays |= dict(segment=inputs.segment, entering=inputs.entering) if documents else {}
+    arrays |= dict(dv=dv) | (dict(segment=inputs.segment, entering=inputs.entering) if documents else {})
 
     scratch = dict(
         q=blocks.smem((parts, C, WIDTH), BF16),
@@ -109,28 +108,22 @@ def chunk_gradients(
         both=plgpu.Barrier(num_arrivals=WORKERS),
         done=plgpu.Barrier(num_arrivals=WORKERS + 1),
     )
-    scratch = {name: value for name, value in scratch.items() if value is not None}
     keys = (batch, length, value_heads * slices, key_dim)
     results = dict(
         dq=jax.ShapeDtypeStruct(keys, BF16),
         dk=jax.ShapeDtypeStruct(keys, BF16),
         d_decay=jax.ShapeDtypeStruct(keys, decay_type),
-        error=jax.ShapeDtypeStruct((batch, value_heads * slices, length), F32),
+        error=jax.ShapeDtypeStruct((batch, value_heads * slices, length), F32) if delta else None,
     )
-    if not delta:
-        del results["error"]
 
-    def body(*all_refs: Any, **s: Any) -> None:
-        refs = dict(zip([*arrays, *results], all_refs, strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, summand, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
         head = blocks.div(summand, slices)
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
         steps = jnp.minimum(run, chunks - first)
 
-        def sync() -> None:
-            plgpu.barrier_arrive(s["both"])
-            plgpu.barrier_wait(s["both"])
+        sync = lambda: blocks.meet(s["both"])
 
         def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
             return chunk_math.sums_of_products(*sums, interpret=interpret)
@@ -427,16 +420,7 @@ def chunk_gradients(
 
         blocks.finish_together(s["done"])
 
-    out = blocks.kernel(
-        body,
-        name=("delta_" if delta else "additive_") + "channel_gradients",
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=list(results.values()),
-        grid=(batch, value_heads * slices, pl.cdiv(chunks, run)),
-        grid_names=("b", "h", "n"),
-        num_threads=WORKERS + 1,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*arrays.values())
-    return (*out, None)[:4]
+    grid = dict(b=batch, h=value_heads * slices, n=pl.cdiv(chunks, run))
+    name = ("delta_" if delta else "additive_") + "channel_gradients"
+    out = blocks.launch(name, body, arrays, results, scratch, grid, threads=WORKERS + 1, interpret=interpret)
+    return out["dq"], out["dk"], out["d_decay"], out.get("error")

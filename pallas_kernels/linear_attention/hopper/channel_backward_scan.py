@@ -50,10 +50,8 @@ def reverse_scan(
     interpret = inputs.interpret
     factors = dict(write=tiles.write, read_q=tiles.read_q, read_k=tiles.read_k)
     pairs = dict(scores=tiles.scores, inverses=tiles.inverses)
-    factors, pairs = ({n: x for n, x in d.items() if x is not None} for d in (factors, pairs))
-    arrays = factors | pairs | dict(do=do, carry=tiles.carry)
-    arrays |= dict(beta=inputs.beta) if delta else {}
-    arrays |= dict(last=d_state) if d_state is not None else {}
+    factors, pairs = blocks.present(factors), blocks.present(pairs)
+    arrays = factors | pairs | dict(do=do, carry=tiles.carry, beta=inputs.beta, last=d_state)
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
     fixed = 0 if summary else 2 * wide * C * (C + key_dim)
@@ -76,8 +74,7 @@ def reverse_scan(
         results["ds"] = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
         results["dv"] = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
 
-    def body(*all_refs: Any, **s: Any) -> None:
-        refs = dict(zip([*arrays, *("out_" + name for name in results)], all_refs, strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         piece, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
         wg = lax.axis_index("wg")
         b = blocks.div(piece, pieces)
@@ -107,21 +104,15 @@ def reverse_scan(
 
         def hold_state() -> None:
             columns = pl.ds(value_block * value_tile + wg * C, C)
-            if d_state is None:
-                ds = blocks.zeros((C, key_dim))
-            else:
-                last = refs["last"].at[piece, head, columns]
-                ds = plgpu.load(last, layout=blocks.WGMMA, optimized=False)
+            ds = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
 
             def step(i: Any, ds: jax.Array) -> jax.Array:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
                 do_s = s["do"].at[slot, wg]
                 ds_lo = ds.astype(BF16)
                 if not summary:
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the previous step's dS has left
-                    blocks.store(s["ds"].at[wg], ds_lo, interpret=interpret)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(s["ds"].at[wg], refs["out_ds"].at[b, head, n, columns])
+                    target = refs["ds"].at[b, head, n, columns]
+                    blocks.send(s["ds"].at[wg], ds_lo, target, interpret=interpret)
                 plgpu.barrier_wait(s["filled"].at[slot])
                 carry = blocks.by_col(blocks.col_vector(s["carry"].at[slot]), (C, key_dim))
                 dv = blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
@@ -142,52 +133,20 @@ def reverse_scan(
                 plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["free"].at[slot])
                 if not summary:
-                    target = refs["out_dv"].at[b, pl.ds(n * C, C), head, columns]
+                    target = refs["dv"].at[b, pl.ds(n * C, C), head, columns]
                     plgpu.copy_smem_to_gmem(s["dv"].at[wg], target)
                 return ds
 
             ds = lax.fori_loop(0, count, step, ds)
-            refs["out_first"].at[piece, head, columns][...] = ds
+            refs["first"].at[piece, head, columns][...] = ds
             plgpu.wait_smem_to_gmem(0)
 
-        def issue_copies() -> None:
-            for i in range(min(stages, count)):
-                fill(i, i)
-
-            @pl.loop(stages, count)
-            def _(i: Any) -> None:
-                slot = blocks.rem(i, stages)
-                plgpu.barrier_wait(s["free"].at[slot])
-                fill(i, slot)
-
-            for i in range(max(count - stages, 0), count):
-                plgpu.barrier_wait(s["free"].at[i % stages])
-
-        @pl.when(wg < wide)
-        def _() -> None:
-            if wide == 2:
-                plgpu.set_max_registers(REGISTERS[0], action="increase")
-            hold_state()
-
-        @pl.when(wg == wide)
-        def _() -> None:
-            if wide == 2:
-                plgpu.set_max_registers(REGISTERS[1], action="decrease")
-            issue_copies()
-
+        more, fewer = REGISTERS if wide == 2 else (0, 0)
+        blocks.role(wg < wide, hold_state, increase=more)
+        blocks.role(wg == wide, lambda: blocks.refill(fill, s["free"], count, stages), decrease=fewer)
         blocks.finish_together(s["done"])
 
-    out = blocks.kernel(
-        body,
-        name="channel_reverse_" + ("summary" if summary else "scan"),
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=list(results.values()),
-        grid=(batch * pieces, value_heads, value_dim // value_tile),
-        grid_names=("b", "h", "v"),
-        num_threads=wide + 1,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*arrays.values())
-    out = dict(zip(results, out, strict=True))
+    grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
+    name = "channel_reverse_" + ("summary" if summary else "scan")
+    out = blocks.launch(name, body, arrays, results, scratch, grid, threads=wide + 1, interpret=interpret)
     return out.get("ds"), out.get("dv"), out["first"]

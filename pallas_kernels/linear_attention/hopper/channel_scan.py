@@ -5,8 +5,9 @@ S^T (64 values by K, float32, in registers) and run the chain of products; one i
 """
 
 import dataclasses
+import math
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
+from pallas_kernels.linear_attention.hopper.forward_scan import SMEM_BYTES, Scanned
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16 = jnp.bfloat16
-SMEM_BYTES = 227 * 1024
 REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copies; by state warpgroups
-
-
-class Scanned(NamedTuple):
-    """Results; None for what was not asked for.
-
-    o: [B, T, HV, V] bf16.  final: S^T after each piece [B * pieces, HV, V, K] float32.
-    states: S^T before each chunk [B, HV, T/C, V, K] bf16.  values: V' [B, T, HV, V] bf16 (delta).
-    """
-
-    o: Any = None
-    final: Any = None
-    states: Any = None
-    values: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +74,7 @@ class ChannelScan:
         stage = {name: shape for name, shape in stage.items() if arrays[name] is not None}
         outgoing = dict(o=slice_, states=(slices, C, key_dim), values=slice_)
         outgoing = {name: shape for name, shape in outgoing.items() if results[name] is not None}
-        bytes_of = lambda shapes: 2 * sum(map(_size, shapes.values()))
+        bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
         room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
         stages = max(2, min(4, chunks // self.pieces, room // each))
@@ -102,14 +90,12 @@ class ChannelScan:
         )
         if delta:
             scratch |= dict(beta=plgpu.SMEM((stages, C), F32))
-        arrays = {name: value for name, value in arrays.items() if value is not None}
-        results = {name: value for name, value in results.items() if value is not None}
 
-        def body(*refs: Any, **smem: Any) -> None:
+        def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
             count = chunks // self.pieces
             at = SimpleNamespace(
-                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs, strict=True))),
+                refs=SimpleNamespace(**refs),
                 smem=SimpleNamespace(**smem),
                 piece=b,
                 b=blocks.div(b, self.pieces),
@@ -126,31 +112,17 @@ class ChannelScan:
             )
             state_registers, copy_registers = REGISTERS[slices]
 
-            @pl.when(wg < slices)
-            def _() -> None:
-                plgpu.set_max_registers(state_registers, action="increase")
-                self.hold_state(at, wg)
-
-            @pl.when(wg == slices)
-            def _() -> None:
-                plgpu.set_max_registers(copy_registers, action="decrease")
-                self.issue_copies(at)
+            blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=state_registers)
+            blocks.role(wg == slices, lambda: self.issue_copies(at), decrease=copy_registers)
 
             blocks.finish_together(at.smem.done)
 
-        out = blocks.kernel(
-            body,
-            name=("delta" if delta else "additive") + "_channel_" + self.mode,
-            interpret=i.interpret,
-            manual_barriers=True,
-            out_type=list(results.values()),
-            grid=(batch * self.pieces, value_heads, value_dim // self.value_tile),
-            grid_names=("b", "h", "v"),
-            num_threads=slices + 1,
-            thread_name="wg",
-            scratch_types=scratch,
-        )(*arrays.values())
-        return Scanned(**dict(zip(results, out, strict=True)))
+        grid = dict(b=batch * self.pieces, h=value_heads, v=value_dim // self.value_tile)
+        name = ("delta" if delta else "additive") + "_channel_" + self.mode
+        out = blocks.launch(
+            name, body, arrays, results, scratch, grid, threads=slices + 1, interpret=i.interpret
+        )
+        return Scanned(**out)
 
     def issue_copies(self, at: SimpleNamespace) -> None:
         smem, refs = at.smem, at.refs
@@ -179,17 +151,7 @@ class ChannelScan:
             copy("write", refs.write.at[at.b, rows, at.head])
             copy("carry", refs.carry.at[at.b, at.head, chunk])
 
-        for n in range(min(at.stages, at.count)):
-            fill(n, n)
-
-        @pl.loop(at.stages, at.count)
-        def _(n: Any) -> None:
-            slot = blocks.rem(n, at.stages)
-            plgpu.barrier_wait(smem.free.at[slot])
-            fill(n, slot)
-
-        for n in range(max(at.count - at.stages, 0), at.count):
-            plgpu.barrier_wait(smem.free.at[n % at.stages])
+        blocks.refill(fill, smem.free, at.count, at.stages)
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
@@ -198,11 +160,8 @@ class ChannelScan:
         if not at.values:
             row = blocks.row_index(shape) + (at.first_value + wg * C)
             state = jnp.where(row == blocks.col_index(shape), 1.0, 0.0)
-        elif i.state is None:
-            state = blocks.zeros(shape)
         else:
-            initial = refs.initial.at[at.piece, at.head, columns]
-            state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+            state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
         in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
 
         def step(n: Any, state: jax.Array) -> jax.Array:
@@ -250,10 +209,3 @@ class ChannelScan:
         if self.final or not at.output:
             refs.final.at[at.piece, at.head, columns][...] = state
         plgpu.wait_smem_to_gmem(0)
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

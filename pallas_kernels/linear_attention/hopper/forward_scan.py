@@ -113,11 +113,8 @@ class Scan:
             if self.keep and delta
             else None,
         )
-        results = {name: value for name, value in results.items() if value is not None}
         arrays = dict(q=i.q if output else None, k=i.k, v=i.v)
-        arrays |= {"in_" + name: array for name, array in zip(vectors.names, vectors.arrays, strict=True)}
-        arrays |= dict(a=self.inverses, initial=i.state)
-        arrays = {name: value for name, value in arrays.items() if value is not None}
+        arrays |= vectors.named | dict(a=self.inverses, initial=i.state)
         scratch = dict(
             k=blocks.smem((stages, C, key_dim), BF16),
             q=blocks.smem((stages, C, key_dim), BF16) if output else None,
@@ -137,12 +134,11 @@ class Scan:
             taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
             done=plgpu.Barrier(num_arrivals=roles.threads),
         )
-        scratch = {name: value for name, value in scratch.items() if value is not None}
 
-        def body(*refs: Any, **smem: Any) -> None:
+        def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
             at = SimpleNamespace(
-                refs=SimpleNamespace(**dict(zip([*arrays, *results], refs, strict=True))),
+                refs=SimpleNamespace(**refs),
                 smem=SimpleNamespace(**smem),
                 piece=b,
                 b=blocks.div(b, self.pieces),
@@ -179,30 +175,17 @@ class Scan:
                     plgpu.set_max_registers(roles.prepare_registers, action=action)
                 self.prepare_chunks(at, wg - tiles)
 
-            @pl.when(wg == tiles + roles.prepare)
-            def _() -> None:
-                plgpu.set_max_registers(roles.copy_registers, action="decrease")
-                self.issue_copies(at)
-
+            copying = wg == tiles + roles.prepare
+            blocks.role(copying, lambda: self.issue_copies(at), decrease=roles.copy_registers)
             blocks.finish_together(at.smem.done)
 
-        out = blocks.kernel(
-            body,
-            name=("delta_" if delta else "additive_") + self.mode,
-            interpret=i.interpret,
-            manual_barriers=True,
-            out_type=list(results.values()),
-            grid=(
-                batch * self.pieces,
-                value_heads,
-                max(value_dim, key_dim) // C if moves else value_dim // self.value_tile,
-            ),
-            grid_names=("b", "h", "v"),
-            num_threads=roles.threads,
-            thread_name="wg",
-            scratch_types=scratch,
-        )(*arrays.values())
-        return Scanned(**dict(zip(results, out, strict=True)))
+        value_blocks = max(value_dim, key_dim) // C if moves else value_dim // self.value_tile
+        grid = dict(b=batch * self.pieces, h=value_heads, v=value_blocks)
+        name = ("delta_" if delta else "additive_") + self.mode
+        out = blocks.launch(
+            name, body, arrays, results, scratch, grid, threads=roles.threads, interpret=i.interpret
+        )
+        return Scanned(**out)
 
     def issue_copies(self, at: SimpleNamespace) -> None:
         smem, refs = at.smem, at.refs
@@ -220,20 +203,9 @@ class Scan:
                     refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
                 )
             if len(at.vectors):
-                sources = [getattr(refs, "in_" + name) for name in at.vectors.names]
-                at.vectors.copy(sources, smem.vectors.at[slot], barrier, at.b, at.head, rows)
+                at.vectors.copy(vars(refs), smem.vectors.at[slot], barrier, at.b, at.head, rows)
 
-        for n in range(min(at.stages, at.count)):
-            fill(n, n)
-
-        @pl.loop(at.stages, at.count)
-        def _(n: Any) -> None:
-            slot = blocks.rem(n, at.stages)
-            plgpu.barrier_wait(smem.free.at[slot])
-            fill(n, slot)
-
-        for n in range(max(at.count - at.stages, 0), at.count):
-            plgpu.barrier_wait(smem.free.at[n % at.stages])
+        blocks.refill(fill, smem.free, at.count, at.stages)
 
     def prepare_chunks(self, at: SimpleNamespace, turn: Any) -> None:
         """Chunks n with n % (warpgroups of this kind) == turn."""
@@ -293,11 +265,8 @@ class Scan:
         shape = (C, at.key_dim)
         if moves:
             state = jnp.where(blocks.row_index(shape) + at.first_key == blocks.col_index(shape), 1.0, 0.0)
-        elif i.state is None:
-            state = blocks.zeros(shape)
         else:
-            initial = refs.initial.at[at.piece, at.head, columns]
-            state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+            state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
         in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
 
         def step(n: Any, state: jax.Array) -> jax.Array:

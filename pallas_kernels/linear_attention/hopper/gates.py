@@ -7,18 +7,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import (
-    BETA,
-    CARRY,
-    F32,
-    NORM_K,
-    NORM_Q,
-    READ_K,
-    READ_Q,
-    SUM,
-    WRITE,
-    C,
-)
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
 Pair = tuple[jax.Array, jax.Array]
@@ -40,18 +29,18 @@ def write_gates(
     norm_q = sums = segment = None
     if vectors.has("log_decay"):
         sum_row = blocks.cumulative(blocks.col_vector(vectors.get("log_decay", numbers)) * blocks.LOG2E)
-        gates.at[SUM][...] = sum_row
+        gates.at[blocks.SUM][...] = sum_row
     elif every:
-        gates.at[SUM][...] = one * 0.0
+        gates.at[blocks.SUM][...] = one * 0.0
     if k is not None:
         if inputs.l2norm:
             norm_k = blocks.inverse_norms(k if isinstance(k, list) else [k])
         if inputs.l2norm or every:
-            gates.at[NORM_K][...] = norm_k
+            gates.at[blocks.NORM_K][...] = norm_k
     plgpu.commit_smem()
     if vectors.has("log_decay"):
-        sums = sum_row, blocks.col_vector(gates.at[SUM])
-        last = gates[SUM, C - 1]
+        sums = sum_row, blocks.col_vector(gates.at[blocks.SUM])
+        last = gates[blocks.SUM, C - 1]
         read, write, carry = jnp.exp2(sum_row), jnp.exp2(last - sum_row), jnp.exp2(last)
     if vectors.has("segment"):
         ids = vectors.get("segment", numbers)
@@ -61,15 +50,17 @@ def write_gates(
         write = jnp.where(segment[0] == leaving, write, 0.0)
         carry = jnp.where(entering == leaving, carry, 0.0)
     if k is not None:
-        gates.at[READ_K][...] = read * norm_k
-        gates.at[WRITE][...] = write * norm_k
-    gates.at[CARRY][...] = one * carry
+        gates.at[blocks.READ_K][...] = read * norm_k
+        gates.at[blocks.WRITE][...] = write * norm_k
+    gates.at[blocks.CARRY][...] = one * carry
     if every:
-        gates.at[BETA][...] = blocks.row_vector(vectors.get("beta", numbers)) if vectors.has("beta") else one
+        gates.at[blocks.BETA][...] = (
+            blocks.row_vector(vectors.get("beta", numbers)) if vectors.has("beta") else one
+        )
     if q is not None:
         parts = q if isinstance(q, list) else [q]
         norm_q = (blocks.inverse_norms(parts) if inputs.l2norm else one) * inputs.scale
-        gates.at[READ_Q][...] = read * norm_q
+        gates.at[blocks.READ_Q][...] = read * norm_q
         if every:
-            gates.at[NORM_Q][...] = norm_q
+            gates.at[blocks.NORM_Q][...] = norm_q
     return norm_q, sums, segment

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,21 @@ class Inputs:
     l2norm: bool
     interpret: Any
     entering: jax.Array | None = None
+
+
+class Chunks(NamedTuple):
+    """What the delta rule's gradients of a chunk are made of beside q and k.
+
+    gates: [B, HV, T/C, 8, C] float32, all rows (see blocks).  states, state_gradients: S^T before and dS^T
+    after each chunk, [B, HV, T/C, V, K] bf16.  values, do, dv: V', dO, dV [B, T, HV, V] bf16.
+    """
+
+    gates: jax.Array
+    states: jax.Array
+    state_gradients: jax.Array
+    values: jax.Array
+    do: jax.Array
+    dv: jax.Array
 
 
 def prepare(call: Call) -> Inputs:
@@ -82,7 +97,15 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.names)
 
-    def copy(self, refs: Sequence[Any], buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
+    @property
+    def named(self) -> dict[str, jax.Array]:
+        """The arrays by the names that they have among a kernel's."""
+        return {"in_" + name: array for name, array in zip(self.names, self.arrays, strict=True)}
+
+    def copy(self, refs: Any, buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
+        """refs: of the arrays in order, or those of all of a kernel's by name."""
+        if isinstance(refs, dict):
+            refs = [refs[name] for name in self.named]
         for row, (array, ref) in enumerate(zip(self.arrays, refs, strict=True)):
             source = ref.at[b, rows] if array.ndim == 2 else ref.at[b, head, rows]
             plgpu.copy_gmem_to_smem(source, buffer.at[row], barrier)

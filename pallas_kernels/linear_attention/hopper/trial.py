@@ -1,6 +1,7 @@
 """A small call of each family of kernels, forward and backward, beside the token loop."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +43,16 @@ def results() -> Results:
 
 def compare(per_channel: bool, delta: bool, interpret: bool = False) -> Results:
     call = dataclasses.replace(small_call(per_channel, delta), interpret=interpret)
-    got, want = (_values_and_gradients(backend, call) for backend in (hopper, reference))
+    computes = hopper.linear_attention, reference.linear_attention
+    got, want = (_values_and_gradients(compute, call) for compute in computes)
     kind = f"{'channel' if per_channel else 'head'} {'delta' if delta else 'additive'}"
     return {f"{kind} {name}": (got[name], want[name]) for name in want}
 
 
-def _values_and_gradients(backend: object, call: Call) -> dict[str, jax.Array]:
+def _values_and_gradients(compute: Callable, call: Call) -> dict[str, jax.Array]:
     @jax.jit
     def run(call: Call) -> dict[str, jax.Array]:
-        (o, state), pull = jax.vjp(backend.linear_attention, call)  # type: ignore[attr-defined]
+        (o, state), pull = jax.vjp(compute, call)
         (d,) = pull((jnp.cos(jnp.arange(o.size, dtype=o.dtype)).reshape(o.shape), 0.01 * state))
         names = ("q", "k", "v", "log_decay", "beta", "initial_state")
         gradients = {f"d{name}": getattr(d, name) for name in names if getattr(d, name) is not None}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_attention.hopper.blocks import F32, NORM_K, NORM_Q
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 from pallas_kernels.linear_attention.hopper.wide_chunks import (
     D_BETA,
     D_LOG,
@@ -17,21 +17,13 @@ from pallas_kernels.linear_attention.hopper.wide_chunks import (
 RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn
 
 
-def wide_gradients(
-    inputs: Inputs,
-    gates: jax.Array,
-    states: jax.Array,
-    state_gradients: jax.Array,
-    values: jax.Array,
-    do: jax.Array,
-    dv: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def wide_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `backward_chunks.chunk_gradients`: dq, dk; dlog_decay and dbeta [B, HV, 2, T]."""
-    dq, dk, numbers = wide_chunk_gradients(inputs, gates, states, state_gradients, values, do, dv, run=RUN)
+    dq, dk, numbers = wide_chunk_gradients(inputs, given, run=RUN)
     total = numbers.sum(2)  # over slices of K
     if inputs.l2norm and inputs.k.shape[3] > SLICE:
         group = dq.shape[2] // inputs.q.shape[2]
-        gates = jnp.swapaxes(gates, 2, 3).reshape(*gates.shape[:2], 8, -1)
+        gates = jnp.swapaxes(given.gates, 2, 3).reshape(*given.gates.shape[:2], 8, -1)
 
         def across(d: jax.Array, x: jax.Array, along: jax.Array, norm: jax.Array) -> jax.Array:
             """d without its part along x; along: x.d, norm: 1 / |x|, both [B, HV, T]."""

@@ -16,19 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, chunk_math
-from pallas_kernels.linear_attention.hopper.blocks import (
-    BETA,
-    CARRY,
-    F32,
-    NORM_K,
-    NORM_Q,
-    READ_K,
-    READ_Q,
-    SUM,
-    WRITE,
-    C,
-)
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
 BF16 = jnp.bfloat16
 SLICE = 2 * C  # channels of a block of threads
@@ -40,22 +29,13 @@ D_LOG, D_BETA, OUT_Q, OUT_K = range(4)
 
 
 def wide_chunk_gradients(
-    inputs: Inputs,
-    gates: jax.Array,
-    states: jax.Array,
-    state_gradients: jax.Array,
-    values: jax.Array,
-    do: jax.Array,
-    dv: jax.Array,
-    *,
-    run: int,
+    inputs: Inputs, given: Chunks, *, run: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk [B, T, HV, K] bf16, one per value head, and [B, HV, K/128, 4, T] float32 (D_LOG ... OUT_K).
 
     Of a slice of K: dlog_decay (junk without decay) is its share, dbeta the same in every slice. With l2norm
     and K = 256 dq and dk still have their parts along q and k; OUT_Q, OUT_K are a slice's share of their
-    products. states, state_gradients: [B, HV, T/C, V, K] bf16.  values, do, dv: [B, T, HV, V] bf16.  run:
-    chunks that one block of threads takes in turn.
+    products. run: chunks that one block of threads takes in turn.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -66,8 +46,8 @@ def wide_chunk_gradients(
     interpret = inputs.interpret
     late = min(STAGES, blocks_v) - 1  # the block of V behind which the next chunk's q and k are fetched
 
-    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=values, do=do, dv=dv, h=states, g=state_gradients)
-    arrays |= dict(gates=gates) | (dict(segment=inputs.segment) if documents else {})
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do, dv=given.dv)
+    arrays |= dict(h=given.states, g=given.state_gradients, gates=given.gates, segment=inputs.segment)
     keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
     numbers = jax.ShapeDtypeStruct((batch, value_heads, slices, 4, length), F32)
     scratch = dict(
@@ -88,18 +68,14 @@ def wide_chunk_gradients(
         both=plgpu.Barrier(num_arrivals=2),
         done=plgpu.Barrier(num_arrivals=3),
     )
-    scratch = {name: value for name, value in scratch.items() if value is not None}
 
-    def body(*all_refs: Any, **s: Any) -> None:
-        refs = dict(zip([*arrays, "dq", "dk", "numbers"], all_refs, strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, key_slice = (lax.axis_index(name) for name in ("b", "h", "k"))
         first, warpgroup = lax.axis_index("n") * run, lax.axis_index("wg")
         key_head = blocks.div(head, group)
         steps = jnp.minimum(run, chunks - first)
 
-        def sync() -> None:
-            plgpu.barrier_arrive(s["both"])
-            plgpu.barrier_wait(s["both"])
+        sync = lambda: blocks.meet(s["both"])
 
         def channels(part: Any) -> Any:
             return pl.ds(key_slice * SLICE + part * C, C)
@@ -184,11 +160,11 @@ def wide_chunk_gradients(
             if documents:
                 of_row, of_col = blocks.row_vector(s["segment"]), blocks.col_vector(s["segment"])
                 keep = keep & (blocks.by_row(of_row) == blocks.by_col(of_col))
-            sums = blocks.row_vector(gate_s.at[SUM]), blocks.col_vector(gate_s.at[SUM])
+            sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
             sign = 1.0 - 2.0 * wg.astype(F32)
-            norm = blocks.row_vector(gate_s.at[NORM_Q - wg * (NORM_Q - NORM_K)]) * sign
+            norm = blocks.row_vector(gate_s.at[blocks.NORM_Q - wg * (blocks.NORM_Q - blocks.NORM_K)]) * sign
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
-            return raw * blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
+            return raw * blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
 
         def across(d: jax.Array, x_s: Any, sums: Any, row: int, norm_row: int, factor: float) -> jax.Array:
             """d without its part along x."""
@@ -199,7 +175,7 @@ def wide_chunk_gradients(
         def per_token(wg: Any, sums: Any, error: jax.Array) -> tuple[jax.Array, jax.Array]:
             """dlog_decay and q_i.dq_i (first warpgroup) or dbeta and k_i.dk_i (second)."""
             both = lambda load, row: load(sums.at[0, row]) + load(sums.at[1, row])
-            beta = blocks.row_vector(s["gates"].at[BETA])
+            beta = blocks.row_vector(s["gates"].at[blocks.BETA])
             number = error / (beta * beta)
             along = jnp.where(wg == 0, both(blocks.row_vector, ALONG_Q), both(blocks.row_vector, ALONG_K))
             if decays:
@@ -213,16 +189,17 @@ def wide_chunk_gradients(
             plgpu.barrier_wait(s["qk_filled"])
             gate_s = s["gates"]
             # Plus 0, unknown to the compiler: else it lifts every descriptor out of the loop into registers.
-            wg = warpgroup + (gate_s[NORM_K, 0] < -1.0).astype(jnp.int32)
+            wg = warpgroup + (gate_s[blocks.NORM_K, 0] < -1.0).astype(jnp.int32)
             q_s, k_s, sums_s = s["qk"].at[0, wg], s["qk"].at[1, wg], s["sums"].at[blocks.rem(i, 2), wg]
             by_token = lambda row, factor=1.0: blocks.by_row(blocks.row_vector(gate_s.at[row]) * factor)
             diagonal = blocks.row_index() == blocks.col_index()
             error = jnp.sum(jnp.where(diagonal, raw, 0.0), axis=1)
             blocks.store(s["pairs"].at[wg], pair_gradients(wg, raw).astype(BF16), interpret=interpret)
-            dq, dk, seen = dq * by_token(READ_Q), dk * by_token(WRITE), seen * by_token(READ_K, -1.0)
+            dq, dk = dq * by_token(blocks.READ_Q), dk * by_token(blocks.WRITE)
+            seen = seen * by_token(blocks.READ_K, -1.0)
             if decays:
                 leaving = jnp.sum(blocks.tile(k_s) * dk, axis=1)
-                sums_s.at[END][...] = leaving + kept * gate_s[CARRY, 0]
+                sums_s.at[END][...] = leaving + kept * gate_s[blocks.CARRY, 0]
             plgpu.commit_smem()
             sync()  # E and F are there
             e, f = s["pairs"].at[0], s["pairs"].at[1]
@@ -240,8 +217,8 @@ def wide_chunk_gradients(
             sync()  # E and F may be overwritten, and both halves of the inner products are there
             sums = s["sums"].at[blocks.rem(i, 2)]
             if project:
-                dq = across(dq, q_s, sums, ALONG_Q, NORM_Q, 1 / inputs.scale)
-                dk = across(dk, k_s, sums, ALONG_K, NORM_K, 1.0)
+                dq = across(dq, q_s, sums, ALONG_Q, blocks.NORM_Q, 1 / inputs.scale)
+                dk = across(dk, k_s, sums, ALONG_K, blocks.NORM_K, 1.0)
             blocks.store(q_s, dq.astype(BF16), interpret=interpret)
             blocks.store(k_s, dk.astype(BF16), interpret=interpret)
             s["out"].at[wg, 0][...], s["out"].at[wg, 1][...] = per_token(wg, sums, error)
@@ -252,30 +229,17 @@ def wide_chunk_gradients(
                 target = refs["numbers"].at[b, head, key_slice, 2 * place + wg, rows]
                 plgpu.copy_smem_to_gmem(s["out"].at[wg, place], target)
 
-        @pl.when(warpgroup < 2)
-        def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
+        def gradients() -> None:
             lax.fori_loop(0, steps, step, None)
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == 2)
-        def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
-            issue_copies()
-
+        blocks.role(warpgroup < 2, gradients, increase=240)
+        blocks.role(warpgroup == 2, issue_copies, decrease=24)
         blocks.finish_together(s["done"])
 
-    return tuple(
-        blocks.kernel(
-            body,
-            name="delta_wide_chunks",
-            interpret=interpret,
-            manual_barriers=True,
-            out_type=[keys, keys, numbers],
-            grid=(batch, value_heads, slices, pl.cdiv(chunks, run)),
-            grid_names=("b", "h", "k", "n"),
-            num_threads=3,
-            thread_name="wg",
-            scratch_types=scratch,
-        )(*arrays.values())
+    grid = dict(b=batch, h=value_heads, k=slices, n=pl.cdiv(chunks, run))
+    results = dict(dq=keys, dk=keys, numbers=numbers)
+    out = blocks.launch(
+        "delta_wide_chunks", body, arrays, results, scratch, grid, threads=3, interpret=interpret
     )
+    return out["dq"], out["dk"], out["numbers"]

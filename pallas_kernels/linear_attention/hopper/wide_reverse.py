@@ -19,7 +19,7 @@ from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
-from pallas_kernels.linear_attention.hopper.wide_scan import GATES, STAGES
+from pallas_kernels.linear_attention.hopper.wide_scan import GATES, STAGES, buffers, traced
 
 BF16 = jnp.bfloat16
 
@@ -36,7 +36,6 @@ def wide_reverse(
     group, chunks, interpret = value_heads // heads, length // C, inputs.interpret
     stages = min(STAGES, chunks)
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, do=do, last=d_state, **tiles._asdict())
-    arrays = {name: array for name, array in arrays.items() if array is not None}
     results = dict(
         states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16),
         dv=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16),
@@ -46,24 +45,17 @@ def wide_reverse(
         q=blocks.smem((stages, C, key_dim), BF16),
         k=blocks.smem((stages, C, key_dim), BF16),
         do=blocks.smem((stages, C, C), BF16),
-        inverses=blocks.smem((stages, C, C), BF16),
-        scores=blocks.smem((stages, C, C), BF16),
-        gates=plgpu.SMEM((stages, len(GATES), C), F32),
-        state=blocks.smem((C, key_dim), BF16),
         dv=blocks.smem((C, C), BF16),
-        filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
-        free=plgpu.Barrier(num_barriers=stages),
-        done=plgpu.Barrier(num_arrivals=2),
+        **buffers(stages, key_dim),
     )
 
-    def body(*all_refs: Any, **s: Any) -> None:
-        refs = dict(zip([*arrays, *results], all_refs, strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
         key_head = blocks.div(head, group)
         columns = pl.ds(value_block * C, C)
 
         def fill(i: Any, slot: Any) -> None:
-            n = chunks - 1 - i
+            n = chunks - 1 - traced(i)
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
             copy = lambda source, name: plgpu.copy_gmem_to_smem(source, s[name].at[slot], barrier)
             copy(refs["k"].at[b, rows, key_head], "k")
@@ -75,28 +67,13 @@ def wide_reverse(
                 source = refs["gates"].at[b, head, n, row]
                 plgpu.copy_gmem_to_smem(source, s["gates"].at[slot, place], barrier)
 
-        def issue_copies() -> None:
-            for i in range(stages):
-                fill(jnp.int32(i), i)
-
-            @pl.loop(stages, chunks)
-            def _(i: Any) -> None:
-                slot = blocks.rem(i, stages)
-                plgpu.barrier_wait(s["free"].at[slot])
-                fill(i, slot)
-
-            for i in range(chunks - stages, chunks):
-                plgpu.barrier_wait(s["free"].at[i % stages])
-
         def step(i: Any, g: jax.Array) -> jax.Array:
             n, slot = chunks - 1 - i, blocks.rem(i, stages)
             k, do_t, gates = s["k"].at[slot], s["do"].at[slot].T, s["gates"].at[slot]
             number = lambda row: blocks.col_vector(gates.at[GATES.index(row)])
             carry = refs["gates"][b, head, n, CARRY, 0]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's dS has left
-            blocks.store(s["state"], g.astype(BF16), interpret=interpret)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s["state"], refs["states"].at[b, head, n, columns])
+            target = refs["states"].at[b, head, n, columns]
+            blocks.send(s["state"], g, target, interpret=interpret)
             plgpu.barrier_wait(s["filled"].at[slot])
             dv = blocks.matmul((s["state"], k.T), interpret=interpret) * blocks.by_col(number(WRITE))
             read_t = (blocks.tile(do_t) * blocks.by_col(number(READ_Q))).astype(BF16)
@@ -117,29 +94,17 @@ def wide_reverse(
             return g
 
         def hold_state() -> None:
-            if d_state is None:
-                g = blocks.zeros((C, key_dim))
-            else:
-                last = refs["last"].at[b, head, columns]
-                g = plgpu.load(last, layout=blocks.WGMMA, optimized=False)
+            g = blocks.state(refs.get("last"), (C, key_dim), (b, head, columns))
             g = lax.fori_loop(0, chunks, step, g)
             refs["first"].at[b, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 
         pl.when(wg == 0)(hold_state)
-        pl.when(wg == 1)(issue_copies)
+        pl.when(wg == 1)(lambda: blocks.refill(fill, s["free"], chunks, stages))
         blocks.finish_together(s["done"])
 
-    out = blocks.kernel(
-        body,
-        name="delta_wide_reverse",
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=list(results.values()),
-        grid=(batch, value_heads, value_dim // C),
-        grid_names=("b", "h", "v"),
-        num_threads=2,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*arrays.values())
-    return tuple(out)
+    grid = dict(b=batch, h=value_heads, v=value_dim // C)
+    out = blocks.launch(
+        "delta_wide_reverse", body, arrays, results, scratch, grid, threads=2, interpret=interpret
+    )
+    return out["states"], out["dv"], out["first"]

@@ -25,6 +25,24 @@ STAGES = 2
 GATES = (READ_K, READ_Q, WRITE, BETA)  # the rows of `HeadTiles.gates` that a scan reads whole
 
 
+def buffers(stages: int, key_dim: int) -> dict[str, Any]:
+    """What the scan and its reverse have in shared memory besides q, k and what runs over V."""
+    return dict(
+        inverses=blocks.smem((stages, C, C), BF16),
+        scores=blocks.smem((stages, C, C), BF16),
+        gates=plgpu.SMEM((stages, len(GATES), C), F32),
+        state=blocks.smem((C, key_dim), BF16),
+        filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
+        free=plgpu.Barrier(num_barriers=stages),
+        done=plgpu.Barrier(num_arrivals=2),
+    )
+
+
+def traced(n: Any) -> Any:
+    """A chunk's number as an operand, also where it is known: one way to address chunks in all turns."""
+    return jnp.int32(n) if isinstance(n, int) else n
+
+
 def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> Scanned:
     """`final` for the last state, `keep` for the states and V' that the backward pass wants."""
     batch, length, heads, key_dim = inputs.k.shape
@@ -39,29 +57,21 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
         states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
         results |= dict(states=states, values=outputs)
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, initial=inputs.state, **tiles._asdict())
-    arrays = {name: array for name, array in arrays.items() if array is not None}
     scratch = dict(
         keys=blocks.smem((stages, 2 * C, key_dim), BF16),  # k, then q: one product reads the state for both
         v=blocks.smem((stages, C, C), BF16),
-        inverses=blocks.smem((stages, C, C), BF16),
-        scores=blocks.smem((stages, C, C), BF16),
-        gates=plgpu.SMEM((stages, len(GATES), C), F32),
-        state=blocks.smem((C, key_dim), BF16),
         o=blocks.smem((C, C), BF16),
         values=blocks.smem((C, C), BF16) if keep else None,
-        filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
-        free=plgpu.Barrier(num_barriers=stages),
-        done=plgpu.Barrier(num_arrivals=2),
+        **buffers(stages, key_dim),
     )
-    scratch = {name: value for name, value in scratch.items() if value is not None}
 
-    def body(*all_refs: Any, **s: Any) -> None:
-        refs = dict(zip([*arrays, *results], all_refs, strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
         key_head = blocks.div(head, group)
         columns = pl.ds(value_block * C, C)
 
         def fill(n: Any, slot: Any) -> None:
+            n = traced(n)
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
             copy = lambda source, target: plgpu.copy_gmem_to_smem(source, target, barrier)
             copy(refs["k"].at[b, rows, key_head], s["keys"].at[slot, pl.ds(0, C)])
@@ -71,19 +81,6 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             copy(refs["scores"].at[b, head, rows], s["scores"].at[slot])
             for place, row in enumerate(GATES):
                 copy(refs["gates"].at[b, head, n, row], s["gates"].at[slot, place])
-
-        def issue_copies() -> None:
-            for n in range(stages):
-                fill(jnp.int32(n), n)
-
-            @pl.loop(stages, chunks)
-            def _(n: Any) -> None:
-                slot = blocks.rem(n, stages)
-                plgpu.barrier_wait(s["free"].at[slot])
-                fill(n, slot)
-
-            for n in range(chunks - stages, chunks):
-                plgpu.barrier_wait(s["free"].at[n % stages])
 
         def step(n: Any, state: jax.Array) -> jax.Array:
             slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
@@ -120,31 +117,18 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             return state
 
         def hold_state() -> None:
-            shape = (C, key_dim)
-            if inputs.state is None:
-                state = blocks.zeros(shape)
-            else:
-                initial = refs["initial"].at[b, head, columns]
-                state = plgpu.load(initial, layout=blocks.WGMMA, optimized=False)
+            state = blocks.state(refs.get("initial"), (C, key_dim), (b, head, columns))
             state = lax.fori_loop(0, chunks, step, state)
             if final:
                 refs["final"].at[b, head, columns][...] = state
             plgpu.wait_smem_to_gmem(0)
 
         pl.when(wg == 0)(hold_state)
-        pl.when(wg == 1)(issue_copies)
+        pl.when(wg == 1)(lambda: blocks.refill(fill, s["free"], chunks, stages))
         blocks.finish_together(s["done"])
 
-    out = blocks.kernel(
-        body,
-        name="delta_wide_scan",
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=list(results.values()),
-        grid=(batch, value_heads, value_dim // C),
-        grid_names=("b", "h", "v"),
-        num_threads=2,
-        thread_name="wg",
-        scratch_types=scratch,
-    )(*arrays.values())
-    return Scanned(**dict(zip(results, out, strict=True)))
+    grid = dict(b=batch, h=value_heads, v=value_dim // C)
+    out = blocks.launch(
+        "delta_wide_scan", body, arrays, results, scratch, grid, threads=2, interpret=interpret
+    )
+    return Scanned(**out)
