@@ -65,6 +65,7 @@ def channel_gradients(
 
     d_beta = None
     if inputs.beta is not None:
+        assert error is not None
         error = error.reshape(batch, value_heads, -1, length).sum(2)
         d_beta = jnp.swapaxes(error / (inputs.beta * inputs.beta), 1, 2)[:, :tokens]
     return Gradients(

@@ -58,8 +58,8 @@ def chunk_gradients(
     dv: jax.Array | None,
     *,
     run: int,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, N, K] bf16, dlog_decay [B, T, N, K] as it is, dV.U [B, N, T], N of the order HV, slices.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """dq, dk [B, T, N, K] bf16, dlog_decay [B, T, N, K] as it is, dV.U [B, N, T] (delta), N of HV, slices.
 
     Shared memory holds 128 values of a head: of a wider one every slice (of 128 or 64) adds a summand.
     norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
