@@ -324,7 +324,8 @@ def _definition(section: str, values: Any, prefix: str) -> Any:
     if section == "data":
         return data_kinds.settings(values, prefix)
     mapping(values, prefix)
-    if section in NAMED and not pattern.nameable(name := prefix.partition(".")[2]):
+    owner, _, name = prefix.partition(".")
+    if owner in NAMED and not pattern.nameable(name):
         raise ConfigError(prefix, name, "no pattern can name it", "Use letters, digits and _ only.")
     with under(prefix):
         described = _class(section, values)

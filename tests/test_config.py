@@ -102,8 +102,8 @@ def test_a_colon_may_be_part_of_a_files_name(tmp_path: Path) -> None:
     assert configs.load(str(file)).model.d_model == 16 and configs.load(f"{file}:64").model.d_model == 64
     assert train.default_workdir(f"{file}:64") == Path("runs/a-b-64")
     base = f"{file}:{{size}}"
-    runs = grid.runs(grid.Sweep(base, [grid.axis("size", 64, 128)]))
-    assert [run.config.model.d_model for run in runs] == [64, 128]
+    runs = grid.runs(grid.Sweep(base, [grid.axis("size", 256, 512)]))
+    assert [run.config.model.d_model for run in runs] == [256, 512]
     (tmp_path / "s:1.py").write_text(f"from launch.grid import Sweep\nget_sweep = lambda: Sweep({base!r})\n")
     assert grid.load(f"{tmp_path}/s:1.py").base == base
 

@@ -66,7 +66,7 @@ def test_the_newest_sound_checkpoint_is_found_and_nothing_is_deleted(saved, capl
 
 
 def test_what_cannot_be_read_back_is_not_sealed(saved, monkeypatch):
-    names = {"params": {"embedding", "layers.0.w"}, "step": {"step"}}
+    names = {"params": {"embedding", "layers.0.w"}, "step": {"value"}}
     sound.prove(saved / "5", names)
     with pytest.raises(RunError, match=r"cannot be read back: params has no head, layers\.1\.w"):
         sound.prove(saved / "5", {"params": names["params"] | {"head", "layers.1.w"}})
