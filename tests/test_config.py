@@ -96,8 +96,8 @@ def test_a_colon_may_be_part_of_a_files_name(tmp_path: Path) -> None:
     file = tmp_path / "12:30" / "a:b.py"
     file.parent.mkdir()
     file.write_text(
-        "from hybridlm import config\ndef get_config(width='16'):\n"
-        "    c = config.default()\n    c.model.d_model = int(width)\n    c.data.path = 'python-stdlib:'\n    return c\n"
+        "from hybridlm import config\ndef get_config(width='16'):\n    c = config.default()\n"
+        "    c.model.d_model = int(width)\n    c.data.path = 'python-stdlib:'\n    return c\n"
     )
     assert configs.load(str(file)).model.d_model == 16 and configs.load(f"{file}:64").model.d_model == 64
     assert train.default_workdir(f"{file}:64") == Path("runs/a-b-64")
