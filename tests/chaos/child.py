@@ -1,7 +1,7 @@
 """train.py as a trial of `tests.chaos` runs it: slowed down, and with whatever its environment asks for.
 
 CHAOS_POISON: checksums of the batches whose loss becomes nan, in the compiled program.
-CHAOS_BREAKS: what raises each time that it is tried, a key of BREAKS; "final save" kills instead.
+CHAOS_BREAKS: what raises each time that it is tried, keys of BREAKS with + between; "final save" kills.
 CHAOS_PAUSE: seconds before each step, so that faults fall between steps and not only into the start.
 CHAOS_MEET, CHAOS_SILENT: seconds that processes wait for each other at the start, and for signs of life.
 """
@@ -105,9 +105,10 @@ def main(arguments: list[str]) -> int:
     if "CHAOS_POISON" in os.environ:
         poison(asked("CHAOS_POISON"))
     slow_down(float(asked("CHAOS_PAUSE", "0")))
-    meeting.MEET_SECONDS = float(asked("CHAOS_MEET", meeting.MEET_SECONDS))
+    meeting.MEET_SECONDS = int(asked("CHAOS_MEET", meeting.MEET_SECONDS))
     processes.SILENT_SECONDS = float(asked("CHAOS_SILENT", processes.SILENT_SECONDS))
-    BREAKS[asked("CHAOS_BREAKS", "")]()
+    for what in asked("CHAOS_BREAKS", "").split("+"):
+        BREAKS[what]()
     return train.main(arguments)
 
 
