@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 def default_workdir(spec: str) -> Path:
     """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's x/kda/point.json -> x/kda"""
-    filename, _, argument = spec.partition(":")
+    filename, argument = configs.split(spec)
     if Path(filename).name == "point.json":
         return Path(filename).parent
     return Path("runs") / re.sub(r"\W+", "-", f"{Path(filename).stem} {argument}").strip("-")

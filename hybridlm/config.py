@@ -148,21 +148,17 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     Runs the file: a config is Python and can do whatever Python can (a config.json cannot, unless it names
     a mixer outside the package, whose module is then imported).
     """
-    filename, argument = _split(spec)
-    path = Path(filename)
-    if not path.is_file() and path.parts[:1] == ("configs",) and (commands.root() / path).is_file():
-        path = commands.root() / path
-        log.info("--config: there is no %s here; it is that of hybridlm, in %s", filename, path.parent)
+    filename, argument = split(spec)
+    path = commands.located(filename)
     if not path.is_file():
-        known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
-        raise ConfigError("--config", filename, "no such file", nearest(filename, known) if known else "")
+        raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
     values = (from_json(path) if path.suffix == ".json" else _run(path, argument)).to_dict()
     for field, text in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(".kind")):
         _override(values, field, text)
     return ConfigDict(values)
 
 
-def _split(spec: str) -> tuple[str, str]:
+def split(spec: str) -> tuple[str, str]:
     """(file, argument). A file's own name may hold ":", so the longest part that is a file wins."""
     cuts = [len(spec), *(at for at in range(len(spec) - 1, 0, -1) if spec[at] == ":")]
     cut = next((at for at in cuts if Path(spec[:at]).is_file()), None)
@@ -328,6 +324,9 @@ def _definition(section: str, values: Any, prefix: str) -> Any:
     if section == "data":
         return data_kinds.settings(values, prefix)
     mapping(values, prefix)
+    owner, _, name = prefix.partition(".")
+    if owner in NAMED and not pattern.nameable(name):
+        raise ConfigError(prefix, name, "no pattern can name it", "Use letters, digits and _ only.")
     with under(prefix):
         described = _class(section, values)
     return build(described, values, prefix)

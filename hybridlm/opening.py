@@ -36,7 +36,10 @@ def lines(
         "workdir": private.hide(str(workdir)),
         "steps": f"{start + 1:,} to {steps:,}, " + (f"resumed at step {start:,}" if start else "a new run"),
     }
-    model_type, reason = families.public_format(config)
+    try:
+        model_type, reason = families.public_format(config)
+    except Exception as error:  # a converter's mistake costs this line, not the run
+        model_type, reason = "", f"was not compared with public formats ({type(error).__name__}: {error})"
     if not model_type:
         said["export"] = f"the model {reason}"
     return [f"{name:<8} {text}" for name, text in said.items()]

@@ -39,6 +39,11 @@ class PatternError(ConfigError):
         self.args = (f"{sentence}\n  {one_line}\n  {' ' * position}^",)
 
 
+def nameable(name: str) -> bool:
+    """Whether a pattern can name a mixer or an MLP so."""
+    return re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) is not None
+
+
 def split(layer: str) -> tuple[str, str]:
     """(mixer, mlp) of "mixer/mlp"; mlp is "" where the layer names none."""
     mixer, _, mlp = layer.partition("/")

@@ -115,7 +115,8 @@ class Trainer:
     def train(self, resume: str) -> None:
         start = self.choose(resume)
         if processes.first():
-            self.open(start)
+            with logbook.harmless("saying what the run is"):
+                self.open(start)
         self.say_determinism()
         state = self.begin(start)
         with ExitStack() as stack:

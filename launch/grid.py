@@ -16,11 +16,10 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from hybridlm import commands, cost, pattern
 from hybridlm import config as configs
-from hybridlm import cost, pattern
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.run import private
 
@@ -105,11 +104,10 @@ class Run:
 
 def load(spec: str) -> Sweep:
     """The sweep of "file.py" or "file.py:argument". Runs the file; ConfigError if it gives no sweep."""
-    filename, _, argument = spec.partition(":")
-    path = Path(filename)
+    filename, argument = configs.split(spec)
+    path = commands.located(filename)
     if not path.is_file():
-        known = [str(file) for file in path.parent.glob("*.py")]
-        raise ConfigError("--config", filename, "no such file", nearest(filename, known) if known else "")
+        raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
     module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(path.read_bytes(), path, "exec"), module)
@@ -182,10 +180,9 @@ def points(sweep: Sweep) -> list[Point]:
 
 
 def _check(sweep: Sweep, names: list[str], placeholders: set[str], overrides: Mapping[str, str]) -> None:
-    filename = sweep.base.partition(":")[0]
-    if not Path(filename).is_file():
-        known = [str(file) for file in Path(filename).parent.glob("*.py") if file.stem != "__init__"]
-        raise ConfigError("base", filename, "no such file", nearest(filename, known) if known else "")
+    filename = configs.split(sweep.base)[0]
+    if not commands.located(filename).is_file():
+        raise ConfigError("base", filename, "no such file", commands.looked_for(filename))
     if sweep.match not in ("", "parameters"):
         raise ConfigError("match", sweep.match, "must be 'parameters' or ''")
     if not 0 <= sweep.tokens < math.inf:

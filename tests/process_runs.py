@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hybridlm import config as configs
@@ -29,18 +29,25 @@ def start(
     logs: Path,
     devices: int = 1,
     own: Sequence[Sequence[str]] | None = None,
+    program: Sequence[str] = ("train.py",),
+    absent: Sequence[int] = (),
+    more: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen]:
-    """``count`` processes of one run; what each prints goes to logs/<index>. own: arguments of each alone."""
+    """``count`` processes of one run; what each prints goes to logs/<index>.
+
+    own: arguments of each alone.  program: what Python runs.  absent: those that are not started.
+    more: of their environment.
+    """
     logs.mkdir(exist_ok=True)
     address = f"localhost:{free_port()}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | (more or {})
     started = []
-    for index in range(count):
+    for index in sorted({*range(count)} - {*absent}):
         distributed = [f"--distributed={address},{count},{index}"] if count > 1 else []
         with (logs / str(index)).open("w") as log:
             more = own[index] if own else []
-            command = [sys.executable, "train.py", *arguments, *more, *distributed]
+            command = [sys.executable, *program, *arguments, *more, *distributed]
             started.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )

@@ -1,5 +1,6 @@
 """Exit codes and last lines of commands, as docs and launchers rely on them."""
 
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,14 @@ def test_an_error_of_the_program_shows_where(capsys):
     assert "test_cli.py" in printed and printed.endswith(
         "\nerror: ZeroDivisionError: integer division or modulo by zero\n"
     )
+
+
+def test_a_platform_that_jax_has_not_is_one_line():
+    code = "import jax, sys; from hybridlm.run import cli; sys.exit(cli.run(lambda: jax.devices()))"
+    environment = os.environ | {"JAX_PLATFORMS": "wrong"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: JAX_PLATFORMS = 'wrong': Unable to initialize backend 'wrong'")
 
 
 def test_the_body_gives_the_code_of_a_finished_command(capsys):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+import train
 from hybridlm import config as configs
 from hybridlm import fields, mixers, schema
 from hybridlm.errors import ConfigError
+from launch import grid
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -87,6 +89,23 @@ def test_override_of_a_kind_takes_its_defaults_whatever_the_order() -> None:
     assert config.mixers.kda.to_dict() == configs.mixer("delta_net", head_dim=32).to_dict()
     assert config.mixers.new.to_dict() == configs.mixer("gla").to_dict()
     assert config.data.to_dict() == configs.data("mqar", num_pairs=4).to_dict()
+
+
+def test_a_colon_may_be_part_of_a_files_name(tmp_path: Path) -> None:
+    """Of a config and a sweep, its base, and the workdir that is named by it."""
+    file = tmp_path / "12:30" / "a:b.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from hybridlm import config\ndef get_config(width='16'):\n    c = config.default()\n"
+        "    c.model.d_model = int(width)\n    c.data.path = 'python-stdlib:'\n    return c\n"
+    )
+    assert configs.load(str(file)).model.d_model == 16 and configs.load(f"{file}:64").model.d_model == 64
+    assert train.default_workdir(f"{file}:64") == Path("runs/a-b-64")
+    base = f"{file}:{{size}}"
+    runs = grid.runs(grid.Sweep(base, [grid.axis("size", 256, 512)]))
+    assert [run.config.model.d_model for run in runs] == [256, 512]
+    (tmp_path / "s:1.py").write_text(f"from launch.grid import Sweep\nget_sweep = lambda: Sweep({base!r})\n")
+    assert grid.load(f"{tmp_path}/s:1.py").base == base
 
 
 def test_mixture_of_data() -> None:

@@ -32,6 +32,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
         ["--config.mixers.kda.kind=kad"],
         ["mixers.kda.kind = 'kad'", "must be one of attention, "],
     ),
+    ("name for no pattern", ["--config.mixers.my-kda.kind=kda"], ["mixers.my-kda", "no pattern can name it"]),
     ("wrong type", ["--config.train.steps=many"], ["train.steps = 'many'", "must be a whole number"]),
     ("fraction of a head", ["--config.mixers.kda.num_heads=2.5"], ["must be a whole number"]),
     ("not a boolean", ["--config.model.scan=maybe"], ["model.scan", "must be True or False"]),

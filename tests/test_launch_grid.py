@@ -37,6 +37,15 @@ def test_points_in_order_of_the_axes_and_named_by_them():
     assert by_name["kda_3-1_seed1"].config.mixers["kda"].kind == "kda"
 
 
+def test_files_are_found_from_elsewhere_or_named_with_where(tmp_path, monkeypatch):
+    """configs/ of hybridlm itself from anywhere, as for train.py; else the folder that was looked in."""
+    monkeypatch.chdir(tmp_path)
+    assert len(grid.runs(grid.load("configs/sweeps/ratio_mqar.py"))) == 6
+    for look in (lambda: grid.load("nothing/s.py"), lambda: grid.runs(Sweep("nothing/s.py"))):
+        with pytest.raises(ConfigError, match=f"nothing/s.py.* no such file. .*looked for from {tmp_path}"):
+            look()
+
+
 def test_a_point_is_a_command_line_of_train():
     run = grid.runs(
         Sweep(MQAR, [axis("ratio", "1:1"), axis("learning_rate", 1e-4)], {**SMALL, "mixer": "gla"})

@@ -1,5 +1,6 @@
 """The lines at the start of a run, the tokenizer beside the weights, and programs kept between starts."""
 
+import os
 import shutil
 
 import jax
@@ -33,6 +34,22 @@ def test_six_lines(text, tmp_path, capsys):
     assert said[4].endswith("/run") and said[5].endswith("1 to 2, a new run")
     trainer.train(config.replace(train__steps=3), tmp_path / "run")
     assert "3 to 3, resumed at step 2" in capsys.readouterr().out
+
+
+def test_what_cannot_be_said_at_the_start_ends_no_run(text, tmp_path, capsys, monkeypatch, caplog):
+    def fail(*_):
+        raise KeyError("x")
+
+    config = configs.resolve(tiny.config(text, train__steps=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(opening.families, "public_format", fail)
+        trainer.train(config, tmp_path / "run")
+    assert (
+        "export   the model was not compared with public formats (KeyError: 'x')" in capsys.readouterr().out
+    )
+    monkeypatch.setattr(opening, "lines", fail)
+    trainer.train(config, tmp_path / "run")
+    assert "saying what the run is failed" in caplog.text
 
 
 def test_runs_together_have_the_lines_of_the_first(text, tmp_path, capsys):
@@ -88,6 +105,19 @@ def cache(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     yield lambda: jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_used_longest_ago_go_first(tmp_path):
+    for number, name in enumerate(["jax-1-a/old", "jax-2-a/new", "jax-1-a/newer", "other/x"]):
+        path = tmp_path / f"{name}-cache"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"1234")
+        os.utime(path, (number, number))
+    programs.prune(tmp_path, 8)
+    assert sorted(path.name for path in tmp_path.rglob("*-cache")) == ["new-cache", "newer-cache", "x-cache"]
+    os.utime(tmp_path / "jax-2-a" / "new-cache", (9, 1))  # read since
+    programs.prune(tmp_path, 7)
+    assert sorted(path.name for path in tmp_path.rglob("*-cache")) == ["new-cache", "x-cache"]
 
 
 def test_where_programs_are_kept(cache, tmp_path, monkeypatch, caplog):

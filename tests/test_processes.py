@@ -3,12 +3,16 @@
 import random
 import re
 import signal
+import socket
+import threading
+import time
 
 import pytest
 
 from hybridlm import config as configs
 from hybridlm import trainer
 from hybridlm.errors import ConfigError
+from hybridlm.run import processes
 from hybridlm.run.lock import Lock
 from hybridlm.run.processes import join
 from tests import process_runs, tiny
@@ -82,6 +86,36 @@ def test_processes_that_differ_do_not_train(tmp_path):
         log = (tmp_path / "logs" / str(index)).read_text()
         assert "optimizer.learning_rate" in log and "is 0.5 in process 1, and 0.001 in process 0" in log
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_process_without_a_sign_of_life_is_named_in_time(monkeypatch):
+    """Stopped, or its host gone: its socket stays open. One that is only slow, or has said bye, is none."""
+    monkeypatch.setattr(processes, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(processes, "SILENT_SECONDS", 0.4)
+    peers, said = object.__new__(processes.Peers), []
+    pairs = {index: socket.socketpair() for index in (1, 2)}
+    peers.index, peers.leaving, peers.sending = 0, False, threading.Lock()
+    peers.sockets = {index: pair[0] for index, pair in pairs.items()}
+    peers.names = {index: f"process {index} (pid 7 on h)" for index in (1, 2, 3)}
+    peers.heard = {index: time.monotonic() for index in pairs}
+
+    def end(message, code):
+        said.append((message, code))
+        peers.leaving = True
+
+    peers._end = end
+    thread = threading.Thread(target=peers._beat)
+    thread.start()
+    began = time.monotonic()
+    while thread.is_alive() and time.monotonic() < began + 30:
+        peers.heard[1] = time.monotonic()  # 1 beats
+        time.sleep(0.005)
+    assert said[0][1] == 1 and said[0][0].startswith(
+        "process 2 (pid 7 on h) has given no sign of life for 0.4 s"
+    )
+    assert b'{"beat": true}' in pairs[1][1].recv(100)
+    for pair in pairs.values():
+        [one.close() for one in pair]
 
 
 @pytest.mark.parametrize("spec", ["", "here", "localhost,2,0", "localhost:1,two,0"])

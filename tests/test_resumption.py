@@ -1,8 +1,10 @@
 """What a run makes of a workdir that was harmed, renamed, or is to be gone on with otherwise."""
 
+import errno
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +83,33 @@ def test_a_link_with_a_number_is_no_checkpoint(text, whole, run):
     (run / "checkpoints" / "40").symlink_to("6")
     trainer.train(resolved(text), run)
     assert steps(run) == ["2", "4", "6"] and tiny.lines(run) == tiny.lines(whole)
+
+
+def test_damage_of_an_older_checkpoint_is_no_hindrance(text, whole, run):
+    """Every file of those that are not needed emptied, each with its seal: the newest is sound."""
+    for path in [path for step in "24" for path in (run / "checkpoints" / step).rglob("*")]:
+        if path.is_file():
+            path.write_bytes(b"")
+    trainer.train(resolved(text, train__steps=8), run)
+    assert tiny.lines(run)[:6] == tiny.lines(whole) and {"6", "8"} <= set(steps(run))
+
+
+def test_a_damaged_checkpoint_stays_on_its_file_system(text, whole, run, tmp_path, monkeypatch, caplog):
+    """checkpoints/ is a link to elsewhere, which a rename does not cross."""
+    elsewhere, rename = tmp_path / "elsewhere", Path.rename
+    shutil.move(run / "checkpoints", elsewhere)
+    (run / "checkpoints").symlink_to(elsewhere)
+
+    def within(path, target):
+        if (elsewhere in path.resolve().parents) != (elsewhere in Path(target).resolve().parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", within)
+    (elsewhere / "6" / "run" / "metadata").write_bytes(b"")
+    trainer.train(resolved(text), run)
+    assert tiny.lines(run) == tiny.lines(whole) and "passed over damaged checkpoints" in caplog.text
+    assert [path.name.partition("-")[0] for path in (elsewhere / "damaged").iterdir()] == ["6"]
 
 
 def test_a_decayed_run_that_is_extended_is_warned(text, run, caplog):

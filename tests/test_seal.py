@@ -65,6 +65,17 @@ def test_the_newest_sound_checkpoint_is_found_and_nothing_is_deleted(saved, capl
     assert f"5: {broken.relative_to(saved / '5')} is not what was written" in caplog.text
 
 
+def test_what_cannot_be_read_back_is_not_sealed(saved, monkeypatch):
+    names = {"params": {"embedding", "layers.0.w"}, "step": {"value"}}
+    sound.prove(saved / "5", names)
+    with pytest.raises(RunError, match=r"cannot be read back: params has no head, layers\.1\.w"):
+        sound.prove(saved / "5", {"params": names["params"] | {"head", "layers.1.w"}})
+    monkeypatch.setattr(sound, "prove", lambda path, names: (_ for _ in ()).throw(RunError("not read back")))
+    with pytest.raises(RunError, match="not read back"), Checkpoints(saved) as saves:
+        saves.save(7, state(7), record(7))
+    assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["3", "5"]
+
+
 def test_without_a_sound_checkpoint_nothing_is_touched(saved):
     for step in ("3", "5"):
         shutil.rmtree(saved / step / "params")

@@ -5,6 +5,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.run import private, processes, show
+
+NO_DEVICE = "Unable to initialize backend"  # JAX, of a platform that is unknown or has no device
 
 
 def run(body: Callable[[], int | None], interrupted: str = "") -> int:
@@ -34,9 +37,12 @@ def run(body: Callable[[], int | None], interrupted: str = "") -> int:
     except KeyboardInterrupt:
         code, message = 130, ": ".join(filter(None, ["interrupted", interrupted]))
     except Exception as error:
-        processes.await_verdict()  # the death of another process of this run may explain it
-        say(traceback.format_exc().rstrip("\n"))
-        code, message = 1, f"error: {type(error).__name__}: {error}"
+        if NO_DEVICE in str(error):
+            code, message = 2, f"error: JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}: {error}"
+        else:
+            processes.await_verdict()  # the death of another process of this run may explain it
+            say(traceback.format_exc().rstrip("\n"))
+            code, message = 1, f"error: {type(error).__name__}: {error}"
     if message:
         say(message)
     processes.leave(code, private.hide(message))

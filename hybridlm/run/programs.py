@@ -1,8 +1,12 @@
 """Compiled programs kept from one start of a run to the next: JAX's persistent compilation cache.
 
-Unlike processors have folders of their own, since homes are shared; nothing is ever removed from one.
+Unlike processors have folders of their own, since homes are shared. In the usual place what was used longest
+ago goes when all folders together pass MOST_BYTES. (JAX's own limit, `jax_compilation_cache_max_size`, knows
+one folder and no older jax's; in jax 0.10 an entry without its time, left by a kill or by a start without a
+limit, makes it refuse every later one.)
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -15,6 +19,7 @@ from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
 
+MOST_BYTES = 8 << 30  # of programs in the usual place, for all versions of jax and all processors
 HIT = "/jax/compilation_cache/cache_hits"
 hits: list[str] = []  # one for each program that was read from the cache
 monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == HIT else None)
@@ -36,7 +41,28 @@ def enable(setting: str) -> None:
             raise ConfigError("train.compilation_cache", setting, problem) from error
         log.warning("no compilation cache: %s: %s", folder, error.strerror)
         return
+    if setting == "auto":
+        prune(folder.parent)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def prune(place: Path, most_bytes: int = MOST_BYTES) -> None:
+    """Removes the programs below ``place`` that were used longest ago, until the others have ``most_bytes``.
+
+    Another process may do the same, or read one: it then compiles again.
+    """
+    found = []
+    for path in place.glob("jax-*/*-cache"):
+        with contextlib.suppress(OSError):
+            state = path.stat()
+            found.append((max(state.st_atime, state.st_mtime), state.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= most_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
 
 
 def usual() -> Path:

@@ -1,6 +1,7 @@
 """Breaks small real runs at random, and holds every one against a run that nothing happened to.
 
     python -m tests.chaos --minutes 20 --seed 0
+    python -m tests.chaos --only "W&B fails;killed in eval"     # each of these once; --list names all
 
 A trial starts train.py in a folder of its own, injects one to three faults, each in its own start, and then
 lets the run finish. It passes if every faulty start ended as that fault should end (resumable, or refused
@@ -27,14 +28,24 @@ from tests.chaos.trial import KINDS, Corpus, Trial
 from tests.flags import FAST
 
 
-def attempt(corpus: Corpus, number: int, seed: int) -> tuple[list[tuple[str, bool]], str]:
+def choose(number: int, chance: random.Random, only: list[str]) -> tuple[str, list[str]]:
+    """(kind, faults) of trial ``number``; with ``only``, the one of these whose turn it is."""
+    fits = {kind: fitting(kind, os.geteuid() == 0) for kind in KINDS}
+    if only:
+        name = only[number % len(only)]
+        return next(kind for kind in KINDS if name in fits[kind]), [name]
+    if number % 12 == 6:
+        return KINDS[-1], [fits[KINDS[-1]][number // 12 % len(fits[KINDS[-1]])]]
+    kind = KINDS[number % 3]
+    names = fits[kind]
+    chosen = [names[number // 3 % len(names)], *chance.choices(names, k=chance.choice((0, 0, 1, 1, 2)))]
+    return kind, chosen[:1] if chosen.count("disk full or read-only") > 1 else chosen
+
+
+def attempt(corpus: Corpus, number: int, seed: int, only: list[str]) -> tuple[list[tuple[str, bool]], str]:
     """Trial ``number``: (its faults, with whether each was refused; what went wrong)."""
     chance = random.Random(f"{seed} {number}")
-    kind = KINDS[-1] if number % 12 == 6 else KINDS[number % 3]
-    names = fitting(kind, os.geteuid() == 0)
-    chosen = [names[number // 3 % len(names)], *chance.choices(names, k=chance.choice((0, 0, 1, 1, 2)))]
-    if chosen.count("disk full or read-only") > 1 or kind == KINDS[-1]:
-        chosen = chosen[:1]
+    kind, chosen = choose(number, chance, only)
     trial = Trial(corpus, kind, corpus.folder / f"trial-{number}")
     done: list[tuple[str, bool]] = []
     try:
@@ -52,9 +63,17 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m tests.chaos")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="FAULT;...", help="these, once each")
+    parser.add_argument("--list", action="store_true", help="the faults, and exit")
     parser.add_argument("--jobs", type=int, default=2, help="trials at the same time")
     parser.add_argument("--folder", type=Path, help="where; default: a new one, removed if nothing is lost")
     flags = parser.parse_args()
+    if flags.list:
+        print("\n".join(FAULTS))
+        return 0
+    only = [name for name in flags.only.split(";") if name]
+    if unknown := set(only) - {name for kind in KINDS for name in fitting(kind, os.geteuid() == 0)}:
+        parser.error(f"--only: none of the faults here: {', '.join(sorted(unknown))}")
     begun = time.monotonic()
     folder = flags.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(exist_ok=True)
@@ -67,8 +86,8 @@ def main() -> int:
     numbers, trials = itertools.count(), []
 
     def work() -> None:
-        while time.monotonic() < until:
-            done, wrong = attempt(corpus, next(numbers), flags.seed)
+        while time.monotonic() < until and ((number := next(numbers)) < len(only) or not only):
+            done, wrong = attempt(corpus, number, flags.seed, only)
             trials.append(wrong)
             injected.update(name for name, _ in done)
             refused.update(name for name, was in done if was)

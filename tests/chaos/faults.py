@@ -8,10 +8,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from tests import process_runs
-from tests.chaos.trial import STEPS, Trial, finish
+from launch import state
+from tests import process_runs, tiny
+from tests.chaos import commands
+from tests.chaos.trial import SECONDS, STEPS, Trial, finish
+
+Fault = Callable[[Trial, random.Random], bool]
+LOOKS = ("validation", "tasks", "sample", "plot", "W&B at its start", "W&B", "stdout, full", "stdout, closed")
 
 
 def kill(trial: Trial, chance: random.Random) -> bool:
@@ -96,7 +102,7 @@ def damage_checkpoint(trial: Trial, chance: random.Random) -> bool:
 
 def harm_shard(trial: Trial, chance: random.Random) -> bool:
     """Before a start, a bit flipped, an end cut off or a file deleted; during one, cut or deleted."""
-    path = chance.choice(sorted((trial.folder / "shards").glob("train-*.tokens")))
+    path = chance.choice(sorted(trial.shards.glob("train-*.tokens")))
     whole, how = path.read_bytes(), chance.choice(("flip", "cut", "delete"))
     during = how != "flip" and chance.random() < 0.6
     if during:
@@ -194,38 +200,99 @@ def change_config(trial: Trial, chance: random.Random) -> bool:
     )
 
 
-def processes(trial: Trial, chance: random.Random) -> bool:
-    """Two processes, one of them killed."""
-    running = trial.start_two()
+def other_metric(trial: Trial, chance: random.Random) -> bool:
+    """A resumption that keeps the best by another metric, killed as well."""
+    kill(trial, chance)
+    process = trial.start("--config.checkpoint.best_metric=loss", "--config.checkpoint.keep_best=1")
+    trial.at_random(process, chance)
+    process.kill()
+    finish(process)
+    return False
+
+
+def odd_place(trial: Trial, chance: random.Random) -> bool:
+    """A workdir that could not be read again; what has other odd names lies in every trial."""
+    place = trial.folder / chance.choice(("r[1]", "a\\b", "what?", "gs:")) / "run"
+    code = trial.run(f"--workdir={place}")
+    assert not place.parent.exists(), "something was written"
+    return trial.refused(2, "no checkpoint can be kept below a path with", code)
+
+
+def kill_before_the_end(trial: Trial, chance: random.Random) -> bool:
+    """SIGKILL between the last line of metrics and the seal of the last checkpoint."""
+    code = trial.run(breaks="final save")
+    assert code == -signal.SIGKILL or trial.lines(), f"exit code {code}"
+    if code == -signal.SIGKILL:
+        assert tiny.lines(trial.workdir)[-1]["step"] == STEPS
+        assert state.status(trial.workdir, STEPS).state != "finished", "called finished"
+    return False
+
+
+def look(what: str, trial: Trial, chance: random.Random) -> bool:
+    """A way of looking fails, at every step of a whole run: nothing but what it looks for may be lost."""
+    if chance.random() < 0.3:
+        kill(trial, chance)
+    code = trial.run(*(("--config.log.wandb_mode=offline",) if "W&B" in what else ()), breaks=what)
+    assert code == 0, f"exit code {code} when {what} fails"
+    lost = {"validation": "val_", "sample": "sample"}.get(what, "nothing")
+    known = lambda lines: [{k: v for k, v in line.items() if not k.startswith(lost)} for line in lines]
+    assert known(tiny.lines(trial.workdir)) == known(trial.corpus.whole(trial.kind)), "another trajectory"
+    assert state.status(trial.workdir, STEPS).state == "finished", "no sealed checkpoint at the end"
+    if what in ("validation", "tasks", "sample"):
+        assert "No space left" in (trial.workdir / "events.jsonl").read_text(), "no event"
+    if what == "validation":
+        shutil.rmtree(trial.workdir)  # for `check`: its lines lack what was not measured, rightly
+    return False
+
+
+def kill_one(trial: Trial, chance: random.Random) -> bool:
+    """Two processes, one of them killed or stopped."""
+    seconds, how = 12, chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP))
+    running = trial.start_two(silent=seconds if how == signal.SIGSTOP else 60)
     wanted = min(trial.lines() + chance.randint(1, 12), 26)
     while trial.lines() < wanted and all(process.poll() is None for process in running):
         time.sleep(0.01)
     victim = chance.randint(0, 1)
     if running[victim].poll() is None and running[1 - victim].poll() is None:
-        running[victim].kill()
-        code = process_runs.finish(running, 60)[1 - victim]
+        running[victim].send_signal(how)
+        try:
+            code = running[1 - victim].wait(2 * seconds + 30)
+        finally:
+            running[victim].kill()
+            process_runs.finish(running, 60)
         said = (trial.log / str(1 - victim)).read_text()
-        assert code in (0, 1), f"exit code {code} of the survivor"
-        assert code == 0 or f"process {victim}" in said, "the survivor does not name the dead"
+        if victim == 0 and code == -signal.SIGABRT:  # JAX was quicker: docs/trust.md, exit code 134
+            assert how == signal.SIGKILL and "another task died" in said
+        else:
+            assert code in (0, 1), f"exit code {code} of the survivor"
+            assert code == 0 or f"process {victim}" in said, "the survivor does not name the other"
     else:
         process_runs.finish(running, 60)
     return False
 
 
-def look(trial: Trial, chance: random.Random) -> bool:
-    """Validation, tasks, sampling, the picture, W&B or stdout fail from the start; training goes on."""
-    what = chance.choice(("validation", "sample", "plot", "wandb", "stdout"))
-    process = trial.start(breaks=what)
-    trial.at_random(process, chance)
-    process.kill()
-    finish(process)
-    if what == "validation" and (trial.workdir / "checkpoints").exists():
-        shutil.rmtree(trial.workdir)  # its lines lack what was not measured, rightly
-    return False
+def differ(trial: Trial, chance: random.Random) -> bool:
+    """Two processes, of which one would train something else."""
+    field = chance.choice(
+        ("optimizer.learning_rate=0.5", "train.seed=9", "train.steps=9", "eval.every_steps=5")
+    )
+    own = [[], []]
+    own[chance.randint(0, 1)] = [f"--config.{field}"]
+    codes = process_runs.finish(trial.start_two(own=own), SECONDS)
+    assert codes == [2, 2], f"exit codes {codes}"
+    return trial.refused(2, "is .* in process 1, and .* in process 0", 2)
+
+
+def never_come(trial: Trial, chance: random.Random) -> bool:
+    """One of two processes never comes."""
+    missing, began = chance.randint(0, 1), time.monotonic()
+    codes = process_runs.finish(trial.start_two(meet=3, absent=[missing]), SECONDS)
+    assert codes == [2] and time.monotonic() - began < SECONDS / 2, f"exit codes {codes}"
+    return trial.refused(2, rf"process {missing} (of 2 did not come|did not answer there) within 3 s", 2)
 
 
 def harm_records(trial: Trial, chance: random.Random) -> bool:
-    """config.json, events.jsonl or the last line of metrics.jsonl damaged after a kill."""
+    """config.json, layers.json, events.jsonl and a line of metrics.jsonl damaged after a kill."""
     kill(trial, chance)
     harm = chance.choice((b"", b"\0" * 30, b"{\xff"))
     for name in ("config.json", "layers.json", "events.jsonl", "wandb_id"):
@@ -233,8 +300,9 @@ def harm_records(trial: Trial, chance: random.Random) -> bool:
             (trial.workdir / name).write_bytes(harm)
     metrics = trial.workdir / "metrics.jsonl"
     if metrics.exists():
-        with metrics.open("ab") as file:
-            file.write(harm + b"\n")
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        lines.insert(chance.randint(0, len(lines)), harm + b"\n")
+        metrics.write_bytes(b"".join(lines))
     return False
 
 
@@ -247,30 +315,36 @@ def rename(trial: Trial, chance: random.Random) -> bool:
     return False
 
 
-FAULTS: dict[str, Callable[[Trial, random.Random], bool]] = {
+PROCESSES: dict[str, Fault] = {
+    "one of two processes killed or stopped": kill_one,
+    "two processes differ": differ,
+    "one of two processes never comes": never_come,
+}
+FAULTS: dict[str, Fault] = {
     "killed": kill,
     "killed while saving": kill_in_a_save,
+    "killed before the final seal": kill_before_the_end,
     "signal": stop,
     "checkpoint damaged": damage_checkpoint,
+    "checkpoint renamed": rename,
+    "records damaged": harm_records,
     "shard damaged or gone": harm_shard,
     "disk full or read-only": disk,
     "nan, too many in a row": poison,
     "second run": second_run,
     "config changed": change_config,
-    "looking fails": look,
-    "records damaged": harm_records,
-    "checkpoint renamed": rename,
-    "one of two processes killed": processes,
+    "another metric": other_metric,
+    "workdir with brackets": odd_place,
+    **{f"{what} fails": partial(look, what) for what in LOOKS},
+    **commands.FAULTS,
+    **PROCESSES,
 }
 
 
 def fitting(kind: str, root: bool) -> list[str]:
     """Faults that a trial of this kind can have; nan beyond the poisoned steps needs text."""
     if kind == "two processes":
-        return ["one of two processes killed"]
-    wanted = [name for name in FAULTS if (root or FAULTS[name] is not disk) and FAULTS[name] is not processes]
-    if kind != "shards":
-        wanted.remove("shard damaged or gone")
-    if kind != "text":
-        wanted.remove("nan, too many in a row")
-    return wanted
+        return list(PROCESSES)
+    needs = {"shard damaged or gone": kind == "shards", "nan, too many in a row": kind == "text"}
+    needs |= {"disk full or read-only": root} | dict.fromkeys(PROCESSES, False)
+    return [name for name in FAULTS if needs.get(name, True)]

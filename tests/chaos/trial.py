@@ -7,8 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +20,8 @@ from tests import process_runs, tiny
 from tests.chaos.child import checksum
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 240  # for one start; far more than it takes
+NONE: Mapping[str, str] = MappingProxyType({})
+SECONDS = 600  # for one start; far more than it takes
 STEPS, POISONED = 48, (13, 14, 31)
 FIELDS = {
     "model__pattern": "retnet", "train__steps": STEPS, "train__max_skipped": 3, "log__every_steps": 2,
@@ -37,7 +42,9 @@ class Corpus:
         text = tiny.write_text(folder)
         with contextlib.redirect_stderr(open(os.devnull, "w")):
             prepare.prepare(text, str(folder / "shards"), "bytes", holdout=0.3, shard_tokens=2000)
-        self.configs, self.whole = {}, {}
+        self.configs: dict[str, Path] = {}
+        self.known: dict[str, list[dict[str, Any]]] = {}
+        self.lock = threading.Lock()
         for kind in KINDS:
             config = tiny.config(text, **FIELDS)
             if kind == "shards":
@@ -49,14 +56,22 @@ class Corpus:
                 source = member.build_data(resolved, "train")
                 self.sums = [int(checksum(source.batch(step)["tokens"], np)) for step in range(STEPS)]
         assert len(set(self.sums)) == STEPS
-        for kind in self.configs:
-            trial = Trial(self, kind, folder / f"whole-{kind}")
-            assert trial.run() == 0, trial.said()
-            self.whole[kind] = tiny.lines(trial.workdir)
+
+    def whole(self, kind: str) -> list[dict[str, Any]]:
+        """Lines of metrics of the undisturbed run of this kind, which is made when first asked for."""
+        with self.lock:
+            if kind not in self.known:
+                trial = Trial(self, kind, self.folder / f"whole-{kind}")
+                assert trial.run() == 0, trial.said()
+                self.known[kind] = tiny.lines(trial.workdir)
+        return self.known[kind]
 
 
 class Trial:
-    """One run that is started again and again. workdir: what it writes; shards: a copy that may be harmed."""
+    """One run that is started again and again. workdir: what it writes; shards: a copy that may be harmed.
+
+    Both have names that shells, globs and lists would read otherwise.
+    """
 
     def __init__(self, corpus: Corpus, kind: str, folder: Path):
         folder.mkdir()
@@ -64,26 +79,33 @@ class Trial:
         self.starts = 0
         self.arguments = [f"--config={corpus.configs[kind]}", f"--workdir={self.workdir}"]
         if kind == "shards":
-            shutil.copytree(corpus.folder / "shards", folder / "shards")
-            self.arguments.append(f"--config.data.path={folder / 'shards'}")
+            self.shards = shutil.copytree(corpus.folder / "shards", folder / "sh[a]rds, $x")
+            self.arguments.append(f"--config.data.path={self.shards}")
 
     def start(
         self, *more: str, pause: str = "0.02", poison: tuple[int, ...] = (), breaks: str = ""
     ) -> subprocess.Popen:
         steps = poison or (POISONED if self.kind == "poisoned" else ())
         sums = ",".join(str(self.corpus.sums[step - 1]) for step in steps)
-        environment = os.environ | {"CHAOS_POISON": sums, "CHAOS_PAUSE": pause, "JAX_PLATFORMS": "cpu"}
-        environment["CHAOS_BREAKS"] = breaks
+        asked = {"POISON": sums, "PAUSE": pause, "BREAKS": breaks, "STEPS": str(STEPS)}
+        environment = {f"CHAOS_{name}": value for name, value in asked.items()}
+        return self.command("tests.chaos.child", *self.arguments, *more, environment=environment)
+
+    def command(self, *words: str, environment: Mapping[str, str] = NONE) -> subprocess.Popen:
+        """python -m ``words``: any of our commands."""
         self.starts += 1
+        given = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
         with self.log.open("w") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.child", *self.arguments, *more],
-                cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [sys.executable, "-m", *words], cwd=ROOT, env=given, stdout=log, stderr=subprocess.STDOUT
+            )
 
-    def start_two(self) -> list[subprocess.Popen]:
+    def start_two(self, meet: float = 300, silent: float = 60, **more: Any) -> list[subprocess.Popen]:
+        """meet, silent: seconds that they wait for each other.  more: as for `process_runs.start`."""
         self.starts += 1
-        return process_runs.start(2, self.arguments, self.folder / f"log-{self.starts}")
+        environment = {"CHAOS_MEET": str(meet), "CHAOS_SILENT": str(silent)}
+        program = ("-m", "tests.chaos.child")
+        return process_runs.start(2, self.arguments, self.log, program=program, more=environment, **more)
 
     @property
     def log(self) -> Path:
@@ -93,11 +115,11 @@ class Trial:
         logs = sorted(self.log.iterdir()) if self.log.is_dir() else [self.log]
         return "".join(log.read_text(errors="replace") for log in logs)
 
-    def run(self, *more: str, poison: tuple[int, ...] = ()) -> int:
-        """A start that nothing happens to; its exit code."""
+    def run(self, *more: str, poison: tuple[int, ...] = (), breaks: str = "") -> int:
+        """A start that nothing happens to but what ``breaks``; its exit code."""
         if self.kind == "two processes":
             return max(process_runs.finish(self.start_two(), SECONDS))
-        return finish(self.start(*more, pause="0", poison=poison))
+        return finish(self.start(*more, pause="0", poison=poison, breaks=breaks))
 
     def refused(self, code: int, pattern: str, found: int) -> bool:
         """Asserts that the last start ended with the right error."""
@@ -132,7 +154,7 @@ class Trial:
         """Lets the run finish and compares."""
         code = self.run()
         assert code == 0, f"the last start ended with exit code {code}"
-        found, whole = tiny.lines(self.workdir), self.corpus.whole[self.kind]
+        found, whole = tiny.lines(self.workdir), self.corpus.whole(self.kind)
         assert found == whole, "metrics differ from the undisturbed run's"
 
 
