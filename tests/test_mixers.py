@@ -75,6 +75,20 @@ CASES = {
             num_heads=2, head_dim=6, input_gate="sigmoid", normalizer=False, gate_cap=0.0, output_gate="none"
         ),
     ),
+    "feature_map": ("feature_map", dict(num_heads=2, head_dim=6, conv_size=3, output_gate="swish")),
+    "feature_map hedgehog": ("feature_map", dict(num_heads=2, head_dim=6, feature_map="hedgehog")),
+    "feature_map mala": (
+        "feature_map",
+        dict(num_heads=2, head_dim=4, normalizer="mala", output_norm=False, v_head_dim=3),
+    ),
+    "based": ("based", dict(num_heads=3, head_dim=4)),
+    "gated_delta_net2": ("gated_delta_net2", dict(num_heads=1, num_v_heads=2, head_dim=6, neg_eigval=True)),
+    "rwkv6": ("rwkv6", dict(num_heads=2, head_dim=6, mix_rank=3, decay_rank=4)),
+    "rwkv7": (
+        "rwkv7",
+        dict(num_heads=2, head_dim=6, decay_rank=3, rate_rank=3, gate_rank=4, value_residual=False),
+    ),
+    "comba": ("comba", dict(num_heads=2, num_v_heads=4, head_dim=6, v_head_dim=5, conv_size=3)),
 }
 
 
@@ -235,7 +249,7 @@ def test_parameters_of_the_other_kinds():
     retnet = parameters("retnet", d) + 3 * d * 1536 + 2 * d  # paired with an MLP of ratio 2
     assert round((24 * retnet + 2 * 32000 * d + d) / 1e6, 1) == 380.2
     assert parameters("gated_delta_net", 2048) / 2048**2 == pytest.approx(6, abs=0.05)
-    # Released checkpoints: mamba-130m, mamba2-130m, xLSTM-7b.
+    # Released checkpoints as others counted them: mamba-130m, mamba2-130m, xLSTM-7b (its authors).
     assert 24 * (parameters("mamba", 768) + 768) + 50280 * 768 + 768 == 129135360
     assert 24 * (parameters("mamba2", 768) + 768) + 50288 * 768 + 768 == 128989632
     xlstm = parameters("mlstm", 4096, head_dim=256) + 3 * 4096 * 10944 + 2 * 4096
