@@ -75,8 +75,10 @@ CASES = {
             num_heads=2, head_dim=6, input_gate="sigmoid", normalizer=False, gate_cap=0.0, output_gate="none"
         ),
     ),
-    "feature_map": ("feature_map", dict(num_heads=2, head_dim=6, conv_size=3, output_gate="swish")),
-    "feature_map hedgehog": ("feature_map", dict(num_heads=2, head_dim=6, feature_map="hedgehog")),
+    "feature_map": (
+        "feature_map",
+        dict(num_heads=2, head_dim=6, conv_size=3, output_gate="swish", feature_map="hedgehog"),
+    ),
     "feature_map mala": (
         "feature_map",
         dict(num_heads=2, head_dim=4, normalizer="mala", output_norm=False, v_head_dim=3),
@@ -369,6 +371,12 @@ def test_gla_and_hgrn_are_their_papers_equations():
         ("lightning", dict(head_dim=64, slopes="alibi"), "slopes"),
         ("rglru", dict(num_heads=5), "num_heads"),
         ("mlstm", dict(input_gate="relu"), "input_gate"),
+        ("feature_map", dict(feature_map="gelu"), "feature_map"),
+        ("feature_map", dict(num_heads=2, output_norm=False, output_gate="swish"), "output_gate"),
+        ("based", dict(num_heads=5), "num_heads"),
+        ("comba", dict(num_heads=2, correction=-1.0), "correction"),
+        ("rwkv6", dict(head_dim=48), "num_heads"),
+        ("rwkv7", dict(gate_rank=-1), "gate_rank"),
     ],
 )
 def test_impossible_settings_are_refused(kind, settings, field):

@@ -108,9 +108,8 @@ class Mixer(LinearMixer):
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         part = jax.nn.sigmoid(self.decay[...]) if self.inner_decay else jnp.ones(self.heads.num)
         if self.corrected:
-            q = (q.astype(jnp.float32) - (self.D[...] * part)[:, None] * k.astype(jnp.float32)).astype(
-                q.dtype
-            )
+            fed = (self.D[...] * part)[:, None] * k.astype(jnp.float32)
+            q = (q.astype(jnp.float32) - fed).astype(q.dtype)
         log_decay = softplus_decay(self.a_proj(x_BTD), self.A_log[...], self.dt_bias[...])
         beta = write_strength(self.b_proj(x_BTD), self.neg_eigval)
         return feedback(q, k, v, log_decay, beta, length_ratio(k, part))
