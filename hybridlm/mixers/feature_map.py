@@ -176,7 +176,7 @@ def too_long(config: Config, length: int) -> ConfigError:
 
 
 def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jnp.eye(*shape, dtype=dtype)
+    return jnp.eye(shape[0], dtype=dtype)
 
 
 def apply(name: str, xs: list[jax.Array], side: str, positions: jax.Array, config: Config) -> jax.Array:

@@ -11,6 +11,7 @@ which are not here. The op is `dplr` with -kappa and a * kappa.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -89,8 +90,8 @@ class Mixer(TokenMixer):
         self.heads, self.value_residual = config.heads(d_model), config.value_residual
         width, (up, down) = self.heads.key_width, ratios(site.layer, site.num_layers)
         for name, power in POWERS.items():
-            init = constant(lambda size, power=power: 1 - (jnp.arange(size) / size) ** (power * down))
-            setattr(self, f"mix_{name}", param(rngs, (d_model,), ("embed",), init, decay=False))
+            init = functools.partial(shift_init, power * down)
+            setattr(self, f"mix_{name}", param(rngs, (d_model,), ("embed",), constant(init), decay=False))
         linear = lambda size: place(size) - 0.5
         speed = lambda size: 6 * place(size) ** (1 + up**0.3) - 5.5 + 2.5 * zigzag(size, config.head_dim)
         rate = lambda size: 0.3 * zigzag(size, config.head_dim) + 0.4 * linear(size) - 0.19
@@ -110,8 +111,9 @@ class Mixer(TokenMixer):
         self.k_a = vector(jax.nn.initializers.constant(1.02))
         self.r_k = vector(jax.nn.initializers.constant(-0.04))
         bound = 0.5 * d_model**-0.5
-        for name, size in (("r", bound), ("k", bound / 10), ("v", bound)):
-            setattr(self, f"{name}_proj", Linear(d_model, width, rngs=rngs, init=uniform(-size, size)))
+        self.r_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
+        self.k_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound / 10, bound / 10))
+        self.v_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
         level = constant(lambda size: ((1 + jnp.asarray(site.layer)) / site.num_layers) ** 0.7)
         self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
         self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
@@ -130,8 +132,14 @@ class Mixer(TokenMixer):
             v = (v + (first.astype(jnp.float32) - v) * part).astype(v.dtype)
         heads = lambda x: split_heads(x, self.heads.key)
         o, own, state = time_mix(
-            *map(heads, (r, self.w_proj(xs["w"]), k, v, self.a_proj(xs["a"]))),
-            *(heads(vector[...]) for vector in (self.k_k, self.k_a, self.r_k)),
+            heads(r),
+            heads(self.w_proj(xs["w"])),
+            heads(k),
+            heads(v),
+            heads(self.a_proj(xs["a"])),
+            heads(self.k_k[...]),
+            heads(self.k_a[...]),
+            heads(self.r_k[...]),
             context.rows,
             None if cache is None else cache.state,
         )
@@ -142,7 +150,7 @@ class Mixer(TokenMixer):
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
         num, _, key, value = self.heads
         state = jnp.zeros((batch, num, key, value), jnp.float32)
-        return RecurrentCache(state, (jnp.zeros((batch, 1, self.mix_r.shape[0]), dtype),))
+        return RecurrentCache(state, (jnp.zeros((batch, 1, self.r_proj.kernel.shape[0]), dtype),))
 
 
 def time_mix(
@@ -168,6 +176,10 @@ def time_mix(
     written, reads, moved = (x.astype(k.dtype) for x in (written, -kappa, kappa * rate))
     o, state = low_rank_recurrence(r, written, v, reads, moved, log_decay, rows, state, scale=1.0)
     return o, own, state
+
+
+def shift_init(power: jax.Array, size: int) -> jax.Array:
+    return 1 - (jnp.arange(size) / size) ** power
 
 
 def zigzag(size: int, head_dim: int) -> jax.Array:
