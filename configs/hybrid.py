@@ -5,7 +5,7 @@
 
 The argument is SIZE,MIXER,RATIO, or SIZE,full or SIZE,mla for attention alone. SIZE: 340m, 1.3b. MIXER:
 deltanet, gdn, kda, gla, hgrn, hgrn2, retnet, swa, mamba2, mamba, deltaproduct, gdp, lightning, rglru, mlstm,
-or the kind's own name. RATIO, linear to full layers, of 24 layers:
+featuremap, based, comba, gdn2, rwkv6, rwkv7, or the kind's own name. RATIO, linear to full layers, of 24:
 
     pure   no full layer
     24:1   1: layer 23                   24 layers hold no period of 25, so the last layer is the full one
@@ -41,6 +41,7 @@ SIZES = {
 MIXERS = (
     "deltanet", "gdn", "kda", "gla", "hgrn", "hgrn2", "retnet", "swa",
     "mamba2", "mamba", "deltaproduct", "gdp", "lightning", "rglru", "mlstm",
+    "featuremap", "based", "comba", "gdn2", "rwkv6", "rwkv7",
 )  # fmt: skip
 FULL = ("full", "mla")
 RATIOS = {

@@ -23,7 +23,10 @@ def get_config(arg: str = "kda") -> ConfigDict:
     config.model.tie_embeddings = True
     config.model.dtype = "float32"
     config.model.remat = "none"
-    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm"):
+    for name in (
+        "kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm",
+        "featuremap", "comba", "gdn2",
+    ):  # fmt: skip
         config.mixers[name].update(num_heads=2, head_dim=64)
     config.mixers.gla.num_heads = 2
     config.data = data("mqar", slices="(64, 4, 5), (128, 8, 2), (256, 16, 4), (256, 32, 4), (256, 64, 4)")

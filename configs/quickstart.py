@@ -18,7 +18,10 @@ def get_config() -> ConfigDict:
     config.model.tie_embeddings = True
     config.model.dtype = "float32"  # CPUs emulate bfloat16
     config.model.remat = "none"
-    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm"):
+    for name in (
+        "kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm",
+        "featuremap", "comba", "gdn2",
+    ):  # fmt: skip
         config.mixers[name].head_dim = 64  # their defaults are meant for a d_model of 1024 and more
     config.data = data("text", path="python-stdlib:")
     config.train.steps = 300

@@ -38,7 +38,10 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
     config.model.d_model = 128
     config.model.dtype = "float32"
     config.model.remat = "none"
-    for name in ("kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm"):
+    for name in (
+        "kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm",
+        "featuremap", "comba", "gdn2",
+    ):  # fmt: skip
         config.mixers[name].update(num_heads=2, head_dim=64)
     config.mixers.gla.num_heads = 2
     config.train.steps = 20_000

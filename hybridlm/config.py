@@ -56,6 +56,12 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "lightning": ("lightning", {}),
     "rglru": ("rglru", {}),
     "mlstm": ("mlstm", {}),
+    "featuremap": ("feature_map", {}),
+    "based": ("based", {}),
+    "comba": ("comba", {}),
+    "gdn2": ("gated_delta_net2", {}),
+    "rwkv6": ("rwkv6", {}),
+    "rwkv7": ("rwkv7", {}),
 }
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
 

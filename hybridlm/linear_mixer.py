@@ -34,7 +34,7 @@ from hybridlm.layers import (
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
-from pallas_kernels import linear_attention, linear_attention_step
+from pallas_kernels import dplr, linear_attention, linear_attention_step
 
 OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu, "linear": lambda x: x}
 OutputGate = Literal["none", "sigmoid", "swish", "linear"]
@@ -277,6 +277,43 @@ def recurrence(
     in_axes = [None if arg is None else token_axes[: arg.ndim] for arg in args[:-1]]
     out_state = None if state is None else state_axes
     return per_shard(op, (*in_axes, out_state), (token_axes, out_state))(*args)
+
+
+def low_rank_recurrence(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    log_decay: jax.Array,
+    rows: Rows,
+    state: jax.Array | None,
+    *,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`pallas_kernels.dplr` on each device's own rows and heads; documents never meet. See `recurrence`."""
+    first = None if state is None else continued(state, rows)
+
+    def op(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        log_decay: jax.Array,
+        segment_ids: jax.Array,
+        state: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        return dplr(
+            q, k, v, a, b, log_decay=log_decay, initial_state=state, segment_ids=segment_ids, scale=scale
+        )
+
+    token_axes, state_axes = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    in_axes = (*[token_axes] * 6, ("batch", None), None if first is None else state_axes)
+    o, last = per_shard(op, in_axes, (token_axes, state_axes))(
+        q, k, v, a, b, log_decay, rows.segment_ids, first
+    )
+    return o, None if state is None else last
 
 
 # Gates that several kinds have.

@@ -1,6 +1,7 @@
 """Ops for linear-attention language models: a folder an op, a backend a module in it; nothing of hybridlm."""
 
 from pallas_kernels.dispatch import H100, Choice, Device, auto_means, compiled_for, explain
+from pallas_kernels.dplr import dplr
 from pallas_kernels.elementwise import elementwise_recurrence
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.linear_attention_step import linear_attention_step
@@ -13,6 +14,7 @@ __all__ = [
     "Device",
     "auto_means",
     "compiled_for",
+    "dplr",
     "elementwise_recurrence",
     "explain",
     "linear_attention",

@@ -150,6 +150,17 @@ EXTRA = {
         "model_type": "kda", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
         "num_v_heads": 4, "head_dim": 8, "safe_gate": True, "lower_bound": -5, "allow_neg_eigval": True,
     },
+    "comba, grouped values": {
+        "model_type": "comba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
+        "num_v_heads": 4, "head_dim": 8, "use_inner_decay": False, "correction_factor": 0.02,
+    },
+    "linear_attn": {
+        "model_type": "linear_attn", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+    },
+    "linear_attn, hedgehog": {
+        "model_type": "linear_attn", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "feature_map": "hedgehog", "norm_feature_map": True, "attn": {"layers": [1], "num_heads": 2},
+    },
     "qwen3_5_text": {
         "model_type": "qwen3_5_text", "hidden_size": 32, "num_hidden_layers": 4, "vocab_size": 11,
         "head_dim": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,

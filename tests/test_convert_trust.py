@@ -384,6 +384,7 @@ DEFAULTS = {
     for mixer, model_type in (
         ("deltanet", "delta_net"), ("gdn", "gated_deltanet"), ("kda", "kda"), ("gla", "gla"),
         ("hgrn", "hgrn"), ("hgrn2", "hgrn2"), ("retnet", "retnet"),
+        ("comba", "comba"),
     )
     for ratio in ("pure", "24:1", "3:1", "1:1")
 }  # fmt: skip

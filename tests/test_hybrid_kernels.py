@@ -17,8 +17,10 @@ from pallas_kernels.dispatch import H100, KERNELS
 
 # The op that mixes tokens, where it is not linear_attention.
 OPS = {"swa": "softmax_attention"} | dict.fromkeys(("hgrn", "mamba", "rglru"), "elementwise_recurrence")
+OPS |= dict.fromkeys(("gdn2", "rwkv7"), "dplr")
 # Calls that no kernel computes yet, at either size.
 NOT_YET = {"mamba2": ["short_conv runs on xla; not hopper: 128 features (a multiple of 256)"]}  # B and C
+NOT_YET |= dict.fromkeys(("gdn2", "rwkv7"), ["dplr runs on xla"])
 
 
 def calls(size, mixer):

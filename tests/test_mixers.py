@@ -75,6 +75,22 @@ CASES = {
             num_heads=2, head_dim=6, input_gate="sigmoid", normalizer=False, gate_cap=0.0, output_gate="none"
         ),
     ),
+    "feature_map": (
+        "feature_map",
+        dict(num_heads=2, head_dim=6, conv_size=3, output_gate="swish", feature_map="hedgehog"),
+    ),
+    "feature_map mala": (
+        "feature_map",
+        dict(num_heads=2, head_dim=4, normalizer="mala", output_norm=False, v_head_dim=3),
+    ),
+    "based": ("based", dict(num_heads=3, head_dim=4)),
+    "gated_delta_net2": ("gated_delta_net2", dict(num_heads=1, num_v_heads=2, head_dim=6, neg_eigval=True)),
+    "rwkv6": ("rwkv6", dict(num_heads=2, head_dim=6, mix_rank=3, decay_rank=4)),
+    "rwkv7": (
+        "rwkv7",
+        dict(num_heads=2, head_dim=6, decay_rank=3, rate_rank=3, gate_rank=4, value_residual=False),
+    ),
+    "comba": ("comba", dict(num_heads=2, num_v_heads=4, head_dim=6, v_head_dim=5, conv_size=3)),
 }
 
 
@@ -235,7 +251,7 @@ def test_parameters_of_the_other_kinds():
     retnet = parameters("retnet", d) + 3 * d * 1536 + 2 * d  # paired with an MLP of ratio 2
     assert round((24 * retnet + 2 * 32000 * d + d) / 1e6, 1) == 380.2
     assert parameters("gated_delta_net", 2048) / 2048**2 == pytest.approx(6, abs=0.05)
-    # Released checkpoints: mamba-130m, mamba2-130m, xLSTM-7b.
+    # Released checkpoints as others counted them: mamba-130m, mamba2-130m, xLSTM-7b (its authors).
     assert 24 * (parameters("mamba", 768) + 768) + 50280 * 768 + 768 == 129135360
     assert 24 * (parameters("mamba2", 768) + 768) + 50288 * 768 + 768 == 128989632
     xlstm = parameters("mlstm", 4096, head_dim=256) + 3 * 4096 * 10944 + 2 * 4096
@@ -355,6 +371,12 @@ def test_gla_and_hgrn_are_their_papers_equations():
         ("lightning", dict(head_dim=64, slopes="alibi"), "slopes"),
         ("rglru", dict(num_heads=5), "num_heads"),
         ("mlstm", dict(input_gate="relu"), "input_gate"),
+        ("feature_map", dict(feature_map="gelu"), "feature_map"),
+        ("feature_map", dict(num_heads=2, output_norm=False, output_gate="swish"), "output_gate"),
+        ("based", dict(num_heads=5), "num_heads"),
+        ("comba", dict(num_heads=2, correction=-1.0), "correction"),
+        ("rwkv6", dict(head_dim=48), "num_heads"),
+        ("rwkv7", dict(gate_rank=-1), "gate_rank"),
     ],
 )
 def test_impossible_settings_are_refused(kind, settings, field):

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from hybridlm.linear_mixer import Inputs, recurrence
-from hybridlm.mixers import lightning, mamba, mamba2, mlstm, rglru
+from hybridlm.mixers import (
+    feature_map,
+    gated_delta_net2,
+    lightning,
+    mamba,
+    mamba2,
+    mlstm,
+    rglru,
+    rwkv6,
+    rwkv7,
+)
 from hybridlm.mixers.delta_product import product
 from hybridlm.rows import Rows, single_document
 
@@ -73,7 +83,57 @@ def rg_lru(a, rows, meta):
     return {"y": y, "ht": last if "h0" in a else y[0, ends]}
 
 
+def based_attention(a, rows, meta):
+    q, k = (feature_map.taylor(a[name]) for name in "qk")
+    state = None
+    if "h0" in a:
+        state = {"S": folded(a["h0"], 2), "n": folded(a["z0"], 2).reshape(len(q), -1)}
+    o, _ = feature_map.attend(Inputs(q, k, a["v"]), rows, state, "sum", 1e-6, 1.0)
+    return {"o": o}
+
+
+def folded(x, axis):
+    """The vectors' state, of both x_i x_j and x_j x_i without factors of d, as our features read it."""
+    d = int((x.shape[axis] - 1) ** 0.5)
+    x = jnp.moveaxis(x, axis, 0)
+    one, first, second = x[0], x[1 : d + 1], x[d + 1 :].reshape(d, d, *x.shape[1:])
+    i, j = np.triu_indices(d, 1)
+    pairs = (second[i, j] + second[j, i]) * 2**-0.5
+    parts = [one[None], first * d**-0.25, second[np.arange(d), np.arange(d)] * d**-0.5, pairs * d**-0.5]
+    return jnp.moveaxis(jnp.concatenate(parts), 0, axis)
+
+
+def linear_attention(a, rows, meta):
+    positive = lambda x: jax.nn.elu(x) + 1
+    state = {"S": a["h0"], "n": a["z0"].reshape(len(a["z0"]), -1)}
+    inputs = Inputs(positive(a["q"]), positive(a["k"]), a["v"])
+    o, after = feature_map.attend(inputs, rows, state, "sum", 1e-10, a["q"].shape[3] ** -0.5)
+    return {"o": o, "ht": after["S"], "zt": after["n"].reshape(a["z0"].shape)}
+
+
+def erase(a, rows, meta):
+    o, state = gated_delta_net2.erase(Inputs(a["q"], a["k"], a["w"] * a["v"], a["g"], a["b"]), rows, a["h0"])
+    return {"o": o, "ht": state}
+
+
+def wkv6(a, rows, meta):
+    r = a["q"] * a["q"].shape[3] ** -0.5
+    o, state = rwkv6.wkv(r, a["k"], a["v"], a["w"], a["u"], rows, a["h0"])
+    return {"o": o, "ht": state}
+
+
+def time_mix7(a, rows, meta):
+    names = ("r", "w_raw", "k", "v", "a_raw", "k_k", "k_a", "r_k")
+    o, own, state = rwkv7.time_mix(*(a[name] for name in names), rows, a["h0"])
+    return {"o": o + own, "ht": state}
+
+
 KINDS = {
+    "based": based_attention,
+    "feature_map": linear_attention,
+    "gated_delta_net2": erase,
+    "rwkv6": wkv6,
+    "rwkv7": time_mix7,
     "gated_delta_product": gated_delta_product,
     "lightning": lightning_attention,
     "mamba2": ssd,

@@ -12,8 +12,12 @@ from hybridlm.context import Context
 from hybridlm.rows import Rows, single_document
 from pallas_kernels import H100, explain
 
-MATRIX_STATE = ("deltanet", "kda", "mamba2", "deltaproduct", "gdp", "lightning", "mlstm")
-ELEMENT_WISE = ("mamba", "rglru")
+MATRIX_STATE = (
+    "deltanet", "kda", "mamba2", "deltaproduct", "gdp", "lightning", "mlstm",
+    "featuremap", "based", "comba", "rwkv6",
+)  # fmt: skip
+STEP_ON_XLA = ("based",)  # a state of 153 features
+ELEMENT_WISE = ("mamba", "rglru", "featuremap", "based")
 
 
 def backends(name: str, op: str, step: bool = False) -> set[str]:
@@ -39,7 +43,8 @@ def backends(name: str, op: str, step: bool = False) -> set[str]:
 @pytest.mark.parametrize("name", MATRIX_STATE)
 def test_matrix_states_are_the_kernels(name):
     assert backends(name, "linear_attention") == {"hopper"}
-    assert backends(name, "linear_attention_step", step=True) == {"hopper"}
+    step = {"xla" if name in STEP_ON_XLA else "hopper"}
+    assert backends(name, "linear_attention_step", step=True) == step
 
 
 @pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)

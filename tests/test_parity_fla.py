@@ -55,6 +55,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kda": ("KDA", dict(**DELTA)),
     "kda hybrid": ("KDA", dict(**DELTA, num_v_heads=4, num_hidden_layers=3, attn=SPECS)),
     "gla": ("GLA", dict(num_heads=2)),
+    "comba": ("Comba", dict(**DELTA, num_v_heads=4, correction_factor=0.02)),
+    "linear_attn": ("LinearAttention", dict(num_heads=2, feature_map="hedgehog", norm_feature_map=True)),
     "gla conv": ("GLA", dict(num_heads=4, use_short_conv=True, use_output_gate=False, expand_k=1.0)),
     "hgrn": ("HGRN", dict(num_hidden_layers=3)),
     "hgrn conv": ("HGRN", dict(use_short_conv=True, expand_ratio=2, use_lower_bound=False)),

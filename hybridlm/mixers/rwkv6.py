@@ -1,0 +1,143 @@
+"""RWKV-6's time mixing (Finch; Peng et al. 2024, arXiv 2404.05892): a decay per channel, read before writing.
+
+o_t = (S_{t-1} + Diag(u) k_t v_t^T)^T r_t,   S_t = Diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T
+x_c = x + (x_before - x) * (mu_c + tanh(z A)_c B_c) for c = w, k, v, r, g,   z = x + (x_before - x) * mu_x
+w = w0 + tanh(x_w D1) D2,   r, k, v = W x_c,   y = W_o (headnorm(o) * silu(W_g x_g))
+x_before is the token before, 0 before a document's first. Source: the authors' RWKV-LM (x060), whose models
+have their own MLP and LayerNorms, which are not here.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import linear_mixer, mixers
+from hybridlm.context import Context
+from hybridlm.fields import Count, Epsilon, Positive
+from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform, zeros
+from hybridlm.linear_mixer import Heads, Inputs, recurrence
+from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.rows import Rows, continued
+from hybridlm.rwkv import HeadNorm, LowRank, constant, mix, place, ratios, shifted
+
+STREAMS = "wkvrg"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(mixers.Config):
+    """RWKV-6.
+
+    num_heads: 0 is d_model / head_dim.
+    mix_rank, decay_rank: middle widths of what moves the token shift and the decay.
+    norm_eps: of the output norm.
+    """
+
+    num_heads: Count = 0
+    head_dim: Positive = 64
+    mix_rank: Positive = 32
+    decay_rank: Positive = 64
+    norm_eps: Epsilon = 64e-5
+
+    def heads(self, d_model: int) -> Heads:
+        num = self.num_heads or d_model // self.head_dim
+        return Heads(num, num, self.head_dim, self.head_dim)
+
+    def check(self, d_model: int) -> None:
+        whole_heads(self, d_model, self.head_dim)
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        one = linear_mixer.cost(self.heads(d_model), 0, delta=False)
+        return one._replace(state=one.state + d_model)
+
+    def explicit(self, d_model: int) -> "Config":
+        return dataclasses.replace(self, num_heads=self.heads(d_model).num)
+
+
+class Mixer(TokenMixer):
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model, self.heads = site.d_model, config.heads(site.d_model)
+        width, rank, (up, down) = self.heads.key_width, config.mix_rank, ratios(site.layer, site.num_layers)
+        channel = jnp.arange(d_model) / d_model
+        first = lambda power, more=0.0: constant(lambda size: 1 - channel ** (power * down) - more)
+        self.mix_x = param(rngs, (d_model,), ("embed",), first(1.0), decay=False)
+        self.mix_A = param(rngs, (d_model, 5 * rank), ("embed", None), zeros, decay=False, cast=True)
+        small = uniform(-0.01, 0.01)
+        self.mix_B = param(rngs, (5, rank, d_model), (None, None, "embed"), small, decay=False, cast=True)
+        powers = dict(w=first(1.0), k=first(1.0), v=first(1.0, 0.3 * up), r=first(0.5), g=first(0.5))
+        for name, init in powers.items():
+            setattr(self, f"mix_{name}", param(rngs, (d_model,), ("embed",), init, decay=False))
+        decay = constant(lambda size: -6 + 5 * place(size) ** (0.7 + 1.3 * up))
+        self.w_proj = LowRank(
+            d_model, width, config.decay_rank, rngs=rngs, init=small, bias=decay, act=jnp.tanh
+        )
+        zigzag = lambda size: up * (1 - place(size)) + 0.1 * ((jnp.arange(size) + 1) % 3 - 1)
+        self.u = param(rngs, (width,), ("heads",), constant(zigzag), decay=False)
+        whole, tenth = jax.nn.initializers.orthogonal(), jax.nn.initializers.orthogonal(0.1)
+        self.r_proj = Linear(d_model, width, rngs=rngs, init=whole)
+        self.k_proj = Linear(d_model, width, rngs=rngs, init=tenth)
+        self.v_proj = Linear(d_model, width, rngs=rngs, init=whole)
+        self.g_proj = Linear(d_model, width, rngs=rngs, init=tenth)
+        level = constant(lambda size: ((1 + jnp.asarray(site.layer)) / site.num_layers) ** 0.7)
+        self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
+        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+        earlier, history = shifted(x_BTD, context.rows, before.history)
+        xs = self._streams(x_BTD, earlier)
+        r, k, v = (
+            split_heads(layer(xs[name]), self.heads.key)
+            for name, layer in (("r", self.r_proj), ("k", self.k_proj), ("v", self.v_proj))
+        )
+        log_decay = -jnp.exp(split_heads(self.w_proj(xs["w"]), self.heads.key))
+        u_HK = split_heads(self.u[...], self.heads.key)
+        o, state = wkv(r, k, v, log_decay, u_HK, context.rows, None if cache is None else cache.state)
+        gate = jax.nn.silu(self.g_proj(xs["g"]).astype(jnp.float32))
+        y_BTD = self.o_proj((self.o_norm(o) * gate).astype(x_BTD.dtype))
+        return y_BTD, None if cache is None else RecurrentCache(state, history)
+
+    def _streams(self, x_BTD: jax.Array, earlier: jax.Array) -> dict[str, jax.Array]:
+        """x_c of the module docstring by c."""
+        z = mix(x_BTD, earlier, self.mix_x[...])
+        low = split_heads(jnp.tanh(z @ self.mix_A[...].astype(z.dtype)), self.mix_B.shape[1])
+        moves = jnp.einsum("btcr,crd->cbtd", low, self.mix_B[...].astype(z.dtype)).astype(jnp.float32)
+        return {
+            name: mix(x_BTD, earlier, getattr(self, f"mix_{name}")[...] + move)
+            for name, move in zip(STREAMS, moves, strict=True)
+        }
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
+        num, _, key, value = self.heads
+        state = jnp.zeros((batch, num, key, value), jnp.float32)
+        return RecurrentCache(state, (jnp.zeros((batch, 1, self.mix_x.shape[0]), dtype),))
+
+
+def wkv(
+    r: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    u_HK: jax.Array,
+    rows: Rows,
+    state: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(o float32 [B, T, H, V], the state after the last token or None).
+
+    The op reads after it has written: token t asks there for what token t + 1 is to read, one place later.
+    """
+    wide = r.astype(jnp.float32)
+    own = jnp.sum(wide * u_HK * k.astype(jnp.float32), axis=-1, keepdims=True) * v.astype(jnp.float32)
+    next_r = jnp.concatenate([r[:, 1:], jnp.zeros_like(r[:, :1])], axis=1)
+    o, after = recurrence(Inputs(next_r, k, v, log_decay), rows, state, scale=1.0)
+    first = jnp.zeros_like(own[:, :1])
+    if state is not None:
+        first = jnp.einsum("bhk,bhkv->bhv", wide[:, 0], continued(state, rows))[:, None]
+    read = jnp.concatenate([first, o[:, :-1].astype(jnp.float32)], axis=1)
+    return jnp.where((rows.positions == 0)[..., None, None], 0, read) + own, after

@@ -1,0 +1,188 @@
+"""RWKV-7's time mixing (Goose; Peng et al. 2025, arXiv 2503.14456): a generalised delta rule.
+
+S_t = Diag(w_t) S_{t-1} - (a_t * kappa_t) (kappa_t^T S_{t-1}) + k'_t v_t^T,   o_t = S_t^T r_t
+x_c = x + (x_before - x) * mu_c for c = r, w, k, v, a, g,   log w = -exp(-1/2) sigmoid(w0 + tanh(x_w W1) W2)
+r, k, v = W x_c,   a = sigmoid(a0 + x_a A1 A2),   k' = k * (1 + (a - 1) * k_a),   kappa = k * k_k of length 1
+v <- v + (v_first - v) * sigmoid(v0 + x_v V1 V2), v_first that of the stack's first layer of this kind
+y = W_o ((headnorm(o) + (sum_K r * k' * r_k) v) * (sigmoid(x_g G1) G2))
+x_before is the token before, 0 before a document's first. Source: the authors' RWKV-LM (x070), and FLA's
+layer, which has an eps of 1e-6 under the root of that length. Their models have their own MLP and LayerNorms,
+which are not here. The op is `dplr` with -kappa and a * kappa.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hybridlm import linear_mixer, mixers
+from hybridlm.context import Context
+from hybridlm.fields import Count, Epsilon, Positive
+from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform, zeros
+from hybridlm.linear_mixer import Heads, low_rank_recurrence
+from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.rows import Rows
+from hybridlm.rwkv import HeadNorm, LowRank, constant, mix, place, ratios, shifted
+from pallas_kernels.linear_attention.call import l2_normalize
+
+FASTEST = -(2.718281828459045**-0.5)  # log w is above it
+POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # of the token shifts at first
+FIRST = "rwkv7.values"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(mixers.Config):
+    """RWKV-7.
+
+    num_heads: 0 is d_model / head_dim.
+    decay_rank, rate_rank, value_rank, gate_rank: middle widths of w, a, the mixing of v, and g; 0 is 2.5,
+        2.5, 1.7 and 5 times the root of d_model in multiples of 32, as in the authors' code.
+    value_residual: whether layers take in the values of the first one.
+    norm_eps: of the output norm.
+    """
+
+    num_heads: Count = 0
+    head_dim: Positive = 64
+    decay_rank: Count = 0
+    rate_rank: Count = 0
+    value_rank: Count = 0
+    gate_rank: Count = 0
+    value_residual: bool = True
+    norm_eps: Epsilon = 64e-5
+
+    @property
+    def carries(self) -> bool:
+        return self.value_residual
+
+    def heads(self, d_model: int) -> Heads:
+        num = self.num_heads or d_model // self.head_dim
+        return Heads(num, num, self.head_dim, self.head_dim)
+
+    def check(self, d_model: int) -> None:
+        whole_heads(self, d_model, self.head_dim)
+
+    def cost(self, d_model: int, context: int) -> Cost:
+        """FLOPs of the chunkwise form: four products of rows, and two updates of the state."""
+        num, _, key, value = self.heads(d_model)
+        flops = 8 * key * value + 4 * linear_mixer.CHUNK * (key + value) + linear_mixer.CHUNK**2
+        return Cost(state=num * key * value + d_model, flops=num * flops)
+
+    def explicit(self, d_model: int) -> "Config":
+        rank = lambda given, factor: given or max(32, 32 * round(factor * d_model**0.5 / 32))
+        return dataclasses.replace(
+            self,
+            num_heads=self.heads(d_model).num,
+            decay_rank=rank(self.decay_rank, 2.5),
+            rate_rank=rank(self.rate_rank, 2.5),
+            value_rank=rank(self.value_rank, 1.7) if self.value_residual else 0,
+            gate_rank=rank(self.gate_rank, 5.0),
+        )
+
+
+class Mixer(TokenMixer):
+    config_class = Config
+
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
+        d_model, config = site.d_model, config.explicit(site.d_model)
+        self.heads, self.value_residual = config.heads(d_model), config.value_residual
+        width, (up, down) = self.heads.key_width, ratios(site.layer, site.num_layers)
+        for name, power in POWERS.items():
+            init = functools.partial(shift_init, power * down)
+            setattr(self, f"mix_{name}", param(rngs, (d_model,), ("embed",), constant(init), decay=False))
+        linear = lambda size: place(size) - 0.5
+        speed = lambda size: 6 * place(size) ** (1 + up**0.3) - 5.5 + 2.5 * zigzag(size, config.head_dim)
+        rate = lambda size: 0.3 * zigzag(size, config.head_dim) + 0.4 * linear(size) - 0.19
+
+        def low(rank: int, bias: Any = None, act: Any = lambda x: x) -> LowRank:
+            start = None if bias is None else constant(bias)
+            init = jax.nn.initializers.orthogonal(0.1)
+            return LowRank(d_model, width, rank, rngs=rngs, init=init, bias=start, act=act)
+
+        self.w_proj = low(config.decay_rank, speed, jnp.tanh)
+        self.a_proj = low(config.rate_rank, rate)
+        if config.value_residual:
+            self.value_proj = low(config.value_rank, lambda size: 0.73 - 0.4 * linear(size))
+        self.g_proj = low(config.gate_rank, act=jax.nn.sigmoid)
+        vector = lambda init: param(rngs, (width,), ("heads",), init, decay=False)
+        self.k_k = vector(constant(lambda size: 0.71 - 0.1 * linear(size)))
+        self.k_a = vector(jax.nn.initializers.constant(1.02))
+        self.r_k = vector(jax.nn.initializers.constant(-0.04))
+        bound = 0.5 * d_model**-0.5
+        self.r_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
+        self.k_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound / 10, bound / 10))
+        self.v_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
+        level = constant(lambda size: ((1 + jnp.asarray(site.layer)) / site.num_layers) ** 0.7)
+        self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
+        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
+    ) -> tuple[jax.Array, RecurrentCache | None]:
+        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+        earlier, history = shifted(x_BTD, context.rows, before.history)
+        xs = {name: mix(x_BTD, earlier, getattr(self, f"mix_{name}")[...]) for name in POWERS}
+        r, k, v = self.r_proj(xs["r"]), self.k_proj(xs["k"]), self.v_proj(xs["v"])
+        if self.value_residual:
+            first = context.left(FIRST, v)  # the first layer's own: it then mixes v with itself
+            context.leave(FIRST, first)
+            part = jax.nn.sigmoid(self.value_proj(xs["v"]))
+            v = (v + (first.astype(jnp.float32) - v) * part).astype(v.dtype)
+        heads = lambda x: split_heads(x, self.heads.key)
+        o, own, state = time_mix(
+            heads(r),
+            heads(self.w_proj(xs["w"])),
+            heads(k),
+            heads(v),
+            heads(self.a_proj(xs["a"])),
+            heads(self.k_k[...]),
+            heads(self.k_a[...]),
+            heads(self.r_k[...]),
+            context.rows,
+            None if cache is None else cache.state,
+        )
+        o = self.o_norm(o) + own.reshape((*x_BTD.shape[:2], -1))
+        y_BTD = self.o_proj((o * self.g_proj(xs["g"])).astype(x_BTD.dtype))
+        return y_BTD, None if cache is None else RecurrentCache(state, history)
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
+        num, _, key, value = self.heads
+        state = jnp.zeros((batch, num, key, value), jnp.float32)
+        return RecurrentCache(state, (jnp.zeros((batch, 1, self.r_proj.kernel.shape[0]), dtype),))
+
+
+def time_mix(
+    r: jax.Array,
+    w: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    a: jax.Array,
+    k_k: jax.Array,
+    k_a: jax.Array,
+    r_k: jax.Array,
+    rows: Rows,
+    state: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(o and (sum_K r k' r_k) v, [B, T, H, V]; the state after the last token or None).
+
+    r, k, v: [B, T, H, K].  w, a: before their sigmoids, float32.  k_k, k_a, r_k: [H, K].
+    """
+    wide, rate = k.astype(jnp.float32), jax.nn.sigmoid(a)
+    kappa, written = l2_normalize(wide * k_k), wide * (1 + (rate - 1) * k_a)
+    own = jnp.sum(r.astype(jnp.float32) * written * r_k, axis=-1, keepdims=True) * v.astype(jnp.float32)
+    log_decay = FASTEST * jax.nn.sigmoid(w.astype(jnp.float32))
+    written, reads, moved = (x.astype(k.dtype) for x in (written, -kappa, kappa * rate))
+    o, state = low_rank_recurrence(r, written, v, reads, moved, log_decay, rows, state, scale=1.0)
+    return o, own, state
+
+
+def shift_init(power: jax.Array, size: int) -> jax.Array:
+    return 1 - (jnp.arange(size) / size) ** power
+
+
+def zigzag(size: int, head_dim: int) -> jax.Array:
+    """z |z|, z from -1 to 1 over each head's channels."""
+    z = 2 * (jnp.arange(size) % head_dim) / max(head_dim - 1, 1) - 1
+    return z * jnp.abs(z)
