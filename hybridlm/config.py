@@ -306,18 +306,11 @@ def mlp_hidden(d_model: int) -> int:
 
 
 def check_batch(train: schema.Train, mesh: Mapping[str, int]) -> None:
-    """A microbatch must split evenly over the mesh axes data and fsdp, and its rows over context.
-
-    mesh: axis -> size, without -1.
-    """
-    parts = mesh["data"] * mesh["fsdp"]
-    if train.batch_size // train.microbatches % parts:
-        raise ConfigError(
-            "train.batch_size",
-            train.batch_size,
-            "must be a multiple of train.microbatches * mesh.data * mesh.fsdp = "
-            f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}",
-        )
+    """A microbatch must split over the mesh axes data and fsdp, rows over context. mesh: sizes without -1."""
+    if train.batch_size // train.microbatches % (mesh["data"] * mesh["fsdp"]):
+        product = f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}"
+        problem = f"must be a multiple of train.microbatches * mesh.data * mesh.fsdp = {product}"
+        raise ConfigError("train.batch_size", train.batch_size, problem)
     if train.seq_len % mesh.get("context", 1):
         problem = f"must be a multiple of mesh.context = {mesh['context']}, over which sequences are cut"
         raise ConfigError("train.seq_len", train.seq_len, problem)

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pieces
 from hybridlm.rows import Rows, continued
-from hybridlm.sharding import constrain, per_shard
+from hybridlm.sharding import constrain, parts, per_shard
 from pallas_kernels import elementwise_recurrence, short_conv
 from pallas_kernels.elementwise import piece as elementwise_piece
 
@@ -112,7 +112,10 @@ def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) 
 
 def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
     table_VD, tokens_BT = residuals
-    return jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype)), None
+    table_bar = jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype))
+    if parts("time") > 1:  # each device adds up its own tokens: XLA would gather all of x_bar to cut it by D
+        table_bar = constrain(table_bar, ("vocab", None))
+    return table_bar, None
 
 
 embed.defvjp(_embed_forward, _embed_backward)
