@@ -49,6 +49,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
     rng = np.random.default_rng(1)
     normal = lambda *shape: jnp.asarray(rng.normal(size=(2, SEQ_LEN, *shape)), jnp.float32)
     near, wide = (ShortConv(4, width, rngs=nnx.Rngs(0)) for width in (4, 12))
+    # mLSTM divides by n . q: where that nearly cancels, gradients turn on the last bit of the inputs.
     qkv, group = (normal(2, 4), normal(2, 4), normal(2, 4)), (normal(2, 4), normal(1, 4), normal(1, 4))
     zeros = lambda *shape: jnp.zeros((2, *shape))
 
@@ -75,7 +76,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "convolution over two borders": (lambda x: wide(x, rows)[0], (normal(4),)),
         "attention": (lambda *a: attend(*a, rows, scale=0.5), group),
         "window": (lambda *a: attend(*a, rows, scale=0.5, window=6), group),
-        "mlstm": (normalised, (*qkv, normal(2) + 2, 3 * normal(2))),
+        "mlstm": (normalised, (*map(jnp.abs, qkv), normal(2) + 2, normal(2))),
         "mamba": (scan, (normal(4), normal(4), normal(2), normal(2))),
         "loss": (lambda h: 0.01 * loss.cross_entropy(h, head, batch["targets"], z_loss=0.1)[0], (normal(4),)),
     }

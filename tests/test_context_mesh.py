@@ -41,8 +41,10 @@ def test_a_stack_trains_as_on_one_device(eight):
     assert one[1]["loss"] < one[0]["loss"]
     for found in others:
         for a, b in zip(one, found, strict=True):
-            for name in ("loss", "accuracy", "grad_norm"):
-                np.testing.assert_allclose(b[name], a[name], rtol=2e-5)
+            np.testing.assert_allclose([b["loss"], b["accuracy"]], [a["loss"], a["accuracy"]], rtol=2e-6)
+            np.testing.assert_allclose(
+                b["grad_norm"], a["grad_norm"], rtol=1e-4
+            )  # Adam divides rounding, too
             for name, norms in a["norms"].items():
                 np.testing.assert_allclose(b["norms"][name], norms, rtol=1e-3, atol=1e-6, err_msg=name)
 
