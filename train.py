@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from eval import in_loop
 from hybridlm import config as configs
 from hybridlm import report, trainer
+from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, processes
 
 log = logging.getLogger("hybridlm")
@@ -39,6 +40,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         "--distributed", metavar="auto|HOST:PORT,COUNT,INDEX", help="be one of several processes of a run"
     )
     parser.add_argument("--dry_run", action="store_true", help="print what the config amounts to, and exit")
+    parser.add_argument(
+        "--devices", default="", metavar="h100:N", help="of --dry_run: compile the step for GPUs not there"
+    )
     flags: list[str] = []
     overrides: dict[str, str] = {}
     arguments = iter(argv)
@@ -74,8 +78,10 @@ def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
     for field in overrides:
         if field.startswith("mixers.") and field.split(".")[1] not in config.mixers:
             log.warning("--config.%s has no effect: the mixer is not in model.pattern", field)
+    if flags.devices and not flags.dry_run:
+        raise ConfigError("--devices", flags.devices, "names GPUs that are not there", "Add --dry_run.")
     if flags.dry_run:
-        report.dry_run(config, rich.get_console())
+        report.dry_run(config, rich.get_console(), flags.devices)
         return
     workdir = Path(flags.workdir or default_workdir(flags.config))
     trainer.train(config, workdir, flags.resume, in_loop.build(config))

@@ -257,7 +257,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         sections[name] = build(described, values.get(name, {}), name)
         with under(name):
             getattr(sections[name], "check", lambda: None)()
-    axes = dataclasses.asdict(sections["mesh"])
+    axes = sections["mesh"].sizes()
     check_batch(sections["train"], {axis: max(1, size) for axis, size in axes.items()})
     definitions = {
         section: {
@@ -308,15 +308,14 @@ def mlp_hidden(d_model: int) -> int:
 
 
 def check_batch(train: schema.Train, mesh: Mapping[str, int]) -> None:
-    """A microbatch must split evenly over the mesh axes data and fsdp. mesh: axis -> size, without -1."""
-    parts = mesh["data"] * mesh["fsdp"]
-    if train.batch_size // train.microbatches % parts:
-        raise ConfigError(
-            "train.batch_size",
-            train.batch_size,
-            "must be a multiple of train.microbatches * mesh.data * mesh.fsdp = "
-            f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}",
-        )
+    """A microbatch must split over the mesh axes data and fsdp, rows over context. mesh: sizes without -1."""
+    if train.batch_size // train.microbatches % (mesh["data"] * mesh["fsdp"]):
+        product = f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}"
+        problem = f"must be a multiple of train.microbatches * mesh.data * mesh.fsdp = {product}"
+        raise ConfigError("train.batch_size", train.batch_size, problem)
+    if train.seq_len % mesh.get("context", 1):
+        problem = f"must be a multiple of mesh.context = {mesh['context']}, over which sequences are cut"
+        raise ConfigError("train.seq_len", train.seq_len, problem)
 
 
 def _class(section: str, values: Mapping[str, Any]) -> type:

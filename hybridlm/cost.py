@@ -144,8 +144,10 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     table, total = layers(config), parameters(config)
     in_blocks = sum(row.parameters for row in table)
     moments = 2 * total - (in_blocks if config.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
-    shards = mesh["fsdp"] * mesh["tensor"]
-    tokens = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"]) * train.seq_len
+    context = mesh.get("context", 1)
+    shards = mesh["fsdp"] * mesh["tensor"] * context
+    rows = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"])
+    tokens = rows * train.seq_len / context
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from hybridlm import pieces
 from hybridlm.rows import Rows, continued
-from hybridlm.sharding import constrain, per_shard
+from hybridlm.sharding import constrain, parts, per_shard
 from pallas_kernels import elementwise_recurrence, short_conv
+from pallas_kernels.elementwise import piece as elementwise_piece
 
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
@@ -110,7 +112,10 @@ def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) 
 
 def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
     table_VD, tokens_BT = residuals
-    return jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype)), None
+    table_bar = jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype))
+    if parts("time") > 1:  # each device adds up its own tokens: XLA would gather all of x_bar to cut it by D
+        table_bar = constrain(table_bar, ("vocab", None))
+    return table_bar, None
 
 
 embed.defvjp(_embed_forward, _embed_backward)
@@ -188,10 +193,17 @@ class ShortConv(nnx.Module):
         self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None, *, silu: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [B, T, F], with ``silu`` its SiLU; the history after the last token)."""
-        token_axes = ("batch", None, "heads")
-        in_axes = token_axes, ("taps", "heads"), ("batch", None), None if history is None else token_axes
+        token_axes, over = ("batch", "time", "heads"), pieces.over(x_BTF.shape[1])
+        history_axes = None if history is None else ("batch", None, "heads")
         inside = silu and self.bias is None  # the op has no bias
-        convolve = per_shard(lambda *args: (short_conv(*args, silu=inside),), in_axes, (token_axes,))
+
+        def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
+            if over:
+                history = pieces.before(x, self.width - 1, over, history)
+            return (short_conv(x, kernel, positions, history, silu=inside),)
+
+        in_axes = token_axes, ("taps", "heads"), ("batch", "time"), history_axes
+        convolve = per_shard(op, in_axes, (token_axes,))
         (y_BTF,) = convolve(x_BTF, self.kernel[...], rows.positions, history)
         if self.bias is not None:
             y = y_BTF.astype(jnp.float32) + self.bias[...]
@@ -241,11 +253,18 @@ def elementwise(
     the state after the last token). Documents never meet.
     """
 
-    def op(x: jax.Array, log_decay: jax.Array, segment_ids: jax.Array, state: jax.Array) -> tuple:
-        return elementwise_recurrence(x, log_decay, initial_state=state, segment_ids=segment_ids)
+    over = pieces.over(x_BTF.shape[1])
 
-    wide, state_axes = ("batch", None, "heads"), ("batch", "heads")
-    run = per_shard(op, (wide, wide, ("batch", None), state_axes), (wide, state_axes))
+    def op(x: jax.Array, log_decay: jax.Array, segment_ids: jax.Array, state: jax.Array) -> tuple:
+        if over is None:
+            return elementwise_recurrence(x, log_decay, initial_state=state, segment_ids=segment_ids)
+        starts = pieces.starts(segment_ids, over)
+        whole = jax.checkpoint(elementwise_piece)(x, log_decay, starts)
+        state, last = pieces.elementwise_states(whole, starts, state, over)
+        return elementwise_recurrence(x, log_decay, initial_state=state, segment_ids=segment_ids)[0], last
+
+    wide, state_axes = ("batch", "time", "heads"), ("batch", "heads")
+    run = per_shard(op, (wide, wide, ("batch", "time"), state_axes), (wide, state_axes))
     return run(x_BTF, log_decay_BTF, rows.segment_ids, continued(state_BF, rows))
 
 

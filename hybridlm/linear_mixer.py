@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers
+from hybridlm import mixers, pieces
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Positive
@@ -250,6 +250,8 @@ def recurrence(
         position is not 0. Returns (o [B, T, HV, V], state after the last token or None).
     """
 
+    over = pieces.over(inputs.q.shape[1])
+
     def op(
         q: jax.Array,
         k: jax.Array,
@@ -265,14 +267,21 @@ def recurrence(
                 q[:, 0], k[:, 0], v[:, 0], state=state, log_decay=g, beta=b, qk_l2norm=qk_l2norm, scale=scale
             )
             return o_BHV[:, None], state
-        return linear_attention(
-            q, k, v, log_decay=log_decay, beta=beta, initial_state=state, segment_ids=segment_ids,
+        last, carried = None, state
+        if over:
+            carried, last = pieces.linear_states(
+                state, over, q=q, k=k, v=v, log_decay=log_decay, beta=beta, segment_ids=segment_ids,
+                qk_l2norm=qk_l2norm,
+            )  # fmt: skip
+        o, own_last = linear_attention(
+            q, k, v, log_decay=log_decay, beta=beta, initial_state=carried, segment_ids=segment_ids,
             qk_l2norm=qk_l2norm, scale=scale, output_final_state=state is not None,
         )  # fmt: skip
+        return o, None if state is None else own_last if last is None else last
 
     if state is not None:
         state = continued(state, rows)
-    token_axes, state_axes = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    token_axes, state_axes = ("batch", "time", "heads", None), ("batch", "heads", None, None)
     args = (*inputs[:-1], rows.segment_ids, state)
     in_axes = [None if arg is None else token_axes[: arg.ndim] for arg in args[:-1]]
     out_state = None if state is None else state_axes

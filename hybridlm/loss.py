@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from hybridlm import sharding
+from hybridlm import pieces, sharding
 
 # Tokens in a chunk, on each device: as many as make 128 MiB of float32 logits, but at least twice d_model,
 # since every chunk reads the head and adds to its gradient (12 bytes an element, against 20 a logit).
@@ -44,8 +45,28 @@ def cross_entropy(
     targets: int32, negative where a token carries no loss. Gradients flow through the first result only.
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
     """
-    total, sums = _chunked(hidden_BTD, head_DV, targets_BT, z_loss)
+    batch, length = targets_BT.shape
+    if pieces.over(length) and batch % sharding.parts("batch") == 0:
+        total, sums = _of_pieces(hidden_BTD, head_DV, targets_BT, z_loss)
+    else:
+        total, sums = _chunked(hidden_BTD, head_DV, targets_BT, z_loss)
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
+
+
+def _of_pieces(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
+) -> tuple[jax.Array, LossSums]:
+    """Each device's own tokens in chunks: a chunk of the row's time would lie on one device. XLA cuts the
+    vocabulary as it does elsewhere; the head is gathered once, its gradient added up once, in float32."""
+    axes = tuple(axis for name in ("batch", "time") for axis in sharding.mesh_axes(name))
+    rows, time = sharding.mesh_axes("batch"), sharding.mesh_axes("time")
+    alone = lambda *args: jax.tree.map(lambda x: x[None], _chunked(*args, z_loss))
+    cut = PartitionSpec(rows, time)
+    run = jax.shard_map(
+        alone, in_specs=(cut, PartitionSpec(), cut), out_specs=PartitionSpec(axes), axis_names=set(axes),
+        check_vma=False,
+    )  # fmt: skip
+    return jax.tree.map(lambda x: x.sum(0), run(hidden, head, targets))
 
 
 def per_token(

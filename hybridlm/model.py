@@ -156,7 +156,7 @@ class LM(nnx.Module):
         self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None, wanted: tuple[str, ...]
     ) -> tuple[jax.Array, Cache | None, Records]:
         x = embed(self.embedding[...], tokens_BT, self.definition.dtype)
-        x = constrain(x, ("batch", None, None))
+        x = constrain(x, ("batch", "time", None))
         x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted)
         return self.final_norm(x), cache, records
 
@@ -193,6 +193,12 @@ class LM(nnx.Module):
         """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
         dtype = self.definition.dtype
         return tuple(block.mixer.init_cache(batch, max_length, dtype) for block, _ in self.unstacked())
+
+
+def windows(definition: Definition) -> tuple[int, ...]:
+    """Of the layers of softmax attention, in order, how many tokens each sees; 0: the whole document."""
+    seen = ((spec.config.full_attention, getattr(spec.config, "window", 0)) for spec in definition.layers)
+    return tuple(window for full, window in seen if full or window)
 
 
 def with_shared(definition: Definition) -> list[Spec]:

@@ -19,6 +19,7 @@ from hybridlm import model as lm
 from hybridlm import objectives, optimizer, sharding, stack
 from hybridlm.config import Config
 from hybridlm.objectives import Batch, Sums
+from hybridlm.softmax_attention import imbalance
 
 log = logging.getLogger("hybridlm")
 
@@ -76,6 +77,7 @@ def build(
     param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
     gradients = Gradients(config, definition, objective, metadata, part(param_shardings, trained))
+    windows = lm.windows(definition) if "context" in mesh.shape else ()
 
     def step(state: State, batch: Batch, rate: Any) -> tuple[State, dict[str, Any]]:
         params = state["params"]
@@ -91,6 +93,8 @@ def build(
         new = {"params": params | changed, "opt_state": opt_state}
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
+        if windows:
+            metrics["attention_imbalance"] = imbalance(batch["positions"], windows)
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
     def evaluate(params: Any, batch: Batch) -> Sums:

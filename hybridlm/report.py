@@ -1,6 +1,5 @@
 """What is shown of a config: its layer table, and the whole of a dry run."""
 
-import dataclasses
 import math
 
 import jax
@@ -8,8 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hybridlm import ahead, cost, data, schema
 from hybridlm import config as configs
-from hybridlm import cost, data, schema
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 
@@ -52,24 +51,28 @@ def full_layers(config: Config) -> str:
     return f"full attention: {len(indices)} of {config.model.num_layers} layers (counted from 0){listed}"
 
 
-def dry_run(config: Config, console: Console) -> None:
+def dry_run(config: Config, console: Console, devices: str = "") -> None:
     """Prints what a resolved config amounts to on this machine's devices; touches no file but the data's.
+
+    devices: "h100:64", GPUs that are not there: the step is compiled for them.
 
     ConfigError for a batch that the mesh cannot split. Missing data are reported, not refused: they may be on
     another machine.
     """
-    mesh = mesh_sizes(config.mesh, jax.device_count())
+    mesh = mesh_sizes(config.mesh, ahead.parse(devices) if devices else jax.device_count())
     configs.check_batch(config.train, mesh)
     console.print(configs.to_yaml(config), highlight=False, markup=False, soft_wrap=True)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():
         console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)
     console.print(full_layers(config), highlight=False, soft_wrap=True)
+    for name, value in ahead.lines(ahead.needs(config, devices), devices).items() if devices else ():
+        console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)
 
 
 def mesh_sizes(mesh: schema.Mesh, devices: int) -> dict[str, int]:
     """The mesh with its -1 put in for ``devices`` devices; at least 1, if it wants more than those."""
-    sizes: dict[str, int] = dataclasses.asdict(mesh)
+    sizes = mesh.sizes()
     fixed = math.prod(size for size in sizes.values() if size != -1)
     return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
 

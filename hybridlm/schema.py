@@ -97,11 +97,18 @@ class Mesh:
     """Devices along each mesh axis; -1 (at most once) takes what the others leave.
 
     data: replicas.  fsdp: parameters and optimiser state sharded.  tensor: heads, MLP and vocabulary sharded.
+    context: sequences cut; parameters and optimiser state sharded as by fsdp.
     """
 
     data: Axis = -1
     fsdp: Axis = 1
     tensor: Axis = 1
+    context: Axis = 1
+
+    def sizes(self) -> dict[str, int]:
+        """By axis; context only where sequences may be cut."""
+        sizes: dict[str, int] = dataclasses.asdict(self)
+        return {name: size for name, size in sizes.items() if name != "context" or size != 1}
 
     def check(self) -> None:
         sizes = dataclasses.asdict(self)

@@ -1,13 +1,14 @@
 """Where arrays live on the device mesh: one table from logical axes to mesh axes, applied everywhere.
 
 Mesh axes: ``data`` (replicas of everything), ``fsdp`` (parameters and optimiser state cut along the model
-width), ``tensor`` (heads, MLP features and vocabulary cut). A batch is cut over data and fsdp together.
+width), ``context`` (sequences cut, and parameters as by fsdp; the mesh has it only where it is above 1),
+``tensor`` (heads, MLP features and vocabulary cut). A batch is cut over data and fsdp together.
 The mesh is made with Auto axis types: XLA inserts the collectives, guided by the shardings of parameters
-and by `constrain` at block boundaries; only the recurrence op, whose kernels XLA cannot cut, runs under
-`per_shard`. All of it is inert without a mesh context (`jax.set_mesh`) or on one device.
+and by `constrain` at block boundaries; only ops whose kernels XLA cannot cut, and those that hand something
+along a cut sequence (`hybridlm.pieces`), run under `per_shard`. All of it is inert without a mesh context
+(`jax.set_mesh`) or on one device.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -22,10 +23,11 @@ from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
-    "embed": ("fsdp",),
+    "time": ("context",),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -42,7 +44,7 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     A mesh smaller than the machine uses the first devices and says so; a larger one is a ConfigError.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes: dict[str, int] = dataclasses.asdict(config)
+    sizes = config.sizes()
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     for name, size in sizes.items():
         if size == -1 and len(devices) % fixed:
@@ -60,8 +62,9 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
         )
     if total < len(devices):
         log.warning("mesh %s uses %d of %d devices", sizes, total, len(devices))
-    shape = tuple(sizes[name] for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:total])
+    names = tuple(n for n in MESH_AXES if n in sizes and (n != "context" or sizes[n] > 1))
+    shape, types = tuple(sizes[name] for name in names), (AxisType.Auto,) * len(names)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices[:total])
 
 
 @cache
@@ -76,6 +79,11 @@ def _say_whole(what: str, logical: str, size: int, parts: int) -> None:
     )
 
 
+@cache
+def _say_gathered(what: str) -> None:
+    log.warning("%s takes whole sequences: mesh.context gathers them there, and saves nothing", what)
+
+
 def spec(
     axes: Axes, shape: Sequence[int], mesh: Mapping[str, int], what: str = "activation"
 ) -> PartitionSpec:
@@ -86,12 +94,11 @@ def spec(
     """
     entries: list[tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
-        names = (
-            tuple(n for n in RULES[logical] if not any(n in (e or ()) for e in entries)) if logical else ()
-        )
+        names = tuple(n for n in _axes(logical, mesh) if not any(n in (e or ()) for e in entries))
         parts = int(np.prod([mesh[name] for name in names]))
         if logical and parts > 1 and size % parts:
-            _say_whole(what, logical, size, parts)
+            if logical != "time":  # prompts and single tokens have any length; training's is checked
+                _say_whole(what, logical, size, parts)
             names = ()
         entries.append(names or None)
     return PartitionSpec(*entries)
@@ -120,14 +127,20 @@ def state_shardings(shapes: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, shapes)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp; later axes whole."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+def _axes(logical: str | None, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of ``mesh`` that a logical axis is cut over."""
+    return tuple(name for name in RULES[logical] if name in mesh) if logical else ()
+
+
+def batch_sharding(mesh: Mesh, dims: int = 2) -> NamedSharding:
+    """Of arrays [B, T, ...], or without T with ``dims`` 1: rows over data and fsdp, time over context."""
+    cut = (RULES["batch"], *([RULES["time"]] if dims > 1 and "context" in mesh.shape else []))
+    return NamedSharding(mesh, PartitionSpec(*cut))
 
 
 def batch_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which of ``batch_size`` rows the devices of this process hold, ascending."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    held = batch_sharding(mesh, 1).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held if index is not None]))
 
 
@@ -148,7 +161,7 @@ def put_batch(
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             begin, end, _ = index[0].indices(batch_size)
-            return array[slice(*np.searchsorted(rows, (begin, end)))]
+            return array[(slice(*np.searchsorted(rows, (begin, end))), *index[1:])]
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
@@ -156,15 +169,26 @@ def put_batch(
 
 
 def _current() -> Mapping[str, int] | None:
-    """Sizes of the mesh in context, None when there is none or it is a single device."""
+    """Sizes of the mesh in context, None when there is none or it is a single device.
+
+    Without the axes that a `shard_map` around this has cut already.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh.shape
+    if mesh.empty or mesh.size == 1:
+        return None
+    sizes = {n: mesh.shape[n] for n in mesh.axis_names if n not in mesh.manual_axes}
+    return sizes if int(np.prod(list(sizes.values()))) > 1 else None
 
 
 def parts(logical: str) -> int:
     """Among how many devices of the mesh in context an axis is cut that they divide."""
     mesh = _current()
-    return 1 if mesh is None else int(np.prod([mesh[name] for name in RULES[logical]]))
+    return 1 if mesh is None else int(np.prod([mesh[name] for name in _axes(logical, mesh)]))
+
+
+def mesh_axes(logical: str) -> tuple[str, ...]:
+    """The axes of the mesh in context that a logical axis is cut over."""
+    return _axes(logical, _current() or {})
 
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
@@ -179,7 +203,8 @@ def per_shard(
     """``fn`` run on each device's own rows and heads (`jax.shard_map`), where XLA could not cut it itself.
 
     fn: takes arrays or None, returns a tuple of arrays or None, and treats every position along the named
-        axes independently (heads in groups that stay together).
+        axes independently (heads in groups that stay together), or, along "time", exchanges over the mesh
+        axis "context" what it must (`hybridlm.pieces`).
     in_axes, out_axes: logical axes of each argument and result; None for one that is None.
     A logical axis is cut only where its mesh axes divide it in every argument that has it (grouped value
     heads must stay with their key head); otherwise it stays whole, logged once.
@@ -197,12 +222,15 @@ def per_shard(
                     sizes.setdefault(name, []).append(size)
         cut = {}
         for name in sizes:
-            parts = int(np.prod([mesh[axis] for axis in RULES[name]]))
+            axes = _axes(name, mesh)
+            parts = int(np.prod([mesh[axis] for axis in axes]))
             whole = [size for size in sizes[name] if size % parts]
-            if whole:
+            if whole and name != "time":
                 _say_whole("recurrence", name, whole[0], parts)
-            else:
-                cut[name] = RULES[name]
+            elif axes and not whole:
+                cut[name] = axes
+        if "context" in mesh and "time" not in sizes and any("batch" in axes for axes, _ in given):
+            _say_gathered(getattr(fn, "__qualname__", str(fn)).split(".")[0])
 
         def specs(axes: Axes | None) -> PartitionSpec | None:
             return None if axes is None else PartitionSpec(*(cut.get(n) if n else None for n in axes))

@@ -111,7 +111,7 @@ class Stack(nnx.Module):
                     raise ValueError(
                         f"kind {spec.kind!r} leaves values to later layers: its Config must say so"
                     )
-                return (constrain(x, ("batch", None, None)), context.carried), (cache, context.records)
+                return (constrain(x, ("batch", "time", None)), context.carried), (cache, context.records)
 
             if policy is None:
                 return layer

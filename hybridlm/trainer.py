@@ -82,6 +82,9 @@ def together(
     ):
         mesh = sharding.make_mesh(config.mesh)
         configs.check_batch(config.train, mesh.shape)
+        if len(resolved) > 1 and "context" in mesh.shape:
+            problem = "runs that are trained together do not cut sequences"
+            raise ConfigError("mesh.context", mesh.shape["context"], problem, "Set mesh.context=1.")
         rows = sharding.batch_rows(mesh, config.train.batch_size)
         given = zip(resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
         members = [Member(one, workdir, evaluate, rows) for one, workdir, evaluate in given]

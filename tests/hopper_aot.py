@@ -15,7 +15,7 @@ try:  # why the tests of the kernels are skipped here, or ""
     NO_KERNELS = ""
 except ImportError as why:
     NO_KERNELS = f"no Hopper kernels: {why}"
-TARGET = pathlib.Path(__file__).parent / "golden" / "h100.txtpb"
+TARGET = pathlib.Path(__file__).parents[1] / "hybridlm" / "h100.txtpb"
 # Read when jax starts its backends: without it the compiler plugin wants a CUDA driver.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 

@@ -61,7 +61,7 @@ def test_names_and_files(wheel):
         for file in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))
     }
     files = {name for name in names if ".dist-info/" not in name}
-    assert files == modules | rooms | {"hybridlm/py.typed", "pallas_kernels/py.typed"}
+    assert files == modules | rooms | {"hybridlm/py.typed", "hybridlm/h100.txtpb", "pallas_kernels/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

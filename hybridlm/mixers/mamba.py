@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers
+from hybridlm import mixers, pieces
 from hybridlm.context import Context
 from hybridlm.fields import Count, Epsilon, Positive
 from hybridlm.layers import (
@@ -30,7 +30,9 @@ from hybridlm.layers import (
 )
 from hybridlm.linear_mixer import dt_bias_init
 from hybridlm.mixers import Cost, Site, TokenMixer
-from hybridlm.rows import Rows
+from hybridlm.rows import Rows, continued
+from hybridlm.sharding import per_shard
+from pallas_kernels.elementwise import Piece
 
 PIECE = 128  # tokens whose states exist at a time
 
@@ -126,8 +128,34 @@ def selective_scan(
 
     x, dt: [B, T, F].  A_log: [F, N].  B, C: [B, T, N].  state: [B, F, N], as in `layers.elementwise`.
     """
+    if over := pieces.over(x.shape[1]):
+        wide, narrow = ("batch", "time", "heads"), ("batch", "time", None)
+        states, row = ("batch", "heads", None), ("batch", "time")
+        op = lambda *args: _of_a_piece(*args, axis=over)
+        in_axes = (wide, wide, ("heads", None), narrow, narrow, row, row, states)
+        return per_shard(op, in_axes, (wide, states))(x, dt, A_log, B, C, *rows, continued(state, rows))
+    return _scan(x, dt, A_log, B, C, rows, state)
+
+
+def _of_a_piece(
+    x: jax.Array, dt: jax.Array, A_log: jax.Array, B: jax.Array, C: jax.Array,
+    segment_ids: jax.Array, positions: jax.Array, state: jax.Array, *, axis: str,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """`selective_scan` of a piece of the rows: first from zeros, for what it does to the state."""
+    rows, starts = Rows(segment_ids, positions), pieces.starts(segment_ids, axis)
+    flat = lambda a: a.reshape(len(x), -1)
+    alone = _scan(x, dt, A_log, B, C, rows, jnp.zeros_like(state))[1]
+    decay = jnp.exp(-jnp.exp(A_log) * dt.astype(jnp.float32).sum(1)[..., None])
+    whole = Piece(flat(decay), flat(alone), starts.any(1, keepdims=True))
+    before, last = pieces.elementwise_states(whole, starts, flat(state), axis)
+    return _scan(x, dt, A_log, B, C, rows, before.reshape(state.shape))[0], last.reshape(state.shape)
+
+
+def _scan(
+    x: jax.Array, dt: jax.Array, A_log: jax.Array, B: jax.Array, C: jax.Array, rows: Rows, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     batch, length, width = x.shape
-    pieces = -(-length // PIECE)
+    count = -(-length // PIECE)
     size = min(length, PIECE)
 
     @jax.checkpoint
@@ -142,8 +170,8 @@ def selective_scan(
     def cut(a: jax.Array) -> jax.Array:
         """[pieces, B, size, ...]; beyond the end dt is 0, so that the state stays, and rows go on."""
         mode = "constant" if jnp.issubdtype(a.dtype, jnp.floating) else "edge"
-        a = jnp.pad(a, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (a.ndim - 2), mode=mode)
-        return jnp.moveaxis(a.reshape(batch, pieces, size, *a.shape[2:]), 1, 0)
+        a = jnp.pad(a, [(0, 0), (0, count * size - length)] + [(0, 0)] * (a.ndim - 2), mode=mode)
+        return jnp.moveaxis(a.reshape(batch, count, size, *a.shape[2:]), 1, 0)
 
     floats = (a.astype(jnp.float32) for a in (x, dt, B, C))
     last, y = jax.lax.scan(piece, state.reshape(batch, -1), jax.tree.map(cut, (*floats, rows)))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers
+from hybridlm import mixers, pieces
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
@@ -25,6 +25,7 @@ from hybridlm.fields import Count, Epsilon, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows
+from hybridlm.sharding import constrain
 from hybridlm.softmax_attention import attend, visible
 from hybridlm.token_cache import TokenCache, append, packed_indices, slots
 from pallas_kernels.softmax_attention import blockwise
@@ -166,6 +167,8 @@ class Mixer(TokenMixer):
         up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
         rank = self.config.kv_lora_rank
         if cache is None:
+            if pieces.over(x_BTD.shape[1]):  # latents travel, not the keys and values made of them
+                latent_BTC = constrain(constrain(latent_BTC, ("batch", "time", None)), ("batch", None, None))
             k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BTC[..., :rank], up_k_RHN)
             v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BTC[..., :rank], up_v_RHV)
             k_BT1P = latent_BTC[:, :, None, rank:]
@@ -173,7 +176,7 @@ class Mixer(TokenMixer):
             q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], axis=-1)
             context.record("q", q_BTHK)
             context.record("k", k_BTHK)
-            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
+            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale, gathered=True)
             return self.o_proj(merge_heads(o_BTHV)), None
         index_T, first_BT = packed_indices(rows, cache.length, 0)
         cache, latent_BSC, index_S = append(cache, latent_BTC, 0)

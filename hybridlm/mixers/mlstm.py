@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import linear_mixer
+from hybridlm import linear_mixer, pieces
 from hybridlm.context import Context
 from hybridlm.fields import Count, NonNegative
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, elementwise, merge_heads, normal, param, zeros
 from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate, recurrence
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
+from hybridlm.sharding import per_shard
 
 FORGET = -1e30  # a log decay: what came before does not count
 
@@ -105,8 +106,7 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
     if config.input_gate == "sigmoid":
         i, floor, m = jax.nn.sigmoid(log_i), jnp.float32(1), jnp.zeros_like(log_i)
     else:
-        m = stabilizer(log_i, log_f, rows, m_BH)
-        before = jnp.concatenate([m_BH[:, None], m[:, :-1]], axis=1)
+        m, before = stabilizer(log_i, log_f, rows, m_BH)
         i, floor = jnp.exp(log_i - m), jnp.exp(-m)
         log_f += before - m
         log_f -= jax.lax.stop_gradient(jnp.maximum(log_f, 0))  # a minimum halves gradients at 0
@@ -121,12 +121,32 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
     return o, None if state is None else after
 
 
-def stabilizer(log_i: jax.Array, log_f: jax.Array, rows: Rows, m_BH: jax.Array) -> jax.Array:
-    """m [B, T, H] after ``m_BH``, without a gradient: h does not depend on it but for eps."""
+def stabilizer(
+    log_i: jax.Array, log_f: jax.Array, rows: Rows, m_BH: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(m [B, T, H] after ``m_BH``, m before each token), without a gradient: it moves h by eps only."""
+    if over := pieces.over(log_f.shape[1]):
+        wide = ("batch", "time", "heads")
+        op = lambda *args: _stabilizer_piece(*args, axis=over)
+        run = per_shard(op, (wide, wide, ("batch", "time"), ("batch", "heads")), (wide, wide))
+        return run(*jax.lax.stop_gradient((log_i, log_f, rows.positions, m_BH)))
     starts = (rows.positions == 0)[..., None]
     before = jnp.zeros_like(log_f).at[:, 0].set(m_BH)
     reached = jnp.where(starts, jnp.maximum(log_f, log_i), log_i)
     reached = reached.at[:, 0].max(log_f[:, 0] + before[:, 0])
     join = lambda a, b: (a[0] + b[0], jnp.maximum(a[1] + b[0], b[1]))
     pairs = jnp.where(starts, FORGET, log_f), reached
-    return jax.lax.associative_scan(join, jax.lax.stop_gradient(pairs), axis=1)[1]
+    m = jax.lax.associative_scan(join, jax.lax.stop_gradient(pairs), axis=1)[1]
+    return m, jnp.concatenate([m_BH[:, None], m[:, :-1]], axis=1)
+
+
+def _stabilizer_piece(
+    log_i: jax.Array, log_f: jax.Array, positions: jax.Array, m_BH: jax.Array, *, axis: str
+) -> tuple[jax.Array, jax.Array]:
+    starts = (positions == 0)[..., None]
+    reached = jnp.where(starts, jnp.maximum(log_f, log_i), log_i)
+    join = lambda a, b: (a[0] + b[0], jnp.maximum(a[1] + b[0], b[1]))
+    scan = lambda *pair: jax.lax.associative_scan(join, pair, axis=1)
+    m = pieces.running_max(scan, jnp.where(starts, FORGET, log_f), reached, m_BH, axis)
+    last = pieces.before(m, 1, axis, m_BH[:, None])
+    return m, jnp.concatenate([last, m[:, :-1]], axis=1)

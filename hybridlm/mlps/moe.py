@@ -212,7 +212,7 @@ class Mlp(mlps.Mlp):
         p_BTE = self._probabilities(x_BTD)
         choice_BTS, weight_BTS = self._choose(p_BTE)
         weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
-        tokens = ("batch", None, None)
+        tokens = ("batch", "time", None)
         whole = (None, None, None)  # each device has its own tokens, hence needs every expert
         run = per_shard(lambda *args: (_experts(*args),), (*(tokens,) * 3, *(whole,) * 3), (tokens,))
         y_BTD = run(x_BTD, choice_BTS, weight_BTS, *weights)[0].reshape(x.shape)

@@ -40,12 +40,14 @@ def blockwise(
 
     index_T, index_S: int32 place of each query and key in the row; a negative index_S is an empty slot.
     first_BT: the first place that each query may see; at most its own.
-    window: with keys in order (index_S = arange), the most that a query sees, to skip the rest; 0: no bound.
+    window: with keys in order, the last of them the queries' own (index_S = arange, or a halo before it),
+        the most that a query sees, to skip the rest; 0: no bound.
     """
     length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     block = min(MAX_BLOCK, max(16, SCORES // keys), length)
     blocks = -(-length // block)
     span = min(keys, block + window) if window else keys
+    end = block + keys - length  # of the keys of the first block
 
     def padded(x: jax.Array, axis: int) -> jax.Array:
         widths = [(0, blocks * block - length if a == axis else 0) for a in range(x.ndim)]
@@ -59,7 +61,7 @@ def blockwise(
         place_T, first = cut(index_T, axis=0), cut(first_BT, axis=1)
         place_S = index_S
         if span < keys:
-            low = jnp.clip(start + block - span, 0, keys - span)
+            low = jnp.clip(start + end - span, 0, keys - span)
             k, v = (jax.lax.dynamic_slice_in_dim(x, low, span, axis=1) for x in (k, v))
             place_S = jax.lax.dynamic_slice_in_dim(index_S, low, span)
         seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(first, 0)[..., None])

@@ -1,0 +1,171 @@
+"""A training step compiled for a mesh of GPUs that is not there: memory a device, and what travels in a step.
+
+    JAX_PLATFORMS=cpu python train.py --config=... --dry_run --devices=h100:64
+
+needs jax's CUDA plugin (jax-cuda12-plugin, jax-cuda12-pjrt) and ptxas, no GPU and no driver. Without a GPU
+nothing is tuned, so the program says what it needs and not how long it takes; cuDNN's attention, which asks
+live devices, is replaced by the blockwise one.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hybridlm import config as configs
+from hybridlm import model, program, sharding
+from hybridlm.config import Config
+from hybridlm.errors import ConfigError
+from pallas_kernels import H100, auto_means, compiled_for
+
+CARD_BYTES = 84978434048  # an H100's, as the driver says in h100.txtpb
+NODE = 8  # GPUs of a host
+# Bytes a second that a GPU sends: NVLink 4, one direction, and a network card of 400 Gb/s.
+LINKS = {"NVLink at 450 GB/s": 450e9, "network at 50 GB/s": 50e9}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+CALLED = r"\b(calls|body|branch_computations)=(\{[^}]*\}|[%\w.\-]+)"
+ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
+            "u32": 4, "f64": 8, "s64": 8, "u64": 8, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
+
+
+class Needs(NamedTuple):
+    """Of one device. arguments: parameters, optimiser state and batch, which the step's results replace.
+
+    temporaries: everything else that is alive at once.  sent: bytes by kind of collective in one step.
+    """
+
+    arguments: int
+    temporaries: int
+    sent: dict[str, float]
+
+    @property
+    def memory(self) -> int:
+        return self.arguments + self.temporaries
+
+
+def parse(devices: str) -> int:
+    """The number of GPUs in "h100:64"; ConfigError for anything else."""
+    found = re.fullmatch(r"h100:(\d{1,6})", devices)
+    count = int(found[1]) if found else 0
+    if not count or (count > NODE and count % NODE):
+        fix = f"Say h100:N with N up to {NODE}, or a multiple of {NODE}: hosts of {NODE}."
+        raise ConfigError("--devices", devices, "names no GPUs that can be compiled for", fix)
+    return count
+
+
+def absent(devices: str) -> list[Any]:
+    """Devices of that many GPUs, which programs can be compiled for; ConfigError without the CUDA plugin."""
+    from jax.experimental import topologies
+
+    count = parse(devices)
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    topology = f"1x1x{count}" if count <= NODE else f"1x{count // NODE}x{NODE}"
+    target = (Path(__file__).parent / "h100.txtpb").read_text()
+    try:
+        made = topologies.get_topology_desc("H100", platform="cuda", topology=topology, target_config=target)
+    except Exception as error:  # whatever the plugin's absence or version does
+        fix = "It takes jax-cuda12-plugin and jax-cuda12-pjrt of jax's version, and ptxas on the path."
+        problem = f"cannot be compiled for here ({str(error)[:80]})"
+        raise ConfigError("--devices", devices, problem, fix) from error
+    return list(made.devices)
+
+
+def needs(config: Config, devices: str) -> Needs:
+    """Compiles the step of a resolved config for ``devices``; minutes for large models."""
+    mesh = sharding.make_mesh(config.mesh, absent(devices))
+    configs.check_batch(config.train, mesh.shape)
+    built = program.build(config, model.build(config), mesh, None)
+    where, shape = sharding.batch_sharding(mesh), (config.train.batch_size, config.train.seq_len)
+    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+    with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
+        step: Any = built.step
+        executable = step.trace(built.shapes, batch).lower(lowering_platforms=("cuda",)).compile()
+    found = executable.memory_analysis()
+    return Needs(found.argument_size_in_bytes, found.temp_size_in_bytes, sent(executable.as_text()))
+
+
+def sent(hlo: str) -> dict[str, float]:
+    """Bytes that one device sends in a run of a compiled module, by kind of collective.
+
+    Rings: of a result of S bytes over n devices an all-gather sends S (n-1)/n, an all-reduce twice that; of
+    an argument of S bytes so does a reduce-scatter; a permutation sends S. Bodies of loops count as often as
+    XLA knows that they run; those of unknown length once.
+    """
+    computations, entry = _computations(hlo)
+    memo: dict[str, dict[str, float]] = {}
+
+    def total(name: str) -> dict[str, float]:
+        if name not in memo:
+            memo[name] = {}
+            for line in computations.get(name, ()):
+                for kind, size in _of_line(line):
+                    memo[name][kind] = memo[name].get(kind, 0) + size
+                times = re.search(r"known_trip_count\D*(\d+)", line)
+                for how, called in re.findall(CALLED, line):
+                    scale = int(times[1]) if times and how == "body" else 1
+                    for one in re.findall(r"[\w.\-]+", called):
+                        for kind, size in total(one).items():
+                            memo[name][kind] = memo[name].get(kind, 0) + scale * size
+        return memo[name]
+
+    return total(entry)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    found: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in hlo.splitlines():
+        if begins := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+            name = begins[2]
+            found[name] = []
+            entry = name if begins[1] else entry
+        elif name and line.startswith("  "):
+            found[name].append(line)
+    return found, entry
+
+
+def _of_line(line: str) -> Iterator[tuple[str, float]]:
+    """(kind, bytes sent) of an instruction that starts a collective."""
+    called = re.search(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\((.*)", line)
+    if not called:
+        return
+    kind = called[2]
+    result = sum(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", called[1]))
+    group = _group(line)
+    if called[3]:  # a start's results have its arguments beside them
+        result *= {"all-gather": group / (group + 1), "collective-permute": 0.5}.get(kind, 1)
+    share = (group - 1) / group
+    factors = {"all-reduce": 2 * share, "reduce-scatter": group * share, "collective-permute": 1.0}
+    yield kind, result * factors.get(kind, share)
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    return ITEMSIZE.get(dtype, 4) * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+
+
+def _group(line: str) -> int:
+    """Devices of one group of a collective."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return max(1, len(listed[1].split(",")))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    return 2
+
+
+def lines(found: Needs, devices: str) -> dict[str, str]:
+    """What `needs` came to, as name -> text."""
+    gib = lambda size: f"{size / 2**30:.2f} GiB"
+    fits = "fits" if found.memory < CARD_BYTES else "does NOT fit"
+    kinds = ", ".join(f"{kind} {gib(size)}" for kind, size in found.sent.items() if size) or "nothing"
+    whole = sum(found.sent.values())
+    times = ", ".join(f"{whole / speed:.3g} s over {link}" for link, speed in LINKS.items())
+    parts = f"state and batch {gib(found.arguments)}, temporaries {gib(found.temporaries)}"
+    return {
+        f"compiled for {devices}": f"{gib(found.memory)} a device, {fits} in {gib(CARD_BYTES)}: {parts}",
+        "sent by a device in a step": f"{kinds}; {times} if nothing hides it",
+    }

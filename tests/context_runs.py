@@ -1,0 +1,165 @@
+"""Run by test_context_mesh.py on 8 simulated devices: prints as JSON what the tests there look at.
+
+python -m tests.context_runs ops | steps FOLDER
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hybridlm import ahead, loss, model, program, schema, sharding
+from hybridlm import config as configs
+from hybridlm.layers import ShortConv, elementwise
+from hybridlm.linear_mixer import Inputs, recurrence
+from hybridlm.mixers.mamba import selective_scan
+from hybridlm.mixers.mlstm import Config as MLSTM
+from hybridlm.mixers.mlstm import mlstm
+from hybridlm.rows import Rows
+from hybridlm.softmax_attention import attend, imbalance
+from tests import tiny
+
+SEQ_LEN, HEADS = 32, {"num_heads": 4, "head_dim": 4}
+# Documents that end on a border of four pieces, lie over several, are shorter than a halo; padding.
+DOCUMENTS = ([8, 3, 18], [3, 2, 20, 7], [32], [15, 2, 9])
+
+
+def packed() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    ids, positions = np.zeros((2, len(DOCUMENTS), SEQ_LEN), np.int32)
+    for row, sizes in enumerate(DOCUMENTS):
+        at = 0
+        for number, size in enumerate(sizes, 1):
+            ids[row, at : at + size], positions[row, at : at + size] = number, np.arange(size)
+            at += size
+    tokens, targets = rng.integers(1, 250, size=(2, *ids.shape), dtype=np.int32)
+    targets = np.where((ids == 0) | (rng.random(ids.shape) < 0.1), -1, targets)
+    return {"tokens": tokens, "targets": targets, "segment_ids": ids, "positions": positions}
+
+
+def cases() -> dict[str, tuple[Callable, tuple]]:
+    """Every part that a cut sequence concerns, as a function of its differentiable arguments."""
+    batch = {name: jnp.asarray(array[:2]) for name, array in packed().items()}
+    rows = Rows(batch["segment_ids"], batch["positions"])
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=(2, SEQ_LEN, *shape)), jnp.float32)
+    near, wide = (ShortConv(4, width, rngs=nnx.Rngs(0)) for width in (4, 12))
+    # mLSTM divides by n . q: where that nearly cancels, gradients turn on the last bit of the inputs.
+    qkv, group = (normal(2, 4), normal(2, 4), normal(2, 4)), (normal(2, 4), normal(1, 4), normal(1, 4))
+    zeros = lambda *shape: jnp.zeros((2, *shape))
+
+    def linear(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, *beta: jax.Array) -> jax.Array:
+        inputs = Inputs(q, k, v, -jax.nn.softplus(g), *map(jax.nn.sigmoid, beta))
+        return recurrence(inputs, rows, qk_l2norm=True)[0]
+
+    def normalised(q: jax.Array, k: jax.Array, v: jax.Array, f: jax.Array, i: jax.Array) -> jax.Array:
+        return mlstm(Inputs(q, k, v, jax.nn.log_sigmoid(f), i), rows, None, MLSTM(kind="mlstm"))[0]
+
+    def scan(x: jax.Array, dt: jax.Array, B: jax.Array, C: jax.Array) -> jax.Array:
+        A_log = jnp.log(jnp.arange(1.0, 9).reshape(4, 2))
+        return selective_scan(x, jax.nn.softplus(dt), A_log, B, C, rows, zeros(4, 2))[0]
+
+    head = jnp.asarray(rng.normal(size=(4, 250)), jnp.float32)
+    return {
+        "delta rule": (linear, (*qkv, normal(2, 4), normal(2))),
+        "additive": (linear, (*qkv, normal(2))),
+        "element-wise": (
+            lambda x, g: elementwise(x, -jax.nn.softplus(g), rows, zeros(4))[0],
+            (normal(4),) * 2,
+        ),
+        "convolution": (lambda x: near(x, rows, silu=True)[0], (normal(4),)),
+        "convolution over two borders": (lambda x: wide(x, rows)[0], (normal(4),)),
+        "attention": (lambda *a: attend(*a, rows, scale=0.5), group),
+        "window": (lambda *a: attend(*a, rows, scale=0.5, window=6), group),
+        "mlstm": (normalised, (*map(jnp.abs, qkv), normal(2) + 2, normal(2))),
+        "mamba": (scan, (normal(4), normal(4), normal(2), normal(2))),
+        "loss": (lambda h: 0.01 * loss.cross_entropy(h, head, batch["targets"], z_loss=0.1)[0], (normal(4),)),
+    }
+
+
+def errors() -> dict[str, float]:
+    """The largest error of results and gradients on four devices against one, over their largest value."""
+    mesh, found = sharding.make_mesh(schema.Mesh(1, 1, 1, 4)), {}
+    for name, (function, args) in cases().items():
+
+        def results(*args: jax.Array, function: Callable = function) -> tuple:
+            o, pull = jax.vjp(function, *args)
+            return o, pull(jnp.cos(o))
+
+        one = jax.jit(lambda *args, results=results: results(*args))(*args)
+        with jax.set_mesh(mesh):
+            cut = jax.jit(lambda *args, results=results: results(*args))(*args)
+        error = lambda a, b: float(np.max(np.abs(a - np.asarray(b))) / np.max(np.abs(a)))
+        found[name] = max(jax.tree.leaves(jax.tree.map(error, jax.device_get(one), jax.device_get(cut))))
+    return found
+
+
+def config(**train: object) -> configs.Config:
+    c = tiny.config("unused", model__remat="full")
+    c.mixers = {
+        "kda": configs.mixer("kda", **HEADS),
+        "mla": configs.mixer("mla", num_heads=4, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
+                             v_head_dim=4),
+        "product": configs.mixer("delta_product", **HEADS),
+    }  # fmt: skip
+    c.mlps = {"moe": configs.mlp("moe", num_experts=4, top_k=2, hidden=8, balance_loss=0.0)}
+    c.model.update(pattern="kda*2 mla/moe product", num_layers=0)
+    c.train.update(batch_size=len(DOCUMENTS), seq_len=SEQ_LEN, **train)
+    return configs.resolve(c)
+
+
+RUNS = {"one": ((1, 1, 1, 1), 1), "fsdp 2, tensor 2, context 2": ((1, 2, 2, 2), 2)}  # sizes, microbatches
+
+
+def steps() -> dict:
+    """Loss, accuracy and gradient norms of two steps of a stack on each mesh, each from what the mesh before
+    had as its parameters at the start, by layer, as a checkpoint has them."""
+    found: dict = {}
+    start = None
+    for name, (sizes, microbatches) in RUNS.items():
+        one, mesh = config(microbatches=microbatches), sharding.make_mesh(schema.Mesh(*sizes))
+        definition = model.build(one)
+        with jax.set_mesh(mesh):
+            built = program.build(one, definition, mesh, None)
+            apart, join, like = program.by_layer(definition, built)
+            if start is None:
+                state = built.init(jax.random.key(0))
+            else:
+                state = join(jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), start, like))
+            start = jax.device_get(apart(state))
+            kept = []
+            for _ in range(2):
+                state, metrics = built.step(state, sharding.put_batch(packed(), mesh))
+                norms = {n: np.sqrt(x).ravel().tolist() for n, x in metrics.pop("squared_norms").items()}
+                kept.append({"norms": norms, **{n: float(x) for n, x in metrics.items()}})
+            found[name] = kept
+    return found
+
+
+def facts() -> dict:
+    """The imbalance of one document over four, and bytes that a known program sends."""
+    mesh = sharding.make_mesh(schema.Mesh(1, 1, 1, 4))
+    positions = jnp.arange(1 << 14)[None]
+    with jax.set_mesh(mesh):
+        uneven = float(imbalance(positions, (0,)))
+        even = float(imbalance(positions, (2,)))
+    spread = jax.P(None, "context")
+
+    def loop(x: jax.Array) -> jax.Array:
+        add = lambda total, _: (total + jax.lax.all_gather(x * total.sum(), "context").sum(0), None)
+        return jax.lax.scan(add, x, None, length=5)[0]
+
+    run = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False))
+    text = run.lower(jnp.ones((8, 64))).compile().as_text()
+    return {"uneven": uneven, "even": even, "sent": ahead.sent(text)}
+
+
+if __name__ == "__main__":
+    logging.getLogger("hybridlm").setLevel(logging.ERROR)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    print(json.dumps({part: globals()[part]() for part in sys.argv[1:]}))

@@ -1,0 +1,81 @@
+"""Sequences cut over devices (`mesh.context`) against whole ones, on simulated devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybridlm import ahead
+from hybridlm import config as configs
+from hybridlm.errors import ConfigError
+from tests.flags import FAST
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def eight():
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
+    }
+    command = [sys.executable, "-m", "tests.context_runs", "errors", "steps", "facts"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_every_part_is_that_of_one_device_with_its_gradients(eight):
+    assert len(eight["errors"]) == 10
+    assert max(eight["errors"].values()) < 1e-4, eight["errors"]
+
+
+def test_a_stack_trains_as_on_one_device(eight):
+    """Packed rows over borders, accumulation, remat, scan, fsdp, tensor; from another mesh's parameters."""
+    one, *others = eight["steps"].values()
+    assert one[1]["loss"] < one[0]["loss"]
+    for found in others:
+        for a, b in zip(one, found, strict=True):
+            np.testing.assert_allclose([b["loss"], b["accuracy"]], [a["loss"], a["accuracy"]], rtol=2e-6)
+            np.testing.assert_allclose(
+                b["grad_norm"], a["grad_norm"], rtol=1e-4
+            )  # Adam divides rounding, too
+            for name, norms in a["norms"].items():
+                np.testing.assert_allclose(b["norms"][name], norms, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_imbalance_of_attention(eight):
+    facts, steps = eight["facts"], eight["steps"]
+    assert facts["uneven"] == pytest.approx(7 / 4, rel=1e-3)
+    assert facts["even"] == pytest.approx(1, rel=1e-3)
+    assert "attention_imbalance" not in steps["one"][0]
+    assert steps["fsdp 2, tensor 2, context 2"][0]["attention_imbalance"] > 1
+
+
+def test_bytes_sent(eight):
+    """Five times an all-gather of 8 x 16 float32 over four devices."""
+    assert eight["facts"]["sent"] == {"all-gather": 5 * 8 * 64 * 4 * 3 / 4}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        ({"mesh.context": "3"}, "train.seq_len = .*multiple of mesh.context = 3"),
+        ({"mesh.context": "0"}, "mesh.context = 0: must be at least 1"),
+        ({"mesh.context": "-1"}, "only one mesh axis"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(overrides, problem):
+    with pytest.raises(ConfigError, match=problem):
+        configs.resolve(configs.load("configs/quickstart.py", overrides))
+
+
+@pytest.mark.parametrize("devices", ["h100", "h100:0", "h100:12", "a100:8", "h100:8 "])
+def test_devices_that_cannot_be_compiled_for(devices):
+    with pytest.raises(ConfigError, match="--devices"):
+        ahead.parse(devices)
