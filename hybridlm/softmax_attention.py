@@ -1,16 +1,37 @@
-"""Softmax attention within the documents of rows that have no cache."""
+"""Softmax attention within the documents of rows that have no cache, and its largest logits."""
 
 import jax
 
+from hybridlm.context import Context
 from hybridlm.rows import Rows
 from pallas_kernels import softmax_attention
+from pallas_kernels.softmax_attention import max_logits
 
 
 def attend(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, *, scale: float, window: int = 0
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGV: jax.Array,
+    rows: Rows,
+    *,
+    scale: float,
+    window: int = 0,
+    **extras: jax.Array | None,
 ) -> jax.Array:
-    """o [B, T, H, V]: see `pallas_kernels.softmax_attention`."""
-    return softmax_attention(q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window)
+    """o [B, T, H, V]: see `pallas_kernels.softmax_attention`.  extras: its sinks and log_forget."""
+    return softmax_attention(
+        q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window, **extras
+    )
+
+
+def record_largest(
+    context: Context, q_BTHK: jax.Array, k_BTGK: jax.Array, *, scale: float, window: int = 0
+) -> None:
+    """Records "max.logit" [H], if it is wanted: each head's largest scaled logit, padding left out."""
+    if context.wants("max.logit"):
+        q, k = map(jax.lax.stop_gradient, (q_BTHK, k_BTGK))
+        ids = context.rows.segment_ids
+        context.record("max.logit", max_logits(q, k, ids, scale=scale, window=window))
 
 
 def visible(context: int, window: int) -> float:
