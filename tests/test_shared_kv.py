@@ -118,6 +118,25 @@ def test_periods_are_traced_once(monkeypatch):
     assert counts[1] == 2 * counts[0]
 
 
+def outputs_of_scans(jaxpr):
+    for equation in jaxpr.eqns:
+        for inner in equation.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from outputs_of_scans(inner.jaxpr)
+        if equation.primitive.name == "scan":
+            yield from (output.aval.shape for output in equation.outvars)
+
+
+def test_the_backward_pass_keeps_what_is_reused_once():
+    """Not once for each layer of a run that reads it: no array [layers, B, T, key heads, head dim]."""
+    definition = model.build(config("full:a full@a*6"))
+    tokens = jnp.zeros((1, 10), jnp.int32)
+    loss = lambda p: model.merge(definition, p)(tokens, Rows(tokens, tokens))[0].sum()
+    shapes = list(outputs_of_scans(jax.make_jaxpr(jax.grad(loss))(model.shapes(definition)).jaxpr))
+    assert (6, 1, 10, 16) in shapes  # the layers' inputs
+    assert (6, 1, 10, KV_HEADS, DIM) not in shapes
+
+
 @pytest.mark.parametrize(
     ("text", "mixers", "field", "problem"),
     [
