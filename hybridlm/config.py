@@ -269,8 +269,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
     layers = pattern.fill(names, model.num_layers)
     for at, (section, found) in enumerate(definitions.items()):
         used = {pattern.split(layer)[at] for layer in layers}
-        if section == "mixers":
-            used |= {part for name in used for part in found[name].needs()}
+        used = mixers.with_parts(used, definitions["mixers"]) if section == "mixers" else used
         sections[section] = Named({name: one for name, one in found.items() if name in used})
         for name, one in sections[section].items():
             with under(f"{section}.{name}"):

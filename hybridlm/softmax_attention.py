@@ -16,12 +16,14 @@ def attend(
     *,
     scale: float,
     window: int = 0,
-    **extras: jax.Array | None,
+    sinks: jax.Array | None = None,
+    log_forget: jax.Array | None = None,
 ) -> jax.Array:
-    """o [B, T, H, V]: see `pallas_kernels.softmax_attention`.  extras: its sinks and log_forget."""
+    """o [B, T, H, V]: see `pallas_kernels.softmax_attention`."""
     return softmax_attention(
-        q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window, **extras
-    )
+        q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window,
+        sinks=sinks, log_forget=log_forget,
+    )  # fmt: skip
 
 
 def record_largest(

@@ -134,8 +134,8 @@ class Stack(nnx.Module):
                 else:  # what is carried stays: as a constant of the scan the backward pass keeps it once
                     x, carried = carry
                     only_x = lambda x, xs, layer=layer, carried=carried: _first(layer((x, carried), xs))
-                    x, output = self._scan(only_x, x, run)
-                    carry = x, carried
+                    moved, output = self._scan(only_x, x, run)
+                    carry = moved, carried
                 outputs.append(output)
             return carry, outputs
 
@@ -145,7 +145,7 @@ class Stack(nnx.Module):
             carry = carry[0], jax.tree.map(blank, later) | carry[1]
         return self._scan(period, carry, stacks)
 
-    def _scan(self, body: Callable, carry: Carry, xs: Any) -> tuple[Carry, Any]:
+    def _scan(self, body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
         if self.model.scan:
             return jax.lax.scan(body, carry, xs)
         outputs = []

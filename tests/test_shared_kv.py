@@ -110,8 +110,8 @@ def test_periods_are_traced_once(monkeypatch):
     )
     counts = []
     for repeats in (2, 6):
-        definition = model.build(config(f"(full:a swa full@a*2)*{repeats}"))
-        assert str(definition.layout) == f"(full:a swa full@a*2)*{repeats}"
+        definition = model.build(config(f"(full:a full@a*2)*{repeats}"))
+        assert str(definition.layout) == f"(full:a full@a*2)*{repeats}"
         run = lambda p, tokens, d=definition: model.merge(d, p)(tokens, Rows(tokens, tokens))[0]
         jax.eval_shape(run, model.shapes(definition), jax.ShapeDtypeStruct((1, 8), jnp.int32))
         counts.append(len(traced))
@@ -148,9 +148,11 @@ def test_the_backward_pass_keeps_what_is_reused_once():
         ("mla:a full@a", {}, "mixers.full.kind", "of kind mla"),
         ("full:a mla@a", {}, "mixers.mla.kind", "of kind attention"),
         ("kda:a full", {}, "mixers.kda.kind", "leave and reuse no keys"),
+        ("parallel", {"parallel": {"branches": ("kda", "ful")}}, "mixers.parallel.branches", "'ful'.*'full'"),
+        ("parallel:a", {"parallel": {"branches": ("kda", "full")}}, "mixers.parallel.kind", "reuse no keys"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(text, mixers, field, problem):
+def test_what_does_not_fit_together_is_refused(text, mixers, field, problem):
     with pytest.raises(ConfigError, match=problem) as error:
         config(text, **mixers)
     assert error.value.field == field

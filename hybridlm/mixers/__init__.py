@@ -147,6 +147,13 @@ def config_class(kind: str) -> type[Config]:
     return load(kind).config_class
 
 
+def with_parts(used: set[str], known: Mapping[str, Config]) -> set[str]:
+    """``used`` and the names that those need: two deep, since what lies deeper is refused by its name."""
+    for _ in range(2):
+        used = used | {part for name in used & set(known) for part in known[name].needs()}
+    return used
+
+
 def check_together(layers: Sequence[str], known: Mapping[str, Config], d_model: int) -> None:
     """Parts of layers are there; layers that leave or reuse keys and values can, and fit each other."""
     for name, one in known.items():

@@ -292,15 +292,15 @@ class Mixer(TokenMixer):
         self, q_BTHK: jax.Array, held: Held, context: Context, log_f_BTH: jax.Array | None, now: tuple
     ) -> jax.Array:
         """now: what has been forgotten up to each query, with a cache that has the same of its keys."""
-        rows = context.rows
         k, v, *then = held.tokens
         sinks = None if self.sinks is None else self.sinks[...]
         scale, window = self.config.head_dim**-0.5, self.config.window
-        if held.start is None:
+        if held.start is None or held.index_S is None:
             record_largest(context, q_BTHK, k, scale=scale, window=window)
-            extras = {"sinks": sinks, "log_forget": log_f_BTH}
-            return attend(q_BTHK, k, v, rows, scale=scale, window=window, **extras)
-        index_T, first_BT = packed_indices(rows, held.start, window)
+            return attend(
+                q_BTHK, k, v, context.rows, scale=scale, window=window, sinks=sinks, log_forget=log_f_BTH
+            )
+        index_T, first_BT = packed_indices(context.rows, held.start, window)
         forgotten = dict(zip(("forgotten_BTH", "forgotten_BSH"), (*now, *then), strict=False))
         return blockwise(
             q_BTHK, k, v, index_T, first_BT, held.index_S, scale=scale, sinks_H=sinks, **forgotten

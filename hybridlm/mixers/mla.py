@@ -195,7 +195,7 @@ class Mixer(TokenMixer):
         up_RHF = split_heads(self.kv_b_proj.kernel[...].astype(x_BTD.dtype), nope + self.config.v_head_dim)
         up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
         rank = self.config.kv_lora_rank
-        if held.start is None:
+        if held.start is None or held.index_S is None:
             k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BSC[..., :rank], up_k_RHN)
             v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BSC[..., :rank], up_v_RHV)
             k_BT1P = latent_BSC[:, :, None, rank:]

@@ -115,7 +115,8 @@ class Mixer(TokenMixer):
         return self._combined(lambda branch, one, own: branch.step(x_BD, one, own), context, cache)
 
     def _combined(self, run: Callable, context: Context, cache: Any) -> tuple[jax.Array, Any]:
-        total, after = 0.0, []
+        total: Any = 0.0
+        after = []
         for index, (name, factor) in enumerate(zip(self.names, self.multipliers, strict=True)):
             one = context.branch()
             y, own = run(self.branches[name], one, None if cache is None else cache[index])

@@ -58,9 +58,11 @@ def softmax_attention(
         raise ValueError(f"q.shape = {q.shape}: its {heads} heads must be a multiple of v's {groups}")
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"window = {window!r}: must be an integer of at least 0 (0: no window)")
-    for name, array, expected in (("sinks", sinks, (heads,)), ("log_forget", log_forget, q.shape[:3])):
-        if array is not None and floating(name, array, len(expected), exact=True).shape != expected:
-            raise ValueError(f"{name}.shape = {array.shape}: must be {expected} to match q")
+    extras: tuple[tuple[str, jax.Array | None, tuple[int, ...]], ...]
+    extras = ("sinks", sinks, (heads,)), ("log_forget", log_forget, q.shape[:3])
+    for name, extra, expected in extras:
+        if extra is not None and floating(name, extra, len(expected), exact=True).shape != expected:
+            raise ValueError(f"{name}.shape = {extra.shape}: must be {expected} to match q")
     starts = None if segment_ids is None else document_starts(segment_ids, (batch, length))
     if not batch or not length:
         return jnp.zeros((batch, length, heads, value_dim), v.dtype)

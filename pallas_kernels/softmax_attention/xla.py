@@ -60,7 +60,9 @@ def blockwise(
         return jnp.pad(x, widths, mode="edge")
 
     q_BTHK, index_T, first_BT = padded(q_BTHK, 1), padded(index_T, 0), padded(first_BT, 1)
-    forgotten = None if forgotten_BSH is None else (padded(forgotten_BTH, 1), forgotten_BSH)
+    forgotten = None
+    if forgotten_BTH is not None and forgotten_BSH is not None:
+        forgotten = padded(forgotten_BTH, 1), forgotten_BSH
 
     @jax.checkpoint
     def attend_block(
