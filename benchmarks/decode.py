@@ -1,7 +1,10 @@
 """Decode speed and memory against context length: full attention beside hybrids, in one run.
 
     python -m benchmarks.decode --contexts=1024,4096,16384,65536,262144
+    python -m benchmarks.decode --stacks="full; kda*3 mla; full:a full@a" --contexts=32768 --bytes
 
+A stack is a pattern of full, gqa (a quarter of the key heads), swa (a window of 1024), mla, kda and gdn,
+filled to --layers layers. --bytes says what is kept and runs nothing, so that it needs no accelerator.
 Caches have the size that a prompt of that length leaves, filled with zeros, and --steps tokens are decoded
 from there, greedily, in one compiled loop, its layers unrolled. Layers are of d_model 2048 in bfloat16.
 --output is written as soon as a context is measured.
@@ -10,6 +13,7 @@ from there, greedily, in one compiled loop, its layers unrolled. Layers are of d
 import argparse
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import vmapped
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm.rows import Rows
@@ -29,21 +32,19 @@ from hybridlm.token_cache import TokenCache
 RUNS = 3  # of which the fastest counts
 
 
-def layer(kind: str, d_model: int) -> tuple[str, dict[str, Any]]:
-    """A layer of about 4 d_model^2 to 6 d_model^2 parameters."""
-    if kind == "attention":
-        return kind, {"num_heads": d_model // 64, "head_dim": 64}
-    if kind == "kda":
-        return kind, {"num_heads": d_model // 128, "head_dim": 128}
-    return kind, {"num_heads": 3 * d_model // 512, "head_dim": 128, "v_head_dim": 256}
-
-
-def definition(linear: str, ratio: int, layers: int, d_model: int) -> lm.Definition:
-    """``ratio`` linear layers to one full layer, the full one last; 0 is full attention alone."""
-    kinds = ["attention" if i % (ratio + 1) == ratio else linear for i in range(layers)]
-    stack = [layer(kind, d_model) for kind in kinds]
-    sizes = {"model__d_model": d_model, "mlp_hidden": d_model // 48 * 128, "model__dtype": "bfloat16"}
-    return lm.build(configs.resolve(vmapped.config(stack, model__vocab_size=32_000, **sizes)))
+def definition(pattern: str, layers: int, d_model: int) -> lm.Definition:
+    """``pattern`` filled to so many layers of 4 d_model^2 to 6 d_model^2 parameters each."""
+    config = configs.default()
+    config.mixers.full.update(num_heads=d_model // 64, head_dim=64)
+    config.mixers.gqa = configs.mixer("attention", num_heads=d_model // 64, num_kv_heads=d_model // 256)
+    config.mixers.swa.update(num_heads=d_model // 64, head_dim=64, window=1024)
+    config.mixers.mla.update(num_heads=d_model // 128, rope_theta=0.0)
+    config.mixers.kda.update(num_heads=d_model // 128, head_dim=128)
+    config.mixers.gdn.update(num_heads=3 * d_model // 512, head_dim=128, v_head_dim=256)
+    config.model.update(pattern=pattern, num_layers=layers, d_model=d_model, vocab_size=32_000)
+    config.model.update(mlp_hidden=d_model // 48 * 128, tie_embeddings=True, remat="none")
+    config.data.path = "python-stdlib:"  # never opened
+    return lm.build(configs.resolve(config))
 
 
 @functools.partial(jax.jit, static_argnames=("definition", "steps"), donate_argnames="cache")
@@ -102,25 +103,44 @@ def compiled(definition: lm.Definition, context: int, batch: int, steps: int) ->
     return Decoder(cache, run.compile())
 
 
+def kept(cache: Any, context: int, batch: int) -> tuple[int, int]:
+    """(bytes of keys, values and latents, bytes of recurrent state) of a sequence of ``context`` tokens."""
+    tokens = state = 0
+    for layer in cache:
+        held = isinstance(layer, TokenCache)
+        for leaf in jax.tree.leaves(layer.tokens if held else layer):
+            size = math.prod(leaf.shape) * leaf.dtype.itemsize // batch
+            tokens += size // leaf.shape[1] * min(context, leaf.shape[1]) if held else 0
+            state += 0 if held else size
+    return tokens, state
+
+
 def measure(decoder: Decoder, params: lm.Params, context: int, batch: int, steps: int) -> dict[str, Any]:
     """Milliseconds a token, and bytes of KV cache and of recurrent state a sequence."""
     token, start = jnp.zeros(batch, jnp.int32), jnp.int32(context)
-    sizes, seconds = [], []
+    seconds = []
     for _ in range(1 + RUNS):  # the first warms up
         cache = jax.block_until_ready(filled(decoder.cache, context))
-        sizes = [
-            sum(x.nbytes for x in jax.tree.leaves(layer)) * (-1 if isinstance(layer, TokenCache) else 1)
-            for layer in cache
-        ]
         began = time.perf_counter()
         _, cache = jax.block_until_ready(decoder.run(params, cache, token, start))
         seconds.append(time.perf_counter() - began)
         del cache  # before there is another
-    return {
-        "ms": 1e3 * min(seconds[1:]) / steps,
-        "kv_bytes": -sum(size for size in sizes if size < 0) // batch,
-        "state_bytes": sum(size for size in sizes if size > 0) // batch,
-    }
+    kv_bytes, state_bytes = kept(decoder.cache, context + steps, batch)
+    return {"ms": 1e3 * min(seconds[1:]) / steps, "kv_bytes": kv_bytes, "state_bytes": state_bytes}
+
+
+def print_bytes(built: dict[str, lm.Definition], contexts: list[int]) -> None:
+    """A table of what a sequence keeps, of the caches' shapes."""
+    print(
+        "| stack | layers | "
+        + " | ".join(f"{context:,}: KV, MiB | state, MiB" for context in contexts)
+        + " |"
+    )
+    print("|---" * (2 + 2 * len(contexts)) + "|")
+    for name, one in built.items():
+        sizes = [kept(cache_shapes(one, 1, context), context, 1) for context in contexts]
+        cells = [f"{size / 2**20:,.1f}" for pair in sizes for size in pair]
+        print(f"| `{name}` | {len(one.layers)} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -128,8 +148,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--contexts", default="1024,4096,16384,65536,262144")
-    parser.add_argument("--linear", default="gated_delta_net", choices=("gated_delta_net", "kda"))
-    parser.add_argument("--ratios", default="0,3,7", help="linear layers to one full layer; 0 is full alone")
+    parser.add_argument("--stacks", default="full; gdn*3 full; gdn*7 full", help="patterns, the base first")
+    parser.add_argument("--bytes", action="store_true", help="print what is kept, and stop")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--d_model", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
@@ -137,11 +157,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8, help="that compile")
     parser.add_argument("--output", default="decode.json")
     flags = parser.parse_args()
-    ratios = [int(ratio) for ratio in flags.ratios.split(",")]
-    print(f"{jax.devices()[0].device_kind}: batch {flags.batch}, {flags.layers} layers, {flags.linear}")
+    stacks = [stack.strip() for stack in flags.stacks.split(";")]
     contexts = [int(context) for context in flags.contexts.split(",")]
-    built = {ratio: definition(flags.linear, ratio, flags.layers, flags.d_model) for ratio in ratios}
-    cases = [(context, ratio) for context in contexts for ratio in ratios]
+    built = {stack: definition(stack, flags.layers, flags.d_model) for stack in stacks}
+    if flags.bytes:
+        print_bytes(built, contexts)
+        return
+    print(f"{jax.devices()[0].device_kind}: batch {flags.batch}, {flags.layers} layers")
+    cases = [(context, stack) for context in contexts for stack in stacks]
     began = time.perf_counter()
     with ThreadPoolExecutor(flags.threads) as pool:
         prepare = lambda case: compiled(built[case[1]], case[0], flags.batch, flags.steps)
@@ -149,12 +172,11 @@ def main() -> None:
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     results = []
     constant = lambda x: jnp.full(x.shape, 1e-2, x.dtype)  # a step takes the same time whatever they are
-    params = {ratio: jax.tree.map(constant, shapes(built[ratio])) for ratio in ratios}
+    params = {stack: jax.tree.map(constant, shapes(built[stack])) for stack in stacks}
     for context in contexts:
         row: dict[str, Any] = {"context": context}
-        for ratio in ratios:
-            measured = measure(decoders[context, ratio], params[ratio], context, flags.batch, flags.steps)
-            row[f"{ratio}:1" if ratio else "full"] = measured
+        for stack in stacks:
+            row[stack] = measure(decoders[context, stack], params[stack], context, flags.batch, flags.steps)
         results.append(row)
         Path(flags.output).write_text(json.dumps(results, indent=1))
         base = next(iter(row[name]["ms"] for name in row if name != "context"))
@@ -166,8 +188,8 @@ def main() -> None:
         ]
         print(f"{context:>7,} tokens | " + " | ".join(shown), flush=True)
     last = results[-1]
-    speedups = np.array([last["full"]["ms"] / r["ms"] for name, r in last.items() if name != "context"])
-    print(f"at {last['context']:,} tokens the hybrids are {speedups[1:].round(2).tolist()} times as fast")
+    speedups = np.array([last[stacks[0]]["ms"] / last[stack]["ms"] for stack in stacks])
+    print(f"at {last['context']:,} tokens the others are {speedups[1:].round(2).tolist()} times as fast")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python train.py --config=configs/hybrid.py:340m,kda,3:1
     python train.py --config=configs/hybrid.py:1.3b,full
 
-The argument is SIZE,MIXER,RATIO, or SIZE,full or SIZE,mla for attention alone. SIZE: 340m, 1.3b. MIXER:
-deltanet, gdn, kda, gla, hgrn, hgrn2, retnet, swa, mamba2, mamba, deltaproduct, gdp, lightning, rglru, mlstm,
-featuremap, based, comba, gdn2, rwkv6, rwkv7, or the kind's own name. RATIO, linear to full layers, of 24:
+The argument is SIZE,MIXER,RATIO, or SIZE,full, SIZE,mla or SIZE,fox for attention alone. SIZE: 340m, 1.3b.
+MIXER: deltanet, gdn, kda, gla, hgrn, hgrn2, retnet, swa, mamba2, mamba, deltaproduct, gdp, lightning, rglru,
+mlstm, featuremap, based, comba, gdn2, rwkv6, rwkv7, or the kind's own name. RATIO, linear to full, of 24:
 
     pure   no full layer
     24:1   1: layer 23                   24 layers hold no period of 25, so the last layer is the full one
@@ -21,6 +21,9 @@ shapes and ratios come from (arXiv 2507.06457); 24:1 and 12:1 have as many full 
 Parameters: a layer of gdn has 6 d^2, of gdp 8.25 d^2, of retnet 8 d^2, of attention 4 d^2, and published
 "340M" configs differ by 1.37. Here mlp_hidden takes up the difference, so that every stack of a size has the
 parameters of its transformer within 1%. (GDN keeps num_heads * head_dim = 0.75 d_model, its authors' rule.)
+
+Stacks that share keys and values, or have parallel heads, are patterns of their own (docs/mixers.md):
+--config.model.pattern="full:a full@a" or "parallel". Their parameters are not matched.
 
 Optimiser, batch and context are flame's 340M recipe; 20B tokens for 340m and 100B for 1.3b, as in the study.
 Its learning rates are unpublished: 1e-3 is flame's at 340M, 4e-4 the Gated DeltaNet paper's at 1.3B. Tokens
@@ -43,7 +46,7 @@ MIXERS = (
     "mamba2", "mamba", "deltaproduct", "gdp", "lightning", "rglru", "mlstm",
     "featuremap", "based", "comba", "gdn2", "rwkv6", "rwkv7",
 )  # fmt: skip
-FULL = ("full", "mla")
+FULL = ("full", "mla", "fox")
 RATIOS = {
     "pure": (),
     "24:1": (23,),

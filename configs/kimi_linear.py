@@ -7,8 +7,8 @@ of 128, d_model 2304. Every layer has a dense SwiGLU, unless the argument is "mo
 have the released model's experts, 8 of 256 of width 1024 and a shared one (48B parameters, 3B a token).
 Vocabulary, data and context are those of `configs/hybrid.py`.
 
-MLA keeps the 64 key channels that all heads share but does not rotate them (rope_theta 0). Muon is not
-MuonClip: attention logits are not clipped.
+MLA keeps the 64 key channels that all heads share but does not rotate them (rope_theta 0). Muon is MuonClip,
+which clips attention logits, with --config.optimizer.qk_clip=100.
 """
 
 from ml_collections import ConfigDict

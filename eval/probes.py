@@ -144,13 +144,23 @@ def attention_mass(tested: Subject, tokens: Sequence[int], span: tuple[int, int]
     @jax.jit
     def masses(params: lm.Params, tokens_1T: jax.Array) -> dict[int, jax.Array]:
         model = lm.merge(tested.definition, params)
-        _, taps = model.forward(tokens_1T, single_document(*tokens_1T.shape), ("q", "k"))
+        wanted = ("q", "k", "log_forget", "sinks")
+        _, taps = model.forward(tokens_1T, single_document(*tokens_1T.shape), wanted)
         found = {}
         for layer in cost.full_layers(tested.config):
-            q_HK, k_TGK = taps[f"layers.{layer}.q"][0, -1], taps[f"layers.{layer}.k"][0]
+            of = next(name for name in taps if name.startswith(f"layers.{layer}.") and name.endswith(".q"))[
+                :-1
+            ]
+            q_HK, k_TGK = taps[f"{of}q"][0, -1], taps[f"{of}k"][0]
             k_THK = jnp.repeat(k_TGK, q_HK.shape[0] // k_TGK.shape[1], axis=1)
             scores = jnp.einsum("hk,thk->ht", q_HK, k_THK, preferred_element_type=jnp.float32)
-            share = jax.nn.softmax(scores * q_HK.shape[-1] ** -0.5, axis=-1)
+            scores *= q_HK.shape[-1] ** -0.5
+            if f"{of}log_forget" in taps:
+                c_TH = jnp.cumsum(taps[f"{of}log_forget"][0], axis=0)
+                scores += (c_TH[-1] - c_TH).T
+            if f"{of}sinks" in taps:  # a column more, which is none of the tokens
+                scores = jnp.column_stack([scores, taps[f"{of}sinks"]])
+            share = jax.nn.softmax(scores, axis=-1)
             found[layer] = share[:, first:last].sum(axis=-1)
         return found
 

@@ -34,6 +34,26 @@ class Spec(NamedTuple):
         return self.config.kind
 
     @property
+    def leaves(self) -> str:
+        """Under which label it leaves its keys and values to later layers; "": it does not."""
+        return pattern.labels(self.name)[0]
+
+    @property
+    def reuses(self) -> str:
+        """Label of the keys and values of an earlier layer that it reuses; "": it has its own."""
+        return pattern.labels(self.name)[1]
+
+    @property
+    def carries(self) -> bool:
+        """Whether it leaves anything to later layers."""
+        return bool(self.leaves) or self.config.carries
+
+    def cost(self, d_model: int, context: int) -> mixers.Cost:
+        """What the mixer costs here; what a layer reuses is kept once, by the layer that left it."""
+        cost = self.config.cost(d_model, context)
+        return cost._replace(cache=0) if self.reuses else cost
+
+    @property
     def mlp_kind(self) -> str:
         return self.mlp_config.kind
 
@@ -49,6 +69,7 @@ class Block(nnx.Module):
 
     def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
         self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
+        site = site._replace(leaves=spec.leaves, reuses=spec.reuses)
         self.mixer_norm = norm(model, rngs)
         self.mixer = mixers.load(spec.kind)(spec.config, site, rngs=rngs)
         if self.has_mlp:

@@ -21,14 +21,12 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import commands, mixers, mlps, objectives, pattern, schema, untrusted
+from hybridlm import commands, mixers, mlps, objectives, pattern, qk_clip, schema, untrusted
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
 from hybridlm.schema import SECTIONS
-
-log = logging.getLogger("hybridlm")
 
 log = logging.getLogger("hybridlm")
 
@@ -42,6 +40,8 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("attention", {}),
     "swa": ("attention", {"window": 512}),
     "mla": ("mla", {}),
+    "parallel": ("parallel", {}),
+    "fox": ("attention", {"forget_gate": True, "rope_theta": 0.0}),
     "deltanet": ("delta_net", {}),
     "gdn": ("gated_delta_net", {}),
     "kda": ("kda", {}),
@@ -271,10 +271,13 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
     layers = pattern.fill(names, model.num_layers)
     for at, (section, found) in enumerate(definitions.items()):
         used = {pattern.split(layer)[at] for layer in layers}
+        used = mixers.with_parts(used, definitions["mixers"]) if section == "mixers" else used
         sections[section] = Named({name: one for name, one in found.items() if name in used})
         for name, one in sections[section].items():
             with under(f"{section}.{name}"):
                 one.check(model.d_model)
+    mixers.check_together(layers, sections["mixers"], model.d_model)
+    qk_clip.check(sections["optimizer"].qk_clip, sections["mixers"], model.d_model)
     for section, kind in (("data", "text"), ("objective", "next_token")):
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)
         with under(section):

@@ -6,6 +6,7 @@ and the stack hands on what they wrote:
     context.leave("values", v_BTHV)          # a later layer reads context.left("values")
     context.record("loss.balance", loss)     # added to the objective (names that begin with "loss.")
     context.record("q", q_BTHK)              # a tap: kept only if somebody asked for "q"
+    context.record("max.logit", largest_H)   # the larger of microbatches; other records are added up
 """
 
 import dataclasses
@@ -61,12 +62,28 @@ class Context:
             return found.value
         return jax.tree.map(lambda new, old: jnp.where(found.written, new, old), found.value, default)
 
+    def wants(self, name: str) -> bool:
+        """Whether somebody asked for the record ``name``, for what costs something to compute."""
+        return any(fnmatchcase(name, pattern) for pattern in self.wanted)
+
     def record(self, name: str, value: jax.Array) -> None:
         """Keeps ``value`` under ``name`` if it is wanted; else it costs nothing. A name once a layer."""
-        if any(fnmatchcase(name, pattern) for pattern in self.wanted):
+        if self.wants(name):
             if name in self.records:
                 raise ValueError(f"record {name!r}: written twice in one layer")
             self.records[name] = value
+
+    def branch(self) -> "Context":
+        """For one of several parts of a layer: it leaves and reads the same, and has records of its own."""
+        return dataclasses.replace(self, records={})
+
+    def join(self, name: str, other: "Context") -> None:
+        """Takes over the records of a `branch` called ``name``: as "<name>.<record>", losses added up."""
+        for record, value in other.records.items():
+            if record.startswith("loss."):
+                self.records[record] = self.records.get(record, 0) + value
+            else:
+                self.records[f"{name}.{record}"] = value
 
     def with_time(self) -> "Context":
         """For a mixer that wants a time axis: the rows of a decode step as rows of one token."""

@@ -74,7 +74,7 @@ def layers(config: Config) -> list[Layer]:
     definition, seq_len = model.build(config), config.train.seq_len
     rows = {}
     for spec in set(definition.layers):
-        cost = spec.config.cost(definition.d_model, seq_len)
+        cost = spec.cost(definition.d_model, seq_len)
         parameters = _block_parameters(definition, spec)
         rows[spec] = Layer(
             layer=-1,
@@ -134,7 +134,7 @@ def train_flops_per_token(config: Config) -> float:
     definition, seq_len = model.build(config), config.train.seq_len
     tied = _embedding(definition) if definition.model.tie_embeddings else 0
     forward = 2.0 * (active_parameters(config) - _embedding(definition) + tied)
-    forward += sum(spec.config.cost(definition.d_model, seq_len).flops for spec in definition.layers)
+    forward += sum(spec.cost(definition.d_model, seq_len).flops for spec in definition.layers)
     return 3 * forward
 
 
@@ -175,7 +175,9 @@ def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
 def _settings(spec: Spec) -> str:
     def changed(config: Settings) -> list[str]:
         defaults = vars(type(config)())
-        return [f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k != "kind"]
+        return [
+            f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k not in ("kind", "parts")
+        ]
 
     mlp = [] if spec.mlp_kind == "swiglu" else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)

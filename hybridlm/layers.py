@@ -276,6 +276,12 @@ def merge_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], -1)
 
 
+def scale_heads(value: jax.Array, factor_HK: jax.Array) -> jax.Array:
+    """``value`` [..., H * K] times a factor per head and channel; [H, 1]: per head."""
+    by_head = value.reshape(*value.shape[:-1], len(factor_HK), -1)
+    return (by_head * factor_HK).reshape(value.shape)
+
+
 def rotate(
     x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, rotary_dim: int | None = None
 ) -> jax.Array:

@@ -83,7 +83,8 @@ def build(config: "Config") -> Definition:
         mixer, mlp = pattern.split(name)
         mlp_config = config.mlps[mlp] if mlp else mlps.config_class("swiglu")(kind="swiglu")
         filled = mlp_config.filled(model.mlp_hidden)
-        return Spec(name, config.mixers[mixer], filled, mixer in model.post_norm)
+        joined = config.mixers[mixer].joined(config.mixers)
+        return Spec(name, joined, filled, mixer in model.post_norm)
 
     names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
     specs = {name: spec(name) for name in dict.fromkeys(names)}

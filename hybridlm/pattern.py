@@ -1,9 +1,13 @@
 """Layer patterns: `(kda*3 full)*2 kda` is a list of mixer names, one per layer.
 
 Grammar, whitespace between items:
-    items := item+      item := (layer | "(" items ")") ["*" count]      layer := mixer ["/" mlp]
+    items := item+      item := (layer | "(" items ")") ["*" count]
+    layer := mixer [(":" | "@") label] ["/" mlp]
     mixer, mlp: a letter or _, then letters, digits, _; looked up in the config's `mixers` and `mlps`.
     A layer without mlp has the SwiGLU of width model.mlp_hidden.       count: 1, 2, ...
+    full:a leaves its keys and values to later layers under the label a, full@a reuses those that the last
+    such layer left: it has no projections of its own for them, and no cache. CLA: (full:a full@a)*12.
+    YOCO: swa*12 full:a full@a*11. MixAttention: full:a (swa:b swa@b*3 full@a)*5.
 
 What r:1 means here. `ratio(linear, full, r, n)` takes the text of "A Systematic Analysis of Hybrid Linear
 Attention" (arXiv 2507.06457) by the letter: a period of r linear layers and 1 full one, r + 1 layers long,
@@ -23,7 +27,7 @@ MAX_LAYERS = 4096  # a slip such as kda*30000 should fail here, not in memory
 MAX_DIGITS = 9  # of a count, zeros in front included
 PLACEMENTS = ("last", "first", "middle")
 TOKEN = re.compile(
-    r"\s*(?:(?P<name>[A-Za-z_]\w*(?:/[A-Za-z_]\w*)?)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<other>.))",
+    r"\s*(?:(?P<name>[A-Za-z_]\w*(?:[:@][A-Za-z_]\w*)?(?:/[A-Za-z_]\w*)?)|(?P<count>\d+)|(?P<mark>[()*])|(?P<end>\Z)|(?P<other>.))",
     re.ASCII | re.DOTALL,
 )
 
@@ -45,13 +49,39 @@ def nameable(name: str) -> bool:
 
 
 def split(layer: str) -> tuple[str, str]:
-    """(mixer, mlp) of "mixer/mlp"; mlp is "" where the layer names none."""
+    """(mixer, mlp) of "mixer:label/mlp"; mlp is "" where the layer names none."""
     mixer, _, mlp = layer.partition("/")
-    return mixer, mlp
+    return re.split("[:@]", mixer)[0], mlp
+
+
+def labels(layer: str) -> tuple[str, str]:
+    """(label under which the layer leaves its keys and values, label of those that it reuses); "": none."""
+    mixer = layer.partition("/")[0]
+    return mixer.partition(":")[2], mixer.partition("@")[2]
+
+
+def sources(layers: Sequence[str]) -> dict[int, int]:
+    """Index of each layer that reuses keys and values -> index of the layer that left them.
+
+    ConfigError where no earlier layer did.
+    """
+    found: dict[int, int] = {}
+    last: dict[str, int] = {}
+    for index, layer in enumerate(layers):
+        leaves, reuses = labels(layer)
+        if reuses:
+            if reuses not in last:
+                problem = f"layer {index} reuses keys and values, but no earlier layer leaves {reuses!r}"
+                fix = nearest(reuses, last) or f"A layer before it leaves them, called name:{reuses}."
+                raise ConfigError(FIELD, layer, problem, fix)
+            found[index] = last[reuses]
+        elif leaves:
+            last[leaves] = index
+    return found
 
 
 def parse(pattern: str, known: Collection[str] | None = None, mlps: Collection[str] = ()) -> tuple[str, ...]:
-    """What each layer that ``pattern`` spells out is called: "mixer" or "mixer/mlp".
+    """What each layer that ``pattern`` spells out is called: "mixer", "mixer:label", "mixer/mlp" ...
 
     known, mlps: the names that exist; any other is refused where it stands. known None accepts every name.
     Raises PatternError (a ConfigError for model.pattern).
@@ -73,7 +103,7 @@ def parse(pattern: str, known: Collection[str] | None = None, mlps: Collection[s
                     pattern, position, f"no mixer named {mixer!r} in mixers", nearest(mixer, known)
                 )
             if known is not None and mlp and mlp not in mlps:
-                place = position + len(mixer) + 1
+                place = position + text.index("/") + 1
                 raise PatternError(pattern, place, f"no MLP named {mlp!r} in mlps", nearest(mlp, mlps))
             item = [text]
             groups[-1] += item

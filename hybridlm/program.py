@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybridlm import model as lm
-from hybridlm import objectives, optimizer, sharding, stack
+from hybridlm import objectives, optimizer, qk_clip, sharding, stack
 from hybridlm.config import Config
 from hybridlm.objectives import Batch, Sums
 from hybridlm.softmax_attention import imbalance
@@ -89,12 +89,15 @@ def build(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss_sum"])
         tx, schedule = transformation(rate)
         updates, opt_state = tx.update(grads, state["opt_state"], part(params, trained))
-        changed = optax.apply_updates(part(params, trained), updates) | gradients.ruled(params, sums)
+        changed = optax.apply_updates(part(params, trained), updates)
+        changed |= gradients.clipped(changed, sums) | gradients.ruled(params, sums)
         new = {"params": params | changed, "opt_state": opt_state}
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
         if windows:
             metrics["attention_imbalance"] = imbalance(batch["positions"], windows)
+        if gradients.tau:
+            metrics["max_logit"] = qk_clip.largest(sums["records"])
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
     def evaluate(params: Any, batch: Batch) -> Sums:
@@ -144,7 +147,9 @@ class Gradients:
         self.objective, self.shardings = objective, shardings
         self.frozen = [name for name, meta in metadata.items() if not meta.trained]
         self.rules = {name: meta.rule for name, meta in metadata.items() if meta.rule and not meta.frozen}
-        self.wanted = tuple(sorted({rule.record for rule in self.rules.values()}))
+        self.definition, self.tau = definition, config.optimizer.qk_clip
+        largest = {qk_clip.RECORD} if self.tau else set()
+        self.wanted = tuple(sorted({rule.record for rule in self.rules.values()} | largest))
 
     def __call__(self, weights: lm.Params, batch: Batch) -> tuple[lm.Params, Sums]:
         if self.microbatches == 1:
@@ -157,7 +162,7 @@ class Gradients:
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, self._one(weights, part)), None
+            return qk_clip.added(total, self._one(weights, part)), None
 
         return jax.lax.scan(add, zeros, split)[0]
 
@@ -167,6 +172,12 @@ class Gradients:
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(part(weights, self.shardings))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.lax.with_sharding_constraint(grads, self.shardings), sums
+
+    def clipped(self, params: lm.Params, sums: Sums) -> lm.Params:
+        """The projections that `qk_clip` scales down, after the batch that ``sums`` are of."""
+        if not self.tau:
+            return {}
+        return qk_clip.clipped(self.layout, self.definition.d_model, params, sums["records"], self.tau)
 
     def ruled(self, params: lm.Params, sums: Sums) -> lm.Params:
         """The parameters that a rule changes, after the batch that ``sums`` are of."""

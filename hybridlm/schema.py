@@ -46,6 +46,8 @@ class Optimizer:
     final_ratio: learning rate at the end over the peak.  decay_fraction: part of the run that wsd decays in.
     weight_decay: decoupled, times the learning rate; never on norms, biases, A_log, dt_bias.
     clip_norm: global gradient norm; 0 does not clip.
+    qk_clip: attention logit above which a head's query and key projections are scaled down after the update
+        (with muon: MuonClip; Kimi K2 has 100); 0: none.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
         embedding, layers.*.mlp.*, layers.0.* ...
     """
@@ -62,6 +64,7 @@ class Optimizer:
     weight_decay: NonNegative = 0.1
     clip_norm: NonNegative = 1.0
     muon_momentum: Fraction = 0.95
+    qk_clip: NonNegative = 0.0
     freeze: tuple[str, ...] = ()
 
 

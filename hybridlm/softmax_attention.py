@@ -1,4 +1,4 @@
-"""Softmax attention within the documents of rows that have no cache."""
+"""Softmax attention within the documents of rows that have no cache, and its largest logits."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from hybridlm import pieces, sharding
+from hybridlm.context import Context
 from hybridlm.rows import Rows
 from hybridlm.sharding import per_shard
 from pallas_kernels import softmax_attention
 from pallas_kernels.documents import document_starts
-from pallas_kernels.softmax_attention import blockwise
+from pallas_kernels.softmax_attention import blockwise, max_logits
 
 
 def attend(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, *,
     scale: float, window: int = 0, gathered: bool = False,
+    sinks: jax.Array | None = None, log_forget: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """o [B, T, H, V]: see `pallas_kernels.softmax_attention`.
 
@@ -23,15 +25,32 @@ def attend(
     """
     if over := pieces.over(q_BTHK.shape[1]):
         token_axes, row = ("batch", "time", "heads", None), ("batch", "time")
-        op = lambda *args: (_of_a_piece(*args, scale=scale, window=window, gathered=gathered, axis=over),)
         key_axes = ("batch", None, "heads", None) if gathered else token_axes
-        run = per_shard(op, (token_axes, key_axes, key_axes, row), (token_axes,))
-        return run(q_BTHK, k_BTGK, v_BTGV, rows.segment_ids)[0]
-    return softmax_attention(q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window)
+        in_axes = (token_axes, key_axes, key_axes, row, None if sinks is None else ("heads",),
+                   None if log_forget is None else token_axes[:3])  # fmt: skip
+        op = lambda *args: (_of_a_piece(*args, scale=scale, window=window, gathered=gathered, axis=over),)
+        return per_shard(op, in_axes, (token_axes,))(
+            q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
+        )[0]
+    return softmax_attention(
+        q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window,
+        sinks=sinks, log_forget=log_forget,
+    )  # fmt: skip
+
+
+def record_largest(
+    context: Context, q_BTHK: jax.Array, k_BTGK: jax.Array, *, scale: float, window: int = 0
+) -> None:
+    """Records "max.logit" [H], if it is wanted: each head's largest scaled logit, padding left out."""
+    if context.wants("max.logit"):
+        q, k = map(jax.lax.stop_gradient, (q_BTHK, k_BTGK))
+        ids = context.rows.segment_ids
+        context.record("max.logit", max_logits(q, k, ids, scale=scale, window=window))
 
 
 def _of_a_piece(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, segment_ids: jax.Array, *,
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, segment_ids: jax.Array,
+    sinks_H: jax.Array | None, log_forget_BTH: jax.Array | None, *,
     scale: float, window: int, gathered: bool, axis: str,
 ) -> jax.Array:  # fmt: skip
     """`attend` for the queries of a piece: over all keys of the row, or those that its window reaches."""
@@ -45,12 +64,21 @@ def _of_a_piece(
     if window:
         first_BT = jnp.maximum(first_BT, index_T - window + 1)
     halo = window - 1
-    if not window or gathered or halo >= total - length:
+    whole = not window or gathered or halo >= total - length
+    forgotten_BTH = forgotten_BSH = None
+    if log_forget_BTH is not None:
+        forgotten_BSH = jnp.cumsum(pieces.gather(log_forget_BTH, axis), axis=1)
+        forgotten_BTH = jax.lax.dynamic_slice_in_dim(forgotten_BSH, start, length, axis=1)
+        if not whole:
+            padded = jnp.pad(forgotten_BSH, ((0, 0), (halo, 0), (0, 0)))
+            forgotten_BSH = jax.lax.dynamic_slice_in_dim(padded, start, halo + length, axis=1)
+    extras = dict(sinks_H=sinks_H, forgotten_BTH=forgotten_BTH, forgotten_BSH=forgotten_BSH)
+    if whole:
         keys, values = (x if gathered else pieces.gather(x, axis) for x in (k_BTGK, v_BTGV))
-        return blockwise(q_BTHK, keys, values, index_T, first_BT, index, scale=scale)
+        return blockwise(q_BTHK, keys, values, index_T, first_BT, index, scale=scale, **extras)
     keys, values = (jnp.concatenate([pieces.before(x, halo, axis), x], axis=1) for x in (k_BTGK, v_BTGV))
     index_S = start - halo + jnp.arange(halo + length, dtype=jnp.int32)
-    return blockwise(q_BTHK, keys, values, index_T, first_BT, index_S, scale=scale, window=window)
+    return blockwise(q_BTHK, keys, values, index_T, first_BT, index_S, scale=scale, window=window, **extras)
 
 
 def imbalance(positions_BT: jax.Array, windows: Sequence[int]) -> jax.Array:

@@ -107,7 +107,7 @@ class Stack(nnx.Module):
                 state, row, cache, index = xs
                 context = Context(rows, index, self.layout.num_layers, row, dict(carry[1]), wanted)
                 x, cache = nnx.merge(graph, state)(carry[0], context, cache)
-                if not spec.config.carries and context.carried.keys() != carry[1].keys():
+                if not spec.carries and context.carried.keys() != carry[1].keys():
                     raise ValueError(
                         f"kind {spec.kind!r} leaves values to later layers: its Config must say so"
                     )
@@ -128,18 +128,24 @@ class Stack(nnx.Module):
 
         def period(carry: Carry, xs: list[tuple]) -> tuple[Carry, list[Any]]:
             outputs = []
-            for layer, run in zip(layers, xs, strict=True):
-                carry, output = self._scan(layer, carry, run)
+            for (spec, *_), layer, run in zip(runs, layers, xs, strict=True):
+                if spec.carries:
+                    carry, output = self._scan(layer, carry, run)
+                else:  # what is carried stays: as a constant of the scan the backward pass keeps it once
+                    x, carried = carry
+                    only_x = lambda x, xs, layer=layer, carried=carried: _first(layer((x, carried), xs))
+                    moved, output = self._scan(only_x, x, run)
+                    carry = moved, carried
                 outputs.append(output)
             return carry, outputs
 
-        if any(spec.config.carries for spec, *_ in runs):  # a scan wants to know all that will be carried
+        if any(spec.carries for spec, *_ in runs):  # a scan wants to know all that will be carried
             later = jax.eval_shape(once, carry)[1]
             blank = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
             carry = carry[0], jax.tree.map(blank, later) | carry[1]
         return self._scan(period, carry, stacks)
 
-    def _scan(self, body: Callable, carry: Carry, xs: Any) -> tuple[Carry, Any]:
+    def _scan(self, body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
         if self.model.scan:
             return jax.lax.scan(body, carry, xs)
         outputs = []
@@ -157,6 +163,11 @@ class Stack(nnx.Module):
                 for place, index in np.ndenumerate(indices):
                     found[index] = nnx.merge(graph, jax.tree.map(lambda leaf, p=place: leaf[p], state))
         return found
+
+
+def _first(result: tuple[Carry, Any]) -> tuple[jax.Array, Any]:
+    (x, _), output = result
+    return x, output
 
 
 def _gather(cache: Cache, indices: np.ndarray) -> Any:

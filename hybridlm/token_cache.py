@@ -37,6 +37,27 @@ def packed_indices(rows: Rows, start: jax.Array | int, window: int) -> tuple[jax
     return index_T, jnp.maximum(first_BT, index_T - window + 1) if window else first_BT
 
 
+class Held(NamedTuple):
+    """Tokens that a layer attends to, which it may leave to others.
+
+    tokens: pytree of [B, S, ...].
+    start: int32 [], place in the row of the first query; None without a cache: S is T, and so are the places.
+    index_S: the places of ``tokens``; None without a cache.
+    """
+
+    tokens: Any
+    start: jax.Array | None = None
+    index_S: jax.Array | None = None
+
+
+def hold(cache: TokenCache | None, tokens: Any, window: int) -> tuple[TokenCache | None, Held]:
+    """(the cache with ``tokens`` appended, what to attend to); `append` has the limits."""
+    if cache is None:
+        return None, Held(tokens)
+    after, everything, index_S = append(cache, tokens, window)
+    return after, Held(everything, cache.length, index_S)
+
+
 def append(cache: TokenCache, tokens: Any, window: int) -> tuple[TokenCache, Any, jax.Array]:
     """(cache with ``tokens`` (pytree of [B, T, ...]) appended, keys to attend to, their index_S).
 

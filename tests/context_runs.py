@@ -64,6 +64,10 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         A_log = jnp.log(jnp.arange(1.0, 9).reshape(4, 2))
         return selective_scan(x, jax.nn.softplus(dt), A_log, B, C, rows, zeros(4, 2))[0]
 
+    def forgetting(window: int) -> Callable:
+        extras = lambda f: {"sinks": jnp.arange(2.0), "log_forget": jax.nn.log_sigmoid(f)}
+        return lambda q, k, v, f: attend(q, k, v, rows, scale=0.5, window=window, **extras(f))
+
     head = jnp.asarray(rng.normal(size=(4, 250)), jnp.float32)
     return {
         "delta rule": (linear, (*qkv, normal(2, 4), normal(2))),
@@ -76,6 +80,8 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "convolution over two borders": (lambda x: wide(x, rows)[0], (normal(4),)),
         "attention": (lambda *a: attend(*a, rows, scale=0.5), group),
         "window": (lambda *a: attend(*a, rows, scale=0.5, window=6), group),
+        "sinks, forget gates": (forgetting(0), (*group, normal(2))),
+        "sinks, forget gates, window": (forgetting(6), (*group, normal(2))),
         "mlstm": (normalised, (*map(jnp.abs, qkv), normal(2) + 2, normal(2))),
         "mamba": (scan, (normal(4), normal(4), normal(2), normal(2))),
         "loss": (lambda h: 0.01 * loss.cross_entropy(h, head, batch["targets"], z_loss=0.1)[0], (normal(4),)),

@@ -29,7 +29,7 @@ class Writer(attention.Mixer):
     config_class = WriterConfig
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
-        _, k, v = self._project(x_BTD, context.rows)
+        k, v = self._keys_values(x_BTD, context.rows)
         y, after = super().__call__(x_BTD, context, cache)
         context.leave("kv", (k, v) if after is None else (*after.tokens, after.length))
         return y, after

@@ -13,7 +13,8 @@ from hybridlm.context import Context
 from hybridlm.rows import Rows, single_document
 from tests.tiny import loss_fn
 
-PATTERNS = ["(write read full)*2", "full write read*2 write read", "first*3", "full first*2 full"]
+SHARED = "(full:a swa:b swa@b full@a mla:c mla@c)*2"
+PATTERNS = ["(write read full)*2", "full write read*2 write read", "first*3", "full first*2 full", SHARED]
 
 
 def build(pattern: str) -> model.Definition:
@@ -25,6 +26,8 @@ def build(pattern: str) -> model.Definition:
         "first": configs.mixer("tests.talking:ValueResidual", **small),
         "full": configs.mixer("attention", **small),
         "rwkv7": configs.mixer("rwkv7", **small, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4),
+        "swa": configs.mixer("attention", window=4, **small),
+        "mla": configs.mixer("mla", num_heads=2, kv_lora_rank=6, qk_nope_head_dim=4, v_head_dim=4),
     }
     config.model.update(pattern=pattern, d_model=16, vocab_size=48, mlp_hidden=16, dtype="float32")
     config.data.path = "python-stdlib:"
@@ -115,3 +118,14 @@ def test_reading_what_nobody_wrote_is_an_error():
         jax.eval_shape(
             lambda p: model.merge(definition, p)(batch()["tokens"], single_document(2, 24)), params
         )
+
+
+def test_branches_of_a_layer_add_their_losses_up():
+    whole = Context(single_document(1, 2), wanted=("loss.*", "q"), carried={"a": 1})
+    for name in ("one", "other"):
+        part = whole.branch()
+        assert part.carried is whole.carried
+        part.record("loss.balance", jnp.float32(2))
+        part.record("q", name)
+        whole.join(name, part)
+    assert whole.records == {"loss.balance": 4, "one.q": "one", "other.q": "other"}

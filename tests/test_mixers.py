@@ -34,6 +34,14 @@ CASES = {
         ),
     ),
     "attention window": ("attention", dict(num_heads=2, head_dim=8, window=4, qk_norm="width")),
+    "attention forgets": (
+        "attention",
+        dict(num_heads=4, num_kv_heads=2, head_dim=8, forget_gate=True, window=4),
+    ),
+    "attention sinks": (
+        "attention",
+        dict(num_heads=2, head_dim=8, sinks=True, forget_gate=True, rope_theta=0.0),
+    ),
     "mla": ("mla", dict(num_heads=2, q_lora_rank=10, qk_rope_head_dim=4, **LATENT)),
     "mla nope": ("mla", dict(num_heads=2, qk_rope_head_dim=3, rope_theta=0.0, **LATENT)),
     "delta_net": ("delta_net", dict(num_heads=2, head_dim=8, neg_eigval=True, output_gate="sigmoid")),
@@ -69,6 +77,7 @@ CASES = {
     ),
     "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),
     "mlstm": ("mlstm", dict(num_heads=2, head_dim=8, gate_cap=4.0)),
+    "parallel": ("parallel", dict(branches=("gla", "attention"), multipliers=(1.0, -0.5))),
     "mlstm sigmoid": (
         "mlstm",
         dict(
@@ -118,7 +127,8 @@ def build(case):
 
 def make(kind, **settings):
     """Checked field by field, as a config file's are."""
-    return fields.build(mixers.config_class(kind), {"kind": kind, **settings})
+    made = fields.build(mixers.config_class(kind), {"kind": kind, **settings})
+    return made.joined({name: make(CASES[name][0], **CASES[name][1]) for name in made.needs()})
 
 
 def context(rows, shared=None):
@@ -340,6 +350,26 @@ def test_gla_and_hgrn_are_their_papers_equations():
     close(run(inputs(1, 9))[0], y, 1e-5)
 
 
+@pytest.mark.parametrize("combine", ["norm", "sum"])
+def test_parallel_heads_are_their_branches_combined(combine):
+    """Each branch alone, from the same parameters, and the combination in float64."""
+    config = make("parallel", branches=("gla", "attention"), multipliers=(2.0, -0.5), combine=combine)
+    made = nnx.eval_shape(lambda: mixers.load("parallel")(config, SITE, rngs=nnx.Rngs(params=0)))
+    graph, state = nnx.split(made)
+    layer = nnx.merge(graph, random_like(state, 6))
+    x, expected = inputs(2, 9), 0.0
+    whole = context(single_document(2, 9))
+    whole.wanted = ("q", "k")
+    for name, factor in zip(config.branches, config.multipliers, strict=True):
+        y = np.asarray(layer.branches[name](x, context(single_document(2, 9)))[0], np.float64)
+        if combine == "norm":
+            scale = np.asarray(layer.norms[name].scale[...], np.float64)
+            y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * scale / 2
+        expected += factor * y
+    close(layer(x, whole)[0], expected, 1e-5)
+    assert set(whole.records) == {"attention.q", "attention.k"}
+
+
 @pytest.mark.parametrize(
     "kind, settings, field",
     [
@@ -377,6 +407,11 @@ def test_gla_and_hgrn_are_their_papers_equations():
         ("comba", dict(num_heads=2, correction=-1.0), "correction"),
         ("rwkv6", dict(head_dim=48), "num_heads"),
         ("rwkv7", dict(gate_rank=-1), "gate_rank"),
+        ("parallel", dict(branches=("gla",)), "branches"),
+        ("parallel", dict(branches=("gla", "gla")), "branches"),
+        ("parallel", dict(branches=("gla", "hgrn2")), "branches"),
+        ("parallel", dict(branches=("gla", "parallel")), "branches"),
+        ("parallel", dict(branches=("gla", "attention"), multipliers=(1.0,)), "multipliers"),
     ],
 )
 def test_impossible_settings_are_refused(kind, settings, field):

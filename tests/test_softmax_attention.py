@@ -13,7 +13,7 @@ from pallas_kernels.softmax_attention.call import AttentionCall
 POSITIONS = np.stack([np.r_[np.arange(5), np.arange(1), np.arange(17)], np.r_[np.arange(3), np.arange(20)]])
 
 
-def naive(q, k, v, positions, scale, window):
+def naive(q, k, v, positions, scale, window, sinks=None, log_forget=None):
     """Token by token: which keys are of the same document, not later and in the window."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -24,8 +24,13 @@ def naive(q, k, v, positions, scale, window):
             s for s in range(t + 1) if document[b, s] == document[b, t] and (not window or t - s < window)
         ]
         scores = np.einsum("hk,shk->hs", q[b, t], k[b, seen]) * scale
+        if log_forget is not None:  # gates after the key's own, the query's included
+            scores += np.stack([log_forget[b, s + 1 : t + 1].sum(0) for s in seen], -1)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        o[b, t] = np.einsum("hs,shv->hv", weights / weights.sum(-1, keepdims=True), v[b, seen])
+        total = weights.sum(-1, keepdims=True)
+        if sinks is not None:
+            total += np.exp(sinks[:, None] - scores.max(-1, keepdims=True))
+        o[b, t] = np.einsum("hs,shv->hv", weights / total, v[b, seen])
     return o
 
 
@@ -71,6 +76,36 @@ def test_against_naive_softmax(path, window, monkeypatch):
     for n, (grad, direction) in enumerate(zip(grads, directions, strict=True)):
         slope = (along(n, 1e-5) - along(n, -1e-5)) / 2e-5
         np.testing.assert_allclose((np.asarray(grad) * direction).sum(), slope, rtol=1e-4, atol=5 * tolerance)
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_sinks_and_forget_gates(window, monkeypatch):
+    """Values in float32 and float64 and, along a direction, every gradient."""
+    monkeypatch.setattr(xla, "MAX_BLOCK", 8)
+    rng = np.random.default_rng(3)
+    arrays = [*make_arrays(), np.float32(rng.normal(size=6)), np.float32(-rng.exponential(size=(2, 23, 6)))]
+    ids = np.cumsum(POSITIONS == 0, axis=1)
+
+    def run(q, k, v, sinks, log_forget, backend="xla"):
+        options = {"segment_ids": ids, "scale": 0.4, "window": window, "backend": backend}
+        return softmax_attention(q, k, v, sinks=sinks, log_forget=log_forget, **options)
+
+    slow = lambda *arrays: naive(*arrays[:3], POSITIONS, 0.4, window, *arrays[3:])
+    wide = [np.float64(x) for x in arrays]
+    expected = slow(*wide)
+    np.testing.assert_allclose(jax.jit(run)(*arrays), expected, atol=3e-6)
+    with jax.enable_x64(True):
+        exact = run(*wide, backend="reference")
+        np.testing.assert_allclose(exact, expected, rtol=1e-12, atol=1e-14)
+    do = rng.normal(size=expected.shape)
+    grads = jax.jit(jax.grad(lambda *a: (run(*a) * np.float32(do)).sum(), range(5)))(*arrays)
+    for n, grad in enumerate(grads):
+        step = rng.normal(size=grad.shape)
+        moved = [slow(*(x + e * step if m == n else x for m, x in enumerate(wide))) for e in (1e-5, -1e-5)]
+        slope = ((moved[0] - moved[1]) * do).sum() / 2e-5
+        np.testing.assert_allclose((np.asarray(grad) * step).sum(), slope, rtol=1e-4, atol=1e-5)
+    call = AttentionCall(*map(jnp.bfloat16, arrays[:3]), None, 0.4, window, jnp.zeros(6))
+    assert cudnn.supports(call) == "it has sinks"
 
 
 def test_without_documents_and_in_float64():
@@ -214,6 +249,8 @@ GOOD = dict(q=jnp.zeros((2, 5, 4, 8)), k=jnp.zeros((2, 5, 2, 8)), v=jnp.zeros((2
         ("window", dict(window=-1)),
         ("window", dict(window=1.5)),
         ("scale", dict(scale="half")),
+        ("sinks", dict(sinks=jnp.zeros(3))),
+        ("log_forget", dict(log_forget=jnp.zeros((2, 5)))),
         ("backend", dict(backend="fast")),
         ("backend", dict(backend="cudnn")),
     ],

@@ -93,6 +93,8 @@ def kinds(format: str) -> dict[str, tuple[str, Format[Any]]]:
 
 def mixer_format(spec: Spec, format: str) -> Format[Any]:
     found = mixers.public(spec.kind).get(format)
+    if spec.reuses:
+        raise Unsayable("model.pattern", spec.name, "has no layer that reuses another's keys and values")
     if found is None:
         raise Unsayable("model.pattern", spec.name, f"has no layer of kind {spec.kind}")
     return found

@@ -5,16 +5,18 @@ Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 from flax import nnx
 
 from hybridlm import kinds as _kinds
+from hybridlm import pattern
 from hybridlm.context import Context
 from hybridlm.convert.public import Format
 from hybridlm.errors import ConfigError
+from hybridlm.fields import under
 
 
 class Cost(NamedTuple):
@@ -35,11 +37,14 @@ class Site(NamedTuple):
     """Where a layer is made: width of the stream, its index in the stack, and the number of layers.
 
     layer may be traced, since layers of one kind are made together.
+    leaves, reuses: labels of keys and values that it leaves to later layers or reuses (`hybridlm.pattern`).
     """
 
     d_model: int
     layer: int | jax.Array = 0
     num_layers: int = 1
+    leaves: str = ""
+    reuses: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,28 @@ class Config(_kinds.Settings):
 
     def check(self, d_model: int) -> None:
         """ConfigError, with a field relative to the definition, for settings that do not fit together."""
+
+    def needs(self) -> tuple[str, ...]:
+        """Names in `mixers` of other definitions that its layers are made of."""
+        return ()
+
+    def joined(self, known: Mapping[str, "Config"]) -> "Config":
+        """With the settings of what it `needs`, which is in ``known``: what Mixer is made from."""
+        return self
+
+    def clips(
+        self, d_model: int, shares: bool
+    ) -> Mapping[str, tuple[str, Callable[[jax.Array, jax.Array], jax.Array]]]:
+        """How parameters, by name, scale each head's attention logits: see `hybridlm.qk_clip`.
+
+        shares: whether keys are left to other layers, or are another's.
+        """
+        return {}
+
+    def check_reuse(self, source: "Config", d_model: int) -> None:
+        """ConfigError unless layers of these settings can reuse keys and values of ``source``'s layers."""
+        problem = f"layers of kind {self.kind} leave and reuse no keys and values (name:label, name@label)"
+        raise ConfigError("kind", self.kind, problem, "Those of kinds attention and mla do.")
 
     def cost(self, d_model: int, context: int) -> Cost:
         raise NotImplementedError
@@ -118,6 +145,26 @@ def public(kind: str) -> Mapping[str, Format[Any]]:
 
 def config_class(kind: str) -> type[Config]:
     return load(kind).config_class
+
+
+def with_parts(used: set[str], known: Mapping[str, Config]) -> set[str]:
+    """``used`` and the names that those need: two deep, since what lies deeper is refused by its name."""
+    for _ in range(2):
+        used = used | {part for name in used & set(known) for part in known[name].needs()}
+    return used
+
+
+def check_together(layers: Sequence[str], known: Mapping[str, Config], d_model: int) -> None:
+    """Parts of layers are there; layers that leave or reuse keys and values can, and fit each other."""
+    for name, one in known.items():
+        with under(f"mixers.{name}"):
+            one.joined(known)
+    mixer = [pattern.split(layer)[0] for layer in layers]
+    pairs = {(mixer[to], mixer[of]) for to, of in pattern.sources(layers).items()}
+    pairs |= {(mixer[i], mixer[i]) for i, layer in enumerate(layers) if pattern.labels(layer)[0]}
+    for reader, source in sorted(pairs):
+        with under(f"mixers.{reader}"):
+            known[reader].check_reuse(known[source], d_model)
 
 
 class Headed(Protocol):

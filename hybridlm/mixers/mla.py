@@ -5,7 +5,8 @@
     q_t = [n_t, rope(p_t)] per head,   o_t = sum_s softmax_s(q_t . k_s / sqrt(dim)) v_s
 
 With a cache, W_k_b is moved onto the query and W_v_b onto the output, so that attention runs on the latents
-themselves, as if with one key/value head.
+themselves, as if with one key/value head. A layer can reuse an earlier one's c and r (`hybridlm.pattern` has
+the notation; CLLA, arXiv 2410.15252): it has its own W_k_b and W_v_b, and keeps no cache.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from hybridlm.convert.public import Format
 from hybridlm.convert.rules import Rule, linear, norm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Positive, Theta
-from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
+from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
-from hybridlm.softmax_attention import attend, visible
-from hybridlm.token_cache import TokenCache, append, packed_indices, slots
+from hybridlm.softmax_attention import attend, record_largest, visible
+from hybridlm.token_cache import TokenCache, hold, packed_indices, slots
 from pallas_kernels.softmax_attention import blockwise
 
 
@@ -70,6 +71,27 @@ class Config(mixers.Config):
                 "must be even to be rotated",
                 "Or set rope_theta=0.",
             )
+
+    def check_reuse(self, source: mixers.Config, d_model: int) -> None:
+        if not isinstance(source, Config):
+            raise ConfigError("kind", self.kind, f"cannot reuse the latents of kind {source.kind}")
+        for name in ("kv_lora_rank", "qk_rope_head_dim", "rope_theta"):
+            own, theirs = getattr(self, name), getattr(source, name)
+            if own != theirs:
+                problem = f"must be {theirs}, as in the layer whose latents it reuses"
+                raise ConfigError(name, own, problem)
+
+    def clips(self, d_model: int, shares: bool) -> dict[str, Any]:
+        """The heads' own channels by sqrt(g) on either side; of the shared key's, the queries by g."""
+        nope, rope, value = self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        beside = lambda *parts: jnp.concatenate(
+            [jnp.broadcast_to(g_H[:, None], (len(g_H), size)) for g_H, size in parts], axis=1
+        )
+        queries = lambda kernel, g_H: scale_heads(kernel, beside((jnp.sqrt(g_H), nope), (g_H, rope)))
+        up = lambda kernel, g_H: scale_heads(
+            kernel, beside((jnp.sqrt(g_H), nope), (jnp.ones_like(g_H), value))
+        )
+        return {"q_proj.kernel": ("max.logit", queries), "kv_b_proj.kernel": ("max.logit", up)}
 
     @property
     def full_attention(self) -> bool:
@@ -142,14 +164,16 @@ class Mixer(TokenMixer):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model = site.d_model
         self.config, heads = config, config.heads(d_model)
+        self.leaves, self.reuses = site.leaves, site.reuses
         rank, q_rank, shared = config.kv_lora_rank, config.q_lora_rank, config.qk_rope_head_dim
         if q_rank:
             self.q_a_proj = Linear(d_model, q_rank, rngs=rngs, axes=("embed", None))
             self.q_a_norm = RMSNorm(q_rank, rngs=rngs, eps=config.norm_eps)
         q_axes = (None, "heads") if q_rank else ("embed", "heads")
         self.q_proj = Linear(q_rank or d_model, heads * config.qk_head_dim, rngs=rngs, axes=q_axes)
-        self.kv_a_proj = Linear(d_model, rank + shared, rngs=rngs, axes=("embed", None))
-        self.kv_a_norm = RMSNorm(rank, rngs=rngs, eps=config.norm_eps)
+        if not site.reuses:
+            self.kv_a_proj = Linear(d_model, rank + shared, rngs=rngs, axes=("embed", None))
+            self.kv_a_norm = RMSNorm(rank, rngs=rngs, eps=config.norm_eps)
         up_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = Linear(rank, up_width, rngs=rngs, axes=(None, "heads"))
         self.o_proj = Linear(heads * config.v_head_dim, d_model, rngs=rngs, axes=("heads", "embed"))
@@ -162,28 +186,34 @@ class Mixer(TokenMixer):
         q_BTHK = self.q_proj(self.q_a_norm(self.q_a_proj(x_BTD)) if self.config.q_lora_rank else x_BTD)
         q_BTHK = split_heads(q_BTHK, self.config.qk_head_dim)
         q_BTHN, q_BTHP = q_BTHK[..., :nope], self._rotate(q_BTHK[..., nope:], rows)
-        latent_BTC = self._latent(x_BTD, rows)
+        if self.reuses:
+            held = context.left(f"kv.{self.reuses}")
+        else:
+            cache, held = hold(cache, self._latent(x_BTD, rows), 0)
+        if self.leaves:
+            context.leave(f"kv.{self.leaves}", held)
+        latent_BSC = held.tokens
         up_RHF = split_heads(self.kv_b_proj.kernel[...].astype(x_BTD.dtype), nope + self.config.v_head_dim)
         up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
         rank = self.config.kv_lora_rank
-        if cache is None:
+        if held.start is None or held.index_S is None:
             if pieces.over(x_BTD.shape[1]):  # latents travel, not the keys and values made of them
-                latent_BTC = constrain(constrain(latent_BTC, ("batch", "time", None)), ("batch", None, None))
-            k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BTC[..., :rank], up_k_RHN)
-            v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BTC[..., :rank], up_v_RHV)
-            k_BT1P = latent_BTC[:, :, None, rank:]
+                latent_BSC = constrain(constrain(latent_BSC, ("batch", "time", None)), ("batch", None, None))
+            k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BSC[..., :rank], up_k_RHN)
+            v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BSC[..., :rank], up_v_RHV)
+            k_BT1P = latent_BSC[:, :, None, rank:]
             k_BTHK = jnp.concatenate([k_BTHN, jnp.broadcast_to(k_BT1P, q_BTHP.shape)], axis=-1)
             q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], axis=-1)
             context.record("q", q_BTHK)
             context.record("k", k_BTHK)
+            record_largest(context, q_BTHK, k_BTHK, scale=scale)
             o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale, gathered=True)
             return self.o_proj(merge_heads(o_BTHV)), None
-        index_T, first_BT = packed_indices(rows, cache.length, 0)
-        cache, latent_BSC, index_S = append(cache, latent_BTC, 0)
+        index_T, first_BT = packed_indices(rows, held.start, 0)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, up_k_RHN)
         q_BTHC = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
         k_BS1C = latent_BSC[:, :, None].astype(x_BTD.dtype)
-        o_BTHR = blockwise(q_BTHC, k_BS1C, k_BS1C[..., :rank], index_T, first_BT, index_S, scale=scale)
+        o_BTHR = blockwise(q_BTHC, k_BS1C, k_BS1C[..., :rank], index_T, first_BT, held.index_S, scale=scale)
         o_BTHV = jnp.einsum("bthr,rhv->bthv", o_BTHR, up_v_RHV)
         return self.o_proj(merge_heads(o_BTHV)), cache
 
@@ -197,6 +227,8 @@ class Mixer(TokenMixer):
     def _rotate(self, x_BTHP: jax.Array, rows: Rows) -> jax.Array:
         return rotate(x_BTHP, rows.positions, self.config.rope_theta) if self.config.rope_theta else x_BTHP
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache:
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache | tuple[()]:
+        if self.reuses:
+            return ()
         width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
         return TokenCache(jnp.zeros((batch, slots(max_length), width), dtype), jnp.int32(0))

@@ -15,6 +15,9 @@ class AttentionCall:
 
     starts: None (one document a row) or bool [B, T], where a document starts that is not the row's first.
     window: tokens that a query sees, its own included; 0 for the whole document.
+    sinks: None or [H], a logit more in each softmax, without a value.
+    forgotten: None or float32 [B, T, H], the sum of log forget gates up to each token: its logit for token s
+        gains forgotten_t - forgotten_s.
     """
 
     q: jax.Array
@@ -23,6 +26,8 @@ class AttentionCall:
     starts: jax.Array | None
     scale: float
     window: int = 0
+    sinks: jax.Array | None = None
+    forgotten: jax.Array | None = None
 
     def first(self) -> jax.Array:
         """The first place in the row that each query may see: int32 [B, T] or [1, T]."""

@@ -9,11 +9,18 @@ from pallas_kernels.softmax_attention.call import AttentionCall
 def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`."""
     q, k, v = call.q, call.k, call.v
-    dtype = jnp.result_type(jnp.float32, q.dtype, k.dtype, v.dtype)
+    dtype = jnp.result_type(jnp.float32, *(x.dtype for x in (q, k, v, call.forgotten) if x is not None))
     k, v = (jnp.repeat(x.astype(dtype), q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     exact = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("bthk,bshk->bhts", q.astype(dtype), k, precision=exact) * call.scale
+    if call.forgotten is not None:
+        c_BHT = jnp.moveaxis(call.forgotten.astype(dtype), 2, 1)
+        scores += c_BHT[..., None] - c_BHT[..., None, :]
     index = jnp.arange(q.shape[1])
     seen = (index <= index[:, None]) & (index >= call.first()[..., None])
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    if call.sinks is not None:
+        sinks = jnp.broadcast_to(call.sinks.astype(dtype)[:, None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : q.shape[1]]
     return jnp.einsum("bhts,bshv->bthv", weights, v, precision=exact).astype(call.v.dtype)

@@ -8,6 +8,7 @@ Shape legend: B batch, T queries, S keys, H heads, G key/value heads (H a multip
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`."""
     index_T = jnp.arange(call.q.shape[1], dtype=jnp.int32)
     first_BT = jnp.broadcast_to(call.first(), call.q.shape[:2])
-    return blockwise(call.q, call.k, call.v, index_T, first_BT, index_T, scale=call.scale, window=call.window)
+    return blockwise(
+        call.q, call.k, call.v, index_T, first_BT, index_T, scale=call.scale, window=call.window,
+        sinks_H=call.sinks, forgotten_BTH=call.forgotten, forgotten_BSH=call.forgotten,
+    )  # fmt: skip
 
 
 def blockwise(
@@ -35,6 +39,9 @@ def blockwise(
     *,
     scale: float,
     window: int = 0,
+    sinks_H: jax.Array | None = None,
+    forgotten_BTH: jax.Array | None = None,
+    forgotten_BSH: jax.Array | None = None,
 ) -> jax.Array:
     """o [B, T, H, V]: softmax(scale q k^T) v over the keys s with first <= index_S[s] <= index_T[t].
 
@@ -42,6 +49,7 @@ def blockwise(
     first_BT: the first place that each query may see; at most its own.
     window: with keys in order, the last of them the queries' own (index_S = arange, or a halo before it),
         the most that a query sees, to skip the rest; 0: no bound.
+    sinks_H, forgotten_BTH, forgotten_BSH: see `AttentionCall`; forgotten of queries and of keys.
     """
     length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     block = min(MAX_BLOCK, max(16, SCORES // keys), length)
@@ -54,9 +62,14 @@ def blockwise(
         return jnp.pad(x, widths, mode="edge")
 
     q_BTHK, index_T, first_BT = padded(q_BTHK, 1), padded(index_T, 0), padded(first_BT, 1)
+    forgotten = None
+    if forgotten_BTH is not None and forgotten_BSH is not None:
+        forgotten = padded(forgotten_BTH, 1), forgotten_BSH
 
     @jax.checkpoint
-    def attend_block(start: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend_block(
+        start: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, forgotten: Any
+    ) -> jax.Array:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
         place_T, first = cut(index_T, axis=0), cut(first_BT, axis=1)
         place_S = index_S
@@ -64,22 +77,74 @@ def blockwise(
             low = jnp.clip(start + end - span, 0, keys - span)
             k, v = (jax.lax.dynamic_slice_in_dim(x, low, span, axis=1) for x in (k, v))
             place_S = jax.lax.dynamic_slice_in_dim(index_S, low, span)
+            if forgotten is not None:
+                forgotten = forgotten[0], jax.lax.dynamic_slice_in_dim(forgotten[1], low, span, axis=1)
+        bias = None if forgotten is None else (cut(forgotten[0], axis=1), forgotten[1])
         seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(first, 0)[..., None])
-        return _softmax(cut(q, axis=1), k, v, seen, scale)
+        return _softmax(cut(q, axis=1), k, v, seen, scale, sinks, bias)
 
+    arrays = q_BTHK, k_BSGK, v_BSGV, sinks_H, forgotten
     if blocks == 1:
-        return attend_block(jnp.int32(0), q_BTHK, k_BSGK, v_BSGV)
+        return attend_block(jnp.int32(0), *arrays)
     starts = block * jnp.arange(blocks, dtype=jnp.int32)
-    o = jax.lax.map(lambda start: attend_block(start, q_BTHK, k_BSGK, v_BSGV), starts)
+    o = jax.lax.map(lambda start: attend_block(start, *arrays), starts)
     return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], blocks * block, *o.shape[3:])[:, :length]
 
 
-def _softmax(q: jax.Array, k: jax.Array, v: jax.Array, seen_BTS: jax.Array, scale: float) -> jax.Array:
+def max_logits(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, segment_ids_BT: jax.Array, *, scale: float, window: int = 0
+) -> jax.Array:
+    """Each head's largest scale q_t . k_s over the pairs that attention sees, float32 [H]; ids of 0 left out.
+
+    Blockwise as attention is; -inf where there is no pair.
+    """
+    batch, length, heads, dim = q_BTHK.shape
+    groups = k_BTGK.shape[2]
+    starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
+    first_BT = AttentionCall(q_BTHK, k_BTGK, k_BTGK, starts_BT, scale, window).first()
+    block = min(MAX_BLOCK, max(16, SCORES // length), length)
+    blocks = -(-length // block)
+    padded = lambda x: jnp.pad(x, [(0, blocks * block - length if a == 1 else 0) for a in range(x.ndim)])
+    split = lambda x: jnp.moveaxis(padded(x).reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
+    index_S = jnp.arange(length, dtype=jnp.int32)
+
+    def largest(xs: tuple[jax.Array, ...]) -> jax.Array:
+        q, first, place_T, real = xs  # padding has id 0
+        q = q.reshape(batch, block, groups, heads // groups, dim)
+        scores = jnp.einsum("btgrk,bsgk->bgrts", q, k_BTGK, preferred_element_type=jnp.float32) * scale
+        seen = (index_S <= place_T[..., None]) & (index_S >= first[..., None]) & real[..., None]
+        return jnp.max(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=(0, 3, 4))
+
+    place_BT = jnp.broadcast_to(index_S, (batch, length))
+    each = jax.lax.map(largest, tuple(map(split, (q_BTHK, first_BT, place_BT, segment_ids_BT != 0))))
+    return jnp.max(each, axis=0).reshape(heads)
+
+
+def _softmax(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen_BTS: jax.Array,
+    scale: float,
+    sinks_H: jax.Array | None,
+    forgotten: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
     batch, length, heads, dim = q.shape
     groups = k.shape[2]
     q = q.reshape(batch, length, groups, heads // groups, dim)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
+    if forgotten is not None:
+        by_head = lambda c: jnp.moveaxis(c.reshape(*c.shape[:2], groups, heads // groups), 1, 3)
+        now, then = map(by_head, forgotten)
+        scores += now[..., None] - then[..., None, :]
     scores = jnp.where(seen_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    if sinks_H is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks_H.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        most = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks))
+        weights = jnp.exp(scores - most)
+        weights /= jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - most)
+    weights = weights.astype(v.dtype)
     o = jnp.einsum("bgrts,bsgv->btgrv", weights, v)
     return o.reshape(batch, length, heads, v.shape[-1])
