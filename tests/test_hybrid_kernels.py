@@ -20,7 +20,7 @@ OPS = {"swa": "softmax_attention"} | dict.fromkeys(("hgrn", "mamba", "rglru"), "
 OPS |= dict.fromkeys(("gdn2", "rwkv7"), "dplr")
 # Calls that no kernel computes yet, at either size.
 NOT_YET = {"mamba2": ["short_conv runs on xla; not hopper: 128 features (a multiple of 256)"]}  # B and C
-NOT_YET |= {name: ["dplr runs on xla"] for name in ("gdn2", "rwkv7")}
+NOT_YET |= {mixer: ["dplr runs on xla"] for mixer in ("gdn2", "rwkv7")}
 
 
 def calls(size, mixer):
