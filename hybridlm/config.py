@@ -30,8 +30,6 @@ from hybridlm.schema import SECTIONS
 
 log = logging.getLogger("hybridlm")
 
-log = logging.getLogger("hybridlm")
-
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
 NAMED = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, and where their kinds are
 ONE = {"data": data_kinds, "objective": objectives}  # sections that are one definition
