@@ -1,6 +1,6 @@
-"""Sphinx: `sphinx-build -W -j auto docs site` makes the site of these pages and of the docstrings.
+"""Sphinx: `sphinx-build -W docs site` makes the site of these pages and of the docstrings.
 
-Three pages are files of the repository's root (PAGES), one is made by `reference`, those of modules by apidoc.
+Three pages are files of the root (PAGES), one is made by `reference`, those of modules by apidoc.
 Links to files of the repository, as they are on a disk, lead to those files' pages.
 """
 

@@ -18,8 +18,8 @@ UNSAID = (fields.INT32, 1e9)  # highest values that nobody will meet
 INTRODUCTION = """# Every field of a config
 
 `--config.<section>.<field>=<value>` sets one on a command line, `config.<section>.<field> = value` in a file;
-`python train.py --config=FILE --dry_run` prints the whole config. This page is made from the code when the site is built. Where no highest value is
-given, it is 2^31 - 1 for a whole number and 1e9 for another.
+`python train.py --config=FILE --dry_run` prints the whole config. This page is made from the code when the
+site is built. Where no highest value is given, it is 2^31 - 1 for a whole number and 1e9 for another.
 
 `init_from` stands alone: a run's workdir or a Hugging Face folder to take the first parameters from.
 """
@@ -84,9 +84,10 @@ def accepts(annotation: Any) -> str:
         return "one of " + ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is Annotated:
         for limits in annotation.__metadata__:
-            low, high = (fields.number(one) for one in (limits.low, limits.high))
-            words += f", {'above' if limits.above else 'at least'} {low}" if limits.low != float("-inf") else ""
-            words += f", at most {high}" if limits.high not in (*UNSAID, float("inf")) else ""
+            if limits.low != float("-inf"):
+                words += f", {'above' if limits.above else 'at least'} {fields.number(limits.low)}"
+            if limits.high not in (*UNSAID, float("inf")):
+                words += f", at most {fields.number(limits.high)}"
     return words
 
 
