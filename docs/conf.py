@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(DOCS)]
 
 project, version = "hybridlm", version_of("hybridlm")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.apidoc", "sphinx.ext.viewcode"]
+smartquotes = False
 html_theme = "furo"
 html_title = f"hybridlm {version}"
 exclude_patterns = ["conf.py", "reference.py", "api/*/modules.rst"]
