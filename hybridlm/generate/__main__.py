@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
     add("--raw", action="store_true", help="without the chat template, if the run has one")
     flags = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")  # to stderr
+    logging.basicConfig(format="%(message)s", force=__name__ == "__main__")  # to stderr
     return cli.run(lambda: run(flags))
 
 
