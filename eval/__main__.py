@@ -139,7 +139,8 @@ def watcher(bars: Bars, todo: Sequence[tuple[tasks.Task, tasks.Setting]]) -> run
 def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
     console = Console()
-    logging.basicConfig(format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    handler = RichHandler(console=console, show_path=False)
+    logging.basicConfig(format="%(message)s", handlers=[handler], force=__name__ == "__main__")
     log.setLevel(logging.INFO)
     if flags.list:
         print(listing())

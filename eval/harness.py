@@ -82,7 +82,7 @@ def plain(value: Any) -> Any:
 
 def main(argv: Sequence[str]) -> int:
     flags = parse(argv)
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=__name__ == "__main__")
     return cli.run(lambda: harness(flags))
 
 

@@ -120,14 +120,15 @@ def states(tested: Subject, tokens: Sequence[int], lengths: Sequence[int]) -> di
         model = lm.merge(tested.definition, params)
         _, cache = model(tokens_1T, rows, model.init_cache(1, tokens_1T.shape[1]))
         assert cache is not None
-        return [getattr(layer, "state", None) for layer in cache]
+        matrices = ([x for x in jax.tree.leaves(getattr(one, "state", ())) if x.ndim == 4] for one in cache)
+        return [next(iter(found), None) for found in matrices]
 
     measured: dict[int, list[list[float]]] = {}
     padded = generate.bucket(max(lengths))  # on the left, so that one program does for all lengths
     for length in lengths:
         tokens_1T, rows = generate.left_pad([tokens[:length]], padded)
         for layer, state in enumerate(caches(tested.params, jnp.asarray(tokens_1T), rows)):
-            if state is None or state.ndim != 4:
+            if state is None:
                 continue
             singular = np.linalg.svd(np.asarray(state[0], np.float64), compute_uv=False)
             share = singular / np.maximum(singular.sum(axis=-1, keepdims=True), 1e-30)

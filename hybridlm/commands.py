@@ -19,6 +19,8 @@ COMMANDS = {
     "python -m hybridlm.run.replay": "repeats a step that went wrong",
     "python -m eval": "measures recall and memory of a run",
     "python -m eval.harness": "runs tasks of lm-evaluation-harness",
+    "python -m eval.compare": "compares the results of several runs",
+    "python -m eval.probes": "pictures of recall, states and attention of a run",
     "python -m launch.sweep": "trains a sweep",
     "python -m launch.report": "makes a sweep's report",
 }

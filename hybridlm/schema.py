@@ -16,7 +16,10 @@ Axis = Annotated[int, Limits(-1, INT32)]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """pattern: layers as mixer names (`hybridlm.pattern`), repeated to fill ``num_layers``; 0: as written.
+    """pattern: layers as mixer names (`hybridlm.pattern`), repeated to fill ``num_layers``.
+    num_layers: 0: as many as the pattern has.  d_model: width of the residual stream.
+    vocab_size: ids of the embedding, at least those of the data.  norm_eps: of layer and final norms.
+    tie_embeddings: the embedding is the output head too.
     mlp_hidden: SwiGLU width; 0: 8/3 d_model rounded up to a multiple of 256, as in FLA and Llama.
     norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
@@ -43,11 +46,14 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """name: adamw, or muon (hidden matrices by Muon, everything else by AdamW, one learning rate).
+    learning_rate: at the peak.  schedule: cosine or wsd (constant, then linear decay) down to final_ratio, or
+        constant.  warmup_steps: of linear growth to it.
     final_ratio: learning rate at the end over the peak.  decay_fraction: part of the run that wsd decays in.
     weight_decay: decoupled, times the learning rate; never on norms, biases, A_log, dt_bias.
     clip_norm: global gradient norm; 0 does not clip.
     qk_clip: attention logit above which a head's query and key projections are scaled down after the update
         (with muon: MuonClip; Kimi K2 has 100); 0: none.
+    b1, b2, eps: of AdamW.  muon_momentum: of Muon, Nesterov's.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
         embedding, layers.*.mlp.*, layers.0.* ...
     """
@@ -71,7 +77,8 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Train:
     """steps: optimiser updates.  batch_size: sequences per update, over all devices and microbatches.
-    seq_len: tokens per sequence.  microbatches: parts of a batch whose gradients are accumulated.
+    seq_len: tokens per sequence.  seed: of parameters, order of the data and samples.
+    microbatches: parts of a batch whose gradients are accumulated.
     max_skipped: updates in a row that are skipped for a loss or gradient that is not finite; one more ends
         the run.
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
@@ -126,6 +133,7 @@ class Mesh:
 class Checkpoint:
     """every_steps: 0 saves at the end only.  keep_last: newest checkpoints kept.
     keep_best: checkpoints kept beside them for the lowest ``best_metric``.
+    best_metric: loss on held-out data, or of the training batch.
     """
 
     every_steps: Count = 1000
@@ -150,8 +158,8 @@ class Log:
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """every_steps: between validations; 0 validates at the end only.  batches: of held-out data, each time.
-    tasks: of `python -m eval --list`, measured beside each validation, at ``task_lengths`` tokens (none:
-        train.seq_len) on ``task_samples`` samples.
+    tasks: of `python -m eval --list`, measured beside each validation.
+    task_lengths: tokens of their contexts; none: train.seq_len.  task_samples: of each task and length.
     sample_every_steps: 0 samples at the end only.  sample_tokens: 0 never samples.
     sample_prompt: text; temperature: 0 is greedy.
     """

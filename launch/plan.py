@@ -1,5 +1,6 @@
 """What a sweep amounts to before it runs: a row for each run, and the hours on a device."""
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def hours(flops: float, device: str, mfu: float) -> float:
     return flops / (peak * mfu) / 3600
 
 
+@functools.cache  # runs of as many FLOPs take as many hours
 def cpu_flops(size: int = 1024, seconds: float = 0.2) -> float:
     """FLOP/s of float32 matrix products on this machine's CPU, measured."""
     cpu = jax.local_devices(backend="cpu")[0]

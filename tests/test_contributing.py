@@ -1,4 +1,4 @@
-"""The recipes in CONTRIBUTING.md work as written: their files, in fresh places, train, pack and decode."""
+"""The recipes in CONTRIBUTING.md and docs/outside.md work as written: they train, pack and decode."""
 
 import re
 import shlex
@@ -16,17 +16,17 @@ from hybridlm import mixers, model
 from hybridlm.rows import Rows, single_document
 
 ROOT = Path(__file__).parents[1]
-GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+OUTSIDE = (ROOT / "docs/outside.md").read_text()
+GUIDES = {"simple_gla": (ROOT / "CONTRIBUTING.md").read_text(), "my_mixers:MovingAverage": OUTSIDE}
 SETTINGS = {"simple_gla": {"num_heads": 2, "head_dim": 8}, "my_mixers:MovingAverage": {}}
 
 
 @pytest.fixture(params=SETTINGS)
 def recipe(request, tmp_path, monkeypatch) -> tuple[str, str]:
     """(kind, the guide's text on it), with the file of its step 1 where the guide wants it."""
-    heading = {"simple_gla": "### A parametrisation", "my_mixers:MovingAverage": "### A mixer of another"}
-    section = GUIDE[GUIDE.index(heading[request.param]) :]
+    section = GUIDES[request.param]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
-    name = re.search(r"`(?:hybridlm/mixers/)?(\w+)\.py`", section)[1]
+    name = re.search(r"Write `(?:hybridlm/mixers/)?(\w+)\.py`", section)[1]
     (tmp_path / f"{name}.py").write_text(code)
     if request.param == "simple_gla":  # in a folder that the package also looks in
         monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
@@ -39,13 +39,19 @@ def recipe(request, tmp_path, monkeypatch) -> tuple[str, str]:
 
 def test_the_commands_of_the_recipe_run(recipe, capsys):
     kind, section = recipe
-    command = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
+    command = re.search(r"```bash\n(python train.py.*?)```", section, re.DOTALL)[1].replace("\\\n", " ")
     python, script, *arguments = shlex.split(command)
     assert (python, script) == ("python", "train.py")
     arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
     assert train.main(arguments) == 0
     printed = capsys.readouterr().out
     assert kind in printed and "mine" in printed
+
+
+@pytest.mark.parametrize("recipe", ["my_mixers:MovingAverage"], indirect=True)
+def test_the_check_of_the_guide_passes(recipe):
+    _, check = re.findall(r"```python\n(.*?)```", recipe[1], re.DOTALL)
+    exec(check, {})
 
 
 def test_the_new_mixer_learns_packs_and_decodes(recipe):

@@ -51,6 +51,19 @@ def test_text_follows_the_prompt_and_repeats_with_its_seed(run, capsys):
     assert text == logbook.printable(f"state gate{at_once}") + "\n"
 
 
+def test_what_compiling_says_comes_before_the_text(run, capsys, monkeypatch):
+    stream = generate.stream
+
+    def warned(*args, **options):
+        for block in stream(*args, **options):
+            print("runs on xla")
+            yield block
+
+    monkeypatch.setattr(generate, "stream", warned)
+    text = written(capsys, f"--workdir={run}", "--prompt=state gate", "--max_new_tokens=4")
+    assert text.startswith("runs on xla\nstate gate")
+
+
 def test_several_texts(run, capsys):
     flags = [f"--workdir={run}", "--prompt=ke", "--max_new_tokens=8", "--temperature=2", "--checkpoint=2"]
     one, three = written(capsys, *flags), written(capsys, *flags, "-n=3")
@@ -120,7 +133,7 @@ def alphabet() -> list[str]:
 
 
 def test_a_chat_template(tmp_path):
-    pytest.importorskip("jinja2")
+    pytest.importorskip("jinja2", reason="the extra `test` brings jinja2")
     chatting(tmp_path)
     tokens = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
     found = chat.find(tmp_path, tokens)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         if command in ("export", "logits"):
             added.add_argument("--step", type=int, help="default: the newest checkpoint")
     given = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=__name__ == "__main__")
     return cli.run(lambda: convert(given))
 
 

@@ -83,8 +83,9 @@ class PackedDocuments:
     def describe(self) -> str:
         padding = self.num_rows * self.view.seq_len - self.num_tokens
         longer = int((self.documents.length_N > self.view.seq_len).sum())
+        count = len(self.documents.length_N)
         return (
-            f"{len(self.documents.length_N):,} documents ({longer:,} longer than a row), "
+            f"{count:,} document{'' if count == 1 else 's'} ({longer:,} longer than a row), "
             f"{self.num_tokens:,} tokens, {self.num_rows:,} rows of {self.view.seq_len} "
             f"({padding} padding tokens in the last)"
         )

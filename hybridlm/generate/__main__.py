@@ -5,6 +5,7 @@ imported with a chat template takes the prompt as a message (--raw: as the begin
 """
 
 import argparse
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -86,8 +87,10 @@ class Writer:
         """Prints the samples that follow ``messages``, the first as it comes, and returns that."""
         typed = "" if self.chat or self.flags.interactive else messages[-1]["content"]
         texts = [typed] * self.flags.n
+        parts = self.write(self.encode(messages))
+        first = next(parts)  # compiles: what there is to say about that comes before the text
         say(("--- 1\n" if self.flags.n > 1 else "") + typed)
-        for row, text in self.write(self.encode(messages)):
+        for row, text in itertools.chain([first], parts):
             texts[row] += text
             say(text if row == 0 else "")
         say("\n" + "".join(f"--- {row}\n{text}\n" for row, text in enumerate(texts[1:], 2)))
@@ -147,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
     add("--raw", action="store_true", help="without the chat template, if the run has one")
     flags = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")  # to stderr
+    logging.basicConfig(format="%(message)s", force=__name__ == "__main__")  # to stderr
     return cli.run(lambda: run(flags))
 
 

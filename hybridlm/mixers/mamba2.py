@@ -25,7 +25,7 @@ from hybridlm.mixers import Cost, Site
 class Config(mixers.Config):
     """Mamba-2, with the names of its public configs.
 
-    num_heads: 0 is expand * d_model / head_dim.
+    num_heads: 0 is expand * d_model / head_dim.  expand: inner width over d_model.
     head_dim: channels of x per head.
     state_size: state numbers per channel.
     n_groups: groups of heads that share B and C.

@@ -93,17 +93,6 @@ def _coded(call: AttentionCall, starts: jax.Array) -> tuple[jax.Array, jax.Array
     return coded(call.q, weight), coded(call.k, 1.0)
 
 
-def supports_packed(call: AttentionCall) -> str | None:
-    """None if `packed` computes this call, else the reason why not."""
-    if call.starts is None:
-        return "no documents"
-    if call.q.size >= 2**31:
-        return f"q has {call.q.size} numbers (below 2^31: offsets are int32)"
-    if float(dispatch.here().capability or 9) < 9:
-        return "packed sequences need compute capability 9.0"
-    return supports(AttentionCall(call.q, call.k, call.v, None, call.scale, call.window))
-
-
 def packed(call: AttentionCall, most: int) -> jax.Array:
     """See `pallas_kernels.softmax_attention`; every document a sequence of its own (cuDNN's ragged layout).
 
