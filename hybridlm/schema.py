@@ -129,12 +129,15 @@ class Log:
     """every_steps: between lines of metrics.jsonl.
     wandb_mode: online needs a key (or ``wandb login``) and is offline without one.
     project, name: of the run in W&B; an empty name is the workdir's.
+    tensorboard: the same numbers as TensorBoard's event files, in ``tensorboard/`` of the workdir; needs the
+        extra of that name.
     """
 
     every_steps: Positive = 10
     wandb_mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "hybridlm"
     name: str = ""
+    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
