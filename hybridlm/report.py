@@ -92,14 +92,16 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
         "memory per device, estimate": f"{quantity(sum(memory), 'B')} ({parts})",
         "training data": _data(config, "train"),
         "held-out data": _data(config, "val"),
+        **{f"val.{name}": _data(config, "val", name) for name in config.val},
     }
 
 
-def _data(config: Config, split: str) -> str:
+def _data(config: Config, split: str, name: str = "") -> str:
     train = config.train
+    given, prefix = (config.val[name], f"val.{name}") if name else (config.data, "data")
     try:
         dataset = data.build(
-            config.data, split=split, seed=train.seed,
+            given, prefix=prefix, split=split, seed=train.seed,
             batch_size=train.batch_size, seq_len=train.seq_len, vocab_size=config.model.vocab_size,
         )  # fmt: skip
     except ConfigError as error:

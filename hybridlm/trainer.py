@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from hybridlm import config as configs
 from hybridlm import cost, init_from, opening, program, report, sharding
 from hybridlm.config import Config
-from hybridlm.data import baselines
+from hybridlm.data import Dataset, baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.member import Evaluate, Member, Metrics, due, held_out
 from hybridlm.program import NORMS, State
@@ -145,7 +145,8 @@ class Trainer:
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, before anything is compiled."""
         one = self.members[0]
-        datasets = (one.train_data, one.val_data)
+        datasets = {"": one.train_data, "held out": one.val_data}
+        datasets |= {f"val.{name}": dataset for name, dataset in one.val_sets.items()}
         said = opening.lines(
             one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
         )
@@ -304,9 +305,18 @@ class Trainer:
             one.finish(step, self.own(state, r)["params"], partial(measure, r), rates)
 
     def validation(self, params: Any) -> list[Metrics]:
-        """val_loss, val_accuracy and val_bpb of each member over the first held-out batches, the same every
-        time; what is held out does not depend on the seed."""
-        dataset, wanted = self.members[0].val_data, self.config.eval.batches
+        """val_loss, val_accuracy and val_bpb of each member, and val/<name>/loss ... of ``config.val``."""
+        one = self.members[0]
+        found = self.validated(params, one.val_data)
+        for name, dataset in one.val_sets.items():
+            for metrics, more in zip(found, self.validated(params, dataset), strict=True):
+                metrics |= {f"val/{name}/{key.removeprefix('val_')}": more[key] for key in more}
+        return found
+
+    def validated(self, params: Any, dataset: Dataset) -> list[Metrics]:
+        """The metrics of each member over the first held-out batches, the same every time; what is held out
+        does not depend on the seed."""
+        wanted = self.config.eval.batches
         count = min(wanted, dataset.num_batches or wanted)
         put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
         host = jax.device_get([self.program.evaluate(params, put(i)) for i in range(count)])

@@ -2,8 +2,8 @@
 only.
 
 metrics.jsonl is the record: one JSON object per logged step, ascending. W&B and TensorBoard get the same
-numbers and can never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines that follow are
-those of a run that was never interrupted.
+numbers and can never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines
+that follow are those of a run that was never interrupted.
 """
 
 import contextlib
