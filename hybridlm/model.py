@@ -300,6 +300,12 @@ def restack(definition: Definition, flat: dict[str, jax.Array]) -> Params:
     return stack.restack(definition.layout, flat, list(shapes(definition)))
 
 
+def trained_shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of every parameter that the optimiser trains, by canonical name."""
+    known, meta = shapes(definition), metadata(definition)
+    return stack.shapes_apart(definition.layout, {n: known[n] for n in known if meta[n].trained})
+
+
 def canonical_shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape of every parameter by canonical name."""
     return stack.shapes_apart(definition.layout, shapes(definition))

@@ -5,6 +5,7 @@ matrices, scaled to AdamW's RMS (Liu et al. 2025, arXiv:2502.16982, eq. 4: 0.2 *
 one learning rate and one decay serve both; everything else in a Muon run takes AdamW.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,16 @@ def schedule(config: schema.Optimizer, steps: int) -> Schedule:
         return peak * jnp.minimum(update / max(1, warmup), 1) * shape
 
     return learning_rate
+
+
+def ema_rate(decay: float, count: jax.Array) -> jax.Array:
+    """The share of the new weights in their average after the update that follows ``count`` updates.
+
+    (1 - decay) / (1 - decay^(count + 1)): the average is then that from zero with Adam's correction of its
+    bias (Kingma & Ba 2015, section 3), which the weights at the start, random ones, have no part in.
+    """
+    past = jnp.asarray(count, jnp.float32) + 1
+    return (1 - decay) / -jnp.expm1(past * math.log(decay))
 
 
 def group(meta: Any) -> str:

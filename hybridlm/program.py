@@ -30,7 +30,8 @@ class Program(NamedTuple):
     """The compiled parts of a run, or of R runs together, all over one mesh; R is then the leading axis of
     the state, of batches but in `evaluate`, and of what comes back.
 
-    init: key (or keys [R]) -> state: params, opt_state, and step, the number of updates applied.
+    init: key (or keys [R]) -> state: params, opt_state, and step, the number of updates applied; with
+        optimizer.ema also ema, the average of the trained parameters.
     step: (state, batch) -> (state, metrics). A loss or gradient that is not finite changes nothing in the
         state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
@@ -70,7 +71,8 @@ def build(
     def init(key: jax.Array) -> State:
         params = lm.init(definition, key)
         opt_state = transformation(config.optimizer.learning_rate)[0].init(part(params, trained))
-        return {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
+        average = {"ema": part(params, trained)} if config.optimizer.ema else {}
+        return {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)} | average
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
@@ -89,6 +91,9 @@ def build(
         updates, opt_state = tx.update(grads, state["opt_state"], part(params, trained))
         changed = optax.apply_updates(part(params, trained), updates) | gradients.ruled(params, sums)
         new = {"params": params | changed, "opt_state": opt_state}
+        if config.optimizer.ema:
+            share = optimizer.ema_rate(config.optimizer.ema, state["step"])
+            new["ema"] = optax.incremental_update(part(new["params"], trained), state["ema"], share)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}

@@ -48,6 +48,9 @@ class Optimizer:
     clip_norm: global gradient norm; 0 does not clip.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
         embedding, layers.*.mlp.*, layers.0.* ...
+    ema: decay of the exponential moving average of the weights that is kept beside them, validated with them
+        (metrics ema/val_loss ...) and taken on request (generate and export --ema, init_from "DIR:ema");
+        0: none is kept.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -63,6 +66,7 @@ class Optimizer:
     clip_norm: NonNegative = 1.0
     muon_momentum: Fraction = 0.95
     freeze: tuple[str, ...] = ()
+    ema: Annotated[float, Limits(0, 0.999999)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 The loop trains one run, or several together that differ in seed and learning rate only (`Member`s, under
 `jax.vmap`); a member that fails leaves the others alone. The whole state of a run is {"params", "opt_state",
-"step"}; the batch of a step is a function of the seed and the step, and there is no other randomness. A run
-that was killed and resumed therefore writes the same metrics as one that was not.
+"step"} and, if it is wanted, "ema"; the batch of a step is a function of the seed and the step, and there is
+no other randomness. A run that was killed and resumed therefore writes the same metrics as one that was not.
 
 Save first, then look: the checkpoint of a step is begun before the step is validated, sampled or plotted.
 """
@@ -298,14 +298,23 @@ class Trainer:
 
         def measure(r: int) -> Metrics:
             if not found:
-                found.append(self.validation(state["params"]))
+                found.append(self.validation(state))
             return found[0][r]
 
         for r, one in self.alive():
             one.finish(step, self.own(state, r)["params"], partial(measure, r), rates)
 
-    def validation(self, params: Any) -> list[Metrics]:
-        """val_loss, val_accuracy and val_bpb of each member, and val/<name>/loss ... of ``config.val``."""
+    def validation(self, state: State) -> list[Metrics]:
+        """val_loss, val_accuracy and val_bpb of each member, and val/<name>/loss ... of ``config.val``; with
+        optimizer.ema, ema/val_loss ... of the averaged weights."""
+        found = self.of_weights(state["params"])
+        if "ema" in state:
+            average = self.of_weights(state["params"] | state["ema"])
+            for metrics, more in zip(found, average, strict=True):
+                metrics |= {f"ema/{name}": value for name, value in more.items()}
+        return found
+
+    def of_weights(self, params: Any) -> list[Metrics]:
         one = self.members[0]
         found = self.validated(params, one.val_data)
         for name, dataset in one.val_sets.items():
