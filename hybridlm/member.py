@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, optimizer, untrusted, weights
+from hybridlm import cost, data, generate, groups, optimizer, untrusted, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -41,6 +41,7 @@ class Member:
         self.val_sets = {name: val_set(config, name, self.train_data, rows) for name in config.val}
         self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
         self.definition = lm.build(config)
+        groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter
         self.record = {
             "config": configs.portable(config),
             "layers": cost.summary(config),

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hybridlm import groups, objectives, optimizer, sharding, stack
 from hybridlm import model as lm
-from hybridlm import objectives, optimizer, sharding, stack
 from hybridlm.config import Config
 from hybridlm.objectives import Batch, Sums
 
@@ -58,6 +58,7 @@ def build(
     """
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
+    factors = groups.factors(definition, config.optimizer)
     sizes = None
     if token_bytes is not None:
         sizes = jnp.zeros(definition.vocab_size).at[: len(token_bytes)].set(token_bytes)
@@ -66,7 +67,7 @@ def build(
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
         steps = config.train.steps
-        return optimizer.build(settings, steps, trained), optimizer.schedule(settings, steps)
+        return optimizer.build(settings, steps, trained, factors), optimizer.schedule(settings, steps)
 
     def init(key: jax.Array) -> State:
         params = lm.init(definition, key)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm import config as configs
-from hybridlm import cost, data, schema
+from hybridlm import cost, data, groups, model, schema
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 
@@ -60,6 +60,7 @@ def dry_run(config: Config, console: Console) -> None:
     """
     mesh = mesh_sizes(config.mesh, jax.device_count())
     configs.check_batch(config.train, mesh)
+    groups.factors(model.build(config), config.optimizer)
     console.print(configs.to_yaml(config), highlight=False, markup=False, soft_wrap=True)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():

@@ -6,11 +6,13 @@ and objectives describe their own settings in the same way, each in its ``Config
 """
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 from hybridlm.errors import ConfigError
 from hybridlm.fields import INT32, Count, Epsilon, Fraction, Limits, NonNegative, Positive
 
+FACTOR = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
 
 
@@ -48,6 +50,8 @@ class Optimizer:
     clip_norm: global gradient norm; 0 does not clip.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
         embedding, layers.*.mlp.*, layers.0.* ...
+    groups: "PATTERN=LR" or "PATTERN=LR/DECAY", patterns as in ``freeze``: what the learning rate, and what the
+        weight decay beside it, is multiplied by for the parameters of those names; the last that matches counts.
     ema: decay of the exponential moving average of the weights that is kept beside them, validated with them
         (metrics ema/val_loss ...) and taken on request (generate and export --ema, init_from "DIR:ema");
         0: none is kept.
@@ -66,7 +70,22 @@ class Optimizer:
     clip_norm: NonNegative = 1.0
     muon_momentum: Fraction = 0.95
     freeze: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
     ema: Annotated[float, Limits(0, 0.999999)] = 0.0
+
+    def check(self) -> None:
+        self.multipliers()
+
+    def multipliers(self) -> list[tuple[str, float, float]]:
+        """(pattern, of the learning rate, of the weight decay) of each of ``groups``."""
+        found = []
+        for text in self.groups:
+            match = re.fullmatch(rf"([^=]+)=({FACTOR})(?:/({FACTOR}))?", text.replace(" ", ""))
+            if not match:
+                fix = "For example layers.*.mlp.*=0.5, or embedding=0.1/0 for no decay."
+                raise ConfigError("groups", text, "must be PATTERN=LR or PATTERN=LR/DECAY", fix)
+            found.append((match[1], float(match[2]), float(match[3] or 1)))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
