@@ -1,6 +1,6 @@
 """Learning rates by groups of parameters' names: `optimizer.groups`, as factors of an update.
 
-A layer of a stack may have a factor of its own; it is then an array over the stack, and the plan stays as it is.
+Where layers of a stack have factors of their own, these are an array over it: the plan stays as it is.
 """
 
 import difflib
@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from hybridlm import model, schema, stack
+from hybridlm import model, mup, schema, stack
 from hybridlm.errors import ConfigError
-from hybridlm.optimizer import Factors
+from hybridlm.optimizer import Factors, group
 
 NEAREST = 3  # names in an error
 
@@ -20,16 +20,27 @@ def factors(definition: model.Definition, config: schema.Optimizer) -> Factors:
 
     Only of parameters that have others than 1. ConfigError for a pattern that none is called by.
     """
-    shapes = model.trained_shapes(definition)
-    given = dict.fromkeys(shapes, (1.0, 1.0))
+    given = widths(definition, config)
+    base = dict(given)
     for pattern, rate, decay in config.multipliers():
         found = [name for name in given if fnmatchcase(name, pattern)]
         if not found:
             near = difflib.get_close_matches(pattern, given, NEAREST, cutoff=0) or list(given)[:NEAREST]
             fix = f"The nearest are {', '.join(near)}."
             raise ConfigError("optimizer.groups", pattern, "matches no parameter that is trained", fix)
-        given |= dict.fromkeys(found, (rate, decay))
+        given |= {name: (base[name][0] * rate, base[name][1] * decay) for name in found}
     return stacked(definition, given)
+
+
+def widths(definition: model.Definition, config: schema.Optimizer) -> dict[str, tuple[float, float]]:
+    """muP's factors by canonical names; 1 and 1 without it."""
+    growth, found = mup.growth(definition.model), {}
+    for name, meta in model.metadata(definition).items():
+        if meta.trained:
+            muon = config.name == "muon" and group(meta) == "muon"
+            named = stack.unstack(definition.layout, {name: None}, lambda leaf, place: None)
+            found |= dict.fromkeys(named, mup.factors(meta, growth, muon))
+    return found
 
 
 def stacked(definition: model.Definition, given: dict[str, tuple[float, float]]) -> Factors:

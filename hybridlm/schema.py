@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from hybridlm.errors import ConfigError
 from hybridlm.fields import INT32, Count, Epsilon, Fraction, Limits, NonNegative, Positive
 
-FACTOR = r"[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,2})?"
+FACTOR = r"(?:[0-9]{1,5}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
 
 
@@ -26,6 +26,8 @@ class Model:
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
         mixer (all but the MLP's first matmuls). What is kept costs memory, what is recomputed time.
     scan: False unrolls the stack, for debugging; compile time then grows with depth.
+    mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
+        0: the standard parametrisation.
     """
 
     pattern: str = "kda*3 full"
@@ -40,6 +42,7 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "dots", "mixer"] = "full"
     scan: bool = True
+    mup_base_width: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Optimizer:
     clip_norm: global gradient norm; 0 does not clip.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
         embedding, layers.*.mlp.*, layers.0.* ...
-    groups: "PATTERN=LR" or "PATTERN=LR/DECAY", patterns as in ``freeze``: what the learning rate, and what the
-        weight decay beside it, is multiplied by for the parameters of those names; the last that matches counts.
+    groups: "PATTERN=LR" or "PATTERN=LR/DECAY", patterns as in ``freeze``: by what the learning rate, and the
+        weight decay beside it, are multiplied for parameters of those names; the last that matches counts.
     ema: decay of the exponential moving average of the weights that is kept beside them, validated with them
         (metrics ema/val_loss ...) and taken on request (generate and export --ema, init_from "DIR:ema");
         0: none is kept.

@@ -35,11 +35,13 @@ class Site(NamedTuple):
     """Where a layer is made: width of the stream, its index in the stack, and the number of layers.
 
     layer may be traced, since layers of one kind are made together.
+    mup: whether softmax attention scales its logits as in muP (`hybridlm.mup`).
     """
 
     d_model: int
     layer: Any = 0
     num_layers: int = 1
+    mup: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

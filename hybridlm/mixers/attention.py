@@ -21,6 +21,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.mup import logit_scale
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, visible
 from hybridlm.token_cache import TokenCache, append, packed_indices, slots
@@ -199,6 +200,7 @@ class Mixer(TokenMixer):
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config, d_model = config, site.d_model
+        self.scale = logit_scale(config.head_dim, site.mup)
         heads, self.kv_heads = config.heads(d_model)
         width, kv_width = heads * config.head_dim, self.kv_heads * config.head_dim
         kv_axes = ("embed", "kv_heads")
@@ -223,7 +225,7 @@ class Mixer(TokenMixer):
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, rows)
         context.record("q", q_BTHK)
         context.record("k", k_BTGK)
-        scale, window = config.head_dim**-0.5, config.window
+        scale, window = self.scale, config.window
         if cache is None:
             o_BTHK = attend(q_BTHK, k_BTGK, v_BTGK, rows, scale=scale, window=window)
         else:
