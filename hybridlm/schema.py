@@ -100,6 +100,8 @@ class Train:
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
     compilation_cache: folder that keeps compiled programs for the next start; "auto": in the user's cache
         folder ($XDG_CACHE_HOME), "": none. $JAX_COMPILATION_CACHE_DIR goes before it.
+    profile_steps: the first and the last step (from 1) of a window that JAX's profiler watches: a table of
+        where their time went, and the trace, in ``profile/`` of the workdir; (): none.
     """
 
     steps: Positive = 1000
@@ -110,12 +112,17 @@ class Train:
     max_skipped: Count = 8
     max_minutes: NonNegative = 0.0
     compilation_cache: str = "auto"
+    profile_steps: tuple[int, ...] = ()
 
     def check(self) -> None:
         if self.batch_size % self.microbatches:
             raise ConfigError(
                 "microbatches", self.microbatches, f"must divide train.batch_size = {self.batch_size}"
             )
+        window = self.profile_steps
+        if window and not (len(window) == 2 and 1 <= window[0] <= window[1] <= self.steps):
+            problem = f"must be the first and the last step of a window in 1 to train.steps = {self.steps}"
+            raise ConfigError("profile_steps", window, problem, "For example 10, 12.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from hybridlm.data import Dataset, baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.member import Evaluate, Member, Metrics, due, held_out
 from hybridlm.program import NORMS, State
-from hybridlm.run import checkpoint, interrupt, logbook, picture, private, processes, programs
+from hybridlm.run import checkpoint, interrupt, logbook, picture, private, processes, profile, programs
 from hybridlm.run.clock import Clock
 from pallas_kernels import auto_means
 
@@ -140,7 +140,9 @@ class Trainer:
                         n: value for line in one.book.kept[-1:] for n, value in line.items() if n != "step"
                     }
             if start < self.config.train.steps:
-                self.loop(state, start)
+                window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
+                stack.callback(window.close)
+                self.loop(state, start, window)
 
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, before anything is compiled."""
@@ -210,7 +212,7 @@ class Trainer:
     def alive(self) -> list[tuple[int, Member]]:
         return [(r, one) for r, one in enumerate(self.members) if not one.failed]
 
-    def loop(self, state: State, start: int) -> None:
+    def loop(self, state: State, start: int, window: profile.Window) -> None:
         config, steps = self.config, self.config.train.steps
         run = self.compiled(state, start)
         if jax.process_count() == 1 and self.stop.asked():
@@ -220,7 +222,9 @@ class Trainer:
         batches = self.batches(start)
         behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
+            window.before(step)
             state, now = run(state, self.put(clock.next(batches)))
+            window.after(step, now, run)
             if behind:  # read one step late, so that the devices always have the next one queued
                 self.settle(*behind)
                 if due(behind[0], config.log.every_steps):
