@@ -60,7 +60,7 @@ def test_a_config_keeps_them(text, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ({"val.code.path": "x"}, "val.code.path = 'x': there is no val.code."),
+        ({"val.code.path": "x"}, "val.code.path = 'x': there is no val.code. There is none yet."),
         ({"val.code.kind": "txt"}, "val.code.kind = 'txt': must be one of .* Did you mean 'text'?"),
         ({"val.a.kind": "text", "val.a.pth": "x"}, "val.a.pth = 'x': no such field. Did you mean 'path'?"),
     ],
