@@ -222,7 +222,7 @@ class Trainer:
         batches = self.batches(start)
         behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
-            window.before(step)
+            window.before(step, state)
             state, now = run(state, self.put(clock.next(batches)))
             window.after(step, now, run)
             if behind:  # read one step late, so that the devices always have the next one queued

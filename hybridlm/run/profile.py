@@ -43,10 +43,14 @@ class Window:
         self.folder = workdir / "profile"
         self.scratch: Path | None = None
 
-    def before(self, step: int) -> None:
-        """Starts with the first of the steps; a run that is resumed among them profiles none."""
+    def before(self, step: int, state: Any) -> None:
+        """Starts with the first of the steps, when ``state`` is there, of the step before.
+
+        A run that is resumed among them profiles none.
+        """
         if self.steps and step == self.steps[0]:
             with logbook.harmless("profiling"):
+                jax.block_until_ready(state)
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # it would slow down what it measures
                 self.scratch = Path(tempfile.mkdtemp())
