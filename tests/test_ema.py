@@ -56,7 +56,7 @@ def test_it_is_numpys(run):
 
 
 def test_it_is_validated_beside_the_weights(text, run, tmp_path):
-    """A run that starts from it and learns nothing has its loss."""
+    """A run that starts from it and learns nothing has its loss, and has no average of its own."""
     last = tiny.lines(run)[-1]
     assert last["ema/val_loss"] != last["val_loss"] and last["ema/val_bpb"] != last["val_bpb"]
     stands = {"train__steps": 1, "optimizer__learning_rate": 0.0, "optimizer__ema": 0.0}
@@ -67,6 +67,16 @@ def test_it_is_validated_beside_the_weights(text, run, tmp_path):
     [line] = tiny.lines(tmp_path)
     assert line["val_loss"] == pytest.approx(last["ema/val_loss"], rel=1e-6)
     assert not any("ema" in name for name in line)
+    assert not (tmp_path / "checkpoints" / "1" / "ema").exists()
+    for ask in (
+        lambda: weights.load(tmp_path, ema=True),
+        lambda: outgoing.export_hf(tmp_path, tmp_path / "hf", ema=True),
+        lambda: init_from.check(f"{tmp_path}:ema"),
+    ):
+        with pytest.raises(ConfigError, match=r"kept no average of its weights\. Train with"):
+            ask()
+    with pytest.raises(ConfigError, match="is the average of no run"):
+        init_from.check(f"{tmp_path}/none:ema")
 
 
 def test_a_resumed_run_is_the_same(text, run, tmp_path):
@@ -88,18 +98,3 @@ def test_it_is_exported(run, tmp_path):
             assert source.arrays.keys() == expected.keys()
             for name, leaf in expected.items():
                 np.testing.assert_array_equal(np.asarray(source.arrays[name]), leaf, err_msg=name)
-
-
-def test_without_it_there_is_none(text, run, tmp_path):
-    plain = resolved(text, optimizer__ema=0.0, train__steps=1)
-    trainer.train(plain, tmp_path)
-    assert not (tmp_path / "checkpoints" / "1" / "ema").exists()
-    for ask in (
-        lambda: weights.load(tmp_path, ema=True),
-        lambda: outgoing.export_hf(tmp_path, tmp_path / "hf", ema=True),
-        lambda: init_from.check(f"{tmp_path}:ema"),
-    ):
-        with pytest.raises(ConfigError, match=r"kept no average of its weights\. Train with"):
-            ask()
-    with pytest.raises(ConfigError, match="is the average of no run"):
-        init_from.check(f"{tmp_path}/none:ema")

@@ -53,8 +53,9 @@ class Window:
                 jax.block_until_ready(state)
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # it would slow down what it measures
-                self.scratch = Path(tempfile.mkdtemp())
-                jax.profiler.start_trace(self.scratch, profiler_options=options)
+                scratch = Path(tempfile.mkdtemp())
+                jax.profiler.start_trace(scratch, profiler_options=options)
+                self.scratch = scratch
 
     def after(self, step: int, result: Any, executable: Any) -> None:
         """Ends with the last of the steps, when ``result`` is there. executable: says what ops stand for."""
