@@ -34,7 +34,8 @@ def factors(definition: model.Definition, config: schema.Optimizer) -> Factors:
 
 def widths(definition: model.Definition, config: schema.Optimizer) -> dict[str, tuple[float, float]]:
     """muP's factors by canonical names; 1 and 1 without it."""
-    growth, found = mup.growth(definition.model), {}
+    growth = mup.growth(definition.model)
+    found: dict[str, tuple[float, float]] = {}
     for name, meta in model.metadata(definition).items():
         if meta.trained:
             muon = config.name == "muon" and group(meta) == "muon"

@@ -109,7 +109,7 @@ def decayed(weight_decay: float, factors: Factors) -> optax.GradientTransformati
     """u -> rate * (u + weight_decay * decay * p), where (rate, decay) are the parameter's ``factors``."""
 
     def change(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-        rate, decay = factors.get(getattr(path[-1], "key", None), (1.0, 1.0))
+        rate, decay = factors.get(str(getattr(path[-1], "key", "")), (1.0, 1.0))
         update = update + weight_decay * decay * param
         return update if isinstance(rate, float) and rate == 1 else rate * update
 

@@ -28,10 +28,10 @@ HOW = "self time of ops in milliseconds a step, on {where}; an op has the name o
 
 
 class Op(NamedTuple):
-    """count: how often it ran.  ms: in all."""
+    """times: that it ran.  ms: in all."""
 
     name: str
-    count: int
+    times: int
     ms: float
 
 
@@ -149,7 +149,7 @@ def table(ops: Sequence[Op], steps: int, where: str, names: Mapping[str, str]) -
     line = lambda ms, text: f"{ms / steps:10.3f} {ms / total:6.1%}  {text}"
     ranked = lambda groups: [line(ms, name) for name, ms in sorted(groups.items(), key=lambda g: -g[1])][:TOP]
     longest = [
-        line(op.ms, f"{op.count / steps:7.1f} x {op.name:<40} {names.get(op.name, '')}".rstrip())
+        line(op.ms, f"{op.times / steps:7.1f} x {op.name:<40} {names.get(op.name, '')}".rstrip())
         for op in ops[:TOP]
     ]
     title = f"{total / steps:.3f} ms a step: " + HOW.format(where=where)
