@@ -31,8 +31,10 @@ from hybridlm.schema import SECTIONS
 log = logging.getLogger("hybridlm")
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
-NAMED = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, and where their kinds are
+LAYERS = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, and where their kinds are
+NAMED = LAYERS | {"val": data_kinds}
 ONE = {"data": data_kinds, "objective": objectives}  # sections that are one definition
+KNOWN = (*SECTIONS, *NAMED, *ONE)
 MOVED = {"train.z_loss": "objective.z_loss"}  # since 0.1.0
 
 # Mixers that every config has from `default`, so that any pattern can be tried from the command line.
@@ -71,6 +73,7 @@ class Config:
     """A resolved config. Definitions are instances of their kind's ``Config``: ``config.mixers["kda"]``.
 
     mixers, mlps: those that the pattern uses.
+    val: data of which the held-out part is validated on beside that of ``data``: metrics val/<name>/loss.
     init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
     """
 
@@ -85,6 +88,7 @@ class Config:
     mlps: Named[mlps.Config]
     data: data_kinds.Config
     objective: objectives.Config
+    val: Named[data_kinds.Config]
     init_from: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +111,7 @@ def default() -> ConfigDict:
     config.mixers = ConfigDict({name: mixer(kind, **settings) for name, (kind, settings) in STANDARD.items()})
     config.mlps = ConfigDict({name: mlp(kind) for name, kind in STANDARD_MLPS.items()})
     config.data = data("text")
+    config.val = ConfigDict()
     config.objective = objective("next_token")
     config.init_from = ""
     return config
@@ -205,9 +210,8 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
         return
     *path, name = MOVED.get(field, field).split(".")
     section, depth = path[0] if path else name, len(path)
-    known = (*SECTIONS, *NAMED, *ONE)
-    if section not in known:
-        raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, known))
+    if section not in KNOWN:
+        raise ConfigError(field, text, f"there is no section {section!r}", nearest(section, KNOWN))
     component = section == "data" and depth == 3 and path[1] == "components"
     if depth != (2 if section in NAMED else 1) and not component:
         form = f"{section}.<name>.<setting>" if section in NAMED else f"{section}.<field>"
@@ -247,10 +251,9 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
     values = given.to_dict()
     _move(values)
     init_from = checked("init_from", str, values.pop("init_from", ""))
-    known = (*SECTIONS, *NAMED, *ONE)
     for name, section in values.items():
-        if name not in known:
-            raise ConfigError(name, section, "there is no such section", nearest(name, known))
+        if name not in KNOWN:
+            raise ConfigError(name, section, "there is no such section", nearest(name, KNOWN))
         mapping(section, name)
     sections: dict[str, Any] = {}
     for name, described in SECTIONS.items():
@@ -266,10 +269,10 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         }
         for section in NAMED
     }
-    names = pattern.parse(sections["model"].pattern, *definitions.values())
+    names = pattern.parse(sections["model"].pattern, *(definitions[section] for section in LAYERS))
     model = _filled(sections["model"], names, definitions["mixers"])
     layers = pattern.fill(names, model.num_layers)
-    for at, (section, found) in enumerate(definitions.items()):
+    for at, (section, found) in enumerate((section, definitions[section]) for section in LAYERS):
         used = {pattern.split(layer)[at] for layer in layers}
         used = mixers.with_parts(used, definitions["mixers"]) if section == "mixers" else used
         sections[section] = Named({name: one for name, one in found.items() if name in used})
@@ -282,7 +285,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)
         with under(section):
             sections[section].check()
-    return Config(**(sections | {"model": model}), init_from=init_from)
+    return Config(**(sections | {"model": model, "val": Named(definitions["val"])}), init_from=init_from)
 
 
 def _move(values: dict[str, Any]) -> None:
@@ -323,13 +326,12 @@ def check_batch(train: schema.Train, mesh: Mapping[str, int]) -> None:
 
 def _class(section: str, values: Mapping[str, Any]) -> type:
     """The dataclass of a definition, which depends on its kind."""
-    rooms = NAMED | ONE
-    return rooms[section].config_class(str(values.get("kind")))
+    return (NAMED | ONE)[section].config_class(str(values.get("kind")))
 
 
 def _definition(section: str, values: Any, prefix: str) -> Any:
     """A mixer's, an MLP's, the data's or the objective's settings, complete."""
-    if section == "data":
+    if section in ("data", "val"):
         return data_kinds.settings(values, prefix)
     mapping(values, prefix)
     owner, _, name = prefix.partition(".")

@@ -144,6 +144,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     table, total = layers(config), parameters(config)
     in_blocks = sum(row.parameters for row in table)
     moments = 2 * total - (in_blocks if config.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
+    moments += total if config.optimizer.ema else 0
     context = mesh.get("context", 1)
     shards = mesh["fsdp"] * mesh["tensor"] * context
     rows = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"])

@@ -38,5 +38,7 @@ def one_of(field: str, value: str, names: Collection[str]) -> None:
 def nearest(name: str, names: Iterable[str]) -> str:
     """'Did you mean ...?' for a misspelt name, or the whole list when nothing is close."""
     names = sorted(names)
+    if not names:
+        return "There is none yet."
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else "Known: " + ", ".join(names) + "."

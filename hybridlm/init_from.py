@@ -1,5 +1,7 @@
 """Starting a run from another's parameters: a workdir's newest checkpoint, or a Hugging Face folder.
 
+"DIR:ema" is the average of the weights in the workdir DIR (optimizer.ema).
+
 Layers are mapped by index, and inside a layer parameters by name; a mixer's or an MLP's only where the kind
 is the same, any only where the shape is. What finds no counterpart keeps its fresh value and is reported as
 new; what nobody takes is reported as dropped.
@@ -17,13 +19,15 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, untrusted
+from hybridlm import model, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
 from hybridlm.weights import CARRIED, TOKENIZER
 
 log = logging.getLogger("hybridlm")
+
+EMA = ":ema"
 
 
 class Source(NamedTuple):
@@ -65,11 +69,22 @@ def _said(kind: str, names: list[str], whole: bool) -> str:
     return kind if whole else f"{kind} {', '.join(names)}"
 
 
+def split(path: str | Path) -> tuple[Path, bool]:
+    """(folder, whether its average is meant) of "DIR" and "DIR:ema"."""
+    text = str(Path(path).absolute())
+    ema = text.endswith(EMA) and not Path(text).exists()
+    return Path(text.removesuffix(EMA) if ema else text), ema
+
+
 def check(path: str | Path) -> None:
     """ConfigError unless there is a model at ``path``, its config readable; opens no array."""
-    path = Path(path).absolute()
+    path, ema = split(path)
     if (path / "checkpoints").is_dir():
-        configs.of_run(path)
+        config = configs.of_run(path)
+        if ema:
+            weights.averaged(config, model.build(config), "init_from")
+    elif ema:
+        raise ConfigError("init_from", f"{path}{EMA}", "is the average of no run with checkpoints")
     elif (path / "config.json").is_file():
         from hybridlm.convert import families  # only a run that starts from one needs the converters
 
@@ -83,14 +98,17 @@ def check(path: str | Path) -> None:
 def source(path: str | Path) -> Iterator[Source]:
     """The model at ``path``."""
     check(path)
-    path = Path(path).absolute()
+    path, ema = split(path)
     if (path / "checkpoints").is_dir():
-        definition = model.build(configs.of_run(path))
+        config = configs.of_run(path)
+        definition = model.build(config)
         with checkpoint.Checkpoints(path / "checkpoints") as saves:
             steps = saves.steps()
             if not steps:
                 raise ConfigError("init_from", str(path), "has no checkpoint")
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
+            if ema:
+                arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition, "init_from"))
             yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
     else:
         from hybridlm.convert import families, incoming

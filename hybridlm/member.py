@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, optimizer, untrusted, weights
+from hybridlm import cost, data, generate, groups, optimizer, untrusted, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.program import NORMS, State, per_token
-from hybridlm.run import checkpoint, logbook, private, processes, replay, sound
+from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tensorboard
 from hybridlm.run.lock import Lock
 from hybridlm.run.watch import Watch
 
@@ -38,7 +38,10 @@ class Member:
     def __init__(self, config: Config, workdir: Path, evaluate: Evaluate | None, rows: np.ndarray):
         self.config, self.workdir, self.evaluate = config, workdir, evaluate
         self.train_data, self.val_data = (build_data(config, split, rows) for split in ("train", "val"))
+        self.val_sets = {name: val_set(config, name, self.train_data, rows) for name in config.val}
+        self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
         self.definition = lm.build(config)
+        groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter
         self.record = {
             "config": configs.portable(config),
             "layers": cost.summary(config),
@@ -62,6 +65,7 @@ class Member:
 
     def open(self, stack: ExitStack, resume: str) -> None:
         """Takes the workdir and opens its checkpoints, until ``stack`` closes."""
+        tensorboard.check(self.config.log.tensorboard and processes.first())
         sound.check_place(self.workdir / "checkpoints")
         self.lock = stack.enter_context(Lock(self.workdir)) if processes.first() else None
         if processes.first() and resume != "never":
@@ -78,7 +82,7 @@ class Member:
                 untrusted.write_json(self.workdir / name, value)
         if processes.first():
             weights.keep_tokenizer(self.workdir, self.train_data.tokenizer)
-        for dataset in (self.train_data, self.val_data):
+        for dataset in self.datasets:
             dataset.verify(jax.process_index(), jax.process_count())
         book = logbook.Logbook(self.workdir, self.config, start=start)
         self.book = stack.enter_context(book)
@@ -150,7 +154,7 @@ class Member:
 
     def save(self, step: int, state: State, rates: Metrics) -> None:
         """Starts a checkpoint. If a line of metrics is due at ``step``, what is known of it goes with it."""
-        for dataset in (self.train_data, self.val_data):
+        for dataset in self.datasets:
             dataset.verified()  # no checkpoint holds what was learnt from damaged data
         record = self.record | {"step": step, "skipped": self.watch.counts}
         if self.pauses(step) or due(step, self.config.log.every_steps):
@@ -211,11 +215,25 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_data(config: Config, split: str, rows: np.ndarray | None = None) -> data.Dataset:
-    """One split; rows: those of each batch that this process reads, None for all."""
+def build_data(config: Config, split: str, rows: np.ndarray | None = None, name: str = "") -> data.Dataset:
+    """One split; rows: those of each batch that this process reads, None for all.
+
+    name: of one of ``config.val`` in place of ``config.data``.
+    """
     t = config.train
     sizes = {"batch_size": t.batch_size, "seq_len": t.seq_len, "vocab_size": config.model.vocab_size}
-    return data.build(config.data, split=split, seed=t.seed, rows=rows, **sizes)
+    given, prefix = (config.val[name], f"val.{name}") if name else (config.data, "data")
+    return data.build(given, split=split, seed=t.seed, rows=rows, prefix=prefix, **sizes)
+
+
+def val_set(config: Config, name: str, train_data: data.Dataset, rows: np.ndarray | None) -> data.Dataset:
+    """The held-out part of ``config.val[name]``; ConfigError where its tokens are not those of training."""
+    found = build_data(config, "val", rows, name)
+    ours, theirs = train_data.tokenizer, found.tokenizer
+    if ours is not None and theirs is not None and ours.fingerprint != theirs.fingerprint:
+        problem = f"has the tokenizer {theirs.name}, the training data {ours.name}"
+        raise ConfigError(f"val.{name}", config.val[name].kind, problem, "Prepare it with the same.")
+    return found
 
 
 def held_out(sums: Mapping[str, Any]) -> Metrics:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, mlps, pattern, plan, schema, stack, trees
+from hybridlm import mixers, mlps, mup, pattern, plan, schema, stack, trees
 from hybridlm.block import Block, Spec, norm
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
@@ -134,8 +134,9 @@ class LM(nnx.Module):
         self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
 
     def head_matrix(self) -> jax.Array:
-        """[D, V] float32."""
-        return self.embedding[...].T if self.head is None else self.head[...]
+        """[D, V] float32, with muP's output multiplier in it."""
+        matrix = self.embedding[...].T if self.head is None else self.head[...]
+        return matrix / growth if (growth := mup.growth(self.definition.model)) != 1 else matrix
 
     def __call__(
         self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
@@ -230,7 +231,11 @@ def _flat(state: nnx.State) -> dict[str, Any]:
 
 def init(definition: Definition, key: jax.Array) -> Params:
     """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Jit it."""
-    return _flat(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
+    params = _flat(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
+    if (growth := mup.growth(definition.model)) == 1:
+        return params
+    meta = metadata(definition)
+    return {name: leaf * mup.init_factor(meta[name], growth) for name, leaf in params.items()}
 
 
 def merge(definition: Definition, params: Params) -> LM:
@@ -305,6 +310,12 @@ def unstack(definition: Definition, params: Params) -> dict[str, jax.Array]:
 def restack(definition: Definition, flat: dict[str, jax.Array]) -> Params:
     """The inverse of `unstack`."""
     return stack.restack(definition.layout, flat, list(shapes(definition)))
+
+
+def trained_shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of every parameter that the optimiser trains, by canonical name."""
+    known, meta = shapes(definition), metadata(definition)
+    return stack.shapes_apart(definition.layout, {n: known[n] for n in known if meta[n].trained})
 
 
 def canonical_shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:

@@ -21,18 +21,21 @@ CUDA = "Python >= 3.12 and `pip install 'hybridlm[cuda]'` (jax >= 0.11.2 with CU
 
 def lines(
     config: Config, workdir: Path, start: int, mesh: Mapping[str, int], program: Any,
-    datasets: Sequence[Dataset], runs: int = 1,
+    datasets: Mapping[str, Dataset], runs: int = 1,
 ) -> list[str]:  # fmt: skip
     """What a user wants to know at once, a line each.
 
-    start: the step resumed from.  datasets: for training, and held out.  runs: that share ``program``.
+    start: the step resumed from.  datasets: for training, then held out, by name.
+    runs: that share ``program``.
     """
     summary, steps = cost.summary(config), config.train.steps
+    (_, train), *held = datasets.items()
+    held_out = "; ".join(f"{name}: {one.source.describe()}" for name, one in held)
     said = {
         "devices": _devices(mesh),
         "kernels": kernels(choices(config, program, runs)),
         "model": f"{summary['parameters']:,} parameters, {summary['plan']}; {report.full_layers(config)}",
-        "data": report.amount(config, datasets[0]) + f"; held out: {datasets[1].source.describe()}",
+        "data": f"{report.amount(config, train)}; {held_out}",
         "workdir": private.hide(str(workdir)),
         "steps": f"{start + 1:,} to {steps:,}, " + (f"resumed at step {start:,}" if start else "a new run"),
     }

@@ -5,7 +5,8 @@ matrices, scaled to AdamW's RMS (Liu et al. 2025, arXiv:2502.16982, eq. 4: 0.2 *
 one learning rate and one decay serve both; everything else in a Muon run takes AdamW.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from hybridlm import schema
 MUON_RMS = 0.2
 
 Schedule = Callable[[jax.Array], jax.Array]
+Factors = Mapping[str, tuple[Any, Any]]
 
 
 def schedule(config: schema.Optimizer, steps: int) -> Schedule:
@@ -49,6 +51,16 @@ def schedule(config: schema.Optimizer, steps: int) -> Schedule:
     return learning_rate
 
 
+def ema_rate(decay: float, count: jax.Array) -> jax.Array:
+    """The share of the new weights in their average after the update that follows ``count`` updates.
+
+    (1 - decay) / (1 - decay^(count + 1)): the average is then that from zero with Adam's correction of its
+    bias (Kingma & Ba 2015, section 3), which the weights at the start, random ones, have no part in.
+    """
+    past = jnp.asarray(count, jnp.float32) + 1
+    return (1 - decay) / -jnp.expm1(past * math.log(decay))
+
+
 def group(meta: Any) -> str:
     """The rule that a parameter of a Muon run follows: "muon", "decay" (AdamW) or "no_decay" (AdamW without).
 
@@ -60,21 +72,32 @@ def group(meta: Any) -> str:
     return "decay" if {"vocab", "taps"} & set(meta.axes[-2:]) else "muon"
 
 
-def build(config: schema.Optimizer, steps: int, metadata: Any) -> optax.GradientTransformation:
+def build(
+    config: schema.Optimizer, steps: int, metadata: Any, factors: Factors | None = None
+) -> optax.GradientTransformation:
     """The transformation: clipping by global norm (``clip_norm``; 0: none), then the optimiser ``name``.
 
     metadata: tree of parameters with leaves that have ``axes`` and ``decay``.
+    factors: of a flat dict of parameters, `hybridlm.groups`; those that it lacks have none.
     """
     is_meta = lambda leaf: hasattr(leaf, "decay")
     groups = jax.tree.map(group, metadata, is_leaf=is_meta)
     rate = schedule(config, steps)
 
     def adamw(weight_decay: float) -> optax.GradientTransformation:
-        return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=weight_decay)
+        return optax.chain(
+            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            decayed(weight_decay, factors or {}),
+            optax.scale_by_learning_rate(rate),
+        )
 
     if config.name == "adamw":
         groups = jax.tree.map(lambda name: "decay" if name == "muon" else name, groups)
-    rules = {"muon": muon(config, rate), "decay": adamw(config.weight_decay), "no_decay": adamw(0.0)}
+    rules = {
+        "muon": muon(config, rate, factors or {}),
+        "decay": adamw(config.weight_decay),
+        "no_decay": adamw(0.0),
+    }
     update = optax.partition({name: rules[name] for name in sorted(set(jax.tree.leaves(groups)))}, groups)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
@@ -82,7 +105,18 @@ def build(config: schema.Optimizer, steps: int, metadata: Any) -> optax.Gradient
     )  # both forms have the same state, so that a resumed run may change its mind
 
 
-def muon(config: schema.Optimizer, rate: Schedule) -> optax.GradientTransformation:
+def decayed(weight_decay: float, factors: Factors) -> optax.GradientTransformation:
+    """u -> rate * (u + weight_decay * decay * p), where (rate, decay) are the parameter's ``factors``."""
+
+    def change(path: Any, update: jax.Array, param: jax.Array) -> jax.Array:
+        rate, decay = factors.get(str(getattr(path[-1], "key", "")), (1.0, 1.0))
+        update = update + weight_decay * decay * param
+        return update if isinstance(rate, float) and rate == 1 else rate * update
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(change, updates, params))
+
+
+def muon(config: schema.Optimizer, rate: Schedule, factors: Factors) -> optax.GradientTransformation:
     """Muon over the last two axes of each leaf; leading axes (stacked layers) are independent matrices."""
 
     def matrices(updates: Any) -> Any:
@@ -96,6 +130,6 @@ def muon(config: schema.Optimizer, rate: Schedule) -> optax.GradientTransformati
     return optax.chain(
         contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=matrices),
         optax.stateless(match_adamw),
-        optax.add_decayed_weights(config.weight_decay),
+        decayed(config.weight_decay, factors),
         optax.scale_by_learning_rate(rate),
     )

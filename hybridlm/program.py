@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from hybridlm import groups, objectives, optimizer, qk_clip, sharding, stack
 from hybridlm import model as lm
-from hybridlm import objectives, optimizer, qk_clip, sharding, stack
 from hybridlm.config import Config
 from hybridlm.objectives import Batch, Sums
 from hybridlm.softmax_attention import imbalance
@@ -31,7 +31,8 @@ class Program(NamedTuple):
     """The compiled parts of a run, or of R runs together, all over one mesh; R is then the leading axis of
     the state, of batches but in `evaluate`, and of what comes back.
 
-    init: key (or keys [R]) -> state: params, opt_state, and step, the number of updates applied.
+    init: key (or keys [R]) -> state: params, opt_state, and step, the number of updates applied; with
+        optimizer.ema also ema, the average of the trained parameters.
     step: (state, batch) -> (state, metrics). A loss or gradient that is not finite changes nothing in the
         state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
@@ -58,6 +59,7 @@ def build(
     """
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
+    factors = groups.factors(definition, config.optimizer)
     sizes = None
     if token_bytes is not None:
         sizes = jnp.zeros(definition.vocab_size).at[: len(token_bytes)].set(token_bytes)
@@ -66,12 +68,13 @@ def build(
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
         steps = config.train.steps
-        return optimizer.build(settings, steps, trained), optimizer.schedule(settings, steps)
+        return optimizer.build(settings, steps, trained, factors), optimizer.schedule(settings, steps)
 
     def init(key: jax.Array) -> State:
         params = lm.init(definition, key)
         opt_state = transformation(config.optimizer.learning_rate)[0].init(part(params, trained))
-        return {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
+        average = {"ema": part(params, trained)} if config.optimizer.ema else {}
+        return {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)} | average
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
@@ -92,6 +95,9 @@ def build(
         changed = optax.apply_updates(part(params, trained), updates)
         changed |= gradients.clipped(changed, sums) | gradients.ruled(params, sums)
         new = {"params": params | changed, "opt_state": opt_state}
+        if config.optimizer.ema:
+            share = optimizer.ema_rate(config.optimizer.ema, state["step"])
+            new["ema"] = optax.incremental_update(part(new["params"], trained), state["ema"], share)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
         if windows:

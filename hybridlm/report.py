@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, schema
+from hybridlm import ahead, cost, data, groups, model, schema
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
@@ -61,6 +61,7 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
     """
     mesh = mesh_sizes(config.mesh, ahead.parse(devices) if devices else jax.device_count())
     configs.check_batch(config.train, mesh)
+    groups.factors(model.build(config), config.optimizer)
     console.print(configs.to_yaml(config), highlight=False, markup=False, soft_wrap=True)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():
@@ -95,14 +96,16 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
         "memory per device, estimate": f"{quantity(sum(memory), 'B')} ({parts})",
         "training data": _data(config, "train"),
         "held-out data": _data(config, "val"),
+        **{f"val.{name}": _data(config, "val", name) for name in config.val},
     }
 
 
-def _data(config: Config, split: str) -> str:
+def _data(config: Config, split: str, name: str = "") -> str:
     train = config.train
+    given, prefix = (config.val[name], f"val.{name}") if name else (config.data, "data")
     try:
         dataset = data.build(
-            config.data, split=split, seed=train.seed,
+            given, prefix=prefix, split=split, seed=train.seed,
             batch_size=train.batch_size, seq_len=train.seq_len, vocab_size=config.model.vocab_size,
         )  # fmt: skip
     except ConfigError as error:

@@ -6,11 +6,13 @@ and objectives describe their own settings in the same way, each in its ``Config
 """
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 from hybridlm.errors import ConfigError
 from hybridlm.fields import INT32, Count, Epsilon, Fraction, Limits, NonNegative, Positive
 
+FACTOR = r"(?:[0-9]{1,5}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
 
 
@@ -27,6 +29,8 @@ class Model:
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
         mixer (all but the MLP's first matmuls). What is kept costs memory, what is recomputed time.
     scan: False unrolls the stack, for debugging; compile time then grows with depth.
+    mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
+        0: the standard parametrisation.
     """
 
     pattern: str = "kda*3 full"
@@ -41,6 +45,7 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "dots", "mixer"] = "full"
     scan: bool = True
+    mup_base_width: Count = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +61,11 @@ class Optimizer:
     b1, b2, eps: of AdamW.  muon_momentum: of Muon, Nesterov's.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
         embedding, layers.*.mlp.*, layers.0.* ...
+    groups: "PATTERN=LR" or "PATTERN=LR/DECAY", patterns as in ``freeze``: by what the learning rate, and the
+        weight decay beside it, are multiplied for parameters of those names; the last that matches counts.
+    ema: decay of the exponential moving average of the weights that is kept beside them, validated with them
+        (metrics ema/val_loss ...) and taken on request (generate and export --ema, init_from "DIR:ema");
+        0: none is kept.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -72,6 +82,22 @@ class Optimizer:
     muon_momentum: Fraction = 0.95
     qk_clip: NonNegative = 0.0
     freeze: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    ema: Annotated[float, Limits(0, 0.999999)] = 0.0
+
+    def check(self) -> None:
+        self.multipliers()
+
+    def multipliers(self) -> list[tuple[str, float, float]]:
+        """(pattern, of the learning rate, of the weight decay) of each of ``groups``."""
+        found = []
+        for text in self.groups:
+            match = re.fullmatch(rf"([^=]+)=({FACTOR})(?:/({FACTOR}))?", text.replace(" ", ""))
+            if not match:
+                fix = "For example layers.*.mlp.*=0.5, or embedding=0.1/0 for no decay."
+                raise ConfigError("groups", text, "must be PATTERN=LR or PATTERN=LR/DECAY", fix)
+            found.append((match[1], float(match[2]), float(match[3] or 1)))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +110,8 @@ class Train:
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
     compilation_cache: folder that keeps compiled programs for the next start; "auto": in the user's cache
         folder ($XDG_CACHE_HOME), "": none. $JAX_COMPILATION_CACHE_DIR goes before it.
+    profile_steps: the first and the last step (from 1) of a window that JAX's profiler watches: a table of
+        where their time went, and the trace, in ``profile/`` of the workdir; (): none.
     """
 
     steps: Positive = 1000
@@ -94,12 +122,17 @@ class Train:
     max_skipped: Count = 8
     max_minutes: NonNegative = 0.0
     compilation_cache: str = "auto"
+    profile_steps: tuple[int, ...] = ()
 
     def check(self) -> None:
         if self.batch_size % self.microbatches:
             raise ConfigError(
                 "microbatches", self.microbatches, f"must divide train.batch_size = {self.batch_size}"
             )
+        window = self.profile_steps
+        if window and not (len(window) == 2 and 1 <= window[0] <= window[1] <= self.steps):
+            problem = f"must be the first and the last step of a window in 1 to train.steps = {self.steps}"
+            raise ConfigError("profile_steps", window, problem, "For example 10, 12.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +180,15 @@ class Log:
     """every_steps: between lines of metrics.jsonl.
     wandb_mode: online needs a key (or ``wandb login``) and is offline without one.
     project, name: of the run in W&B; an empty name is the workdir's.
+    tensorboard: the same numbers as TensorBoard's event files, in ``tensorboard/`` of the workdir; needs the
+        extra of that name.
     """
 
     every_steps: Positive = 10
     wandb_mode: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "hybridlm"
     name: str = ""
+    tensorboard: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

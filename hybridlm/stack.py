@@ -56,7 +56,9 @@ class Stack(nnx.Module):
 
     def _stack(self, spec: Any, indices: np.ndarray, keys: jax.Array) -> Block:
         def block(key: jax.Array, layer: Any) -> Block:
-            site = Site(self.model.d_model, layer, self.layout.num_layers)
+            site = Site(
+                self.model.d_model, layer, self.layout.num_layers, mup=bool(self.model.mup_base_width)
+            )
             return Block(self.model, spec, site, rngs=nnx.Rngs(params=key))
 
         graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0), 0)))

@@ -2,8 +2,8 @@
 
 The loop trains one run, or several together that differ in seed and learning rate only (`Member`s, under
 `jax.vmap`); a member that fails leaves the others alone. The whole state of a run is {"params", "opt_state",
-"step"}; the batch of a step is a function of the seed and the step, and there is no other randomness. A run
-that was killed and resumed therefore writes the same metrics as one that was not.
+"step"} and, if it is wanted, "ema"; the batch of a step is a function of the seed and the step, and there is
+no other randomness. A run that was killed and resumed therefore writes the same metrics as one that was not.
 
 Save first, then look: the checkpoint of a step is begun before the step is validated, sampled or plotted.
 """
@@ -25,11 +25,11 @@ from jax.sharding import Mesh
 from hybridlm import config as configs
 from hybridlm import cost, init_from, opening, program, report, sharding
 from hybridlm.config import Config
-from hybridlm.data import baselines
+from hybridlm.data import Dataset, baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.member import Evaluate, Member, Metrics, due, held_out
 from hybridlm.program import NORMS, State
-from hybridlm.run import checkpoint, cli, interrupt, logbook, picture, private, processes, programs
+from hybridlm.run import checkpoint, cli, interrupt, logbook, picture, private, processes, profile, programs
 from hybridlm.run.clock import Clock
 from pallas_kernels import auto_means
 
@@ -136,12 +136,15 @@ class Trainer:
                         n: value for line in one.book.kept[-1:] for n, value in line.items() if n != "step"
                     }
             if start < self.config.train.steps:
-                self.loop(state, start)
+                window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
+                stack.callback(window.close)
+                self.loop(state, start, window)
 
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, before anything is compiled."""
         one = self.members[0]
-        datasets = (one.train_data, one.val_data)
+        datasets = {"": one.train_data, "held out": one.val_data}
+        datasets |= {f"val.{name}": dataset for name, dataset in one.val_sets.items()}
         said = opening.lines(
             one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
         )
@@ -205,7 +208,7 @@ class Trainer:
     def alive(self) -> list[tuple[int, Member]]:
         return [(r, one) for r, one in enumerate(self.members) if not one.failed]
 
-    def loop(self, state: State, start: int) -> None:
+    def loop(self, state: State, start: int, window: profile.Window) -> None:
         config, steps = self.config, self.config.train.steps
         run = self.compiled(state, start)
         if jax.process_count() == 1 and self.stop.asked():
@@ -215,7 +218,9 @@ class Trainer:
         batches = self.batches(start)
         behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
+            window.before(step, state)
             state, now = run(state, self.put(clock.next(batches)))
+            window.after(step, now, run)
             if behind:  # read one step late, so that the devices always have the next one queued
                 self.settle(*behind)
                 if due(behind[0], config.log.every_steps):
@@ -293,16 +298,34 @@ class Trainer:
 
         def measure(r: int) -> Metrics:
             if not found:
-                found.append(self.validation(state["params"]))
+                found.append(self.validation(state))
             return found[0][r]
 
         for r, one in self.alive():
             one.finish(step, self.own(state, r)["params"], partial(measure, r), rates)
 
-    def validation(self, params: Any) -> list[Metrics]:
-        """val_loss, val_accuracy and val_bpb of each member over the first held-out batches, the same every
-        time; what is held out does not depend on the seed."""
-        dataset, wanted = self.members[0].val_data, self.config.eval.batches
+    def validation(self, state: State) -> list[Metrics]:
+        """val_loss, val_accuracy and val_bpb of each member, and val/<name>/loss ... of ``config.val``; with
+        optimizer.ema, ema/val_loss ... of the averaged weights."""
+        found = self.of_weights(state["params"])
+        if "ema" in state:
+            average = self.of_weights(state["params"] | state["ema"])
+            for metrics, more in zip(found, average, strict=True):
+                metrics |= {f"ema/{name}": value for name, value in more.items()}
+        return found
+
+    def of_weights(self, params: Any) -> list[Metrics]:
+        one = self.members[0]
+        found = self.validated(params, one.val_data)
+        for name, dataset in one.val_sets.items():
+            for metrics, more in zip(found, self.validated(params, dataset), strict=True):
+                metrics |= {f"val/{name}/{key.removeprefix('val_')}": more[key] for key in more}
+        return found
+
+    def validated(self, params: Any, dataset: Dataset) -> list[Metrics]:
+        """The metrics of each member over the first held-out batches, the same every time; what is held out
+        does not depend on the seed."""
+        wanted = self.config.eval.batches
         count = min(wanted, dataset.num_batches or wanted)
         put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
         host = jax.device_get([self.program.evaluate(params, put(i)) for i in range(count)])

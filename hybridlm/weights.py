@@ -26,9 +26,10 @@ class Weights(NamedTuple):
     step: int
 
 
-def load(workdir: str | Path, step: int | None = None, **changes: str) -> Weights:
+def load(workdir: str | Path, step: int | None = None, ema: bool = False, **changes: str) -> Weights:
     """The run in ``workdir`` at ``step`` (None: its newest checkpoint), on one device.
 
+    ema: the average of its weights in place of them.
     changes: to the config, such as model__dtype="float32". ConfigError where there is no such checkpoint.
     """
     workdir = Path(workdir).absolute()
@@ -46,7 +47,17 @@ def load(workdir: str | Path, step: int | None = None, **changes: str) -> Weight
         place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         like = jax.tree.map(place, model.canonical_shapes(definition))
         flat = saves.restore(step, {"params": like})["params"]
+        if ema:
+            average = {name: like[name] for name in averaged(config, definition)}
+            flat |= saves.restore(step, {"ema": average})["ema"]
     return Weights(config, definition, jax.jit(lambda flat: model.restack(definition, flat))(flat), step)
+
+
+def averaged(config: Config, definition: model.Definition, field: str = "--ema") -> list[str]:
+    """The names of the parameters that the run of ``config`` keeps an average of; ConfigError if of none."""
+    if not config.optimizer.ema:
+        raise ConfigError(field, True, "the run kept no average of its weights", "Train with optimizer.ema.")
+    return list(model.trained_shapes(definition))
 
 
 def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:

@@ -17,8 +17,8 @@ from hybridlm.errors import RunError
 from hybridlm.run import logbook
 
 
-def config(mode="disabled", steps=100):
-    log = {"wandb_mode": mode, "project": "test", "name": ""}
+def config(mode="disabled", steps=100, tensorboard=False):
+    log = {"wandb_mode": mode, "project": "test", "name": "", "tensorboard": tensorboard}
     return FrozenConfigDict({"log": log, "train": {"steps": steps}})
 
 

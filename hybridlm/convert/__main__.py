@@ -39,6 +39,9 @@ def main(argv: Sequence[str]) -> int:
             added.add_argument(f"--{name}", required=True, help=text)
         if command == "export":
             added.add_argument("--model_type", default="", help="default: that of the import, else what fits")
+            added.add_argument(
+                "--ema", action="store_true", help="the average of the weights (optimizer.ema)"
+            )
             added.add_argument("--dtype", default="", help="F32, BF16 or F16; default: as imported, else F32")
         if command in ("export", "logits"):
             added.add_argument("--step", type=int, help="default: the newest checkpoint")
@@ -54,7 +57,7 @@ def convert(given: argparse.Namespace) -> None:
         console.print(report.layer_table(config))
         console.print(f"{cost.parameters(config):,} parameters in {given.workdir}", highlight=False)
     elif given.command == "export":
-        args = (given.workdir, given.hf, given.model_type, given.dtype, given.step)
+        args = (given.workdir, given.hf, given.model_type, given.dtype, given.step, given.ema)
         print(f"{outgoing.export_hf(*args)} checkpoint in {given.hf}")
     elif given.command == "upgrade":
         steps = ", ".join(map(str, upgrade.upgrade(given.workdir)))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, untrusted
+from hybridlm import model, untrusted, weights
 from hybridlm.convert import tensors, tokens
 from hybridlm.convert.families import CONFIG, FAMILIES, Plan, plan, read_config, written
 from hybridlm.convert.family import same_model
@@ -35,12 +35,14 @@ Manifest = dict[str, dict[str, Any]]
 
 
 def export_hf(
-    workdir: str | Path, directory: str | Path, model_type: str = "", dtype: str = "", step: int | None = None
-) -> str:
+    workdir: str | Path, directory: str | Path, model_type: str = "", dtype: str = "",
+    step: int | None = None, ema: bool = False,
+) -> str:  # fmt: skip
     """Writes the newest checkpoint of ``workdir`` (or that at ``step``) as a Hugging Face folder.
 
     model_type: of the result; "" is that of the import, or else the first family that can say the model.
-    dtype: F32, BF16 or F16; "" is that of the import, or else F32. Returns the model_type.
+    dtype: F32, BF16 or F16; "" is that of the import, or else F32.  ema: the average of the weights in place
+        of them. Returns the model_type.
     """
     workdir, directory = Path(workdir).absolute(), Path(directory).absolute()
     if dtype and dtype not in tensors.DTYPES:
@@ -49,6 +51,7 @@ def export_hf(
     definition = model.build(config)
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError("--workdir", str(workdir), "holds no checkpoints", "Train the run first.")
+    averaged = weights.averaged(config, definition) if ema else []
     beside = directory.with_name(f".{directory.name}.exporting")
     with writing("--hf", directory), checkpoint.Checkpoints(workdir / "checkpoints") as saves:
         if directory.exists() and any(directory.iterdir()):
@@ -57,7 +60,10 @@ def export_hf(
         if not steps or step not in (None, *steps):
             raise ConfigError("--workdir", str(workdir), f"has checkpoints at steps {steps}")
         names = model.canonical_shapes(definition)
-        params = saves.open(steps[-1] if step is None else step, "params", names)
+        step = steps[-1] if step is None else step
+        params = saves.open(step, "params", names)
+        if ema:
+            params |= saves.open(step, "ema", averaged)
         carried = _carried(workdir, definition) if not model_type else None
         model_type, values = carried or written(definition, model_type)
         planned = plan(definition, FAMILIES[model_type])

@@ -153,18 +153,20 @@ def build(
     seed: int,
     vocab_size: int,
     rows: np.ndarray | None = None,
+    prefix: str = "data",
 ) -> Dataset:
     """The ``split`` ("train" or "val") of the data that ``given`` describes, a config's or a mapping.
 
     batch_size: rows of a batch over all processes.  seq_len: tokens of a row.  seed: of the training order.
     vocab_size: ids of the model.  rows: those of each batch that this process reads; None: all.
+    prefix: of the fields in errors.
     Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
     has, and for training data that do not fill one batch.
     """
     if batch_size < 1:
         raise ConfigError("train.batch_size", batch_size, "must be positive")
     view = View(split, seq_len, seed, vocab_size)
-    with under("data"):
+    with under(prefix):
         config = given if isinstance(given, Config) else settings(given)
         config.check()
         source = _open(config, view)

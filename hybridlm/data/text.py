@@ -20,7 +20,8 @@ BATCH = 256  # documents handed to the tokenizer at once
 @dataclasses.dataclass(frozen=True)
 class Config(source.Config):
     """path: comma-separated globs of the files, or "python-stdlib:" for the source of Python's own library.
-    val_path: globs of the held-out files; "" holds out a part of ``path`` instead.
+    val_path: globs of the held-out files; "" holds out a part of ``path`` instead. Data that are only
+        validated on (``config.val``) need no ``path`` beside it.
     holdout: part of the files of ``path`` kept for validation, chosen by a hash of each file's relative path;
         of two or more at least one, of a single file its end.
     tokenizer: "bytes" or a Hugging Face tokenizer.json. Bytes are kept as they are; a tokenizer file reads
@@ -35,10 +36,14 @@ class Config(source.Config):
     tokenizer: str = "bytes"
 
     def check(self) -> None:
-        if not self.path:
-            raise ConfigError("path", "", "must name files", f"Give globs, or {files.STDLIB!r}.")
+        if not self.path and not self.val_path:
+            raise nothing()
         if not 0 <= self.holdout < 1:
             raise ConfigError("holdout", self.holdout, "must be in [0, 1)", "0.05 keeps one file of twenty.")
+
+
+def nothing() -> ConfigError:
+    return ConfigError("path", "", "must name files", f"Give globs, or {files.STDLIB!r}.")
 
 
 def open_source(config: Config, view: View) -> PackedDocuments:
@@ -49,7 +54,9 @@ def open_source(config: Config, view: View) -> PackedDocuments:
 
 def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
     """(key, text) of the documents of ``split``. A file belongs to one split; a single file is cut."""
-    found = files.find(config.path, "path")
+    if not config.path and split == "train":
+        raise nothing()
+    found = files.find(config.path, "path") if config.path else []
     if config.val_path:
         held = files.find(config.val_path, "val_path")
         paths = {os.path.realpath(file.path) for file in held}

@@ -53,7 +53,7 @@ class Writer:
         self.how.check()
         for name, kind in LIMITS.items():
             checked(f"--{name}", kind, getattr(flags, name))
-        config, self.definition, self.params, _ = weights.load(workdir, flags.checkpoint)
+        config, self.definition, self.params, _ = weights.load(workdir, flags.checkpoint, flags.ema)
         tokens = weights.tokenizer(workdir, config)
         if tokens is None:
             raise ConfigError("--workdir", str(workdir), f"its data ({config.data.kind}) stand for no text")
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="the same one gives the same texts (default: %(default)s)")
     add("-n", type=int, default=1, help="texts (default: %(default)s)")
     add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
+    add("--ema", action="store_true", help="with the average of the weights (optimizer.ema)")
     add("--raw", action="store_true", help="without the chat template, if the run has one")
     flags = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", force=__name__ == "__main__")  # to stderr

@@ -38,6 +38,7 @@ class Site(NamedTuple):
 
     layer may be traced, since layers of one kind are made together.
     leaves, reuses: labels of keys and values that it leaves to later layers or reuses (`hybridlm.pattern`).
+    mup: whether softmax attention scales its logits as in muP (`hybridlm.mup`).
     """
 
     d_model: int
@@ -45,6 +46,7 @@ class Site(NamedTuple):
     num_layers: int = 1
     leaves: str = ""
     reuses: str = ""
+    mup: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

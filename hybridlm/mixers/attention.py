@@ -28,6 +28,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, normal, param, rotate, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.mup import logit_scale
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, record_largest, visible
 from hybridlm.token_cache import Held, TokenCache, hold, packed_indices, slots
@@ -243,6 +244,7 @@ class Mixer(TokenMixer):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config, d_model = config, site.d_model
         self.leaves, self.reuses = site.leaves, site.reuses
+        self.scale = logit_scale(config.head_dim, site.mup)
         heads, self.kv_heads = config.heads(d_model)
         width, kv_width = heads * config.head_dim, self.kv_heads * config.head_dim
         kv_axes = ("embed", "kv_heads")
@@ -294,7 +296,7 @@ class Mixer(TokenMixer):
         """now: what has been forgotten up to each query, with a cache that has the same of its keys."""
         k, v, *then = held.tokens
         sinks = None if self.sinks is None else self.sinks[...]
-        scale, window = self.config.head_dim**-0.5, self.config.window
+        scale, window = self.scale, self.config.window
         if held.start is None or held.index_S is None:
             record_largest(context, q_BTHK, k, scale=scale, window=window)
             return attend(

@@ -25,6 +25,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.mup import logit_scale
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
 from hybridlm.softmax_attention import attend, record_largest, visible
@@ -165,6 +166,7 @@ class Mixer(TokenMixer):
         d_model = site.d_model
         self.config, heads = config, config.heads(d_model)
         self.leaves, self.reuses = site.leaves, site.reuses
+        self.scale = logit_scale(config.qk_head_dim, site.mup)
         rank, q_rank, shared = config.kv_lora_rank, config.q_lora_rank, config.qk_rope_head_dim
         if q_rank:
             self.q_a_proj = Linear(d_model, q_rank, rngs=rngs, axes=("embed", None))
@@ -182,7 +184,7 @@ class Mixer(TokenMixer):
         self, x_BTD: jax.Array, context: Context, cache: TokenCache | None = None
     ) -> tuple[jax.Array, TokenCache | None]:
         rows = context.rows
-        nope, scale = self.config.qk_nope_head_dim, self.config.qk_head_dim**-0.5
+        nope, scale = self.config.qk_nope_head_dim, self.scale
         q_BTHK = self.q_proj(self.q_a_norm(self.q_a_proj(x_BTD)) if self.config.q_lora_rank else x_BTD)
         q_BTHK = split_heads(q_BTHK, self.config.qk_head_dim)
         q_BTHN, q_BTHP = q_BTHK[..., :nope], self._rotate(q_BTHK[..., nope:], rows)

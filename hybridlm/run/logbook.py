@@ -1,8 +1,9 @@
-"""What a run tells the world: metrics.jsonl, Weights & Biases, a progress bar. Process 0 only.
+"""What a run tells the world: metrics.jsonl, Weights & Biases, TensorBoard, a progress bar. Process 0
+only.
 
-metrics.jsonl is the record: one JSON object per logged step, ascending. W&B gets the same numbers and can
-never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines that follow are
-those of a run that was never interrupted.
+metrics.jsonl is the record: one JSON object per logged step, ascending. W&B and TensorBoard get the same
+numbers and can never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines
+that follow are those of a run that was never interrupted.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from hybridlm import config as configs
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
+from hybridlm.run import tensorboard
 
 log = logging.getLogger("hybridlm")
 
@@ -116,7 +118,10 @@ class Logbook:
         first = jax.process_index() == 0
         self.path = workdir / "metrics.jsonl" if first else Path(os.devnull)
         self.bar = Bar(start, config.train.steps, quiet=not first)
-        self.tracker = Tracker(workdir, config, "disabled" if not first else config.log.wandb_mode)
+        self.trackers = (
+            Tracker(workdir, config, config.log.wandb_mode if first else "disabled"),
+            tensorboard.Board(workdir, config.log.tensorboard and first, start),
+        )
         self.kept = truncate(self.path, start) if first else []
         self.last = self.kept[-1]["step"] if self.kept else 0
         self.waiting: list[bytes] = []
@@ -131,7 +136,8 @@ class Logbook:
         self._flush()
         self.bar.close()
         self.file.close()
-        self.tracker.close(failed=error is not None)
+        for tracker in self.trackers:
+            tracker.close(failed=error is not None)
         if self.waiting:
             problem = f"{self.path}: {len(self.waiting)} lines could not be written: {self.refused}."
             log.error("%s", problem)
@@ -147,7 +153,8 @@ class Logbook:
         self.waiting.append(json.dumps({"step": step, **metrics}, allow_nan=False).encode() + b"\n")
         self._flush()
         known = {name: value for name, value in metrics.items() if value is not None}
-        self.tracker.log(step, known)
+        for tracker in self.trackers:
+            tracker.log(step, known)
         self.bar.show(step, known)
         return "" if before else self.refused
 

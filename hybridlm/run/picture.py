@@ -1,5 +1,6 @@
 """loss.png: the loss of a run, training and held-out, beside what needs no model."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from hybridlm import untrusted
 
 NONE: Mapping[str, float] = {}
+VAL_SET = re.compile("val/.+/loss")  # of config.val
 SMOOTH = 0.05  # part of the curve's points that an average reaches over
 
 
@@ -24,6 +26,11 @@ def plot(records: Sequence[Any], path: Path, title: str = "", references: Mappin
     if held_out:
         values = [r["val_loss"] for r in held_out]
         axes.plot([r["step"] for r in held_out], values, "o-", color="C1", markersize=3, label="held out")
+    names = dict.fromkeys(key for r in records for key in r if VAL_SET.fullmatch(key))
+    for number, name in enumerate(names, 2):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        label = untrusted.plot(name.removesuffix("/loss"))
+        axes.plot(*zip(*points, strict=True), ".-", color=f"C{number}", linewidth=1, label=label)
     for number, (name, level) in enumerate(references.items()):
         style = ("--", ":", "-.")[number % 3]
         axes.axhline(level, color="0.4", linewidth=1, linestyle=style, label=f"{name}, held out")
