@@ -21,14 +21,12 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import commands, mixers, mlps, objectives, pattern, schema, untrusted
+from hybridlm import commands, mixers, mlps, objectives, pattern, schema, stages, untrusted
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
 from hybridlm.schema import SECTIONS
-
-log = logging.getLogger("hybridlm")
 
 log = logging.getLogger("hybridlm")
 
@@ -66,6 +64,7 @@ class Config:
 
     mixers, mlps: those that the pattern uses.
     init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
+    stages: parts of the run with settings of their own (`hybridlm.stages`); empty: it has none.
     """
 
     model: schema.Model
@@ -80,10 +79,11 @@ class Config:
     data: data_kinds.Config
     objective: objectives.Config
     init_from: str = ""
+    stages: Named[Any] = dataclasses.field(default_factory=Named)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, from which `resolve` makes the same again."""
-        return plain(self)
+        return {name: value for name, value in plain(self).items() if name != "stages" or value}
 
     def replace(self, **fields: Any) -> "Config":
         """With other values, fields written with a double underscore: ``train__steps=3``."""
@@ -201,6 +201,9 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
     if field == "init_from":
         config[field] = text
         return
+    if field.startswith("stages."):
+        stages.override(config, field, text)
+        return
     *path, name = MOVED.get(field, field).split(".")
     section, depth = path[0] if path else name, len(path)
     known = (*SECTIONS, *NAMED, *ONE)
@@ -245,6 +248,8 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
     values = given.to_dict()
     _move(values)
     init_from = checked("init_from", str, values.pop("init_from", ""))
+    parts = values.pop("stages", {})
+    mapping(parts, "stages")
     known = (*SECTIONS, *NAMED, *ONE)
     for name, section in values.items():
         if name not in known:
@@ -277,7 +282,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)
         with under(section):
             sections[section].check()
-    return Config(**(sections | {"model": model}), init_from=init_from)
+    return stages.complete(Config(**(sections | {"model": model}), init_from=init_from), parts)
 
 
 def _move(values: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ FIXED = (
     "train.seq_len",
     "optimizer.name",
     "optimizer.freeze",
+    "stages",
 )
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
 FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state
