@@ -93,6 +93,7 @@ def _scan(
     zero = LossSums.zero(), jnp.zeros((), jnp.float32)
     start = zero, jnp.zeros(head.shape if slopes else (), jnp.float32)
     xs = tuple(loss.chunks(x, chunk) for x in (padded, seen, targets))
+    d_chunks: jax.Array
     (sums, d_head), d_chunks = jax.lax.scan(step, start, xs)
     if not slopes:
         return sums, hidden, d_head

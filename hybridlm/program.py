@@ -43,7 +43,7 @@ class Program(NamedTuple):
     step: Callable[..., tuple[State, dict[str, Any]]]
     evaluate: Callable[..., Sums]
     shapes: State
-    teacher: tuple[lm.Params, ...] = ()
+    teacher: tuple[State, ...] = ()
 
 
 def build(
@@ -128,7 +128,7 @@ def build(
     )  # fmt: skip
 
 
-def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> lm.Params:
+def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:
     """Of a teacher's parameters, with shardings: in its dtype wherever it computes in it, since they stay."""
     metadata = lm.metadata(teacher)
     shapes = jax.eval_shape(lambda: lm.cast_to_compute(teacher, lm.init(teacher, jax.random.key(0))))

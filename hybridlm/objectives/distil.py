@@ -110,7 +110,8 @@ class Objective(objectives.Objective):
         student, teacher = lm.merge(self.definition, params | own), lm.merge(self.teacher, theirs)
         taps = [OUTPUT] * bool(config.hidden) + [MIXED] * bool(config.transfer) + [INPUT] * forced
         seen, before = jax.lax.stop_gradient(teacher.forward(tokens, rows, tuple(taps)))
-        total, sums = jnp.zeros((), jnp.float32), {"tokens": jnp.sum(counted.astype(jnp.float32))}
+        total = jnp.zeros((), jnp.float32)
+        sums: Sums = {"tokens": jnp.sum(counted.astype(jnp.float32))}
         records: lm.Records = {}
         if not alone:
             own_taps = [tap for tap in taps if tap != INPUT]
@@ -120,23 +121,21 @@ class Objective(objectives.Objective):
             total, sums = total + part, sums | found
         if config.hidden:
             layers = range(len(self.definition.layers))
-            apart = [_angle(*(_of(i, OUTPUT, one) for one in (records, before)), counted) for i in layers]
-            sums["hidden_loss_sum"] = sum(apart) / len(apart)
+            apart = [_angle(_of(i, OUTPUT, records), _of(i, OUTPUT, before), counted) for i in layers]
+            sums["hidden_loss_sum"] = jnp.mean(jnp.stack(apart))
             total += config.hidden * sums["hidden_loss_sum"]
         if config.transfer:
             after = records
             if forced:
-                inputs = jnp.stack([_of(i, INPUT, before) for i in range(len(self.definition.layers))])
+                inputs = jnp.stack([before[f"layers.{i}.{INPUT}"] for i in range(len(self.teacher.layers))])
                 _, after = student.forward(tokens, rows, (MIXED, *(wanted if alone else ())), inputs)
                 records = records or after
-            each = {
-                i: _square(*(_of(i, MIXED, one) for one in (after, before)), counted) for i in self.changed
-            }
-            sums["transfer_loss_sum"] = sum(each.values()) / len(each)
+            apart = [_square(_of(i, MIXED, after), _of(i, MIXED, before), counted) for i in self.changed]
+            sums["transfer_loss_sum"] = jnp.mean(jnp.stack(apart))
             total += config.transfer * sums["transfer_loss_sum"]
             if by_layer:
-                sums |= {f"transfer_{i}_loss_sum": one for i, one in each.items()}
-        sums = {"loss_sum": jax.lax.stop_gradient(total)} | sums
+                sums |= {f"transfer_{i}_loss_sum": one for i, one in zip(self.changed, apart, strict=True)}
+        sums.setdefault("loss_sum", jax.lax.stop_gradient(total))
         if wanted:
             sums["records"] = {n: one for n, one in records.items() if n.split(".", 2)[2] in wanted}
         return total, sums
