@@ -77,8 +77,12 @@ class Block(nnx.Module):
             self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        context.record("block.input", x_BTD)
         mixed, cache = self.mixer(self._before(self.mixer_norm, x_BTD), context, cache)
-        return self._mlp(x_BTD + self._after(self.mixer_norm, mixed), context), cache
+        context.record("block.mixed", mixed)
+        y_BTD = self._mlp(x_BTD + self._after(self.mixer_norm, mixed), context)
+        context.record("block.output", y_BTD)
+        return y_BTD, cache
 
     def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         """One more token a row: x and the context's rows without the T axis."""

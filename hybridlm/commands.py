@@ -16,6 +16,7 @@ COMMANDS = {
     "python -m hybridlm.generate": "writes text with one",
     "python -m hybridlm.data.prepare": "makes token shards of text",
     "python -m hybridlm.convert": "public checkpoints in and out",
+    "python -m hybridlm.layer_choice": "which layers of a converted model should stay full",
     "python -m hybridlm.run.replay": "repeats a step that went wrong",
     "python -m eval": "measures recall and memory of a run",
     "python -m eval.harness": "runs tasks of lm-evaluation-harness",

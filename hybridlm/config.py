@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import commands, mixers, mlps, objectives, pattern, qk_clip, schema, untrusted
+from hybridlm import commands, mixers, mlps, objectives, pattern, qk_clip, schema, stages, untrusted
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
@@ -75,6 +75,7 @@ class Config:
     mixers, mlps: those that the pattern uses.
     val: data of which the held-out part is validated on beside that of ``data``: metrics val/<name>/loss.
     init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
+    stages: parts of the run with settings of their own (`hybridlm.stages`); empty: it has none.
     """
 
     model: schema.Model
@@ -90,10 +91,11 @@ class Config:
     objective: objectives.Config
     val: Named[data_kinds.Config]
     init_from: str = ""
+    stages: Named[Any] = dataclasses.field(default_factory=Named)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, from which `resolve` makes the same again."""
-        return plain(self)
+        return {name: value for name, value in plain(self).items() if name != "stages" or value}
 
     def replace(self, **fields: Any) -> "Config":
         """With other values, fields written with a double underscore: ``train__steps=3``."""
@@ -208,6 +210,9 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
     if field == "init_from":
         config[field] = text
         return
+    if field.startswith("stages."):
+        stages.override(config, field, text)
+        return
     *path, name = MOVED.get(field, field).split(".")
     section, depth = path[0] if path else name, len(path)
     if section not in KNOWN:
@@ -251,6 +256,8 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
     values = given.to_dict()
     _move(values)
     init_from = checked("init_from", str, values.pop("init_from", ""))
+    parts = values.pop("stages", {})
+    mapping(parts, "stages")
     for name, section in values.items():
         if name not in KNOWN:
             raise ConfigError(name, section, "there is no such section", nearest(name, KNOWN))
@@ -285,7 +292,8 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)
         with under(section):
             sections[section].check()
-    return Config(**(sections | {"model": model, "val": Named(definitions["val"])}), init_from=init_from)
+    whole = Config(**(sections | {"model": model, "val": Named(definitions["val"])}), init_from=init_from)
+    return stages.complete(whole, parts)
 
 
 def _move(values: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 "DIR:ema" is the average of the weights in the workdir DIR (optimizer.ema).
 
 Layers are mapped by index, and inside a layer parameters by name; a mixer's or an MLP's only where the kind
-is the same, any only where the shape is. What finds no counterpart keeps its fresh value and is reported as
-new; what nobody takes is reported as dropped.
+is the same, any only where the shape is. A mixer in the place of attention starts from its parameters as far
+as `mapping` knows how. What finds no counterpart keeps its fresh value and is reported as new; what nobody
+takes is reported as dropped.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, untrusted, weights
+from hybridlm import mapping, model, program, stack, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
@@ -44,17 +45,22 @@ class Source(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Canonical names. loaded: taken over; new: fresh; dropped: of the source, not taken."""
+    """Canonical names. loaded: taken over; new: fresh; dropped: of the source, not taken.
+
+    mapped: made from the source's, each with how.  why: layers whose mixer is fresh, each with what it lacks.
+    """
 
     loaded: list[str]
     new: list[str]
     dropped: list[str]
+    mapped: dict[str, str]
+    why: dict[str, str]
 
     def lines(self) -> list[str]:
         """Per part of the model, layers by index, what became of it."""
         parts: dict[str, dict[str, list[str]]] = {}
-        for kind, names in self._asdict().items():
-            for name in names:
+        for kind in ("loaded", "mapped", "new", "dropped"):
+            for name in getattr(self, kind):
                 layer = name.startswith("layers.")
                 part, rest = (name.split(".", 2)[1], name.split(".", 2)[2]) if layer else (name, "")
                 parts.setdefault(f"layer {part}" if layer else part, {}).setdefault(kind, []).append(rest)
@@ -62,7 +68,16 @@ class Report(NamedTuple):
             f"{part}: "
             + "; ".join(_said(kind, names, whole=len(kinds) == 1) for kind, names in kinds.items())
             for part, kinds in parts.items()
-        ]
+        ] + self._mappings()
+
+    def _mappings(self) -> list[str]:
+        """How parameters were made, once for all the layers where it is the same, and what could not be."""
+        ways: dict[tuple[str, str], list[str]] = {}
+        for name, how in self.mapped.items():
+            _, layer, rest = name.split(".", 2)
+            ways.setdefault((rest, how), []).append(layer)
+        said = [f"{rest} of layers {', '.join(layers)}: {how}" for (rest, how), layers in ways.items()]
+        return said + [f"{layer}: its mixer is fresh: {why}" for layer, why in self.why.items()]
 
 
 def _said(kind: str, names: list[str], whole: bool) -> str:
@@ -125,6 +140,33 @@ def _copy(carried: Path, workdir: Path) -> None:
         shutil.copytree(carried, workdir / carried.name, dirs_exist_ok=True)
 
 
+def described(path: str | Path) -> configs.Config:
+    """The config of the model at ``path``; opens no array."""
+    check(path)
+    path = Path(path).absolute()
+    if (path / "checkpoints").is_dir():
+        return configs.of_run(path)
+    from hybridlm.convert import families
+
+    return families.read_config(path).config
+
+
+def teacher(config: configs.Config, built: program.Program) -> tuple[model.Params, ...]:
+    """(parameters,) of the teacher that the objective names, as `program.Program.teacher` wants them; () for
+    an objective without one."""
+    if not built.teacher:
+        return ()
+    (shapes,) = built.teacher
+    with source(config.objective.teacher) as other:  # type: ignore[attr-defined]
+        layout = other.definition.layout
+        flat = {}
+        for name, leaf in stack.shapes_apart(layout, shapes).items():
+            value = np.asarray(other.arrays[name]).astype(leaf.dtype)
+            flat[name] = jax.make_array_from_callback(value.shape, leaf.sharding, value.__getitem__)
+    where = {name: leaf.sharding for name, leaf in shapes.items()}
+    return (jax.jit(lambda flat: stack.restack(layout, flat, list(shapes)), out_shardings=where)(flat),)
+
+
 def load(other: Source, definition: model.Definition, params: model.Params) -> tuple[model.Params, Report]:
     """``params`` (fresh, wherever they lie) with everything replaced that has a counterpart in ``other``."""
     ours = model.unstack(definition, params)
@@ -135,15 +177,41 @@ def load(other: Source, definition: model.Definition, params: model.Params) -> t
         and tuple(other.arrays[name].shape) == leaf.shape
         and _same_kind(name, definition, other.definition)
     ]
-    for name in taken:
-        loaded = np.asarray(other.arrays[name]).astype(np.float32, copy=False)
+    read = lambda name: np.asarray(other.arrays[name]).astype(np.float32, copy=False)
+    mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()})
+    for name in (*taken, *mapped):
+        loaded = mapped[name].value if name in mapped else read(name)
         put = lambda index, loaded=loaded: loaded[index]
         ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, put)
     whole = jax.tree.map(lambda leaf: leaf.sharding, params)
     restack = jax.jit(lambda flat: model.restack(definition, flat), out_shardings=whole)
-    new = [name for name in ours if name not in taken]
-    report = Report(taken, new, [name for name in other.arrays if name not in taken])
+    new = [name for name in ours if name not in taken and name not in mapped]
+    used = {one.rsplit(".mixer.")[0] + f".mixer.{name}" for one, how in mapped.items() for name in how.used}
+    dropped = [name for name in other.arrays if name not in taken and name not in used]
+    report = Report(taken, new, dropped, {name: one.origin for name, one in mapped.items()}, why)
     return restack(ours), report
+
+
+def _mixers(
+    other: Source, definition: model.Definition, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, mapping.Mapped], dict[str, str]]:
+    """What `mapping` makes of the source's mixers by canonical name, and why not, by layer."""
+    found: dict[str, mapping.Mapped] = {}
+    why: dict[str, str] = {}
+    if other.definition.d_model != definition.d_model:
+        return found, why
+    for index, (theirs, ours) in enumerate(zip(other.definition.layers, definition.layers, strict=False)):
+        start = f"layers.{index}.mixer."
+
+        def read(name: str, start: str = start) -> np.ndarray | None:
+            array = other.arrays.get(start + name)
+            return None if array is None else np.asarray(array).astype(np.float32, copy=False)
+
+        own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
+        made, problem = mapping.mixer(theirs.config, ours.config, definition.d_model, read, own)
+        found |= {start + name: one for name, one in made.items()}
+        why |= {f"layer {index}": problem} if problem else {}
+    return found, why
 
 
 def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> bool:
@@ -175,7 +243,9 @@ def start(
         raise ConfigError(
             "init_from", path, "has nothing in common with this model: no parameter could be loaded"
         )
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in report._asdict().items())
+    counts = ", ".join(
+        f"{len(getattr(report, kind))} {kind}" for kind in ("loaded", "mapped", "new", "dropped")
+    )
     log.info("parameters from %s: %s\n  %s", path, counts, "\n  ".join(report.lines()))
     if jax.process_index() == 0:
         untrusted.write_json(workdir / "init_from.json", report._asdict())

@@ -38,6 +38,7 @@ from pallas_kernels import dplr, linear_attention, linear_attention_step
 
 OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu, "linear": lambda x: x}
 OutputGate = Literal["none", "sigmoid", "swish", "linear"]
+NEAR_NONE = 1e-3  # of a decay that starts near none and still has a gradient: half is left after 700 tokens
 CHUNK = 64  # tokens a chunk in the FLOP count, as in the papers
 
 
@@ -336,6 +337,10 @@ def softplus_decay(x: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Ar
 def write_strength(logits: jax.Array, neg_eigval: bool) -> jax.Array:
     """beta = sigmoid, float32; doubled, I - beta k k^T has eigenvalues down to -1 (2411.12537)."""
     return jax.nn.sigmoid(logits.astype(jnp.float32)) * (2 if neg_eigval else 1)
+
+
+def inverse_softplus(y: float) -> float:
+    return math.log(math.expm1(y))
 
 
 def log_uniform(low: float, high: float) -> Initializer:

@@ -77,7 +77,7 @@ def per_token(
     For evaluation, in the same chunks; 0 and False where a target is negative.
     """
     batch, length = targets_BT.shape
-    hidden, targets, chunk = _pad(hidden_BTD, targets_BT, head_DV.shape)
+    hidden, targets, chunk = pad(hidden_BTD, targets_BT, head_DV.shape)
     head = head_DV.astype(hidden_BTD.dtype)
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -85,12 +85,12 @@ def per_token(
         present = xs[1] >= 0
         return jnp.where(present, target_logit - log_z, 0), correct & present
 
-    scores = jax.lax.map(part, (_chunks(hidden, chunk), _chunks(targets, chunk)))
+    scores = jax.lax.map(part, (chunks(hidden, chunk), chunks(targets, chunk)))
     whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
     return whole(scores[0]), whole(scores[1])
 
 
-def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+def chunks(x: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [T/chunk, B, chunk, ...]; T is a multiple of chunk."""
     batch, length = x.shape[:2]
     return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
@@ -125,7 +125,7 @@ def _scores(h: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Arra
     return logits, log_z, is_target, target_logit, correct
 
 
-def _logits_and_sums(
+def logits_and_sums(
     h: jax.Array, head: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
     logits, log_z, is_target, target_logit, correct = _scores(h, head, targets)
@@ -139,7 +139,7 @@ def _logits_and_sums(
     return logits, log_z, is_target, sums
 
 
-def _pad(
+def pad(
     hidden: jax.Array, targets: jax.Array, head_shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, int]:
     batch, length = targets.shape
@@ -153,26 +153,26 @@ def _pad(
 def _chunked(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
 ) -> tuple[jax.Array, LossSums]:
-    hidden, targets, chunk = _pad(hidden, targets, head.shape)
+    hidden, targets, chunk = pad(hidden, targets, head.shape)
     head = head.astype(hidden.dtype)
 
     def step(total: LossSums, xs: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        sums = _logits_and_sums(xs[0], head, xs[1])[-1]
+        sums = logits_and_sums(xs[0], head, xs[1])[-1]
         return jax.tree.map(jnp.add, total, sums), None
 
-    sums, _ = jax.lax.scan(step, LossSums.zero(), (_chunks(hidden, chunk), _chunks(targets, chunk)))
+    sums, _ = jax.lax.scan(step, LossSums.zero(), (chunks(hidden, chunk), chunks(targets, chunk)))
     return sums.cross_entropy + z_loss * sums.log_z_squared, sums
 
 
 def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float) -> tuple:
     length = targets.shape[1]
-    padded, targets, chunk = _pad(hidden, targets, head.shape)
+    padded, targets, chunk = pad(hidden, targets, head.shape)
     cast = head.astype(hidden.dtype)
 
     def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
         total, d_head = carry
         h, target = xs
-        logits, log_z, is_target, sums = _logits_and_sums(h, cast, target)
+        logits, log_z, is_target, sums = logits_and_sums(h, cast, target)
         scale = 1 + 2 * z_loss * log_z
         d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
         d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(h.dtype)
@@ -182,7 +182,7 @@ def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: flo
 
     start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
     d_chunks: jax.Array
-    (sums, d_head), d_chunks = jax.lax.scan(step, start, (_chunks(padded, chunk), _chunks(targets, chunk)))
+    (sums, d_head), d_chunks = jax.lax.scan(step, start, (chunks(padded, chunk), chunks(targets, chunk)))
     d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(padded.shape)[:, :length]
     total = sums.cross_entropy + z_loss * sums.log_z_squared
     # Folded into the product above, the transpose of a tied head is one that the CPU cannot run in bfloat16.

@@ -30,20 +30,30 @@ Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, par
 
 
 class Member:
-    """config, workdir: of this run.  evaluate: measures the model beside each validation; may be None.
+    """config, workdir: of this run, or of one of its stages, which begins after step ``begin`` of ``whole``.
+    evaluate: measures the model beside each validation; may be None.
 
     metrics: of the newest settled step.  failed: why the run ended, "" while it goes on.
     """
 
-    def __init__(self, config: Config, workdir: Path, evaluate: Evaluate | None, rows: np.ndarray):
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        evaluate: Evaluate | None,
+        rows: np.ndarray,
+        whole: Config | None = None,
+        begin: int = 0,
+    ):
         self.config, self.workdir, self.evaluate = config, workdir, evaluate
+        self.whole, self.stage_begin = whole or config, begin
         self.train_data, self.val_data = (build_data(config, split, rows) for split in ("train", "val"))
         self.val_sets = {name: val_set(config, name, self.train_data, rows) for name in config.val}
         self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
         self.definition = lm.build(config)
         groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter
         self.record = {
-            "config": configs.portable(config),
+            "config": configs.portable(self.whole),
             "layers": cost.summary(config),
             "fingerprint": self.train_data.fingerprint,
             "format": checkpoint.FORMAT,
@@ -100,11 +110,15 @@ class Member:
             fix = f"Convert them: python -m hybridlm.convert upgrade --workdir={self.workdir}"
             raise ConfigError("--workdir", str(self.workdir), problem, fix)
         config = configs.completed(self.saved["config"])
-        checkpoint.check_unchanged(self.saved | {"config": config}, self.record)
-        if start > self.config.train.steps:
+        saved = self.saved | {"config": config}
+        if not self.stage_begin < start <= self.config.train.steps:  # saved by another stage, of other rows
+            saved |= {"fingerprint": self.record["fingerprint"]}
+        checkpoint.check_unchanged(saved, self.record)
+        if start > self.whole.train.steps:
             problem = f"the checkpoint is already at step {start}"
-            raise ConfigError("train.steps", self.config.train.steps, problem, "Raise it.")
-        self.say_rates(config, start)
+            raise ConfigError("train.steps", self.whole.train.steps, problem, "Raise it.")
+        if not self.whole.stages:
+            self.say_rates(config, start)
 
     def say_rates(self, before: dict[str, Any], start: int) -> None:
         """Says what the learning rate will do if it goes on otherwise than in the checkpoint's config."""

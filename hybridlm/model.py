@@ -145,21 +145,32 @@ class LM(nnx.Module):
         return self._run(tokens_BT, rows, cache, ())[:2]
 
     def forward(
-        self, tokens_BT: jax.Array, rows: Rows, wanted: tuple[str, ...] = ()
+        self,
+        tokens_BT: jax.Array,
+        rows: Rows,
+        wanted: tuple[str, ...] = (),
+        inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Records]:
         """(final hidden states [B, T, D], the layers' records whose names match a pattern of ``wanted``).
 
         Records by canonical name, "layers.3.q"; see `hybridlm.context`.
+        inputs: what each layer is given in place of the output of the one before, which is then for nothing,
+            as are the hidden states: layers that learn alone.
         """
-        hidden, _, records = self._run(tokens_BT, rows, None, wanted)
+        hidden, _, records = self._run(tokens_BT, rows, None, wanted, inputs_LBTD)
         return hidden, records
 
     def _run(
-        self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None, wanted: tuple[str, ...]
+        self,
+        tokens_BT: jax.Array,
+        rows: Rows,
+        cache: Cache | None,
+        wanted: tuple[str, ...],
+        inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Records]:
         x = embed(self.embedding[...], tokens_BT, self.definition.dtype)
         x = constrain(x, ("batch", "time", None))
-        x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted)
+        x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted, inputs_LBTD)
         return self.final_norm(x), cache, records
 
     def _shared_rows(self) -> dict[str, jax.Array]:

@@ -63,7 +63,7 @@ def choices(config: Config, program: Any, runs: int = 1) -> list[Choice]:
     params = program.shapes["params"]
     if runs > 1:
         params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((runs, *leaf.shape), leaf.dtype), params)
-    return explain(program.evaluate, params, batch)
+    return explain(program.evaluate, params, batch, *program.teacher)
 
 
 def kernels(found: Sequence[Choice]) -> str:

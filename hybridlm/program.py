@@ -37,12 +37,15 @@ class Program(NamedTuple):
         state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
     shapes: of the state of one run, with shardings.
+    teacher: (shapes,) of the parameters, with shardings, of the objective's teacher, which `step` and
+        `evaluate` then take after the batch, as they are and not donated; () without one.
     """
 
     init: Callable[[jax.Array], State]
     step: jax.stages.Wrapped
-    evaluate: Callable[[Any, Batch], Sums]
+    evaluate: Callable[..., Sums]
     shapes: State
+    teacher: tuple[State, ...] = ()
 
 
 def build(
@@ -51,11 +54,13 @@ def build(
     mesh: Mesh,
     token_bytes: np.ndarray | None,
     rates: Sequence[float] | None = None,
+    begin: int = 0,
 ) -> Program:
     """Everything that runs on devices, for a resolved ``config``; nothing is compiled yet.
 
     token_bytes: bytes per token id, at most vocab_size long; None leaves bits per byte out.
     rates: the learning rates of R runs together; None for one run with the config's.
+    begin: the step after which a stage begins: learning rates are of what is left of train.steps.
     """
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
@@ -67,7 +72,7 @@ def build(
 
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
-        steps = config.train.steps
+        steps = config.train.steps - begin
         return optimizer.build(settings, steps, trained, factors), optimizer.schedule(settings, steps)
 
     def init(key: jax.Array) -> State:
@@ -82,10 +87,12 @@ def build(
     gradients = Gradients(config, definition, objective, metadata, part(param_shardings, trained))
     windows = lm.windows(definition) if "context" in mesh.shape else ()
 
-    def step(state: State, batch: Batch, rate: Any) -> tuple[State, dict[str, Any]]:
+    taught = () if objective.teacher is None else (teacher_shapes(objective.teacher, mesh),)
+
+    def step(state: State, batch: Batch, rate: Any, *teacher: lm.Params) -> tuple[State, dict[str, Any]]:
         params = state["params"]
         weights = lm.cast_to_compute(definition, params)  # once, not in each layer and microbatch
-        grads, sums = gradients(weights, batch)
+        grads, sums = gradients(weights, batch, *teacher)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums["tokens"], 1), grads)
         squares = squared_norms(grads)
         grad_norm = jnp.sqrt(sum(jnp.sum(x) for x in squares.values()))
@@ -106,29 +113,46 @@ def build(
             metrics["max_logit"] = qk_clip.largest(sums["records"])
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
-    def evaluate(params: Any, batch: Batch) -> Sums:
-        return objective.loss(params, {}, batch)[1]
+    def evaluate(params: Any, batch: Batch, *teacher: lm.Params) -> Sums:
+        return objective.evaluate(params, named(*teacher), batch)
 
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     if rates is not None:
-        together = jax.vmap(step)
+        together = jax.vmap(step, in_axes=(0, 0, 0, *[None for _ in taught]))
         each = jnp.asarray(rates, jnp.float32)
         return Program(
             init=jax.jit(jax.vmap(init)),
-            step=jax.jit(lambda state, batch: together(state, batch, each), donate_argnums=0),
-            evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None))),
+            step=jax.jit(lambda state, batch, *also: together(state, batch, each, *also), donate_argnums=0),
+            evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None, *[None for _ in taught]))),
             shapes=shapes,
+            teacher=taught,
         )
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    fixed = [jax.tree.map(lambda leaf: leaf.sharding, one) for one in taught]
     return Program(
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
-            lambda state, batch: step(state, batch, config.optimizer.learning_rate),
-            in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0,
+            lambda state, batch, *also: step(state, batch, config.optimizer.learning_rate, *also),
+            in_shardings=(shardings, rows, *fixed), out_shardings=(shardings, whole), donate_argnums=0,
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows), out_shardings=whole),
+        evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows, *fixed), out_shardings=whole),
         shapes=shapes,
+        teacher=taught,
     )  # fmt: skip
+
+
+def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:
+    """Of a teacher's parameters, with shardings: in its dtype wherever it computes in it, since they stay."""
+    metadata = lm.metadata(teacher)
+    shapes = jax.eval_shape(lambda: lm.cast_to_compute(teacher, lm.init(teacher, jax.random.key(0))))
+    where = sharding.param_shardings(metadata, shapes, mesh)
+    low = lambda name: teacher.dtype if "vocab" in metadata[name].axes else shapes[name].dtype
+    return {n: jax.ShapeDtypeStruct(x.shape, low(n), sharding=where[n]) for n, x in shapes.items()}
+
+
+def named(teacher: lm.Params | None = None) -> lm.Params:
+    """A teacher's parameters as an objective finds them among the frozen ones."""
+    return {objectives.TEACHER + name: value for name, value in (teacher or {}).items()}
 
 
 def part(tree: dict[str, Any], names: Any) -> dict[str, Any]:
@@ -157,23 +181,24 @@ class Gradients:
         largest = {qk_clip.RECORD} if self.tau else set()
         self.wanted = tuple(sorted({rule.record for rule in self.rules.values()} | largest))
 
-    def __call__(self, weights: lm.Params, batch: Batch) -> tuple[lm.Params, Sums]:
+    def __call__(self, weights: lm.Params, batch: Batch, *teacher: lm.Params) -> tuple[lm.Params, Sums]:
+        one = lambda batch: self._one(weights, batch, *teacher)
         if self.microbatches == 1:
-            return self._one(weights, batch)
+            return one(batch)
         # Microbatch i is every microbatches-th row from i on, so that each device splits its own rows.
         split = jax.tree.map(
             lambda x: jnp.moveaxis(x.reshape(-1, self.microbatches, *x.shape[1:]), 1, 0), batch
         )
-        shapes = jax.eval_shape(self._one, weights, jax.tree.map(lambda x: x[0], split))
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], split))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return qk_clip.added(total, self._one(weights, part)), None
+            return qk_clip.added(total, one(part)), None
 
         return jax.lax.scan(add, zeros, split)[0]
 
-    def _one(self, weights: lm.Params, batch: Batch) -> tuple[lm.Params, Sums]:
-        frozen = part(weights, self.frozen)
+    def _one(self, weights: lm.Params, batch: Batch, *teacher: lm.Params) -> tuple[lm.Params, Sums]:
+        frozen = part(weights, self.frozen) | named(*teacher)
         loss = lambda trained: self.objective.loss(trained, frozen, batch, self.wanted)
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(part(weights, self.shardings))
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -208,7 +233,9 @@ def per_token(sums: Sums) -> dict[str, Any]:
     """From an objective's sums: loss (nats per target), accuracy, with bytes bits_per_byte, and the layers'
     auxiliary losses by name."""
     targets = sums["tokens"] + (sums["tokens"] == 0)  # a batch may hold none
-    means = {"loss": sums["loss_sum"] / targets, "accuracy": sums["correct"] / targets}
+    means = {"loss": sums["loss_sum"] / targets}
+    if "correct" in sums:
+        means["accuracy"] = sums["correct"] / targets
     if "bytes" in sums:
         means["bits_per_byte"] = sums["loss_sum"] / math.log(2) / (sums["bytes"] + (sums["bytes"] == 0))
     others = [name for name in sums if name.endswith("_loss_sum") and name != "z_loss_sum"]

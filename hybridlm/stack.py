@@ -72,10 +72,12 @@ class Stack(nnx.Module):
         cache: Cache | None,
         shared: Mapping[str, jax.Array],
         wanted: tuple[str, ...],
+        inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
         """(x, cache with the tokens appended, what the layers recorded by canonical name).
 
         shared: mixer's name -> [num_layers, ...], of which each layer of that name gets its row.
+        inputs: what each layer is given in place of x, which then comes back as it was.
         """
         carry: Carry = (x_BTD, {})
         appended: list[Any] = [None] * self.layout.num_layers
@@ -86,7 +88,9 @@ class Stack(nnx.Module):
             for run, indices, block in zip(segment.runs, table, blocks, strict=True):
                 row = shared[run.item.mixer][indices] if run.item.mixer in shared else None
                 caches = None if cache is None else _gather(cache, indices)
-                runs.append((run.item, *nnx.split(block), row, caches, jnp.asarray(indices, jnp.int32)))
+                given = None if inputs_LBTD is None else inputs_LBTD[indices]
+                at = jnp.asarray(indices, jnp.int32)
+                runs.append((run.item, *nnx.split(block), row, caches, at, given))
             carry, outputs = self._segment(carry, rows, runs, wanted)
             for indices, (caches, recorded) in zip(table, outputs, strict=True):
                 for place, index in np.ndenumerate(indices):
@@ -106,9 +110,11 @@ class Stack(nnx.Module):
 
         def layer_of(spec: Spec, graph: Any) -> Callable:
             def layer(carry: Carry, xs: tuple) -> tuple[Carry, Any]:
-                state, row, cache, index = xs
+                state, row, cache, index, given = xs
                 context = Context(rows, index, self.layout.num_layers, row, dict(carry[1]), wanted)
-                x, cache = nnx.merge(graph, state)(carry[0], context, cache)
+                x = carry[0] if given is None else given
+                x, cache = nnx.merge(graph, state)(x, context, cache)
+                x = x if given is None else carry[0]
                 if not spec.carries and context.carried.keys() != carry[1].keys():
                     raise ValueError(
                         f"kind {spec.kind!r} leaves values to later layers: its Config must say so"

@@ -23,7 +23,7 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import config as configs
-from hybridlm import cost, init_from, opening, program, report, sharding
+from hybridlm import cost, init_from, opening, program, report, sharding, stages
 from hybridlm.config import Config
 from hybridlm.data import Dataset, baselines
 from hybridlm.errors import ConfigError, RunError, Stopped
@@ -81,26 +81,38 @@ def together(
         cli.stored(workdirs[0], "Checkpoints saved before are intact."),
     ):
         mesh = sharding.make_mesh(config.mesh)
-        configs.check_batch(config.train, mesh.shape)
-        if len(resolved) > 1 and "context" in mesh.shape:
-            problem = "runs that are trained together do not cut sequences"
-            raise ConfigError("mesh.context", mesh.shape["context"], problem, "Set mesh.context=1.")
-        rows = sharding.batch_rows(mesh, config.train.batch_size)
-        given = zip(resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
-        members = [Member(one, workdir, evaluate, rows) for one, workdir, evaluate in given]
-        for member in members:
-            processes.same(member.identity())
-        with ExitStack() as stack:
-            for member in members:
-                member.open(stack, resume)
-            stack.enter_context(jax.set_mesh(mesh))
-            if len(members) > 1:
-                stack.enter_context(auto_means("xla"))  # the kernels have no rule for a batch of runs
-            Trainer(members, mesh, stop).train(resume)
+        for part in zip(*map(stages.split, resolved), strict=True):
+            begin, first = part[0]
+            configs.check_batch(first.train, mesh.shape)
+            if len(resolved) > 1 and "context" in mesh.shape:
+                problem = "runs that are trained together do not cut sequences"
+                raise ConfigError("mesh.context", mesh.shape["context"], problem, "Set mesh.context=1.")
+            rows = sharding.batch_rows(mesh, first.train.batch_size)
+            given = zip(part, resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
+            members = [
+                Member(one, workdir, evaluate, rows, whole, begin)
+                for (_, one), whole, workdir, evaluate in given
+            ]
+            stage(members, mesh, stop, "auto" if begin and resume == "never" else resume)
+            if any(member.failed for member in members):
+                break
         for member in members if processes.first() else ():
             if not member.failed:
                 draw(member)
     return members
+
+
+def stage(members: Sequence[Member], mesh: Mesh, stop: interrupt.Stop, resume: str) -> None:
+    """Trains one stage of the members, or what there is of them without stages."""
+    for member in members:
+        processes.same(member.identity())
+    with ExitStack() as stack:
+        for member in members:
+            member.open(stack, resume)
+        stack.enter_context(jax.set_mesh(mesh))
+        if len(members) > 1:
+            stack.enter_context(auto_means("xla"))  # the kernels have no rule for a batch of runs
+        Trainer(members, mesh, stop).train(resume)
 
 
 class Trainer:
@@ -112,15 +124,20 @@ class Trainer:
         self.several = len(members) > 1
         rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
         bytes_of = members[0].train_data.token_bytes
-        self.program = program.build(self.config, self.definition, mesh, bytes_of, rates)
+        self.begins = members[0].stage_begin
+        self.program = program.build(self.config, self.definition, mesh, bytes_of, rates, self.begins)
+        self.teacher: tuple[Any, ...] = ()
         self.apart, self.join, self.like = program.by_layer(self.definition, self.program)
 
     def train(self, resume: str) -> None:
         start = self.choose(resume)
+        if start > self.config.train.steps:  # in a later stage
+            return
         if processes.first():
             with logbook.harmless("saying what the run is"):
                 self.open(start)
         self.say_determinism()
+        self.teacher = init_from.teacher(self.config, self.program)
         state = self.begin(start)
         with ExitStack() as stack:
             for member in self.members:
@@ -176,6 +193,8 @@ class Trainer:
 
     def begin(self, start: int) -> State:
         """The state at step ``start``."""
+        if start and start == self.begins:
+            return self.next_stage(start)
         if start:
             states = [self.join(one.saves.restore(start, self.like)) for one in self.members]
             log.info("resumed from the checkpoint at step %d", start)
@@ -185,6 +204,18 @@ class Trainer:
         if self.config.init_from:
             state = self.from_others(state)
         return state
+
+    def next_stage(self, start: int) -> State:
+        """The state that a stage begins with: the parameters of the one before, the rest new."""
+        keys = [jax.random.key(one.config.train.seed) for one in self.members]
+        state = self.program.init(jax.numpy.stack(keys) if self.several else keys[0])
+        like = {"params": self.like["params"]}
+        states = [
+            self.join(self.apart(self.own(state, r)) | one.saves.restore(start, like))
+            for r, one in enumerate(self.members)
+        ]
+        log.info("a stage begins after step %d: its optimiser and schedule are new", start)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *states) if self.several else states[0]
 
     def from_others(self, state: State) -> State:
         """``state`` with parameters of init_from."""
@@ -219,7 +250,7 @@ class Trainer:
         behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
             window.before(step, state)
-            state, now = run(state, self.put(clock.next(batches)))
+            state, now = run(state, self.put(clock.next(batches)), *self.teacher)
             window.after(step, now, run)
             if behind:  # read one step late, so that the devices always have the next one queued
                 self.settle(*behind)
@@ -248,7 +279,7 @@ class Trainer:
     def compiled(self, state: State, start: int) -> Callable:
         began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
-        executable = self.program.step.lower(state, batch).compile()
+        executable = self.program.step.lower(state, batch, *self.teacher).compile()
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
 
@@ -328,7 +359,7 @@ class Trainer:
         wanted = self.config.eval.batches
         count = min(wanted, dataset.num_batches or wanted)
         put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
-        host = jax.device_get([self.program.evaluate(params, put(i)) for i in range(count)])
+        host = jax.device_get([self.program.evaluate(params, put(i), *self.teacher) for i in range(count)])
         value = lambda one, name, r: float(one[name][r] if self.several else one[name])
         return [
             held_out({name: sum(value(one, name, r) for one in host) for name in host[0]})

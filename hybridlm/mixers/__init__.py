@@ -114,6 +114,12 @@ class TokenMixer(nnx.Module):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         raise NotImplementedError
 
+    @classmethod
+    def near_attention(cls, config: Any) -> Mapping[str, float]:
+        """Parameters, by name, and the number that fills them where a layer takes the place of softmax
+        attention (`hybridlm.mapping`): gates that forget next to nothing and write."""
+        return {}
+
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
         """An empty cache, any pytree of fixed shapes, for ``batch`` rows of at most ``max_length`` tokens."""
         raise NotImplementedError

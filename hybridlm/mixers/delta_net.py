@@ -65,5 +65,9 @@ class Mixer(LinearMixer):
         self.neg_eigval = config.neg_eigval
         self.b_proj = Linear(site.d_model, self.heads.num_v, rngs=rngs)
 
+    @classmethod
+    def near_attention(cls, config: Config) -> dict[str, float]:
+        return {"b_proj.kernel": 0.0}
+
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         return Inputs(q, k, v, beta=write_strength(self.b_proj(x_BTD), self.neg_eigval))

@@ -29,10 +29,12 @@ from hybridlm.convert.rules import (
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, param
 from hybridlm.linear_mixer import (
+    NEAR_NONE,
     Inputs,
     LinearMixer,
     OutputGate,
     dt_bias_init,
+    inverse_softplus,
     log_uniform,
     softplus_decay,
     write_strength,
@@ -182,6 +184,11 @@ class Mixer(LinearMixer):
         self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(0, 16), decay=False)
         self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
+
+    @classmethod
+    def near_attention(cls, config: Config) -> dict[str, float]:
+        decay = {"a_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": inverse_softplus(NEAR_NONE)}
+        return decay | {"b_proj.kernel": 0.0}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         log_decay_BTH = softplus_decay(self.a_proj(x_BTD), self.A_log[...], self.dt_bias[...])

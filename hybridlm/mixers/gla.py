@@ -20,7 +20,7 @@ from hybridlm.convert.rules import Rule, bias, linear, norm, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, Positive
 from hybridlm.layers import Linear, split_heads
-from hybridlm.linear_mixer import Heads, Inputs, LinearMixer, OutputGate
+from hybridlm.linear_mixer import NEAR_NONE, Heads, Inputs, LinearMixer, OutputGate, inverse_softplus
 from hybridlm.mixers import Site
 
 
@@ -102,6 +102,11 @@ class Mixer(LinearMixer):
         self.f_b_proj = Linear(
             config.gate_rank, self.heads.key_width, rngs=rngs, axes=(None, "heads"), bias=True
         )
+
+    @classmethod
+    def near_attention(cls, config: Config) -> dict[str, float]:
+        bias = -inverse_softplus(NEAR_NONE * config.gate_normalizer)
+        return {"f_b_proj.kernel": 0.0, "f_b_proj.bias": bias}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)

@@ -7,6 +7,7 @@ y = W_o (rmsnorm(o) * sigmoid(W_g2 W_g1 x)),   q, k, v = silu(conv(W x)),  q and
 """
 
 import dataclasses
+import math
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -20,7 +21,7 @@ from hybridlm.convert.public import Format, grouped, grouped_fields, linears
 from hybridlm.convert.rules import Rule, bias, linear, norm, reshaped, same, short_convs
 from hybridlm.fields import INT32, Limits
 from hybridlm.layers import Linear, param, split_heads, zeros
-from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
+from hybridlm.linear_mixer import NEAR_NONE, Inputs, LinearMixer, OutputGate, inverse_softplus
 from hybridlm.mixers import Site
 
 
@@ -131,6 +132,13 @@ class Mixer(LinearMixer):
         A_log_init = zeros if config.lower_bound else linear_mixer.log_uniform(1, 16)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), A_log_init, decay=False)
         self.dt_bias = param(rngs, (decay_width,), ("heads",), linear_mixer.dt_bias_init, decay=False)
+
+    @classmethod
+    def near_attention(cls, config: Config) -> dict[str, float]:
+        bias = inverse_softplus(NEAR_NONE)
+        if bound := -config.lower_bound:
+            bias = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
+        return {"f_b_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": bias, "b_proj.kernel": 0.0}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)

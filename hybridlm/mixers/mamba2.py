@@ -7,6 +7,7 @@ Its models have no MLP: pattern "mamba2/none".
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,16 @@ from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, NonNegative, Positive
 from hybridlm.layers import Linear, RMSNorm, merge_heads, ones, param, uniform
-from hybridlm.linear_mixer import GroupedConfig, Heads, Inputs, LinearMixer, dt_bias_init, log_uniform
+from hybridlm.linear_mixer import (
+    NEAR_NONE,
+    GroupedConfig,
+    Heads,
+    Inputs,
+    LinearMixer,
+    dt_bias_init,
+    inverse_softplus,
+    log_uniform,
+)
 from hybridlm.mixers import Cost, Site
 
 
@@ -82,6 +92,11 @@ class Mixer(LinearMixer):
         self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=heads.num)
         init = uniform(-bound, bound)  # PyTorch's default over the root of the depth, as in the authors' code
         self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=init)
+
+    @classmethod
+    def near_attention(cls, config: Config) -> dict[str, float]:
+        """dt, which also scales what is written, is 1."""
+        return {"dt_proj.kernel": 0.0, "dt_bias": inverse_softplus(1.0), "A_log": math.log(NEAR_NONE)}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         dt = jax.nn.softplus(self.dt_proj(x_BTD).astype(jnp.float32) + self.dt_bias[...])

@@ -45,6 +45,8 @@ class Config(mixers.Config):
     v_head_dim: value channels per head.
     rope_theta: base of the shared channels' rotary frequencies; 0 leaves them unrotated (NoPE).
     norm_eps: of the latents' norms.
+    latent_norm: whether the keys' and values' latent is normed; not in one that attention was turned into.
+    rope_groups: parts of the shared channels that rotate each like a head of its own, as after TransMLA.
     """
 
     num_heads: Count = 0
@@ -55,6 +57,8 @@ class Config(mixers.Config):
     v_head_dim: Positive = 128
     rope_theta: Theta = 10000.0
     norm_eps: Epsilon = 1e-6
+    latent_norm: bool = True
+    rope_groups: Positive = 1
 
     def heads(self, d_model: int) -> int:
         return self.num_heads or d_model // self.v_head_dim
@@ -65,18 +69,15 @@ class Config(mixers.Config):
 
     def check(self, d_model: int) -> None:
         whole_heads(self, d_model, self.v_head_dim)
-        if self.rope_theta and self.qk_rope_head_dim % 2:
-            raise ConfigError(
-                "qk_rope_head_dim",
-                self.qk_rope_head_dim,
-                "must be even to be rotated",
-                "Or set rope_theta=0.",
-            )
+        if self.rope_theta and self.qk_rope_head_dim % (2 * self.rope_groups):
+            each = "" if self.rope_groups == 1 else f" in each of rope_groups = {self.rope_groups} parts"
+            problem = f"must be even to be rotated{each}"
+            raise ConfigError("qk_rope_head_dim", self.qk_rope_head_dim, problem, "Or set rope_theta=0.")
 
     def check_reuse(self, source: mixers.Config, d_model: int) -> None:
         if not isinstance(source, Config):
             raise ConfigError("kind", self.kind, f"cannot reuse the latents of kind {source.kind}")
-        for name in ("kv_lora_rank", "qk_rope_head_dim", "rope_theta"):
+        for name in ("kv_lora_rank", "qk_rope_head_dim", "rope_theta", "rope_groups"):
             own, theirs = getattr(self, name), getattr(source, name)
             if own != theirs:
                 problem = f"must be {theirs}, as in the layer whose latents it reuses"
@@ -175,6 +176,7 @@ class Mixer(TokenMixer):
         self.q_proj = Linear(q_rank or d_model, heads * config.qk_head_dim, rngs=rngs, axes=q_axes)
         if not site.reuses:
             self.kv_a_proj = Linear(d_model, rank + shared, rngs=rngs, axes=("embed", None))
+        if config.latent_norm and not site.reuses:
             self.kv_a_norm = RMSNorm(rank, rngs=rngs, eps=config.norm_eps)
         up_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = Linear(rank, up_width, rngs=rngs, axes=(None, "heads"))
@@ -224,10 +226,14 @@ class Mixer(TokenMixer):
         c = self.kv_a_proj(x_BTD)
         rank = self.config.kv_lora_rank
         shared_key = self._rotate(c[:, :, None, rank:], rows)[:, :, 0]
-        return jnp.concatenate([self.kv_a_norm(c[..., :rank]), shared_key], axis=-1)
+        latent = self.kv_a_norm(c[..., :rank]) if self.config.latent_norm else c[..., :rank]
+        return jnp.concatenate([latent, shared_key], axis=-1)
 
     def _rotate(self, x_BTHP: jax.Array, rows: Rows) -> jax.Array:
-        return rotate(x_BTHP, rows.positions, self.config.rope_theta) if self.config.rope_theta else x_BTHP
+        if not self.config.rope_theta:
+            return x_BTHP
+        parts = x_BTHP.reshape(*x_BTHP.shape[:2], -1, x_BTHP.shape[-1] // self.config.rope_groups)
+        return rotate(parts, rows.positions, self.config.rope_theta).reshape(x_BTHP.shape)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache | tuple[()]:
         if self.reuses:

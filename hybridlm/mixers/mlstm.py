@@ -19,7 +19,14 @@ from hybridlm import linear_mixer, pieces
 from hybridlm.context import Context
 from hybridlm.fields import Count, NonNegative
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, elementwise, merge_heads, normal, param, zeros
-from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate, recurrence
+from hybridlm.linear_mixer import (
+    NEAR_NONE,
+    Inputs,
+    LinearMixer,
+    OutputGate,
+    inverse_softplus,
+    recurrence,
+)
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
@@ -70,6 +77,10 @@ class Mixer(LinearMixer):
         self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=num)
         init = normal(2 / site.num_layers / site.d_model**0.5)
         self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=init)
+
+    @classmethod
+    def near_attention(cls, config: Config) -> dict[str, float]:
+        return {"i_bias": 0.0, "f_bias": -inverse_softplus(NEAR_NONE)}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         i = self.i_proj(x_BTD).astype(jnp.float32) + self.i_bias[...]

@@ -14,6 +14,7 @@ from hybridlm import kinds as _kinds
 if TYPE_CHECKING:
     from hybridlm.model import Definition, Params
 
+TEACHER = "teacher."  # before the names of a teacher's parameters among the frozen ones
 Sums = dict[str, Any]
 Batch = dict[str, jax.Array]
 
@@ -33,6 +34,7 @@ class Objective:
     """
 
     config_class: ClassVar[type[Config]]
+    teacher: "Definition | None" = None  # of another model, whose parameters are found in ``frozen``
 
     def loss(
         self, params: "Params", frozen: "Params", batch: Batch, wanted: tuple[str, ...] = ()
@@ -40,12 +42,17 @@ class Objective:
         """(sum to differentiate in ``params``, sums).
 
         Sums over the tokens of the batch and not means, so that microbatches and hosts add up exactly; at
-        least "loss_sum", "tokens" (by which the gradient is divided) and "correct".
-        params: those that are trained.  frozen: the others; nothing is differentiated in them.
+        least "loss_sum" and "tokens", by which the gradient is divided; "correct" where tokens are predicted.
+        params: those that are trained.  frozen: the others, and under `TEACHER` those of ``self.teacher``;
+            nothing is differentiated in them.
         batch: tokens, targets (negative: no loss), segment_ids, positions, int32 [B, T].
         wanted: records of layers to be returned as sums["records"], canonical name -> array.
         """
         raise NotImplementedError
+
+    def evaluate(self, params: "Params", frozen: "Params", batch: Batch) -> Sums:
+        """What a validation measures: sums as of `loss`, with "correct"."""
+        return self.loss(params, frozen, batch)[1]
 
 
 def load(kind: str) -> Any:

@@ -48,6 +48,7 @@ FIXED = (
     "optimizer.name",
     "optimizer.freeze",
     "optimizer.ema",
+    "stages",
 )
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
 FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state

@@ -40,14 +40,15 @@ class Filter(logging.Filter):
 
 
 def in_paths(values: dict[str, Any], change: Any) -> dict[str, Any]:
-    """A config's dict with ``change`` made to every string that can be a path: data, val, init_from."""
+    """A config's dict with ``change`` made to every string that can be a path, a teacher's too."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: changed(one) for name, one in value.items()}
         return change(value) if isinstance(value, str) else value
 
-    return values | {name: changed(values[name]) for name in ("data", "val", "init_from") if name in values}
+    places = ("data", "val", "objective", "init_from")
+    return values | {name: changed(values[name]) for name in places if name in values}
 
 
 def _user() -> str:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, program, schema, sharding, untrusted
+from hybridlm import init_from, model, program, schema, sharding, untrusted
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint, cli, processes, watch
@@ -53,7 +53,8 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
         state = join(saves.restore(step, like))
         with np.load(path / "batch.npz") as arrays:
             batch = sharding.put_batch(dict(arrays), mesh)
-        metrics = jax.device_get(built.step(state, batch)[1])
+        teacher = init_from.teacher(config, built)
+        metrics = jax.device_get(built.step(state, batch, *teacher)[1])
     squares = watch.by_parameter(metrics.pop(program.NORMS), definition)
     return step, {name: float(value) for name, value in metrics.items()}, squares
 

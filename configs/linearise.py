@@ -1,0 +1,125 @@
+"""From a Transformer to a hybrid: the teacher's layers but some are given another mixer and learn from it.
+
+    python train.py --config=configs/linearise.py:teacher=runs/x,gdn,3:1
+    python train.py --config=configs/linearise.py:teacher=hf/qwen,kda,pure --config.data.path=text/*.txt
+
+The argument is teacher=FOLDER,MIXER,RATIO.
+FOLDER: a run's workdir, or a Hugging Face folder, which brings no data.
+MIXER: a name of `hybridlm.config.STANDARD`.
+RATIO: r:1 keeps the last layer of every r + 1, "pure" none; or the indices of those to keep: 3+7+11
+(`python -m hybridlm.layer_choice` finds some).
+
+Three stages (docs/linearise.md): transfer, each new mixer alone learns to return what the attention in its
+place returned; distil, the whole learns the teacher's logits; tune, next-token prediction without a teacher.
+Their learning rates are RADLADS' (arXiv 2505.03005) in shape; their lengths are short:
+set stages.<name>.train.steps.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from hybridlm import config as configs
+from hybridlm import init_from, mixers, pattern, plan
+from hybridlm.errors import ConfigError, nearest
+from hybridlm.mixers import attention
+
+FORM = "must be teacher=FOLDER,MIXER,RATIO, for example teacher=runs/x,gdn,3:1"
+FROZEN = (
+    "embedding", "head", "final_norm.scale", "layers.*.mixer_norm.*", "layers.*.mlp_norm.*", "layers.*.mlp.*",
+)  # fmt: skip
+STEPS = {"transfer": 1000, "distil": 3000, "tune": 500}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    folder, mixer, ratio = _parse(arg)
+    theirs = init_from.described(folder)
+    values = theirs.to_dict()
+    values.pop("stages", None)
+    names = pattern.fill(pattern.parse(theirs.model.pattern), theirs.model.num_layers)
+    full = [i for i, name in enumerate(names) if _attention(theirs, name)]
+    if not full:
+        raise ConfigError("--config", f"linearise.py:{arg}", "the teacher has no layer of softmax attention")
+    replaced = set(full) - set(_kept(ratio, len(names), arg))
+    new = [_renamed(name, mixer) if i in replaced else name for i, name in enumerate(names)]
+    source = theirs.mixers[pattern.split(names[full[0]])[0]]
+    assert isinstance(source, attention.Config)
+    config = configs.default()
+    for section in ("model", "train", "mlps", "data", "eval", "log", "checkpoint"):
+        config[section] = ConfigDict(values[section])
+    config.model.pattern = str(plan.plan(new))
+    config.mixers = ConfigDict(values["mixers"] | {mixer: _like(mixer, source, theirs.model.d_model)})
+    config.init_from = str(folder)
+    config.objective = configs.objective("distil", teacher=str(folder))
+    config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, warmup_steps=50)
+    alone = {"kl": 0.0, "transfer": 1.0}
+    config.stages = ConfigDict({
+        "order": tuple(STEPS),
+        "transfer": {
+            "train": {"steps": STEPS["transfer"]}, "objective": alone,
+            "optimizer": {"learning_rate": 1e-3, "freeze": FROZEN},
+        },
+        "distil": {"train": {"steps": STEPS["distil"]}},
+        "tune": {
+            "train": {"steps": STEPS["tune"]}, "objective": {"kind": "next_token"},
+            "optimizer": {"learning_rate": 1e-5},
+        },
+    })  # fmt: skip
+    return config
+
+
+def _like(mixer: str, source: attention.Config, d_model: int) -> dict:
+    """The settings of ``mixer`` with the heads of the teacher's attention, as `hybridlm.mapping` wants."""
+    kind, standard = configs.STANDARD[mixer]
+    heads, groups = source.heads(d_model)
+    dim = source.head_dim
+    if kind == "attention":
+        return configs.mixer(**(dataclasses.asdict(source) | standard)).to_dict()
+    wide = {"qk_nope_head_dim": dim, "qk_rope_head_dim": groups * dim, "kv_lora_rank": groups * dim}
+    own = {
+        "mla": {"v_head_dim": dim, "latent_norm": False, "rope_groups": groups, **wide},
+        "mamba2": {"n_groups": heads, "state_size": dim},
+    }
+    wanted = {
+        "num_heads": heads, "head_dim": dim, "v_head_dim": dim, "rope_theta": source.rope_theta,
+        "output_gate": "sigmoid" if kind == "kda" else "none", **standard, **own.get(kind, {}),
+    }  # fmt: skip
+    known = {field.name for field in dataclasses.fields(mixers.config_class(kind))}
+    return configs.mixer(kind, **{name: value for name, value in wanted.items() if name in known}).to_dict()
+
+
+def _attention(config: configs.Config, name: str) -> bool:
+    one = config.mixers[pattern.split(name)[0]]
+    return isinstance(one, attention.Config) and one.full_attention
+
+
+def _renamed(layer: str, mixer: str) -> str:
+    _, mlp = pattern.split(layer)
+    return f"{mixer}/{mlp}" if mlp else mixer
+
+
+def _kept(ratio: str, layers: int, arg: str) -> list[int]:
+    """Indices of the layers that stay as they are."""
+    first, _, last = ratio.partition(":")
+    if ratio == "pure":
+        return []
+    if last == "1" and first.isdigit() and 0 < int(first) < layers:
+        return list(range(int(first), layers, int(first) + 1))
+    indices = ratio.split("+")
+    if all(one.isdigit() and int(one) < layers for one in indices):
+        return [int(one) for one in indices]
+    problem = f"RATIO {ratio!r} is none of pure, r:1 below {layers} layers and indices such as 3+7"
+    raise ConfigError("--config", f"linearise.py:{arg}", f"{FORM}; {problem}")
+
+
+def _parse(arg: str) -> tuple[str, str, str]:
+    """(folder, mixer, ratio). A folder's name may hold commas."""
+    head, *rest = arg.rsplit(",", 2)
+    if not head.startswith("teacher=") or len(rest) != 2:
+        raise ConfigError("--config", f"linearise.py:{arg}", FORM)
+    mixer, ratio = (one.strip() for one in rest)
+    if mixer not in configs.STANDARD:
+        known = ", ".join(configs.STANDARD)
+        problem = f"{FORM}; mixer {mixer!r} is none of {known}"
+        raise ConfigError("--config", f"linearise.py:{arg}", problem, nearest(mixer, configs.STANDARD))
+    return head.removeprefix("teacher="), mixer, ratio

@@ -1,0 +1,179 @@
+"""Learning from a teacher: a weighted sum of next-token prediction, KL of logits, alignment of hidden states
+and transfer of what each mixer returns. One pass of each model serves all the terms.
+
+    next_token    cross-entropy of the data
+    kl            t^2 KL(teacher || student) of the logits
+    hidden        mean over layers of 1 - cosine of the residual streams after them
+    transfer      mean over the layers whose mixer is another than the teacher's, and over channels, of
+                  (student's mixer output - teacher's)^2: attention transfer (LoLCATs, arXiv 2410.10254)
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from hybridlm import distillation, init_from, objectives
+from hybridlm import model as lm
+from hybridlm.errors import ConfigError
+from hybridlm.fields import Above, Count, NonNegative
+from hybridlm.objectives import TEACHER, Batch, Sums
+from hybridlm.objectives.next_token import AUXILIARY, by_name
+from hybridlm.rows import Rows
+
+INPUT, MIXED, OUTPUT = "block.input", "block.mixed", "block.output"  # records of every layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(objectives.Config):
+    """teacher: a run's workdir or a Hugging Face folder; its parameters stay as they are.
+    next_token, kl, hidden, transfer: weights of the terms.
+    temperature: of both models' logits in the KL.  top_k: largest logits of the teacher that it sees; 0: all.
+    inputs: what the layers see in the transfer: "teacher", what the teacher's layers saw, so that each learns
+        alone, or "student", what the student's own layers before them return.
+    """
+
+    teacher: str = ""
+    next_token: NonNegative = 0.0
+    kl: NonNegative = 1.0
+    hidden: NonNegative = 0.0
+    transfer: NonNegative = 0.0
+    temperature: Above = 1.0
+    top_k: Count = 0
+    inputs: Literal["teacher", "student"] = "teacher"
+
+    def check(self) -> None:
+        if not self.teacher:
+            raise ConfigError("teacher", "", "must name a run's workdir or a Hugging Face folder")
+        if not (self.next_token or self.kl or self.hidden or self.transfer):
+            raise ConfigError("kl", 0.0, "next_token, kl, hidden and transfer cannot all be 0")
+
+
+class Objective(objectives.Objective):
+    """sums: those of next_token where the student runs as a whole, and "kl_loss_sum", "hidden_loss_sum" and
+    "transfer_loss_sum" of the terms with a weight. Where every layer learns alone nothing is predicted, and
+    "loss_sum" is the transfer's; a validation always runs the student, and has each layer's transfer."""
+
+    config_class = Config
+
+    def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
+        self.config, self.definition, self.token_bytes = config, definition, token_bytes
+        theirs = lm.build(init_from.described(config.teacher))
+        model = dataclasses.replace(theirs.model, dtype=definition.model.dtype, remat="none")
+        self.teacher: lm.Definition = dataclasses.replace(theirs, model=model)
+        pairs = zip(theirs.layers, definition.layers, strict=False)
+        self.changed = [i for i, (one, other) in enumerate(pairs) if one.config != other.config]
+        self._check()
+
+    def _check(self) -> None:
+        ours, theirs, config = self.definition, self.teacher, self.config
+        refuse = lambda problem: ConfigError("objective.teacher", config.teacher, problem)
+        if theirs.vocab_size != ours.vocab_size:
+            raise refuse(f"has {theirs.vocab_size} tokens, this model {ours.vocab_size}")
+        if config.top_k > ours.vocab_size:
+            raise ConfigError("objective.top_k", config.top_k, f"must be at most {ours.vocab_size}")
+        sizes = [(one.d_model, len(one.layers)) for one in (theirs, ours)]
+        if (config.hidden or config.transfer) and sizes[0] != sizes[1]:
+            told = "width and depth must be equal for hidden and transfer"
+            raise refuse(f"has (d_model, layers) {sizes[0]}, this model {sizes[1]}: {told}")
+        if config.transfer and not self.changed:
+            raise refuse("has the mixers of this model: there is nothing to transfer")
+
+    def loss(
+        self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, Sums]:
+        config = self.config
+        forced = bool(config.transfer) and config.inputs == "teacher"
+        alone = forced and not (config.next_token or config.kl or config.hidden)
+        return self._loss(params, frozen, batch, wanted, forced, alone)
+
+    def evaluate(self, params: lm.Params, frozen: lm.Params, batch: Batch) -> Sums:
+        forced = bool(self.config.transfer) and self.config.inputs == "teacher"
+        return self._loss(params, frozen, batch, (), forced, alone=False, by_layer=True)[1]
+
+    def _loss(
+        self,
+        params: lm.Params,
+        frozen: lm.Params,
+        batch: Batch,
+        wanted: tuple[str, ...],
+        forced: bool,
+        alone: bool,
+        by_layer: bool = False,
+    ) -> tuple[jax.Array, Sums]:
+        """forced: each layer is given the teacher's inputs.  alone: the student as a whole does not run."""
+        config, tokens, counted = self.config, batch["tokens"], batch["targets"] >= 0
+        rows = Rows(batch["segment_ids"], batch["positions"])
+        theirs = {n.removeprefix(TEACHER): leaf for n, leaf in frozen.items() if n.startswith(TEACHER)}
+        own = {name: leaf for name, leaf in frozen.items() if not name.startswith(TEACHER)}
+        student, teacher = lm.merge(self.definition, params | own), lm.merge(self.teacher, theirs)
+        taps = [OUTPUT] * bool(config.hidden) + [MIXED] * bool(config.transfer) + [INPUT] * forced
+        seen, before = jax.lax.stop_gradient(teacher.forward(tokens, rows, tuple(taps)))
+        total = jnp.zeros((), jnp.float32)
+        sums: Sums = {"tokens": jnp.sum(counted.astype(jnp.float32))}
+        records: lm.Records = {}
+        if not alone:
+            own_taps = [tap for tap in taps if tap != INPUT]
+            hidden, records = student.forward(tokens, rows, (AUXILIARY + "*", *own_taps, *wanted))
+            given = distillation.Teacher(seen, teacher.head_matrix())
+            part, found = self._predicted(hidden, student.head_matrix(), given, batch, records)
+            total, sums = total + part, sums | found
+        if config.hidden:
+            layers = range(len(self.definition.layers))
+            apart = [_angle(_of(i, OUTPUT, records), _of(i, OUTPUT, before), counted) for i in layers]
+            sums["hidden_loss_sum"] = jnp.mean(jnp.stack(apart))
+            total += config.hidden * sums["hidden_loss_sum"]
+        if config.transfer:
+            after = records
+            if forced:
+                inputs = jnp.stack([before[f"layers.{i}.{INPUT}"] for i in range(len(self.teacher.layers))])
+                _, after = student.forward(tokens, rows, (MIXED, *(wanted if alone else ())), inputs)
+                records = records or after
+            apart = [_square(_of(i, MIXED, after), _of(i, MIXED, before), counted) for i in self.changed]
+            sums["transfer_loss_sum"] = jnp.mean(jnp.stack(apart))
+            total += config.transfer * sums["transfer_loss_sum"]
+            if by_layer:
+                sums |= {f"transfer_{i}_loss_sum": one for i, one in zip(self.changed, apart, strict=True)}
+        sums.setdefault("loss_sum", jax.lax.stop_gradient(total))
+        if wanted:
+            sums["records"] = {n: one for n, one in records.items() if n.split(".", 2)[2] in wanted}
+        return total, sums
+
+    def _predicted(
+        self,
+        hidden: jax.Array,
+        head: jax.Array,
+        given: distillation.Teacher,
+        batch: Batch,
+        records: lm.Records,
+    ) -> tuple[jax.Array, Sums]:
+        """(the sum to differentiate, sums) of what the student predicts."""
+        config = self.config
+        weights = distillation.Weights(config.next_token, config.kl, config.temperature, config.top_k)
+        total, (found, kl) = distillation.distilled(hidden, head, given, batch["targets"], weights)
+        sums: Sums = {"loss_sum": found.cross_entropy, "correct": found.correct}
+        sums |= {"kl_loss_sum": kl} if config.kl else {}
+        if self.token_bytes is not None:
+            counted = jnp.where(batch["targets"] >= 0, self.token_bytes[batch["targets"]], 0)
+            sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
+        for name, values in by_name(records, AUXILIARY).items():
+            sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * found.tokens
+            total += sums[f"{name}_loss_sum"]
+        return total, sums
+
+
+def _of(layer: int, name: str, records: lm.Records) -> jax.Array:
+    return records[f"layers.{layer}.{name}"].astype(jnp.float32)
+
+
+def _square(ours_BTD: jax.Array, theirs_BTD: jax.Array, counted_BT: jax.Array) -> jax.Array:
+    """Sum over the counted tokens of the mean square difference of channels."""
+    return jnp.sum(jnp.where(counted_BT, jnp.mean(jnp.square(ours_BTD - theirs_BTD), axis=-1), 0))
+
+
+def _angle(ours_BTD: jax.Array, theirs_BTD: jax.Array, counted_BT: jax.Array) -> jax.Array:
+    """Sum over the counted tokens of 1 - cosine."""
+    length = lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1) + 1e-12)
+    cosine = jnp.sum(ours_BTD * theirs_BTD, axis=-1) / (length(ours_BTD) * length(theirs_BTD))
+    return jnp.sum(jnp.where(counted_BT, 1 - cosine, 0))

@@ -1,0 +1,106 @@
+"""Stages of a run: its steps in parts, each with settings of its own laid over those of the run.
+
+    stages.order = ("transfer", "distil")
+    stages.transfer = {"train": {"steps": 1000}, "objective": {"transfer": 1.0, "kl": 0.0}}
+    stages.distil = {"train": {"steps": 4000}, "optimizer": {"learning_rate": 1e-4}}
+
+One workdir, one count of steps, one order of data. A stage begins with the parameters that the one before
+left in its last checkpoint, and with a fresh optimiser and schedule.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hybridlm import config as configs
+from hybridlm import objectives, schema
+from hybridlm.errors import ConfigError, nearest
+from hybridlm.fields import Named, fields, parse, under
+
+SECTIONS = ("train", "optimizer", "objective")
+FIELD = "stages"
+ORDER = "order"
+
+
+def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Config":
+    """``config`` with the stages of ``given``, checked, and their steps added up as its own."""
+    order = given.get(ORDER, ())
+    if isinstance(order, str) or not all(isinstance(name, str) for name in order):
+        raise ConfigError(f"{FIELD}.{ORDER}", order, "must be a tuple of the stages' names")
+    if len(set(order)) < len(order):
+        raise ConfigError(f"{FIELD}.{ORDER}", order, "names a stage twice")
+    if given and not order:
+        raise ConfigError(
+            f"{FIELD}.{ORDER}", order, "must name the stages in the order that they are to run in"
+        )
+    if not order:
+        return config
+    kept: dict[str, Any] = {ORDER: tuple(order)}
+    steps = 0
+    for name in order:
+        overlay = given.get(name)
+        if not isinstance(overlay, Mapping):
+            known = [one for one in given if one != ORDER]
+            raise ConfigError(f"{FIELD}.{ORDER}", name, "there is no such stage", nearest(name, known))
+        one = _laid_over(config, name, overlay)
+        steps += one.train.steps
+        value = lambda section, field, one=one: getattr(getattr(one, section), field)
+        kept[name] = Named(
+            {section: Named({f: value(section, f) for f in fields}) for section, fields in overlay.items()}
+        )
+    return config.replace(train__steps=steps, stages=Named(kept))
+
+
+def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) -> "configs.Config":
+    """The config of one stage, of its own steps."""
+    values = config.to_dict()
+    values.pop(FIELD, None)
+    with under(f"{FIELD}.{name}"):
+        for section, fields in overlay.items():
+            if section not in SECTIONS:
+                raise ConfigError(section, fields, "a stage has other " + ", ".join(SECTIONS) + " at most")
+            if not isinstance(fields, Mapping):
+                raise ConfigError(section, fields, "must be a section with fields, not a value")
+            replaced = section == "objective" and "kind" in fields
+            values[section] = dict(fields) if replaced else values[section] | dict(fields)
+        if "steps" not in overlay.get("train", {}):
+            raise ConfigError("train.steps", None, "must say how long the stage is")
+        if "seed" in overlay["train"]:
+            raise ConfigError("train.seed", overlay["train"]["seed"], "belongs to the run, not to a stage")
+        return configs.resolve(ConfigDict(values))
+
+
+def override(config: dict[str, Any], field: str, text: str) -> None:
+    """Sets in a config's values stages.order, or stages.<name>.<section>.<field>."""
+    given, (name, *path) = config.setdefault("stages", {}), field.split(".")[1:]
+    if name == ORDER and not path:
+        given[name] = parse(tuple[str, ...], text)
+    elif len(path) != 2 or path[0] not in SECTIONS:
+        raise ConfigError(field, text, "fields here are stages.order and stages.<name>.<section>.<field>")
+    else:
+        section, last = path
+        values = given.setdefault(name, {}).setdefault(section, {})
+        kind = {**config.get(section, {}), **values, **({last: text} if last == "kind" else {})}
+        described = fields(schema.SECTIONS.get(section) or objectives.config_class(str(kind.get("kind"))))
+        if last not in described:
+            raise ConfigError(field, text, "no such field", nearest(last, described))
+        with under(field.rsplit(".", 1)[0]):
+            try:
+                values[last] = parse(described[last], text)
+            except ValueError as error:
+                raise ConfigError(last, text, str(error)) from None
+
+
+def split(config: "configs.Config") -> list[tuple[int, "configs.Config"]]:
+    """(step that it begins after, config with its last step as train.steps) of each stage; of a run without
+    stages, the whole."""
+    if not config.stages:
+        return [(0, config)]
+    found = []
+    end = 0
+    for name in config.stages[ORDER]:
+        one = _laid_over(config, name, config.stages[name])
+        begin, end = end, end + one.train.steps
+        found.append((begin, one.replace(train__steps=end)))
+    return found

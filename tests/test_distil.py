@@ -1,0 +1,221 @@
+"""Learning from a teacher: the chunked KL, the objective's terms, and a run in stages."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import distillation, layer_choice, loss, mapping, model, stages, trainer, weights
+from hybridlm.errors import ConfigError, Stopped
+from hybridlm.objectives import TEACHER, distil
+from tests import tiny
+
+
+def dense(hidden, head, seen, teacher_head, targets, w):
+    """The weighted sum with whole logits."""
+    logits, z = hidden @ head, seen @ teacher_head
+    if w.top_k:
+        z = jnp.where(z >= jnp.sort(z, axis=-1)[..., -w.top_k, None], z, -1e30)
+    p = jax.nn.softmax(z / w.temperature)
+    entropies = -jnp.sum(p * jax.nn.log_softmax(logits / w.temperature), axis=-1)
+    own = -jnp.sum(jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-38)), 0), axis=-1)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    each = w.kl * w.temperature**2 * (entropies - own) - w.cross_entropy * picked
+    return jnp.sum(jnp.where(targets >= 0, each, 0))
+
+
+def test_distilled(monkeypatch):
+    """Value and gradients against whole logits, in several chunks, with tokens left out."""
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 8)
+    monkeypatch.setattr(loss, "HEAD_REUSE", 0)
+    keys = jax.random.split(jax.random.key(0), 5)
+    hidden, seen = (jax.random.normal(key, (2, 5, width)) for key, width in zip(keys, (3, 4), strict=False))
+    head, teacher_head = jax.random.normal(keys[2], (3, 8)), jax.random.normal(keys[3], (4, 8))
+    targets = jax.random.randint(keys[4], (2, 5), 0, 8).at[0, 3:].set(-1)
+    for w in (distillation.Weights(0.5, 2.0, 3.0), distillation.Weights(0.0, 1.0, 1.0, top_k=3)):
+        ours = lambda h, m, w=w: distillation.distilled(
+            h, m, distillation.Teacher(seen, teacher_head), targets, w
+        )[0]
+        theirs = lambda h, m, w=w: dense(h, m, seen, teacher_head, targets, w)
+        found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head) for f in (ours, theirs))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return tiny.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def teacher(text, tmp_path_factory):
+    """A trained run of two layers of attention."""
+    workdir = tmp_path_factory.mktemp("teacher")
+    trainer.train(configs.resolve(tiny.config(text, model__pattern="full*2", train__steps=2)), workdir)
+    return workdir
+
+
+def student(text, teacher):
+    """full, then retnet in the place of the second layer: transfer of that mixer alone, then all by KL."""
+    c = tiny.config(text, model__pattern="full retnet", checkpoint__every_steps=2, eval__every_steps=2)
+    c.checkpoint.keep_last = 9
+    c.mixers.retnet.v_head_dim = 8
+    c.init_from = str(teacher)
+    c.objective = configs.objective("distil", teacher=str(teacher), kl=1.0, hidden=0.5, next_token=0.1)
+    frozen = ("embedding", "head", "final_norm*", "layers.0.*", "layers.1.m*_norm*", "layers.1.mlp.*")
+    c.stages = {
+        "order": ("transfer", "distil", "tune"),
+        "transfer": {
+            "train": {"steps": 3},
+            "objective": {"kl": 0.0, "hidden": 0.0, "next_token": 0.0, "transfer": 1.0},
+            "optimizer": {"freeze": frozen, "learning_rate": 0.002, "weight_decay": 0.5},
+        },
+        "distil": {"train": {"steps": 2, "microbatches": 2}},
+        "tune": {"train": {"steps": 1, "seq_len": 8}, "objective": {"kind": "next_token"}},
+    }
+    return configs.resolve(c)
+
+
+@pytest.fixture(scope="module")
+def whole(text, teacher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("student")
+    trainer.train(student(text, teacher), workdir)
+    return workdir
+
+
+def test_stages(text, teacher, whole):
+    """What each stage trains and says; while the others are frozen they stay bit for bit."""
+    config = student(text, teacher)
+    assert config.train.steps == 6 and [begin for begin, _ in stages.split(config)] == [0, 3, 5]
+    assert configs.resolve(configs.from_json(whole / "config.json")) == config
+    lines = {line["step"]: line for line in tiny.lines(whole)}
+    assert lines[1]["loss"] == pytest.approx(lines[1]["transfer_loss"]) and "accuracy" not in lines[1]
+    assert lines[3]["val_transfer_loss"] < lines[2]["val_transfer_loss"]  # of the same held-out batches
+    assert {"loss", "kl_loss", "hidden_loss", "accuracy"} <= set(lines[4]) and "kl_loss" not in lines[6]
+    assert {"val_loss", "val_transfer_loss", "val_transfer_1_loss"} <= set(lines[2])
+    assert lines[4]["learning_rate"] == pytest.approx(0.005)  # of a schedule that began anew
+    before, after = weights.load(teacher), weights.load(whole, 2)
+    old, new = (model.unstack(one.definition, one.params) for one in (before, after))
+    moved = [name for name in new if name not in old or not np.array_equal(old[name], new[name])]
+    assert moved and all(name.startswith("layers.1.mixer.") for name in moved)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_resumed_in_any_stage(text, teacher, whole, tmp_path, step, monkeypatch):
+    """A run that was stopped after a step of any stage, or between two, writes the same lines."""
+    run = tmp_path / "run"
+    config = student(text, teacher)
+    save = trainer.Trainer.save
+
+    def stop(self, at, *args):
+        save(self, at, *args)
+        if at == step:
+            raise Stopped("as if killed")
+
+    monkeypatch.setattr(trainer.Trainer, "save", stop)
+    with pytest.raises(Stopped):
+        trainer.train(config, run)
+    monkeypatch.undo()
+    trainer.train(config, run)
+    assert tiny.lines(run) == tiny.lines(whole)
+
+
+def test_nothing_to_learn_from_oneself(text, teacher):
+    """A student that is the teacher has no KL, no angle and no gradient; transfer is refused."""
+    c = tiny.config(text, model__pattern="full*2")
+    definition = model.build(configs.resolve(c))
+    settings = distil.Config(kind="distil", teacher=str(teacher), kl=1.0, hidden=1.0)
+    objective = distil.Objective(settings, definition)
+    params = weights.load(teacher).params
+    row = jnp.ones((2, 6), jnp.int32)
+    batch = {
+        "tokens": row,
+        "targets": row.at[0, 4:].set(-1),
+        "segment_ids": row,
+        "positions": jnp.arange(6) * row,
+    }
+    frozen = {TEACHER + name: leaf for name, leaf in params.items()}
+    grad = jax.jit(jax.value_and_grad(lambda p: objective.loss(p, frozen, batch), has_aux=True))
+    (_, sums), grads = grad(params)
+    np.testing.assert_allclose([sums["kl_loss_sum"], sums["hidden_loss_sum"]], 0, atol=1e-5)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-4
+    with pytest.raises(ConfigError, match="nothing to transfer"):
+        distil.Objective(distil.Config(kind="distil", teacher=str(teacher), transfer=1.0), definition)
+
+
+@pytest.mark.parametrize("mixer", ["gdn", "kda", "gla", "mamba2", "mla", "swa"])
+def test_linearise_config(teacher, mixer):
+    """One argument makes a config whose new layers take all of the attention that they can."""
+    config = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},{mixer},1:1"))
+    definition = model.build(config)
+    assert config.model.pattern == f"{mixer} full" and [begin for begin, _ in stages.split(config)] == [
+        0,
+        1000,
+        4000,
+    ]
+    every = model.canonical_shapes(definition).items()
+    shapes = {name.split("mixer.")[1]: one.shape for name, one in every if "0.mixer." in name}
+    read = lambda name: (
+        np.zeros((16, 32) if name[0] in "qkv" else (32, 16)) if name[2:] == "proj.kernel" else None
+    )
+    made, why = mapping.mixer(definition.layers[1].config, definition.layers[0].config, 16, read, shapes)
+    assert not why and (made or mixer == "swa")
+    frozen = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},{mixer},0+1")).stages[
+        "transfer"
+    ]
+    assert "layers.*.mlp.*" in frozen["optimizer"]["freeze"]
+
+
+@pytest.mark.parametrize(
+    "arg", ["", "teacher=x,gdn", "teacher={},gdm,3:1", "teacher={},gdn,3", "teacher={},gdn,2:1"]
+)
+def test_linearise_arguments(teacher, arg):
+    with pytest.raises(ConfigError, match="must be teacher=FOLDER,MIXER,RATIO"):
+        configs.load(f"configs/linearise.py:{arg.format(teacher)}")
+
+
+def test_layer_choice(whole, capsys):
+    """Ranks the one layer that was replaced, and names the pattern that keeps it."""
+    layer_choice.show(whole, keep=1, batches=1)
+    record = json.loads((whole / "layer_choice.json").read_text())
+    assert (
+        record["pattern"] == "full*2"
+        and record["keep"] == "1"
+        and "--config.model.pattern" in capsys.readouterr().out
+    )
+    assert record["losses"]["1"] > 0 and record["teacher"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"order": "transfer"}, "must be a tuple"),
+        ({"order": ("a",)}, "there is no such stage"),
+        ({"a": {"train": {"steps": 1}}}, "must name the stages"),
+        ({"order": ("a",), "a": {"optimizer": {"learning_rate": 0.1}}}, r"stages.a.train.steps .*how long"),
+        ({"order": ("a",), "a": {"train": {"steps": 1}, "model": {}}}, "train, optimizer, objective at most"),
+        ({"order": ("a",), "a": {"train": {"steps": 0}}}, r"stages.a.train.steps = 0: must be at least 1"),
+    ],
+)
+def test_stages_that_cannot_be(text, fields, match):
+    c = tiny.config(text)
+    c.stages = fields
+    with pytest.raises(ConfigError, match=match):
+        configs.resolve(c)
+
+
+def test_stage_on_a_command_line():
+    overrides = {
+        "stages.order": "a",
+        "stages.a.train.steps": "7",
+        "stages.a.objective.z_loss": "0.5",
+        "stages.a.optimizer.learning_rate": "0.1",
+    }
+    config = configs.resolve(configs.load("configs/quickstart.py", overrides))
+    [(begin, one)] = stages.split(config)
+    assert (begin, one.train.steps, one.objective.z_loss, one.optimizer.learning_rate) == (0, 7, 0.5, 0.1)
+    with pytest.raises(ConfigError, match="no such field"):
+        configs.load("configs/quickstart.py", {"stages.a.train.stepz": "7"})
+    assert "stages" not in configs.resolve(configs.load("configs/quickstart.py")).to_dict()

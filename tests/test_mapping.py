@@ -1,0 +1,163 @@
+"""Parameters of softmax attention in the place of another mixer's (hybridlm.mapping, init_from)."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybridlm import config as configs
+from hybridlm import init_from, mapping, mixers, model
+from hybridlm.rows import Rows
+
+D, H, G, K = 24, 6, 2, 4
+SIZES = {"num_heads": H, "head_dim": K}
+
+
+def built(pattern, **kinds):
+    c = configs.default()
+    c.model.update(pattern=pattern, d_model=D, vocab_size=32, mlp_hidden=32, dtype="float32", remat="none")
+    c.mixers = {name: configs.mixer(kind, **settings) for name, (kind, settings) in kinds.items()}
+    c.data = configs.data("copying", task="palindrome")
+    return model.build(configs.resolve(c))
+
+
+GQA = ("attention", SIZES | {"num_kv_heads": G})
+
+
+@functools.cache
+def teacher():
+    definition = built("full*2", full=GQA)
+    params = jax.jit(lambda: model.init(definition, jax.random.key(0)))()
+    return definition, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
+
+
+def loaded(definition):
+    """(parameters, report) of ``definition`` started from the teacher."""
+    source, params = teacher()
+    arrays = {name: np.asarray(leaf) for name, leaf in model.unstack(source, params).items()}
+    fresh = jax.jit(lambda: model.init(definition, jax.random.key(1)))()
+    return init_from.load(init_from.Source(source, arrays, lambda path: None, None), definition, fresh)
+
+
+@functools.cache
+def expected():
+    return logits(*teacher())
+
+
+def logits(definition, params):
+    """Of rows of two documents and padding."""
+    tokens = jax.random.randint(jax.random.key(2), (2, 20), 0, 32)
+    segments = jnp.repeat(jnp.array([[1] * 9 + [2] * 9 + [0] * 2]), 2, 0)
+    positions = jnp.repeat(jnp.array([[*range(9), *range(9), 0, 0]]), 2, 0)
+    run = jax.jit(lambda params: model.logits(definition, params, tokens, Rows(segments, positions)))
+    return np.asarray(run(params))[:, :18]
+
+
+MLA = {
+    "num_heads": H,
+    "v_head_dim": K,
+    "qk_rope_head_dim": G * K,
+    "qk_nope_head_dim": 3,
+    "latent_norm": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kinds"),
+    [
+        ("full*2", {"full": GQA}),
+        ("full swa", {"full": GQA, "swa": ("attention", GQA[1] | {"window": 9})}),
+        ("full mha", {"full": GQA, "mha": ("attention", SIZES)}),
+        ("mla*2", {"mla": ("mla", MLA | {"kv_lora_rank": 10, "rope_groups": G})}),
+    ],
+)
+def test_exact(pattern, kinds):
+    """Every layer kept; a window as long as the documents; heads repeated; TransMLA's first step."""
+    definition = built(pattern, **kinds)
+    params, report = loaded(definition)
+    assert not report.why and not report.new and not report.dropped
+    np.testing.assert_allclose(logits(definition, params), expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_key_heads():
+    """The mean of neighbours, by a loop."""
+    definition = built("full*2", full=("attention", SIZES | {"num_kv_heads": 1}))
+    params, report = loaded(definition)
+    new = model.unstack(definition, params)["layers.1.mixer.k_proj.kernel"]
+    old = model.unstack(*teacher())["layers.1.mixer.k_proj.kernel"]
+    expected = np.stack([(old[:, i] + old[:, K + i]) / 2 for i in range(K)], axis=1)
+    np.testing.assert_allclose(new, expected, rtol=1e-6)
+    assert report.mapped["layers.1.mixer.k_proj.kernel"] == "k_proj.kernel, the mean of 2 heads"
+
+
+LINEAR = {
+    "gated_delta_net": {"output_gate": "sigmoid"},
+    "kda": {"lower_bound": -5.0},
+    "gla": {},
+    "delta_product": {},
+    "mlstm": {},
+    "mamba2": {"n_groups": H, "state_size": K},
+}
+
+
+def mapped(kind, settings):
+    """(what becomes of layer 1 of the teacher, why not, the teacher's layer)"""
+    definition = built("full new", full=GQA, new=(kind, settings))
+    every = model.canonical_shapes(definition).items()
+    shapes = {name.split("mixer.")[1]: one.shape for name, one in every if "1.mixer." in name}
+    rng = np.random.default_rng(0)
+    sizes = {"q_proj.kernel": H, "k_proj.kernel": G, "v_proj.kernel": G}
+    old = {name: rng.normal(size=(D, heads * K)).astype(np.float32) for name, heads in sizes.items()}
+    old["o_proj.kernel"] = rng.normal(size=(H * K, D)).astype(np.float32)
+    theirs, ours = (layer.config for layer in definition.layers)
+    made, problem = mapping.mixer(theirs, ours, D, old.get, shapes)
+    assert all(one.value.shape == shapes[name] for name, one in made.items())
+    return made, problem, old
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_matrix_states(kind):
+    """Heads go where their queries are."""
+    sizes = SIZES if kind == "mamba2" else SIZES | {"v_head_dim": K}
+    made, problem, old = mapped(kind, sizes | LINEAR[kind])
+    source = old["k_proj.kernel"]
+    expected = np.concatenate([source[:, h // (H // G) * K :][:, :K] for h in range(H)], axis=1)
+    np.testing.assert_array_equal(made["k_proj.kernel"].value[:, : H * K], expected)
+    for name in ("q_proj.kernel", "o_proj.kernel"):
+        np.testing.assert_array_equal(made[name].value, old[name])
+    assert not problem and "each of 2 heads 3 times" in made["v_proj.kernel"].origin
+
+
+@pytest.mark.parametrize("kind", ["gated_delta_net", "kda", "gla"])
+def test_gates_near_none(kind):
+    config = mixers.config_class(kind)(kind=kind, **SIZES, v_head_dim=K, **LINEAR[kind])
+    mixer = mixers.load(kind)(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
+    for name, number in mixers.load(kind).near_attention(config).items():
+        owner, *rest = name.split(".")
+        leaf = getattr(mixer, owner) if not rest else getattr(getattr(mixer, owner), rest[0])
+        leaf.set_value(jnp.full_like(leaf[...], number))
+    x = jax.random.normal(jax.random.key(0), (1, 3, D))
+    q = jnp.ones((1, 3, H, K))
+    decay = mixer.inputs(x, q, q, q, None).log_decay
+    np.testing.assert_allclose(decay, -1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "why"),
+    [
+        ("hgrn", {}, "no queries, keys and values"),
+        (
+            "gla",
+            {"num_heads": 2, "head_dim": 4, "v_head_dim": 4},
+            "needs as many heads.*num_heads=6, head_dim=4",
+        ),
+        ("mla", {"v_head_dim": 4}, "needs num_heads=6, v_head_dim=4, qk_rope_head_dim=8"),
+    ],
+)
+def test_what_cannot_be_mapped_is_said(kind, settings, why):
+    made, problem, _ = mapped(kind, settings)
+    assert not made and re.search(why, problem)
