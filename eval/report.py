@@ -36,7 +36,7 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.2 * columns, 0.5 + 2.4 * rows), dpi=120, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)  # .flat is walked once only
     for axes in panels:
         axes.set_visible(False)
     for name, axes in zip(names, panels, strict=False):
@@ -55,7 +55,7 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
         axes.set_title(f"{untrusted.plot(name)} (n={found[0]['samples']})", fontsize=8)
         axes.grid(alpha=0.3)
     legend = "x: tokens, y: accuracy, bars: 95%, dotted: guessing"
-    figure.suptitle(f"{untrusted.plot(title)}; {legend}", fontsize=8)
+    figure.suptitle(f"{untrusted.plot(title)}\n{legend}", fontsize=8)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     put(path, lambda: untrusted.write_bytes(path, out.getvalue()))

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib import image
 from rich.console import Console
 
 import eval.__main__ as command
@@ -341,4 +342,7 @@ def test_picture_of_many_tasks(tmp_path):
         for length in (64, 1024)
     }  # fmt: skip
     report.plot(results, "run", Path(tmp_path / "x.png"))
-    assert (tmp_path / "x.png").stat().st_size > 10_000
+    pixels = image.imread(tmp_path / "x.png")[..., :3]
+    panels = [np.array_split(row, 4, axis=1) for row in np.array_split(pixels, 2)]
+    drawn = [[bool((np.ptp(panel, axis=2) > 0.2).sum() > 100) for panel in row] for row in panels]
+    assert drawn == [[True] * 4, [True, False, False, False]]  # lines, in colour
