@@ -135,7 +135,7 @@ def _of_line(line: str) -> Iterator[tuple[str, float]]:
     if not called:
         return
     kind = called[2]
-    result = sum(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", called[1]))
+    result: float = sum(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", called[1]))
     group = _group(line)
     if called[3]:  # a start's results have its arguments beside them
         result *= {"all-gather": group / (group + 1), "collective-permute": 0.5}.get(kind, 1)

@@ -1,6 +1,7 @@
 """Softmax attention within the documents of rows that have no cache, and its largest logits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def _of_a_piece(
         if not whole:
             padded = jnp.pad(forgotten_BSH, ((0, 0), (halo, 0), (0, 0)))
             forgotten_BSH = jax.lax.dynamic_slice_in_dim(padded, start, halo + length, axis=1)
-    extras = dict(sinks_H=sinks_H, forgotten_BTH=forgotten_BTH, forgotten_BSH=forgotten_BSH)
+    extras: dict[str, Any] = dict(sinks_H=sinks_H, forgotten_BTH=forgotten_BTH, forgotten_BSH=forgotten_BSH)
     if whole:
         keys, values = (x if gathered else pieces.gather(x, axis) for x in (k_BTGK, v_BTGV))
         return blockwise(q_BTHK, keys, values, index_T, first_BT, index, scale=scale, **extras)

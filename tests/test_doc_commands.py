@@ -35,9 +35,10 @@ def lines(page: Path) -> list[tuple[str, bool]]:
     found: list[str] = []
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         block = block.replace("\\\n", " ")
-        names = dict(re.findall(r'^(\w+)="(.*)"$', block, re.MULTILINE))
+        names = dict(re.findall(r'^(\w+)="([^"]*)"$', block, re.MULTILINE))
         for name, value in names.items():
-            block = re.sub(rf"^{name}=.*$", "", block, flags=re.MULTILINE).replace(f"${name}", value)
+            block = re.sub(rf'^{name}="[^"]*"$', "", block, flags=re.MULTILINE)
+            block = block.replace(f"${name}", " ".join(value.split()))
         found += block.splitlines()
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     programs = r"(\w+=\S* )*((\.venv/bin/)?python |pytest |pip install|sphinx-build|hybridlm-)"
@@ -119,7 +120,8 @@ def typed(module: str, arguments: list[str], whole: bool, monkeypatch) -> None:
     named = next((a.removeprefix("--config=") for a in arguments if a.startswith("--config=")), "")
     if named.startswith("configs/"):
         assert Path(ROOT / named.partition(":")[0]).is_file()
-    if module == "train" and named.startswith("configs/") and not TAUGHT & kinds(arguments):
+    there = named.startswith("configs/") and ":teacher=" not in named  # a config that reads no run
+    if module == "train" and there and not TAUGHT & kinds(arguments):
         monkeypatch.chdir(ROOT)
         flags, overrides = train.parse(arguments)
         configs.resolve(configs.load(flags.config, overrides))
