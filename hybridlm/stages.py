@@ -68,7 +68,10 @@ def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) 
             raise ConfigError("train.steps", None, "must say how long the stage is")
         if "seed" in overlay["train"]:
             raise ConfigError("train.seed", overlay["train"]["seed"], "belongs to the run, not to a stage")
-        return configs.resolve(ConfigDict(values))
+        one = configs.resolve(ConfigDict(values))
+        if one.optimizer.ema:  # its first steps are told by the count of all steps
+            raise ConfigError("optimizer.ema", one.optimizer.ema, "must be 0 in a run with stages")
+        return one
 
 
 def override(config: dict[str, Any], field: str, text: str) -> None:

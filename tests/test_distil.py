@@ -196,6 +196,7 @@ def test_layer_choice(whole, capsys):
         ({"a": {"train": {"steps": 1}}}, "must name the stages"),
         ({"order": ("a",), "a": {"optimizer": {"learning_rate": 0.1}}}, r"stages.a.train.steps .*how long"),
         ({"order": ("a",), "a": {"train": {"steps": 1}, "model": {}}}, "train, optimizer, objective at most"),
+        ({"order": ("a",), "a": {"train": {"steps": 1}, "optimizer": {"ema": 0.9}}}, "must be 0 in a run"),
         ({"order": ("a",), "a": {"train": {"steps": 0}}}, r"stages.a.train.steps = 0: must be at least 1"),
     ],
 )
