@@ -286,7 +286,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         for name, one in sections[section].items():
             with under(f"{section}.{name}"):
                 one.check(model.d_model)
-    mixers.check_together(layers, sections["mixers"], model.d_model)
+    mixers.check_together(layers, sections["mixers"], definitions["mixers"], model.d_model)
     qk_clip.check(sections["optimizer"].qk_clip, sections["mixers"], model.d_model)
     for section, kind in (("data", "text"), ("objective", "next_token")):
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)

@@ -66,6 +66,7 @@ def grid() -> list[str]:
     return attention + list(dict.fromkeys(",".join(arg) for arg in [*mixers, *ratios]))
 
 
+@pytest.mark.slow
 def test_hybrid_grid() -> None:
     """Each size, mixer and ratio has the transformer's parameters within 2% and full layers as documented."""
     lines = []
@@ -119,6 +120,7 @@ def test_names_of_kinds_work_too() -> None:
     assert resolved_hybrid("1.3b,attention") == resolved_hybrid("1.3b,full")
 
 
+@pytest.mark.slow
 def test_any_standard_mixer_runs_in_the_small_configs() -> None:
     for path, name in itertools.product(("configs/quickstart.py", "configs/mqar.py"), configs.STANDARD):
         config = configs.resolve(configs.load(path, {"model.pattern": f"{name}*2"}))

@@ -66,6 +66,7 @@ def test_scanned_and_unrolled_stacks_agree(pattern):
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "full rwkv7*3"])
+@pytest.mark.slow
 def test_decoding_equals_the_whole(pattern):
     definition, rows = build(pattern), single_document(2, 12)
     params = jax.jit(lambda key: model.init(definition, key))(jax.random.key(1))

@@ -30,11 +30,13 @@ def eight():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_part_is_that_of_one_device_with_its_gradients(eight):
     assert len(eight["errors"]) == 12
     assert max(eight["errors"].values()) < 1e-4, eight["errors"]
 
 
+@pytest.mark.slow
 def test_a_stack_trains_as_on_one_device(eight):
     """Packed rows over borders, accumulation, remat, scan, fsdp, tensor; from another mesh's parameters."""
     one, *others = eight["steps"].values()
@@ -49,6 +51,7 @@ def test_a_stack_trains_as_on_one_device(eight):
                 np.testing.assert_allclose(b["norms"][name], norms, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_imbalance_of_attention(eight):
     facts, steps = eight["facts"], eight["steps"]
     assert facts["uneven"] == pytest.approx(7 / 4, rel=1e-3)
@@ -57,6 +60,7 @@ def test_imbalance_of_attention(eight):
     assert steps["fsdp 2, tensor 2, context 2"][0]["attention_imbalance"] > 1
 
 
+@pytest.mark.slow
 def test_bytes_sent(eight):
     """Five times an all-gather of 8 x 16 float32 over four devices."""
     assert eight["facts"]["sent"] == {"all-gather": 5 * 8 * 64 * 4 * 3 / 4}

@@ -109,6 +109,7 @@ def test_gradients(root: Path) -> None:
     assert compared == sum(name.startswith("grad.") for name in run.expected)
 
 
+@pytest.mark.slow
 def test_training_goes_on_over_a_mesh(tmp_path: Path) -> None:
     """Gated DeltaNet, gated attention and experts, imported: 8 devices give the losses of one."""
     flags = f"--xla_force_host_platform_device_count=8 {FAST}"

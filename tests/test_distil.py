@@ -103,6 +103,7 @@ def test_stages(text, teacher, whole):
 
 
 @pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.slow
 def test_resumed_in_any_stage(text, teacher, whole, tmp_path, step, monkeypatch):
     """A run that was stopped after a step of any stage, or between two, writes the same lines."""
     run = tmp_path / "run"

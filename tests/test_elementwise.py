@@ -172,6 +172,7 @@ def test_memory_is_linear_in_the_length():
 
 
 @pytest.mark.parametrize("kind", [float, complex])
+@pytest.mark.slow
 def test_pieces_in_a_chain_are_the_whole(kind):
     x, g, ids, state, *_ = make_case(length=40, kind=kind)
     want = loop(x, g, ids, state)
@@ -212,6 +213,7 @@ def test_ids_of_64_bits_are_compared_whole():
     np.testing.assert_array_equal(h[0, :, 0], [1, 1, 2])
 
 
+@pytest.mark.slow
 def test_vmapped():
     x, g, ids, state, *_ = (jnp.asarray(a) for a in make_case())
     call = lambda x, g, ids, state: elementwise_recurrence(x, g, initial_state=state, segment_ids=ids)

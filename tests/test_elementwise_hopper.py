@@ -72,6 +72,7 @@ def test_interpreted(name, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_nothing_crosses_a_start_and_nothing_later_is_seen():
     """With pieces: not what is not a number, forwards or backwards, and not a bit of later inputs."""
     case = make_case(length=64, features=128, decays=[0, 0.1, 1.0])

@@ -63,6 +63,7 @@ EVERY_KIND = "full mla deltanet gdn kda gla hgrn hgrn2 retnet"
         ("kda mla", "bfloat16", 2e-2),
     ],
 )
+@pytest.mark.slow
 def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern, dtype, error):
     """Prompts of 3 and 14 tokens, prefilled in chunks of 8, then 5 given tokens one at a time."""
     monkeypatch.setattr(decoding, "PREFILL_CHUNK", 8)
@@ -93,6 +94,7 @@ def test_prefill_and_steps_equal_the_full_forward(monkeypatch, pattern, dtype, e
         np.testing.assert_allclose(got[row], want, atol=error * float(jnp.abs(want).max()))
 
 
+@pytest.mark.slow
 def test_matrices_are_used_in_the_dtype_of_the_model_only():
     """So that one cast before a loop does what a cast at each use did."""
     definition, params = built(EVERY_KIND, "bfloat16")

@@ -51,6 +51,7 @@ def gated(gate, delta=True, length=70):
 
 
 @pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.slow
 def test_one_strong_gate_leaves_its_chunk_exact(delta):
     got, want = values_and_gradients(hopper, gated(-1e4, delta)), exact(gated(-1e4, delta))
     for name in want:

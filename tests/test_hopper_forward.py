@@ -161,6 +161,7 @@ def check_wide(call, do):
         assert relative_error(gradient, want[name]) < TOLERANCE, name
 
 
+@pytest.mark.slow
 def test_many_values_a_head():
     call, do = wide_case(192, value_heads=2, tokens=64)
     check_wide(dataclasses.replace(call, interpret=True), do)

@@ -41,6 +41,7 @@ def test_every_cell_runs_on_kernels(size, mixer):
     assert sorted(slow) == NOT_YET.get(mixer, [])
 
 
+@pytest.mark.slow
 def test_ratios_have_the_calls_of_the_pure_stack():
     """So the test above speaks for every cell: a ratio moves layers and the MLP's width, nothing else."""
     for mixer in hybrid.MIXERS:

@@ -226,6 +226,7 @@ def test_guessing():
         of(MQAR, eval__tasks="mqar_9")
 
 
+@pytest.mark.slow
 def test_hours_follow_from_the_device(capsys: pytest.CaptureFixture[str]):
     """53 EFLOP, 20B tokens of a 374M transformer, are 59.5 hours at a quarter of 989 TFLOP/s."""
     assert plan.hours(53e18, "H100", 0.25) == pytest.approx(59.5, rel=1e-2)

@@ -166,6 +166,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path: Path):
     """kill -9 at any moment leaves each small file as it was before or as it was to be."""
     for delay in (0.0, 0.03, 0.1, 0.17):
@@ -301,6 +302,7 @@ def test_the_real_worker(tmp_path: Path, capsys):
     assert (tmp_path / "w" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_real_worker_trains_on_without_its_last_checkpoint(tmp_path: Path):
     """As a kill between the last line and the final save leaves it."""
     text = write(tmp_path / "s.py", (0,), 6)

@@ -147,6 +147,7 @@ def test_prefill_and_steps_equal_the_full_forward(params):
     np.testing.assert_allclose(decode(params), full, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_matrices_cast_once_give_the_same_gradients():
     """Bit for bit in bfloat16, as which a matrix's gradient comes either way, for it is used once in a layer.
 

@@ -52,6 +52,7 @@ def moved(width, **fields):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.slow
 def test_coordinates(name):
     """From width 64 to 512 what a few steps change stays the same with it, and grows without it."""
     small, large = moved(64, name=name), moved(512, name=name)

@@ -65,6 +65,7 @@ def test_names_and_files(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_the_quickstart_and_writes_outside_a_clone(wheel, tmp_path):
     """In an environment that has this one's libraries and the wheel, but not the clone."""
     venv.create(tmp_path / "env", with_pip=False)

@@ -47,6 +47,7 @@ CASES = zip(
 
 
 @pytest.mark.parametrize(("decay", "update", "kind"), [(*pair, kind) for pair, kind in CASES])
+@pytest.mark.slow
 def test_pieces_equal_the_whole(decay, update, kind):
     with jax.enable_x64(True):
         x = {n: jnp.asarray(a) for n, a in random_problem(3, 60, decay, update, kind, jnp.float64).items()}

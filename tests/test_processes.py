@@ -27,6 +27,7 @@ FIELDS = {
 }
 
 
+@pytest.mark.slow
 def test_stopped_then_killed_then_resumed_alone(tmp_path):
     text = tiny.write_text(tmp_path)
     workdir, logs = tmp_path / "run", tmp_path / "logs"

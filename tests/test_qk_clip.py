@@ -67,6 +67,7 @@ def logits(definition, taps, batch):
     return found
 
 
+@pytest.mark.slow
 def test_the_step_after_has_logits_of_tau(text):
     """Without a learning rate the step only clips: the same batch then has tau where it had more."""
     fields = {"optimizer__learning_rate": 0.0, "train__microbatches": 2}

@@ -186,6 +186,7 @@ def test_kill_and_resume_equals_an_uninterrupted_run(finished, tmp_path):
     assert before == tiny.lines(whole)[: len(before)]
 
 
+@pytest.mark.slow
 def test_resumption_keeps_to_the_data_when_the_split_and_the_schedule_change(text, tmp_path):
     """Six steps, then nine in two microbatches: as nine steps without an interruption."""
     fields = {"model__pattern": "retnet", "optimizer__schedule": "constant", "checkpoint__every_steps": 6}

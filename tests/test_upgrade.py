@@ -28,6 +28,7 @@ def old(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_an_upgraded_run_goes_on_as_it_would_have(old: Path) -> None:
     want = logbook.read(old / "metrics.jsonl")
     with pytest.raises(ConfigError, match=r"hybridlm\.convert upgrade --workdir="):

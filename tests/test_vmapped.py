@@ -64,6 +64,7 @@ def test_states_have_the_published_sizes(name):
     assert elements <= 70_000
 
 
+@pytest.mark.slow
 def test_compression_goes_through_one_state():
     """MAD's sixth task: rows are its; two tokens are learned; what the mark does not see cannot be named."""
     rows = mad_compression.rows(256, 3, 4, seed=0)

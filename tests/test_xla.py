@@ -44,6 +44,7 @@ def test_float32_equals_the_float64_recurrence(decay, update, length):
 
 
 @pytest.mark.parametrize(("decay", "update", "length"), CASES[::2])
+@pytest.mark.slow
 def test_bfloat16_inputs_equal_the_float64_recurrence(decay, update, length):
     check(decay, update, length, jnp.bfloat16, 1e-2)
 

@@ -5,7 +5,7 @@ Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -162,11 +162,13 @@ def with_parts(used: set[str], known: Mapping[str, Config]) -> set[str]:
     return used
 
 
-def check_together(layers: Sequence[str], known: Mapping[str, Config], d_model: int) -> None:
+def check_together(
+    layers: Sequence[str], used: Iterable[str], known: Mapping[str, Config], d_model: int
+) -> None:
     """Parts of layers are there; layers that leave or reuse keys and values can, and fit each other."""
-    for name, one in known.items():
+    for name in used:
         with under(f"mixers.{name}"):
-            one.joined(known)
+            known[name].joined(known)
     mixer = [pattern.split(layer)[0] for layer in layers]
     pairs = {(mixer[to], mixer[of]) for to, of in pattern.sources(layers).items()}
     pairs |= {(mixer[i], mixer[i]) for i, layer in enumerate(layers) if pattern.labels(layer)[0]}

@@ -30,7 +30,7 @@ STREAMS = "wkvrg"
 class Config(mixers.Config):
     """RWKV-6.
 
-    num_heads: 0 is d_model / head_dim.
+    num_heads: 0 is d_model / head_dim.  head_dim: channels of a head, keys and values alike.
     mix_rank, decay_rank: middle widths of what moves the token shift and the decay.
     norm_eps: of the output norm.
     """

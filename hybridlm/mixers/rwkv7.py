@@ -37,7 +37,7 @@ FIRST = "rwkv7.values"
 class Config(mixers.Config):
     """RWKV-7.
 
-    num_heads: 0 is d_model / head_dim.
+    num_heads: 0 is d_model / head_dim.  head_dim: channels of a head, keys and values alike.
     decay_rank, rate_rank, value_rank, gate_rank: middle widths of w, a, the mixing of v, and g; 0 is 2.5,
         2.5, 1.7 and 5 times the root of d_model in multiples of 32, as in the authors' code.
     value_residual: whether layers take in the values of the first one.
