@@ -49,6 +49,7 @@ def batch() -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.slow
 def test_scanned_and_unrolled_stacks_agree(pattern):
     scanned = build(pattern)
     plain = dataclasses.replace(scanned, model=dataclasses.replace(scanned.model, scan=False, remat="none"))

@@ -84,6 +84,7 @@ def test_greedy_continuation(root: Path) -> None:
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_gradients(root: Path) -> None:
     """Of the mean cross-entropy, for the parameters of up to 256 elements: norms, gates, biases, decays."""
     run = imported("qwen3_next", root)

@@ -47,6 +47,7 @@ def test_log_likelihoods_of_branches_are_those_of_whole_rows(tested, monkeypatch
     assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
 
 
+@pytest.mark.slow
 def test_answers_are_the_greedy_continuations_of_whole_prompts(tested):
     pairs = asked(tested)
     want = generate.continuations(

@@ -132,6 +132,7 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_full_forward_and_independent_of_the_batch():
     definition, params = built("gdn swa")
     prompts = [[5], list(range(40, 70)), [7, 8, 9]]

@@ -51,6 +51,7 @@ def test_a_signal_stops_at_the_next_step_with_everything_saved(config, whole, tm
     assert tiny.lines(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_a_line_that_is_due_is_written_on_resumption(config, whole, tmp_path, monkeypatch):
     """The limit falls on a step with validation, which the resumed run makes up for."""
     monkeypatch.setattr(interrupt.Stop, "asked", lambda stop: interrupt.TIME_LIMIT * (clock[0] >= 8))

@@ -176,7 +176,9 @@ def forward_and_backward(case):
     return x, np.asarray(y), lambda dy: grad(state, x, dy)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if " " in case else case for case in CASES]
+)
 def test_decoding_equals_the_whole(case):
     """Prefill in two pieces and then token by token, against one forward pass."""
     graph, state, shared, _ = build(case)

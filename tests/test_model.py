@@ -122,6 +122,7 @@ def test_packed_documents_equal_documents_apart(params):
     assert relative_error(packed[1], grads) < 1e-5
 
 
+@pytest.mark.slow
 def test_prefill_and_steps_equal_the_full_forward(params):
     tokens = packed_batch()["tokens"][:, :24]
     rows = single_document(2, 24)

@@ -152,6 +152,7 @@ def test_impossible_settings_are_refused(settings: dict) -> None:
     assert swiglu.Config().idle(D) == 0
 
 
+@pytest.mark.slow
 def test_the_selection_bias_follows_its_rule_and_evens_the_load(tmp_path) -> None:
     """arXiv 2408.15664, algorithm 1: beside a run without the rule, from a router that prefers one expert."""
 

@@ -52,6 +52,7 @@ def test_what_cannot_be_said_at_the_start_ends_no_run(text, tmp_path, capsys, mo
     assert "saying what the run is failed" in caplog.text
 
 
+@pytest.mark.slow
 def test_runs_together_have_the_lines_of_the_first(text, tmp_path, capsys):
     both = [configs.resolve(tiny.config(text, train__steps=1, train__seed=seed)) for seed in (0, 1)]
     trainer.together(both, [tmp_path / "a", tmp_path / "b"])

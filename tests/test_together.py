@@ -92,6 +92,7 @@ def test_one_that_diverges_fails_by_itself(together):
     assert all(math.isfinite(record["loss"]) for record in records(workdirs[0]))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(together, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Asked to stop after step 5, both save there, and go on as if they had not been."""
     chosen, workdirs, _ = together

@@ -77,6 +77,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_named(text, tmp_pat
     assert [event["step"] for event in events(tmp_path)] == [3, 4, 6]
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, tmp_path, capsys):
     config = resolved(
         text,

@@ -38,7 +38,10 @@ def check(decay, update, length, dtype, tolerance):
         assert all(error <= tolerance for error in errors.values()), (kind, errors)
 
 
-@pytest.mark.parametrize(("decay", "update", "length"), CASES)
+@pytest.mark.parametrize(
+    ("decay", "update", "length"),
+    [*CASES[::2], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1::2])],
+)
 def test_float32_equals_the_float64_recurrence(decay, update, length):
     check(decay, update, length, jnp.float32, 1e-5)
 
