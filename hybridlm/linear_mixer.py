@@ -304,19 +304,9 @@ def low_rank_recurrence(
     """`pallas_kernels.dplr` on each device's own rows and heads; documents never meet. See `recurrence`."""
     first = None if state is None else continued(state, rows)
 
-    def op(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        a: jax.Array,
-        b: jax.Array,
-        log_decay: jax.Array,
-        segment_ids: jax.Array,
-        state: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        return dplr(
-            q, k, v, a, b, log_decay=log_decay, initial_state=state, segment_ids=segment_ids, scale=scale
-        )
+    def op(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        *per_token, g, segment_ids, before = arrays
+        return dplr(*per_token, log_decay=g, initial_state=before, segment_ids=segment_ids, scale=scale)
 
     token_axes, state_axes = ("batch", None, "heads", None), ("batch", "heads", None, None)
     in_axes = (*[token_axes] * 6, ("batch", None), None if first is None else state_axes)

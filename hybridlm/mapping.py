@@ -5,7 +5,7 @@
     MLA                                   exact (TransMLA, arXiv 2502.07864, step 1): the latent holds every
                                           value head, the shared channels every key head, a query its group's
     a matrix state of the same heads      q, k, v, o by heads, key and value heads repeated for their queries;
-                                          gates as `TokenMixer.near_attention` says, convolutions the identity
+                                          gates as `Config.near_attention` says, convolutions the identity
 
 Kernels are [in, out], and heads are what is repeated or averaged, never single rows.
 
@@ -42,6 +42,8 @@ def mixer(
     """
     if not isinstance(theirs, attention.Config):
         return {}, ""
+    if read("k_proj.kernel") is None:
+        return {}, "the source's layer reuses the keys and values of an earlier one"
     if isinstance(ours, attention.Config):
         return _grouped(theirs, ours, d_model, read)
     if isinstance(ours, mla.Config):
@@ -92,8 +94,8 @@ def _latent(
         theirs.rope_theta == ours.rope_theta and theirs.rotary_fraction == 1 and ours.rope_groups == groups
     )
     plain = theirs.qk_norm == "none" and theirs.output_gate == "none" and not theirs.qkv_bias
-    if not plain or theirs.window:
-        return {}, "attention with qk_norm, output_gate, biases or a window is no MLA"
+    if not plain or theirs.window or theirs.forget_gate or theirs.sinks:
+        return {}, "attention with qk_norm, output_gate, biases, a window, forget_gate or sinks is no MLA"
     fits = ours.heads(d_model) == num and ours.v_head_dim == dim and ours.qk_rope_head_dim == width
     if not (
         fits and ours.kv_lora_rank >= width and rotates and not ours.latent_norm and not ours.q_lora_rank
@@ -129,7 +131,6 @@ def _linear(
 ) -> tuple[dict[str, Mapped], str]:
     num, groups = theirs.heads(d_model)
     dim = theirs.head_dim
-    kind = mixers.load(ours.kind)
     sizes = ours.heads(d_model)  # type: ignore[attr-defined]
     if tuple(sizes) != (num, num, dim, dim):
         return {}, f"needs as many heads as the attention had: {_sizes(num, dim)}, v_head_dim={dim}"
@@ -152,7 +153,7 @@ def _linear(
     gate = read("g_proj.kernel")
     if gate is not None and getattr(ours, "output_gate", "") == "sigmoid" and "g_proj.kernel" in shapes:
         found["g_proj.kernel"] = Mapped(gate, *_as_it_is("g_proj.kernel"))
-    for name, number in kind.near_attention(ours).items():
+    for name, number in ours.near_attention().items():
         text = f"{number:.3g}, so that the layer starts near attention"
         found[name] = Mapped(np.full(shapes[name], number, np.float32), text)
     return found, ""

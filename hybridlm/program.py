@@ -118,15 +118,7 @@ def build(
 
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     if rates is not None:
-        together = jax.vmap(step, in_axes=(0, 0, 0, *[None for _ in taught]))
-        each = jnp.asarray(rates, jnp.float32)
-        return Program(
-            init=jax.jit(jax.vmap(init)),
-            step=jax.jit(lambda state, batch, *also: together(state, batch, each, *also), donate_argnums=0),
-            evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None, *[None for _ in taught]))),
-            shapes=shapes,
-            teacher=taught,
-        )
+        return together(init, step, evaluate, rates, shapes, taught)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     fixed = [jax.tree.map(lambda leaf: leaf.sharding, one) for one in taught]
     return Program(
@@ -139,6 +131,26 @@ def build(
         shapes=shapes,
         teacher=taught,
     )  # fmt: skip
+
+
+def together(
+    init: Callable,
+    step: Callable,
+    evaluate: Callable,
+    rates: Sequence[float],
+    shapes: State,
+    taught: tuple[State, ...],
+) -> Program:
+    """The program of runs with these learning rates, from the functions of one."""
+    shared, each = [None for _ in taught], jnp.asarray(rates, jnp.float32)
+    steps = jax.vmap(step, in_axes=(0, 0, 0, *shared))
+    return Program(
+        init=jax.jit(jax.vmap(init)),
+        step=jax.jit(lambda state, batch, *also: steps(state, batch, each, *also), donate_argnums=0),
+        evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None, *shared))),
+        shapes=shapes,
+        teacher=taught,
+    )
 
 
 def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:

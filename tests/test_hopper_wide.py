@@ -173,14 +173,15 @@ SPILLS = dict(delta_wide_chunks=200)  # bytes; the other kernels have none
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("differentiate", [False, True])
 def test_compiles(shape, differentiate):
-    call = struct_call(SHAPES[shape], True)
+    # Half the batch forward: jax 0.12 neither compiles nor reports a kernel that this process has had before.
+    batch, *sizes = SHAPES[shape]
+    call = struct_call((batch if differentiate else batch // 2, *sizes), True)
     do = jax.ShapeDtypeStruct(call.v.shape, jnp.bfloat16)
     batch, _, heads, value_dim = call.v.shape
     d_state = jax.ShapeDtypeStruct((batch, heads, call.q.shape[3], value_dim), jnp.float32)
     both = lambda call, do, d_state: attend(call)(leaves_of(call), do, d_state)
     run = both if differentiate else lambda call, *_: hopper.linear_attention(call)
     kernels = hopper_aot.compile_for_hopper(run, call, do, d_state)
-    # jax 0.12 does not compile, nor report, a kernel again that this process has compiled in another call.
-    assert (3 if differentiate else 0) <= len(kernels) <= (4 if differentiate else 2)
+    assert len(kernels) == (4 if differentiate else 2)
     for kernel in kernels:
         assert kernel.spills <= SPILLS.get(kernel.name.rsplit("_", 1)[0], 0), kernels

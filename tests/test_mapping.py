@@ -136,7 +136,7 @@ def test_matrix_states(kind):
 def test_gates_near_none(kind):
     config = mixers.config_class(kind)(kind=kind, **SIZES, v_head_dim=K, **LINEAR[kind])
     mixer = mixers.load(kind)(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
-    for name, number in mixers.load(kind).near_attention(config).items():
+    for name, number in config.near_attention().items():
         owner, *rest = name.split(".")
         leaf = getattr(mixer, owner) if not rest else getattr(getattr(mixer, owner), rest[0])
         leaf.set_value(jnp.full_like(leaf[...], number))
@@ -161,3 +161,17 @@ def test_gates_near_none(kind):
 def test_what_cannot_be_mapped_is_said(kind, settings, why):
     made, problem, _ = mapped(kind, settings)
     assert not made and re.search(why, problem)
+
+
+@pytest.mark.parametrize("settings", [{"forget_gate": True}, {"sinks": True}])
+def test_logits_that_mla_has_not_are_no_mla(settings):
+    theirs = mixers.config_class("attention")(kind="attention", **SIZES, num_kv_heads=G, **settings)
+    ours = mixers.config_class("mla")(kind="mla", **MLA)
+    made, why = mapping.mixer(theirs, ours, D, lambda name: np.zeros((D, 8)), {})
+    assert made == {} and "forget_gate or sinks" in why
+
+
+def test_a_layer_without_keys_of_its_own_maps_to_nothing():
+    theirs = mixers.config_class("attention")(kind="attention", **SIZES)
+    made, why = mapping.mixer(theirs, mixers.config_class("gla")(kind="gla"), D, lambda name: None, {})
+    assert made == {} and "reuses the keys" in why

@@ -84,6 +84,11 @@ class Config(_kinds.Settings):
         """
         return {}
 
+    def near_attention(self) -> Mapping[str, float]:
+        """Parameters, by name, and the number that fills them where a layer takes the place of softmax
+        attention (`hybridlm.mapping`): gates that forget next to nothing and write. Empty: they are fresh."""
+        return {}
+
     def check_reuse(self, source: "Config", d_model: int) -> None:
         """ConfigError unless layers of these settings can reuse keys and values of ``source``'s layers."""
         problem = f"layers of kind {self.kind} leave and reuse no keys and values (name:label, name@label)"
@@ -113,12 +118,6 @@ class TokenMixer(nnx.Module):
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         raise NotImplementedError
-
-    @classmethod
-    def near_attention(cls, config: Any) -> Mapping[str, float]:
-        """Parameters, by name, and the number that fills them where a layer takes the place of softmax
-        attention (`hybridlm.mapping`): gates that forget next to nothing and write."""
-        return {}
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
         """An empty cache, any pytree of fixed shapes, for ``batch`` rows of at most ``max_length`` tokens."""

@@ -31,6 +31,9 @@ class Config(linear_mixer.Config):
 
     neg_eigval: bool = False
 
+    def near_attention(self) -> dict[str, float]:
+        return {"b_proj.kernel": 0.0}
+
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     for field, supported in (("qk_norm", "l2"), ("qk_activation", "silu"), ("use_beta", True)):
@@ -64,10 +67,6 @@ class Mixer(LinearMixer):
         super().__init__(config, site, rngs=rngs)
         self.neg_eigval = config.neg_eigval
         self.b_proj = Linear(site.d_model, self.heads.num_v, rngs=rngs)
-
-    @classmethod
-    def near_attention(cls, config: Config) -> dict[str, float]:
-        return {"b_proj.kernel": 0.0}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         return Inputs(q, k, v, beta=write_strength(self.b_proj(x_BTD), self.neg_eigval))

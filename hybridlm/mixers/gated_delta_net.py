@@ -54,6 +54,10 @@ class Config(linear_mixer.GroupedConfig):
     def key_width(self, d_model: int) -> int:
         return 3 * d_model // 4
 
+    def near_attention(self) -> dict[str, float]:
+        decay = {"a_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": inverse_softplus(NEAR_NONE)}
+        return decay | {"b_proj.kernel": 0.0}
+
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     fields.only("output_gate_activation", "swish", "silu", "sigmoid")
@@ -184,11 +188,6 @@ class Mixer(LinearMixer):
         self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(0, 16), decay=False)
         self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
-
-    @classmethod
-    def near_attention(cls, config: Config) -> dict[str, float]:
-        decay = {"a_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": inverse_softplus(NEAR_NONE)}
-        return decay | {"b_proj.kernel": 0.0}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         log_decay_BTH = softplus_decay(self.a_proj(x_BTD), self.A_log[...], self.dt_bias[...])

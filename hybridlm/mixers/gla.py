@@ -55,6 +55,10 @@ class Config(linear_mixer.Config):
             )
         super().check(d_model)
 
+    def near_attention(self) -> dict[str, float]:
+        bias = -inverse_softplus(NEAR_NONE * self.gate_normalizer)
+        return {"f_b_proj.kernel": 0.0, "f_b_proj.bias": bias}
+
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     sizes = multi_head(fields, d_model, heads=4, expand_k=0.5, expand_v=1.0)
@@ -102,11 +106,6 @@ class Mixer(LinearMixer):
         self.f_b_proj = Linear(
             config.gate_rank, self.heads.key_width, rngs=rngs, axes=(None, "heads"), bias=True
         )
-
-    @classmethod
-    def near_attention(cls, config: Config) -> dict[str, float]:
-        bias = -inverse_softplus(NEAR_NONE * config.gate_normalizer)
-        return {"f_b_proj.kernel": 0.0, "f_b_proj.bias": bias}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)

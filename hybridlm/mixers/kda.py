@@ -48,6 +48,12 @@ class Config(linear_mixer.GroupedConfig):
         bias = self.output_gate_bias if has_bias else Config.output_gate_bias
         return dataclasses.replace(explicit, output_gate_rank=rank, output_gate_bias=bias)
 
+    def near_attention(self) -> dict[str, float]:
+        bias = inverse_softplus(NEAR_NONE)
+        if bound := -self.lower_bound:
+            bias = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
+        return {"f_b_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": bias, "b_proj.kernel": 0.0}
+
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     bound = fields.get("lower_bound", 0.0)
@@ -132,13 +138,6 @@ class Mixer(LinearMixer):
         A_log_init = zeros if config.lower_bound else linear_mixer.log_uniform(1, 16)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), A_log_init, decay=False)
         self.dt_bias = param(rngs, (decay_width,), ("heads",), linear_mixer.dt_bias_init, decay=False)
-
-    @classmethod
-    def near_attention(cls, config: Config) -> dict[str, float]:
-        bias = inverse_softplus(NEAR_NONE)
-        if bound := -config.lower_bound:
-            bias = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
-        return {"f_b_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": bias, "b_proj.kernel": 0.0}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)

@@ -71,6 +71,10 @@ class Config(mixers.Config):
     def explicit(self, d_model: int) -> "Config":
         return dataclasses.replace(self, num_heads=self.heads(d_model).num_v, expand=1)
 
+    def near_attention(self) -> dict[str, float]:
+        """dt, which also scales what is written, is 1."""
+        return {"dt_proj.kernel": 0.0, "dt_bias": inverse_softplus(1.0), "A_log": math.log(NEAR_NONE)}
+
 
 class Mixer(LinearMixer):
     config_class = Config
@@ -92,11 +96,6 @@ class Mixer(LinearMixer):
         self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=heads.num)
         init = uniform(-bound, bound)  # PyTorch's default over the root of the depth, as in the authors' code
         self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=init)
-
-    @classmethod
-    def near_attention(cls, config: Config) -> dict[str, float]:
-        """dt, which also scales what is written, is 1."""
-        return {"dt_proj.kernel": 0.0, "dt_bias": inverse_softplus(1.0), "A_log": math.log(NEAR_NONE)}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         dt = jax.nn.softplus(self.dt_proj(x_BTD).astype(jnp.float32) + self.dt_bias[...])

@@ -61,6 +61,9 @@ class Config(linear_mixer.Config):
         n = heads.key_width if self.normalizer else 0
         return cost._replace(state=cost.state + heads.num + n, flops=cost.flops + 5 * n)
 
+    def near_attention(self) -> dict[str, float]:
+        return {"i_bias": 0.0, "f_bias": -inverse_softplus(NEAR_NONE)}
+
 
 class Mixer(LinearMixer):
     config_class = Config
@@ -77,10 +80,6 @@ class Mixer(LinearMixer):
         self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=num)
         init = normal(2 / site.num_layers / site.d_model**0.5)
         self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=init)
-
-    @classmethod
-    def near_attention(cls, config: Config) -> dict[str, float]:
-        return {"i_bias": 0.0, "f_bias": -inverse_softplus(NEAR_NONE)}
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         i = self.i_proj(x_BTD).astype(jnp.float32) + self.i_bias[...]

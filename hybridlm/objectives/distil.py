@@ -19,7 +19,7 @@ from hybridlm import model as lm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative
 from hybridlm.objectives import TEACHER, Batch, Sums
-from hybridlm.objectives.next_token import AUXILIARY, by_name
+from hybridlm.objectives.next_token import AUXILIARY, joined
 from hybridlm.rows import Rows
 
 INPUT, MIXED, OUTPUT = "block.input", "block.mixed", "block.output"  # records of every layer
@@ -154,13 +154,8 @@ class Objective(objectives.Objective):
         total, (found, kl) = distillation.distilled(hidden, head, given, batch["targets"], weights)
         sums: Sums = {"loss_sum": found.cross_entropy, "correct": found.correct}
         sums |= {"kl_loss_sum": kl} if config.kl else {}
-        if self.token_bytes is not None:
-            counted = jnp.where(batch["targets"] >= 0, self.token_bytes[batch["targets"]], 0)
-            sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
-        for name, values in by_name(records, AUXILIARY).items():
-            sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * found.tokens
-            total += sums[f"{name}_loss_sum"]
-        return total, sums
+        total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)
+        return total, sums | more
 
 
 def _of(layer: int, name: str, records: lm.Records) -> jax.Array:

@@ -41,15 +41,29 @@ class Objective(objectives.Objective):
         )
         sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": self.config.z_loss * found.log_z_squared}
         sums |= {"tokens": found.tokens, "correct": found.correct}
-        if self.token_bytes is not None:
-            counted = jnp.where(batch["targets"] >= 0, self.token_bytes[batch["targets"]], 0)
-            sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
-        for name, values in by_name(records, AUXILIARY).items():
-            sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * found.tokens
-            total += sums[f"{name}_loss_sum"]
+        total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)
+        sums |= more
         if wanted:
             sums["records"] = {name: value for name, value in records.items() if f".{AUXILIARY}" not in name}
         return total, sums
+
+
+def joined(
+    total: jax.Array,
+    tokens: jax.Array,
+    records: dict[str, jax.Array],
+    targets: jax.Array,
+    token_bytes: jax.Array | None,
+) -> tuple[jax.Array, Sums]:
+    """(``total`` and the layers' auxiliary losses, these by name and "bytes" with ``token_bytes``)."""
+    sums: Sums = {}
+    if token_bytes is not None:
+        counted = jnp.where(targets >= 0, token_bytes[targets], 0)
+        sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
+    for name, values in by_name(records, AUXILIARY).items():
+        sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * tokens
+        total += sums[f"{name}_loss_sum"]
+    return total, sums
 
 
 def by_name(records: dict[str, jax.Array], prefix: str) -> dict[str, list[jax.Array]]:
