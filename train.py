@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 
 from eval import in_loop
 from hybridlm import config as configs
-from hybridlm import report, trainer
+from hybridlm import config_file, report, trainer
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, processes
 
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 def default_workdir(spec: str) -> Path:
     """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's x/kda/point.json -> x/kda"""
-    filename, argument = configs.split(spec)
+    filename, argument = config_file.split(spec)
     if Path(filename).name == "point.json":
         return Path(filename).parent
     return Path("runs") / re.sub(r"\W+", "-", f"{Path(filename).stem} {argument}").strip("-")

@@ -8,12 +8,8 @@ the rest, and makes the `Config` that all other code reads: nothing there asks w
     config.mixers["kda"].head_dim
 """
 
-import contextlib
 import dataclasses
-import inspect
 import json
-import logging
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +17,12 @@ from typing import Any
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import commands, mixers, mlps, objectives, pattern, qk_clip, schema, stages, untrusted
+from hybridlm import config_file, mixers, mlps, objectives, pattern, qk_clip, schema, stages, untrusted
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
 from hybridlm.run import private
 from hybridlm.schema import SECTIONS
-
-log = logging.getLogger("hybridlm")
 
 MLP_MULTIPLE = 256  # FLA and Llama round the SwiGLU width up to it
 LAYERS = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, and where their kinds are
@@ -161,49 +155,10 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
     Runs the file: a config is Python and can do whatever Python can (a config.json cannot, unless it names
     a mixer outside the package, whose module is then imported).
     """
-    filename, argument = split(spec)
-    path = commands.located(filename)
-    if not path.is_file():
-        raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
-    values = (from_json(path) if path.suffix == ".json" else _run(path, argument)).to_dict()
+    values = config_file.read(spec).to_dict()
     for field, text in sorted((overrides or {}).items(), key=lambda item: not item[0].endswith(".kind")):
         _override(values, field, text)
     return ConfigDict(values)
-
-
-def split(spec: str) -> tuple[str, str]:
-    """(file, argument). A file's own name may hold ":", so the longest part that is a file wins."""
-    cuts = [len(spec), *(at for at in range(len(spec) - 1, 0, -1) if spec[at] == ":")]
-    cut = next((at for at in cuts if Path(spec[:at]).is_file()), None)
-    return (spec[:cut], spec[cut + 1 :]) if cut else (spec.partition(":")[0], spec.partition(":")[2])
-
-
-def _run(path: Path, argument: str) -> ConfigDict:
-    spec = f"{path}:{argument}" if argument else str(path)
-    try:
-        module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-        exec(compile(path.read_bytes(), path, "exec"), module)
-        get_config = module.get("get_config")
-        if get_config is None:
-            fix = "A sweep runs with python -m launch.sweep." if "get_sweep" in module else ""
-            raise ConfigError("--config", spec, "the file defines no function get_config", fix)
-        if argument and not inspect.signature(get_config).parameters:
-            raise ConfigError(
-                "--config", spec, "this file's get_config takes no argument", f"Use {str(path)!r}."
-            )
-        config = get_config(argument) if argument else get_config()
-    except ConfigError:
-        raise
-    except Exception as error:
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-        ]
-        line = lines[-1] if lines else getattr(error, "lineno", None)
-        problem = f"failed at line {line} with {type(error).__name__} ({error})"
-        raise ConfigError("--config", spec, problem) from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError("--config", spec, f"get_config returned {type(config).__name__}, not a ConfigDict")
-    return config
 
 
 def _override(config: dict[str, Any], field: str, text: str) -> None:
@@ -378,39 +333,10 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(untrusted.parse(to_json(config)), sort_keys=False, allow_unicode=True)
 
 
-def from_json(path: str | Path) -> ConfigDict:
-    """What `to_json` wrote; pass it through `resolve`. ConfigError for a file that is not a config.
-
-    A run's that is damaged is taken from the newest readable record of its checkpoints.
-    """
-    path = Path(path)
-    try:
-        values = untrusted.read_json(path, "--config", {str: (dict, str)})
-    except ConfigError as error:
-        values = _recorded(path)
-        if values is None:
-            raise
-        log.warning("%s; its checkpoint's record is used", error)
-    try:
-        return ConfigDict(private.in_paths(values, private.reveal))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error
-
-
-def _recorded(path: Path) -> dict[str, Any] | None:
-    """The config in the newest readable record of the checkpoints beside the config.json at ``path``."""
-    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if one.name.isdigit()]
-    for one in sorted(steps, key=lambda step: int(step.name), reverse=True):
-        with contextlib.suppress(ConfigError):
-            shape = {"config": {str: (dict, str)}}
-            return dict(untrusted.read_json(one / "run" / "metadata", "--config", shape)["config"])
-    return None
-
-
 def of_run(workdir: str | Path) -> Config:
     """The config of the run in ``workdir``; ConfigError where there is none."""
     path = Path(workdir) / "config.json"
-    if not path.is_file() and _recorded(path) is None:
+    if not path.is_file() and config_file.recorded(path) is None:
         fix = "Name a directory that train.py wrote."
         raise ConfigError("--workdir", str(workdir), "holds no config.json", fix)
-    return resolve(from_json(path))
+    return resolve(config_file.from_json(path))

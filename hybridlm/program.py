@@ -65,10 +65,7 @@ def build(
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
     factors = groups.factors(definition, config.optimizer)
-    sizes = None
-    if token_bytes is not None:
-        sizes = jnp.zeros(definition.vocab_size).at[: len(token_bytes)].set(token_bytes)
-    objective = objectives.build(config.objective, definition, sizes)
+    objective = objectives.build(config.objective, definition, padded(token_bytes, definition.vocab_size))
 
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
@@ -86,7 +83,6 @@ def build(
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
     gradients = Gradients(config, definition, objective, metadata, part(param_shardings, trained))
     windows = lm.windows(definition) if "context" in mesh.shape else ()
-
     taught = () if objective.teacher is None else (teacher_shapes(objective.teacher, mesh),)
 
     def step(state: State, batch: Batch, rate: Any, *teacher: lm.Params) -> tuple[State, dict[str, Any]]:
@@ -131,6 +127,11 @@ def build(
         shapes=shapes,
         teacher=taught,
     )  # fmt: skip
+
+
+def padded(token_bytes: np.ndarray | None, vocab_size: int) -> jax.Array | None:
+    """Bytes of every id of the vocabulary, 0 for those without a token."""
+    return None if token_bytes is None else jnp.zeros(vocab_size).at[: len(token_bytes)].set(token_bytes)
 
 
 def together(

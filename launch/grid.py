@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hybridlm import commands, cost, pattern
+from hybridlm import commands, config_file, cost, pattern
 from hybridlm import config as configs
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.run import private
@@ -104,7 +104,7 @@ class Run:
 
 def load(spec: str) -> Sweep:
     """The sweep of "file.py" or "file.py:argument". Runs the file; ConfigError if it gives no sweep."""
-    filename, argument = configs.split(spec)
+    filename, argument = config_file.split(spec)
     path = commands.located(filename)
     if not path.is_file():
         raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
@@ -180,7 +180,7 @@ def points(sweep: Sweep) -> list[Point]:
 
 
 def _check(sweep: Sweep, names: list[str], placeholders: set[str], overrides: Mapping[str, str]) -> None:
-    filename = configs.split(sweep.base)[0]
+    filename = config_file.split(sweep.base)[0]
     if not commands.located(filename).is_file():
         raise ConfigError("base", filename, "no such file", commands.looked_for(filename))
     if sweep.match not in ("", "parameters"):

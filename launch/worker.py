@@ -70,7 +70,7 @@ def work(folders: list[Path], sharing: int = 1) -> int:
 
     from eval import in_loop
     from hybridlm import config as configs
-    from hybridlm import trainer
+    from hybridlm import config_file, trainer
 
     first = jax.process_index() == 0
     if first:
@@ -80,7 +80,7 @@ def work(folders: list[Path], sharing: int = 1) -> int:
         machine.note(folders, machine.start(kind, jax.__version__, sharing, len(folders)))
     failed: dict[Path, str] = {}
     try:
-        resolved = [configs.resolve(configs.from_json(folder / POINT)) for folder in folders]
+        resolved = [configs.resolve(config_file.from_json(folder / POINT)) for folder in folders]
         tasks = [in_loop.build(config) for config in resolved]
         members = trainer.together(resolved, folders, "auto", tasks)
         failed = {one.workdir: one.failed for one in members if one.failed}

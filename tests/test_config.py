@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 import train
 from hybridlm import config as configs
-from hybridlm import fields, mixers, schema
+from hybridlm import config_file, fields, mixers, schema
 from hybridlm.errors import ConfigError
 from launch import grid
 
@@ -143,7 +143,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(configs.to_json(config))
     assert json.loads(path.read_text())["model"]["pattern"] == "kda*3 full"
-    assert configs.resolve(configs.from_json(path)) == config
+    assert configs.resolve(config_file.from_json(path)) == config
     assert configs.resolve(configs.load(str(path), {"train.seed": "3"})).train.seed == 3
 
 

@@ -14,7 +14,7 @@ import tokenizers as library
 
 from eval import subject
 from hybridlm import config as configs
-from hybridlm import init_from, model, weights
+from hybridlm import config_file, init_from, model, weights
 from hybridlm.convert import __main__ as command
 from hybridlm.convert import families, incoming, outgoing, tensors, tokens
 from hybridlm.convert.family import same_model
@@ -232,7 +232,7 @@ def test_the_imports_tokenizer_does_not_leave_with_a_run_of_another(hf: Path, tm
     incoming.import_hf(hf, tmp_path / "run")
     (tmp_path / "run" / "tokenizer.json").unlink()
     other = write_tokenizer(tmp_path / "other.json", extra=3)
-    config = configs.from_json(tmp_path / "run" / "config.json")
+    config = config_file.from_json(tmp_path / "run" / "config.json")
     config.data.tokenizer, config.init_from = str(tmp_path / "other.json"), str(hf)
     (tmp_path / "run" / "config.json").write_text(configs.to_json(configs.resolve(config)))
     outgoing.export_hf(tmp_path / "run", tmp_path / "out")

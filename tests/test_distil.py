@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import distillation, layer_choice, loss, mapping, model, stages, trainer, weights
+from hybridlm import (
+    config_file,
+    distillation,
+    layer_choice,
+    loop,
+    loss,
+    mapping,
+    model,
+    stages,
+    trainer,
+    weights,
+)
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.objectives import TEACHER, distil
 from tests import tiny
@@ -89,7 +100,7 @@ def test_stages(text, teacher, whole):
     """What each stage trains and says; while the others are frozen they stay bit for bit."""
     config = student(text, teacher)
     assert config.train.steps == 6 and [begin for begin, _ in stages.split(config)] == [0, 3, 5]
-    assert configs.resolve(configs.from_json(whole / "config.json")) == config
+    assert configs.resolve(config_file.from_json(whole / "config.json")) == config
     lines = {line["step"]: line for line in tiny.lines(whole)}
     assert lines[1]["loss"] == pytest.approx(lines[1]["transfer_loss"]) and "accuracy" not in lines[1]
     assert lines[3]["val_transfer_loss"] < lines[2]["val_transfer_loss"]  # of the same held-out batches
@@ -108,14 +119,14 @@ def test_resumed_in_any_stage(text, teacher, whole, tmp_path, step, monkeypatch)
     """A run that was stopped after a step of any stage, or between two, writes the same lines."""
     run = tmp_path / "run"
     config = student(text, teacher)
-    save = trainer.Trainer.save
+    save = loop.Loop.save
 
     def stop(self, at, *args):
         save(self, at, *args)
         if at == step:
             raise Stopped("as if killed")
 
-    monkeypatch.setattr(trainer.Trainer, "save", stop)
+    monkeypatch.setattr(loop.Loop, "save", stop)
     with pytest.raises(Stopped):
         trainer.train(config, run)
     monkeypatch.undo()

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from hybridlm import config as configs
+from hybridlm import config_file
 from hybridlm.run import private
 from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
@@ -52,7 +53,7 @@ def test_home_user_and_key_are_in_no_file_and_no_line(home, tmp_path):
         assert not [path for path, content in files.items() if secret.encode() in content]
     written = json.loads((home / "run" / "config.json").read_text())["data"]
     assert written["path"] == "~/text/*.txt" and written["val_path"].endswith("/scratch/$USER/*.txt")
-    back = configs.from_json(home / "run" / "config.json").data
+    back = config_file.from_json(home / "run" / "config.json").data
     assert back.path == f"{home}/text/*.txt" and back.val_path == f"{shared}/*.txt"
 
 
@@ -95,6 +96,6 @@ def test_reading_a_checkpoint_and_its_config_executes_nothing(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as saves:
         jax.block_until_ready(saves.restore(1, shapes(state(0))))
         assert saves.record(1) == record(1)
-    configs.resolve(configs.from_json(tmp_path / "config.json"))
+    configs.resolve(config_file.from_json(tmp_path / "config.json"))
     watching[0] = False
     assert not seen

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import trainer
+from hybridlm import loop, trainer
 from hybridlm.errors import ConfigError
 from tests import tiny
 
@@ -146,7 +146,7 @@ def test_a_prompt_that_is_no_utf8_is_refused(text):
 
 def test_a_validation_that_is_not_finite_costs_nothing(text, whole, run, tmp_path, monkeypatch):
     """Null in the line, an event, and a checkpoint that ranks nowhere."""
-    monkeypatch.setattr(trainer.Trainer, "validation", lambda self, params: [{"val_loss": math.nan}])
+    monkeypatch.setattr(loop.Loop, "validation", lambda self, params: [{"val_loss": math.nan}])
     trainer.train(resolved(text, train__steps=8), run)
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert '"step": 8' in last and '"val_loss": null' in last

@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import generate, member, model, program, schema, sharding, trainer, weights
+from hybridlm import config_file, generate, loop, member, model, program, schema, sharding, trainer, weights
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.rows import Rows
 from hybridlm.run import picture
@@ -46,7 +46,7 @@ def test_a_run_writes_what_it_promises(finished):
     workdir, _, config = finished
     names = {"config.json", "layers.json", "metrics.jsonl", "loss.png", "checkpoints"}
     assert names <= {path.name for path in workdir.iterdir()}
-    assert configs.resolve(configs.from_json(workdir / "config.json")) == config
+    assert configs.resolve(config_file.from_json(workdir / "config.json")) == config
     assert json.loads((workdir / "layers.json").read_text())["full_layers"] == [1]
     with Checkpoints(workdir / "checkpoints") as saves:
         assert {35, 40} <= set(saves.steps()) and len(saves.steps()) <= 3  # the newest two, and the best
@@ -228,9 +228,9 @@ def test_training_and_sampling_twice_give_the_same_bits(finished, tmp_path):
 def test_a_backend_that_may_differ_says_so(caplog, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with caplog.at_level("INFO", "hybridlm"):
-        trainer.Trainer.say_determinism(None)
-        monkeypatch.setenv("XLA_FLAGS", trainer.DETERMINISTIC)
-        trainer.Trainer.say_determinism(None)
+        loop.Loop.say_determinism(None)
+        monkeypatch.setenv("XLA_FLAGS", loop.DETERMINISTIC)
+        loop.Loop.say_determinism(None)
     assert caplog.text.count("two runs may differ in the last bits here") == 1
 
 
@@ -249,7 +249,7 @@ def test_looking_never_costs_a_step(text, tmp_path, monkeypatch, caplog):
     def broken(*args, **options):
         raise UnicodeDecodeError("utf-8", b"x", 0, 1, "of the test")
 
-    for module, name in ((trainer.Trainer, "validation"), (generate, "generate"), (picture, "plot")):
+    for module, name in ((loop.Loop, "validation"), (generate, "generate"), (picture, "plot")):
         monkeypatch.setattr(module, name, broken)
     trainer.train(config, tmp_path, evaluate=broken)
     assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2, 3, 4]

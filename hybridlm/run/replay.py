@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import init_from, model, program, schema, sharding, untrusted
+from hybridlm import config_file, init_from, model, program, schema, sharding, untrusted
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint, cli, processes, watch
@@ -39,7 +39,7 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
 
     On the mesh of the config if this machine has as many devices, else on one.
     """
-    config = configs.resolve(configs.from_json(path / "config.json"))
+    config = configs.resolve(config_file.from_json(path / "config.json"))
     definition = model.build(config)
     try:
         mesh = sharding.make_mesh(config.mesh)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 
 import train
-from hybridlm import member, sharding, trainer
+from hybridlm import loop, member, sharding
 from hybridlm.objectives import next_token
 from hybridlm.run import checkpoint, logbook, meeting, picture, processes
 
@@ -65,7 +65,7 @@ def kill_before_the_final_seal():
 
 BREAKS = {
     "": lambda: None,
-    "validation": lambda: setattr(trainer.Trainer, "validation", full),
+    "validation": lambda: setattr(loop.Loop, "validation", full),
     "tasks": lambda: setattr(train.in_loop, "build", lambda config: full),
     "sample": lambda: setattr(member, "sample", full),
     "plot": lambda: setattr(picture, "plot", full),

@@ -1,0 +1,89 @@
+"""What a config is read from: a Python file with ``get_config``, which is run, or a run's config.json."""
+
+import contextlib
+import inspect
+import logging
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hybridlm import commands, untrusted
+from hybridlm.errors import ConfigError
+from hybridlm.run import private
+
+log = logging.getLogger("hybridlm")
+
+
+def read(spec: str) -> ConfigDict:
+    """The config of ``spec``: "file.py", "file.py:argument" or a run's "config.json"."""
+    filename, argument = split(spec)
+    path = commands.located(filename)
+    if not path.is_file():
+        raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
+    return from_json(path) if path.suffix == ".json" else _run(path, argument)
+
+
+def split(spec: str) -> tuple[str, str]:
+    """(file, argument). A file's own name may hold ":", so the longest part that is a file wins."""
+    cuts = [len(spec), *(at for at in range(len(spec) - 1, 0, -1) if spec[at] == ":")]
+    cut = next((at for at in cuts if Path(spec[:at]).is_file()), None)
+    return (spec[:cut], spec[cut + 1 :]) if cut else (spec.partition(":")[0], spec.partition(":")[2])
+
+
+def _run(path: Path, argument: str) -> ConfigDict:
+    spec = f"{path}:{argument}" if argument else str(path)
+    try:
+        module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+        exec(compile(path.read_bytes(), path, "exec"), module)
+        get_config = module.get("get_config")
+        if get_config is None:
+            fix = "A sweep runs with python -m launch.sweep." if "get_sweep" in module else ""
+            raise ConfigError("--config", spec, "the file defines no function get_config", fix)
+        if argument and not inspect.signature(get_config).parameters:
+            raise ConfigError(
+                "--config", spec, "this file's get_config takes no argument", f"Use {str(path)!r}."
+            )
+        config = get_config(argument) if argument else get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        problem = f"failed at line {line} with {type(error).__name__} ({error})"
+        raise ConfigError("--config", spec, problem) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("--config", spec, f"get_config returned {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def from_json(path: str | Path) -> ConfigDict:
+    """What `config.to_json` wrote, for `config.resolve`. ConfigError for a file that is not a config.
+
+    A run's that is damaged is taken from the newest readable record of its checkpoints.
+    """
+    path = Path(path)
+    try:
+        values = untrusted.read_json(path, "--config", {str: (dict, str)})
+    except ConfigError as error:
+        values = recorded(path)
+        if values is None:
+            raise
+        log.warning("%s; its checkpoint's record is used", error)
+    try:
+        return ConfigDict(private.in_paths(values, private.reveal))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error
+
+
+def recorded(path: Path) -> dict[str, Any] | None:
+    """The config in the newest readable record of the checkpoints beside the config.json at ``path``."""
+    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if one.name.isdigit()]
+    for one in sorted(steps, key=lambda step: int(step.name), reverse=True):
+        with contextlib.suppress(ConfigError):
+            shape = {"config": {str: (dict, str)}}
+            return dict(untrusted.read_json(one / "run" / "metadata", "--config", shape)["config"])
+    return None

@@ -1,0 +1,274 @@
+"""The loop around one jitted step, and everything that may happen between two steps.
+
+The whole state of a run is {"params", "opt_state", "step"} and, if it is wanted, "ema"; the batch of a step
+is a function of the seed and the step, and there is no other randomness. A run that was killed and resumed
+therefore writes the same metrics as one that was not.
+
+Save first, then look: the checkpoint of a step is begun before the step is validated, sampled or plotted.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import rich
+from jax.sharding import Mesh
+
+from hybridlm import init_from, opening, program, sharding
+from hybridlm.data import Dataset
+from hybridlm.errors import ConfigError, Stopped
+from hybridlm.member import Member, Metrics, due, held_out
+from hybridlm.program import NORMS, State
+from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs
+from hybridlm.run.clock import Clock
+
+log = logging.getLogger("hybridlm")
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # on a CPU the bits are the same anyway
+
+
+class Loop:
+    """One start of the members, from choosing where to begin to the last step."""
+
+    def __init__(self, members: Sequence[Member], mesh: Mesh, stop: interrupt.Stop):
+        self.members, self.mesh, self.stop = members, mesh, stop
+        self.config, self.definition = members[0].config, members[0].definition
+        self.several = len(members) > 1
+        rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
+        bytes_of = members[0].train_data.token_bytes
+        self.begins = members[0].stage_begin
+        self.program = program.build(self.config, self.definition, mesh, bytes_of, rates, self.begins)
+        self.teacher: tuple[Any, ...] = ()
+        self.apart, self.join, self.like = program.by_layer(self.definition, self.program)
+
+    def train(self, resume: str) -> None:
+        start = self.choose(resume)
+        if start > self.config.train.steps:  # in a later stage
+            return
+        if processes.first():
+            with logbook.harmless("saying what the run is"):
+                self.open(start)
+        self.say_determinism()
+        self.teacher = init_from.teacher(self.config, self.program)
+        state = self.begin(start)
+        with ExitStack() as stack:
+            for member in self.members:
+                member.begin(stack, start)
+            owed = any("unwritten" in one.saved and one.book.last < start for one in self.members)
+            if processes.agree(int(owed)):  # the run ended before this step's line was complete
+                for one in self.members:
+                    one.metrics = one.saved["unwritten"]
+                self.finish(start, state, {})
+            elif start == self.config.train.steps:  # finished before: only the summary is wanted
+                for one in self.members:
+                    one.metrics = {
+                        n: value for line in one.book.kept[-1:] for n, value in line.items() if n != "step"
+                    }
+            if start < self.config.train.steps:
+                window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
+                stack.callback(window.close)
+                self.loop(state, start, window)
+
+    def open(self, start: int) -> None:
+        """Prints what this start of the first member is, before anything is compiled."""
+        one = self.members[0]
+        datasets = {"": one.train_data, "held out": one.val_data}
+        datasets |= {f"val.{name}": dataset for name, dataset in one.val_sets.items()}
+        said = opening.lines(
+            one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
+        )
+        rich.get_console().print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
+
+    def say_determinism(self) -> None:
+        if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+            log.info(
+                "two runs may differ in the last bits here: for equal ones set XLA_FLAGS=%s", DETERMINISTIC
+            )
+
+    def choose(self, resume: str) -> int:
+        """The step to start from, 0 for a new run: the newest that all members have a checkpoint of."""
+        start = -1
+        if processes.first():
+            found = [checkpoint.choose(resume, one.saves) for one in self.members]
+            common = set.intersection(*(set(one.saves.steps()) for one in self.members))
+            start = max(common) if common and None not in found else -1
+        start = processes.agree(start)
+        if start == 0:
+            workdir = self.members[0].workdir
+            problem, fix = "holds an imported model, not a run", f"Use --config.init_from={workdir}."
+            raise ConfigError("--workdir", str(workdir), problem, f"Give another. {fix}")
+        for one in self.members if start > 0 else ():
+            one.read_record(start)
+        if start < 0 and self.config.init_from:
+            init_from.check(self.config.init_from)
+        return max(start, 0)
+
+    def begin(self, start: int) -> State:
+        """The state at step ``start``: where a stage begins, parameters of the one before, the rest new."""
+        if start and start != self.begins:
+            states = [self.join(one.saves.restore(start, self.like)) for one in self.members]
+            log.info("resumed from the checkpoint at step %d", start)
+            return self.stacked(states)
+        keys = [jax.random.key(one.config.train.seed) for one in self.members]
+        state = self.program.init(jax.numpy.stack(keys) if self.several else keys[0])
+        if start:
+            like = {"params": self.like["params"]}
+            states = [
+                self.join(self.apart(self.own(state, r)) | one.saves.restore(start, like))
+                for r, one in enumerate(self.members)
+            ]
+            log.info("a stage begins after step %d: its optimiser and schedule are new", start)
+            return self.stacked(states)
+        return self.from_others(state) if self.config.init_from else state
+
+    def from_others(self, state: State) -> State:
+        """``state`` with parameters of init_from."""
+        others, definition = self.config.init_from, self.definition
+        loaded = [
+            init_from.start(
+                others, definition, self.own(state, r)["params"], one.workdir, one.train_data.tokenizer
+            )
+            for r, one in enumerate(self.members)
+        ]
+        return state | {"params": self.stacked(loaded)}
+
+    def own(self, state: State, r: int) -> State:
+        """The state of member ``r``."""
+        return jax.tree.map(lambda leaf: leaf[r], state) if self.several else state
+
+    def alive(self) -> list[tuple[int, Member]]:
+        return [(r, one) for r, one in enumerate(self.members) if not one.failed]
+
+    def loop(self, state: State, start: int, window: profile.Window) -> None:
+        config, steps = self.config, self.config.train.steps
+        run = self.compiled(state, start)
+        if jax.process_count() == 1 and self.stop.asked():
+            raise Stopped(f"stopped by {interrupt.reason(self.stop.asked())} before step {start + 1}")
+        vote = interrupt.vote(self.mesh)
+        self.clock = clock = Clock(config, self.mesh.size, len(self.members))
+        batches = self.batches(start)
+        behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
+        for step in range(start + 1, steps + 1):
+            window.before(step, state)
+            state, now = run(state, self.put(clock.next(batches)), *self.teacher)
+            window.after(step, now, run)
+            if behind:  # read one step late, so that the devices always have the next one queued
+                self.settle(*behind)
+                if due(behind[0], config.log.every_steps):
+                    self.write(behind[0], clock.rates())
+            behind = step, now
+            asked = vote(self.stop.asked())
+            pauses = self.members[0].pauses(step)
+            if asked or pauses or any(one.watch.in_a_row >= config.train.max_skipped for one in self.members):
+                self.settle(*behind)
+                behind = None
+                self.give_up(step, state)
+                if not self.alive():
+                    return
+                rates = clock.rates()
+                if asked and step < steps:
+                    self.leave(step, state, rates, interrupt.reason(asked))
+                if step == steps or due(step, config.checkpoint.every_steps):
+                    self.save(step, state, rates)
+                if pauses:
+                    self.finish(step, state, rates)
+                elif due(step, config.log.every_steps):
+                    self.write(step, rates)
+                clock.restart()
+
+    def compiled(self, state: State, start: int) -> Callable:
+        began, known = time.perf_counter(), len(programs.hits)
+        batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
+        executable = self.program.step.lower(state, batch, *self.teacher).compile()
+        log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
+        return executable
+
+    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        for batches in zip(*(one.train_data.iterate(start) for one in self.members), strict=False):
+            yield self.stacked(batches)
+
+    def stacked(self, ofs: Sequence[Any]) -> Any:
+        """What each member has, as the program takes it."""
+        return jax.tree.map(lambda *parts: np.stack(parts), *ofs) if self.several else ofs[0]
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        if self.several:
+            return jax.device_put(batch)
+        return sharding.put_batch(batch, self.mesh, self.config.train.batch_size)
+
+    def settle(self, step: int, metrics: dict[str, Any]) -> None:
+        """Waits for ``step`` and hands each member its metrics."""
+        host = jax.device_get({name: value for name, value in metrics.items() if name != NORMS})
+        self.clock.tick()
+        for r, one in self.alive():
+            pick = lambda leaf, r=r: leaf[r] if self.several else leaf
+            one.settle(step, jax.tree.map(pick, host | {NORMS: metrics[NORMS]}))
+
+    def write(self, step: int, rates: Metrics) -> None:
+        for _, one in self.alive():
+            one.write(step, one.metrics | rates)
+
+    def give_up(self, step: int, state: State) -> None:
+        for r, one in self.alive():
+            if one.watch.in_a_row > self.config.train.max_skipped:
+                one.give_up(step, self.apart(self.own(state, r)))
+
+    def leave(self, step: int, state: State, rates: Metrics, reason: str) -> NoReturn:
+        """Saves after ``step`` and ends; a line that is due is left to the run that resumes."""
+        self.save(step, state, rates)
+        for _, one in self.alive():
+            one.saves.wait()
+        raise Stopped(f"stopped by {reason} with a complete checkpoint at step {step}")
+
+    def save(self, step: int, state: State, rates: Metrics) -> None:
+        for r, one in self.alive():
+            one.save(step, self.apart(self.own(state, r)), rates)
+
+    def finish(self, step: int, state: State, rates: Metrics) -> None:
+        """Lets the members look at ``step``; they share the batches of a validation."""
+        found: list[list[Metrics]] = []
+
+        def measure(r: int) -> Metrics:
+            if not found:
+                found.append(self.validation(state))
+            return found[0][r]
+
+        for r, one in self.alive():
+            one.finish(step, self.own(state, r)["params"], partial(measure, r), rates)
+
+    def validation(self, state: State) -> list[Metrics]:
+        """val_loss, val_accuracy and val_bpb of each member, and val/<name>/loss ... of ``config.val``; with
+        optimizer.ema, ema/val_loss ... of the averaged weights."""
+        found = self.of_weights(state["params"])
+        if "ema" in state:
+            average = self.of_weights(state["params"] | state["ema"])
+            for metrics, more in zip(found, average, strict=True):
+                metrics |= {f"ema/{name}": value for name, value in more.items()}
+        return found
+
+    def of_weights(self, params: Any) -> list[Metrics]:
+        one = self.members[0]
+        found = self.validated(params, one.val_data)
+        for name, dataset in one.val_sets.items():
+            for metrics, more in zip(found, self.validated(params, dataset), strict=True):
+                metrics |= {f"val/{name}/{key.removeprefix('val_')}": more[key] for key in more}
+        return found
+
+    def validated(self, params: Any, dataset: Dataset) -> list[Metrics]:
+        """The metrics of each member over the first held-out batches, the same every time; what is held out
+        does not depend on the seed."""
+        wanted = self.config.eval.batches
+        count = min(wanted, dataset.num_batches or wanted)
+        put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
+        host = jax.device_get([self.program.evaluate(params, put(i), *self.teacher) for i in range(count)])
+        value = lambda one, name, r: float(one[name][r] if self.several else one[name])
+        return [
+            held_out({name: sum(value(one, name, r) for one in host) for name in host[0]})
+            for r in range(len(self.members))
+        ]
