@@ -18,7 +18,7 @@ papers sweep learning rates (Kimi Linear 5e-5 to 1e-3, MAD 1e-4 to 1e-3); here i
 
 from ml_collections import ConfigDict
 
-from hybridlm.config import data, default
+from hybridlm.config import data, load
 from hybridlm.data import copying, joint_recall, mad, state_tracking
 from hybridlm.errors import ConfigError, nearest
 
@@ -32,26 +32,9 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
     if task not in TASKS:
         allowed = "must be TASK or TASK,PATTERN with TASK one of " + ", ".join(TASKS)
         raise ConfigError("--config", f"synthetic.py:{arg}", allowed, nearest(task, TASKS))
-    config = default()
-    config.model.pattern = pattern or "kda"
-    config.model.num_layers = 2
-    config.model.d_model = 128
-    config.model.dtype = "float32"
-    config.model.remat = "none"
-    for name in (
-        "kda", "deltanet", "gdn", "hgrn2", "retnet", "deltaproduct", "gdp", "lightning", "mlstm",
-        "featuremap", "comba", "gdn2",
-    ):  # fmt: skip
-        config.mixers[name].update(num_heads=2, head_dim=64)
-    config.mixers.gla.num_heads = 2
-    config.train.steps = 20_000
+    config = load("configs/mqar.py:" + (pattern or "kda"))
+    config.model.tie_embeddings = False
     config.train.batch_size = 128
-    config.train.seq_len = 256
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.warmup_steps = 200
-    config.optimizer.final_ratio = 0.0
-    config.checkpoint.every_steps = 5000
-    config.eval.every_steps = 1000
     if task == "induction":
         config.data, config.model.vocab_size, config.train.seq_len = data("copying", task=task), 20, 30
     elif task in copying.TASKS:

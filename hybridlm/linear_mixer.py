@@ -290,16 +290,7 @@ def recurrence(
 
 
 def low_rank_recurrence(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    log_decay: jax.Array,
-    rows: Rows,
-    state: jax.Array | None,
-    *,
-    scale: float | None = None,
+    *qkvab_and_decay: jax.Array, rows: Rows, state: jax.Array | None, scale: float | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """`pallas_kernels.dplr` on each device's own rows and heads; documents never meet. See `recurrence`."""
     first = None if state is None else continued(state, rows)
@@ -310,9 +301,7 @@ def low_rank_recurrence(
 
     token_axes, state_axes = ("batch", None, "heads", None), ("batch", "heads", None, None)
     in_axes = (*[token_axes] * 6, ("batch", None), None if first is None else state_axes)
-    o, last = per_shard(op, in_axes, (token_axes, state_axes))(
-        q, k, v, a, b, log_decay, rows.segment_ids, first
-    )
+    o, last = per_shard(op, in_axes, (token_axes, state_axes))(*qkvab_and_decay, rows.segment_ids, first)
     return o, None if state is None else last
 
 

@@ -1,8 +1,9 @@
-"""What RWKV's kinds have in common: token shift, low-rank maps, the norm of heads, initial values.
+"""What RWKV's kinds have in common: sizes, token shift, low-rank maps, the norm of heads, initial values.
 
 No weight decay but on the four or five projections, as in the authors' code.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,50 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm.layers import Initializer, merge_heads, ones, param, zeros
+from hybridlm import mixers
+from hybridlm.fields import Count, Epsilon, Positive
+from hybridlm.layers import Initializer, Linear, RecurrentCache, merge_heads, ones, param, zeros
+from hybridlm.linear_mixer import Heads
+from hybridlm.mixers import Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows, continued
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(mixers.Config):
+    """num_heads: 0 is d_model / head_dim.  head_dim: channels of a head, keys and values alike.
+    norm_eps: of the output norm.
+    """
+
+    num_heads: Count = 0
+    head_dim: Positive = 64
+    norm_eps: Epsilon = 64e-5
+
+    def heads(self, d_model: int) -> Heads:
+        num = self.num_heads or d_model // self.head_dim
+        return Heads(num, num, self.head_dim, self.head_dim)
+
+    def check(self, d_model: int) -> None:
+        whole_heads(self, d_model, self.head_dim)
+
+
+class TimeMix(TokenMixer):
+    """A matrix state a head, a token shift before it, a norm of heads and a projection after it."""
+
+    heads: Heads
+
+    def make_output(self, config: Config, site: Site, rngs: nnx.Rngs) -> None:
+        width = self.heads.value_width
+        level = constant(lambda size: ((1 + jnp.asarray(site.layer)) / site.num_layers) ** 0.7)
+        self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
+        self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
+
+    def before(self, x_BTD: jax.Array, cache: RecurrentCache | None) -> RecurrentCache:
+        return self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
+        num, _, key, value = self.heads
+        state = jnp.zeros((batch, num, key, value), jnp.float32)
+        return RecurrentCache(state, (jnp.zeros((batch, 1, self.o_proj.kernel.shape[-1]), dtype),))
 
 
 def shifted(

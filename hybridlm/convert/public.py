@@ -73,6 +73,11 @@ def multi_head_fields(config: "linear_mixer.Config", d_model: int) -> dict[str, 
     } | conv_fields(config.conv_size)
 
 
+def gated_fields(config: "linear_mixer.Config", d_model: int) -> dict[str, Any]:
+    """Of FLA's GLA and RetNet."""
+    return multi_head_fields(config, d_model) | {"use_output_gate": config.output_gate == "swish"}
+
+
 def grouped(fields: Fields, heads: int, head_dim: int, expand_v: float) -> dict[str, Any]:
     """What FLA's Gated DeltaNet and KDA, whose defaults are given, have in common."""
     heads, head_dim = fields.get("num_heads", heads), fields.get("head_dim", head_dim)

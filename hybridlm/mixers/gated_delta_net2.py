@@ -77,4 +77,4 @@ def erase(inputs: Inputs, rows: Rows, state: jax.Array | None) -> tuple[jax.Arra
     group = v.shape[2] // k.shape[2]
     q, k, log_decay, e = (jnp.repeat(x, group, axis=2) for x in (q, k, log_decay, e))
     reads = (jnp.exp(log_decay) * e * k.astype(jnp.float32)).astype(k.dtype)
-    return low_rank_recurrence(q, k, v, reads, -k, log_decay, rows, state)
+    return low_rank_recurrence(q, k, v, reads, -k, log_decay, rows=rows, state=state)

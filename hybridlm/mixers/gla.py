@@ -15,7 +15,7 @@ from flax import nnx
 from hybridlm import linear_mixer
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, conv_size, linears, multi_head, multi_head_fields, only_plain
+from hybridlm.convert.public import Format, conv_size, gated_fields, linears, multi_head, only_plain
 from hybridlm.convert.rules import Rule, bias, linear, norm, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, Positive
@@ -67,10 +67,6 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return sizes | {"output_gate": gate, "conv_size": conv_size(fields, False), "norm_eps": eps}
 
 
-def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
-    return multi_head_fields(config, d_model) | {"use_output_gate": config.output_gate == "swish"}
-
-
 def output_rules(gated: bool) -> list[Rule]:
     """Of GLA and RetNet, whose norm is fused with the gate; with fuse_norm off it is called g_norm."""
     return [
@@ -95,7 +91,7 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
 class Mixer(LinearMixer):
     config_class = Config
     public: ClassVar = {
-        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "gla", "GLA", aliases=ALIASES)
+        "fla": Format(_fla_read, gated_fields, _fla_rules, "attn.", "gla", "GLA", aliases=ALIASES)
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

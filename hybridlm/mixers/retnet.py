@@ -15,7 +15,7 @@ from flax import nnx
 from hybridlm import linear_mixer
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, multi_head, multi_head_fields, only_plain
+from hybridlm.convert.public import Format, gated_fields, multi_head, only_plain
 from hybridlm.convert.rules import Rule, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive, Theta
@@ -54,10 +54,6 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return sizes | {"output_gate": gate, "norm_eps": eps}
 
 
-def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
-    return multi_head_fields(config, d_model) | {"use_output_gate": config.output_gate == "swish"}
-
-
 def _fla_rules(config: Config, d_model: int) -> list[Rule]:
     return [*output_rules(config.output_gate != "none"), *short_convs("qkv", "qkv", config.conv_size)]
 
@@ -65,7 +61,7 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
 class Mixer(LinearMixer):
     config_class = Config
     public: ClassVar = {
-        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "retnet", "RetNet", aliases=ALIASES)
+        "fla": Format(_fla_read, gated_fields, _fla_rules, "attn.", "retnet", "RetNet", aliases=ALIASES)
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

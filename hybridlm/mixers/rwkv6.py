@@ -8,45 +8,32 @@ have their own MLP and LayerNorms, which are not here.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import linear_mixer, mixers
+from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
-from hybridlm.fields import Count, Epsilon, Positive
+from hybridlm.fields import Positive
 from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform, zeros
-from hybridlm.linear_mixer import Heads, Inputs, recurrence
-from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.linear_mixer import Inputs, recurrence
+from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
-from hybridlm.rwkv import HeadNorm, LowRank, constant, mix, place, ratios, shifted
+from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios, shifted
 
 STREAMS = "wkvrg"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mixers.Config):
+class Config(rwkv.Config):
     """RWKV-6.
 
-    num_heads: 0 is d_model / head_dim.  head_dim: channels of a head, keys and values alike.
     mix_rank, decay_rank: middle widths of what moves the token shift and the decay.
-    norm_eps: of the output norm.
     """
 
-    num_heads: Count = 0
-    head_dim: Positive = 64
     mix_rank: Positive = 32
     decay_rank: Positive = 64
-    norm_eps: Epsilon = 64e-5
-
-    def heads(self, d_model: int) -> Heads:
-        num = self.num_heads or d_model // self.head_dim
-        return Heads(num, num, self.head_dim, self.head_dim)
-
-    def check(self, d_model: int) -> None:
-        whole_heads(self, d_model, self.head_dim)
 
     def cost(self, d_model: int, context: int) -> Cost:
         one = linear_mixer.cost(self.heads(d_model), 0, delta=False)
@@ -56,7 +43,7 @@ class Config(mixers.Config):
         return dataclasses.replace(self, num_heads=self.heads(d_model).num)
 
 
-class Mixer(TokenMixer):
+class Mixer(TimeMix):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
@@ -82,15 +69,12 @@ class Mixer(TokenMixer):
         self.k_proj = Linear(d_model, width, rngs=rngs, init=tenth)
         self.v_proj = Linear(d_model, width, rngs=rngs, init=whole)
         self.g_proj = Linear(d_model, width, rngs=rngs, init=tenth)
-        level = constant(lambda size: ((1 + jnp.asarray(site.layer)) / site.num_layers) ** 0.7)
-        self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
-        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
+        self.make_output(config, site, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
     ) -> tuple[jax.Array, RecurrentCache | None]:
-        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
-        earlier, history = shifted(x_BTD, context.rows, before.history)
+        earlier, history = shifted(x_BTD, context.rows, self.before(x_BTD, cache).history)
         xs = self._streams(x_BTD, earlier)
         r, k, v = (
             split_heads(layer(xs[name]), self.heads.key)
@@ -112,11 +96,6 @@ class Mixer(TokenMixer):
             name: mix(x_BTD, earlier, getattr(self, f"mix_{name}")[...] + move)
             for name, move in zip(STREAMS, moves, strict=True)
         }
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
-        num, _, key, value = self.heads
-        state = jnp.zeros((batch, num, key, value), jnp.float32)
-        return RecurrentCache(state, (jnp.zeros((batch, 1, self.mix_x.shape[0]), dtype),))
 
 
 def wkv(

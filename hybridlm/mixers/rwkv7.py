@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import linear_mixer, mixers
+from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
-from hybridlm.fields import Count, Epsilon, Positive
-from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform, zeros
-from hybridlm.linear_mixer import Heads, low_rank_recurrence
-from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.fields import Count
+from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform
+from hybridlm.linear_mixer import low_rank_recurrence
+from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows
-from hybridlm.rwkv import HeadNorm, LowRank, constant, mix, place, ratios, shifted
+from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios, shifted
 from pallas_kernels.linear_attention.call import l2_normalize
 
 FASTEST = -(2.718281828459045**-0.5)  # log w is above it
@@ -34,35 +34,23 @@ FIRST = "rwkv7.values"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mixers.Config):
+class Config(rwkv.Config):
     """RWKV-7.
 
-    num_heads: 0 is d_model / head_dim.  head_dim: channels of a head, keys and values alike.
     decay_rank, rate_rank, value_rank, gate_rank: middle widths of w, a, the mixing of v, and g; 0 is 2.5,
         2.5, 1.7 and 5 times the root of d_model in multiples of 32, as in the authors' code.
     value_residual: whether layers take in the values of the first one.
-    norm_eps: of the output norm.
     """
 
-    num_heads: Count = 0
-    head_dim: Positive = 64
     decay_rank: Count = 0
     rate_rank: Count = 0
     value_rank: Count = 0
     gate_rank: Count = 0
     value_residual: bool = True
-    norm_eps: Epsilon = 64e-5
 
     @property
     def carries(self) -> bool:
         return self.value_residual
-
-    def heads(self, d_model: int) -> Heads:
-        num = self.num_heads or d_model // self.head_dim
-        return Heads(num, num, self.head_dim, self.head_dim)
-
-    def check(self, d_model: int) -> None:
-        whole_heads(self, d_model, self.head_dim)
 
     def cost(self, d_model: int, context: int) -> Cost:
         """FLOPs of the chunkwise form: four products of rows, and two updates of the state."""
@@ -82,7 +70,7 @@ class Config(mixers.Config):
         )
 
 
-class Mixer(TokenMixer):
+class Mixer(TimeMix):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
@@ -114,15 +102,12 @@ class Mixer(TokenMixer):
         self.r_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
         self.k_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound / 10, bound / 10))
         self.v_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
-        level = constant(lambda size: ((1 + jnp.asarray(site.layer)) / site.num_layers) ** 0.7)
-        self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
-        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
+        self.make_output(config, site, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
     ) -> tuple[jax.Array, RecurrentCache | None]:
-        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
-        earlier, history = shifted(x_BTD, context.rows, before.history)
+        earlier, history = shifted(x_BTD, context.rows, self.before(x_BTD, cache).history)
         xs = {name: mix(x_BTD, earlier, getattr(self, f"mix_{name}")[...]) for name in POWERS}
         r, k, v = self.r_proj(xs["r"]), self.k_proj(xs["k"]), self.v_proj(xs["v"])
         if self.value_residual:
@@ -147,11 +132,6 @@ class Mixer(TokenMixer):
         y_BTD = self.o_proj((o * self.g_proj(xs["g"])).astype(x_BTD.dtype))
         return y_BTD, None if cache is None else RecurrentCache(state, history)
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
-        num, _, key, value = self.heads
-        state = jnp.zeros((batch, num, key, value), jnp.float32)
-        return RecurrentCache(state, (jnp.zeros((batch, 1, self.r_proj.kernel.shape[0]), dtype),))
-
 
 def time_mix(
     r: jax.Array,
@@ -174,7 +154,7 @@ def time_mix(
     own = jnp.sum(r.astype(jnp.float32) * written * r_k, axis=-1, keepdims=True) * v.astype(jnp.float32)
     log_decay = FASTEST * jax.nn.sigmoid(w.astype(jnp.float32))
     written, reads, moved = (x.astype(k.dtype) for x in (written, -kappa, kappa * rate))
-    o, state = low_rank_recurrence(r, written, v, reads, moved, log_decay, rows, state, scale=1.0)
+    o, state = low_rank_recurrence(r, written, v, reads, moved, log_decay, rows=rows, state=state, scale=1.0)
     return o, own, state
 
 

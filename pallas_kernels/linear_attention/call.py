@@ -30,11 +30,11 @@ class Call:
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    log_decay: jax.Array | None
-    beta: jax.Array | None
-    initial_state: jax.Array | None
-    segment_ids: jax.Array | None
-    scale: float = dataclasses.field(metadata={"static": True})
+    log_decay: jax.Array | None = None
+    beta: jax.Array | None = None
+    initial_state: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     qk_l2norm: bool = dataclasses.field(default=False, metadata={"static": True})
     output_final_state: bool = dataclasses.field(default=False, metadata={"static": True})
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -1,10 +1,13 @@
 """The public op: checks its arguments, normalises them into a `Call` and hands it to a backend."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Op
-from pallas_kernels.linear_attention.call import Call, alike, compute_dtype
+from pallas_kernels.linear_attention.call import Call, alike
 from pallas_kernels.linear_attention.checks import count_changes, expect, floating, heads_fit, scale_of
 
 OP = Op("linear_attention", __package__, ("hopper", "xla"))
@@ -78,21 +81,8 @@ def linear_attention(
     return OP.compute(call, backend)
 
 
-def normalize(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    log_decay: jax.Array | None = None,
-    beta: jax.Array | None = None,
-    initial_state: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    scale: float | None = None,
-    qk_l2norm: bool = False,
-    output_final_state: bool = False,
-    interpret: bool = False,
-) -> Call:
-    """The arguments of `linear_attention`, checked; also for `pieces.summarize`."""
+def normalize(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None = None, **others: Any) -> Call:
+    """The arguments of `linear_attention` but its backend, checked; also for `pieces.summarize`."""
     batch, length, heads, key_dim = floating("q", q, 4, exact=True).shape
     value_heads, value_dim = floating("v", v, 4, exact=True).shape[-2:]
     if length < 1 or key_dim < 1:
@@ -102,24 +92,16 @@ def normalize(
     expect("k", k, {(batch, length, heads, key_dim)})
     expect("v", v, {(batch, length, value_heads, value_dim)})
     heads_fit("v", v.shape, heads, value_heads)
-    expect("log_decay", log_decay, {(batch, length, value_heads), (batch, length, value_heads, key_dim)})
-    expect("beta", beta, {(batch, length, value_heads)})
-    expect("initial_state", initial_state, {(batch, value_heads, key_dim, value_dim)})
-    if initial_state is not None:
-        initial_state = jnp.asarray(initial_state, compute_dtype(q, k, v))
-    if segment_ids is not None:
-        segment_ids = count_changes(segment_ids, (batch, length))
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        beta=beta,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        scale=scale_of(scale, key_dim),
-        qk_l2norm=bool(qk_l2norm),
-        output_final_state=bool(output_final_state),
-        interpret=bool(interpret),
+    call = Call(q, k, v, scale=scale_of(scale, key_dim), **others)
+    gates = (batch, length, value_heads)
+    expect("log_decay", call.log_decay, {gates, (*gates, key_dim)})
+    expect("beta", call.beta, {gates})
+    state, ids = call.initial_state, call.segment_ids
+    expect("initial_state", state, {(batch, value_heads, key_dim, value_dim)})
+    return alike(
+        dataclasses.replace(
+            call,
+            initial_state=None if state is None else jnp.asarray(state, call.compute_dtype),
+            segment_ids=None if ids is None else count_changes(ids, (batch, length)),
+        )
     )
-    return alike(call)

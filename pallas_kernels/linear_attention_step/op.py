@@ -50,15 +50,7 @@ def linear_attention_step(
         raise ValueError(f"state.dtype = {state.dtype}: must be float32 or float64")
     expect("log_decay", log_decay, {(*batch, value_heads), (*batch, value_heads, key_dim)})
     expect("beta", beta, {(*batch, value_heads)})
-    call = StepCall(
-        state=state,
-        q=q_BHK,
-        k=k_BHK,
-        v=v_BHV,
-        log_decay=log_decay,
-        beta=beta,
-        scale=scale_of(scale, key_dim),
-        qk_l2norm=bool(qk_l2norm),
-    )
+    scale = scale_of(scale, key_dim)
+    call = StepCall(state, q_BHK, k_BHK, v_BHV, log_decay, beta, scale, bool(qk_l2norm))
     o, state = OP.compute(call, backend)
     return o.astype(v_BHV.dtype), state

@@ -38,10 +38,10 @@ def channel_forward(
     moves = None
     if choice.pieces > 1:
         alone = dataclasses.replace(inputs, state=None)
-        summary = ChannelScan(alone, tiles, choice.value_tile, choice.pieces, "summary")().final
+        summary = ChannelScan(alone, tiles, choice.value_tile, pieces=choice.pieces, mode="summary")().final
         moves = _moves(alone, tiles, choice)
         inputs = dataclasses.replace(inputs, state=pieces.chain(moves, summary, inputs.state))
-    out = ChannelScan(inputs, tiles, choice.value_tile, choice.pieces, "output", final, keep)()
+    out = ChannelScan(inputs, tiles, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
     if final and choice.pieces > 1:
         out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
     return out, ChannelSaved(tiles, out.states, out.values, moves) if keep else None
@@ -54,5 +54,5 @@ def _moves(inputs: Inputs, tiles: Tiles, choice: table.Choice) -> jax.Array:
         carry = tiles.carry.reshape(batch, value_heads, choice.pieces, chunks // choice.pieces, key_dim)
         return jnp.swapaxes(jnp.prod(carry, axis=3), 1, 2)
     key_tile = min(choice.value_tile, key_dim)
-    moves = ChannelScan(inputs, tiles, key_tile, choice.pieces, "transition")().final
+    moves = ChannelScan(inputs, tiles, key_tile, pieces=choice.pieces, mode="transition")().final
     return moves.reshape(batch, choice.pieces, *moves.shape[1:])

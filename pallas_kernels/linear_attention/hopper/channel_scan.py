@@ -18,7 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
-from pallas_kernels.linear_attention.hopper.forward_scan import SMEM_BYTES, Scanned
+from pallas_kernels.linear_attention.hopper.forward_scan import (
+    SMEM_BYTES,
+    Scanned,
+    Wanted,
+    keep_state,
+    read_out,
+    send,
+)
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16 = jnp.bfloat16
@@ -26,16 +33,12 @@ REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copi
 
 
 @dataclasses.dataclass(frozen=True)
-class ChannelScan:
-    """One compiled scan; mode, pieces, final and keep as in `forward_scan.Scan`."""
+class ChannelScan(Wanted):
+    """One compiled scan; mode "transition" too: what each piece does to the state, from its identity."""
 
     inputs: Inputs
     tiles: Tiles
     value_tile: int
-    pieces: int = 1
-    mode: str = "output"
-    final: bool = False
-    keep: bool = False
 
     def __call__(self) -> Scanned:
         i, tiles = self.inputs, self.tiles
@@ -57,18 +60,7 @@ class ChannelScan:
             beta=i.beta,
             initial=None if transition else i.state,
         )
-        results = dict(
-            o=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
-            final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
-            if self.final or not output
-            else None,
-            states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
-            if self.keep
-            else None,
-            values=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
-            if self.keep and delta
-            else None,
-        )
+        results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
         keys, square, slice_ = (C, key_dim), (C, C), (slices, C, C)
         stage = dict(read_q=keys, read_k=keys, write=keys, scores=square, inverses=square, v=slice_)
         stage = {name: shape for name, shape in stage.items() if arrays[name] is not None}
@@ -79,7 +71,7 @@ class ChannelScan:
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
         stages = max(2, min(4, chunks // self.pieces, room // each))
         scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
-        scratch |= {"out_" + name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
+        scratch |= {name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
         scratch |= dict(
             carry=plgpu.SMEM((stages, key_dim), F32),
             filled=plgpu.Barrier(
@@ -92,24 +84,11 @@ class ChannelScan:
             scratch |= dict(beta=plgpu.SMEM((stages, C), F32))
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
-            b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
-            count = chunks // self.pieces
-            at = SimpleNamespace(
-                refs=SimpleNamespace(**refs),
-                smem=SimpleNamespace(**smem),
-                piece=b,
-                b=blocks.div(b, self.pieces),
-                head=head,
-                first_value=value_block * self.value_tile,
-                count=count,
-                first=blocks.rem(b, self.pieces) * count,
-                stages=stages,
-                slices=slices,
-                delta=delta,
-                output=output,
-                values=values,
-                key_dim=key_dim,
-            )
+            at = self.place(
+                refs, smem, chunks, stages=stages, slices=slices, delta=delta, interpret=i.interpret,
+                values=values, key_dim=key_dim,
+            )  # fmt: skip
+            wg, at.first_value = at.wg, at.value_block * self.value_tile
             state_registers, copy_registers = REGISTERS[slices]
 
             blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=state_registers)
@@ -162,19 +141,13 @@ class ChannelScan:
             state = jnp.where(row == blocks.col_index(shape), 1.0, 0.0)
         else:
             state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
-        in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
 
         def step(n: Any, state: jax.Array) -> jax.Array:
             slot = blocks.rem(n, at.stages)
             rows = pl.ds((at.first + n) * C, C)
             state_lo = state.astype(BF16)
-            if self.keep:
-                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                blocks.store(smem.out_states.at[wg], state_lo, interpret=i.interpret)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    smem.out_states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns]
-                )
+            if at.keep:
+                keep_state(at, wg, state_lo, at.first + n, columns)
             plgpu.barrier_wait(smem.filled.at[slot])
             reads = [(state_lo, smem.read_k.at[slot].T)] if at.delta else []
             reads += [(state_lo, smem.read_q.at[slot].T)] if at.output else []
@@ -191,18 +164,10 @@ class ChannelScan:
                 state = blocks.matmul(written, interpret=i.interpret)
             else:
                 seen = (value_lo, smem.scores.at[slot].T, read[-1])
-                o, state = blocks.matmul(seen, written, interpret=i.interpret)
-                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                blocks.store(smem.out_o.at[wg], o.astype(BF16), interpret=i.interpret, transposed=True)
-                if self.keep and at.delta:
-                    blocks.store(smem.out_values.at[wg], value_lo, interpret=i.interpret, transposed=True)
+                state = read_out(at, wg, seen, written)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.free.at[slot])
-            if at.output:
-                if self.keep and at.delta:
-                    values = refs.values.at[at.b, rows, at.head, columns]
-                    plgpu.copy_smem_to_gmem(smem.out_values.at[wg], values, commit_group=False)
-                plgpu.copy_smem_to_gmem(smem.out_o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            send(at, wg, rows, columns)
             return state
 
         state = lax.fori_loop(0, at.count, step, state)

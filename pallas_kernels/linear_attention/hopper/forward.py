@@ -45,7 +45,7 @@ def forward_pass(
     if choice.pieces > 1:
         moves, starts = _starts(inputs, inverses, choice)
         inputs = dataclasses.replace(inputs, state=starts)
-    out = Scan(inputs, inverses, choice.value_tile, choice.pieces, "output", final, keep)()
+    out = Scan(inputs, inverses, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
     if final and choice.pieces > 1:
         out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
     return out, inverses, moves
@@ -54,7 +54,7 @@ def forward_pass(
 def _starts(inputs: Inputs, inverses: jax.Array | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:
     """What each piece does to the state, and S^T before each piece [B * pieces, HV, V, K] float32."""
     alone = dataclasses.replace(inputs, state=None)
-    summary = Scan(alone, inverses, choice.value_tile, choice.pieces, "summary")()
+    summary = Scan(alone, inverses, choice.value_tile, pieces=choice.pieces, mode="summary")()
     if inverses is None:
         moves = pieces.factors(inputs, choice.pieces)
     else:

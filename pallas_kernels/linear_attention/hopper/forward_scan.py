@@ -60,22 +60,55 @@ class Scanned(NamedTuple):
     scores: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """One compiled scan.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a scan is to compute.
 
     mode: "output"; "summary", the state after each piece alone, and with the delta rule its moves. pieces:
     every sequence is cut into so many equal runs of chunks, each with its own initial state. final: also
     return the last states. keep: also return what the backward pass wants.
     """
 
-    inputs: Inputs
-    inverses: jax.Array | None
-    value_tile: int
     pieces: int = 1
     mode: str = "output"
     final: bool = False
     keep: bool = False
+
+    def results(
+        self, whole: tuple[int, int], heads: int, value_dim: int, key_dim: int, *, delta: bool
+    ) -> dict[str, jax.ShapeDtypeStruct | None]:
+        """The fields of `Scanned` that are wanted, but moves and gates; whole: batch and length."""
+        batch, length = whole
+        output = self.mode == "output"
+        outputs = jax.ShapeDtypeStruct((batch, length, heads, value_dim), BF16)
+        last = jax.ShapeDtypeStruct((batch * self.pieces, heads, value_dim, key_dim), F32)
+        states = jax.ShapeDtypeStruct((batch, heads, length // C, value_dim, key_dim), BF16)
+        return dict(
+            o=outputs if output else None,
+            final=last if self.final or not output else None,
+            moves=None,
+            gates=None,
+            states=states if self.keep else None,
+            values=outputs if self.keep and delta else None,
+        )
+
+    def place(self, refs: dict[str, Any], smem: dict[str, Any], chunks: int, **known: Any) -> SimpleNamespace:
+        """Where this block of threads is, and what its parts must know."""
+        b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
+        count = chunks // self.pieces
+        known |= dict(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), keep=self.keep)
+        known |= dict(piece=b, b=blocks.div(b, self.pieces), head=head, value_block=value_block, wg=wg)
+        known |= dict(count=count, first=blocks.rem(b, self.pieces) * count, output=self.mode == "output")
+        return SimpleNamespace(**known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan(Wanted):
+    """One compiled scan."""
+
+    inputs: Inputs
+    inverses: jax.Array | None
+    value_tile: int
 
     def __call__(self) -> Scanned:
         i = self.inputs
@@ -95,24 +128,11 @@ class Scan:
         fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
         stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
 
-        results = dict(
-            o=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
-            final=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, value_dim, key_dim), F32)
-            if self.final or not output
-            else None,
-            moves=jax.ShapeDtypeStruct((batch * self.pieces, value_heads, key_dim, key_dim), F32)
-            if moves
-            else None,
-            gates=jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
-            if self.keep and delta
-            else None,
-            states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
-            if self.keep
-            else None,
-            values=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
-            if self.keep and delta
-            else None,
-        )
+        results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
+        if moves:
+            results["moves"] = jax.ShapeDtypeStruct((batch * self.pieces, value_heads, key_dim, key_dim), F32)
+        if self.keep and delta:
+            results["gates"] = jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
         arrays = dict(q=i.q if output else None, k=i.k, v=i.v)
         arrays |= vectors.named | dict(a=self.inverses, initial=i.state)
         scratch = dict(
@@ -136,30 +156,15 @@ class Scan:
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
-            b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
-            at = SimpleNamespace(
-                refs=SimpleNamespace(**refs),
-                smem=SimpleNamespace(**smem),
-                piece=b,
-                b=blocks.div(b, self.pieces),
-                head=head,
-                key_head=blocks.div(head, value_heads // heads),
-                value_block=value_block,
-                first_value=blocks.rem(value_block, value_dim // C) * C
-                if moves
-                else value_block * self.value_tile,
-                first_key=blocks.rem(value_block, key_dim // C) * C,
-                count=chunks // self.pieces,
-                first=blocks.rem(b, self.pieces) * (chunks // self.pieces),
-                stages=stages,
-                value_tiles=value_tiles,
-                roles=roles,
-                vectors=vectors,
-                delta=delta,
-                output=output,
-                key_dim=key_dim,
-                keep_gates=self.keep and delta,
-            )
+            at = self.place(
+                refs, smem, chunks, stages=stages, value_tiles=value_tiles, roles=roles, vectors=vectors,
+                delta=delta, interpret=i.interpret, key_dim=key_dim, keep_gates=self.keep and delta,
+            )  # fmt: skip
+            wg, value_block = at.wg, at.value_block
+            at.key_head = blocks.div(at.head, value_heads // heads)
+            value_tile = blocks.rem(value_block, value_dim // C) if moves else value_block
+            at.first_value = value_tile * (C if moves else self.value_tile)
+            at.first_key = blocks.rem(value_block, key_dim // C) * C
 
             @pl.when(wg < (1 if moves else tiles))
             def _() -> None:
@@ -267,7 +272,6 @@ class Scan:
             state = jnp.where(blocks.row_index(shape) + at.first_key == blocks.col_index(shape), 1.0, 0.0)
         else:
             state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
-        in_flight = at.output + self.keep  # groups of copies out of shared memory a chunk
 
         def step(n: Any, state: jax.Array) -> jax.Array:
             slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
@@ -275,13 +279,8 @@ class Scan:
             rows = pl.ds((at.first + n) * C, C)
             by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))
             state_lo = state.astype(BF16)
-            if self.keep:
-                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                blocks.store(smem.states.at[wg], state_lo, interpret=i.interpret)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    smem.states.at[wg], refs.states.at[at.b, at.head, at.first + n, columns]
-                )
+            if at.keep:
+                keep_state(at, wg, state_lo, at.first + n, columns)
             plgpu.barrier_wait(smem.filled.at[slot])
             reads = [(state_lo, k.T)] if at.delta else []
             reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
@@ -298,19 +297,11 @@ class Scan:
             else:
                 value_lo = value.astype(BF16)
                 seen = (value_lo, smem.scores.at[ahead].T, read[-1] * by_token(READ_Q))
-                o, state = blocks.matmul(seen, written, interpret=i.interpret)
-                plgpu.wait_smem_to_gmem(in_flight - 1, wait_read_only=True)
-                blocks.store(smem.o.at[wg], o.astype(BF16), interpret=i.interpret, transposed=True)
-                if self.keep and at.delta:
-                    blocks.store(smem.values.at[wg], value_lo, interpret=i.interpret, transposed=True)
+                state = read_out(at, wg, seen, written)
             plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.taken.at[ahead])
             plgpu.barrier_arrive(smem.free.at[slot])
-            if at.output:
-                if self.keep and at.delta:
-                    values = refs.values.at[at.b, rows, at.head, columns]
-                    plgpu.copy_smem_to_gmem(smem.values.at[wg], values, commit_group=False)
-                plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            send(at, wg, rows, columns)
             return state
 
         state = lax.fori_loop(0, at.count, step, state)
@@ -322,3 +313,37 @@ class Scan:
                 last.at[at.piece, at.head, columns][...] = state
 
         plgpu.wait_smem_to_gmem(0)
+
+
+# What a warpgroup that holds state sends out of each chunk, here and in channel_scan.py.
+
+
+def wait_for_last(at: SimpleNamespace) -> None:
+    """Until the last chunk's copy of the kind that is to be sent next has left shared memory."""
+    plgpu.wait_smem_to_gmem(at.output + at.keep - 1, wait_read_only=True)
+
+
+def keep_state(at: SimpleNamespace, wg: Any, state: jax.Array, chunk: Any, columns: Any) -> None:
+    wait_for_last(at)
+    blocks.store(at.smem.states.at[wg], state, interpret=at.interpret)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(at.smem.states.at[wg], at.refs.states.at[at.b, at.head, chunk, columns])
+
+
+def read_out(at: SimpleNamespace, wg: Any, seen: tuple[Any, ...], written: tuple[Any, ...]) -> jax.Array:
+    """The state after a chunk; its outputs, and V', the first of ``seen``, go where `send` takes them."""
+    o, state = blocks.matmul(seen, written, interpret=at.interpret)
+    wait_for_last(at)
+    blocks.store(at.smem.o.at[wg], o.astype(BF16), interpret=at.interpret, transposed=True)
+    if at.keep and at.delta:
+        blocks.store(at.smem.values.at[wg], seen[0], interpret=at.interpret, transposed=True)
+    return state
+
+
+def send(at: SimpleNamespace, wg: Any, rows: Any, columns: Any) -> None:
+    if not at.output:
+        return
+    if at.keep and at.delta:
+        values = at.refs.values.at[at.b, rows, at.head, columns]
+        plgpu.copy_smem_to_gmem(at.smem.values.at[wg], values, commit_group=False)
+    plgpu.copy_smem_to_gmem(at.smem.o.at[wg], at.refs.o.at[at.b, rows, at.head, columns])

@@ -19,7 +19,7 @@ from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
-from pallas_kernels.linear_attention.hopper.wide_scan import GATES, STAGES, buffers, traced
+from pallas_kernels.linear_attention.hopper.wide_scan import GATES, STAGES, buffers, launch, traced, two_roles
 
 BF16 = jnp.bfloat16
 
@@ -99,12 +99,7 @@ def wide_reverse(
             refs["first"].at[b, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 
-        pl.when(wg == 0)(hold_state)
-        pl.when(wg == 1)(lambda: blocks.refill(fill, s["free"], chunks, stages))
-        blocks.finish_together(s["done"])
+        two_roles(wg, hold_state, lambda: blocks.refill(fill, s["free"], chunks, stages), s["done"])
 
-    grid = dict(b=batch, h=value_heads, v=value_dim // C)
-    out = blocks.launch(
-        "delta_wide_reverse", body, arrays, results, scratch, grid, threads=2, interpret=interpret
-    )
+    out = launch("delta_wide_reverse", inputs, body, arrays, results, scratch)
     return out["states"], out["dv"], out["first"]

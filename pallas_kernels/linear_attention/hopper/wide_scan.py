@@ -6,6 +6,7 @@ copies. What does not depend on V is in `HeadTiles`. The state meets the product
 second copy of it in registers would not fit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,19 @@ def buffers(stages: int, key_dim: int) -> dict[str, Any]:
         free=plgpu.Barrier(num_barriers=stages),
         done=plgpu.Barrier(num_arrivals=2),
     )
+
+
+def two_roles(wg: Any, hold_state: Callable[[], None], copy: Callable[[], None], done: Any) -> None:
+    pl.when(wg == 0)(hold_state)
+    pl.when(wg == 1)(copy)
+    blocks.finish_together(done)
+
+
+def launch(name: str, inputs: Inputs, *body_arrays_results_scratch: Any) -> dict[str, jax.Array]:
+    """A block of two warpgroups for each sequence, value head and slice of values."""
+    batch, _, heads, value_dim = inputs.v.shape
+    grid = dict(b=batch, h=heads, v=value_dim // C)
+    return blocks.launch(name, *body_arrays_results_scratch, grid, threads=2, interpret=inputs.interpret)
 
 
 def traced(n: Any) -> Any:
@@ -123,12 +137,6 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
                 refs["final"].at[b, head, columns][...] = state
             plgpu.wait_smem_to_gmem(0)
 
-        pl.when(wg == 0)(hold_state)
-        pl.when(wg == 1)(lambda: blocks.refill(fill, s["free"], chunks, stages))
-        blocks.finish_together(s["done"])
+        two_roles(wg, hold_state, lambda: blocks.refill(fill, s["free"], chunks, stages), s["done"])
 
-    grid = dict(b=batch, h=value_heads, v=value_dim // C)
-    out = blocks.launch(
-        "delta_wide_scan", body, arrays, results, scratch, grid, threads=2, interpret=interpret
-    )
-    return Scanned(**out)
+    return Scanned(**launch("delta_wide_scan", inputs, body, arrays, results, scratch))
