@@ -298,8 +298,9 @@ def cast_to_compute(definition: Definition, params: Params) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
-    """ShapeDtypeStructs by the names of `init`."""
-    return jax.eval_shape(lambda: init(definition, jax.random.key(0)))
+    """ShapeDtypeStructs by the names of `init`, sorted, as what passes a `jax.jit` is."""
+    leaves = _flat(abstract(definition)[1])
+    return {name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in sorted(leaves)}
 
 
 def logits(definition: Definition, params: Params, tokens_BT: jax.Array, rows: Rows) -> jax.Array:

@@ -179,6 +179,8 @@ def test_names_and_stacks_are_one_to_one(params):
     named = model.unstack(HYBRID, params)
     layers = [int(name.split(".")[1]) for name in named if name.startswith("layers.")]
     assert layers == sorted(layers) and set(layers) == set(range(9))
+    initial = jax.eval_shape(lambda: model.init(HYBRID, jax.random.key(0)))
+    assert list(model.shapes(HYBRID).items()) == list(initial.items())
     assert {n: leaf.shape for n, leaf in named.items()} == {
         n: leaf.shape for n, leaf in model.canonical_shapes(HYBRID).items()
     }

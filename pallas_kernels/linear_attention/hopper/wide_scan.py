@@ -45,11 +45,13 @@ def two_roles(wg: Any, hold_state: Callable[[], None], copy: Callable[[], None],
     blocks.finish_together(done)
 
 
-def launch(name: str, inputs: Inputs, *body_arrays_results_scratch: Any) -> dict[str, jax.Array]:
+def launch(
+    name: str, inputs: Inputs, body: Callable, arrays: dict[str, Any], results: Any, scratch: dict[str, Any]
+) -> dict[str, Any]:
     """A block of two warpgroups for each sequence, value head and slice of values."""
     batch, _, heads, value_dim = inputs.v.shape
     grid = dict(b=batch, h=heads, v=value_dim // C)
-    return blocks.launch(name, *body_arrays_results_scratch, grid, threads=2, interpret=inputs.interpret)
+    return blocks.launch(name, body, arrays, results, scratch, grid, threads=2, interpret=inputs.interpret)
 
 
 def traced(n: Any) -> Any:
