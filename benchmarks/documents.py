@@ -2,9 +2,10 @@
 
     python -m benchmarks.documents [--dims 64,128,256] [--batch 4] [--length 4096] [--mean 512] [--most 16,64]
 
-none: one document a row, which is what documents should not cost.  codes: extra channels of q and k, in use.
-packed n: every document a sequence of its own, prepared for n a row (`cudnn.packed`).  score: a mask of the
-scores inside cuDNN (jax 0.12 and later; no causal skipping).  xla: blockwise. bf16, heads * dim = 2048.
+none: one document a row, which is what documents should not cost.  one: the same, found out from the data.
+codes: extra channels of q and k.  packed n: every document a sequence of its own, prepared for n a row.  auto:
+what the data choose.  score: a mask of the scores inside cuDNN (jax 0.12 and later; no causal skipping).
+xla: blockwise. bf16, heads * dim = 2048, of k and v one in --group.
 
 A row a path: microseconds on the device, forward and forward + backward (means of 5 calls), bytes of
 temporaries, the relative RMS error of o, dq, dk, dv against float32, and leaks: how many numbers of o behind
@@ -78,7 +79,7 @@ def measure(path: Callable, arrays: list, starts: jax.Array | None, end: int, ex
     times = [microseconds(functools.partial(forward, q, k, v))]
     times.append(microseconds(functools.partial(compiled, q, k, v, do)))
     row = f"{times[0]:9.1f} {times[1]:9.1f} {temporaries:8.1f} MiB"
-    if starts is None:
+    if starts is None or not jnp.any(starts):
         return row
     row += " ".join(f" {error(got, want):.1e}" for got, want in zip(out, exact, strict=True))
     other = (x.at[0, :end].multiply(-30) for x in (q, k, v))
@@ -93,10 +94,10 @@ def main() -> None:
     numbers = lambda text: [int(n) for n in text.split(",")]
     parser.add_argument("--dims", type=numbers, default=[64, 128, 256])
     parser.add_argument("--most", type=numbers, default=[16, 64])
-    for name, default in (("batch", 4), ("length", 4096), ("mean", 512)):
+    for name, default in (("batch", 4), ("length", 4096), ("mean", 512), ("group", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(
-        "--paths", default="none,codes,packed,xla", help="and score, which may end the process"
+        "--paths", default="none,one,codes,packed,auto,xla", help="and score, which may end the process"
     )
     args = parser.parse_args()
     rng = np.random.default_rng(0)
@@ -105,20 +106,25 @@ def main() -> None:
     most_there, end = 1 + starts.sum(1).max(), int(np.argmax(starts[0]))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; at most {most_there} documents a row")
     print("dim path: forward us, forward + backward us, temporaries, errors of o dq dk dv, leaks")
-    available: dict[str, Callable] = {"none": cudnn.softmax_attention, "codes": cudnn.softmax_attention}
+    available: dict[str, Callable] = {"none": cudnn.softmax_attention, "one": cudnn.softmax_attention}
+    available |= {"codes": cudnn.coded, "auto": cudnn.softmax_attention}
     available |= {f"packed {n}": functools.partial(cudnn.packed, most=n) for n in args.most}
     available |= {"score": score, "xla": xla.softmax_attention}
     for dim in args.dims:
         keys = jax.random.split(jax.random.key(dim), 4)
-        shape = (args.batch, args.length, 2048 // dim, dim)
-        arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+        heads = [2048 // dim // share for share in (1, args.group, args.group, 1)]  # of q, k, v, do
+        arrays = [
+            jax.random.normal(key, (args.batch, args.length, n, dim), jnp.bfloat16)
+            for key, n in zip(keys, heads, strict=True)
+        ]
         wide = [x.astype(jnp.float32) for x in arrays]
         exact = passes(xla.softmax_attention, jnp.asarray(starts), dim)[1](*wide)
         for name, path in available.items():
             if name.split()[0] not in args.paths.split(","):
                 continue
             try:
-                row = measure(path, arrays, None if name == "none" else jnp.asarray(starts), end, exact)
+                here = {"none": None, "one": jnp.zeros_like(starts)}.get(name, jnp.asarray(starts))
+                row = measure(path, arrays, here, end, exact)
             except Exception as reason:
                 row = f"{type(reason).__name__}: {str(reason)[:160]}"
             print(f"{dim:4d} {name:10s} {row}", flush=True)

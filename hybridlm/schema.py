@@ -43,7 +43,7 @@ class Model:
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "full", "dots", "mixer"] = "full"
+    remat: Literal["none", "full", "dots", "mixer", "kernels"] = "full"
     scan: bool = True
     mup_base_width: Count = 0
 

@@ -55,7 +55,7 @@ def test_against_naive_softmax(path, window, monkeypatch):
     @jax.jit
     def run(q, k, v):
         if path == "codes":  # the rewriting for cuDNN, in XLA's arithmetic
-            return cudnn.softmax_attention(AttentionCall(q, k, v, starts(), 0.4, window), "xla")
+            return cudnn.coded(AttentionCall(q, k, v, starts(), 0.4, window), "xla")
         return softmax_attention(q, k, v, segment_ids=ids, scale=0.4, window=window, backend=backend)
 
     # The document codes add up to 1000 to the scores, which costs their last digits.
@@ -113,8 +113,8 @@ def test_without_documents_and_in_float64():
     expected = naive(q, k, v, np.broadcast_to(np.arange(23), (2, 23)), 0.5, 0)
     for backend in ("reference", "xla"):
         np.testing.assert_allclose(softmax_attention(q, k, v, backend=backend), expected, atol=2e-6)
-    coded = cudnn.softmax_attention(AttentionCall(*map(jnp.asarray, (q, k, v)), None, 0.5), "xla")
-    np.testing.assert_allclose(coded, expected, atol=2e-6)
+    whole = cudnn.fused(AttentionCall(*map(jnp.asarray, (q, k, v)), None, 0.5), "xla")
+    np.testing.assert_allclose(whole, expected, atol=2e-6)
     with jax.enable_x64(True):
         exact = softmax_attention(*(np.float64(x) for x in (q, k, v)), backend="reference")
         np.testing.assert_allclose(exact, expected, rtol=1e-12, atol=1e-14)
@@ -153,7 +153,8 @@ def structs(dim=64, value_dim=None, dtype=jnp.bfloat16, length=4096):
         (dict(dim=128), True, H100, None),
         (dict(dim=240), True, H100, None),
         (dict(dim=256), False, H100, None),
-        (dict(dim=256), True, H100, "256 (and 16 channels for documents) and 256 (at most 256"),
+        (dict(dim=256), True, H100, None),
+        (dict(dim=272), True, H100, "head dims are 272 and 272 (at most 256"),
         (dict(dim=128), True, Device("gpu", "8.0"), "at most 128"),
         (dict(dim=64), True, Device("gpu", "10.3"), None),
         (dict(dim=64), True, Device("gpu", "7.5"), "compute capability 7.5"),
@@ -180,14 +181,12 @@ def test_what_packed_sequences_are():
     np.testing.assert_array_equal(one[1], [[9, -1]])
 
 
-def ragged_by_numpy(call, most):
+def packed_by_numpy(call):
     """What cuDNN makes of offsets and lengths: each document alone."""
-    with jax.ensure_compile_time_eval():
-        places, lengths = (np.asarray(x) for x in cudnn.sequences(call.starts, most))
 
-    def run(*arrays):
-        arrays = [np.asarray(x) for x in arrays]
-        o = np.zeros((*arrays[0].shape[:3], arrays[2].shape[-1]), np.float32)
+    def run(q, k, v, places, lengths):
+        arrays = [np.asarray(x) for x in (q, k, v)]
+        o = np.zeros((*q.shape[:3], v.shape[-1]), np.float32)
         for b, n in np.ndindex(lengths.shape):
             if lengths[b, n] > 0:
                 at = slice(places[b, n], places[b, n] + lengths[b, n])
@@ -196,22 +195,37 @@ def ragged_by_numpy(call, most):
         return o
 
     shape = jax.ShapeDtypeStruct((*call.q.shape[:3], call.v.shape[-1]), call.v.dtype)
-    return jax.pure_callback(run, shape, call.q, call.k, call.v)
+    found = cudnn.sequences(call.starts, cudnn.DOCUMENTS)
+    return jax.pure_callback(run, shape, call.q, call.k, call.v, *found)
 
 
-@pytest.mark.parametrize("most", [2, 3, 8])
-def test_packed_documents_and_rows_with_too_many(most, monkeypatch):
-    ragged = []
+@pytest.mark.parametrize(("most", "there", "way"), [(3, True, "packed"), (2, True, "coded"), (3, False, "fused")])
+def test_the_data_choose_how_cudnn_learns_of_documents(most, there, way, monkeypatch):
+    """Rows of at most `DOCUMENTS` documents, of more, and of one; in one compiled program."""
+    taken = []
+    ways = {"packed": packed_by_numpy}
+    ways |= {name: lambda call, f=getattr(cudnn, name): f(call, "xla") for name in ("fused", "coded")}
+    for name, compute in ways.items():
 
-    def run(call, most):
-        ragged.append(most)
-        return ragged_by_numpy(call, most)
+        def told(call, *_, name=name, compute=compute):
+            jax.debug.callback(lambda: taken.append(name))
+            return compute(call)
 
-    monkeypatch.setattr(cudnn, "_ragged", run)
+        monkeypatch.setattr(cudnn, name, told)
+    monkeypatch.setattr(cudnn, "DOCUMENTS", most)
     arrays = make_arrays()
-    call = AttentionCall(*map(jnp.asarray, arrays), starts(), 0.4, 6)
-    np.testing.assert_allclose(cudnn.packed(call, most), naive(*arrays, POSITIONS, 0.4, 6), atol=2e-6)
-    assert ragged == [most]
+    here = starts() & there
+
+    @jax.jit
+    def run(q, k, v, here):
+        return cudnn.softmax_attention(AttentionCall(q, k, v, here, 0.4, 6))
+
+    got = run(*arrays, here)
+    jax.effects_barrier()
+    positions = POSITIONS if there else np.broadcast_to(np.arange(23), (2, 23))
+    # The document codes add up to 1000 to the scores, which costs their last digits.
+    np.testing.assert_allclose(got, naive(*arrays, positions, 0.4, 6), atol=1e-3 if way == "coded" else 2e-6)
+    assert taken[0] == way and set(taken[1:]) <= {"fused"}  # which `coded` is made of
 
 
 def test_packed_documents_reach_cudnn(monkeypatch):
@@ -223,7 +237,7 @@ def test_packed_documents_reach_cudnn(monkeypatch):
 
     def run(q, k, v, starts):
         call = AttentionCall(q, k, v, starts, 0.125, 7)
-        return jax.vjp(lambda q: cudnn._ragged(AttentionCall(q, k, v, starts, 0.125, 7), 3), q)[1](call.q)
+        return jax.vjp(lambda q: cudnn.packed(AttentionCall(q, k, v, starts, 0.125, 7), 3), q)[1](call.q)
 
     traced = jax.jit(run).trace(q, k, v, jax.ShapeDtypeStruct((2, 256), bool))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,10 +1,13 @@
 """cuDNN's fused kernel, which is causal and knows a window, but no documents.
 
-`softmax_attention` codes documents into extra channels of q and k; `packed` hands cuDNN every document as a
-sequence of its own. The first is in use: benchmarks/documents.py times both.
+Three ways to tell it of them, each exact; the data choose while the step runs:
+  none        every row is one document, and nothing needs to be said;
+  `packed`    rows of at most `DOCUMENTS` documents: each is a sequence of its own (cuDNN's ragged layout), and only
+              their own scores are computed;
+  `coded`     more: each document's number, in binary, in extra channels of q and k.
+benchmarks/documents.py times them.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,6 +20,8 @@ from pallas_kernels.dispatch import Device
 from pallas_kernels.softmax_attention import xla
 from pallas_kernels.softmax_attention.call import AttentionCall
 
+DOCUMENTS = 16  # of a row: the workspace of `packed` grows with it, to 2 GiB for dq of 32 rows x heads x 64 at T 4096
+LARGEST = 256  # channels of a head on Hopper; 128 before
 MARGIN = 256.0  # by which scores across documents fall short of those within
 
 
@@ -28,12 +33,18 @@ def supports(call: AttentionCall) -> str | None:
     if dtypes not in (["bfloat16"], ["float16"]):
         return f"its arrays are {', '.join(dtypes)} (bfloat16 or float16 only)"
     dim, value_dim = call.q.shape[-1], call.v.shape[-1]
-    codes = 0 if call.starts is None else _extra(call)[1]
-    largest = 256 if float(dispatch.here().capability or 9) >= 9 else 128
-    if dim + codes > largest or value_dim > dim:
-        with_codes = f" (and {codes} channels for documents)" if codes else ""
+    hopper = _hopper()
+    coded = 0 if call.starts is None or hopper else _extra(call)[1]
+    largest = LARGEST if hopper else 128
+    if dim + coded > largest or value_dim > dim:
+        with_codes = f" (and {coded} channels for documents)" if coded else ""
         return f"its head dims are {dim}{with_codes} and {value_dim} (at most {largest}, values no wider)"
     return None
+
+
+def _hopper() -> bool:
+    """Whether the device knows the ragged layout."""
+    return float(dispatch.here().capability or 9) >= 9
 
 
 def runs_on(device: Device) -> str | None:
@@ -50,26 +61,59 @@ def self_test() -> str | None:
     return None
 
 
-def softmax_attention(call: AttentionCall, implementation: Literal["xla", "cudnn"] = "cudnn") -> jax.Array:
-    """See `pallas_kernels.softmax_attention`; by `jax.nn.dot_product_attention`, without a T x T mask.
+def softmax_attention(call: AttentionCall) -> jax.Array:
+    """See `pallas_kernels.softmax_attention`; without a T x T mask."""
+    if call.starts is None:
+        return fused(call)
+    rest = coded if call.q.shape[-1] + _extra(call)[1] <= LARGEST else xla.softmax_attention
+    ways: list[Callable[[AttentionCall], jax.Array]] = [fused, rest]
+    counts_B = 1 + jnp.sum(call.starts, axis=1)
+    chosen = jnp.any(counts_B > 1).astype(jnp.int32)
+    if _hopper():
+        ways.insert(1, packed)
+        chosen += jnp.any(counts_B > DOCUMENTS)
 
-    Each document's number is written in binary, as -1 and 1, into extra channels of q and k: two tokens'
-    scores gain the same constant within a document, which softmax ignores, and at least MARGIN less across
-    documents, of which exp leaves exactly 0.  implementation: "xla" for tests without a GPU.
-    """
-    q, k, v = call.q, call.k, call.v
-    if call.starts is not None:
-        q, k = _coded(call, call.starts)
+    def branch(way: Callable[[AttentionCall], jax.Array]) -> Callable[..., jax.Array]:
+        starts = None if way is fused else call.starts
+        run = lambda q, k, v: way(AttentionCall(q, k, v, starts, call.scale, call.window))
+        # A branch writes what the others keep for the gradient, too: this one, whose results are wider, nothing.
+        return jax.checkpoint(run) if way is rest else run
+
+    return jax.lax.switch(chosen, [branch(way) for way in ways], call.q, call.k, call.v)
+
+
+def fused(call: AttentionCall, implementation: Literal["xla", "cudnn"] = "cudnn") -> jax.Array:
+    """Rows of one document, whatever `starts` says.  implementation: "xla" for tests without a GPU."""
     o = jax.nn.dot_product_attention(
-        q,
-        k,
-        jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v.shape[-1]))),
+        call.q,
+        call.k,
+        _padded(call.v, call.q),
         scale=call.scale,
         is_causal=True,
         local_window_size=(call.window - 1, 0) if call.window else None,
         implementation=implementation,
     )
-    return o[..., : v.shape[-1]]
+    return o[..., : call.v.shape[-1]]
+
+
+def coded(call: AttentionCall, implementation: Literal["xla", "cudnn"] = "cudnn") -> jax.Array:
+    """Each document's number is written in binary, as -1 and 1, into extra channels of q and k: two tokens'
+    scores gain the same constant within a document, which softmax ignores, and at least MARGIN less across
+    documents, of which exp leaves exactly 0.
+    """
+    assert call.starts is not None
+    bits, extra = _extra(call)
+    document_BT1 = jnp.cumsum(call.starts, axis=1)[..., None]
+    code_BTE = jnp.where(document_BT1 >> jnp.arange(bits) & 1, 1, -1)
+    code_BT1E = jnp.pad(code_BTE, ((0, 0), (0, 0), (0, extra - bits)))[:, :, None]
+    weight = 2.0 ** math.ceil(math.log2(MARGIN / call.scale / 2))  # a power of 2 is exact in every dtype
+
+    def extended(x: jax.Array, weight: float) -> jax.Array:
+        code = jnp.broadcast_to(weight * code_BT1E, (*x.shape[:3], extra))
+        return jnp.concatenate([x, code.astype(x.dtype)], axis=-1)
+
+    q, k = extended(call.q, weight), extended(call.k, 1.0)
+    return fused(AttentionCall(q, k, call.v, None, call.scale, call.window), implementation)
 
 
 def _extra(call: AttentionCall) -> tuple[int, int]:
@@ -78,57 +122,32 @@ def _extra(call: AttentionCall) -> tuple[int, int]:
     return bits, bits + -(call.q.shape[-1] + bits) % 8
 
 
-def _coded(call: AttentionCall, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(q, k) with the document's number in extra channels."""
-    bits, extra = _extra(call)
-    document_BT1 = jnp.cumsum(starts, axis=1)[..., None]
-    code_BTE = jnp.where(document_BT1 >> jnp.arange(bits) & 1, 1, -1)
-    code_BT1E = jnp.pad(code_BTE, ((0, 0), (0, 0), (0, extra - bits)))[:, :, None]
-    weight = 2.0 ** math.ceil(math.log2(MARGIN / call.scale / 2))  # a power of 2 is exact in every dtype
+def packed(call: AttentionCall, most: int = DOCUMENTS) -> jax.Array:
+    """Every document a sequence of its own, in rows of at most ``most``: others come out wrong.
 
-    def coded(x: jax.Array, weight: float) -> jax.Array:
-        code = jnp.broadcast_to(weight * code_BT1E, (*x.shape[:3], extra))
-        return jnp.concatenate([x, code.astype(x.dtype)], axis=-1)
-
-    return coded(call.q, weight), coded(call.k, 1.0)
-
-
-def packed(call: AttentionCall, most: int) -> jax.Array:
-    """See `pallas_kernels.softmax_attention`; every document a sequence of its own (cuDNN's ragged layout).
-
-    most: documents of a row that cuDNN is prepared for, at least 2. It keeps B * most * H * T numbers for the
-        gradient. If a row has more, which only the data tell, the whole call is computed otherwise.
+    Keeps B * most * H * T numbers for the gradient.
     """
-    assert call.starts is not None
-    counts_B = 1 + jnp.sum(call.starts, axis=1)
-    otherwise = softmax_attention if supports(call) is None else xla.softmax_attention
-
-    def compute(path: Callable, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return path(AttentionCall(q, k, v, call.starts, call.scale, call.window))
-
-    ragged = functools.partial(compute, functools.partial(_ragged, most=most))
-    rest = functools.partial(compute, otherwise)
-    return jax.lax.cond(jnp.all(counts_B <= most), ragged, rest, call.q, call.k, call.v)
-
-
-def _ragged(call: AttentionCall, most: int) -> jax.Array:
-    from jax._src.cudnn import fused_attention_stablehlo as fused  # offsets have no public door
+    from jax._src.cudnn import fused_attention_stablehlo  # offsets have no public door
 
     offsets, lengths = sequences(call.starts, most)
-    q, k, v = call.q, call.k, call.v
-    o = fused.dot_product_attention(
-        q,
-        k,
-        jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v.shape[-1]))),
+    o = fused_attention_stablehlo.dot_product_attention(
+        call.q,
+        call.k,
+        _padded(call.v, call.q),
         q_seqlen=lengths,
         kv_seqlen=lengths,
         q_offsets=offsets,
         kv_offsets=offsets,
         scale=call.scale,
-        mask_type=fused.MaskType.PADDING_CAUSAL,
+        mask_type=fused_attention_stablehlo.MaskType.PADDING_CAUSAL,
         sliding_window_length=call.window or None,
     )
-    return o[..., : v.shape[-1]]
+    return o[..., : call.v.shape[-1]]
+
+
+def _padded(v: jax.Array, q: jax.Array) -> jax.Array:
+    """v with as many channels as q."""
+    return jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v.shape[-1])))
 
 
 def sequences(starts: Any, most: int) -> tuple[jax.Array, jax.Array]:
