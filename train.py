@@ -6,6 +6,7 @@ complete checkpoint (start again with --resume=auto), 130 or 143 ended at once b
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def default_workdir(spec: str) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     flags, overrides = parse(argv)
+    # Of its GPUs' memory; XLA would take 0.75. Who lets several runs share a GPU says less (launch/local.py).
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     return cli.run(lambda: train(flags, overrides), "training had not begun")
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.documents [--dims 64,128,256] [--batch 4] [--length 4096] [--mean 512] [--most 16,64]
 
 none: one document a row, which is what documents should not cost.  one: the same, found out from the data.
-codes: extra channels of q and k.  packed n: every document a sequence of its own, prepared for n a row.  auto:
-what the data choose.  score: a mask of the scores inside cuDNN (jax 0.12 and later; no causal skipping).
+codes: extra channels of q and k.  packed n: every document a sequence of its own, prepared for n a row.
+auto: what the data choose.  score: a mask of the scores inside cuDNN (jax 0.12 and later; no causal skipping).
 xla: blockwise. bf16, heads * dim = 2048, of k and v one in --group.
 
 A row a path: microseconds on the device, forward and forward + backward (means of 5 calls), bytes of

@@ -65,6 +65,7 @@ def get_config(arg: str = "340m,kda,3:1") -> ConfigDict:
     config.model.d_model = SIZES[size]["d_model"]
     config.model.num_layers = LAYERS
     config.model.vocab_size = 32_000
+    config.model.remat = "auto"
     config.data = configs.data("shards", path="data/fineweb-edu")
     config.model.pattern = "full"
     transformer = cost.parameters(configs.resolve(config))

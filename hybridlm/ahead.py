@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, program, sharding
+from hybridlm import fit, model, program, sharding
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from pallas_kernels import H100, auto_means, compiled_for
@@ -35,9 +35,11 @@ ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2
 class Needs(NamedTuple):
     """Of one device. arguments: parameters, optimiser state and batch, which the step's results replace.
 
-    temporaries: everything else that is alive at once.  sent: bytes by kind of collective in one step.
+    remat: the policy, for `auto` what it chooses there.  temporaries: everything else that is alive at once.
+    sent: bytes by kind of collective in one step.
     """
 
+    remat: str
     arguments: int
     temporaries: int
     sent: dict[str, float]
@@ -78,15 +80,25 @@ def needs(config: Config, devices: str) -> Needs:
     """Compiles the step of a resolved config for ``devices``; minutes for large models."""
     mesh = sharding.make_mesh(config.mesh, absent(devices))
     configs.check_batch(config.train, mesh.shape)
-    built = program.build(config, model.build(config), mesh, None)
-    where, shape = sharding.batch_sharding(mesh), (config.train.batch_size, config.train.seq_len)
-    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
-    with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
-        step: Any = built.step
-        executable = step.trace(built.shapes, batch).lower(lowering_platforms=("cuda",)).compile()
-    found = executable.memory_analysis()
-    return Needs(found.argument_size_in_bytes, found.temp_size_in_bytes, sent(executable.as_text()))
+    definition = model.build(config)
+    automatic = definition.model.remat == "auto"
+
+    def step(policy: str) -> fit.Step:
+        # Built outside the mesh, where it would compute on devices that are not there.
+        built: Any = program.build(
+            config, fit.settled(definition, policy) if automatic else definition, mesh, None
+        )
+        with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
+            traced = built.step.trace(built.shapes, fit.batch_shapes(config, mesh))
+            return fit.compiled(traced.lower(lowering_platforms=("cuda",)))
+
+    policy = definition.model.remat
+    if automatic:
+        policy, done, _ = fit.choose(step, CARD_BYTES * 9 // 10)  # as much as train.py lets XLA have
+    else:
+        done = step(policy)
+    found = done.run.memory_analysis()
+    return Needs(policy, found.argument_size_in_bytes, found.temp_size_in_bytes, sent(done.run.as_text()))
 
 
 def sent(hlo: str) -> dict[str, float]:
@@ -165,6 +177,7 @@ def lines(found: Needs, devices: str) -> dict[str, str]:
     whole = sum(found.sent.values())
     times = ", ".join(f"{whole / speed:.3g} s over {link}" for link, speed in LINKS.items())
     parts = f"state and batch {gib(found.arguments)}, temporaries {gib(found.temporaries)}"
+    parts += f", with model.remat={found.remat}"
     return {
         f"compiled for {devices}": f"{gib(found.memory)} a device, {fits} in {gib(CARD_BYTES)}: {parts}",
         "sent by a device in a step": f"{kinds}; {times} if nothing hides it",

@@ -20,7 +20,7 @@ import numpy as np
 import rich
 from jax.sharding import Mesh
 
-from hybridlm import init_from, opening, program, sharding
+from hybridlm import fit, init_from, opening, program, sharding
 from hybridlm.data import Dataset
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
@@ -43,7 +43,10 @@ class Loop:
         rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
         bytes_of = members[0].train_data.token_bytes
         self.begins = members[0].stage_begin
-        self.program = program.build(self.config, self.definition, mesh, bytes_of, rates, self.begins)
+        self.build = lambda definition: program.build(
+            self.config, definition, mesh, bytes_of, rates, self.begins
+        )
+        self.program = self.build(self.definition)
         self.teacher: tuple[Any, ...] = ()
         self.apart, self.join, self.like = program.by_layer(self.definition, self.program)
 
@@ -55,6 +58,8 @@ class Loop:
             with logbook.harmless("saying what the run is"):
                 self.open(start)
         self.say_determinism()
+        if self.definition.model.remat == "auto":
+            self.program = fit.program(self.config, self.definition, self.mesh, self.build)
         self.teacher = init_from.teacher(self.config, self.program)
         state = self.begin(start)
         with ExitStack() as stack:

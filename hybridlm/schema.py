@@ -27,8 +27,10 @@ class Model:
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
     dtype: of activations; parameters, recurrent states and the loss are float32.
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
-        mixer (all but the MLP's first matmuls). What is kept costs memory, what is recomputed time.
-    scan: False unrolls the stack, for debugging; compile time then grows with depth.
+        kernels (all but matmuls, attention and recurrences), mixer (all but the MLP's first matmuls). What is
+        kept costs memory, what is recomputed time. auto: the fastest that fits, found by compiling; on a GPU
+        it unrolls the stack, unless it is full.
+    scan: False unrolls the stack: faster on a GPU where remat is not full, but compile time grows with depth.
     mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
         0: the standard parametrisation.
     """
@@ -43,7 +45,7 @@ class Model:
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: Literal["none", "full", "dots", "mixer", "kernels"] = "full"
+    remat: Literal["none", "full", "dots", "mixer", "kernels", "auto"] = "full"
     scan: bool = True
     mup_base_width: Count = 0
 

@@ -21,36 +21,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hybridlm import plan, schema, trees
+from hybridlm import plan, remat, schema, trees
 from hybridlm.block import Block, Spec
 from hybridlm.context import Context
-from hybridlm.layers import MLP_INNER
 from hybridlm.mixers import Site
 from hybridlm.rows import Rows
 from hybridlm.sharding import constrain
 
 Cache = tuple[Any, ...]  # one pytree per layer, in layer order
 Carry = tuple[jax.Array, dict[str, Any]]  # x and `Context.carried`
-
-# Primitives that are dear to compute again: a recurrence's kernels with what their backward pass wants, and
-# cuDNN's attention. Short convolutions and element-wise recurrences only pass through memory once more.
-DEAR = ("remat_opt", "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
-
-
-def _kernels_saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
-    if primitive.name in DEAR:
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
-
-
-# What the backward pass may keep of a layer, apart from its input.
-REMAT: dict[str, Callable[..., Any] | None] = {
-    "none": None,  # everything: no rematerialisation
-    "kernels": _kernels_saveable,  # outputs of the projections and of the mixers' kernels, and what these keep
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
-    "mixer": jax.checkpoint_policies.save_only_these_names(MLP_INNER),  # the MLP's, before its activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # nothing
-}
 
 
 class Stack(nnx.Module):
@@ -118,7 +97,7 @@ class Stack(nnx.Module):
 
         Returns the carry and, for each run, (caches, records) stacked as its layers are.
         """
-        policy = REMAT[self.model.remat]
+        policy = remat.POLICIES[self.model.remat]
 
         def layer_of(spec: Spec, graph: Any) -> Callable:
             def layer(carry: Carry, xs: tuple) -> tuple[Carry, Any]:

@@ -1,5 +1,7 @@
 """Softmax attention against a naive float64 softmax: reference, blockwise and what cuDNN gets."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,12 +201,16 @@ def packed_by_numpy(call):
     return jax.pure_callback(run, shape, call.q, call.k, call.v, *found)
 
 
-@pytest.mark.parametrize(("most", "there", "way"), [(3, True, "packed"), (2, True, "coded"), (3, False, "fused")])
+@pytest.mark.parametrize(
+    ("most", "there", "way"), [(3, True, "packed"), (2, True, "coded"), (3, False, "fused")]
+)
 def test_the_data_choose_how_cudnn_learns_of_documents(most, there, way, monkeypatch):
     """Rows of at most `DOCUMENTS` documents, of more, and of one; in one compiled program."""
     taken = []
     ways = {"packed": packed_by_numpy}
-    ways |= {name: lambda call, f=getattr(cudnn, name): f(call, "xla") for name in ("fused", "coded")}
+    ways |= {
+        name: functools.partial(getattr(cudnn, name), implementation="xla") for name in ("fused", "coded")
+    }
     for name, compute in ways.items():
 
         def told(call, *_, name=name, compute=compute):

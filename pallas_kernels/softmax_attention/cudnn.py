@@ -20,7 +20,9 @@ from pallas_kernels.dispatch import Device
 from pallas_kernels.softmax_attention import xla
 from pallas_kernels.softmax_attention.call import AttentionCall
 
-DOCUMENTS = 16  # of a row: the workspace of `packed` grows with it, to 2 GiB for dq of 32 rows x heads x 64 at T 4096
+DOCUMENTS = (
+    16  # of a row: the workspace of `packed` grows with it, to 2 GiB for dq of 32 rows x heads x 64 at T 4096
+)
 LARGEST = 256  # channels of a head on Hopper; 128 before
 MARGIN = 256.0  # by which scores across documents fall short of those within
 

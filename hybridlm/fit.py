@@ -1,0 +1,123 @@
+"""`model.remat=auto`: the fastest training step that fits the devices' memory, found by compiling.
+
+On a GPU the layers are unrolled where anything of them is kept (`hybridlm.remat` says why), and scanned where
+nothing is.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hybridlm import sharding, untrusted
+from hybridlm.config import Config
+from hybridlm.model import Definition
+from hybridlm.program import Program
+from hybridlm.run import processes
+
+log = logging.getLogger("hybridlm")
+
+# `none` gains 1% over `kernels` and takes 2.5 times as long to compile; `mixer` is slower than `dots`.
+FASTEST_FIRST = ("kernels", "dots", "full")
+SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
+
+
+class Step(NamedTuple):
+    """A compiled step, and the bytes of each device that it needs."""
+
+    run: Any
+    needs: int
+
+
+def program(
+    config: Config, definition: Definition, mesh: Mesh, build: Callable[[Definition], Program]
+) -> Program:
+    """``build(definition)`` with `model.remat` = "auto" decided, and its step compiled if that decided it.
+
+    Where the devices do not say how much memory they have (CPUs), everything is kept. Inside `jax.set_mesh`.
+    """
+    if definition.model.remat != "auto":
+        return build(definition)
+    available = limit()
+    if available is None:
+        return build(_with(definition, "none", definition.model.scan))
+    memo = _memo(f"{jax.__version__} {jax.devices()[0].device_kind} {available} {dict(mesh.shape)} {config}")
+    if memo is not None and memo.is_file():
+        known = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace").strip()
+        if known in FASTEST_FIRST:
+            log.info("model.remat=auto: %s, as found before (%s)", known, memo)
+            return build(settled(definition, known))
+    programs: dict[str, Program] = {}
+
+    def step(policy: str) -> Step:
+        programs[policy] = built = build(settled(definition, policy))
+        batch = batch_shapes(config, mesh)
+        return compiled(built.step.lower(built.shapes, batch, *built.teacher))
+
+    policy, found, said = choose(step, available)
+    log.info("model.remat=auto: %s", said)
+    if memo is not None:
+        untrusted.write_text(memo, policy)
+    agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
+    if agreed != policy:
+        return build(settled(definition, agreed))
+    return programs[policy]._replace(step=found.run)
+
+
+def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]:
+    """(a policy, its step, what was found, for people): the first of `FASTEST_FIRST` whose step needs at most
+    `SHARE` of the ``available`` bytes, else the last."""
+    tried = []
+    for policy in FASTEST_FIRST:
+        began = time.perf_counter()
+        found = step(policy)
+        tried.append(
+            f"{policy} {found.needs / 2**30:.1f} GiB (compiled in {time.perf_counter() - began:.0f} s)"
+        )
+        if found.needs <= SHARE * available:
+            break
+    return policy, found, f"{policy}; of {available / 2**30:.1f} GiB a device " + ", ".join(tried)
+
+
+def settled(definition: Definition, policy: str) -> Definition:
+    """``definition`` with a policy in place of `auto`."""
+    return _with(definition, policy, definition.model.scan and policy == "full")
+
+
+def _with(definition: Definition, remat: str, scan: bool) -> Definition:
+    model = dataclasses.replace(definition.model, remat=remat, scan=scan)  # type: ignore[arg-type]
+    return dataclasses.replace(definition, model=model)
+
+
+def compiled(lowered: Any) -> Step:
+    run = lowered.compile()
+    found = run.memory_analysis()
+    return Step(run, found.argument_size_in_bytes + found.temp_size_in_bytes)
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of what a step takes, with shardings."""
+    shape = (config.train.batch_size, config.train.seq_len)
+    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
+    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+
+
+def limit() -> int | None:
+    """Bytes that the allocators of this process's devices may take, the least; None if one does not say."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    return None if None in limits else min(limits)  # type: ignore[type-var]
+
+
+def _memo(key: str) -> Path | None:
+    """Where the choice for ``key`` is kept: beside the compiled programs, if these are kept."""
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not folder or jax.process_count() > 1:  # of several processes one might find what another does not
+        return None
+    return Path(folder) / f"remat-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

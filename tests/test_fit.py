@@ -1,0 +1,116 @@
+"""What the backward pass keeps changes no result; `auto` takes the fastest choice that fits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from hybridlm import config as configs
+from hybridlm import fit, model, program, remat, sharding
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def run():
+    """(resolved config with remat=auto, its definition, mesh, a batch)."""
+    config = configs.resolve(tiny.config("unused", model__remat="auto", model__pattern="retnet*2 full"))
+    mesh = sharding.make_mesh(config.mesh)
+    shape = (config.train.batch_size, config.train.seq_len)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
+    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "positions": positions}
+    return config, model.build(config), mesh, batch | {"segment_ids": np.ones(shape, np.int32)}
+
+
+def test_every_choice_has_the_same_step(run):
+    """Loss and parameters after a step, against those of keeping everything."""
+    config, definition, mesh, batch = run
+    found = {}
+    for policy in remat.POLICIES:
+        settings = dataclasses.replace(definition.model, remat=policy)
+        one = dataclasses.replace(definition, model=settings)
+        with jax.set_mesh(mesh):
+            made = program.build(config, one, mesh, None)
+            _, metrics = made.step(made.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
+        found[policy] = metrics["loss"], state["params"]
+    for policy in found:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found[policy], found["none"]
+        )
+
+
+def test_what_is_dear_is_kept():
+    """Under `kernels` a product and what a recurrence's forward pass keeps are not computed again."""
+    products = []
+
+    def count(jaxpr, name):
+        inner = [getattr(v, "jaxpr", v) for e in jaxpr.eqns for v in e.params.values()]
+        here = sum(e.primitive.name == name for e in jaxpr.eqns)
+        return here + sum(count(j, name) for j in inner if hasattr(j, "eqns"))
+
+    for policy in ("none", "kernels", "full"):
+
+        def layer(x, w):
+            return jnp.sin(jnp.sin(x @ w) @ w).sum()  # whose gradient wants both products
+
+        checked = layer if policy == "none" else jax.checkpoint(layer, policy=remat.POLICIES[policy])
+        jaxpr = jax.make_jaxpr(jax.grad(checked, (0, 1)))(jnp.ones((4, 4)), jnp.ones((4, 4)))
+        products.append(count(jaxpr.jaxpr, "dot_general"))
+    assert products == [6, 6, 8]  # full: both products again
+
+
+@pytest.mark.parametrize(
+    ("needs", "chosen", "compiled"),
+    [((9, 5, 1), "kernels", 1), ((11, 5, 1), "dots", 2), ((11, 10, 1), "full", 3), ((11, 11, 11), "full", 3)],
+)
+def test_the_fastest_that_fits(needs, chosen, compiled):
+    """Of 10 GiB, which 10 GiB do not fit in: blocks of the allocator lose some."""
+    asked = []
+
+    def step(policy):
+        asked.append(policy)
+        return fit.Step(policy, needs[fit.FASTEST_FIRST.index(policy)] * GIB)
+
+    policy, found, said = fit.choose(step, 10 * GIB)
+    assert (policy, found.run, len(asked)) == (chosen, chosen, compiled)
+    assert said.startswith(f"{chosen}; of 10.0 GiB a device kernels {needs[0]}.0 GiB")
+
+
+def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
+    """The chosen step is the compiled one; the next start finds the choice and compiles nothing for it."""
+    config, definition, mesh, batch = run
+    monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
+    monkeypatch.setattr(fit, "_memo", lambda key: tmp_path / "memo")
+    seen = []
+
+    def build(one):
+        seen.append((one.model.remat, one.model.scan))
+        return program.build(config, one, mesh, None)
+
+    with jax.set_mesh(mesh):
+        made = fit.program(config, definition, mesh, build)
+        _, metrics = made.step(made.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
+        assert np.isfinite(metrics["loss"]) and isinstance(made.step, jax.stages.Compiled)
+        assert (tmp_path / "memo").read_text() == "kernels"
+        again = fit.program(config, definition, mesh, build)
+        assert seen == [("kernels", False)] * 2 and not isinstance(again.step, jax.stages.Compiled)
+        (tmp_path / "memo").write_text("damaged")
+        fit.program(config, definition, mesh, build)
+        assert (tmp_path / "memo").read_text() == "kernels"
+
+
+def test_where_memory_is_unknown_everything_is_kept(run):
+    config, definition, mesh, _ = run
+    seen = []
+    with jax.set_mesh(mesh):
+        fit.program(
+            config,
+            definition,
+            mesh,
+            lambda one: seen.append(one.model) or program.build(config, one, mesh, None),
+        )
+    assert [(one.remat, one.scan) for one in seen] == [("none", True)]
