@@ -5,7 +5,7 @@
 
 The argument is SIZE,MIXER,RATIO, or SIZE,full, SIZE,mla or SIZE,fox for attention alone. SIZE: 340m, 1.3b.
 MIXER: deltanet, gdn, kda, gla, hgrn, hgrn2, retnet, swa, mamba2, mamba, deltaproduct, gdp, lightning, rglru,
-mlstm, featuremap, based, comba, gdn2, rwkv6, rwkv7, or the kind's own name. RATIO, linear to full, of 24:
+mlstm, featuremap, based, comba, gdn2, rwkv6, rwkv7, s4d, loglinear, or the kind's own name. RATIO, linear to full, of 24:
 
     pure   no full layer
     24:1   1: layer 23                   24 layers hold no period of 25, so the last layer is the full one
@@ -44,7 +44,7 @@ SIZES = {
 MIXERS = (
     "deltanet", "gdn", "kda", "gla", "hgrn", "hgrn2", "retnet", "swa",
     "mamba2", "mamba", "deltaproduct", "gdp", "lightning", "rglru", "mlstm",
-    "featuremap", "based", "comba", "gdn2", "rwkv6", "rwkv7",
+    "featuremap", "based", "comba", "gdn2", "rwkv6", "rwkv7", "s4d", "loglinear",
 )  # fmt: skip
 FULL = ("full", "mla", "fox")
 RATIOS = {

@@ -13,12 +13,14 @@ from hybridlm.mixers import (
     feature_map,
     gated_delta_net2,
     lightning,
+    log_linear,
     mamba,
     mamba2,
     mlstm,
     rglru,
     rwkv6,
     rwkv7,
+    s4d,
 )
 from hybridlm.mixers.delta_product import product
 from hybridlm.rows import Rows, single_document
@@ -83,6 +85,18 @@ def rg_lru(a, rows, meta):
     return {"y": y, "ht": last if "h0" in a else y[0, ends]}
 
 
+def s4d_scan(a, rows, meta):
+    C = jnp.stack([a["C_re"], a["C_im"]], axis=-1)
+    y, state = s4d.scan(a["u"], s4d.System(a["log_dt"], a["A_re_log"], a["A_im"], C), rows, a["h0"])
+    return {"y": y + a["D"] * a["u"], "ht": state}
+
+
+def log_linear_attention(a, rows, meta):
+    recur = lambda inputs, rows, state: recurrence(inputs, rows, state, scale=1.0)
+    count = (a["q"].shape[1] - 1).bit_length()
+    return {"o": log_linear.levels(Inputs(a["q"], a["k"], a["v"], a["g"]), a["level_scales"], rows, count, recur)}
+
+
 def based_attention(a, rows, meta):
     q, k = (feature_map.taylor(a[name]) for name in "qk")
     state = None
@@ -136,10 +150,12 @@ KINDS = {
     "rwkv7": time_mix7,
     "gated_delta_product": gated_delta_product,
     "lightning": lightning_attention,
+    "log_linear": log_linear_attention,
     "mamba2": ssd,
     "mamba": selective_scan,
     "mlstm": mlstm_cell,
     "rglru": rg_lru,
+    "s4d": s4d_scan,
 }
 
 
@@ -173,7 +189,8 @@ def close(actual, expected, tolerance, what):
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, monkeypatch):
-    monkeypatch.setattr(mamba, "PIECE", 31)  # several pieces, the last one short
+    for module in (mamba, s4d):
+        monkeypatch.setattr(module, "PIECE", 31)  # several pieces, the last one short
     inputs, expected, cotangents, gradients, rows, meta = load(case)
     kind = KINDS[case.partition("/")[0]]
 
