@@ -66,6 +66,8 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "rwkv7": ("rwkv7", {}),
     "s4d": ("s4d", {}),
     "loglinear": ("log_linear", {}),
+    "mom": ("mom", {}),
+    "sse": ("sse", {}),
 }
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
 

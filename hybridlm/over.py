@@ -6,12 +6,17 @@ recurrence is the op of `linear_mixer.recurrence` as it is, one write a token.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from hybridlm import mixers
+from hybridlm.context import Context
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.linear_mixer import LinearMixer
+from hybridlm.layers import Linear
+from hybridlm.linear_mixer import Inputs, LinearMixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +57,48 @@ def _with_part(config: type[Config]) -> Any:
     fields = [("part", mixers.Config, dataclasses.field(default=None, kw_only=True))]
     names = {"explicit": explicit, "__module__": config.__module__}
     return dataclasses.make_dataclass("Joined", fields, bases=(config,), namespace=names, frozen=True)
+
+
+def share(mixer: LinearMixer, source: LinearMixer, names: Iterable[str]) -> None:
+    """The attributes ``names`` of ``mixer``, where it has them, become those of ``source``."""
+    for name in names:
+        if hasattr(mixer, name):
+            setattr(mixer, name, getattr(source, name))
+
+
+def weighed(inputs: Inputs, weight_BT: jax.Array) -> Inputs:
+    """Writes times a weight; tokens of weight 0 leave the state as it is.
+
+    The weight is a factor of beta where there is one (of what is written and of what is erased), else of v.
+    """
+    at = lambda x: weight_BT.reshape(weight_BT.shape + (1,) * (x.ndim - 2))
+    log_decay, beta = inputs.log_decay, inputs.beta
+    if log_decay is not None:
+        log_decay = jnp.where(at(log_decay) == 0, 0, log_decay)
+    if beta is not None:
+        return inputs._replace(log_decay=log_decay, beta=beta * at(beta))
+    return inputs._replace(log_decay=log_decay, v=inputs.v * at(inputs.v).astype(inputs.v.dtype))
+
+
+class Choice(NamedTuple):
+    """index: int32 [B, T, S], the parts that each token goes to.  weight: float32 [B, T, S]."""
+
+    index: jax.Array
+    weight: jax.Array
+
+    def spread(self, parts: int) -> jax.Array:
+        """The weight of each part, 0 where it is not chosen: [B, T, parts]."""
+        return jnp.einsum("bts,btsp->btp", self.weight, jax.nn.one_hot(self.index, parts))
+
+
+def choose(router: Linear, x_BTD: jax.Array, context: Context, top_k: int, balance: float) -> Choice:
+    """The ``top_k`` largest of softmax(W x). Records "loss.balance": balance * P / S * sum_p f_p p_p, with f_p
+    the choices of part p and p_p its mean probability, a token that is not padding."""
+    p_BTP = jax.nn.softmax(router(x_BTD.astype(jnp.float32)))
+    weight, index = jax.lax.top_k(p_BTP, top_k)
+    if balance and context.wants("loss.balance"):
+        parts, real = p_BTP.shape[-1], (context.rows.segment_ids != 0)[..., None]
+        mean = lambda x: jnp.sum(x * real, axis=(0, 1)) / jnp.maximum(real.sum(), 1)
+        chosen = jax.nn.one_hot(index, parts).sum(2)
+        context.record("loss.balance", balance * parts / top_k * jnp.sum(mean(chosen) * mean(p_BTP)))
+    return Choice(index, weight)

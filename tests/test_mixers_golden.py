@@ -94,7 +94,9 @@ def s4d_scan(a, rows, meta):
 def log_linear_attention(a, rows, meta):
     recur = lambda inputs, rows, state: recurrence(inputs, rows, state, scale=1.0)
     count = (a["q"].shape[1] - 1).bit_length()
-    return {"o": log_linear.levels(Inputs(a["q"], a["k"], a["v"], a["g"]), a["level_scales"], rows, count, recur)}
+    return {
+        "o": log_linear.levels(Inputs(a["q"], a["k"], a["v"], a["g"]), a["level_scales"], rows, count, recur)
+    }
 
 
 def based_attention(a, rows, meta):
