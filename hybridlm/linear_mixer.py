@@ -216,7 +216,7 @@ class LinearMixer(TokenMixer):
     def prepare(
         self, x_BTD: jax.Array, context: Context, past: tuple[jax.Array, ...] | None
     ) -> tuple[Inputs, tuple[jax.Array, ...]]:
-        """(what the recurrence is given, the convolutions' history); past: theirs, None where there is none."""
+        """(what the recurrence is given, the convolutions' history); past: theirs, None: there is none."""
         heads = self.heads
         qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         (q, k, v), history = convolve(self._convs(), qkv, context.rows, past, silu=self.silu)

@@ -92,8 +92,10 @@ class Choice(NamedTuple):
 
 
 def choose(router: Linear, x_BTD: jax.Array, context: Context, top_k: int, balance: float) -> Choice:
-    """The ``top_k`` largest of softmax(W x). Records "loss.balance": balance * P / S * sum_p f_p p_p, with f_p
-    the choices of part p and p_p its mean probability, a token that is not padding."""
+    """The ``top_k`` = S largest of p = softmax(W x) over P parts.
+
+    Records "loss.balance": balance * P / S * sum over parts of f p, f its choices a token and p on average.
+    """
     p_BTP = jax.nn.softmax(router(x_BTD.astype(jnp.float32)))
     weight, index = jax.lax.top_k(p_BTP, top_k)
     if balance and context.wants("loss.balance"):

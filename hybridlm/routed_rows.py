@@ -14,10 +14,11 @@ from hybridlm.rows import Rows
 class Packed(NamedTuple):
     """How memories' tokens stand at the front of rows of their own, behind the inputs that they keep.
 
-    order, place: int32 [B, M, T], the token at each place, and each token's place.  valid: whether there is one.
-    rows: of [B, M, taps - 1 + T] places.
-    goes_on: [B, M], whether a memory's last document is the row's.  last_at: places of the last taps - 1 inputs,
-    [B, M, taps - 1]; last_seen: whether they are of the row's last document.
+    order, place: int32 [B, M, T], the token at each place, and each token's place.
+    valid: [B, M, T], whether there is a token at a place.  rows: of [B, M, taps - 1 + T] places.
+    goes_on: [B, M], whether a memory's last document is the row's.
+    last_at: [B, M, taps - 1], places of the last inputs.
+    last_seen: of the same, whether they are of the row's last document.
     """
 
     order: jax.Array

@@ -1,8 +1,8 @@
 """Log-linear attention (Guo et al. 2025, arXiv 2506.04761) over a linear mixer: a state a level of the past.
 
 o_t = sum_l lambda_{t,l} (S_t^l)^T q_t,   lambda = softplus(L * (W_l x)) per value head and level
-Level 0 holds token t, level l >= 1 those tokens s whose highest bit that differs from t, counted from the start
-of the document, is bit l - 1 (a Fenwick tree). Every S^l goes through all later transitions of the mixer.
+Level 0 holds token t, level l >= 1 those tokens s whose highest bit that differs from t, counted in the
+document, is bit l - 1 (a Fenwick tree). Every S^l goes through all later transitions of the mixer.
 
 A row is O(T log T): level l is the op on documents cut at multiples of 2^l, where only tokens with bit l - 1
 clear write and only those with it set read. Decoding keeps one state a level that a context may have, and the

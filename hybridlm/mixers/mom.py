@@ -1,13 +1,13 @@
 """Mixture of Memories (Du et al. 2025, arXiv 2502.13685) over a linear mixer: tokens choose among states.
 
-p = softmax(W_r x),  w_m = p_m / sum of p over the top_k chosen memories,  o_t = sum_m w_m o_t^m  [+ o_t^shared]
-Each memory is the mixer on its own tokens alone, as if the others were not there: its short convolutions run
-over them, and a token that goes elsewhere leaves its state as it is. It has its own projections of keys, values
-and gates; those of q, of the output and its gate, the convolutions and all vectors are one for all. The shared
-memory, of every token, has its own ones, too. The norm and gate of the output act on the sum.
+p = softmax(W_r x),  w_m = p_m / sum of p over the top_k chosen memories,  o_t = sum_m w_m o_t^m [+ shared_t]
+Each memory is the mixer on its own tokens alone, as if the others were not there: its short convolutions
+run over them, and a token that goes elsewhere leaves its state as it is. It has its own projections of keys,
+values and gates; those of q, of the output and its gate, the convolutions and all vectors are one for all.
+The shared memory, of every token, has its own ones, too. The norm and gate of the output act on the sum.
 
-A memory is a row of its own, its tokens moved to the front: documents stay apart, the op runs on memories times
-batch rows, and no capacity bounds a memory. Of short convolutions a memory keeps its last inputs x.
+A memory is a row of its own, its tokens moved to the front: documents stay apart, the op runs on memories
+times batch rows, and no capacity bounds a memory. For its convolutions it keeps its last inputs x.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 """S4D (Gu, Gupta, Goel, Re 2022, arXiv 2206.11893): N / 2 complex numbers a channel, none of them gated.
 
-h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t,   s_t = 2 Re sum_n C_n h_{t,n},   A = -exp(A_log) + i A_imag
+h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t,  s_t = 2 Re sum_n C_n h_{t,n},  A = -exp(A_log) + i A_imag
 y = glu(W gelu(s + D u) + bias)
 
-Its scan runs as the real element-wise recurrence in a frame that turns with the state, exp(-i dt A_imag t) h_t,
-and is set upright every `PIECE` tokens, so that angles stay small. As in `mamba` what lies between is made anew
-in the backward pass: what is kept of a row has no factor N. The authors train log_dt and A at a rate of 1e-3
-(`optimizer.groups`) and let C and D decay.
+Its scan runs as the real element-wise recurrence in a frame that turns with the state, exp(-i dt A_imag t)
+h_t, and is set upright every `PIECE` tokens, so that angles stay small. As in `mamba` what lies between is
+made anew in the backward pass: what is kept of a row has no factor N. The authors train log_dt and A at
+1e-3 (`optimizer.groups`), and let C and D decay.
 """
 
 import dataclasses

@@ -1,14 +1,15 @@
-"""Sparse state expansion (Pan et al. 2025, arXiv 2507.16577) over a linear mixer: partitions of a larger state.
+"""Sparse state expansion (Pan et al. 2025, arXiv 2507.16577) over a linear mixer: parts of a larger state.
 
-e = softmax(W_e x),  P = the top_k of e,  S^i <- A_t S^i + e_i k_t v_t^T for i in P, the others stay as they are
+e = softmax(W_e x),  P = the top_k of e,  S^i <- A_t S^i + e_i k_t v_t^T for i in P, the others stay
 o_t = (S^0)^T q^0_t + sum over i in P of e_i (S^i)^T q_t
-S^0 is the mixer's own state, of every token. The others share v, the output, its norm and gate with it; their
-q and k are q^0 and k^0 plus a low-rank map of x, before convolution and activation; gates (A_t) are their own.
+S^0 is the mixer's own state, of every token. The others share v, the output, its norm and gate with it;
+their q and k are q^0 and k^0 plus a low-rank map of x, before convolution and activation; gates (A_t) are
+their own.
 With a delta rule e_i is a factor of beta, so that a token that writes less erases less (ours).
 Row-sparse writes: k is a softmax over its `rows` largest channels, and the other channels do not decay.
 
-A row of T tokens is one of top_k * T sorted by partition to the op, whose documents are a document's tokens in
-a partition. Decoding masks instead: all partitions are heads, which the others' tokens leave as they are.
+A row of T tokens is one of top_k * T sorted by partition to the op, whose documents are a document's tokens
+in a partition. Decoding masks instead: partitions are heads, which the others' tokens leave as they are.
 """
 
 import dataclasses
@@ -78,7 +79,7 @@ SHARED = ("v_proj", "v_conv", "g_proj", "g_a_proj", "g_b_proj", "o_norm", "o_pro
 
 
 class Mixer(TokenMixer):
-    """inner: the mixer of every token.  sparse: that of the partitions, with inner's modules where they share."""
+    """inner: the mixer of every token.  sparse: that of the partitions, with inner's modules where shared."""
 
     config_class = Config
 
