@@ -159,12 +159,14 @@ class LinearMixer(TokenMixer):
     silu: whether SiLU acts on q, k and v, after their convolutions if there are any.
     scale: of the queries; None is K**-0.5.
     conv_bias: whether the short convolutions have a bias.
+    joined: whether those of q and k are one to the op.
     """
 
     qk_l2norm = False
     silu = True
     scale: float | None = None
     conv_bias = False
+    joined = False
 
     def __init__(
         self, config: Config, site: Site, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
@@ -219,7 +221,8 @@ class LinearMixer(TokenMixer):
         """(what the recurrence is given, the convolutions' history); past: theirs, None: there is none."""
         heads = self.heads
         qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        (q, k, v), history = convolve(self._convs(), qkv, context.rows, past, silu=self.silu)
+        joined = 2 * self.joined
+        (q, k, v), history = convolve(self._convs(), qkv, context.rows, past, silu=self.silu, joined=joined)
         q, k = split_heads(q, heads.key), split_heads(k, heads.key)
         return self.inputs(x_BTD, q, k, split_heads(v, heads.value), context), history
 
