@@ -11,7 +11,7 @@ token after t adds levels 0 to z up in level z + 1, z the trailing ones of t.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from flax import nnx
 
 from hybridlm import mixers, over
 from hybridlm.context import Context
-from hybridlm.fields import Positive
+from hybridlm.fields import Limits
 from hybridlm.layers import Linear, RecurrentCache, ones, param
 from hybridlm.linear_mixer import Inputs
 from hybridlm.mixers import Cost, Site, TokenMixer
@@ -34,7 +34,7 @@ class Config(over.Config):
     """
 
     of: str = "mamba2"
-    levels: Positive = 15
+    levels: Annotated[int, Limits(1, 32)] = 15
 
     def cost(self, d_model: int, context: int) -> Cost:
         one, kept = self.part.cost(d_model, context), max(context, 1).bit_length()

@@ -11,7 +11,7 @@ times batch rows, and no capacity bounds a memory. For its convolutions it keeps
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flax import nnx
 from hybridlm import mixers, over
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.fields import NonNegative, Positive
+from hybridlm.fields import Limits, NonNegative, Positive
 from hybridlm.layers import Linear, RecurrentCache
 from hybridlm.linear_mixer import Inputs
 from hybridlm.mixers import Cost, Site, TokenMixer
@@ -37,7 +37,7 @@ class Config(over.Config):
     balance_loss: weight of the load-balancing loss.
     """
 
-    memories: Positive = 4
+    memories: Annotated[int, Limits(1, 256)] = 4
     top_k: Positive = 2
     shared: bool = True
     single_kv: bool = False

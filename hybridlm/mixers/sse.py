@@ -13,7 +13,7 @@ in a partition. Decoding masks instead: partitions are heads, which the others' 
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import nnx
 from hybridlm import mixers, over
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
-from hybridlm.fields import Count, NonNegative, Positive
+from hybridlm.fields import Count, Limits, NonNegative, Positive
 from hybridlm.layers import Linear, RecurrentCache
 from hybridlm.linear_mixer import Inputs
 from hybridlm.mixers import Cost, Site, TokenMixer
@@ -40,7 +40,7 @@ class Config(over.Config):
     """
 
     of: str = "gla"
-    partitions: Positive = 4
+    partitions: Annotated[int, Limits(1, 1024)] = 4
     top_k: Positive = 1
     rank: Positive = 64
     rows: Count = 0
