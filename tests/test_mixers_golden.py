@@ -250,3 +250,10 @@ def test_the_selective_scan_keeps_no_states_of_a_row():
     loss = lambda *args: jnp.sum(mamba.selective_scan(*args, rows, first)[0] ** 2)
     memory = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.7 * 4 * length * width * state
+
+
+def test_frequencies_of_s4d():
+    """The paper's S4D-Lin is evenly spaced from 0, S4D-Inv falls from N (N - 1) / pi; N = 64."""
+    lin, inv = (made(None, (2, 32), jnp.float32)[1] for made in (s4d.lin, s4d.inv))
+    np.testing.assert_allclose(lin[jnp.array([0, 1, 31])], [0, 3.14159265, 97.3893723], rtol=1e-6)
+    np.testing.assert_allclose(inv[jnp.array([0, 1, 31])], [1283.42546, 414.227265, 0.32336243], rtol=1e-6)
