@@ -261,9 +261,9 @@ def convolve(
     if joined:
         one = functools.partial(jnp.concatenate, axis=-1)
         kernel = one([conv.kernel[...] for conv in convs[:joined]])
-        bias = None if convs[0].bias is None else one([conv.bias[...] for conv in convs[:joined]])
+        biases = [conv.bias[...] for conv in convs[:joined] if conv.bias is not None]
         past = one(history[:joined]) if history else None
-        y = _convolved(one(xs[:joined]), kernel, bias, rows, past, silu)
+        y = _convolved(one(xs[:joined]), kernel, one(biases) if biases else None, rows, past, silu)
         cut = itertools.accumulate(x.shape[-1] for x in xs[: joined - 1])
         kept = [conv.after(x, past) for conv, x, past in zip(convs, xs, before, strict=True)]
         rest, _ = convolve(convs[joined:], xs[joined:], rows, history and history[joined:], silu=silu)

@@ -11,12 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.layers import Linear
 from hybridlm.linear_mixer import Inputs, LinearMixer
+from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Config(mixers.Config):
             fix = "Such as mamba2, gdn, kda, deltanet, gla, retnet, lightning and comba have."
             raise ConfigError("of", self.of, problem, fix)
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return _with_part(type(self))(**values, part=part)
+        cls: Any = type(self)
+        return _with_part(cls)(**values, part=part)
 
     def matrix(self, d_model: int) -> int:
         """Elements of one state of ``part``."""
@@ -57,6 +60,13 @@ def _with_part(config: type[Config]) -> Any:
     fields = [("part", mixers.Config, dataclasses.field(default=None, kw_only=True))]
     names = {"explicit": explicit, "__module__": config.__module__}
     return dataclasses.make_dataclass("Joined", fields, bases=(config,), namespace=names, frozen=True)
+
+
+def make(part: Any, site: Site, rngs: nnx.Rngs) -> LinearMixer:
+    """The mixer that ``part``, of `Config`, is the settings of."""
+    mixer = mixers.load(part.kind)(part, site, rngs=rngs)
+    assert isinstance(mixer, LinearMixer)
+    return mixer
 
 
 def share(mixer: LinearMixer, source: LinearMixer, names: Iterable[str]) -> None:
@@ -81,14 +91,14 @@ def weighed(inputs: Inputs, weight_BT: jax.Array) -> Inputs:
 
 
 class Choice(NamedTuple):
-    """index: int32 [B, T, S], the parts that each token goes to.  weight: float32 [B, T, S]."""
+    """chosen: int32 [B, T, S], the parts that each token goes to.  weight: float32 [B, T, S]."""
 
-    index: jax.Array
+    chosen: jax.Array
     weight: jax.Array
 
     def spread(self, parts: int) -> jax.Array:
         """The weight of each part, 0 where it is not chosen: [B, T, parts]."""
-        return jnp.einsum("bts,btsp->btp", self.weight, jax.nn.one_hot(self.index, parts))
+        return jnp.einsum("bts,btsp->btp", self.weight, jax.nn.one_hot(self.chosen, parts))
 
 
 def choose(router: Linear, x_BTD: jax.Array, context: Context, top_k: int, balance: float) -> Choice:

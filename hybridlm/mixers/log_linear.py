@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, over
+from hybridlm import over
 from hybridlm.context import Context
 from hybridlm.fields import Limits
 from hybridlm.layers import Linear, RecurrentCache, ones, param
@@ -45,7 +45,7 @@ class Mixer(TokenMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
-        self.inner = mixers.load(config.part.kind)(config.part, site, rngs=rngs)
+        self.inner = over.make(config.part, site, rngs)
         heads = self.inner.heads.num_v
         self.l_proj = Linear(site.d_model, heads * config.levels, rngs=rngs)
         self.L = param(rngs, (heads, config.levels), ("heads", None), ones, decay=False)
@@ -135,7 +135,7 @@ def step(
 ) -> tuple[jax.Array, jax.Array]:
     """`prefill` of one token: the levels are heads."""
     batch, count, heads = state.shape[:3]
-    tile = lambda x: None if x is None else jnp.concatenate([x] * (count + 1), axis=2)
+    tile: Any = lambda x: None if x is None else jnp.concatenate([x] * (count + 1), axis=2)
     v = jnp.pad(inputs.v, [(0, 0), (0, 0), (0, count * heads), (0, 0)])
     many = Inputs(tile(inputs.q), tile(inputs.k), v, tile(inputs.log_decay), tile(inputs.beta))
     before = jnp.pad(state, [(0, 0), (1, 0), (0, 0), (0, 0), (0, 0)])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, over
+from hybridlm import over
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits, NonNegative, Positive
@@ -78,7 +78,7 @@ class Mixer(TokenMixer):
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config = config
-        make = lambda: mixers.load(config.part.kind)(config.part, site, rngs=rngs)
+        make = lambda: over.make(config.part, site, rngs)
         self.router = Linear(site.d_model, config.memories, rngs=rngs, axes=("embed", None), cast=False)
         if config.shared:
             self.inner = make()
@@ -102,7 +102,7 @@ class Mixer(TokenMixer):
         config, rows = self.config, context.rows
         choice = over.choose(self.router, x_BTD, context, config.top_k, config.balance_loss)
         weight = choice.weight / choice.weight.sum(-1, keepdims=True)
-        weight_BTM = over.Choice(choice.index, weight).spread(config.memories)
+        weight_BTM = over.Choice(choice.chosen, weight).spread(config.memories)
         before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
         packed = pack(jnp.moveaxis(weight_BTM > 0, 2, 1), rows, before.inputs.shape[2])
         x_BMTD = jnp.concatenate([before.inputs, packed.gather(x_BTD)], axis=2)

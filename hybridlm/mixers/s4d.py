@@ -124,7 +124,7 @@ def scan(u: jax.Array, system: System, rows: Rows, state: jax.Array) -> tuple[ja
     if over is None:
         return _scan(u, system, rows, state)
     wide, states, row = ("batch", "time", "heads"), ("batch", "heads", None, None), ("batch", "time")
-    axes = System(("heads",), ("heads", None), ("heads", None), ("heads", None, None))
+    axes = ("heads",), ("heads", None), ("heads", None), ("heads", None, None)  # of `System`
     op = lambda u, *rest: _of_a_piece(u, System(*rest[:4]), Rows(*rest[4:6]), rest[6], over)
     return per_shard(op, (wide, *axes, row, row, states), (wide, states))(
         u, *system, *rows, continued(state, rows)

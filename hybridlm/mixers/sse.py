@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, over
+from hybridlm import over
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits, NonNegative, Positive
@@ -84,18 +84,20 @@ class Mixer(TokenMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
-        self.config, make = config, mixers.load(config.part.kind)
-        self.inner, self.sparse = make(config.part, site, rngs=rngs), make(config.part, site, rngs=rngs)
-        over.share(self.sparse, self.inner, SHARED)
-        self.sparse.q_proj = Adapted(self.inner.q_proj, config.rank, rngs=rngs)
-        self.sparse.k_proj = Adapted(self.inner.k_proj, config.rank, rngs=rngs)
+        self.config = config
+        self.inner = over.make(config.part, site, rngs)
+        sparse: Any = over.make(config.part, site, rngs)
+        over.share(sparse, self.inner, SHARED)
+        sparse.q_proj = Adapted(self.inner.q_proj, config.rank, rngs=rngs)
+        sparse.k_proj = Adapted(self.inner.k_proj, config.rank, rngs=rngs)
+        self.sparse = sparse
         self.router = Linear(site.d_model, config.partitions, rngs=rngs, axes=("embed", None), cast=False)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
     ) -> tuple[jax.Array, RecurrentCache | None]:
         config, rows = self.config, context.rows
-        past = (None, None) if cache is None else cache.history
+        past: Any = (None, None) if cache is None else _halves(cache.history)
         (first, own), (many, others) = (
             mixer.prepare(x_BTD, context, before)
             for mixer, before in zip((self.inner, self.sparse), past, strict=True)
@@ -108,12 +110,12 @@ class Mixer(TokenMixer):
         else:
             read, states = self._masked(many, choice.spread(config.partitions), rows, cache.state[1])
         y_BTD = self.inner.finish(x_BTD, first, (o.astype(jnp.float32) + read).astype(o.dtype))
-        return y_BTD, None if cache is None else RecurrentCache((state, states), (own, others))
+        return y_BTD, None if cache is None else RecurrentCache((state, states), (*own, *others))
 
     def _sorted(self, inputs: Inputs, choice: over.Choice, rows: Rows) -> jax.Array:
         """What the partitions are read as, float32 [B, T, HV, V], by rows of top_k * T tokens."""
-        batch, length, top_k = choice.index.shape
-        flat = choice.index.reshape(batch, -1)
+        batch, length, top_k = choice.chosen.shape
+        flat = choice.chosen.reshape(batch, -1)
         order = jnp.argsort(flat, axis=1, stable=True)
         at = lambda x, index: jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
         token, weight = order // top_k, at(choice.weight.reshape(batch, -1), order)
@@ -140,7 +142,11 @@ class Mixer(TokenMixer):
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
         own, others = (one.init_cache(batch, max_length, dtype) for one in (self.inner, self.sparse))
         states = jnp.zeros((batch, self.config.partitions, *others.state.shape[1:]), jnp.float32)
-        return RecurrentCache((own.state, states), (own.history, others.history))
+        return RecurrentCache((own.state, states), own.history + others.history)
+
+
+def _halves(histories: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    return histories[: len(histories) // 2], histories[len(histories) // 2 :]
 
 
 def _with_skip(inputs: Inputs, o: jax.Array) -> jax.Array:
