@@ -56,7 +56,8 @@ class Config(over.Config):
     def cost(self, d_model: int, context: int) -> Cost:
         one, matrix = self.part.cost(d_model, context), self.matrix(d_model)
         kept = matrix + max(self.part.conv_size - 1, 0) * d_model
-        return Cost(self.memories * kept + self.shared * one.state, 0, (self.top_k + self.shared) * one.flops)
+        rows = self.memories + self.shared  # the op goes through all, also where a memory has no token
+        return Cost(self.memories * kept + self.shared * one.state, 0, rows * one.flops)
 
 
 class Cache(NamedTuple):
