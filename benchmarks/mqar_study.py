@@ -20,7 +20,8 @@ import numpy as np
 
 from benchmarks import vmapped
 from benchmarks.vmapped import Case, Layer
-from hybridlm import mixers
+from hybridlm import config as configs
+from hybridlm import model
 from hybridlm.data import mqar
 from hybridlm.data.source import Batch, View
 
@@ -41,6 +42,18 @@ STUDY: dict[str, tuple[list[Layer], str]] = {
     "gla": ([GLA] * 2, ".77 (18k)"),
     "hgrn2": ([("hgrn2", {"num_heads": 1, "head_dim": 128, "conv_size": 4})] * 2, ""),
     "retnet": ([("retnet", {"num_heads": 1, "head_dim": 128, "v_head_dim": 256, "conv_size": 4})] * 2, ""),
+    "mamba2": ([("mamba2", {"head_dim": 64, "state_size": 64})] * 2, ".785 at 33k"),
+    "based": ([("based", {"num_heads": 2, "conv_size": 4})] * 2, ".91 (40k)"),
+    "rwkv7": ([("rwkv7", {"num_heads": 2, "head_dim": 64})] * 2, ".815 (17k)"),
+    "gated_delta_product": (
+        [("gated_delta_product", {"num_heads": 1, "head_dim": 128, "v_head_dim": 128})] * 2,
+        "",
+    ),
+    "mlstm": ([("mlstm", {"num_heads": 1, "head_dim": 128, "v_head_dim": 128, "conv_size": 4})] * 2, ""),
+    "mom": (
+        [("mom", {"of": ("gated_delta_net", {"num_heads": 1, "head_dim": 64, "v_head_dim": 64})})] * 2,
+        "",
+    ),
     "hybrid": ([GLA, ROPE_FREE], "1.0 (a convolution, attention)"),
 }
 
@@ -53,8 +66,8 @@ def rows(length: int, pairs: int, examples: int, seq_len: int, vocab: int, split
 
 
 def state_elements(layers: Sequence[Layer], d_model: int) -> float:
-    configs = [mixers.config_class(kind)(kind=kind, **settings) for kind, settings in layers]
-    return sum(config.cost(d_model, 1024).state for config in configs)
+    config = configs.resolve(vmapped.config(layers, model__d_model=d_model))
+    return sum(layer.cost(d_model, 1024).state for layer in model.build(config).layers)
 
 
 def main() -> None:

@@ -26,6 +26,11 @@ STUDY: dict[str, Layer] = {
     "gdn, negative": ("gated_delta_net", {**HEADS, "neg_eigval": True}),
     "kda": ("kda", HEADS),
     "kda, negative": ("kda", {**HEADS, "neg_eigval": True}),
+    "gdp": ("gated_delta_product", {**HEADS, "neg_eigval": False}),
+    "gdp, negative": ("gated_delta_product", HEADS),
+    "rwkv7": ("rwkv7", HEADS),
+    "mamba2": ("mamba2", {"head_dim": 64, "state_size": 64}),
+    "mlstm": ("mlstm", {**HEADS, "conv_size": 4}),
 }
 
 
@@ -46,14 +51,16 @@ def main() -> None:
     parser.add_argument("--layers", default="1,2")
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--test_examples", type=int, default=512)
+    parser.add_argument("--lengths", default="128,512", help="trained on, tested on")
     flags = parser.parse_args()
+    trained_on, tested_on = map(int, flags.lengths.split(","))
 
     def case(group: str, layers: int, name: str) -> Case:
         sizes = {"model__d_model": 128, "model__vocab_size": 128, "train__batch_size": flags.batch_size}
         sizes |= {"mlp_hidden": 256, "optimizer__weight_decay": 1e-6, "steps": flags.steps}
         config = vmapped.config([STUDY[name]] * layers, **sizes)
-        test = rows(group, flags.test_examples, 512, "val")
-        return Case(config, rows(group, flags.examples, 128, "train"), {"512": test})
+        test = rows(group, flags.test_examples, tested_on, "val")
+        return Case(config, rows(group, flags.examples, trained_on, "train"), {str(tested_on): test})
 
     def show(r: dict[str, Any]) -> str:
         group = r["name"].partition(",")[0].partition("-")[0]
@@ -63,11 +70,18 @@ def main() -> None:
 
     cases = {}
     for group in flags.groups.split(","):
-        rows(group, flags.examples, 128, "train")  # once, not in every thread
+        rows(group, flags.examples, trained_on, "train")  # once, not in every thread
         for layers in map(int, flags.layers.split(",")):
             for name in (one.strip() for one in flags.mixers.split(";")):
                 cases[f"{group}, {name}, {layers} layers"] = functools.partial(case, group, layers, name)
-    head = ("task, mixer", "trained, 128", "512, mean (min to max)", "guessing", "rate", "steps")
+    head = (
+        "task, mixer",
+        f"trained, {trained_on}",
+        f"{tested_on}, mean (min to max)",
+        "guessing",
+        "rate",
+        "steps",
+    )
     vmapped.study(cases, flags, head, show)
 
 

@@ -25,7 +25,7 @@ from hybridlm import program, sharding
 from hybridlm.data.source import Batch, Source, empty_rows
 from pallas_kernels import auto_means
 
-Layer = tuple[str, Mapping[str, Any]]  # kind, settings
+Layer = tuple[str, Mapping[str, Any]]  # kind, settings, of which "of" may be a layer
 EVALUATED = 2**15  # tokens at once
 
 
@@ -33,9 +33,17 @@ def config(layers: Sequence[Layer], *, steps: int = 1000, mlp_hidden: int = 0, *
     """A float32 stack, embeddings tied; without ``mlp_hidden`` without MLPs. AdamW, clipped at 1, a cosine to
     0 behind a linear warm-up of 1/20. fields: others, such as ``model__d_model``. Not resolved."""
     c = configs.default()
-    distinct = [repr(layer) for layer in layers]
-    names = [f"{kind.rpartition(':')[2]}_{distinct.index(repr((kind, s)))}" for kind, s in layers]
-    c.mixers = {name: configs.mixer(kind, **s) for name, (kind, s) in zip(names, layers, strict=True)}
+    distinct, c.mixers = [repr(layer) for layer in layers], {}
+
+    def define(layer: Layer, index: int) -> str:
+        kind, settings = layer
+        if isinstance(settings.get("of"), tuple):
+            settings = {**settings, "of": define(settings["of"], index)}
+        name = f"{kind.rpartition(':')[2]}_{index}"
+        c.mixers[name] = configs.mixer(kind, **settings)
+        return name
+
+    names = [define(layer, distinct.index(repr(layer))) for layer in layers]
     pattern = " ".join(name if mlp_hidden else f"{name}/none" for name in names)
     c.model.update(pattern=pattern, mlp_hidden=mlp_hidden, tie_embeddings=True, dtype="float32", remat="none")
     c.optimizer.update(b2=0.98, final_ratio=0.0, warmup_steps=steps // 20)

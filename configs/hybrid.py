@@ -5,7 +5,8 @@
 
 The argument is SIZE,MIXER,RATIO, or SIZE,full, SIZE,mla or SIZE,fox for attention alone. SIZE: 340m, 1.3b.
 MIXER: deltanet, gdn, kda, gla, hgrn, hgrn2, retnet, swa, mamba2, mamba, deltaproduct, gdp, lightning, rglru,
-mlstm, featuremap, based, comba, gdn2, rwkv6, rwkv7, or the kind's own name. RATIO, linear to full, of 24:
+mlstm, featuremap, based, comba, gdn2, rwkv6, rwkv7, s4d, loglinear, mom, sse, or the kind's own name. RATIO,
+linear to full, of 24:
 
     pure   no full layer
     24:1   1: layer 23                   24 layers hold no period of 25, so the last layer is the full one
@@ -20,7 +21,9 @@ shapes and ratios come from (arXiv 2507.06457); 24:1 and 12:1 have as many full 
 
 Parameters: a layer of gdn has 6 d^2, of gdp 8.25 d^2, of retnet 8 d^2, of attention 4 d^2, and published
 "340M" configs differ by 1.37. Here mlp_hidden takes up the difference, so that every stack of a size has the
-parameters of its transformer within 1%. (GDN keeps num_heads * head_dim = 0.75 d_model, its authors' rule.)
+parameters of its transformer within 1%. (GDN keeps num_heads * head_dim = 0.75 d_model, its authors' rule.
+The memories of mom share one projection of keys and one of values: with their own, they alone would have more
+parameters than the transformer.)
 
 Stacks that share keys and values, or have parallel heads, are patterns of their own (docs/mixers.md):
 --config.model.pattern="full:a full@a" or "parallel". Their parameters are not matched.
@@ -44,7 +47,7 @@ SIZES = {
 MIXERS = (
     "deltanet", "gdn", "kda", "gla", "hgrn", "hgrn2", "retnet", "swa",
     "mamba2", "mamba", "deltaproduct", "gdp", "lightning", "rglru", "mlstm",
-    "featuremap", "based", "comba", "gdn2", "rwkv6", "rwkv7",
+    "featuremap", "based", "comba", "gdn2", "rwkv6", "rwkv7", "s4d", "loglinear", "mom", "sse",
 )  # fmt: skip
 FULL = ("full", "mla", "fox")
 RATIOS = {
@@ -67,6 +70,7 @@ def get_config(arg: str = "340m,kda,3:1") -> ConfigDict:
     config.model.vocab_size = 32_000
     config.model.remat = "auto"
     config.data = configs.data("shards", path="data/fineweb-edu")
+    config.mixers.mom.single_kv = True
     config.model.pattern = "full"
     transformer = cost.parameters(configs.resolve(config))
     config.model.pattern = pattern.ratio(mixer, "full", 1, LAYERS, RATIOS[ratio])

@@ -58,6 +58,10 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "gdn2": ("gated_delta_net2", {}),
     "rwkv6": ("rwkv6", {}),
     "rwkv7": ("rwkv7", {}),
+    "s4d": ("s4d", {}),
+    "loglinear": ("log_linear", {}),
+    "mom": ("mom", {}),
+    "sse": ("sse", {}),
 }
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
 

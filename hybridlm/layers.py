@@ -11,6 +11,7 @@ Shape legend: B batch, T time, D model width, V vocabulary, H heads, K head dim,
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -193,24 +194,39 @@ class ShortConv(nnx.Module):
         self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None, *, silu: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Returns (y [B, T, F], with ``silu`` its SiLU; the history after the last token)."""
-        token_axes, over = ("batch", "time", "heads"), pieces.over(x_BTF.shape[1])
-        history_axes = None if history is None else ("batch", None, "heads")
-        inside = silu and self.bias is None  # the op has no bias
+        bias = None if self.bias is None else self.bias[...]
+        y_BTF = _convolved(x_BTF, self.kernel[...], bias, rows, history, silu)
+        return y_BTF, self.after(x_BTF, history)
 
-        def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
-            if over:
-                history = pieces.before(x, self.width - 1, over, history)
-            return (short_conv(x, kernel, positions, history, silu=inside),)
-
-        in_axes = token_axes, ("taps", "heads"), ("batch", "time"), history_axes
-        convolve = per_shard(op, in_axes, (token_axes,))
-        (y_BTF,) = convolve(x_BTF, self.kernel[...], rows.positions, history)
-        if self.bias is not None:
-            y = y_BTF.astype(jnp.float32) + self.bias[...]
-            y_BTF = (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
+    def after(self, x_BTF: jax.Array, history: jax.Array | None) -> jax.Array:
+        """The history after the last token."""
         before = self.init_history(x_BTF.shape[0], x_BTF.dtype) if history is None else history
-        padded = jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)
-        return y_BTF, padded[:, x_BTF.shape[1] :]
+        return jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)[:, x_BTF.shape[1] :]
+
+
+def _convolved(
+    x_BTF: jax.Array,
+    kernel_WF: jax.Array,
+    bias_F: jax.Array | None,
+    rows: Rows,
+    history: jax.Array | None,
+    silu: bool,
+) -> jax.Array:
+    token_axes, over = ("batch", "time", "heads"), pieces.over(x_BTF.shape[1])
+    history_axes = None if history is None else ("batch", None, "heads")
+    inside = silu and bias_F is None  # the op has no bias
+
+    def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
+        if over:
+            history = pieces.before(x, len(kernel) - 1, over, history)
+        return (short_conv(x, kernel, positions, history, silu=inside),)
+
+    in_axes = token_axes, ("taps", "heads"), ("batch", "time"), history_axes
+    (y_BTF,) = per_shard(op, in_axes, (token_axes,))(x_BTF, kernel_WF, rows.positions, history)
+    if bias_F is None:
+        return y_BTF
+    y = y_BTF.astype(jnp.float32) + bias_F
+    return (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
 
 
 class RecurrentCache(NamedTuple):
@@ -231,15 +247,27 @@ def convolve(
     history: tuple[jax.Array, ...] | None,
     *,
     silu: bool = False,
+    joined: int = 0,
 ) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
     """Each of ``xs`` [B, T, F] through its convolution; without convolutions only its SiLU, if ``silu``.
 
     history: of `RecurrentCache`; None where nothing came before. Returns (ys, the history after the last
     token).
+    joined: the first so many are one to the op, whose kernels do not take narrow ones.
     """
     if not convs:
         return [jax.nn.silu(x) if silu else x for x in xs], ()
     before = history or (None,) * len(convs)
+    if joined:
+        one = functools.partial(jnp.concatenate, axis=-1)
+        kernel = one([conv.kernel[...] for conv in convs[:joined]])
+        biases = [conv.bias[...] for conv in convs[:joined] if conv.bias is not None]
+        past = one(history[:joined]) if history else None
+        y = _convolved(one(xs[:joined]), kernel, one(biases) if biases else None, rows, past, silu)
+        cut = itertools.accumulate(x.shape[-1] for x in xs[: joined - 1])
+        kept = [conv.after(x, past) for conv, x, past in zip(convs, xs, before, strict=True)]
+        rest, _ = convolve(convs[joined:], xs[joined:], rows, history and history[joined:], silu=silu)
+        return [*jnp.split(y, list(cut), axis=-1), *rest], tuple(kept)
     done = [conv(x, rows, past, silu=silu) for conv, x, past in zip(convs, xs, before, strict=True)]
     return [y for y, _ in done], tuple(after for _, after in done)
 

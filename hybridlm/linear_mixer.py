@@ -159,12 +159,14 @@ class LinearMixer(TokenMixer):
     silu: whether SiLU acts on q, k and v, after their convolutions if there are any.
     scale: of the queries; None is K**-0.5.
     conv_bias: whether the short convolutions have a bias.
+    joined: whether those of q and k are one to the op.
     """
 
     qk_l2norm = False
     silu = True
     scale: float | None = None
     conv_bias = False
+    joined = False
 
     def __init__(
         self, config: Config, site: Site, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
@@ -208,18 +210,27 @@ class LinearMixer(TokenMixer):
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
     ) -> tuple[jax.Array, RecurrentCache | None]:
-        heads, rows = self.heads, context.rows
+        inputs, history = self.prepare(x_BTD, context, None if cache is None else cache.history)
+        o_BTHV, state = self.recur(inputs, context.rows, None if cache is None else cache.state)
+        y_BTD = self.finish(x_BTD, inputs, o_BTHV)
+        return y_BTD, None if state is None else RecurrentCache(state, history)
+
+    def prepare(
+        self, x_BTD: jax.Array, context: Context, past: tuple[jax.Array, ...] | None
+    ) -> tuple[Inputs, tuple[jax.Array, ...]]:
+        """(what the recurrence is given, the convolutions' history); past: theirs, None: there is none."""
+        heads = self.heads
         qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        past = None if cache is None else cache.history
-        (q, k, v), history = convolve(self._convs(), qkv, rows, past, silu=self.silu)
+        joined = 2 * self.joined
+        (q, k, v), history = convolve(self._convs(), qkv, context.rows, past, silu=self.silu, joined=joined)
         q, k = split_heads(q, heads.key), split_heads(k, heads.key)
-        inputs = self.inputs(x_BTD, q, k, split_heads(v, heads.value), context)
-        state = None if cache is None else cache.state
-        o_BTHV, state = self.recur(inputs, rows, state)
+        return self.inputs(x_BTD, q, k, split_heads(v, heads.value), context), history
+
+    def finish(self, x_BTD: jax.Array, inputs: Inputs, o_BTHV: jax.Array) -> jax.Array:
+        """y [B, T, D] of what was read: the skip, the gated norm and the output projection."""
         if inputs.skip is not None:
             o_BTHV += inputs.skip.astype(o_BTHV.dtype)
-        y_BTD = self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD)))
-        return y_BTD, None if state is None else RecurrentCache(state, history)
+        return self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD)))
 
     def _convs(self) -> tuple[ShortConv, ...]:
         return (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()

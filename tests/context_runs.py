@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm import ahead, loss, model, program, schema, sharding
+from hybridlm import ahead, loss, mixers, model, program, schema, sharding
 from hybridlm import config as configs
+from hybridlm.context import Context
 from hybridlm.layers import ShortConv, elementwise
 from hybridlm.linear_mixer import Inputs, recurrence
+from hybridlm.mixers import s4d
 from hybridlm.mixers.mamba import selective_scan
 from hybridlm.mixers.mlstm import Config as MLSTM
 from hybridlm.mixers.mlstm import mlstm
@@ -68,6 +70,16 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         extras = lambda f: {"sinks": jnp.arange(2.0), "log_forget": jax.nn.log_sigmoid(f)}
         return lambda q, k, v, f: attend(q, k, v, rows, scale=0.5, window=window, **extras(f))
 
+    def turning(u: jax.Array, dt: jax.Array) -> jax.Array:
+        ones, C = jnp.ones((4, 2)), jnp.stack([jnp.ones((4, 2))] * 2, axis=-1)
+        return s4d.scan(u, s4d.System(dt[0, 0] - 3, -ones, ones * jnp.arange(2), C), rows, zeros(4, 2, 2))[0]
+
+    def over(kind: str, **settings: object) -> Callable:
+        known = {"part": mixers.config_class("gated_delta_net")(kind="gated_delta_net", **HEADS)}
+        config = mixers.config_class(kind)(kind=kind, of="part", **settings).joined(known)
+        layer = mixers.load(kind)(config, mixers.Site(8), rngs=nnx.Rngs(params=0))
+        return lambda x: layer(x, Context(rows))[0]
+
     head = jnp.asarray(rng.normal(size=(4, 250)), jnp.float32)
     return {
         "delta rule": (linear, (*qkv, normal(2, 4), normal(2))),
@@ -84,6 +96,10 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "sinks, forget gates, window": (forgetting(6), (*group, normal(2))),
         "mlstm": (normalised, (*map(jnp.abs, qkv), normal(2) + 2, normal(2))),
         "mamba": (scan, (normal(4), normal(4), normal(2), normal(2))),
+        "s4d": (turning, (normal(4), normal(4))),
+        "log-linear": (over("log_linear"), (normal(8),)),
+        "memories": (over("mom"), (normal(8),)),
+        "partitions": (over("sse"), (normal(8),)),
         "loss": (lambda h: 0.01 * loss.cross_entropy(h, head, batch["targets"], z_loss=0.1)[0], (normal(4),)),
     }
 

@@ -75,6 +75,12 @@ CASES = {
             norm_scale=False,
         ),
     ),
+    "s4d": ("s4d", dict(state_size=6)),
+    "log_linear": ("log_linear", dict(of="gated_delta_net", levels=4)),
+    "mom": ("mom", dict(of="gated_delta_net", memories=3)),
+    "mom mamba2": ("mom", dict(of="mamba2", shared=False, single_kv=True)),
+    "sse": ("sse", dict(of="gla", partitions=3, top_k=2, rank=3, rows=4)),
+    "sse gated_delta_net": ("sse", dict(of="gated_delta_net", partitions=2, top_k=1, rank=2)),
     "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),
     "mlstm": ("mlstm", dict(num_heads=2, head_dim=8, gate_cap=4.0)),
     "parallel": ("parallel", dict(branches=("gla", "attention"), multipliers=(1.0, -0.5))),
@@ -176,9 +182,10 @@ def forward_and_backward(case):
     return x, np.asarray(y), lambda dy: grad(state, x, dy)[0]
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if " " in case else case for case in CASES]
-)
+ONE_A_KIND = [pytest.param(case, marks=pytest.mark.slow) if " " in case else case for case in CASES]
+
+
+@pytest.mark.parametrize("case", ONE_A_KIND)
 def test_decoding_equals_the_whole(case):
     """Prefill in two pieces and then token by token, against one forward pass."""
     graph, state, shared, _ = build(case)
@@ -209,7 +216,7 @@ def test_decoding_equals_the_whole(case):
     close(decoded[REAL], whole[REAL], 2e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_A_KIND)
 def test_packed_documents_equal_documents_apart(case):
     """Outputs and gradients of the packed row against those of each document in a row of its own."""
     _, y, grads = forward_and_backward(case)
@@ -401,6 +408,13 @@ def test_parallel_heads_are_their_branches_combined(combine):
         ("mamba", dict(dbc_norm="layer"), "dbc_norm"),
         ("gated_delta_product", dict(num_householder=0), "num_householder"),
         ("lightning", dict(head_dim=64, slopes="alibi"), "slopes"),
+        ("s4d", dict(state_size=5), "state_size"),
+        ("log_linear", dict(of="mlstm"), "of"),
+        ("mom", dict(of="retnet"), "of"),
+        ("mom", dict(of="gla", top_k=5), "top_k"),
+        ("sse", dict(of="gla", partitions=1, top_k=2), "top_k"),
+        ("sse", dict(of="delta_net", rows=2), "rows"),
+        ("log_linear", dict(of="gated_delta_product"), "of"),
         ("rglru", dict(num_heads=5), "num_heads"),
         ("mlstm", dict(input_gate="relu"), "input_gate"),
         ("feature_map", dict(feature_map="gelu"), "feature_map"),

@@ -88,7 +88,71 @@ def rwkv6(x, p, w):
     return o * silu(xs["g"] @ w["g_proj", "kernel"]) @ w["o_proj", "kernel"]
 
 
-@pytest.mark.parametrize("layer", [comba, gated_delta_net2, rwkv6], ids=lambda layer: layer.__name__)
+def gdn(x, w, own, common):
+    """Gated DeltaNet's recurrence over tokens x; own projections and those that memories have in common."""
+    p = lambda name: x @ w[(common if name == "q_proj" else own) + (name, "kernel")]
+    q, k, v = (conv(p(f"{c}_proj"), w[(*common, f"{c}_conv", "kernel")]) for c in "qkv")
+    q, k, v = (y.reshape(len(x), heads, -1) for y, heads in ((q, 2), (k, 2), (v, 4)))
+    q, k = (np.repeat(unit(y), 2, axis=1) for y in (q, k))
+    a = np.exp(gate(p("a_proj"), w[(*common, "A_log")], w[(*common, "dt_bias")]))
+    beta, S, o = sigmoid(p("b_proj")), np.zeros((4, 8, v.shape[-1])), []
+    for t in range(len(x)):
+        S = a[t][:, None, None] * S
+        error = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", S, k[t]))
+        S = S + k[t][..., None] * error[:, None]
+        o.append(np.einsum("hkv,hk->hv", S, q[t]) / np.sqrt(8))
+    return np.stack(o)
+
+
+def mom(x, p, w):
+    inner = ("inner",)
+    p = softmax(x @ w["router", "kernel"])
+    chosen = np.argsort(-p, axis=1)[:, :2]
+    assert len({tuple(sorted(row)) for row in chosen}) > 1  # not all tokens go the same way
+    total = gdn(x, w, inner, inner)
+    for m in range(3):
+        own = np.flatnonzero((chosen == m).any(1))
+        share = p[own, m] / np.take_along_axis(p[own], chosen[own], 1).sum(1)
+        total[own] += share[:, None, None] * gdn(x[own], w, ("memories", m), inner)
+    z = silu(x @ w["inner", "g_proj", "kernel"]).reshape(total.shape)
+    o = rms(total, w["inner", "o_norm", "scale"]) * z
+    return o.reshape(LENGTH, -1) @ w["inner", "o_proj", "kernel"]
+
+
+def sse(x, p, w):
+    def prepared(side):
+        low = lambda c: x @ w[side, f"{c}_proj", "down", "kernel"] @ w[side, f"{c}_proj", "up", "kernel"]
+        q, k = ((p(("inner", f"{c}_proj")) + (low(c) if side == "sparse" else 0)) for c in "qk")
+        q, k = (
+            conv(y, w[side, f"{c}_conv", "kernel"]).reshape(LENGTH, 2, -1) for y, c in ((q, "q"), (k, "k"))
+        )
+        f = p((side, "f_a_proj")) @ w[side, "f_b_proj", "kernel"] + w[side, "f_b_proj", "bias"]
+        return q, k, sigmoid(f).reshape(k.shape) ** 0.5
+
+    p = lambda name: x @ w[(*name, "kernel")]
+    v = conv(p(("inner", "v_proj")), w["inner", "v_conv", "kernel"]).reshape(LENGTH, 2, -1)
+    e = softmax(p(("router",)))
+    chosen = np.argsort(-e, axis=1)[:, :2]
+    (q0, k0, a0), (q, k, a) = prepared("inner"), prepared("sparse")
+    least = np.sort(k, axis=-1)[..., -4:-3]
+    a = np.where(k >= least, a, 1)
+    k = np.where(k >= least, np.exp(k), 0)
+    k /= k.sum(-1, keepdims=True)
+    S, o = np.zeros((4, 2, k.shape[-1], v.shape[-1])), np.zeros(v.shape)
+    for t in range(LENGTH):
+        S[3] = a0[t][..., None] * S[3] + k0[t][..., None] * v[t][:, None]
+        o[t] = np.einsum("hkv,hk->hv", S[3], q0[t])
+        for i in chosen[t]:
+            S[i] = a[t][..., None] * S[i] + e[t, i] * k[t][..., None] * v[t][:, None]
+            o[t] += e[t, i] * np.einsum("hkv,hk->hv", S[i], q[t])
+    z = silu(p(("inner", "g_proj"))).reshape(v.shape)
+    o = rms(o / np.sqrt(k.shape[-1]), w["inner", "o_norm", "scale"]) * z
+    return o.reshape(LENGTH, -1) @ w["inner", "o_proj", "kernel"]
+
+
+@pytest.mark.parametrize(
+    "layer", [comba, gated_delta_net2, rwkv6, mom, sse], ids=lambda layer: layer.__name__
+)
 def test_layer_is_its_equations(layer):
     graph, state, *_ = build(layer.__name__)
     w = {path: np.asarray(leaf[...], np.float64) for path, leaf in nnx.to_flat_state(state)}

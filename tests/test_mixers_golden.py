@@ -13,12 +13,14 @@ from hybridlm.mixers import (
     feature_map,
     gated_delta_net2,
     lightning,
+    log_linear,
     mamba,
     mamba2,
     mlstm,
     rglru,
     rwkv6,
     rwkv7,
+    s4d,
 )
 from hybridlm.mixers.delta_product import product
 from hybridlm.rows import Rows, single_document
@@ -83,6 +85,20 @@ def rg_lru(a, rows, meta):
     return {"y": y, "ht": last if "h0" in a else y[0, ends]}
 
 
+def s4d_scan(a, rows, meta):
+    C = jnp.stack([a["C_re"], a["C_im"]], axis=-1)
+    y, state = s4d.scan(a["u"], s4d.System(a["log_dt"], a["A_re_log"], a["A_im"], C), rows, a["h0"])
+    return {"y": y + a["D"] * a["u"], "ht": state}
+
+
+def log_linear_attention(a, rows, meta):
+    recur = lambda inputs, rows, state: recurrence(inputs, rows, state, scale=1.0)
+    count = (a["q"].shape[1] - 1).bit_length()
+    return {
+        "o": log_linear.levels(Inputs(a["q"], a["k"], a["v"], a["g"]), a["level_scales"], rows, count, recur)
+    }
+
+
 def based_attention(a, rows, meta):
     q, k = (feature_map.taylor(a[name]) for name in "qk")
     state = None
@@ -136,10 +152,12 @@ KINDS = {
     "rwkv7": time_mix7,
     "gated_delta_product": gated_delta_product,
     "lightning": lightning_attention,
+    "log_linear": log_linear_attention,
     "mamba2": ssd,
     "mamba": selective_scan,
     "mlstm": mlstm_cell,
     "rglru": rg_lru,
+    "s4d": s4d_scan,
 }
 
 
@@ -173,7 +191,8 @@ def close(actual, expected, tolerance, what):
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, monkeypatch):
-    monkeypatch.setattr(mamba, "PIECE", 31)  # several pieces, the last one short
+    for module in (mamba, s4d):
+        monkeypatch.setattr(module, "PIECE", 31)  # several pieces, the last one short
     inputs, expected, cotangents, gradients, rows, meta = load(case)
     kind = KINDS[case.partition("/")[0]]
 
@@ -231,3 +250,10 @@ def test_the_selective_scan_keeps_no_states_of_a_row():
     loss = lambda *args: jnp.sum(mamba.selective_scan(*args, rows, first)[0] ** 2)
     memory = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).lower(*args).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.7 * 4 * length * width * state
+
+
+def test_frequencies_of_s4d():
+    """The paper's S4D-Lin is evenly spaced from 0, S4D-Inv falls from N (N - 1) / pi; N = 64."""
+    lin, inv = (made(None, (2, 32), jnp.float32)[1] for made in (s4d.lin, s4d.inv))
+    np.testing.assert_allclose(lin[jnp.array([0, 1, 31])], [0, 3.14159265, 97.3893723], rtol=1e-6)
+    np.testing.assert_allclose(inv[jnp.array([0, 1, 31])], [1283.42546, 414.227265, 0.32336242], rtol=1e-5)

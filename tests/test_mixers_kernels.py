@@ -14,16 +14,19 @@ from pallas_kernels import H100, explain
 
 MATRIX_STATE = (
     "deltanet", "kda", "mamba2", "deltaproduct", "gdp", "lightning", "mlstm",
-    "featuremap", "based", "comba", "rwkv6",
+    "featuremap", "based", "comba", "rwkv6", "loglinear", "mom", "sse",
 )  # fmt: skip
 STEP_ON_XLA = ("based",)  # a state of 153 features
-ELEMENT_WISE = ("mamba", "rglru", "featuremap", "based")
+ELEMENT_WISE = ("mamba", "rglru", "featuremap", "based", "s4d")
 
 
 def backends(name: str, op: str, step: bool = False) -> set[str]:
-    kind, settings = configs.STANDARD[name]
-    mixer = mixers.load(kind)
-    config = mixer.config_class(kind=kind, **settings)
+    known = {
+        name: mixers.config_class(kind)(kind=kind, **settings)
+        for name, (kind, settings) in configs.STANDARD.items()
+    }
+    config = known[name].joined(known)
+    mixer = mixers.load(config.kind)
     made = nnx.eval_shape(lambda: mixer(config, mixers.Site(1024, 1, 24), rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(made)
     bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -45,6 +48,11 @@ def test_matrix_states_are_the_kernels(name):
     assert backends(name, "linear_attention") == {"hopper"}
     step = {"xla" if name in STEP_ON_XLA else "hopper"}
     assert backends(name, "linear_attention_step", step=True) == step
+
+
+@pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
+def test_narrow_convolutions_are_the_kernel():
+    assert backends("mamba2", "short_conv") == {"hopper"}
 
 
 @pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)

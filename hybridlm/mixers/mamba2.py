@@ -80,6 +80,7 @@ class Mixer(LinearMixer):
     config_class = Config
     scale = 1.0
     conv_bias = True
+    joined = True  # B and C are narrow: a group has state_size channels
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         heads = config.heads(site.d_model)
