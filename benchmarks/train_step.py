@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,15 @@ if TYPE_CHECKING:  # --old runs this file with the code of another checkout
 HERE = Path(__file__).resolve()
 
 
-def measure(config: "Config", batch: dict[str, Any], steps: int, profiled: bool = False) -> dict[str, float]:
+def measure(
+    config: "Config", batch: dict[str, Any], steps: int, look: Callable[[Callable], Any] | None = None
+) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
-    ``profiled``: one more step, whose kernels are printed.
+    look: given a function that runs one more step.
     """
     import jax
 
-    from benchmarks import gpu_profile
     from hybridlm import cost, model, program, sharding
 
     definition = model.build(config)
@@ -59,53 +61,63 @@ def measure(config: "Config", batch: dict[str, Any], steps: int, profiled: bool 
         if hasattr(run, "lower"):
             run = run.lower(state, on_device).compile()
         compiled = time.perf_counter()
-        seconds = []
+        seconds, losses = [], []
         for _ in range(steps + 1):
             start = time.perf_counter()
             state, metrics = run(state, on_device)
-            loss = float(metrics["loss"])
+            losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - start)
-        if profiled:
-            print(gpu_profile.table(gpu_profile.kernels(lambda: run(state, on_device))))
+        if look:
+            look(lambda: run(state, on_device))
     tokens = batch["tokens"].size
     step = median(seconds[1:])
     device = jax.devices()[0]
     flops = cost.peak_flops(device.device_kind)
     mfu = cost.train_flops_per_token(config) * tokens / step / flops if flops else float("nan")
-    stats = device.memory_stats() or {}
+    stats, compiled_memory = device.memory_stats() or {}, run.memory_analysis()
+    temporaries = compiled_memory.temp_size_in_bytes
     return {
         "step_s": step,
         "spread_s": max(seconds[1:]) - min(seconds[1:]),
         "tokens_per_second": tokens / step,
         "mfu": mfu,
         "first_step_s": compiled - began + seconds[0],
-        "temp_gib": run.memory_analysis().temp_size_in_bytes / 2**30,
+        "temp_gib": temporaries / 2**30,
+        "planned_gib": (compiled_memory.argument_size_in_bytes + temporaries) / 2**30,
         "peak_gib": stats.get("peak_bytes_in_use", float("nan")) / 2**30,
-        "loss": loss,
+        "loss": losses[-1],
+        "losses": losses,
     }
 
 
-def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    """Measures --config with the code that this process imports."""
+def random_batch(rows: int, seq_len: int, vocab_size: int) -> dict[str, Any]:
+    """Rows of one document each."""
     import numpy as np
 
-    import pallas_kernels
-    from hybridlm import config as configs
-
-    config = configs.resolve(configs.load(args.config, overrides))
-    shape = (args.batch_size, args.seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-    positions = np.broadcast_to(np.arange(args.seq_len, dtype=np.int32), shape)
-    batch = {
+    shape = (rows, seq_len)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape).astype(np.int32)
+    positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
+    return {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, axis=1),
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.ascontiguousarray(positions),
     }
+
+
+def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Measures --config with the code that this process imports."""
+    import pallas_kernels
+    from benchmarks import gpu_profile
+    from hybridlm import config as configs
+
+    config = configs.resolve(configs.load(args.config, overrides))
+    batch = random_batch(args.batch_size, args.seq_len, config.model.vocab_size)
+    look = lambda run: print(gpu_profile.table(gpu_profile.kernels(run)))
     rows = {}
     for backend in args.backends.split(","):
         with pallas_kernels.auto_means(backend):
-            rows[backend] = measure(config, batch, args.steps, args.profile)
+            rows[backend] = measure(config, batch, args.steps, look if args.profile else None)
         print(json.dumps({"config": args.config, "backend": backend} | rows[backend]), flush=True)
         gc.collect()
     if len(rows) == 2:

@@ -153,7 +153,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """``gate``: a float32 factor, multiplied in after the norm and before rounding to x's dtype."""
-        y = rms(x.reshape(*x.shape[:-1], self.groups, -1), self.eps).reshape(x.shape)
+        parts = x if self.groups == 1 else x.reshape(*x.shape[:-1], self.groups, -1)
+        y = rms(parts, self.eps).reshape(x.shape)
         if self.scale is not None:
             y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
         return (y if gate is None else y * gate).astype(x.dtype)
