@@ -202,7 +202,7 @@ SQUAD = {"data": [{"paragraphs": [
 
 
 def test_questions_among_documents(monkeypatch):
-    """SQuAD's form, sized to the context; the generator's shuffle is one for all samples, the other is not."""
+    """SQuAD's form, sized to the context; the generator's shuffle is one for all samples."""
     monkeypatch.setattr(ruler_qa, "packaged", lambda file, field, value: json.dumps(SQUAD).encode())
     ruler_qa.corpus.cache_clear()
     places = {}

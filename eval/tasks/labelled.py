@@ -30,6 +30,7 @@ from hybridlm.data import (
 from hybridlm.fields import plain
 
 Settings = Mapping[str, Any]
+DECIDE = ("kind", "task", "group")  # which settings make a task; others are its size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,3 +220,13 @@ TASKS = [
         {"kind": "labelled_text"}, lambda settings, vocab: settings["classes"], (1024, 4096),
     ),
 ]  # fmt: skip
+
+
+def guess(settings: data.Config, vocab: int) -> tuple[int | None, float | None]:
+    """(answers that a label can be, score of guessing) of a run's own task; None for text and mixtures."""
+    own = plain(settings)
+    for task in TASKS:
+        if all(own.get(name) == value for name, value in task.settings.items() if name in DECIDE):
+            answers = task.choices(own, vocab)
+            return answers, max(1 / answers, task.constant(own) if task.constant else 0.0)
+    return None, None
