@@ -14,6 +14,7 @@ The argument is TASK,PATTERN; kda if the pattern is left out, repeated to the ta
     counting                   64 tokens of 32 ids
     phonebook                  books of 4 to 16 names, in bytes
     latent_recall              4 to 16 pairs of 63 concepts
+    regression                 a linear map of 6 features, 128 pairs
     listops, pathfinder        Long Range Arena's, causal, the class read at the end; 2000 and 1025 tokens
 
 MQAR has a file of its own, mqar.py. Accuracy on held-out examples is `val_accuracy` in metrics.jsonl. The
@@ -34,6 +35,7 @@ SHAPES = {
     "counting": (128, 65),
     "phonebook": (256, phonebook.length(16)),
     "latent_recall": (256, latent_recall.length(16)),
+    "regression": (128, 256),
     "listops": (32, 2000),
     "pathfinder": (pathfinder.VOCABULARY, pathfinder.length(32)),
 }

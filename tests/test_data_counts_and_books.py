@@ -1,4 +1,4 @@
-"""Counting, phonebook and latent recall, each solved by a plain program that reads tokens only."""
+"""Counting, phonebook, latent recall and regression, each solved by a program that reads tokens only."""
 
 import re
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybridlm import data
-from hybridlm.data import counting, latent_recall, phonebook
+from hybridlm.data import counting, latent_recall, phonebook, regression
 from hybridlm.errors import ConfigError
 from tests.test_data_generated import rows_of
 
@@ -51,6 +51,31 @@ def test_topics_stand_for_cues():
     assert (train != tokens).any()  # other examples, by the same map
 
 
+@pytest.mark.parametrize("segment", [0, 16])
+def test_a_linear_map_is_found(segment):
+    """Every answer fits weights of -1, 0, 1 of its segment (all 27 are tried); least squares finds them."""
+    tokens, targets = rows_of("regression", 48, 96, vocab=64, features=3, segment=segment)
+    np.testing.assert_array_equal(targets[:, 0::2], tokens[:, 1::2])
+    assert (targets[:, 1::2] == -1).all() and tokens[:, 0::2].max() == 7
+    weights = np.stack(np.meshgrid(*[[-1, 0, 1]] * 3), axis=-1).reshape(-1, 3)
+    zero, known, late = 0, [], []
+    for row in tokens:
+        x = np.array([[1 if corner >> j & 1 else -1 for j in range(3)] for corner in row[0::2]])
+        y = row[1::2] - 8 - 3
+        zero += (y == 0).mean() / len(tokens)
+        size = segment or len(y)
+        for begin in range(0, len(y), size):
+            part = slice(begin, begin + size)
+            assert (weights @ x[part].T == y[part]).all(axis=1).sum() >= 1
+        found = regression.least_squares(row, 3, segment) == row[1::2]
+        known.append(found)
+        late += [found[i] for i in range(len(y)) if i % size >= 12]
+    assert np.mean(late) > 0.97 and 0.15 < np.mean(known, axis=0)[0] < 0.45
+    assert abs(zero - regression.constant(3)) < 0.05 and regression.constant(1) == pytest.approx(1 / 3)
+    stale = [regression.least_squares(row, 3)[40:] == row[1::2][40:] for row in tokens]
+    assert (np.mean(stale) > 0.97) == (segment == 0)  # what was learnt before misleads
+
+
 @pytest.mark.parametrize(
     ("kind", "seq_len", "fields", "field"),
     [
@@ -59,6 +84,7 @@ def test_topics_stand_for_cues():
         ("phonebook", 200, {}, "kind"),  # 256 ids
         ("phonebook", 200, {"entries": 2}, "entries"),
         ("latent_recall", 24, {}, "pairs"),
+        ("regression", 64, {"features": 7}, "kind"),  # 128 corners
         ("latent_recall", 200, {"concepts": 7}, "concepts"),
         ("latent_recall", 200, {"concepts": 50}, "concepts"),
     ],

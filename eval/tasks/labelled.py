@@ -25,6 +25,7 @@ from hybridlm.data import (
     mixture,
     pathfinder,
     phonebook,
+    regression,
     state_tracking,
 )
 from hybridlm.fields import plain
@@ -206,6 +207,16 @@ TASKS = [
             (latent_recall.length(pairs),),
         )
         for pairs in (4, 16, 64)
+    ),
+    *(
+        LabelTask(
+            f"regression_{segment}" if segment else "regression", "after arXiv 2501.12352, 2510.01450",
+            "values of a linear map" + (f", a new one every {segment} pairs" if segment else ""),
+            {"kind": "regression", "features": 6, "segment": segment},
+            lambda settings, vocab: 2 * settings["features"] + 1, (64, 256),
+            constant=lambda settings: regression.constant(settings["features"]),
+        )
+        for segment in (0, 32)
     ),
     LabelTask(
         "listops", LRA, "the value of a nested expression", {"kind": "listops"},
