@@ -164,7 +164,7 @@ def _convergence(measured: Sequence[Mean]) -> str:
         if not seen:
             continue
         cells = [_times(convergence.times(seen, what), seen) for what in ("left", "reached")]
-        learnt = [run.recall for run in mean.runs if run.convergence and run.convergence.left is not None]
+        learnt = [run.recall for run in mean.runs if run.recall is not None and run.left_tokens is not None]
         best = f"{sum(learnt) / len(learnt):.3f}" if learnt else ""
         layers = ", ".join(map(str, mean.runs[0].full_layers)) or "none"
         rows.append([mean.label, "all" if mean.fraction == 1 else layers, *cells[0], *cells[1], best])

@@ -121,7 +121,12 @@ def draw_distinct(rng: np.random.Generator, low: int, high: int, count: int) -> 
 
 
 def classified(
-    made: Sequence[tuple[Sequence[int], int]], length: int, *, mark: int, pad: int, first: int = 0
+    made: Sequence[tuple[Sequence[int] | np.ndarray, int]],
+    length: int,
+    *,
+    mark: int,
+    pad: int,
+    first: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and targets, int32 [examples, length], of (tokens, class): ``pad`` before them, ``mark`` behind.
 

@@ -56,7 +56,7 @@ def open_source(config: Config, view: View) -> Source:
 
 def _make(rng: np.random.Generator, depth: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     draw = random.Random(int(rng.integers(2**63)))
-    made = []
+    made: list[tuple[list[int], int]] = []
     while len(made) < BLOCK:
         tokens: list[int] = []
         value = _expression(draw, tokens, depth, length)
@@ -95,4 +95,6 @@ def apply(operator: str, values: list[int]) -> int:
     if operator == "MED":
         ordered, half = sorted(values), len(values) // 2
         return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) // 2
-    return {"MIN": min, "MAX": max, "SM": lambda x: sum(x) % 10}[operator](values)
+    if operator == "SM":
+        return sum(values) % 10
+    return min(values) if operator == "MIN" else max(values)

@@ -158,8 +158,9 @@ def _take_back(found: list[Dash], field: Field, count: int) -> None:
 
 def _pixels(dashes_N3: np.ndarray, marks: np.ndarray, size: int) -> np.ndarray:
     """[size, size] grey levels."""
-    centre = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="xy"), axis=-1)
-    centre, dashes_N3, marks = (x.astype(np.float32) for x in (centre + 0.5, dashes_N3, marks))
+    side = np.arange(size, dtype=np.float32) + np.float32(0.5)
+    centre = np.stack(np.meshgrid(side, side, indexing="xy"), axis=-1)
+    dashes_N3, marks = dashes_N3.astype(np.float32), marks.astype(np.float32)
     from_N = centre[None] - dashes_N3[:, None, None, :2]
     angle = dashes_N3[:, 2, None, None]
     along = from_N[..., 0] * np.cos(angle) + from_N[..., 1] * np.sin(angle)
