@@ -11,6 +11,11 @@ The argument is TASK,PATTERN; kda if the pattern is left out, repeated to the ta
     in_context_recall, noisy_in_context_recall, fuzzy_in_context_recall, memorization, selective_copying
                                MAD: mixer, SwiGLU, mixer, SwiGLU of width 128, 200 epochs of batch 128
     parity, S3, S4, A5, S5     DeltaProduct's word problems: one layer, length 128
+    counting                   64 tokens of 32 ids
+    phonebook                  books of 4 to 16 names, in bytes
+    latent_recall              4 to 16 pairs of 63 concepts
+    regression                 a linear map of 6 features, 128 pairs
+    listops, pathfinder        Long Range Arena's, causal, the class read at the end; 2000 and 1025 tokens
 
 MQAR has a file of its own, mqar.py. Accuracy on held-out examples is `val_accuracy` in metrics.jsonl. The
 papers sweep learning rates (Kimi Linear 5e-5 to 1e-3, MAD 1e-4 to 1e-3); here it is 1e-3.
@@ -19,12 +24,22 @@ papers sweep learning rates (Kimi Linear 5e-5 to 1e-3, MAD 1e-4 to 1e-3); here i
 from ml_collections import ConfigDict
 
 from hybridlm.config import data, load
-from hybridlm.data import copying, joint_recall, mad, state_tracking
+from hybridlm.data import copying, joint_recall, latent_recall, mad, pathfinder, phonebook, state_tracking
 from hybridlm.errors import ConfigError, nearest
 
 MAD_VOCAB = {"noisy_in_context_recall": 32, "memorization": 256}
 MAD_LENGTH = {"memorization": 32, "selective_copying": 256}
-TASKS = (*copying.TASKS, "stack", "joint_recall", *mad.TASKS, *state_tracking.GROUPS)
+SIZED = {"phonebook": ("entries", (4, 8, 16)), "latent_recall": ("pairs", (4, 8, 16))}
+# task -> ids, tokens of a row
+SHAPES = {
+    "counting": (128, 65),
+    "phonebook": (256, phonebook.length(16)),
+    "latent_recall": (256, latent_recall.length(16)),
+    "regression": (128, 256),
+    "listops": (32, 2000),
+    "pathfinder": (pathfinder.VOCABULARY, pathfinder.length(32)),
+}
+TASKS = (*copying.TASKS, "stack", "joint_recall", *mad.TASKS, *state_tracking.GROUPS, *SHAPES)
 
 
 def get_config(arg: str = "palindrome,kda") -> ConfigDict:
@@ -44,6 +59,8 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
     elif task == "joint_recall":
         config.data, config.model.vocab_size = data("joint_recall"), 64
         config.train.seq_len = joint_recall.length(8, 8)
+    elif task in SHAPES:
+        config.data, (config.model.vocab_size, config.train.seq_len) = _data(task), SHAPES[task]
     elif task in mad.TASKS:
         examples = 256 if task == "memorization" else 12_800
         config.data = data("mad", task=task, train_examples=examples)
@@ -56,3 +73,11 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
         config.model.num_layers, config.train.seq_len = 1, 128
         config.optimizer.weight_decay = 1e-6
     return config
+
+
+def _data(task: str) -> ConfigDict:
+    """Of one size, or a mixture of `SIZED` ones, of which the easy ones teach."""
+    if task not in SIZED:
+        return data(task)
+    field, sizes = SIZED[task]
+    return data("mixture", components={f"{field}_{n}": data(task, **{field: n}) for n in sizes})

@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from eval import haystack, report, runner, subject, tasks
+from eval import curves, haystack, report, runner, subject, tasks
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, logbook, private
@@ -86,6 +86,8 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     name = Path(private.hide(str(workdir.resolve()))).name
     title = f"{name} at step {tested.step:,}"
     about = {"run": name, "step": tested.step, "pattern": tested.config.model.pattern}
+    learnt = curves.convergence(workdir, tested.config)
+    about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
     keep = lambda results: runner.write(
         workdir / "eval.json", results, about | {"haystack": wanted.haystack.name}
     )
@@ -97,6 +99,8 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     if not shown:
         raise RunError("nothing could be measured; the warnings above say why.")
     console.print(report.table(shown, title))
+    for what, one in learnt.items():
+        console.print(f"{what} while training: {one}", markup=False, highlight=False, soft_wrap=True)
     report.plot(results, title, workdir / "eval.png")
     tracker = logbook.Tracker(workdir, tested.config, tested.config.log.wandb_mode)
     tracker.log(tested.step, runner.metrics(shown.items()))

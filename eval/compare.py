@@ -136,6 +136,7 @@ def _runs(runs: Sequence[Run]) -> str:
     for run in runs:
         about = run.about
         size = about.get("parameters")
+        learnt = about.get("convergence", {})
         kept = None if size is None else about["state_bytes"] + about["cache_bytes"]
         rows.append(
             [
@@ -144,11 +145,18 @@ def _runs(runs: Sequence[Run]) -> str:
                 (f"{step:,}" if isinstance(step := about.get("step"), int) else "", "number"),
                 ("" if size is None else f"{size:,}", "number"),
                 ("" if kept is None else f"{quantity(kept, 'B')} at {about['seq_len']:,}", "number"),
+                ("\n".join(f"{name}: {_learnt(one)}" for name, one in learnt.items()), ""),
             ]
         )
-    return "<h2>Runs</h2>" + _table(
-        ["run", "pattern", "step", "parameters", "state + KV of a sequence"], rows
-    )
+    head = ["run", "pattern", "step", "parameters", "state + KV of a sequence", "while training"]
+    last = len(head) if any(row[-1][0] for row in rows) else len(head) - 1
+    return "<h2>Runs</h2>" + _table(head[:last], [row[:last] for row in rows])
+
+
+def _learnt(one: dict[str, Any]) -> str:
+    """When it left the plateau and reached 90%; a > says that it had not by then."""
+    when = lambda t: f"> {quantity(one['followed'], '')}" if t is None else quantity(t, "")
+    return f"left the plateau after {when(one['left'])} tokens, 90% after {when(one['reached'])}"
 
 
 def _accuracies(baseline: Run, compared: Sequence[Comparison]) -> str:

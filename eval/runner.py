@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eval import convergence
 from eval.haystack import Haystack
 from eval.statistics import accuracy
 from eval.subject import Progress, Subject
@@ -146,7 +147,9 @@ def read(path: Path) -> dict[str, Result]:
 def read_whole(path: Path) -> dict[str, Any]:
     """The file with what it says about the run; RunError where it is none of results, or damaged."""
     try:
-        return untrusted.read_json(path, "eval.json", {"results": {str: RESULT}})
+        return untrusted.read_json(
+            path, "eval.json", {"results": {str: RESULT}, "convergence?": {str: convergence.RECORD}}
+        )
     except ConfigError as error:
         said = f"{error.allowed} {error.fix}".strip().rstrip(".")
         raise RunError(f"{path}: is not a file of results ({said}); remove it to start anew.") from error

@@ -4,9 +4,7 @@ import math
 
 from eval import tasks
 from eval.tasks import labelled
-from hybridlm import data
 from hybridlm.config import Config
-from hybridlm.fields import plain
 
 
 def of(config: Config) -> dict[str, float | None]:
@@ -15,21 +13,12 @@ def of(config: Config) -> dict[str, float | None]:
     config: resolved. The loss of text is that of a uniform token, ln V nats.
     """
     vocab = config.model.vocab_size
-    answers = _answers(config.data, vocab)
+    answers, recall = labelled.guess(config.data, vocab)
     text = config.data.kind in ("text", "shards", "mixture")
     loss = math.log(vocab) if text else math.log(answers) if answers else None
     if config.eval.tasks:
         return {"recall": _mean_chance(config), "loss": loss}
-    return {"recall": 1 / answers if answers else None, "loss": loss}
-
-
-def _answers(settings: data.Config, vocab: int) -> int | None:
-    """Number of answers that a label of the run's own task can be; None for text and mixtures."""
-    own = plain(settings)
-    for task in labelled.TASKS:
-        if all(own.get(name) == value for name, value in task.settings.items() if name != "num_pairs"):
-            return task.choices(own, vocab)
-    return None
+    return {"recall": recall, "loss": loss}
 
 
 def _mean_chance(config: Config) -> float | None:

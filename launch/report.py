@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from eval import convergence
 from hybridlm import untrusted
 from hybridlm.errors import RunError
 from hybridlm.report import quantity
@@ -38,6 +39,8 @@ def write(workdir: str | Path) -> Path:
             body.append(_by_layers(measured, metric))
             body.append(_pictures(measured, found, metric, pictures))
             body.append(_budgets(measured, metric))
+            if metric == "recall":
+                body.append(_convergence(measured))
     body += [_runs(found), _notes(found)]
     title = f"Sweep {Path(private.hide(untrusted.terminal(str(workdir.resolve())))).name}"
     html = page.document(title, body).encode()
@@ -152,6 +155,38 @@ def _budgets(measured: Sequence[Mean], metric: str) -> str:
     return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{page.note(note)}"
 
 
+def _convergence(measured: Sequence[Mean]) -> str:
+    """When the runs of each point learnt the task; "" where none was looked at more than once."""
+    rows = []
+    for mean in sorted(measured, key=lambda m: (m.label, m.fraction, m.runs[0].full_layers)):
+        known = [run.convergence for run in mean.runs if len(run.curves["recall"]) > 1]
+        seen = [one for one in known if one is not None]
+        if not seen:
+            continue
+        cells = [_times(convergence.times(seen, what), seen) for what in ("left", "reached")]
+        learnt = [run.recall for run in mean.runs if run.recall is not None and run.left_tokens is not None]
+        best = f"{sum(learnt) / len(learnt):.3f}" if learnt else ""
+        layers = ", ".join(map(str, mean.runs[0].full_layers)) or "none"
+        rows.append([mean.label, "all" if mean.fraction == 1 else layers, *cells[0], *cells[1], best])
+    if not rows:
+        return ""
+    head = ["mixer", "full layers", "left the plateau", "after tokens", "reached 90%", "after tokens ",
+            "recall of those that left"]  # fmt: skip
+    note = (
+        "Of the finished runs, how many left the plateau (half way from guessing to 1) and how many reached "
+        "90%, at two evaluations in a row, with the 95% interval of that share (Wilson). Tokens: the median "
+        "(Kaplan and Meier), runs that did not get there counting as long as they were looked at; a > says "
+        "that fewer than half did by then."
+    )
+    return f"<h2>Convergence</h2>{_table(head, rows)}{page.note(note)}"
+
+
+def _times(found: convergence.Times, runs: Sequence[convergence.Convergence]) -> list[str]:
+    share = f"{found.events} of {found.runs}\n{found.low:.2f} to {found.high:.2f}"
+    longest = max(run.followed for run in runs)
+    return [share, f"> {quantity(longest, '')}" if found.median is None else quantity(found.median, "")]
+
+
 def _runs(found: Sequence[Result]) -> str:
     """A row for each run; a column in which no run has anything is left out."""
     optional = lambda value, form: "" if value is None else format(value, form)
@@ -166,6 +201,7 @@ def _runs(found: Sequence[Result]) -> str:
             "tokens": quantity(r.tokens, ""),
             "state + KV": quantity(r.bytes, "B"),
             "recall": optional(r.recall, ".4f"),
+            "90% after": "" if r.reached_tokens is None else quantity(r.reached_tokens, ""),
             "loss": optional(r.loss, ".4f"),
             "tokens/s": optional(r.tokens_per_second, ",.0f"),
             "commit": r.commit,
@@ -192,7 +228,17 @@ def _notes(found: Sequence[Result]) -> str:
 
 
 TEXTS = {"run", "full layers", "commit", "date"}
-NUMBERS = {"learning rate", "width", "parameters", "tokens", "state + KV", "recall", "loss", "tokens/s"}
+NUMBERS = {
+    "learning rate",
+    "width",
+    "parameters",
+    "tokens",
+    "state + KV",
+    "recall",
+    "loss",
+    "tokens/s",
+    "90% after",
+}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

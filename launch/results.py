@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from eval import convergence
+from eval.convergence import Convergence
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import private
@@ -66,6 +68,21 @@ class Result(NamedTuple):
     commit: str
     date: str
     device: str
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """Of recall; None if it was not measured while the run trained."""
+        return convergence.of(self.curves["recall"], self.guess["recall"])
+
+    @property
+    def left_tokens(self) -> float | None:
+        """Training tokens until it left the plateau; None if it has not, or is not known to."""
+        return self.convergence.left if self.convergence else None
+
+    @property
+    def reached_tokens(self) -> float | None:
+        """Until recall was 90%."""
+        return self.convergence.reached if self.convergence else None
 
     @property
     def fraction(self) -> float:
@@ -270,7 +287,8 @@ def under_budgets(found: Sequence[Mean], metric: str) -> list[tuple[int, Mean]]:
 def table(results: Sequence[Result]) -> str:
     """results.csv: a row for each run."""
     fields = ("state", "learning_rate", "width", "full_layers", "num_layers", "parameters", "bytes", "tokens",
-              "recall", "loss", "tokens_per_second", "commit", "date", "device", "error")  # fmt: skip
+              "recall", "left_tokens", "reached_tokens", "loss", "tokens_per_second", "commit", "date",
+              "device", "error")  # fmt: skip
     axes = [n for n in dict.fromkeys(n for result in results for n in result.point) if n not in fields]
     out = io.StringIO(newline="")
     rows = csv.writer(out)

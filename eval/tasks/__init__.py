@@ -2,19 +2,22 @@
 
 from collections.abc import Iterable
 
-from eval.tasks import labelled, natural, passkey, ruler, sessions
+from eval.tasks import labelled, latent_match, natural, passkey, phonebook, ruler, ruler_qa, sessions
 from eval.tasks.base import Setting, Task
 from hybridlm.errors import ConfigError, nearest, one_of
 
 __all__ = ["SUITES", "TASKS", "Setting", "Task", "choose"]
 
 TASKS: dict[str, Task] = {
-    task.name: task for family in (passkey, ruler, sessions, natural, labelled) for task in family.TASKS
+    task.name: task
+    for family in (passkey, ruler, ruler_qa, phonebook, latent_match, sessions, natural, labelled)
+    for task in family.TASKS
 }
 
 SUITES: dict[str, tuple[str, ...]] = {
     "recall": tuple(task.name for family in (passkey, ruler) for task in family.TASKS),
-    "ruler": tuple(task.name for task in ruler.TASKS),
+    "ruler": (*(task.name for task in ruler.TASKS), "qa_1", "qa_2"),
+    "prose": tuple(task.name for family in (phonebook, latent_match) for task in family.TASKS),
     "sessions": tuple(task.name for task in sessions.TASKS),
     "natural": tuple(task.name for task in natural.TASKS),
     "synthetic": tuple(task.name for task in labelled.TASKS),

@@ -97,6 +97,7 @@ class PromptTask:
     write: makes a sample whose prompt has at most ``budget`` tokens.
     max_new_tokens: of the answer; part of the context length.
     guess: the chance of one answer at random.
+    version: of the prompts, where an earlier release wrote others.
     """
 
     name: str
@@ -109,9 +110,13 @@ class PromptTask:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     stop: tuple[str, ...] = ()
     text: bool = True
+    version: str | None = None
 
     def chance(self, config: Config) -> float | None:
         return self.guess
+
+    def examples(self, subject: Subject) -> str | None:
+        return self.version
 
     def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:
         count = lambda text: 1 + len(tokens.encode(text))  # and the document separator

@@ -15,16 +15,31 @@ from eval.subject import Progress, Subject
 from eval.tasks.base import Setting
 from hybridlm import data
 from hybridlm.config import Config
-from hybridlm.data import copying, joint_recall, mad, mixture, state_tracking
+from hybridlm.data import (
+    copying,
+    counting,
+    joint_recall,
+    latent_recall,
+    listops,
+    mad,
+    mixture,
+    pathfinder,
+    phonebook,
+    regression,
+    state_tracking,
+)
 from hybridlm.fields import plain
 
 Settings = Mapping[str, Any]
+DECIDE = ("kind", "task", "group")  # which settings make a task; others are its size
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelTask:
     """settings: of the data, kind first.
     choices: (settings, vocabulary) -> number of answers that a label can be.
+    whole: labels of an example, all of which must be right for it to count; 0 counts each by itself.
+    constant: settings -> score of the best answer that is always the same, where labels are not uniform.
     """
 
     name: str
@@ -34,6 +49,8 @@ class LabelTask:
     choices: Callable[[Settings, int], int]
     lengths: tuple[int, ...] = (256,)
     text: bool = False
+    whole: int = 0
+    constant: Callable[[Settings], float] | None = None
 
     def data_config(self, run: data.Config, samples: int) -> dict[str, Any]:
         """This task's settings over those of the run's own data, where it has the same kind."""
@@ -56,7 +73,8 @@ class LabelTask:
 
     def chance(self, config: Config) -> float | None:
         settings = plain(data.settings(self.data_config(config.data, 1)))
-        return 1 / self.choices(settings, config.model.vocab_size)
+        drawn = 1 / self.choices(settings, config.model.vocab_size) ** max(1, self.whole)
+        return max(drawn, self.constant(settings)) if self.constant else drawn
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         rows = min(subject.rows_per_batch(setting.length), setting.samples)
@@ -71,7 +89,8 @@ class LabelTask:
             counted = (batch["targets"] >= 0).sum(axis=1)
             correct = subject.token_scores(batch)[1].sum(axis=1)
             real = counted > 0  # the last batch is filled up with padding
-            scores += (correct[real] / counted[real]).tolist()
+            share = correct[real] / counted[real]
+            scores += (np.floor(share) if self.whole else share).tolist()
             progress(int(real.sum()))
         return np.array(scores)
 
@@ -85,6 +104,10 @@ def _mad_choices(settings: Settings, vocab: int) -> int:
     vocab -= settings["noise_vocab"] if task == "noisy_in_context_recall" else 0
     vocab -= task == "fuzzy_in_context_recall"
     return vocab - vocab // 2
+
+
+def _elements(settings: Settings, vocab: int) -> int:
+    return settings["elements"]
 
 
 def _order(settings: Settings, vocab: int) -> int:
@@ -107,6 +130,7 @@ COPYING = {
     "induction": ("H3, arXiv 2212.14052, 3.1", 30),
 }
 MAD_LENGTHS = {"memorization": 32, "selective_copying": 256}
+LRA = "Long Range Arena, arXiv 2011.04006"
 
 TASKS = [
     *(
@@ -151,4 +175,69 @@ TASKS = [
         )
         for group in state_tracking.GROUPS
     ),
+    LabelTask(
+        "selective_copying", "Mamba, arXiv 2312.00752, 4.1", "16 tokens among up to 4096, in order",
+        {"kind": "mad", "task": "selective_copying", "copied": 16}, _mad_choices, (256 + 17, 4096 + 17),
+    ),
+    *(
+        LabelTask(
+            f"counting_{ids}", "Yehudai et al. 2024, arXiv 2407.15160",
+            f"how often the last of {2 * ids} tokens, of {ids} ids, has come",
+            {"kind": "counting", "elements": 2 * ids, "ids": ids}, _elements,
+            (counting.length(2 * ids),),
+            constant=lambda settings: counting.constant(settings["elements"], settings["ids"]),
+        )
+        for ids in (8, 32, 64)
+    ),
+    *(
+        LabelTask(
+            f"phonebook_{entries}", "Jelassi et al. 2024, arXiv 2402.01032; bytes",
+            f"the ten digits of one of {entries} names",
+            {"kind": "phonebook", "entries": entries}, lambda settings, vocab: 10,
+            (phonebook.length(entries),), whole=phonebook.DIGITS,
+        )
+        for entries in (4, 16, 64)
+    ),
+    *(
+        LabelTask(
+            f"latent_recall_{pairs}", "after NoLiMa, arXiv 2502.05167",
+            f"values of {pairs} keys, asked for by their topics",
+            {"kind": "latent_recall", "pairs": pairs},
+            lambda settings, vocab: vocab - 1 - 2 * (settings["concepts"] or (vocab - 1) // 4),
+            (latent_recall.length(pairs),),
+        )
+        for pairs in (4, 16, 64)
+    ),
+    *(
+        LabelTask(
+            f"regression_{segment}" if segment else "regression", "after arXiv 2501.12352, 2510.01450",
+            "values of a linear map" + (f", a new one every {segment} pairs" if segment else ""),
+            {"kind": "regression", "features": 6, "segment": segment},
+            lambda settings, vocab: 2 * settings["features"] + 1, (64, 256),
+            constant=lambda settings: regression.constant(settings["features"]),
+        )
+        for segment in (0, 32)
+    ),
+    LabelTask(
+        "listops", LRA, "the value of a nested expression", {"kind": "listops"},
+        lambda settings, vocab: listops.DIGITS, (200, 2000), constant=lambda settings: listops.CONSTANT,
+    ),
+    LabelTask(
+        "pathfinder", LRA, "whether two discs are the ends of one dashed curve", {"kind": "pathfinder"},
+        lambda settings, vocab: 2, (pathfinder.length(32),),
+    ),
+    LabelTask(
+        "byte_text", LRA, "the class of a text, in bytes (the run's data, kind labelled_text)",
+        {"kind": "labelled_text"}, lambda settings, vocab: settings["classes"], (1024, 4096),
+    ),
 ]  # fmt: skip
+
+
+def guess(settings: data.Config, vocab: int) -> tuple[int | None, float | None]:
+    """(answers that a label can be, score of guessing) of a run's own task; None for text and mixtures."""
+    own = plain(settings)
+    for task in TASKS:
+        if all(own.get(name) == value for name, value in task.settings.items() if name in DECIDE):
+            answers = task.choices(own, vocab)
+            return answers, max(1 / answers, task.constant(own) if task.constant else 0.0)
+    return None, None

@@ -1,9 +1,10 @@
 """RULER: retrieval, tracing and aggregation over generated text (Hsieh et al. 2024, arXiv 2404.06654).
 
 Prompts, needles and settings are those of the published generator (NVIDIA/RULER, scripts/data/synthetic, with
-the template for base models: the question, then the beginning of its answer). What differs: the "essay"
-haystack is any text (`eval.haystack`) in place of Paul Graham's essays, its sentences are cut by punctuation,
-sizes fit each sample rather than the first, and common_words knows the words of wonderwords and no more.
+the template for base models: the question, then the beginning of its answer), its misspelt word included.
+What differs: the "essay" haystack is any text (`eval.haystack`; --haystack=essays: is theirs), its sentences
+are cut by punctuation, sizes fit each sample rather than the first, needles are shuffled anew for each
+sample, and common_words knows the words of wonderwords and no more. QA is in `ruler_qa`.
 """
 
 import functools
@@ -107,9 +108,9 @@ def _among_sentences(hidden: list[str], lines: list[str], rng: random.Random) ->
     places = sorted(len(lines) * depth // 100 for depth in rng.sample(DEPTHS, len(hidden)))
     parts, last = [], 0
     for place, needle in zip(places, hidden, strict=True):
-        parts += [*lines[last:place], needle]
+        parts += [" ".join(lines[last:place]), needle]
         last = place
-    return " ".join(parts + lines[last:])
+    return " ".join([*parts, " ".join(lines[last:])])
 
 
 def write_variable_tracking(writer: Writer, hops: int = 4) -> Sample:
@@ -126,15 +127,15 @@ def write_variable_tracking(writer: Writer, hops: int = 4) -> Sample:
         return [*lines, *names]
 
     def problem(parts: list[str], value: str, copies: int, placing: random.Random) -> str:
-        lines = [NOISE] * copies
+        lines = [f"{NOISE}\n"] * copies
         for offset, place in enumerate(sorted(placing.sample(range(copies), hops + 1))):
             lines.insert(place + offset, parts[offset])
-        context = "\n".join(lines).replace(". \n", ".\n")
+        context = " ".join(lines)
         return (
             "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
             f"{context}\nQuestion: Find all variables that are assigned the value {value} in the text above."
             " Answer: According to the chain(s) of variable assignment in the text above, "
-            f"{hops + 1} variables are assigned the value {value}, they are: "
+            f"{hops + 1} variables are assgined the value {value}, they are: "
         )
 
     draw_value = lambda: str(rng.randint(10_000, 99_998))
@@ -146,7 +147,7 @@ def write_variable_tracking(writer: Writer, hops: int = 4) -> Sample:
         copies = largest(example, writer.count, 500, hops + 1)
     except TooShort:  # a tokenizer of many tokens a word
         copies = hops + 1
-    shot = example(copies) + " " + " ".join(example_parts[hops + 1 :]) + "\n\n"
+    shot = f" {example(copies)} {' '.join(example_parts[hops + 1 :])}\n\n\n\n"
     seed = rng.getrandbits(64)
     text = lambda copies: shot + problem(parts, value, copies, random.Random(seed))
     size = largest(text, writer.count, writer.budget, hops + 1)
@@ -175,7 +176,7 @@ def write_common_words(writer: Writer) -> Sample:
     shot = problem(example, *((3, 1) if short else (10, 3)), random.Random(rng.getrandbits(64)))
     drawn, seed = rng.sample(every, len(every)), rng.getrandbits(64)
     counts = (6, 1) if short else (30, 3)
-    text = lambda size: f"{shot} {solved}\n" + problem(drawn[:size], *counts, random.Random(seed))
+    text = lambda size: f"{shot}{solved}\n" + problem(drawn[:size], *counts, random.Random(seed))
     size = largest(text, writer.count, writer.budget, 11, most=len(every))
     return Sample(text(size), tuple(drawn[:10]))
 
@@ -184,7 +185,7 @@ def write_frequent_words(writer: Writer, alpha: float = 2.0) -> Sample:
     """Coded words of six letters, frequencies by a zeta law; the top rank is "...", the next three wanted."""
     rng = writer.rng
     coded: list[str] = []
-    while len(coded) < max(5, writer.budget // 50):
+    while len(coded) < max(5, writer.length // 50):
         word = "".join(rng.choices(string.ascii_lowercase, k=6))
         coded += [word] if word not in coded else []
     coded[0] = "..."
@@ -229,14 +230,14 @@ TASKS = [
     _needle_task("niah_multiquery", "numbers of four words in prose", Needles("text", queries=4)),
     PromptTask(
         "variable_tracking", SOURCE, "all five names that one value reaches through assignments",
-        write_variable_tracking, max_new_tokens=30, guess=26.0**-5,
+        write_variable_tracking, max_new_tokens=30, guess=26.0**-5, version="2",
     ),
     PromptTask(
         "common_words", SOURCE, "the ten words that a long list repeats most",
-        write_common_words, max_new_tokens=120, guess=10 / 8000,
+        write_common_words, max_new_tokens=120, guess=10 / 8000, version="2",
     ),
     PromptTask(
         "frequent_words", SOURCE, "the three most frequent coded words, frequencies being Zipf's",
-        write_frequent_words, max_new_tokens=50, guess=3 * 26.0**-6,
+        write_frequent_words, max_new_tokens=50, guess=3 * 26.0**-6, version="2",
     ),
 ]  # fmt: skip

@@ -8,7 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.data import copying, joint_recall, mad, mixture, mqar, shards, stack, state_tracking, text
+from hybridlm.data import (
+    copying,
+    counting,
+    joint_recall,
+    labelled_text,
+    latent_recall,
+    listops,
+    mad,
+    mixture,
+    mqar,
+    pathfinder,
+    phonebook,
+    regression,
+    shards,
+    stack,
+    state_tracking,
+    text,
+)
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Batch, Config, Source, View, empty_rows
 from hybridlm.errors import ConfigError, RunError, one_of
@@ -24,6 +41,13 @@ KINDS: dict[str, Any] = {  # modules: Config, open_source
     "stack": stack,
     "mad": mad,
     "state_tracking": state_tracking,
+    "counting": counting,
+    "phonebook": phonebook,
+    "latent_recall": latent_recall,
+    "regression": regression,
+    "listops": listops,
+    "pathfinder": pathfinder,
+    "labelled_text": labelled_text,
     "mixture": mixture,
 }
 MIXTURE = "mixture"

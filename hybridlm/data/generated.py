@@ -118,3 +118,25 @@ def draw_distinct(rng: np.random.Generator, low: int, high: int, count: int) -> 
         j = rng.integers(i, high - low, size=BLOCK)
         deck[example, i], deck[example, j] = deck[example, j], deck[example, i]
     return deck[:, :count]
+
+
+def classified(
+    made: Sequence[tuple[Sequence[int] | np.ndarray, int]],
+    length: int,
+    *,
+    mark: int,
+    pad: int,
+    first: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets, int32 [examples, length], of (tokens, class): ``pad`` before them, ``mark`` behind.
+
+    The class, counted from the id ``first``, is the target at the mark, the last token of the row. Tokens may
+    be length - 1 at most.
+    """
+    tokens = np.full((len(made), length), pad, np.int32)
+    tokens[:, -1] = mark
+    for row, (given, _) in zip(tokens, made, strict=True):
+        row[length - 1 - len(given) : -1] = given
+    targets = no_targets(tokens)
+    targets[:, -1] = [first + label for _, label in made]
+    return tokens, targets
