@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import mapping, model, program, stack, untrusted, weights
+from hybridlm import lora, mapping, model, program, stack, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
@@ -124,6 +124,8 @@ def source(path: str | Path) -> Iterator[Source]:
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
             if ema:
                 arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition, "init_from"))
+            if config.model.lora:
+                arrays, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
             yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
     else:
         from hybridlm.convert import families, incoming
@@ -133,6 +135,11 @@ def source(path: str | Path) -> Iterator[Source]:
         manifest = incoming.fill(path, imported, read.__setitem__)
         carry = lambda workdir: incoming.carry(imported, manifest, workdir)
         yield Source(model.build(imported.config), read, carry, path / TOKENIZER)
+
+
+def without_factors(config: configs.Config) -> configs.Config:
+    """Of the same model with its low-rank factors (`hybridlm.lora`) in its matrices, all of it trained."""
+    return config.replace(model__lora=(), optimizer__freeze=()) if config.model.lora else config
 
 
 def _copy(carried: Path, workdir: Path) -> None:
@@ -145,7 +152,7 @@ def described(path: str | Path) -> configs.Config:
     check(path)
     path = Path(path).absolute()
     if (path / "checkpoints").is_dir():
-        return configs.of_run(path)
+        return without_factors(configs.of_run(path))
     from hybridlm.convert import families
 
     return families.read_config(path).config

@@ -29,6 +29,8 @@ class Model:
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
         mixer (all but the MLP's first matmuls). What is kept costs memory, what is recomputed time.
     scan: False unrolls the stack, for debugging; compile time then grows with depth.
+    lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
+        (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
     mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
         0: the standard parametrisation.
     """
@@ -45,6 +47,7 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "dots", "mixer"] = "full"
     scan: bool = True
+    lora: tuple[str, ...] = ()
     mup_base_width: Count = 0
 
 
@@ -60,7 +63,7 @@ class Optimizer:
         (with muon: MuonClip; Kimi K2 has 100); 0: none.
     b1, b2, eps: of AdamW.  muon_momentum: of Muon, Nesterov's.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
-        embedding, layers.*.mlp.*, layers.0.* ...
+        embedding, layers.*.mlp.*, layers.0.* ...; "!PATTERN" takes out again: ("*", "!*.lora_?").
     groups: "PATTERN=LR" or "PATTERN=LR/DECAY", patterns as in ``freeze``: by what the learning rate, and the
         weight decay beside it, are multiplied for parameters of those names; the last that matches counts.
     ema: decay of the exponential moving average of the weights that is kept beside them, validated with them
