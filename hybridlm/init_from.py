@@ -174,8 +174,13 @@ def teacher(config: configs.Config, built: program.Program) -> tuple[model.Param
     return (jax.jit(lambda flat: stack.restack(layout, flat, list(shapes)), out_shardings=where)(flat),)
 
 
-def load(other: Source, definition: model.Definition, params: model.Params) -> tuple[model.Params, Report]:
-    """``params`` (fresh, wherever they lie) with everything replaced that has a counterpart in ``other``."""
+def load(
+    other: Source, definition: model.Definition, params: model.Params, gates: str = "near"
+) -> tuple[model.Params, Report]:
+    """``params`` (fresh, wherever they lie) with everything replaced that has a counterpart in ``other``.
+
+    gates: config.init_gates.
+    """
     ours = model.unstack(definition, params)
     taken = [
         name
@@ -185,7 +190,7 @@ def load(other: Source, definition: model.Definition, params: model.Params) -> t
         and _same_kind(name, definition, other.definition)
     ]
     read = lambda name: np.asarray(other.arrays[name]).astype(np.float32, copy=False)
-    mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()})
+    mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()}, gates)
     for name in (*taken, *mapped):
         loaded = mapped[name].value if name in mapped else read(name)
         put = lambda index, loaded=loaded: loaded[index]
@@ -200,7 +205,7 @@ def load(other: Source, definition: model.Definition, params: model.Params) -> t
 
 
 def _mixers(
-    other: Source, definition: model.Definition, shapes: Mapping[str, tuple[int, ...]]
+    other: Source, definition: model.Definition, shapes: Mapping[str, tuple[int, ...]], gates: str
 ) -> tuple[dict[str, mapping.Mapped], dict[str, str]]:
     """What `mapping` makes of the source's mixers by canonical name, and why not, by layer."""
     found: dict[str, mapping.Mapped] = {}
@@ -215,7 +220,7 @@ def _mixers(
             return None if array is None else np.asarray(array).astype(np.float32, copy=False)
 
         own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
-        made, problem = mapping.mixer(theirs.config, ours.config, definition.d_model, read, own)
+        made, problem = mapping.mixer(theirs.config, ours.config, definition.d_model, read, own, gates)
         found |= {start + name: one for name, one in made.items()}
         why |= {f"layer {index}": problem} if problem else {}
     return found, why
@@ -235,13 +240,15 @@ def start(
     params: model.Params,
     workdir: Path,
     tokenizer: Tokenizer | None = None,
+    gates: str = "near",
 ) -> model.Params:
     """`load` from ``path``, reported in the log and in ``workdir``/init_from.json.
 
     tokenizer: of the data that the run will see; a warning where the source's embedding stands for others.
+    gates: config.init_gates.
     """
     with source(path) as other:
-        params, report = load(other, definition, params)
+        params, report = load(other, definition, params, gates)
         if jax.process_index() == 0:
             other.carry(workdir)
             if "embedding" in report.loaded and tokenizer is not None:

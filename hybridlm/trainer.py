@@ -226,6 +226,7 @@ class Trainer:
                 self.own(state, r)["params"],
                 one.workdir,
                 one.train_data.tokenizer,
+                self.config.init_gates,
             )
             for r, one in enumerate(self.members)
         ]
