@@ -204,10 +204,13 @@ def test_parallel_pair():
         "swa": ("attention", GQA[1] | {"window": 9}),
         "gla": ("gla", SIZES | {"v_head_dim": K, "output_gate": "none"}),
     }
-    pair = {"branches": ("gla", "swa"), "combine": "sum"}
-    definition = built("full pair", **kinds, pair=("parallel", pair | {"multipliers": (0.0, 1.0)}))
+    pair = {"branches": ("swa", "gla"), "combine": "gate"}
+    definition = built("full pair", **kinds, pair=("parallel", pair))
     params, report = loaded(definition, "keys")
-    assert not report.why and all(".o_norm." in n or ".f_" in n for n in report.new) and not report.dropped
+    assert not report.why and not report.dropped
+    assert sorted(n.rsplit("mixer.")[1] for n in report.new) == ["branches.gla.o_norm.scale", "gate"]
+    [gate] = [name for name in params if name.endswith("mixer.gate")]
+    params[gate] = jnp.full_like(params[gate], 40.0)  # the first branch alone
     np.testing.assert_allclose(logits(definition, params), expected(), atol=1e-5, rtol=1e-5)
 
 
