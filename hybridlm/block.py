@@ -7,7 +7,7 @@ from flax import nnx
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
-from hybridlm.layers import RMSNorm
+from hybridlm.layers import Linear, RMSNorm
 from hybridlm.mixers import Site
 
 
@@ -88,7 +88,9 @@ class Block(nnx.Module):
         if spec.lora:
             modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(self)}
             for one in spec.lora:
-                modules[one.name].add_factors(one.rank, one.scale, rngs)
+                matrix = modules[one.name]
+                assert isinstance(matrix, Linear)
+                matrix.add_factors(one.rank, one.scale, rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         context.record("block.input", x_BTD)

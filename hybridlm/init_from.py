@@ -124,9 +124,8 @@ def source(path: str | Path) -> Iterator[Source]:
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
             if ema:
                 arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition, "init_from"))
-            if config.model.lora:
-                arrays, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
-            yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
+            merged, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
+            yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
     else:
         from hybridlm.convert import families, incoming
 

@@ -150,7 +150,7 @@ def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, con
     print(f"teacher: {base:.4f} nats per token" if base is not None else "gates of both in every layer")
     print(f"keep {said or 'none'}: {total:,.0f} bytes of keys and values a row of {context} tokens")
     print(f"--config.model.pattern={pattern!r}")
-    record = {"losses" if base is not None else "gates": {str(i): scores[i] for i in order}}
+    record: dict[str, Any] = {"losses" if base is not None else "gates": {str(i): scores[i] for i in order}}
     record |= {"teacher": base, "keep": said, "pattern": pattern, "kv_bytes": total, "context": context}
     untrusted.write_json(workdir / "layer_choice.json", record)
 

@@ -64,8 +64,8 @@ def export_hf(
         params = saves.open(step, "params", names)
         if ema:
             params |= saves.open(step, "ema", averaged)
-        if config.model.lora:
-            params, definition = lora.Merged(definition, params), model.build(without_factors(config))
+        merged = lora.Merged(definition, params)
+        definition = model.build(without_factors(config))
         carried = _carried(workdir, definition) if not model_type else None
         model_type, values = carried or written(definition, model_type)
         planned = plan(definition, FAMILIES[model_type])
@@ -76,7 +76,7 @@ def export_hf(
             files = _files(planned, manifest, dtype)
             _check_room(beside, files)
             _describe(workdir, config, beside, values, manifest is not None, files, dtype)
-            tensors.write(beside, files, _values(planned, manifest, params))
+            tensors.write(beside, files, _values(planned, manifest, merged))
             beside.rename(directory)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
