@@ -49,17 +49,15 @@ def measure(
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         build = lambda definition: program.build(config, definition, mesh, None)
+        state = build(definition).init(jax.random.key(0))
+        on_device = sharding.put_batch(batch, mesh)
+        lower: Any = lambda definition: build(definition).step.lower(state, on_device)  # type: ignore[attr-defined]
         if config.model.remat == "auto":
             from hybridlm import fit  # which an older checkout has not
 
-            built = fit.program(config, definition, mesh, build)
+            run = fit.step(config, definition, mesh, lower)
         else:
-            built = build(definition)
-        state = built.init(jax.random.key(0))
-        on_device = sharding.put_batch(batch, mesh)
-        run: Any = built.step
-        if hasattr(run, "lower"):
-            run = run.lower(state, on_device).compile()
+            run = lower(definition).compile()
         compiled = time.perf_counter()
         seconds, losses = [], []
         for _ in range(steps + 1):

@@ -5,9 +5,10 @@
 
 The argument is teacher=FOLDER,MIXER,RATIO.
 FOLDER: a run's workdir, or a Hugging Face folder, which brings no data.
-MIXER: a name of `hybridlm.config.STANDARD`.
+MIXER: a name of `hybridlm.config.STANDARD`; of two, gla+swa, each layer has both and the mean of what they
+return (Liger).
 RATIO: r:1 keeps the last layer of every r + 1, "pure" none; or the indices of those to keep: 3+7+11
-(`python -m hybridlm.layer_choice` finds some).
+(`python -m hybridlm.layer_choice` finds some). "gates" has both everywhere and learns which to keep.
 
 Three stages (docs/linearise.md): transfer, each new mixer alone learns to return what the attention in its
 place returned; distil, the whole learns the teacher's logits; tune, next-token prediction without a teacher.
@@ -29,6 +30,7 @@ FROZEN = (
     "embedding", "head", "final_norm.scale", "layers.*.mixer_norm.*", "layers.*.mlp_norm.*", "layers.*.mlp.*",
 )  # fmt: skip
 STEPS = {"transfer": 1000, "distil": 3000, "tune": 500}
+GATES, CHOOSE = "gates", 300  # steps in which the gates alone are trained
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -41,14 +43,19 @@ def get_config(arg: str = "") -> ConfigDict:
     if not full:
         raise ConfigError("--config", f"linearise.py:{arg}", "the teacher has no layer of softmax attention")
     replaced = set(full) - set(_kept(ratio, len(names), arg))
-    new = [_renamed(name, mixer) if i in replaced else name for i, name in enumerate(names)]
+    learned = ratio == GATES
+    placed = lambda name: f"{pattern.split(name)[0]}_or_{mixer}" if learned else mixer.replace("+", "_")
+    new = [_renamed(name, placed(name)) if i in replaced else name for i, name in enumerate(names)]
     source = theirs.mixers[pattern.split(names[full[0]])[0]]
     assert isinstance(source, attention.Config)
     config = configs.default()
     for section in ("model", "train", "mlps", "data", "eval", "log", "checkpoint"):
         config[section] = ConfigDict(values[section])
     config.model.pattern = str(plan.plan(new))
-    config.mixers = ConfigDict(values["mixers"] | {mixer: _like(mixer, source, theirs.model.d_model)})
+    own = _definitions(mixer, source, theirs.model.d_model)
+    old = dict.fromkeys(pattern.split(names[i])[0] for i in full)
+    pairs = {f"{name}_or_{mixer}": _pair(name, mixer, combine="gate", gate_penalty=0.1) for name in old}
+    config.mixers = ConfigDict(values["mixers"] | own | (pairs if learned else {}))
     config.init_from = str(folder)
     config.objective = configs.objective("distil", teacher=str(folder))
     config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, warmup_steps=50)
@@ -65,7 +72,27 @@ def get_config(arg: str = "") -> ConfigDict:
             "optimizer": {"learning_rate": 1e-5},
         },
     })  # fmt: skip
+    if learned:
+        still = tuple(f"layers.*.mixer.{one}" for one in ("gate", *(f"branches.{name}.*" for name in old)))
+        config.stages.transfer.optimizer.freeze = (*FROZEN, *still)
+        config.stages.choose = ConfigDict({
+            "train": {"steps": CHOOSE},
+            "optimizer": {"learning_rate": 2e-2, "freeze": ("*", "!layers.*.mixer.gate")},
+        })  # fmt: skip
+        config.stages.order = ("transfer", "choose")
     return config
+
+
+def _definitions(mixer: str, source: attention.Config, d_model: int) -> dict:
+    """By name, the settings of ``mixer``, or of both and of the layer that has both."""
+    found = {name: _like(name, source, d_model) for name in mixer.split("+")}
+    if "+" in mixer:
+        found[mixer.replace("+", "_")] = _pair(*found, combine="sum", multipliers=(0.5, 0.5))
+    return found
+
+
+def _pair(first: str, second: str, **settings: object) -> dict:
+    return configs.mixer("parallel", branches=(first, second), **settings).to_dict()
 
 
 def _like(mixer: str, source: attention.Config, d_model: int) -> dict:
@@ -101,14 +128,14 @@ def _renamed(layer: str, mixer: str) -> str:
 def _kept(ratio: str, layers: int, arg: str) -> list[int]:
     """Indices of the layers that stay as they are."""
     first, _, last = ratio.partition(":")
-    if ratio == "pure":
+    if ratio in ("pure", GATES):
         return []
     if last == "1" and first.isdigit() and 0 < int(first) < layers:
         return list(range(int(first), layers, int(first) + 1))
     indices = ratio.split("+")
     if all(one.isdigit() and int(one) < layers for one in indices):
         return [int(one) for one in indices]
-    problem = f"RATIO {ratio!r} is none of pure, r:1 below {layers} layers and indices such as 3+7"
+    problem = f"RATIO {ratio!r} is none of pure, gates, r:1 below {layers} layers and indices such as 3+7"
     raise ConfigError("--config", f"linearise.py:{arg}", f"{FORM}; {problem}")
 
 
@@ -118,8 +145,13 @@ def _parse(arg: str) -> tuple[str, str, str]:
     if not head.startswith("teacher=") or len(rest) != 2:
         raise ConfigError("--config", f"linearise.py:{arg}", FORM)
     mixer, ratio = (one.strip() for one in rest)
-    if mixer not in configs.STANDARD:
-        known = ", ".join(configs.STANDARD)
-        problem = f"{FORM}; mixer {mixer!r} is none of {known}"
-        raise ConfigError("--config", f"linearise.py:{arg}", problem, nearest(mixer, configs.STANDARD))
+    each = mixer.split("+")
+    for one in each:
+        if one not in configs.STANDARD or one == "parallel":
+            known = ", ".join(name for name in configs.STANDARD if name != "parallel")
+            problem = f"{FORM}; mixer {one!r} is none of {known}"
+            raise ConfigError("--config", f"linearise.py:{arg}", problem, nearest(one, configs.STANDARD))
+    if len(each) > 2 or len(set(each)) < len(each) or (len(each) == 2 and ratio == GATES):
+        problem = f"{FORM}; two mixers are two names, as in gla+swa, and not for {GATES}"
+        raise ConfigError("--config", f"linearise.py:{arg}", problem)
     return head.removeprefix("teacher="), mixer, ratio

@@ -80,6 +80,9 @@ def needs(config: Config, devices: str) -> Needs:
     """Compiles the step of a resolved config for ``devices``; minutes for large models."""
     mesh = sharding.make_mesh(config.mesh, absent(devices))
     configs.check_batch(config.train, mesh.shape)
+    where, shape = sharding.batch_sharding(mesh), (config.train.batch_size, config.train.seq_len)
+    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
     definition = model.build(config)
     automatic = definition.model.remat == "auto"
 
@@ -89,7 +92,7 @@ def needs(config: Config, devices: str) -> Needs:
             config, fit.settled(definition, policy) if automatic else definition, mesh, None
         )
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
-            traced = built.step.trace(built.shapes, fit.batch_shapes(config, mesh))
+            traced = built.step.trace(built.shapes, batch)
             return fit.compiled(traced.lower(lowering_platforms=("cuda",)))
 
     policy = definition.model.remat

@@ -7,8 +7,16 @@ from flax import nnx
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
-from hybridlm.layers import RMSNorm
+from hybridlm.layers import Linear, RMSNorm
 from hybridlm.mixers import Site
+
+
+class Factors(NamedTuple):
+    """Low-rank factors of the matrix ``name`` of a block: their rank, and what their product is times."""
+
+    name: str
+    rank: int
+    scale: float
 
 
 class Spec(NamedTuple):
@@ -16,6 +24,7 @@ class Spec(NamedTuple):
 
     post_norm: the block's norms stand after mixer and MLP, not before.
     frozen: names of its parameters that are not trained.
+    lora: of the matrices that have factors (`hybridlm.lora`).
     """
 
     name: str
@@ -23,6 +32,7 @@ class Spec(NamedTuple):
     mlp_config: mlps.Config
     post_norm: bool = False
     frozen: tuple[str, ...] = ()
+    lora: tuple[Factors, ...] = ()
 
     @property
     def mixer(self) -> str:
@@ -75,6 +85,12 @@ class Block(nnx.Module):
         if self.has_mlp:
             self.mlp_norm = norm(model, rngs)
             self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
+        if spec.lora:
+            modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(self)}
+            for one in spec.lora:
+                matrix = modules[one.name]
+                assert isinstance(matrix, Linear)
+                matrix.add_factors(one.rank, one.scale, rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         context.record("block.input", x_BTD)

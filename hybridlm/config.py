@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -73,6 +73,8 @@ class Config:
     mixers, mlps: those that the pattern uses.
     val: data of which the held-out part is validated on beside that of ``data``: metrics val/<name>/loss.
     init_from: a run's workdir or a Hugging Face directory to take the first parameters from; "": none.
+    init_gates: what gates of matrix states start as that take the place of attention of ``init_from``: near,
+        such that the layer is near attention, or keys, a decay of the attention's keys (Liger).
     stages: parts of the run with settings of their own (`hybridlm.stages`); empty: it has none.
     """
 
@@ -89,11 +91,13 @@ class Config:
     objective: objectives.Config
     val: Named[data_kinds.Config]
     init_from: str = ""
+    init_gates: Literal["near", "keys"] = "near"
     stages: Named[Any] = dataclasses.field(default_factory=Named)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of plain values, from which `resolve` makes the same again."""
-        return {name: value for name, value in plain(self).items() if name != "stages" or value}
+        quiet = {"stages": {}, "init_gates": "near"}  # left out where they are what they always were
+        return {name: value for name, value in plain(self).items() if value != quiet.get(name, ...)}
 
     def replace(self, **fields: Any) -> "Config":
         """With other values, fields written with a double underscore: ``train__steps=3``."""
@@ -166,7 +170,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def _override(config: dict[str, Any], field: str, text: str) -> None:
-    if field == "init_from":
+    if field in ("init_from", "init_gates"):
         config[field] = text
         return
     if field.startswith("stages."):
@@ -215,6 +219,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
     values = given.to_dict()
     _move(values)
     init_from = checked("init_from", str, values.pop("init_from", ""))
+    init_gates = checked("init_gates", Literal["near", "keys"], values.pop("init_gates", "near"))
     parts = values.pop("stages", {})
     mapping(parts, "stages")
     for name, section in values.items():
@@ -251,7 +256,8 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)
         with under(section):
             sections[section].check()
-    whole = Config(**(sections | {"model": model, "val": Named(definitions["val"])}), init_from=init_from)
+    sections |= {"model": model, "val": Named(definitions["val"])}
+    whole = Config(**sections, init_from=init_from, init_gates=init_gates)
     return stages.complete(whole, parts)
 
 

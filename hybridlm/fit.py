@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from hybridlm import sharding, untrusted
+from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.model import Definition
-from hybridlm.program import Program
 from hybridlm.run import processes
 
 log = logging.getLogger("hybridlm")
@@ -36,39 +34,29 @@ class Step(NamedTuple):
     needs: int
 
 
-def program(
-    config: Config, definition: Definition, mesh: Mesh, build: Callable[[Definition], Program]
-) -> Program:
-    """``build(definition)`` with `model.remat` = "auto" decided, and its step compiled if that decided it.
+def step(config: Config, definition: Definition, mesh: Mesh, lower: Callable[[Definition], Any]) -> Any:
+    """The compiled training step: of ``lower(definition)``, with `model.remat` = "auto" decided.
 
-    Where the devices do not say how much memory they have (CPUs), everything is kept. Inside `jax.set_mesh`.
+    Where the devices do not say how much memory they have (CPUs), everything is kept.
     """
     if definition.model.remat != "auto":
-        return build(definition)
+        return lower(definition).compile()
     available = limit()
     if available is None:
-        return build(_with(definition, "none", definition.model.scan))
+        return lower(_with(definition, "none", definition.model.scan)).compile()
     memo = _memo(f"{jax.__version__} {jax.devices()[0].device_kind} {available} {dict(mesh.shape)} {config}")
     if memo is not None and memo.is_file():
         known = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace").strip()
         if known in FASTEST_FIRST:
             log.info("model.remat=auto: %s, as found before (%s)", known, memo)
-            return build(settled(definition, known))
-    programs: dict[str, Program] = {}
-
-    def step(policy: str) -> Step:
-        programs[policy] = built = build(settled(definition, policy))
-        batch = batch_shapes(config, mesh)
-        return compiled(built.step.lower(built.shapes, batch, *built.teacher))
-
-    policy, found, said = choose(step, available)
+            return lower(settled(definition, known)).compile()
+    compile = lambda policy: compiled(lower(settled(definition, policy)))
+    policy, found, said = choose(compile, available)
     log.info("model.remat=auto: %s", said)
     if memo is not None:
         untrusted.write_text(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
-    if agreed != policy:
-        return build(settled(definition, agreed))
-    return programs[policy]._replace(step=found.run)
+    return found.run if agreed == policy else compile(agreed).run
 
 
 def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]:
@@ -100,13 +88,6 @@ def compiled(lowered: Any) -> Step:
     run = lowered.compile()
     found = run.memory_analysis()
     return Step(run, found.argument_size_in_bytes + found.temp_size_in_bytes)
-
-
-def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of what a step takes, with shardings."""
-    shape = (config.train.batch_size, config.train.seq_len)
-    row = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.batch_sharding(mesh))
-    return dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
 
 
 def limit() -> int | None:

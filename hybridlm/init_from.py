@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import mapping, model, program, stack, untrusted, weights
+from hybridlm import lora, mapping, model, program, stack, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
@@ -124,7 +124,8 @@ def source(path: str | Path) -> Iterator[Source]:
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
             if ema:
                 arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition, "init_from"))
-            yield Source(definition, arrays, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
+            merged, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
+            yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
     else:
         from hybridlm.convert import families, incoming
 
@@ -133,6 +134,11 @@ def source(path: str | Path) -> Iterator[Source]:
         manifest = incoming.fill(path, imported, read.__setitem__)
         carry = lambda workdir: incoming.carry(imported, manifest, workdir)
         yield Source(model.build(imported.config), read, carry, path / TOKENIZER)
+
+
+def without_factors(config: configs.Config) -> configs.Config:
+    """Of the same model with its low-rank factors (`hybridlm.lora`) in its matrices, all of it trained."""
+    return config.replace(model__lora=(), optimizer__freeze=()) if config.model.lora else config
 
 
 def _copy(carried: Path, workdir: Path) -> None:
@@ -145,7 +151,7 @@ def described(path: str | Path) -> configs.Config:
     check(path)
     path = Path(path).absolute()
     if (path / "checkpoints").is_dir():
-        return configs.of_run(path)
+        return without_factors(configs.of_run(path))
     from hybridlm.convert import families
 
     return families.read_config(path).config
@@ -167,8 +173,13 @@ def teacher(config: configs.Config, built: program.Program) -> tuple[model.Param
     return (jax.jit(lambda flat: stack.restack(layout, flat, list(shapes)), out_shardings=where)(flat),)
 
 
-def load(other: Source, definition: model.Definition, params: model.Params) -> tuple[model.Params, Report]:
-    """``params`` (fresh, wherever they lie) with everything replaced that has a counterpart in ``other``."""
+def load(
+    other: Source, definition: model.Definition, params: model.Params, gates: str = "near"
+) -> tuple[model.Params, Report]:
+    """``params`` (fresh, wherever they lie) with everything replaced that has a counterpart in ``other``.
+
+    gates: config.init_gates.
+    """
     ours = model.unstack(definition, params)
     taken = [
         name
@@ -178,7 +189,7 @@ def load(other: Source, definition: model.Definition, params: model.Params) -> t
         and _same_kind(name, definition, other.definition)
     ]
     read = lambda name: np.asarray(other.arrays[name]).astype(np.float32, copy=False)
-    mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()})
+    mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()}, gates)
     for name in (*taken, *mapped):
         loaded = mapped[name].value if name in mapped else read(name)
         put = lambda index, loaded=loaded: loaded[index]
@@ -193,7 +204,7 @@ def load(other: Source, definition: model.Definition, params: model.Params) -> t
 
 
 def _mixers(
-    other: Source, definition: model.Definition, shapes: Mapping[str, tuple[int, ...]]
+    other: Source, definition: model.Definition, shapes: Mapping[str, tuple[int, ...]], gates: str
 ) -> tuple[dict[str, mapping.Mapped], dict[str, str]]:
     """What `mapping` makes of the source's mixers by canonical name, and why not, by layer."""
     found: dict[str, mapping.Mapped] = {}
@@ -208,7 +219,7 @@ def _mixers(
             return None if array is None else np.asarray(array).astype(np.float32, copy=False)
 
         own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
-        made, problem = mapping.mixer(theirs.config, ours.config, definition.d_model, read, own)
+        made, problem = mapping.mixer(theirs.config, ours.config, definition.d_model, read, own, gates)
         found |= {start + name: one for name, one in made.items()}
         why |= {f"layer {index}": problem} if problem else {}
     return found, why
@@ -228,13 +239,15 @@ def start(
     params: model.Params,
     workdir: Path,
     tokenizer: Tokenizer | None = None,
+    gates: str = "near",
 ) -> model.Params:
     """`load` from ``path``, reported in the log and in ``workdir``/init_from.json.
 
     tokenizer: of the data that the run will see; a warning where the source's embedding stands for others.
+    gates: config.init_gates.
     """
     with source(path) as other:
-        params, report = load(other, definition, params)
+        params, report = load(other, definition, params, gates)
         if jax.process_index() == 0:
             other.carry(workdir)
             if "embedding" in report.loaded and tokenizer is not None:

@@ -3,6 +3,8 @@
 Of a run that `configs/linearise.py` made: each of its new layers is put alone in the teacher's place, and the
 model's held-out loss says what that costs (the static score of HALO, arXiv 2601.22156, and of KL-LS, arXiv
 2512.20569, before their own training). The layers that cost most are to stay; the result is a pattern.
+Of a run whose layers have both (teacher=DIR,gdn,gates) the learned gates say which, and nothing is run
+(FlashMorph, arXiv 2606.30562, with the KL for its distance of hidden states).
 """
 
 import argparse
@@ -50,17 +52,12 @@ def loss_of(definition: model.Definition, flat: Mapping[str, Any], batches: Sequ
     return float(total / tokens)
 
 
-def rank(workdir: Path, batches: int) -> tuple[float, dict[int, float], Any]:
-    """(the teacher's held-out loss, what each new layer alone makes of it, the run's `weights.Weights`)."""
-    run = weights.load(workdir)
-    path = run.config.init_from
-    if not path:
-        fix = "Name a run of configs/linearise.py."
-        raise ConfigError("--workdir", str(workdir), "was not made from another model (init_from)", fix)
+def rank(run: weights.Weights, workdir: Path, batches: int) -> tuple[float, dict[int, float]]:
+    """(the teacher's held-out loss, what each new layer of the run alone makes of it)."""
     data = member.build_data(run.config, "val")
     held_out = [data.batch(i) for i in range(min(batches, data.num_batches or batches))]
     ours = model.unstack(run.definition, run.params)
-    with init_from.source(path) as other:
+    with init_from.source(run.config.init_from) as other:
         teacher = other.definition
         pairs = list(zip(teacher.layers, run.definition.layers, strict=True))
         changed = [i for i, (one, new) in enumerate(pairs) if one.config != new.config]
@@ -73,31 +70,88 @@ def rank(workdir: Path, batches: int) -> tuple[float, dict[int, float], Any]:
         flat = {name: ours[name] if is_own else theirs[name] for name, is_own in own.items()}
         found[layer] = loss_of(definition, flat, held_out)
     base = found.pop(None)
-    return base, {layer: loss for layer, loss in found.items() if layer is not None}, run
+    return base, {layer: loss for layer, loss in found.items() if layer is not None}
 
 
-def chosen(run: weights.Weights, losses: Mapping[int, float], keep: int, teacher: model.Definition) -> str:
-    """The pattern that keeps the ``keep`` layers that cost most, beside those that the run has kept."""
-    worst = sorted(losses, key=lambda layer: losses[layer], reverse=True)[:keep]
-    specs = run.definition.layers
-    return str(plan.plan([teacher.layers[i].name if i in worst else one.name for i, one in enumerate(specs)]))
+def gates(run: weights.Weights) -> dict[int, float]:
+    """The learned share of attention of each layer of a run that has both (``teacher=DIR,gdn,gates``)."""
+    flat = model.unstack(run.definition, run.params)
+    found = {i: flat.get(f"layers.{i}.mixer.gate") for i in range(len(run.definition.layers))}
+    return {i: float(jax.nn.sigmoid(gate[0])) for i, gate in found.items() if gate is not None}
 
 
-def show(workdir: Path, keep: int, batches: int) -> None:
-    base, losses, run = rank(workdir, batches)
-    if not 0 < keep <= len(losses):
-        raise ConfigError(
-            "--keep", keep, f"must be between 1 and {len(losses)}, the layers that were replaced"
-        )
-    pattern = chosen(run, losses, keep, model.build(init_from.described(run.config.init_from)))
-    table = Table("rank", "layer", "loss, that layer alone replaced", "above the teacher")
-    order = sorted(losses, key=lambda layer: losses[layer], reverse=True)
+def kept(scores: Mapping[int, float], costs: Mapping[int, float], budget: float) -> list[int]:
+    """Layers to keep, the highest ``scores`` first, each that still fits: ``costs`` add up to ``budget`` at
+    most."""
+    found, left = [], budget
+    for layer in sorted(scores, key=lambda one: scores[one], reverse=True):
+        if costs[layer] <= left:
+            found.append(layer)
+            left -= costs[layer]
+    return found
+
+
+def names(run: weights.Weights, teacher: model.Definition, layers: Sequence[int]) -> list[str]:
+    """The pattern's items with ``layers`` as the teacher has them, and no layer that has both."""
+    found = []
+    for i, (ours, theirs) in enumerate(zip(run.definition.layers, teacher.layers, strict=True)):
+        both = getattr(ours.config, "combine", "") == "gate"
+        other = ours.name.replace(ours.mixer, ours.config.branches[1], 1) if both else ours.name  # type: ignore
+        found.append(theirs.name if i in layers else other)
+    return found
+
+
+def kv_bytes(run: weights.Weights, teacher: model.Definition, context: int) -> tuple[float, dict[int, float]]:
+    """(of a row of ``context`` tokens with every layer replaced, what keeping each adds)."""
+    width, size = teacher.d_model, run.definition.dtype.itemsize
+    base, added = 0.0, {}
+    for i, (ours, theirs) in enumerate(zip(run.definition.layers, teacher.layers, strict=True)):
+        both = getattr(ours.config, "combine", "") == "gate"
+        new = ours.config.parts[1] if both else ours.config  # type: ignore[attr-defined]
+        own = (ours if new is ours.config else ours._replace(config=new)).cost(width, context).cache * size
+        base += own
+        added[i] = theirs.cost(width, context).cache * size - own
+    return base, added
+
+
+def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, context: int = 0) -> None:
+    """keep: as many layers; budget: as many as its bytes of keys and values at ``context`` tokens allow."""
+    run = weights.load(workdir)
+    if not run.config.init_from:
+        fix = "Name a run of configs/linearise.py."
+        raise ConfigError("--workdir", str(workdir), "was not made from another model (init_from)", fix)
+    base: float | None = None
+    scores = shares = gates(run)
+    if not shares:
+        base, scores = rank(run, workdir, batches)
+    teacher = model.build(init_from.described(run.config.init_from))
+    context = context or run.config.train.seq_len
+    least, costs = kv_bytes(run, teacher, context)
+    if budget:
+        if budget < least:
+            problem = f"is less than the {least:,.0f} that are kept with every layer replaced"
+            raise ConfigError("--kv_bytes", budget, problem)
+        found = kept(scores, costs, budget - least)
+    else:
+        if not 0 < keep <= len(scores):
+            problem = f"must be between 1 and {len(scores)}, the layers that were replaced"
+            raise ConfigError("--keep", keep, problem)
+        found = sorted(scores, key=lambda layer: scores[layer], reverse=True)[:keep]
+    told = "share of attention, learned" if shares else "loss, that layer alone replaced"
+    table = Table("rank", "layer", told, *([] if shares else ["above the teacher"]))
+    order = sorted(scores, key=lambda layer: scores[layer], reverse=True)
     for place, layer in enumerate(order, 1):
-        table.add_row(str(place), str(layer), f"{losses[layer]:.4f}", f"{losses[layer] - base:+.4f}")
+        above = [] if base is None else [f"{scores[layer] - base:+.4f}"]
+        table.add_row(str(place), str(layer), f"{scores[layer]:.4f}", *above)
     rich.get_console().print(table)
-    kept = "+".join(map(str, sorted(order[:keep])))
-    print(f"teacher: {base:.4f} nats per token\nkeep {kept}: --config.model.pattern={pattern!r}")
-    record = {"teacher": base, "losses": {str(i): losses[i] for i in order}, "keep": kept, "pattern": pattern}
+    pattern = str(plan.plan(names(run, teacher, found)))
+    total = least + sum(costs[i] for i in found)
+    said = "+".join(map(str, sorted(found)))
+    print(f"teacher: {base:.4f} nats per token" if base is not None else "gates of both in every layer")
+    print(f"keep {said or 'none'}: {total:,.0f} bytes of keys and values a row of {context} tokens")
+    print(f"--config.model.pattern={pattern!r}")
+    record: dict[str, Any] = {"losses" if base is not None else "gates": {str(i): scores[i] for i in order}}
+    record |= {"teacher": base, "keep": said, "pattern": pattern, "kv_bytes": total, "context": context}
     untrusted.write_json(workdir / "layer_choice.json", record)
 
 
@@ -105,10 +159,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m hybridlm.layer_choice", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("workdir", type=Path, help="of the converted run, all of its layers replaced or some")
-    parser.add_argument("--keep", type=int, required=True, help="layers that are to stay full")
+    many = parser.add_mutually_exclusive_group(required=True)
+    many.add_argument("--keep", type=int, default=0, help="layers that are to stay full")
+    many.add_argument("--kv_bytes", type=float, default=0, help="that keys and values of a row may take")
+    parser.add_argument("--context", type=int, default=0, help="tokens of that row; default: train.seq_len")
     parser.add_argument("--batches", type=int, default=16, help="held-out batches; default: %(default)s")
     flags = parser.parse_args(argv)
-    return cli.run(lambda: show(flags.workdir, flags.keep, flags.batches))
+    return cli.run(lambda: show(flags.workdir, flags.keep, flags.batches, flags.kv_bytes, flags.context))
 
 
 if __name__ == "__main__":

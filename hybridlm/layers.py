@@ -28,6 +28,7 @@ from pallas_kernels.elementwise import piece as elementwise_piece
 
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
+LORA = ("lora_a", "lora_b")  # the factors beside a kernel
 INIT_STD = 0.02  # FLA and most public checkpoints: N(0, 0.02) for every matrix
 
 
@@ -91,9 +92,27 @@ class Linear(nnx.Module):
     ):
         self.kernel = param(rngs, (in_features, out_features), axes, init, decay=True, cast=cast)
         self.bias = param(rngs, (out_features,), axes[1:], zeros, decay=False, cast=cast) if bias else None
+        self.rank, self.scale = 0, 1.0
+
+    def add_factors(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+        """Beside the kernel, as in `hybridlm.lora`."""
+        (fan_in, fan_out), axes = self.kernel.shape, self.kernel.axes
+        cast, start = self.kernel.cast, uniform(-(fan_in**-0.5), fan_in**-0.5)
+        self.rank, self.scale = rank, scale
+        self.lora_a = param(rngs, (fan_in, rank), (axes[0], None), start, decay=True, cast=cast)
+        self.lora_b = param(rngs, (rank, fan_out), (None, axes[1]), zeros, decay=True, cast=cast)
+
+    def matrix(self, dtype: Any) -> jax.Array:
+        """The kernel [in, out] with its factors in it, for those who use it otherwise than in a call."""
+        kernel = self.kernel[...].astype(dtype)
+        if not self.rank:
+            return kernel
+        return kernel + self.scale * (self.lora_a[...].astype(dtype) @ self.lora_b[...].astype(dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.rank:
+            y += self.scale * (x @ self.lora_a[...].astype(x.dtype) @ self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

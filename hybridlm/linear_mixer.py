@@ -31,7 +31,7 @@ from hybridlm.layers import (
     merge_heads,
     split_heads,
 )
-from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.mixers import Cost, KeyGates, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels import dplr, linear_attention, linear_attention_step
@@ -39,6 +39,7 @@ from pallas_kernels import dplr, linear_attention, linear_attention_step
 OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu, "linear": lambda x: x}
 OutputGate = Literal["none", "sigmoid", "swish", "linear"]
 NEAR_NONE = 1e-3  # of a decay that starts near none and still has a gradient: half is left after 700 tokens
+KEY_GATE = 16  # divides logsigmoid(keys) where a decay is made of keys, as in Liger's code and GLA's gate
 CHUNK = 64  # tokens a chunk in the FLOP count, as in the papers
 
 
@@ -322,6 +323,17 @@ def low_rank_recurrence(
 def softplus_decay(x: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
     """log decay = -exp(A_log) * softplus(x + dt_bias), float32 (Mamba-2's discretisation)."""
     return -jnp.exp(A_log) * jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
+
+
+def near_none(*writes: str) -> dict[str, float]:
+    """Of `softplus_decay`: next to no decay. writes: matrices of write strengths, which are then 1/2."""
+    return {"A_log": 0.0, "dt_bias": inverse_softplus(NEAR_NONE)} | dict.fromkeys(writes, 0.0)
+
+
+def softplus_of_keys(matrices: tuple[str, ...], *writes: str) -> KeyGates:
+    """`mixers.Config.gates_of_keys` of `softplus_decay`: -softplus(-keys) = logsigmoid(keys)."""
+    filled = {"A_log": -math.log(KEY_GATE), "dt_bias": 0.0} | dict.fromkeys(writes, 0.0)
+    return KeyGates(matrices, -1, filled)
 
 
 def write_strength(logits: jax.Array, neg_eigval: bool) -> jax.Array:

@@ -58,8 +58,6 @@ class Loop:
             with logbook.harmless("saying what the run is"):
                 self.open(start)
         self.say_determinism()
-        if self.definition.model.remat == "auto":
-            self.program = fit.program(self.config, self.definition, self.mesh, self.build)
         self.teacher = init_from.teacher(self.config, self.program)
         state = self.begin(start)
         with ExitStack() as stack:
@@ -137,7 +135,12 @@ class Loop:
         others, definition = self.config.init_from, self.definition
         loaded = [
             init_from.start(
-                others, definition, self.own(state, r)["params"], one.workdir, one.train_data.tokenizer
+                others,
+                definition,
+                self.own(state, r)["params"],
+                one.workdir,
+                one.train_data.tokenizer,
+                self.config.init_gates,
             )
             for r, one in enumerate(self.members)
         ]
@@ -190,7 +193,8 @@ class Loop:
     def compiled(self, state: State, start: int) -> Callable:
         began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
-        executable = self.program.step.lower(state, batch, *self.teacher).compile()
+        lower = lambda definition: self.build(definition).step.lower(state, batch, *self.teacher)
+        executable = fit.step(self.config, self.definition, self.mesh, lower)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
 

@@ -5,7 +5,9 @@
     MLA                                   exact (TransMLA, arXiv 2502.07864, step 1): the latent holds every
                                           value head, the shared channels every key head, a query its group's
     a matrix state of the same heads      q, k, v, o by heads, key and value heads repeated for their queries;
-                                          gates as `Config.near_attention` says, convolutions the identity
+                                          convolutions the identity; gates as `Config.near_attention` says, or
+                                          the decay made of keys (Liger, arXiv 2503.01496)
+    parallel heads                        each branch by itself
 
 Kernels are [in, out], and heads are what is repeated or averaged, never single rows.
 
@@ -18,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 
 from hybridlm import mixers
+from hybridlm.errors import ConfigError
 from hybridlm.linear_mixer import LinearMixer
-from hybridlm.mixers import attention, mla
+from hybridlm.mixers import attention, mla, parallel
 
 Read = Callable[[str], np.ndarray | None]  # a parameter of the old mixer by name; None: it has none
 
@@ -34,11 +37,17 @@ class Mapped(NamedTuple):
 
 
 def mixer(
-    theirs: mixers.Config, ours: mixers.Config, d_model: int, read: Read, shapes: Mapping[str, tuple]
+    theirs: mixers.Config,
+    ours: mixers.Config,
+    d_model: int,
+    read: Read,
+    shapes: Mapping[str, tuple],
+    gates: str = "near",
 ) -> tuple[dict[str, Mapped], str]:
     """(the parameters of the new mixer that follow from the old one's, why others do not or "").
 
     theirs, ours: settings of the old and the new mixer.  shapes: of the new one's parameters by name.
+    gates: of a matrix state: "near" attention, or its decay of "keys"; ConfigError where it can be of none.
     """
     if not isinstance(theirs, attention.Config):
         return {}, ""
@@ -48,9 +57,33 @@ def mixer(
         return _grouped(theirs, ours, d_model, read)
     if isinstance(ours, mla.Config):
         return _latent(theirs, ours, d_model, read, shapes)
+    if isinstance(ours, parallel.Joined):
+        return _branches(theirs, ours, d_model, read, shapes, gates)
     if issubclass(mixers.load(ours.kind), LinearMixer):
-        return _linear(theirs, ours, d_model, read, shapes)
+        return _linear(theirs, ours, d_model, read, shapes, gates)
     return {}, f"kind {ours.kind!r} has no queries, keys and values"
+
+
+def _branches(
+    theirs: attention.Config,
+    ours: parallel.Joined,
+    d_model: int,
+    read: Read,
+    shapes: Mapping[str, tuple],
+    gates: str,
+) -> tuple[dict[str, Mapped], str]:
+    found: dict[str, Mapped] = {}
+    why = []
+    for name, part in zip(ours.branches, ours.parts, strict=True):
+        start = f"branches.{name}."
+        own = {n.removeprefix(start): shape for n, shape in shapes.items() if n.startswith(start)}
+        made, problem = mixer(theirs, part, d_model, read, own, gates)
+        if isinstance(part, attention.Config) and not problem:
+            same = {n: value for n in own if (value := read(n)) is not None and value.shape == own[n]}
+            made = {n: Mapped(value, *_as_it_is(n)) for n, value in same.items()} | made
+        found |= {start + n: one for n, one in made.items()}
+        why += [f"branch {name}: {problem}"] if problem else []
+    return found, "; ".join(why)
 
 
 def heads(kernel: np.ndarray, dim: int, count: int) -> np.ndarray:
@@ -127,7 +160,12 @@ def _latent(
 
 
 def _linear(
-    theirs: attention.Config, ours: mixers.Config, d_model: int, read: Read, shapes: Mapping[str, tuple]
+    theirs: attention.Config,
+    ours: mixers.Config,
+    d_model: int,
+    read: Read,
+    shapes: Mapping[str, tuple],
+    gates: str,
 ) -> tuple[dict[str, Mapped], str]:
     num, groups = theirs.heads(d_model)
     dim = theirs.head_dim
@@ -153,10 +191,41 @@ def _linear(
     gate = read("g_proj.kernel")
     if gate is not None and getattr(ours, "output_gate", "") == "sigmoid" and "g_proj.kernel" in shapes:
         found["g_proj.kernel"] = Mapped(gate, *_as_it_is("g_proj.kernel"))
-    for name, number in ours.near_attention().items():
-        text = f"{number:.3g}, so that the layer starts near attention"
-        found[name] = Mapped(np.full(shapes[name], number, np.float32), text)
+    filled, text = ours.near_attention(), "so that the layer starts near attention"
+    if gates == "keys":
+        kept = ours.gates_of_keys()
+        if kept is None:
+            problem = f"kind {ours.kind!r} has no decay that can be made of keys"
+            raise ConfigError("init_gates", gates, problem, "Set init_gates=near.")
+        found |= _of_keys(kept, found["k_proj.kernel"].value[:, : num * dim], shapes)
+        filled, text = kept.filled, "so that the decay is of keys alone"
+    for name, number in filled.items():
+        found[name] = Mapped(np.full(shapes[name], number, np.float32), f"{number:.3g}, {text}")
     return found, ""
+
+
+def _of_keys(kept: mixers.KeyGates, k: np.ndarray, shapes: Mapping[str, tuple]) -> dict[str, Mapped]:
+    """The logits of a decay: the keys of all heads, ``k`` [D, H * K], pooled to as many as there are."""
+    first, *second = kept.matrices
+    width, wanted = k.shape[1], shapes[first][1]
+    text = "k_proj.kernel" + (f", {width} channels pooled to {wanted}" if wanted != width else "")
+    found = {first: Mapped(kept.sign * k @ pool(width, wanted), text, ("k_proj.kernel",))}
+    for name in second:
+        rank, channels = shapes[name]
+        spread = np.zeros((rank, channels), np.float32)
+        spread[np.arange(channels) * rank // channels, np.arange(channels)] = 1
+        found[name] = Mapped(spread, "each channel's pool of keys")
+    return found
+
+
+def pool(width: int, count: int) -> np.ndarray:
+    """[width, count], column i the mean over channels floor(i width / count) to ceil((i + 1) width / count):
+    adaptive average pooling."""
+    found = np.zeros((width, count), np.float32)
+    for i in range(count):
+        begin, end = i * width // count, -(-(i + 1) * width // count)
+        found[begin:end, i] = 1 / (end - begin)
+    return found
 
 
 def _there(read: Read, name: str) -> np.ndarray:

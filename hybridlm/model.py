@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, mlps, mup, pattern, plan, schema, stack, trees
+from hybridlm import lora, mixers, mlps, mup, pattern, plan, schema, stack, trees
 from hybridlm.block import Block, Spec, norm
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
@@ -88,7 +88,7 @@ def build(config: "Config") -> Definition:
 
     names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
     specs = {name: spec(name) for name in dict.fromkeys(names)}
-    layers = tuple(specs[name] for name in names)
+    layers = lora.placed(config, tuple(specs[name] for name in names))
     frozen = config.optimizer.freeze
     layers = _frozen(model, layers, frozen) if frozen else layers
     definition = Definition(model, layers, plan.plan(layers), frozen)
@@ -101,15 +101,17 @@ def build(config: "Config") -> Definition:
 def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:
     """The layers with the names of those of their parameters that a pattern freezes."""
     names, matched, result = {}, set(), []
+    stripped = [one.removeprefix("!") for one in frozen]
     for spec in dict.fromkeys(layers):
         block = lambda spec=spec: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0))
         names[spec] = list(trees.flatten(nnx.to_pure_dict(nnx.state(nnx.eval_shape(block)))))
     for index, spec in enumerate(layers):
-        hits = [(n, p) for n in names[spec] for p in frozen if fnmatchcase(f"layers.{index}.{n}", p)]
-        matched |= {pattern for _, pattern in hits}
-        result.append(spec._replace(frozen=tuple(dict.fromkeys(name for name, _ in hits))))
+        own = {name: f"layers.{index}.{name}" for name in names[spec]}
+        matched |= {one for one in stripped for name in own.values() if fnmatchcase(name, one)}
+        held = {name for name, whole in own.items() if froze(whole, frozen)} | {*spec.frozen}
+        result.append(spec._replace(frozen=tuple(name for name in own if name in held)))
     others = ("embedding", "final_norm.scale", "head", "shared")
-    for one in frozen:
+    for one in stripped:
         if one not in matched and not any(fnmatchcase(n, one) or one.startswith(f"{n}.") for n in others):
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
             raise ConfigError("optimizer.freeze", one, "is the name of no parameter", fix)
@@ -283,10 +285,17 @@ class _Kept:
 
 def is_frozen(definition: Definition, name: str) -> bool:
     """Whether the parameter ``name`` of `init` is not trained; the layers of a stack are all alike in it."""
-    if not definition.frozen:
-        return False
-    canonical = stack.unstack(definition.layout, {name: None}, lambda leaf, place: None)
-    return any(fnmatchcase(next(iter(canonical)), one) for one in definition.frozen)
+    canonical = next(iter(stack.unstack(definition.layout, {name: None}, lambda leaf, place: None)))
+    if canonical.startswith("layers."):
+        _, index, rest = canonical.split(".", 2)
+        return rest in definition.layers[int(index)].frozen
+    return froze(canonical, definition.frozen)
+
+
+def froze(name: str, patterns: Sequence[str]) -> bool:
+    """Whether ``patterns`` freeze ``name``: the last that matches counts, "!PATTERN" takes out again."""
+    hits = [one for one in patterns if fnmatchcase(name, one.removeprefix("!"))]
+    return bool(hits) and not hits[-1].startswith("!")
 
 
 def cast_to_compute(definition: Definition, params: Params) -> Params:

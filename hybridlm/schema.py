@@ -31,6 +31,8 @@ class Model:
         kept costs memory, what is recomputed time. auto: the fastest that fits, found by compiling; on a GPU
         it unrolls the stack, unless it is full.
     scan: False unrolls the stack: faster on a GPU where remat is not full, but compile time grows with depth.
+    lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
+        (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
     mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
         0: the standard parametrisation.
     """
@@ -47,6 +49,7 @@ class Model:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     remat: Literal["none", "full", "dots", "mixer", "kernels", "auto"] = "full"
     scan: bool = True
+    lora: tuple[str, ...] = ()
     mup_base_width: Count = 0
 
 
@@ -62,7 +65,7 @@ class Optimizer:
         (with muon: MuonClip; Kimi K2 has 100); 0: none.
     b1, b2, eps: of AdamW.  muon_momentum: of Muon, Nesterov's.
     freeze: patterns (* is anything) of parameters' names that are not trained and have no optimiser state:
-        embedding, layers.*.mlp.*, layers.0.* ...
+        embedding, layers.*.mlp.*, layers.0.* ...; "!PATTERN" takes out again: ("*", "!*.lora_?").
     groups: "PATTERN=LR" or "PATTERN=LR/DECAY", patterns as in ``freeze``: by what the learning rate, and the
         weight decay beside it, are multiplied for parameters of those names; the last that matches counts.
     ema: decay of the exponential moving average of the weights that is kept beside them, validated with them

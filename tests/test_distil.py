@@ -15,6 +15,7 @@ from hybridlm import (
     loop,
     loss,
     mapping,
+    mimicry,
     model,
     stages,
     trainer,
@@ -22,6 +23,7 @@ from hybridlm import (
 )
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.objectives import TEACHER, distil
+from hybridlm.rows import Rows
 from tests import tiny
 
 
@@ -53,6 +55,31 @@ def test_distilled(monkeypatch):
         theirs = lambda h, m, w=w: dense(h, m, seen, teacher_head, targets, w)
         found, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, head) for f in (ours, theirs))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected)
+
+
+def test_mimicry(monkeypatch):
+    """Sums and gradients of the weights' cross-entropy against whole weights, over blocks, documents, grouped
+    keys and tokens that do not count."""
+    monkeypatch.setattr(mimicry, "BLOCK", 4)
+    keys = jax.random.split(jax.random.key(0), 4)
+    make = lambda key, heads, width: jax.random.normal(key, (2, 1, 7, heads, width))
+    theirs = mimicry.Heads(make(keys[0], 4, 3), make(keys[1], 2, 3))
+    ours = mimicry.Heads(*(jnp.exp(make(key, 4, 5)) for key in keys[2:]))
+    segments, counted = jnp.array([[1, 1, 1, 2, 2, 2, 2]]), jnp.ones((1, 7), bool).at[0, 6].set(False)
+    rows = Rows(segments, jnp.zeros((1, 7), jnp.int32))
+    seen = (segments[0][:, None] == segments[0]) & (jnp.arange(7)[:, None] >= jnp.arange(7))
+
+    def dense(ours):
+        logits = jnp.einsum("nbihk,nbjhk->nbhij", theirs.q, jnp.repeat(theirs.k, 2, 3)) * 0.7
+        A = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        f = jnp.where(seen, jnp.einsum("nbihf,nbjhf->nbhij", *ours), 0)
+        log_L = jnp.log(jnp.where(seen, f / f.sum(-1, keepdims=True), 1))
+        return (-(A * log_L).sum(-1).mean(2) * counted).sum((1, 2))
+
+    blocks = lambda ours: mimicry.cross_entropy(theirs, ours, rows, counted, 0.7)
+    for one in (lambda f, ours: f(ours), lambda f, ours: jax.grad(lambda o: f(o).sum())(ours)):
+        found, wanted = (jax.jit(lambda ours, f=f, one=one: one(f, ours))(ours) for f in (blocks, dense))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +184,49 @@ def test_nothing_to_learn_from_oneself(text, teacher):
         distil.Objective(distil.Config(kind="distil", teacher=str(teacher), transfer=1.0), definition)
 
 
+def test_layers_that_learn_alone(text, teacher):
+    """Transfer by cosine and the mimicry of weights are of what the layers make of the teacher's inputs."""
+    c = tiny.config(text, model__pattern="full map")
+    hedgehog = {"feature_map": "hedgehog", "rope_theta": 1e4}
+    c.mixers.map = configs.mixer("feature_map", num_heads=4, head_dim=8, **hedgehog)
+    definition = model.build(configs.resolve(c))
+    kinds = {"kl": 0.0, "transfer": 2.0, "transfer_by": "cosine", "weights": 3.0}
+    objective = distil.Objective(distil.Config(kind="distil", teacher=str(teacher), **kinds), definition)
+    theirs = weights.load(teacher)
+    tokens = jnp.arange(12).reshape(2, 6)
+    rows = Rows(jnp.ones_like(tokens), jnp.arange(6) * jnp.ones_like(tokens))
+    batch = {"tokens": tokens, "targets": tokens, "segment_ids": rows[0], "positions": rows[1]}
+
+    @jax.jit
+    def both(key):
+        params = model.init(definition, key)
+        frozen = {TEACHER + name: leaf for name, leaf in theirs.params.items()}
+        found = objective.loss(params, frozen, batch)
+        taps = ("block.*", "q", "k")
+        _, before = model.merge(theirs.definition, theirs.params).forward(tokens, rows, taps)
+        inputs = jnp.stack([before[f"layers.{i}.block.input"] for i in range(2)])
+        taps = ("block.mixed", "features.?")
+        return found, before, model.merge(definition, params).forward(tokens, rows, taps, inputs)[1]
+
+    (total, sums), before, after = jax.device_get(both(jax.random.key(3)))
+    a, b = (one["layers.1.block.mixed"] for one in (before, after))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    q, k, f_q, f_k = (
+        one[f"layers.1.{name}"]
+        for one, name in ((before, "q"), (before, "k"), (after, "features.q"), (after, "features.k"))
+    )
+    A = np.exp(np.einsum("bihk,bjhk->bhij", q, k) * 8**-0.5)
+    L = np.einsum("bihk,bjhk->bhij", f_q, f_k)
+    A, L = (np.tril(x) / np.tril(x).sum(-1, keepdims=True) for x in (A, L))
+    entropy = -(A * np.log(L + (A == 0))).sum(-1).mean(1).sum()
+    np.testing.assert_allclose(sums["transfer_loss_sum"], (1 - cosine).sum(), rtol=1e-4)
+    np.testing.assert_allclose(sums["weights_loss_sum"], entropy, rtol=1e-4)
+    np.testing.assert_allclose(total, 2 * (1 - cosine).sum() + 3 * entropy, rtol=1e-4)
+    retnet = model.build(configs.resolve(tiny.config(text, model__pattern="full retnet")))
+    with pytest.raises(ConfigError, match="layer 1 must be a positive feature_map"):
+        distil.Objective(distil.Config(kind="distil", teacher=str(teacher), weights=1.0), retnet)
+
+
 @pytest.mark.parametrize("mixer", ["gdn", "kda", "gla", "mamba2", "mla", "swa"])
 def test_linearise_config(teacher, mixer):
     """One argument makes a config whose new layers take all of the attention that they can."""
@@ -180,8 +250,44 @@ def test_linearise_config(teacher, mixer):
     assert "layers.*.mlp.*" in frozen["optimizer"]["freeze"]
 
 
+def test_learned_gates(teacher):
+    """Both in each layer: only gates are trained in the second stage; those that share most stay, as far as
+    their keys and values fit."""
+    config = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},gla,gates"))
+    assert config.model.pattern == "full_or_gla*2"
+    first, second = (model.metadata(model.build(one)) for _, one in stages.split(config))
+    assert {n.rsplit("mixer.")[1] for n, meta in second.items() if meta.trained} == {"gate"}
+    assert all(".branches.gla." in name for name, meta in first.items() if meta.trained)
+    definition = model.build(config)
+    params = jax.jit(lambda: model.init(definition, jax.random.key(0)))()
+    [gate] = [name for name in params if name.endswith("mixer.gate")]
+    params[gate] = jnp.reshape(jnp.array([-1.0, 2.0]), params[gate].shape)
+    run, attention = weights.Weights(config, definition, params, 1), weights.load(teacher).definition
+    shares = layer_choice.gates(run)
+    assert shares[0] == pytest.approx(1 / (1 + np.e)) and shares[1] == pytest.approx(1 / (1 + np.exp(-2)))
+    base, added = layer_choice.kv_bytes(run, attention, context=100)
+    assert base == 0 and set(added.values()) == {100 * 2 * 4 * 8 * 4}  # keys, values; heads, K, float32
+    keep = layer_choice.kept(shares, added, budget=1.5 * added[0])
+    assert keep == [1] and layer_choice.names(run, attention, keep) == ["gla", "full"]
+    assert layer_choice.kept({0: 3.0, 1: 2.0, 2: 1.0}, {0: 5, 1: 9, 2: 4}, 9) == [0, 2]
+
+
+def test_two_mixers_in_a_layer(teacher):
+    config = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},gla+swa,1:1"))
+    assert config.model.pattern == "gla_swa full" and config.mixers["gla_swa"].multipliers == (0.5, 0.5)
+
+
 @pytest.mark.parametrize(
-    "arg", ["", "teacher=x,gdn", "teacher={},gdm,3:1", "teacher={},gdn,3", "teacher={},gdn,2:1"]
+    "arg",
+    [
+        "teacher={},gla+gla,1:1",
+        "teacher={},gla+swa,gates",
+        "",
+        "teacher=x,gdn",
+        "teacher={},gdm,3:1",
+        "teacher={},gdn,3",
+        "teacher={},gdn,2:1",
+    ],
 )
 def test_linearise_arguments(teacher, arg):
     with pytest.raises(ConfigError, match="must be teacher=FOLDER,MIXER,RATIO"):

@@ -80,37 +80,41 @@ def test_the_fastest_that_fits(needs, chosen, compiled):
     assert said.startswith(f"{chosen}; of 10.0 GiB a device kernels {needs[0]}.0 GiB")
 
 
-def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
-    """The chosen step is the compiled one; the next start finds the choice and compiles nothing for it."""
+def lowered(run, seen):
+    """What `fit.step` lowers, and the state that it starts from."""
     config, definition, mesh, batch = run
+    state = program.build(config, definition, mesh, None).init(jax.random.key(0))
+
+    def lower(one):
+        seen.append((one.model.remat, one.model.scan))
+        return program.build(config, one, mesh, None).step.lower(state, sharding.put_batch(batch, mesh))
+
+    return lower, state, sharding.put_batch(batch, mesh)
+
+
+def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
+    """The first choice fits and runs; the next start finds it, unless the note is damaged."""
+    config, definition, mesh, _ = run
     monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
     monkeypatch.setattr(fit, "_memo", lambda key: tmp_path / "memo")
+    tried = []
+    monkeypatch.setattr(fit, "choose", lambda *args, of=fit.choose: tried.append(of(*args)) or tried[-1])
     seen = []
-
-    def build(one):
-        seen.append((one.model.remat, one.model.scan))
-        return program.build(config, one, mesh, None)
-
     with jax.set_mesh(mesh):
-        made = fit.program(config, definition, mesh, build)
-        _, metrics = made.step(made.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
-        assert np.isfinite(metrics["loss"]) and isinstance(made.step, jax.stages.Compiled)
-        assert (tmp_path / "memo").read_text() == "kernels"
-        again = fit.program(config, definition, mesh, build)
-        assert seen == [("kernels", False)] * 2 and not isinstance(again.step, jax.stages.Compiled)
+        lower, state, batch = lowered(run, seen)
+        _, metrics = fit.step(config, definition, mesh, lower)(state, batch)
+        assert np.isfinite(metrics["loss"]) and (tmp_path / "memo").read_text() == "kernels"
+        fit.step(config, definition, mesh, lower)
+        assert len(tried) == 1
         (tmp_path / "memo").write_text("damaged")
-        fit.program(config, definition, mesh, build)
-        assert (tmp_path / "memo").read_text() == "kernels"
+        fit.step(config, definition, mesh, lower)
+    assert len(tried) == 2 and (tmp_path / "memo").read_text() == "kernels"
+    assert seen == [("kernels", False)] * 3
 
 
 def test_where_memory_is_unknown_everything_is_kept(run):
     config, definition, mesh, _ = run
     seen = []
     with jax.set_mesh(mesh):
-        fit.program(
-            config,
-            definition,
-            mesh,
-            lambda one: seen.append(one.model) or program.build(config, one, mesh, None),
-        )
-    assert [(one.remat, one.scan) for one in seen] == [("none", True)]
+        fit.step(config, definition, mesh, lowered(run, seen)[0])
+    assert seen == [("none", True)]

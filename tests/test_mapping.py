@@ -11,6 +11,7 @@ from flax import nnx
 
 from hybridlm import config as configs
 from hybridlm import init_from, mapping, mixers, model
+from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
 
 D, H, G, K = 24, 6, 2, 4
@@ -35,12 +36,12 @@ def teacher():
     return definition, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
 
 
-def loaded(definition):
+def loaded(definition, gates="near"):
     """(parameters, report) of ``definition`` started from the teacher."""
     source, params = teacher()
     arrays = {name: np.asarray(leaf) for name, leaf in model.unstack(source, params).items()}
     fresh = jax.jit(lambda: model.init(definition, jax.random.key(1)))()
-    return init_from.load(init_from.Source(source, arrays, lambda path: None, None), definition, fresh)
+    return init_from.load(init_from.Source(source, arrays, lambda path: None, None), definition, fresh, gates)
 
 
 @functools.cache
@@ -101,10 +102,12 @@ LINEAR = {
     "delta_product": {},
     "mlstm": {},
     "mamba2": {"n_groups": H, "state_size": K},
+    "comba": {},
+    "gated_delta_net2": {"output_gate": "none"},
 }
 
 
-def mapped(kind, settings):
+def mapped(kind, settings, gates="near"):
     """(what becomes of layer 1 of the teacher, why not, the teacher's layer)"""
     definition = built("full new", full=GQA, new=(kind, settings))
     every = model.canonical_shapes(definition).items()
@@ -114,7 +117,7 @@ def mapped(kind, settings):
     old = {name: rng.normal(size=(D, heads * K)).astype(np.float32) for name, heads in sizes.items()}
     old["o_proj.kernel"] = rng.normal(size=(H * K, D)).astype(np.float32)
     theirs, ours = (layer.config for layer in definition.layers)
-    made, problem = mapping.mixer(theirs, ours, D, old.get, shapes)
+    made, problem = mapping.mixer(theirs, ours, D, old.get, shapes, gates)
     assert all(one.value.shape == shapes[name] for name, one in made.items())
     return made, problem, old
 
@@ -132,7 +135,7 @@ def test_matrix_states(kind):
     assert not problem and "each of 2 heads 3 times" in made["v_proj.kernel"].origin
 
 
-@pytest.mark.parametrize("kind", ["gated_delta_net", "kda", "gla"])
+@pytest.mark.parametrize("kind", ["gated_delta_net", "kda", "gla", "comba", "gated_delta_net2"])
 def test_gates_near_none(kind):
     config = mixers.config_class(kind)(kind=kind, **SIZES, v_head_dim=K, **LINEAR[kind])
     mixer = mixers.load(kind)(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
@@ -144,6 +147,71 @@ def test_gates_near_none(kind):
     q = jnp.ones((1, 3, H, K))
     decay = mixer.inputs(x, q, q, q, None).log_decay
     np.testing.assert_allclose(decay, -1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "like", "error"),
+    [
+        ("gated_delta_net2", "kda", 1e-5),
+        pytest.param("comba", "gated_delta_net", 2e-3, marks=pytest.mark.slow),  # it decays after it reads
+    ],
+)
+def test_delta_rules_start_alike(kind, like, error):
+    """Near attention the gates of the newer rules are those of the older: half is erased, half is written."""
+    found = []
+    for one in (kind, like):
+        definition = built("full new", full=GQA, new=(one, SIZES | {"v_head_dim": K, "output_gate": "none"}))
+        found.append(logits(definition, loaded(definition)[0]))
+    assert np.linalg.norm(found[0] - found[1]) < error * np.linalg.norm(found[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "pools"),
+    [("gla", 5), ("gla", H * K), ("kda", K), ("gated_delta_net", H), ("comba", H), ("gated_delta_net2", K)],
+)
+def test_decay_of_keys(kind, pools):
+    """Liger: logsigmoid of pooled keys, over 16; every channel or head by its own pool."""
+    settings = (
+        SIZES | {"v_head_dim": K, "output_gate": "none"} | ({"gate_rank": pools} if kind == "gla" else {})
+    )
+    made, _, _ = mapped(kind, settings, "keys")
+    config = mixers.config_class(kind)(kind=kind, **settings)
+    mixer = mixers.load(kind)(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
+    for name, one in made.items():
+        if "_proj" not in name or name.split(".")[0] in ("f_a_proj", "f_b_proj", "a_proj"):
+            owner, *rest = name.split(".")
+            (getattr(getattr(mixer, owner), rest[0]) if rest else getattr(mixer, owner)).set_value(one.value)
+    x = jax.random.normal(jax.random.key(0), (1, 3, D))
+    q = jnp.ones((1, 3, H, K))
+    keys = np.asarray(x[0] @ made["k_proj.kernel"].value)  # [3, H * K]
+    windows = [(i * H * K // pools, -(-(i + 1) * H * K // pools)) for i in range(pools)]
+    pooled = np.stack([keys[:, a:b].mean(1) for a, b in windows], 1)
+    wanted = -np.log1p(np.exp(-pooled)) / 16
+    decay = np.asarray(mixer.inputs(x, q, q, q, None).log_decay)[0].reshape(3, -1)
+    wanted = wanted[:, np.arange(decay.shape[1]) * pools // decay.shape[1]]
+    np.testing.assert_allclose(decay, wanted, rtol=1e-4)
+
+
+def test_no_decay_to_be_made_of_keys():
+    with pytest.raises(ConfigError, match="init_gates = 'keys': kind 'delta_net' has no decay"):
+        mapped("delta_net", SIZES | {"v_head_dim": K}, "keys")
+
+
+def test_parallel_pair():
+    """Each branch by itself: the window is the attention, so that alone it is the teacher."""
+    kinds = {
+        "full": GQA,
+        "swa": ("attention", GQA[1] | {"window": 9}),
+        "gla": ("gla", SIZES | {"v_head_dim": K, "output_gate": "none"}),
+    }
+    pair = {"branches": ("swa", "gla"), "combine": "gate"}
+    definition = built("full pair", **kinds, pair=("parallel", pair))
+    params, report = loaded(definition, "keys")
+    assert not report.why and not report.dropped
+    assert sorted(n.rsplit("mixer.")[1] for n in report.new) == ["branches.gla.o_norm.scale", "gate"]
+    [gate] = [name for name in params if name.endswith("mixer.gate")]
+    params[gate] = jnp.full_like(params[gate], 40.0)  # the first branch alone
+    np.testing.assert_allclose(logits(definition, params), expected(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

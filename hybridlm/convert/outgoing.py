@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import model, untrusted, weights
+from hybridlm import lora, model, untrusted, weights
 from hybridlm.convert import tensors, tokens
 from hybridlm.convert.families import CONFIG, FAMILIES, Plan, plan, read_config, written
 from hybridlm.convert.family import same_model
 from hybridlm.convert.incoming import MANIFEST, writing
 from hybridlm.convert.rules import regroup
 from hybridlm.errors import ConfigError
-from hybridlm.init_from import CARRIED
+from hybridlm.init_from import CARRIED, without_factors
 from hybridlm.run import checkpoint
 
 log = logging.getLogger("hybridlm")
@@ -64,6 +64,8 @@ def export_hf(
         params = saves.open(step, "params", names)
         if ema:
             params |= saves.open(step, "ema", averaged)
+        merged = lora.Merged(definition, params)
+        definition = model.build(without_factors(config))
         carried = _carried(workdir, definition) if not model_type else None
         model_type, values = carried or written(definition, model_type)
         planned = plan(definition, FAMILIES[model_type])
@@ -74,7 +76,7 @@ def export_hf(
             files = _files(planned, manifest, dtype)
             _check_room(beside, files)
             _describe(workdir, config, beside, values, manifest is not None, files, dtype)
-            tensors.write(beside, files, _values(planned, manifest, params))
+            tensors.write(beside, files, _values(planned, manifest, merged))
             beside.rename(directory)
         finally:
             shutil.rmtree(beside, ignore_errors=True)

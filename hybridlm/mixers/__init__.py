@@ -49,6 +49,18 @@ class Site(NamedTuple):
     mup: bool = False
 
 
+class KeyGates(NamedTuple):
+    """A decay whose logit can be made of keys (Liger): log decay = logsigmoid(keys) / 16.
+
+    matrices: of the logit, [D, n] or a pair [D, r], [r, n].  sign: of the keys in it.
+    filled: other parameters of the gates, by name, and the number that fills them.
+    """
+
+    matrices: tuple[str, ...]
+    sign: int
+    filled: Mapping[str, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(_kinds.Settings):
     """What the settings of every kind can be asked; a kind adds its fields, each with a default."""
@@ -88,6 +100,11 @@ class Config(_kinds.Settings):
         """Parameters, by name, and the number that fills them where a layer takes the place of softmax
         attention (`hybridlm.mapping`): gates that forget next to nothing and write. Empty: they are fresh."""
         return {}
+
+    def gates_of_keys(self) -> KeyGates | None:
+        """How a layer that takes the place of softmax attention has its decay made of that one's keys
+        (`hybridlm.mapping`); None: it cannot."""
+        return None
 
     def check_reuse(self, source: "Config", d_model: int) -> None:
         """ConfigError unless layers of these settings can reuse keys and values of ``source``'s layers."""

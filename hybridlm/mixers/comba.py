@@ -27,10 +27,12 @@ from hybridlm.linear_mixer import (
     OutputGate,
     dt_bias_init,
     log_uniform,
+    near_none,
     softplus_decay,
+    softplus_of_keys,
     write_strength,
 )
-from hybridlm.mixers import Site
+from hybridlm.mixers import KeyGates, Site
 from pallas_kernels.linear_attention.call import L2NORM_EPS
 
 LEAST = -30.0  # what stays of a state below it, 1e-13, is nothing beside what is written; 1 / a stays finite
@@ -54,6 +56,17 @@ class Config(linear_mixer.GroupedConfig):
 
     def key_width(self, d_model: int) -> int:
         return 3 * d_model // 4
+
+    def near_attention(self) -> dict[str, float]:
+        return near_none("b_proj.kernel") | {"a_proj.kernel": 0.0} | self._as_they_are()
+
+    def gates_of_keys(self) -> KeyGates:
+        gates = softplus_of_keys(("a_proj.kernel",), "b_proj.kernel")
+        return gates._replace(filled={**gates.filled, **self._as_they_are()})
+
+    def _as_they_are(self) -> dict[str, float]:
+        """Queries without the correction, which subtracts the token's own key; its gradient is not 0."""
+        return {"D": 0.0} if self.correction else {}
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:

@@ -34,7 +34,16 @@ from hybridlm.convert.public import Format, linears, multi_head, multi_head_fiel
 from hybridlm.convert.rules import Rule, bias, linear, norm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, NonNegative, Positive
-from hybridlm.layers import Initializer, Linear, RecurrentCache, elementwise, matrix, merge_heads, split_heads
+from hybridlm.layers import (
+    Initializer,
+    Linear,
+    RecurrentCache,
+    elementwise,
+    matrix,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 from hybridlm.linear_mixer import Inputs, LinearMixer, recurrence
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows
@@ -55,6 +64,7 @@ class Config(linear_mixer.Config):
 
     feature_map, normalizer: see the module.  eps: beside the normaliser.
     output_norm: whether what is read is normed; FLA's layers do, the papers' do not.
+    rope_theta: base of the rotary frequencies of q and k before the map; 0 for no rotation.
     dpfp_nu: of dpfp.  max_length: of cosformer, the longest row or document there will ever be.
     """
 
@@ -63,6 +73,7 @@ class Config(linear_mixer.Config):
     normalizer: Normalizer = "sum"
     eps: NonNegative = 1e-10
     output_norm: bool = True
+    rope_theta: NonNegative = 0.0
     dpfp_nu: Positive = 4
     max_length: Positive = 4096
 
@@ -78,6 +89,8 @@ class Config(linear_mixer.Config):
         super().check(d_model)
         if self.output_gate != "none" and not self.output_norm:
             raise ConfigError("output_gate", self.output_gate, "must be none where output_norm is off")
+        if self.rope_theta and self.heads(d_model).key % 2:
+            raise ConfigError("head_dim", self.head_dim, "must be even to be rotated", "Or set rope_theta=0.")
 
     def cost(self, d_model: int, context: int) -> Cost:
         heads = self.heads(d_model)
@@ -141,10 +154,15 @@ class Mixer(LinearMixer):
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         if self.config.feature_map == "cosformer" and x_BTD.shape[1] > self.config.max_length:
             raise too_long(self.config, x_BTD.shape[1])
-        return Inputs(self.map(q, "q", context.rows), self.map(k, "k", context.rows), v)
+        q, k = (self.map(x, side, context.rows) for x, side in ((q, "q"), (k, "k")))
+        context.record("features.q", q)
+        context.record("features.k", k)
+        return Inputs(q, k, v)
 
-    def map(self, x: jax.Array, side: Literal["q", "k"], rows: Rows) -> jax.Array:
+    def map(self, x: jax.Array, side: str, rows: Rows) -> jax.Array:
         """f(x) [B, T, H, F] of a query's or a key's channels, in x's dtype."""
+        if self.config.rope_theta:
+            x = rotate(x, rows.positions, self.config.rope_theta)
         name = self.config.feature_map
         if name in LEARNED:
             made = [layer(x).astype(jnp.float32) for layer in getattr(self, f"{side}_maps")]

@@ -29,17 +29,17 @@ from hybridlm.convert.rules import (
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, param
 from hybridlm.linear_mixer import (
-    NEAR_NONE,
     Inputs,
     LinearMixer,
     OutputGate,
     dt_bias_init,
-    inverse_softplus,
     log_uniform,
+    near_none,
     softplus_decay,
+    softplus_of_keys,
     write_strength,
 )
-from hybridlm.mixers import Site
+from hybridlm.mixers import KeyGates, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,10 @@ class Config(linear_mixer.GroupedConfig):
         return 3 * d_model // 4
 
     def near_attention(self) -> dict[str, float]:
-        decay = {"a_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": inverse_softplus(NEAR_NONE)}
-        return decay | {"b_proj.kernel": 0.0}
+        return near_none("b_proj.kernel") | {"a_proj.kernel": 0.0}
+
+    def gates_of_keys(self) -> KeyGates:
+        return softplus_of_keys(("a_proj.kernel",), "b_proj.kernel")
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:

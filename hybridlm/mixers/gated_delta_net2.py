@@ -25,10 +25,12 @@ from hybridlm.linear_mixer import (
     dt_bias_init,
     log_uniform,
     low_rank_recurrence,
+    near_none,
     softplus_decay,
+    softplus_of_keys,
     write_strength,
 )
-from hybridlm.mixers import Site
+from hybridlm.mixers import KeyGates, Site
 from hybridlm.rows import Rows
 from pallas_kernels.linear_attention.call import l2_normalize
 
@@ -38,6 +40,12 @@ class Config(linear_mixer.GroupedConfig):
     """Gated DeltaNet-2. v_head_dim is also the middle width of the low-rank gates; neg_eigval doubles e."""
 
     output_gate: OutputGate = "sigmoid"
+
+    def near_attention(self) -> dict[str, float]:
+        return near_none("b_proj.kernel", "w_proj.kernel") | {"f_b_proj.kernel": 0.0}
+
+    def gates_of_keys(self) -> KeyGates:
+        return softplus_of_keys(("f_a_proj.kernel", "f_b_proj.kernel"), "b_proj.kernel", "w_proj.kernel")
 
 
 class Mixer(LinearMixer):

@@ -21,7 +21,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, Positive
 from hybridlm.layers import Linear, split_heads
 from hybridlm.linear_mixer import NEAR_NONE, Heads, Inputs, LinearMixer, OutputGate, inverse_softplus
-from hybridlm.mixers import Site
+from hybridlm.mixers import KeyGates, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,9 @@ class Config(linear_mixer.Config):
     def near_attention(self) -> dict[str, float]:
         bias = -inverse_softplus(NEAR_NONE * self.gate_normalizer)
         return {"f_b_proj.kernel": 0.0, "f_b_proj.bias": bias}
+
+    def gates_of_keys(self) -> KeyGates:
+        return KeyGates(("f_a_proj.kernel", "f_b_proj.kernel"), 1, {"f_b_proj.bias": 0.0})
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:

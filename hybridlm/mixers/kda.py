@@ -21,8 +21,15 @@ from hybridlm.convert.public import Format, grouped, grouped_fields, linears
 from hybridlm.convert.rules import Rule, bias, linear, norm, reshaped, same, short_convs
 from hybridlm.fields import INT32, Limits
 from hybridlm.layers import Linear, param, split_heads, zeros
-from hybridlm.linear_mixer import NEAR_NONE, Inputs, LinearMixer, OutputGate, inverse_softplus
-from hybridlm.mixers import Site
+from hybridlm.linear_mixer import (
+    NEAR_NONE,
+    Inputs,
+    LinearMixer,
+    OutputGate,
+    near_none,
+    softplus_of_keys,
+)
+from hybridlm.mixers import KeyGates, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +56,15 @@ class Config(linear_mixer.GroupedConfig):
         return dataclasses.replace(explicit, output_gate_rank=rank, output_gate_bias=bias)
 
     def near_attention(self) -> dict[str, float]:
-        bias = inverse_softplus(NEAR_NONE)
+        found = near_none("b_proj.kernel") | {"f_b_proj.kernel": 0.0}
         if bound := -self.lower_bound:
-            bias = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
-        return {"f_b_proj.kernel": 0.0, "A_log": 0.0, "dt_bias": bias, "b_proj.kernel": 0.0}
+            found["dt_bias"] = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
+        return found
+
+    def gates_of_keys(self) -> KeyGates | None:
+        if self.lower_bound:
+            return None
+        return softplus_of_keys(("f_a_proj.kernel", "f_b_proj.kernel"), "b_proj.kernel")
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:

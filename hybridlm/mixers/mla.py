@@ -197,7 +197,7 @@ class Mixer(TokenMixer):
         if self.leaves:
             context.leave(f"kv.{self.leaves}", held)
         latent_BSC = held.tokens
-        up_RHF = split_heads(self.kv_b_proj.kernel[...].astype(x_BTD.dtype), nope + self.config.v_head_dim)
+        up_RHF = split_heads(self.kv_b_proj.matrix(x_BTD.dtype), nope + self.config.v_head_dim)
         up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
         rank = self.config.kv_lora_rank
         if held.start is None or held.index_S is None:

@@ -2,6 +2,9 @@
 
     norm:  y = mean over branches i of m_i rmsnorm_i(f_i(x))     learned scales (Hymba, arXiv 2411.13676)
     sum:   y = sum over branches i of m_i f_i(x)                 multipliers (Falcon-H1, arXiv 2507.22448)
+    gate:  y = a f_0(x) + (1 - a) f_1(x)                         a = sigmoid(gate), one a layer, 1/2 at first:
+                                                                 which of two a layer is to be (FlashMorph,
+                                                                 arXiv 2606.30562; `hybridlm.layer_choice`)
 
 f_i is a whole mixer, its output projection included; Hymba norms before a projection that the branches share.
 """
@@ -16,8 +19,8 @@ from flax import nnx
 from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.fields import Limits
-from hybridlm.layers import RMSNorm
+from hybridlm.fields import Limits, NonNegative
+from hybridlm.layers import RMSNorm, param, zeros
 from hybridlm.mixers import Cost, Site, TokenMixer
 
 
@@ -26,14 +29,16 @@ class Config(mixers.Config):
     """Parallel heads.
 
     branches: names in `mixers`, two or more, each once.
-    combine: "norm" (the mean of the branches' RMS-normalised outputs, with a learned scale per channel) or
-        "sum".
+    combine: "norm" (the mean of the branches' RMS-normalised outputs, with a learned scale per channel),
+        "sum", or "gate" (two branches, weighed by one learned number).
     multipliers: a fixed factor on each branch's output; none: all 1.
+    gate_penalty: weight in the loss of a, the share of the first branch ("loss.gate").
     """
 
     branches: tuple[str, ...] = ("mamba2", "full")
-    combine: Literal["norm", "sum"] = "norm"
+    combine: Literal["norm", "sum", "gate"] = "norm"
     multipliers: tuple[Annotated[float, Limits(-1e9, 1e9)], ...] = ()
+    gate_penalty: NonNegative = 0.0
 
     def check(self, d_model: int) -> None:
         if len(self.branches) < 2 or len(set(self.branches)) < len(self.branches):
@@ -42,6 +47,10 @@ class Config(mixers.Config):
         if self.multipliers and len(self.multipliers) != len(self.branches):
             problem = f"must be none or {len(self.branches)}, one a branch"
             raise ConfigError("multipliers", self.multipliers, problem)
+        if self.combine == "gate" and (len(self.branches) != 2 or self.multipliers):
+            raise ConfigError("combine", "gate", "weighs two branches, without multipliers")
+        if self.gate_penalty and self.combine != "gate":
+            raise ConfigError("gate_penalty", self.gate_penalty, 'must be 0 unless combine is "gate"')
 
     def needs(self) -> tuple[str, ...]:
         return self.branches
@@ -103,6 +112,9 @@ class Mixer(TokenMixer):
         self.multipliers = config.multipliers or (1.0,) * len(self.names)
         make = lambda part: mixers.load(part.kind)(part, site, rngs=rngs)
         self.branches = nnx.Dict(dict(zip(self.names, map(make, config.parts), strict=True)))
+        self.penalty = config.gate_penalty
+        if config.combine == "gate":
+            self.gate = param(rngs, (1,), (None,), zeros, decay=False)
         if config.combine == "norm":
             self.norms = nnx.Dict({name: RMSNorm(site.d_model, rngs=rngs) for name in self.names})
 
@@ -117,14 +129,20 @@ class Mixer(TokenMixer):
     def _combined(self, run: Callable, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         total: Any = 0.0
         after = []
-        for index, (name, factor) in enumerate(zip(self.names, self.multipliers, strict=True)):
+        factors: tuple[Any, ...] = self.multipliers
+        if self.combine == "gate":
+            a = jax.nn.sigmoid(self.gate[0])
+            factors = a, 1 - a
+            if self.penalty:
+                context.record("loss.gate", self.penalty * a)
+        for index, (name, factor) in enumerate(zip(self.names, factors, strict=True)):
             one = context.branch()
             y, own = run(self.branches[name], one, None if cache is None else cache[index])
             context.join(name, one)
             after.append(own)
             if self.combine == "norm":
                 y, factor = self.norms[name](y), factor / len(self.names)
-            total += y if factor == 1 else y * factor
+            total += y if isinstance(factor, float) and factor == 1 else (y * factor).astype(y.dtype)
         return total, None if cache is None else tuple(after)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> tuple[Any, ...]:

@@ -5,33 +5,40 @@ and transfer of what each mixer returns. One pass of each model serves all the t
     kl            t^2 KL(teacher || student) of the logits
     hidden        mean over layers of 1 - cosine of the residual streams after them
     transfer      mean over the layers whose mixer is another than the teacher's, and over channels, of
-                  (student's mixer output - teacher's)^2: attention transfer (LoLCATs, arXiv 2410.10254)
+                  (student's mixer output - teacher's)^2: attention transfer (LoLCATs, arXiv 2410.10254);
+                  or, by cosine, 1 - cosine of the two
+    weights       mean over those layers and heads of the cross-entropy of the student's weights of each token
+                  in the past, of kind feature_map, from the teacher's (Hedgehog; `hybridlm.mimicry`)
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from hybridlm import distillation, init_from, objectives
+from hybridlm import distillation, init_from, mimicry, mixers, mup, objectives
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative
+from hybridlm.mixers import attention, feature_map
 from hybridlm.objectives import TEACHER, Batch, Sums
 from hybridlm.objectives.next_token import AUXILIARY, joined
 from hybridlm.rows import Rows
 
 INPUT, MIXED, OUTPUT = "block.input", "block.mixed", "block.output"  # records of every layer
+FEATURES = "features.q", "features.k"  # of kind feature_map
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(objectives.Config):
     """teacher: a run's workdir or a Hugging Face folder; its parameters stay as they are.
-    next_token, kl, hidden, transfer: weights of the terms.
+    next_token, kl, hidden, transfer, weights: weights of the terms.
+    transfer_by: what the transfer is measured by.
     temperature: of both models' logits in the KL.  top_k: largest logits of the teacher that it sees; 0: all.
-    inputs: what the layers see in the transfer: "teacher", what the teacher's layers saw, so that each learns
-        alone, or "student", what the student's own layers before them return.
+    inputs: what the layers see in transfer and weights: "teacher", what the teacher's layers saw, so that
+        each learns alone, or "student", what the student's own layers before them return.
     """
 
     teacher: str = ""
@@ -39,6 +46,8 @@ class Config(objectives.Config):
     kl: NonNegative = 1.0
     hidden: NonNegative = 0.0
     transfer: NonNegative = 0.0
+    transfer_by: Literal["square", "cosine"] = "square"
+    weights: NonNegative = 0.0
     temperature: Above = 1.0
     top_k: Count = 0
     inputs: Literal["teacher", "student"] = "teacher"
@@ -46,14 +55,20 @@ class Config(objectives.Config):
     def check(self) -> None:
         if not self.teacher:
             raise ConfigError("teacher", "", "must name a run's workdir or a Hugging Face folder")
-        if not (self.next_token or self.kl or self.hidden or self.transfer):
-            raise ConfigError("kl", 0.0, "next_token, kl, hidden and transfer cannot all be 0")
+        if not (self.next_token or self.kl or self.hidden or self.by_layer):
+            raise ConfigError("kl", 0.0, "next_token, kl, hidden, transfer and weights cannot all be 0")
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers learn from layers."""
+        return bool(self.transfer or self.weights)
 
 
 class Objective(objectives.Objective):
-    """sums: those of next_token where the student runs as a whole, and "kl_loss_sum", "hidden_loss_sum" and
-    "transfer_loss_sum" of the terms with a weight. Where every layer learns alone nothing is predicted, and
-    "loss_sum" is the transfer's; a validation always runs the student, and has each layer's transfer."""
+    """sums: those of next_token where the student runs as a whole, and "kl_loss_sum", "hidden_loss_sum",
+    "transfer_loss_sum" and "weights_loss_sum" of the terms with a weight. Where every layer learns alone
+    nothing is predicted, and "loss_sum" is of the last two; a validation always runs the student, and has
+    these two of each layer."""
 
     config_class = Config
 
@@ -74,22 +89,27 @@ class Objective(objectives.Objective):
         if config.top_k > ours.vocab_size:
             raise ConfigError("objective.top_k", config.top_k, f"must be at most {ours.vocab_size}")
         sizes = [(one.d_model, len(one.layers)) for one in (theirs, ours)]
-        if (config.hidden or config.transfer) and sizes[0] != sizes[1]:
-            told = "width and depth must be equal for hidden and transfer"
+        if (config.hidden or config.by_layer) and sizes[0] != sizes[1]:
+            told = "width and depth must be equal for hidden, transfer and weights"
             raise refuse(f"has (d_model, layers) {sizes[0]}, this model {sizes[1]}: {told}")
-        if config.transfer and not self.changed:
+        if config.by_layer and not self.changed:
             raise refuse("has the mixers of this model: there is nothing to transfer")
+        for i in self.changed if config.weights else ():
+            if not _comparable(theirs.layers[i].config, ours.layers[i].config, ours.d_model):
+                told = f"layer {i} must be a positive feature_map of as many heads, with normalizer=sum,"
+                problem = f"{told} in the place of full attention without forget_gate and sinks"
+                raise ConfigError("objective.weights", config.weights, problem)
 
     def loss(
         self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Sums]:
         config = self.config
-        forced = bool(config.transfer) and config.inputs == "teacher"
+        forced = config.by_layer and config.inputs == "teacher"
         alone = forced and not (config.next_token or config.kl or config.hidden)
         return self._loss(params, frozen, batch, wanted, forced, alone)
 
     def evaluate(self, params: lm.Params, frozen: lm.Params, batch: Batch) -> Sums:
-        forced = bool(self.config.transfer) and self.config.inputs == "teacher"
+        forced = self.config.by_layer and self.config.inputs == "teacher"
         return self._loss(params, frozen, batch, (), forced, alone=False, by_layer=True)[1]
 
     def _loss(
@@ -108,37 +128,55 @@ class Objective(objectives.Objective):
         theirs = {n.removeprefix(TEACHER): leaf for n, leaf in frozen.items() if n.startswith(TEACHER)}
         own = {name: leaf for name, leaf in frozen.items() if not name.startswith(TEACHER)}
         student, teacher = lm.merge(self.definition, params | own), lm.merge(self.teacher, theirs)
-        taps = [OUTPUT] * bool(config.hidden) + [MIXED] * bool(config.transfer) + [INPUT] * forced
-        seen, before = jax.lax.stop_gradient(teacher.forward(tokens, rows, tuple(taps)))
+        mixed = [MIXED] * bool(config.transfer)
+        taps = [OUTPUT] * bool(config.hidden) + mixed
+        given = [*taps, *[INPUT] * forced, *["q", "k"] * bool(config.weights)]
+        seen, before = jax.lax.stop_gradient(teacher.forward(tokens, rows, tuple(given)))
+        mixed += [*FEATURES] * bool(config.weights)
         total = jnp.zeros((), jnp.float32)
         sums: Sums = {"tokens": jnp.sum(counted.astype(jnp.float32))}
         records: lm.Records = {}
         if not alone:
-            own_taps = [tap for tap in taps if tap != INPUT]
-            hidden, records = student.forward(tokens, rows, (AUXILIARY + "*", *own_taps, *wanted))
-            given = distillation.Teacher(seen, teacher.head_matrix())
-            part, found = self._predicted(hidden, student.head_matrix(), given, batch, records)
+            hidden, records = student.forward(tokens, rows, (AUXILIARY + "*", *taps, *mixed, *wanted))
+            known = distillation.Teacher(seen, teacher.head_matrix())
+            part, found = self._predicted(hidden, student.head_matrix(), known, batch, records)
             total, sums = total + part, sums | found
         if config.hidden:
             layers = range(len(self.definition.layers))
             apart = [_angle(_of(i, OUTPUT, records), _of(i, OUTPUT, before), counted) for i in layers]
             sums["hidden_loss_sum"] = jnp.mean(jnp.stack(apart))
             total += config.hidden * sums["hidden_loss_sum"]
-        if config.transfer:
+        if config.by_layer:
             after = records
             if forced:
                 inputs = jnp.stack([before[f"layers.{i}.{INPUT}"] for i in range(len(self.teacher.layers))])
-                _, after = student.forward(tokens, rows, (MIXED, *(wanted if alone else ())), inputs)
+                _, after = student.forward(tokens, rows, (*mixed, *(wanted if alone else ())), inputs)
                 records = records or after
-            apart = [_square(_of(i, MIXED, after), _of(i, MIXED, before), counted) for i in self.changed]
-            sums["transfer_loss_sum"] = jnp.mean(jnp.stack(apart))
-            total += config.transfer * sums["transfer_loss_sum"]
-            if by_layer:
-                sums |= {f"transfer_{i}_loss_sum": one for i, one in zip(self.changed, apart, strict=True)}
+            for name, weight, each in self._apart(before, after, rows, counted):
+                sums[f"{name}_loss_sum"] = jnp.mean(each)
+                total += weight * sums[f"{name}_loss_sum"]
+                if by_layer:
+                    sums |= {f"{name}_{i}_loss_sum": each[at] for at, i in enumerate(self.changed)}
         sums.setdefault("loss_sum", jax.lax.stop_gradient(total))
         if wanted:
             sums["records"] = {n: one for n, one in records.items() if n.split(".", 2)[2] in wanted}
         return total, sums
+
+    def _apart(
+        self, before: lm.Records, after: lm.Records, rows: Rows, counted: jax.Array
+    ) -> Iterator[tuple[str, float, jax.Array]]:
+        """(name, weight, sums [layers that changed]) of the terms in which layers learn from layers."""
+        config = self.config
+        if config.transfer:
+            distance = _square if config.transfer_by == "square" else _angle
+            apart = [distance(_of(i, MIXED, after), _of(i, MIXED, before), counted) for i in self.changed]
+            yield "transfer", config.transfer, jnp.stack(apart)
+        if config.weights:
+            every = lambda name, records: jnp.stack([records[f"layers.{i}.{name}"] for i in self.changed])
+            theirs = mimicry.Heads(every("q", before), every("k", before))
+            ours = mimicry.Heads(*(every(name, after) for name in FEATURES))
+            scale = mup.logit_scale(theirs.q.shape[-1], bool(self.teacher.model.mup_base_width))
+            yield "weights", config.weights, mimicry.cross_entropy(theirs, ours, rows, counted, scale)
 
     def _predicted(
         self,
@@ -156,6 +194,15 @@ class Objective(objectives.Objective):
         sums |= {"kl_loss_sum": kl} if config.kl else {}
         total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)
         return total, sums | more
+
+
+def _comparable(theirs: mixers.Config, ours: mixers.Config, d_model: int) -> bool:
+    """Whether both say how much each token has of each before it."""
+    if not (isinstance(theirs, attention.Config) and isinstance(ours, feature_map.Config)):
+        return False
+    plain = not (theirs.window or theirs.forget_gate or theirs.sinks)
+    plain = plain and ours.feature_map not in ("identity", "elementwise_product")  # which may be negative
+    return plain and ours.normalizer == "sum" and theirs.heads(d_model)[0] == ours.heads(d_model).num
 
 
 def _of(layer: int, name: str, records: lm.Records) -> jax.Array:
