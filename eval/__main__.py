@@ -1,8 +1,8 @@
 """Evaluates a run: python -m eval --workdir=runs/x --suite=recall
 
 Writes eval.json and eval.png into the workdir and the same numbers to W&B if the run has it; a second call
-goes on where the first was stopped. Exit codes: 0 done, 1 a run that cannot be read, 2 bad input, 130
-interrupted.
+goes on where the first was stopped. With --ema all of it is of the average of the weights, in workdir/ema.
+Exit codes: 0 done, 1 a run that cannot be read, 2 bad input, 130 interrupted.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=int, default=100, help="of each task and length (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     add("--step", type=int, help="of the checkpoint (default: the newest)")
+    add("--ema", action="store_true", help="the average of the weights (optimizer.ema)")
     add(
         "--haystack",
         default=haystack.DEFAULT,
@@ -80,16 +81,17 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     if not flags.workdir:
         raise ConfigError("--workdir", "", "must name the run to evaluate")
     workdir = Path(flags.workdir)
-    known = runner.read(workdir / "eval.json")
-    tested = subject.load(workdir, flags.step, flags.tokenizer, flags.batch_tokens)
-    runner.check_writable(workdir)
+    folder = runner.folder(workdir, flags.ema)
+    known = runner.read(folder / "eval.json")
+    tested = subject.load(workdir, flags.step, flags.tokenizer, flags.batch_tokens, flags.ema)
+    runner.check_writable(folder)
     name = Path(private.hide(str(workdir.resolve()))).name
-    title = f"{name} at step {tested.step:,}"
+    title = f"{name} at step {tested.step:,}" + (", average of the weights" if flags.ema else "")
     about = {"run": name, "step": tested.step, "pattern": tested.config.model.pattern}
     learnt = curves.convergence(workdir, tested.config)
     about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
     keep = lambda results: runner.write(
-        workdir / "eval.json", results, about | {"haystack": wanted.haystack.name}
+        folder / "eval.json", results, about | {"haystack": wanted.haystack.name}
     )
     with progress(console) as bars:
         watch = watcher(bars, runner.missing(tested, chosen, wanted, known))
@@ -101,12 +103,13 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     console.print(report.table(shown, title))
     for what, one in learnt.items():
         console.print(f"{what} while training: {one}", markup=False, highlight=False, soft_wrap=True)
-    report.plot(results, title, workdir / "eval.png")
+    report.plot(results, title, folder / "eval.png")
     tracker = logbook.Tracker(workdir, tested.config, tested.config.log.wandb_mode)
-    tracker.log(tested.step, runner.metrics(shown.items()))
+    prefix = "ema/" if flags.ema else ""
+    tracker.log(tested.step, {prefix + key: value for key, value in runner.metrics(shown.items()).items()})
     tracker.close(failed=False)
     for file in ("eval.json", "eval.png"):
-        shown_path = untrusted.terminal(private.hide(str(workdir / file)))
+        shown_path = untrusted.terminal(private.hide(str(folder / file)))
         console.print(f"wrote {shown_path}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """Any task of lm-evaluation-harness on a run: python -m eval.harness --workdir=runs/x --tasks=lambada_openai
 
-Writes harness.json into the workdir. From Python: `eval.harnessed.HybridLM` is an LM of the harness.
+Writes harness.json into the workdir (with --ema into workdir/ema). From Python: `eval.harnessed.HybridLM` is
+an LM of the harness.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +28,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=0, help="of a context (default: train.seq_len)")
     parser.add_argument("--include_path", metavar="DIR", help="further tasks, yaml")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema)")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="default: the run's own")
     parser.add_argument("--batch_tokens", type=int, default=1 << 15)
     return parser.parse_args(argv)
@@ -52,14 +53,15 @@ def harness(flags: argparse.Namespace) -> None:
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise ConfigError(f"--{name}", getattr(flags, name), "must be at least 1")
     harnessed = library()
-    tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens)
-    runner.check_writable(flags.workdir)
+    tested = subject.load(flags.workdir, flags.step, flags.tokenizer, flags.batch_tokens, flags.ema)
+    folder = runner.folder(flags.workdir, flags.ema)
+    runner.check_writable(folder)
     results = harnessed.evaluate(
         tested, [name for name in flags.tasks.split(",") if name], max_length=flags.max_length,
         num_fewshot=flags.num_fewshot, limit=flags.limit, include_path=flags.include_path,
     )  # fmt: skip
     print(harnessed.utils.make_table(results))
-    path = Path(flags.workdir) / "harness.json"
+    path = folder / "harness.json"
     kept = {name: results[name] for name in ("results", "versions", "n-samples")}
     runner.put(path, lambda: untrusted.write_json(path, plain({"step": tested.step, **kept})))
     print(f"wrote {untrusted.terminal(private.hide(str(path)))}")

@@ -283,6 +283,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--length", type=int, default=0, help="of the context (default: train.seq_len)")
     parser.add_argument("--samples", type=int, default=16, help="of each cell (default: %(default)s)")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (optimizer.ema)")
     parser.add_argument("--tokenizer", default="", metavar="FILE", help="default: the run's own")
     flags = parser.parse_args(argv)
     return cli.run(lambda: probe(flags))
@@ -291,15 +292,16 @@ def main(argv: Sequence[str]) -> int:
 def probe(flags: argparse.Namespace) -> None:
     if flags.samples < 1 or flags.length < 0:
         raise ConfigError("--samples, --length", (flags.samples, flags.length), "must be positive")
-    tested = subject.load(flags.workdir, flags.step, flags.tokenizer)
-    runner.check_writable(flags.workdir)
+    tested = subject.load(flags.workdir, flags.step, flags.tokenizer, ema=flags.ema)
+    folder = runner.folder(flags.workdir, flags.ema)
+    runner.check_writable(folder)
     length = flags.length or tested.config.train.seq_len
     try:
-        readings = run(tested, Path(flags.workdir), length=length, samples=flags.samples)
+        readings = run(tested, folder, length=length, samples=flags.samples)
     except base.TooShort as error:
         raise ConfigError("--length", length, f"is too short: {error}") from error
     for name, reading in readings.items():
-        print(untrusted.terminal(private.hide(f"{Path(flags.workdir) / name}: {reading}")))
+        print(untrusted.terminal(private.hide(f"{folder / name}: {reading}")))
 
 
 if __name__ == "__main__":

@@ -168,10 +168,16 @@ def put(path: Path, write: Callable[[], None]) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def check_writable(folder: str | Path) -> None:
+def folder(workdir: str | Path, ema: bool) -> Path:
+    """Where the results of a run go: its workdir; ``ema`` in it for those of the average of its weights."""
+    return Path(workdir) / "ema" if ema else Path(workdir)
+
+
+def check_writable(folder: Path) -> None:
     """ConfigError, before anything is measured, for a folder in which the results cannot be put."""
-    probe = Path(folder) / ".eval.probe"
+    probe = folder / ".eval.probe"
     try:
+        folder.mkdir(exist_ok=True)
         untrusted.write_bytes(probe, b"\0" * 4096)
         probe.unlink()
     except OSError as error:

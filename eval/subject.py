@@ -216,13 +216,18 @@ def _token_scores(
 
 
 def load(
-    workdir: str | Path, step: int | None = None, tokenizer: str = "", batch_tokens: int = 1 << 15
+    workdir: str | Path,
+    step: int | None = None,
+    tokenizer: str = "",
+    batch_tokens: int = 1 << 15,
+    ema: bool = False,
 ) -> Subject:
     """The run in ``workdir`` at ``step`` (None: its newest checkpoint), on one device.
 
     tokenizer: "bytes" or a tokenizer.json, where the run's own is not to be found.
+    ema: with the average of its weights (optimizer.ema).
     """
-    config, definition, params, step = weights.load(workdir, step)
+    config, definition, params, step = weights.load(workdir, step, ema)
     tokens = tokenizers.load(tokenizer) if tokenizer else weights.tokenizer(workdir, config)
     if tokens is not None:
         weights.check_fits(tokens, definition.vocab_size)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import config_file, mixers, mlps, objectives, pattern, qk_clip, schema, stages, untrusted
+from hybridlm import config_file, mixers, mlps, mup, objectives, pattern, qk_clip, schema, stages, untrusted
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
@@ -251,6 +251,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
             with under(f"{section}.{name}"):
                 one.check(model.d_model)
     mixers.check_together(layers, sections["mixers"], definitions["mixers"], model.d_model)
+    mup.check(model, sections["mixers"])
     qk_clip.check(sections["optimizer"].qk_clip, sections["mixers"], model.d_model)
     for section, kind in (("data", "text"), ("objective", "next_token")):
         sections[section] = _definition(section, values.get(section, {"kind": kind}), section)

@@ -1,11 +1,12 @@
 """Parameters with logical axes, and the small layers that mixers and the model are made of.
 
-Every parameter is an ``nnx.Param``, created in float32, with four pieces of metadata (`model.Meta`):
+Every parameter is an ``nnx.Param``, created in float32, with five pieces of metadata (`model.Meta`):
   axes: one logical axis name (or None) per dimension; `sharding.RULES` maps names to mesh axes.
   decay: whether weight decay applies (matrices yes; norms, biases, A_log, dt_bias no).
   cast: whether it is only ever used in the activation's dtype, so that it may be given in it
     (`model.cast_to_compute`).
   rule: what changes it after each step in place of the optimiser (`Rule`), or None.
+  plain: whether it starts as `matrix`, at any width; other initialisers are taken to know their inputs.
 
 Shape legend: B batch, T time, D model width, V vocabulary, H heads, K head dim, F features.
 """
@@ -70,7 +71,7 @@ def param(
     if len(axes) != len(shape):
         raise ValueError(f"axes {tuple(axes)} do not match shape {tuple(shape)}")
     value = init(rngs.params(), tuple(shape), jnp.float32)
-    return nnx.Param(value, axes=tuple(axes), decay=decay, cast=cast, rule=rule)
+    return nnx.Param(value, axes=tuple(axes), decay=decay, cast=cast, rule=rule, plain=init is matrix)
 
 
 class Linear(nnx.Module):

@@ -36,6 +36,7 @@ class Meta(NamedTuple):
     """What is known of a parameter outside its module, `hybridlm.layers`; None: an axis of stacked layers.
 
     frozen: it is not trained.  rule: what changes it after each step, in place of the optimiser.
+    plain: its initial deviation is that of every plain matrix, whatever its inputs (`hybridlm.mup`).
     """
 
     axes: tuple[str | None, ...]
@@ -43,6 +44,7 @@ class Meta(NamedTuple):
     cast: bool = False
     rule: Rule | None = None
     frozen: bool = False
+    plain: bool = False
 
     @property
     def trained(self) -> bool:
@@ -272,7 +274,7 @@ def metadata(definition: Definition) -> dict[str, Meta]:
         stacked = len(variable.get_value().shape) - len(variable.axes)
         axes = (None,) * stacked + tuple(variable.axes)
         frozen = is_frozen(definition, name)
-        found[name] = Meta(axes, variable.decay, variable.cast, variable.rule, frozen)
+        found[name] = Meta(axes, variable.decay, variable.cast, variable.rule, frozen, variable.plain)
     return found
 
 

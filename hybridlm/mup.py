@@ -10,16 +10,21 @@ With g = d_model / model.mup_base_width, after table 8 (the form in which embedd
 
 all times what they are without muP, so that nothing changes at the base width but this: softmax attention
 scales its logits by 8 / K instead of K^-1/2 (definition 4.1; equal at head size K = 64). Linear mixers keep
-their scales: hold their head sizes over widths, as the defaults do. What is multiplied into a rate is divided
-out of the decay beside it, so that rate * decay holds over widths (independent decay: Wortsman et al. 2023,
-arXiv:2309.14322). Muon's updates have singular values alike, of 0.2 max(in, out)^1/2 here, and what must not
-grow is (in / out)^1/2 times that (Yang, Simon & Bernstein 2023, arXiv:2310.17813). Adam's ``eps`` is left
-alone. Everything is taken to grow alike: with d_model, the number of heads and mlp_hidden.
+their scales: hold their head sizes over widths, as the defaults do. The second column is 1 where a kind's
+deviation follows the number of inputs already (RWKV, RG-LRU, the outputs of Mamba-2 and mLSTM). What is
+multiplied into a rate is divided out of the decay beside it, so that rate * decay holds over widths
+(independent decay: Wortsman et al. 2023, arXiv:2309.14322). Muon's updates have singular values alike, of
+0.2 max(in, out)^1/2 here, and what must not grow is (in / out)^1/2 times that (Yang, Simon & Bernstein
+2023, arXiv:2310.17813). Adam's ``eps`` is left alone. Everything is taken to grow alike: with d_model, the
+number of heads (of groups, of key-value heads) and mlp_hidden; ranks are held.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from hybridlm import schema
+from hybridlm.errors import ConfigError
 
 GROWS = ("embed", "heads", "kv_heads", "mlp")  # logical axes that are taken to grow with the width
 HEAD_DIM = 64  # at which 1/K attention is the usual
@@ -37,12 +42,13 @@ def logit_scale(head_dim: int, mup: bool) -> float:
 
 def hidden(meta: Any) -> bool:
     """Whether a parameter is a matrix [..., in, out] of hidden layers with inputs that grow."""
-    return meta.decay and len(meta.axes) > 1 and meta.axes[-2] in GROWS and meta.axes[-1] != "vocab"
+    is_matrix = meta.decay or meta.cast  # low ranks of RWKV have no decay
+    return is_matrix and len(meta.axes) > 1 and meta.axes[-2] in GROWS and meta.axes[-1] != "vocab"
 
 
 def init_factor(meta: Any, growth: float) -> float:
     """Of the initial value."""
-    return growth**-0.5 if hidden(meta) else 1.0
+    return growth**-0.5 if hidden(meta) and meta.plain else 1.0
 
 
 def factors(meta: Any, growth: float, muon: bool) -> tuple[float, float]:
@@ -51,3 +57,16 @@ def factors(meta: Any, growth: float, muon: bool) -> tuple[float, float]:
         return 1.0, 1.0
     rate = growth ** (-0.5 if muon and meta.axes[-1] in GROWS else -1.0)
     return rate, 1 / rate
+
+
+def check(config: schema.Model, mixers: Mapping[str, Any]) -> None:
+    """ConfigError for a rank that would grow with the width, of which the factors know nothing."""
+    if not config.mup_base_width:
+        return
+    for name, mixer in mixers.items():
+        base = mixer.explicit(config.mup_base_width)
+        for field in (field.name for field in dataclasses.fields(mixer) if field.name.endswith("_rank")):
+            value = getattr(base, field)
+            if not getattr(mixer, field) and value:
+                fix = f"Set the rank of the base width, {value}."
+                raise ConfigError(f"mixers.{name}.{field}", 0, "grows with the width; muP holds ranks", fix)

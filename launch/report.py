@@ -222,7 +222,7 @@ def _notes(found: Sequence[Result]) -> str:
             f"{len(missing)} of {len(found)} runs did not finish and are in no figure: {', '.join(missing)}."
         )
     note += " Full layers are counted from 0."
-    if not any(r.tokens_per_second for r in found):
+    if len(missing) < len(found) and not any(r.tokens_per_second for r in found):
         note += " No speed is shown: these runs shared a device or a program, or ran on different ones."
     return page.note(f"{note} The same numbers are in results.csv.")
 

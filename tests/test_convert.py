@@ -438,3 +438,17 @@ def test_init_from(tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "manifest.json").is_file()
     with pytest.raises(ConfigError, match="neither a workdir with checkpoints nor a Hugging Face folder"):
         init_from.check(tmp_path / "nowhere")
+
+
+def test_kimi_linear_with_a_tied_head_is_none():
+    """transformers (5.24) ties nothing there: it would read the folder with a head at random."""
+    fields = {"model.pattern": "kda*3 mla", "mixers.kda.output_gate_bias": False, "mixers.mla.num_heads": 4}
+    fields |= {"mixers.mla.rope_theta": 0, "model.tie_embeddings": False}
+    told = lambda **more: families.public_format(
+        configs.resolve(
+            configs.load("configs/quickstart.py", {n: str(v) for n, v in (fields | more).items()})
+        )
+    )
+    assert told() == ("kimi_linear", "")
+    model_type, reason = told(**{"model.tie_embeddings": True})
+    assert model_type == "" and "has a head of its own" in reason

@@ -1,11 +1,14 @@
 """The average of the weights (optimizer.ema) against NumPy's, and every way that it comes out of a run."""
 
+import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from eval import __main__ as evaluate
+from eval import subject
 from hybridlm import config as configs
 from hybridlm import init_from, model, trainer, weights
 from hybridlm.convert import outgoing
@@ -67,6 +70,9 @@ def test_it_is_validated_beside_the_weights(text, run, tmp_path):
     [line] = tiny.lines(tmp_path)
     assert line["val_loss"] == pytest.approx(last["ema/val_loss"], rel=1e-6)
     assert not any("ema" in name for name in line)
+    scores = [subject.load(*asked, ema=ema).log_likelihoods([([1, 2], [3, 4])])
+              for asked, ema in (((tmp_path,), False), ((run,), True), ((run,), False))]  # fmt: skip
+    assert scores[0] == scores[1] != scores[2]
     assert not (tmp_path / "checkpoints" / "1" / "ema").exists()
     for ask in (
         lambda: weights.load(tmp_path, ema=True),
@@ -88,6 +94,15 @@ def test_a_resumed_run_is_the_same(text, run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, by_name(again, ema=True), by_name(run, ema=True))
     with pytest.raises(ConfigError, match=r"a resumed run cannot change it.* optimizer.ema: 0.7 -> 0.9"):
         trainer.train(resolved(text, optimizer__ema=0.9), again)
+
+
+def test_it_is_evaluated_beside_the_weights(run, capsys):
+    command = lambda *flags: evaluate.main([f"--workdir={run}", "--tasks=parity", "--lengths=16", *flags])
+    assert command("--samples=2", "--ema") == command("--samples=3") == 0
+    kept = [json.loads((run / folder / "eval.json").read_text()) for folder in ("ema", ".")]
+    assert [one["results"]["parity@16"]["samples"] for one in kept] == [2, 3]
+    assert (run / "ema" / "eval.png").is_file()
+    assert "average of the weights" in capsys.readouterr().out
 
 
 def test_it_is_exported(run, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from hybridlm import config as configs
-from hybridlm import init_from, model, trainer, weights
+from hybridlm import init_from, loop, model, trainer, weights
 from hybridlm.convert import incoming, outgoing
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.layers import Linear

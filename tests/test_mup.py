@@ -1,18 +1,23 @@
 """muP: sizes that do not move with the width, factors by type of layer, and nothing at the base width."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import groups, model, mup, program, schema, sharding
+from hybridlm import groups, mixers, model, mup, optimizer, program, schema, sharding
 from hybridlm.convert import families
+from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 
 BASE, STEPS, VOCAB = 64, 4, 32
 
 
-def resolved(width, base=BASE, pattern="full", **fields):
+def resolved(width, base=BASE, pattern="full", mamba=None, **fields):
     """Heads of 16, so that their number grows; float32."""
     c = configs.default()
     c.model.update(
@@ -21,10 +26,122 @@ def resolved(width, base=BASE, pattern="full", **fields):
     c.model.update(dtype="float32", remat="none")
     sizes = {"num_heads": width // 16, "head_dim": 16}
     c.mixers = {"full": configs.mixer("attention", **sizes), "kda": configs.mixer("kda", **sizes)}
+    if mamba is not None:
+        c.mixers["mamba"] = configs.mixer("mamba", **mamba)
     c.train.update(steps=100, batch_size=4, seq_len=16)
     c.optimizer.update(learning_rate=0.01, schedule="constant", **fields)
     c.data = configs.data("mqar")
     return configs.resolve(c)
+
+
+LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+OWN = ("mamba2", "mlstm", "rglru", "rwkv6", "rwkv7")  # with deviations of their own
+NEW = (*OWN, "mamba", "based", "comba", "feature_map", "gated_delta_net2")
+OLD = (
+    "attention", "delta_net", "delta_product", "gated_delta_net", "gated_delta_product", "gla", "hgrn",
+    "hgrn2", "kda", "lightning", "mla", "retnet",
+)  # fmt: skip
+slow = lambda *values: [pytest.param(value, marks=pytest.mark.slow) for value in values]
+ELEMENTWISE = ("mixer.A_log", "_gate.bias", "conv.kernel")  # stacks of vectors
+
+
+def widened(width, kinds, name="adamw", **model_fields):
+    """A layer of each kind and no MLPs, sizes of heads and ranks held; embedding and head are not trained."""
+    c = configs.default()
+    c.model.update(
+        pattern=" ".join(f"{kind}/none" for kind in kinds), num_layers=len(kinds), d_model=width,
+        vocab_size=VOCAB, mup_base_width=BASE, dtype="float32", remat="none", **model_fields,
+    )  # fmt: skip
+    c.mixers = {}
+    for kind in kinds:
+        known = {field.name for field in dataclasses.fields(mixers.config_class(kind))}
+        held = {"num_heads": width // 16, "head_dim": 16, "n_groups": width // 64, "dt_rank": 8} | LATENT
+        held |= dict.fromkeys(("decay_rank", "rate_rank", "gate_rank", "value_rank"), 8)
+        if kind not in ("attention", "mla", "based"):  # others count them themselves
+            del held["num_heads"]
+        held = {field: value for field, value in held.items() if field in known and field != "v_head_dim"}
+        held |= {"v_head_dim": 16} if kind == "mla" else {}
+        c.mixers[kind] = configs.mixer(kind, **held)
+    c.optimizer.update(name=name, learning_rate=0.01, schedule="constant", freeze=("embedding", "head"))
+    c.data = configs.data("mqar")
+    return configs.resolve(c)
+
+
+def grown(name, small, large):
+    """How many times the inputs of a layer's matrix grow, from shapes; None for what is none."""
+    is_matrix = name.startswith("layers.") and len(large.shape) > 1 and not name.endswith(ELEMENTWISE)
+    return large.shape[-2] // small.shape[-2] if is_matrix else None
+
+
+@pytest.mark.parametrize("kinds", [NEW, *slow(OLD)])
+def test_every_kind_by_its_shapes(kinds):
+    """What has four times the inputs, and nothing else, learns at a quarter of the rate."""
+    small, large = (model.build(widened(width, kinds)) for width in (BASE, 4 * BASE))
+    rates = groups.widths(large, schema.Optimizer(name="adamw"))
+    before, seen = model.canonical_shapes(small), 0
+    for name, leaf in model.canonical_shapes(large).items():
+        if growth := grown(name, before[name], leaf):
+            assert growth in (1, 4) and rates[name][0] == 1 / growth, name
+            seen += growth == 4
+    assert seen > 3 * len(kinds)
+
+
+@pytest.mark.slow
+def test_initial_values_that_follow_their_inputs_are_left_alone():
+    """Kinds with deviations of their own: of matrices whose inputs grow they go with inputs^-1/2, once."""
+    params = []
+    for width in (BASE, 4 * BASE):
+        definition = model.build(widened(width, OWN))
+        fresh = jax.jit(lambda key, d=definition: model.init(d, key))(jax.random.key(0))
+        params.append(model.unstack(definition, fresh))
+    small, large = params
+    for name, leaf in large.items():
+        if grown(name, small[name], leaf) == 4:
+            expected = float(small[name].std()) / 2
+            assert float(leaf.std()) == pytest.approx(expected, rel=0.15), name
+
+
+def change(width, kinds, name="adamw", steps=STEPS):
+    """Mean absolute change of the final hidden states in ``steps`` updates on one batch, in one program."""
+    config = widened(width, kinds, name)
+    definition = model.build(config)
+    meta = model.metadata(definition)
+    trained = {name: one for name, one in meta.items() if one.trained}
+    update = optimizer.build(config.optimizer, 100, trained, groups.factors(definition, config.optimizer))
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 17)).astype(np.int32)
+
+    @jax.jit
+    def run(key):
+        params = model.init(definition, key)
+        fixed = {name: params.pop(name) for name in meta.keys() - trained.keys()}
+
+        def loss(params):
+            lm = model.merge(definition, params | fixed)
+            hidden, _ = lm.forward(tokens[:, :-1], single_document(2, 16))
+            logits = hidden @ lm.head_matrix()
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean(), hidden
+
+        def step(carry, _):
+            params, state = carry
+            gradients, hidden = jax.grad(loss, has_aux=True)(params)
+            updates, state = update.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), hidden
+
+        _, hidden = jax.lax.scan(step, (params, update.init(params)), None, length=steps + 1)
+        return jnp.abs(hidden[-1] - hidden[0]).mean()
+
+    return float(run(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("kind", ["rglru", *slow(*(kind for kind in NEW + OLD if kind != "rglru"))])
+def test_coordinates_of_a_kind(kind):
+    """What a layer of it adds to the residual stream moves at width 256 as at 64."""
+    assert 0.67 < change(4 * BASE, [kind]) / change(BASE, [kind]) < 1.5
+
+
+def test_ranks_that_grow_are_refused():
+    with pytest.raises(ConfigError, match=r"mixers.mamba.dt_rank = 0: grows .* rank of the base width, 4\."):
+        resolved(4 * BASE, pattern="mamba", mamba={})
 
 
 def moved(width, **fields):

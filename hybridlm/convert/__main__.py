@@ -39,12 +39,12 @@ def main(argv: Sequence[str]) -> int:
             added.add_argument(f"--{name}", required=True, help=text)
         if command == "export":
             added.add_argument("--model_type", default="", help="default: that of the import, else what fits")
-            added.add_argument(
-                "--ema", action="store_true", help="the average of the weights (optimizer.ema)"
-            )
             added.add_argument("--dtype", default="", help="F32, BF16 or F16; default: as imported, else F32")
         if command in ("export", "logits"):
             added.add_argument("--step", type=int, help="default: the newest checkpoint")
+            added.add_argument(
+                "--ema", action="store_true", help="the average of the weights (optimizer.ema)"
+            )
     given = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", force=__name__ == "__main__")
     return cli.run(lambda: convert(given))
@@ -63,7 +63,7 @@ def convert(given: argparse.Namespace) -> None:
         steps = ", ".join(map(str, upgrade.upgrade(given.workdir)))
         print(f"upgraded the checkpoints at steps {steps}; the old ones are in {upgrade.OLD}")
     else:
-        evaluate.save_logits(Path(given.workdir), Path(given.ids), Path(given.out), given.step)
+        evaluate.save_logits(Path(given.workdir), Path(given.ids), Path(given.out), given.step, given.ema)
 
 
 if __name__ == "__main__":

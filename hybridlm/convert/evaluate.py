@@ -15,9 +15,14 @@ from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 
 
-def load(workdir: str | Path, step: int | None = None) -> tuple[model.Definition, model.Params]:
-    """(definition that computes in float32, parameters of the newest checkpoint or of that at ``step``)."""
-    loaded = weights.load(workdir, step, model__dtype="float32", model__remat="none")
+def load(
+    workdir: str | Path, step: int | None = None, ema: bool = False
+) -> tuple[model.Definition, model.Params]:
+    """(definition that computes in float32, parameters of the newest checkpoint or of that at ``step``).
+
+    ema: the average of the weights in place of them.
+    """
+    loaded = weights.load(workdir, step, ema, model__dtype="float32", model__remat="none")
     return loaded.definition, loaded.params
 
 
@@ -32,7 +37,7 @@ def logits(definition: model.Definition, params: model.Params, ids_BT: Any) -> n
         return np.asarray(_logits(definition, params, jnp.asarray(ids_BT, jnp.int32)))
 
 
-def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None) -> None:
+def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None, ema: bool = False) -> None:
     with writing("--out", out):  # before minutes of computing
         out.parent.mkdir(parents=True, exist_ok=True)
         untrusted.write_bytes(out, b"")
@@ -42,7 +47,7 @@ def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None) ->
         raise ConfigError("--ids", str(ids), f"is no readable .npy file ({error})") from None
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
         raise ConfigError("--ids", f"{tokens.dtype}{list(tokens.shape)}", "must be whole numbers [B, T]")
-    definition, params = load(workdir, step)
+    definition, params = load(workdir, step, ema)
     if tokens.min() < 0 or tokens.max() >= definition.vocab_size:
         span = f"{tokens.min()} to {tokens.max()}"
         raise ConfigError("--ids", span, f"must be token ids 0 to {definition.vocab_size - 1}")

@@ -16,6 +16,7 @@ from hybridlm.convert.family import (
     sparse,
 )
 from hybridlm.convert.fields import Fields
+from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -52,6 +53,9 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     every_type(definition, "kimi_linear")
+    if definition.model.tie_embeddings:  # transformers would start a head of its own, at random
+        fix = "Train with model.tie_embeddings=False."
+        raise ConfigError("model.tie_embeddings", True, "this format has a head of its own", fix)
     experts = sparse(definition)
     values = describe(definition, FAMILY, model_type)
     places = lambda wanted: [at + 1 for at, one in enumerate(values["layer_types"]) if one == wanted]

@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be given again")
     add("--seed", type=int, default=0, help="the same one gives the same texts (default: %(default)s)")
     add("-n", type=int, default=1, help="texts (default: %(default)s)")
-    add("--checkpoint", type=int, metavar="STEP", help="default: the newest")
-    add("--ema", action="store_true", help="with the average of the weights (optimizer.ema)")
+    add("--checkpoint", "--step", type=int, metavar="STEP", help="default: the newest")
+    add("--ema", action="store_true", help="the average of the weights (optimizer.ema)")
     add("--raw", action="store_true", help="without the chat template, if the run has one")
     flags = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", force=__name__ == "__main__")  # to stderr

@@ -30,7 +30,7 @@ from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative, Positive
-from hybridlm.layers import Linear, Rule, SwiGLU, normal, param, zeros
+from hybridlm.layers import Linear, Rule, SwiGLU, matrix, param, zeros
 from hybridlm.mixers import Site
 from hybridlm.mlps.swiglu import swiglu_rules
 from hybridlm.sharding import per_shard
@@ -199,9 +199,9 @@ class Mlp(mlps.Mlp):
         bias = lambda: param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
         self.selection_bias = bias() if config.selection_bias else None
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
-        self.gate = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
-        self.up = param(rngs, (experts, d_model, hidden), up_axes, normal(), decay=True, cast=True)
-        self.down = param(rngs, (experts, hidden, d_model), down_axes, normal(), decay=True, cast=True)
+        self.gate = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
+        self.up = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
+        self.down = param(rngs, (experts, hidden, d_model), down_axes, matrix, decay=True, cast=True)
         if config.shared_hidden:
             self.shared = SwiGLU(d_model, config.shared_hidden, rngs=rngs)
         if config.shared_gate:
