@@ -3,14 +3,11 @@
 No decay, one decay per head or one per key channel; additive or delta. docs/kernels.md has the design.
 """
 
-import dataclasses
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Device
-from pallas_kernels.linear_attention import xla
+from pallas_kernels.agreement import disagreement
+from pallas_kernels.dispatch import Device, here
+from pallas_kernels.linear_attention import trial, xla
 from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.triton.chunks import chunks
 from pallas_kernels.linear_attention.triton.inputs import prepare, spec
@@ -45,18 +42,32 @@ def runs_on(device: Device) -> str | None:
 
 
 def self_test() -> str | None:
-    return None
+    """Asked on every GPU and with every jax: why small calls of each kind differ from the token loop, if so."""
+    device = here()
+    where = f"compute capability {device.capability} with jax {jax.__version__}"
+    return disagreement("linear_attention", where, lambda: trial.results(linear_attention))
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
-    o, state = _attend(call)
-    return o, state if call.output_final_state else None
+    attend = _attend_interpreted if call.interpret else _attend
+    return attend(call)
 
 
-def _run(call: Call) -> tuple[jax.Array, jax.Array]:
+def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
     what = spec(call)
     out = scan(what, chunks(what, prepare(call)), call.initial_state, keep=False)
-    return out.o[:, : call.q.shape[1]], out.final
+    return out.o[:, : call.q.shape[1]], out.final if call.output_final_state else None
 
 
-_attend = _run
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], Call]:
+    return _primal(call), call
+
+
+def _backward(call: Call, cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
+    return jax.vjp(xla.linear_attention, call)[1](cotangents)
+
+
+_attend = jax.custom_vjp(_primal)
+_attend.defvjp(_forward, _backward, optimize_remat=True)  # under jax.checkpoint the first pass keeps nothing
+_attend_interpreted = jax.custom_vjp(_primal)
+_attend_interpreted.defvjp(_forward, _backward)

@@ -30,10 +30,9 @@ from pallas_kernels.linear_attention.triton.tiles import (
     spans,
     split,
     sums,
-    unit_rows,
 )
 
-VALUES = 64  # taken at a time
+SLICE = 64  # of the features, taken at a time
 
 
 class Chunks(NamedTuple):
@@ -67,7 +66,7 @@ def chunks(spec: Spec, inputs: Inputs) -> Chunks:
         in_specs=[_blocks(spec, inputs)],
         out_specs={name: block(name, x.shape) for name, x in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4 if K <= 128 else 8, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=spec.interpret,
         name="chunks",
     )(inputs)
@@ -105,69 +104,126 @@ def _blocks(spec: Spec, inputs: Inputs) -> Inputs:
 
 
 def _kernel(spec: Spec, refs: Inputs, out: dict[str, Any]) -> None:
-    q, k = refs.q[...].astype(F32), refs.k[...].astype(F32)
-    if spec.l2norm:
-        q, k = q * unit_rows(q, L2NORM_EPS), k * unit_rows(k, L2NORM_EPS)
     i, j = grid()
-    visible, enter, leave, carry = i >= j, None, None, None
+    q_unit, k_unit = (_unit_rows(x) if spec.l2norm else None for x in (refs.q, refs.k))
+    visible = i >= j
+    entering = leaving = jnp.full((C,), 1.0, F32)
+    carry = jnp.float32(1)
     if refs.documents is not None:
         ids = refs.documents["id"][...]
         visible &= ids[:, None] == ids[None, :]
-        enter, leave = refs.documents["enter"][...][:, None], refs.documents["leave"][...][:, None]
+        entering, leaving = refs.documents["enter"][...], refs.documents["leave"][...]
         carry = refs.documents["carry"][...]
-    decayed = _per_channel if spec.channel else _per_head
-    read, keys, queries, total, qk, kk = decayed(spec, refs, q, k)
-    if enter is not None:
-        read, queries, keys, total = read * enter, queries * enter, keys * leave, total * carry
-    out["queries"][...] = (queries * spec.scale).astype(BF16)
-    out["keys"][...] = keys.astype(BF16)
-    out["total"][...] = total
+    qk, kk = _per_channel(spec, refs) if spec.channel else _per_head(spec, refs)
+    if spec.l2norm:
+        qk *= q_unit[:, None] * k_unit[None, :]
     out["scores"][...] = jnp.where(visible, qk * spec.scale, 0.0).astype(BF16)
+    A, beta = None, None
     if spec.delta:
+        if spec.l2norm:
+            kk *= k_unit[:, None] * k_unit[None, :]
         beta = refs.rows["beta"][...]
-        A = inverse_less_one(jnp.where(visible & (i > j), beta[:, None] * kk, 0.0))
-        read = beta[:, None] * read
-        out["w"][...] = (read + dot(A, read)).astype(BF16)
-        for start in range(0, refs.v.shape[1], VALUES):
-            at = (slice(None), pl.ds(start, VALUES))
-            v = refs.v[at].astype(F32) * beta[:, None]
-            out["u"][at] = (v + dot(A, v)).astype(BF16)
+        A = inverse_less_one(jnp.where(visible & (i > j), beta[:, None] * kk, 0.0)).astype(BF16)
 
+    if spec.l2norm:
+        entering_k, entering_q, leaving = entering * k_unit, entering * q_unit, leaving * k_unit
+    else:
+        entering_k = entering_q = entering
+    if "sum" in refs.rows:
+        entering_k, entering_q = entering_k * refs.rows["enter"][...], entering_q * refs.rows["enter"][...]
+        leaving *= refs.rows["leave"][...]
+        carry *= jnp.min(refs.rows["enter"][...])
+    if spec.delta:
+        entering_k = entering_k * beta
 
-def _per_head(spec: Spec, refs: Inputs, q: Any, k: Any) -> tuple[Any, ...]:
-    """K e^G, K with the decay to the end, Q e^G, the chunk's decay, Q K^T and K K^T with the decay between."""
-    qk = dot(q, k, (1, 1))
-    kk = dot(k, k, (1, 1)) if spec.delta else None
-    total = jnp.full((k.shape[1],), 1.0, F32)
-    if "sum" not in refs.rows:
-        return k, k, q, total, qk, kk
-    G, enter, leave = (refs.rows[name][...] for name in ("sum", "enter", "leave"))
-    decay = jnp.exp(jnp.minimum(G[:, None] - G[None, :], 0.0))
-    total = total * jnp.min(enter)
-    kk = kk * decay if spec.delta else None
-    return k * enter[:, None], k * leave[:, None], q * enter[:, None], total, qk * decay, kk
-
-
-def _per_channel(spec: Spec, refs: Inputs, q: Any, k: Any) -> tuple[Any, ...]:
-    """As `_per_head`; each level of pairs has its products, of factors in [0, 1] only."""
-    steps = clamped(refs.steps)
-    i, j = grid()
-    qk = jnp.where(i == j, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
-    kk = jnp.zeros((C, C), F32)
-    for s in LEVELS:
-        decay = jnp.exp(sums(spans(s), steps))
-        near = (k * decay).astype(BF16)
-        qk = jnp.where(pairs(s), dot(q * decay, near, (1, 1)), qk)
+    def keys(n: Any, _: None) -> None:
+        at = (slice(None), pl.ds(n * SLICE, SLICE))
+        q, k = refs.q[at].astype(F32), refs.k[at].astype(F32)
+        read, total = k, jnp.full((SLICE,), 1.0, F32)
+        if spec.channel:
+            steps = clamped(refs.steps[at])
+            prefix, suffix = jnp.exp(sums(i >= j, steps)), jnp.exp(sums(i < j, steps))
+            q, read, k, total = q * prefix, k * prefix, k * suffix, jnp.min(prefix, axis=0)
+        out["queries"][at] = (q * (entering_q * spec.scale)[:, None]).astype(BF16)
+        out["keys"][at] = (k * leaving[:, None]).astype(BF16)
+        out["total"][pl.ds(n * SLICE, SLICE)] = total * carry
         if spec.delta:
-            kk = jnp.where(pairs(s), dot(near, near, (1, 1)), kk)
-    prefix, suffix = jnp.exp(sums(i >= j, steps)), jnp.exp(sums(i < j, steps))
-    total = jnp.min(prefix, axis=0)
-    return k * prefix, k * suffix, q * prefix, total, qk, kk
+            read = read * entering_k[:, None]
+            out["w"][at] = (read + dot(A, read)).astype(BF16)
+
+    def values(n: Any, _: None) -> None:
+        at = (slice(None), pl.ds(n * SLICE, SLICE))
+        v = refs.v[at].astype(F32) * beta[:, None]
+        out["u"][at] = (v + dot(A, v)).astype(BF16)
+
+    slices(refs.q, keys, None)
+    if spec.delta:
+        slices(refs.v, values, None)
 
 
-def clamped(steps_ref: Any) -> tuple[Any, ...]:
-    """The log-decays as a sum of bf16 tiles; exactly, if they are bf16."""
-    steps = steps_ref[...]
-    if steps.dtype == BF16:
-        return (jnp.maximum(steps.astype(F32), LEAST_DECAY).astype(BF16),)
-    return split(jnp.maximum(steps.astype(F32), LEAST_DECAY))
+def slices(ref: Any, body: Any, start: Any) -> Any:
+    """``body`` (number, carry) for each slice of the features of ``ref``."""
+    return jax.lax.fori_loop(0, ref.shape[1] // SLICE, body, start)
+
+
+def _unit_rows(ref: Any) -> Any:
+    """1 / |row|, [C]."""
+
+    def add(n: Any, total: Any) -> Any:
+        x = ref[:, pl.ds(n * SLICE, SLICE)].astype(F32)
+        return total + jnp.sum(x * x, axis=1)
+
+    return jax.lax.rsqrt(slices(ref, add, jnp.full((C,), L2NORM_EPS, F32)))
+
+
+def _per_head(spec: Spec, refs: Inputs) -> tuple[Any, Any]:
+    """Q K^T and, for the delta rule, K K^T, with the decay between, at j <= i."""
+
+    def add(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
+        at = (slice(None), pl.ds(n * SLICE, SLICE))
+        k = refs.k[at]
+        rows = (refs.q[at], k)
+        return tuple(a + dot(x, k, (1, 1)) for a, x in zip(products, rows, strict=False))
+
+    products = slices(refs.q, add, (jnp.zeros((C, C), F32),) * (1 + spec.delta))
+    if "sum" in refs.rows:
+        G = refs.rows["sum"][...]
+        decay = jnp.exp(jnp.minimum(G[:, None] - G[None, :], 0.0))
+        products = tuple(a * decay for a in products)
+    return products if spec.delta else (*products, None)
+
+
+def _per_channel(spec: Spec, refs: Inputs) -> tuple[Any, Any]:
+    """As `_per_head`; each level of pairs has its products, of factors in [0, 1] only."""
+    i, j = grid()
+    zeros = (jnp.zeros((C, C), F32),) * (1 + spec.delta)
+
+    def level(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
+        where = spans(1 << n)
+
+        def add(m: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
+            at = (slice(None), pl.ds(m * SLICE, SLICE))
+            decay = jnp.exp(sums(where, clamped(refs.steps[at])))
+            near = (refs.k[at] * decay).astype(BF16)
+            rows = (refs.q[at] * decay, near)
+            return tuple(a + dot(x, near, (1, 1)) for a, x in zip(products, rows, strict=False))
+
+        at = pairs(1 << n)
+        return tuple(
+            jnp.where(at, new, a) for new, a in zip(slices(refs.q, add, zeros), products, strict=True)
+        )
+
+    def same(n: Any, total: Any) -> Any:
+        at = (slice(None), pl.ds(n * SLICE, SLICE))
+        return total + jnp.sum(refs.q[at].astype(F32) * refs.k[at].astype(F32), axis=1)
+
+    diagonal = slices(refs.q, same, jnp.zeros((C,), F32))
+    products = (jnp.where(i == j, diagonal[:, None], 0.0), *zeros[1:])
+    products = jax.lax.fori_loop(0, LEVELS, level, products)
+    return products if spec.delta else (*products, None)
+
+
+def clamped(steps: Any) -> tuple[Any, ...]:
+    """Log-decays as a sum of bf16 tiles; exactly, if they are bf16."""
+    at_least = jnp.maximum(steps.astype(F32), LEAST_DECAY)
+    return (at_least.astype(BF16),) if steps.dtype == BF16 else split(at_least)

@@ -1,6 +1,5 @@
 """The chunks in order, values in slices: the transposed state stays in registers, float32."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +24,38 @@ class Scanned(NamedTuple):
     values: jax.Array | None
 
 
+TRIALS = {
+    f"{width} values, {warps} warps, {stages} stages": {"width": width, "warps": warps, "stages": stages}
+    for width, warps, stages in (
+        (64, 4, 1),
+        (64, 4, 2),
+        (64, 4, 3),
+        (32, 4, 1),
+        (32, 4, 2),
+        (32, 2, 2),
+        (64, 8, 2),
+        (16, 2, 2),
+    )
+}
+
+
 def slice_of(K: int) -> int:
     """Values that one block of threads takes."""
     return 64 if K <= 128 else 32
 
 
-def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scanned:
+def scan(
+    spec: Spec,
+    made: Chunks,
+    state: jax.Array | None,
+    keep: bool,
+    width: int = 0,
+    warps: int = 4,
+    stages: int = 2,
+) -> Scanned:
     B, T, HV, V = made.u.shape
     K = made.keys.shape[3]
-    width = slice_of(K)
+    width = width or slice_of(K)
     keys, values = tokens(T, K), tokens(T, width, sliced=True)
     states = pl.BlockSpec((None, None, K, width), lambda n, h, b: (b, h, 0, n))
     specs = {
@@ -61,7 +83,7 @@ def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scann
         in_specs=[{name: specs[name] for name in given}],
         out_specs={name: block for name, (_, block) in out.items()},
         out_shape={name: shape for name, (shape, _) in out.items()},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=spec.interpret,
         name="scan",
     )(given)

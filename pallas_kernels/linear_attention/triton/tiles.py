@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 C = 64
-LEVELS = tuple(1 << n for n in range((C - 1).bit_length()))
+LEVELS = (C - 1).bit_length()
 F32, BF16 = jnp.float32, jnp.bfloat16
 
 
@@ -38,7 +38,7 @@ def grid() -> tuple[Any, Any]:
     return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def pairs(s: int) -> Any:
+def pairs(s: Any) -> Any:
     """Where (row, column) is a pair of level ``s``."""
     i, j = grid()
     return (i // (2 * s) == j // (2 * s)) & (i % (2 * s) >= s) & (j % (2 * s) < s)
@@ -50,13 +50,15 @@ def inverse_less_one(L: Any) -> Any:
     As stable as forward substitution; a power series of L would not be.
     """
     i, j = grid()
+
+    def double(n: Any, X: Any) -> Any:
+        return X - fine_dot(X, fine_dot(jnp.where(pairs(1 << n), L, 0.0), X))
+
     X = jnp.where(i == j, 1.0, 0.0) - jnp.where(pairs(1), L, 0.0)
-    for s in LEVELS[1:]:
-        X -= fine_dot(X, fine_dot(jnp.where(pairs(s), L, 0.0), X))
-    return jnp.where(i > j, X, 0.0)
+    return jnp.where(i > j, jax.lax.fori_loop(1, LEVELS, double, X), 0.0)
 
 
-def spans(s: int) -> Any:
+def spans(s: Any) -> Any:
     """[C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its level-s pair.
 
     For a token of the second block from the border up to and including it, of the first block after it.
@@ -73,8 +75,3 @@ def sums(where: Any, steps: tuple[Any, ...]) -> Any:
     for rest in steps[1:]:
         total += dot(ones, rest)
     return total
-
-
-def unit_rows(x: Any, eps: float) -> Any:
-    """1 / |row|, [C, 1]."""
-    return jax.lax.rsqrt(jnp.sum(x * x, axis=1, keepdims=True) + eps)
