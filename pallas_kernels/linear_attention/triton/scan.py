@@ -45,44 +45,28 @@ def slice_of(K: int) -> int:
 
 
 def scan(
-    spec: Spec,
-    made: Chunks,
-    state: jax.Array | None,
-    keep: bool,
-    width: int = 0,
-    warps: int = 4,
-    stages: int = 2,
+    spec: Spec, made: Chunks, state: jax.Array | None, keep: bool, width: int = 0, warps: int = 4, stages: int = 2
 ) -> Scanned:
     B, T, HV, V = made.u.shape
     K = made.keys.shape[3]
     width = width or slice_of(K)
-    keys, values = tokens(T, K), tokens(T, width, sliced=True)
-    states = pl.BlockSpec((None, None, K, width), lambda n, h, b: (b, h, 0, n))
-    specs = {
-        "queries": keys,
-        "keys": keys,
-        "w": keys,
-        "u": values,
-        "scores": pl.BlockSpec((None, None, T, C), lambda n, h, b: (b, h, 0, 0)),
-        "total": pl.BlockSpec((None, None, T // C, K), lambda n, h, b: (b, h, 0, 0)),
-        "state": states,
-    }
-    given = {name: x for name, x in (made._asdict() | {"state": state}).items() if x is not None}
-    out = {
-        "o": (jax.ShapeDtypeStruct((B, T, HV, V), BF16), values),
-        "final": (jax.ShapeDtypeStruct((B, HV, K, V), F32), states),
-    }
+    names = ("queries", "keys", "scores", "total", "u", "w")
+    given = {name: getattr(made, name) for name in names} | {"state": state}
+    given = {name: x for name, x in given.items() if x is not None}
+    out = {"o": jax.ShapeDtypeStruct((B, T, HV, V), BF16), "final": jax.ShapeDtypeStruct((B, HV, K, V), F32)}
     if keep:
-        per_chunk = pl.BlockSpec((None, None, T // C, width, K), lambda n, h, b: (b, h, 0, n, 0))
-        out["states"] = (jax.ShapeDtypeStruct((B, HV, T // C, V, K), BF16), per_chunk)
-        if spec.delta:
-            out["values"] = (jax.ShapeDtypeStruct((B, T, HV, V), BF16), values)
+        out["states"] = jax.ShapeDtypeStruct((B, HV, T // C, V, K), BF16)
+    if keep and spec.delta:
+        out["values"] = out["o"]
+    blocks = head_blocks(T, K, width)
+    blocks |= {"u": blocks["values"], "o": blocks["values"]}
+    blocks |= {"state": state_block(K, width), "final": state_block(K, width)}
     results = pl.pallas_call(
         _kernel,
         grid=(V // width, HV, B),
-        in_specs=[{name: specs[name] for name in given}],
-        out_specs={name: block for name, (_, block) in out.items()},
-        out_shape={name: shape for name, (shape, _) in out.items()},
+        in_specs=[{name: blocks[name] for name in given}],
+        out_specs={name: blocks[name] for name in out},
+        out_shape=out,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=spec.interpret,
         name="scan",
@@ -91,9 +75,22 @@ def scan(
     return Scanned(**(kept | results))
 
 
-def tokens(T: int, features: int, sliced: bool = False) -> pl.BlockSpec:
-    """All tokens of a head of [B, T, HV, features or more]: all features or the slice of this block of threads."""
-    return pl.BlockSpec((None, T, None, features), lambda n, h, b: (b, 0, h, n if sliced else 0))
+def head_blocks(T: int, K: int, width: int) -> dict[str, pl.BlockSpec]:
+    """All tokens of a head, of `Chunks`, and of the values and states this block of threads has a slice of."""
+    keys = pl.BlockSpec((None, T, None, K), lambda n, h, b: (b, 0, h, 0))
+    return {
+        "queries": keys,
+        "keys": keys,
+        "w": keys,
+        "scores": pl.BlockSpec((None, None, T, C), lambda n, h, b: (b, h, 0, 0)),
+        "total": pl.BlockSpec((None, None, T // C, K), lambda n, h, b: (b, h, 0, 0)),
+        "values": pl.BlockSpec((None, T, None, width), lambda n, h, b: (b, 0, h, n)),
+        "states": pl.BlockSpec((None, None, T // C, width, K), lambda n, h, b: (b, h, 0, n, 0)),
+    }
+
+
+def state_block(K: int, width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, K, width), lambda n, h, b: (b, h, 0, n))
 
 
 def _kernel(refs: dict[str, Any], out: dict[str, Any]) -> None:
