@@ -7,11 +7,14 @@ import jax
 
 from pallas_kernels.agreement import disagreement
 from pallas_kernels.dispatch import Device, here
-from pallas_kernels.linear_attention import trial, xla
+from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.triton.backward import gradients
 from pallas_kernels.linear_attention.triton.chunks import chunks
-from pallas_kernels.linear_attention.triton.inputs import prepare, spec
-from pallas_kernels.linear_attention.triton.scan import scan
+from pallas_kernels.linear_attention.triton.inputs import pad, prepare, spec, unprepare
+from pallas_kernels.linear_attention.triton.moves import moves
+from pallas_kernels.linear_attention.triton.reverse import reverse
+from pallas_kernels.linear_attention.triton.scan import Scanned, scan
 
 __all__ = ["linear_attention", "runs_on", "self_test", "supports"]
 
@@ -54,17 +57,29 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
 
 
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    return _run(call, keep=False)[0]
+
+
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Scanned]]:
+    out, scanned = _run(call, keep=True)
+    return out, (call, scanned)
+
+
+def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Scanned]:
     what = spec(call)
-    out = scan(what, chunks(what, prepare(call)), call.initial_state, keep=False)
-    return out.o[:, : call.q.shape[1]], out.final if call.output_final_state else None
+    out = scan(what, chunks(what, prepare(call)), call.initial_state, keep)
+    o = out.o[:, : call.q.shape[1]]
+    return (o, out.final if call.output_final_state else None), out._replace(o=None, final=None)
 
 
-def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], Call]:
-    return _primal(call), call
-
-
-def _backward(call: Call, cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
-    return jax.vjp(xla.linear_attention, call)[1](cotangents)
+def _backward(kept: tuple[Call, Scanned], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
+    call, scanned = kept
+    what, inputs = spec(call), prepare(call)
+    made = chunks(what, inputs, keep=True)
+    do = pad(cotangents[0], inputs.q.shape[1])
+    back = reverse(what, made, do, cotangents[1])
+    d = gradients(what, inputs, made, moves(what, scanned, back, do), back.values)
+    return (unprepare(call, d, back.first),)
 
 
 _attend = jax.custom_vjp(_primal)

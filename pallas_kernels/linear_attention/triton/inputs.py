@@ -1,9 +1,11 @@
 """What the kernels read: padded to whole chunks, the numbers per token laid out by XLA."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.triton.tiles import F32, C
@@ -54,8 +56,8 @@ def prepare(call: Call) -> Inputs:
         rows["beta"] = _head_major(call.beta, length)
     steps = None
     if call.log_decay is not None and call.log_decay.ndim == 4:
-        steps = _pad(call.log_decay, length)
-    documents = None if call.segment_ids is None else _documents(_pad(call.segment_ids, length, "edge"))
+        steps = pad(call.log_decay, length)
+    documents = None if call.segment_ids is None else _documents(pad(call.segment_ids, length, "edge"))
     if steps is None and call.log_decay is not None:
         steps_BHT = jnp.maximum(_head_major(call.log_decay, length), LEAST_DECAY)
         chunks = steps_BHT.reshape(*steps_BHT.shape[:2], -1, C)
@@ -63,7 +65,7 @@ def prepare(call: Call) -> Inputs:
         after = sums[..., -1:] - sums
         rows |= {"sum": sums, "enter": jnp.exp(sums), "leave": jnp.exp(after)}
         rows = {name: x.reshape(*x.shape[:2], -1) for name, x in rows.items()}
-    return Inputs(_pad(call.q, length), _pad(call.k, length), _pad(call.v, length), steps, rows, documents)
+    return Inputs(pad(call.q, length), pad(call.k, length), pad(call.v, length), steps, rows, documents)
 
 
 def _documents(id_BT: jax.Array) -> dict[str, jax.Array]:
@@ -80,9 +82,39 @@ def _documents(id_BT: jax.Array) -> dict[str, jax.Array]:
 
 
 def _head_major(x_BTH: jax.Array, length: int) -> jax.Array:
-    return jnp.swapaxes(_pad(x_BTH.astype(F32), length), 1, 2)
+    return jnp.swapaxes(pad(x_BTH.astype(F32), length), 1, 2)
 
 
-def _pad(x: Any, length: int, mode: str = "constant") -> Any:
+def pad(x: Any, length: int, mode: str = "constant") -> Any:
     missing = length - x.shape[1]
     return x if not missing else jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode=mode)
+
+
+def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
+    """The gradients of the arguments from those of the kernels, `backward.Gradients`, and of the initial state."""
+    length, heads = call.q.shape[1:3]
+
+    def keys(x_BTHK: jax.Array) -> jax.Array:
+        x = x_BTHK[:, :length]
+        return x.reshape(*x.shape[:2], heads, -1, x.shape[3]).astype(F32).sum(3) if call.group > 1 else x
+
+    rows = lambda x_BHT: jnp.swapaxes(x_BHT, 1, 2)[:, :length]
+    if call.log_decay is None:
+        steps = None
+    else:
+        if d.steps is not None:
+            steps = d.steps[:, :length]
+        else:
+            chunks = d.sum.reshape(*d.sum.shape[:2], -1, C)
+            steps = rows(jnp.flip(jnp.cumsum(jnp.flip(chunks, -1), -1), -1).reshape(d.sum.shape))
+        steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps).astype(call.log_decay.dtype)
+    return dataclasses.replace(
+        call,
+        q=keys(d.q).astype(call.q.dtype),
+        k=keys(d.k).astype(call.k.dtype),
+        v=d.v[:, :length].astype(call.v.dtype),
+        log_decay=steps,
+        beta=None if call.beta is None else rows(d.beta).astype(call.beta.dtype),
+        initial_state=None if call.initial_state is None else dstate,
+        segment_ids=None if call.segment_ids is None else np.zeros(call.segment_ids.shape, jax.dtypes.float0),
+    )

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import here
+
 C = 64
 LEVELS = (C - 1).bit_length()
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -17,7 +19,10 @@ F32, BF16 = jnp.float32, jnp.bfloat16
 def dot(a: Any, b: Any, over: tuple[int, int] = (1, 0)) -> Any:
     """The product of two tiles summed ``over`` an axis of each, float32; bf16 operands."""
     dims = (((over[0],), (over[1],)), ((), ()))
-    return jax.lax.dot_general(a.astype(BF16), b.astype(BF16), dims, preferred_element_type=F32)
+    a, b = a.astype(BF16), b.astype(BF16)
+    if here().platform == "cpu":  # interpreted; XLA has not all such products there
+        a, b = a.astype(F32), b.astype(F32)
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=F32)
 
 
 def split(a: Any) -> tuple[Any, Any]:
