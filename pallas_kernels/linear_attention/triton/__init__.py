@@ -45,7 +45,7 @@ def runs_on(device: Device) -> str | None:
 
 
 def self_test() -> str | None:
-    """Asked on every GPU and with every jax: why small calls of each kind differ from the token loop, if so."""
+    """Why small calls of each kind differ from the token loop, if so; asked on every GPU, with every jax."""
     device = here()
     where = f"compute capability {device.capability} with jax {jax.__version__}"
     return disagreement("linear_attention", where, lambda: trial.results(linear_attention))

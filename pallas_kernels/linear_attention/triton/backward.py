@@ -1,7 +1,7 @@
 """Every chunk alone: the gradients of the arguments, from those of what `chunks` made of them.
 
-With r = A^T d w and x = A^T d u, dL = -(r w^T + x u^T) strictly below the diagonal. The gradient of a decay is
-the sum over all that it scales of value times gradient; of a norm 1 / |q| likewise, which needs no second pass.
+With r = A^T d w and x = A^T d u, dL = -(r w^T + x u^T) strictly below the diagonal. The gradient of a decay's
+logarithm is the sum over all that it scales of value times gradient; of that of a norm 1 / |q| likewise.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import Chunks, block, input_blocks
-from pallas_kernels.linear_attention.triton.inputs import LEAST_DECAY, Inputs, Spec
+from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
 from pallas_kernels.linear_attention.triton.moves import Moves
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
@@ -27,7 +27,7 @@ from pallas_kernels.linear_attention.triton.tiles import (
     split,
     sums,
 )
-from pallas_kernels.linear_attention.triton.tokens import SLICE, Tokens, clamped, ends, load, part, slices
+from pallas_kernels.linear_attention.triton.tokens import Tokens, clamped, ends, load, part, slices
 
 
 class Gradients(NamedTuple):
@@ -75,15 +75,6 @@ def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.A
     if not spec.delta:
         results["v"] = dvalues
     return Gradients(**results)
-
-
-class _Rows(NamedTuple):
-    """Of value times gradient, [C]: of all that has a factor of q's row, of k's row, of the decay up to and after it."""
-
-    q: Any
-    k: Any
-    up_to: Any
-    after: Any
 
 
 def _kernel(spec: Spec, refs: Inputs, made: dict[str, Any], out: dict[str, Any]) -> None:
@@ -155,7 +146,9 @@ def _kernel(spec: Spec, refs: Inputs, made: dict[str, Any], out: dict[str, Any])
     slices(refs.q, keys, None)
 
 
-def _inverse(token: Tokens, refs: Inputs, made: dict[str, Any], out: dict[str, Any], A_T: Any) -> tuple[Any, Any]:
+def _inverse(
+    token: Tokens, refs: Inputs, made: dict[str, Any], out: dict[str, Any], A_T: Any
+) -> tuple[Any, Any]:
     """dL, of which the strictly lower part counts; dv; and the part of dbeta that comes from v."""
 
     def keys(n: Any, dL: Any) -> Any:

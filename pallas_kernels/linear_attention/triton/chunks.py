@@ -1,8 +1,8 @@
 """Every chunk alone: what the scan needs of it.
 
-With G the decay from the chunk's start and A = (I + L)^-1, L = beta kk, where kk is the strictly lower part of
-K K^T with the decay between the tokens: w = A beta (K e^G), u = A beta V, keys = K with the decay to the chunk's
-end, queries = scale Q e^G, scores = scale Q K^T with the decay between, and total, the whole chunk's decay. Then
+With G the log-decay from the chunk's start and A = (I + L)^-1, L = beta kk, where kk is the strictly lower
+part of K K^T with the decay between the tokens: w = A beta (K e^G), u = A beta V, keys = K with the decay to
+the chunk's end, queries = scale Q e^G, scores = scale Q K^T with the decay between, total the chunk's decay:
     V' = u - w S    (additive: V' = V)
     o  = queries S + scores V'
     S <- total S + keys^T V'

@@ -28,10 +28,10 @@ class Inputs(NamedTuple):
     """T is a multiple of C.
 
     q, k: [B, T, H, K].  v: [B, T, HV, V].  steps: None or log-decays [B, T, HV, K] (per channel only).
-    rows: by name, [B, HV, T] float32: `beta` (delta), and without a decay per channel `sum`, the log-decays added up
+    rows: by name, [B, HV, T] float32: `beta` (delta); with a decay per head `sum`, the log-decays added up
     from the chunk's start, `enter` and `leave`, the decay from the chunk's start and to its end.
-    documents: None, or by name `id` [B, T] int32, and 1 where the token is of the document that enters or leaves its
-    chunk, else 0: `enter`, `leave` [B, T]; `carry` [B, T/C], whether it is one document.
+    documents: None, or by name `id` [B, T] int32; `enter`, `leave` [B, T], 1 where a token is of the document
+    that enters or leaves its chunk, else 0; `carry` [B, T/C], whether that is one document.
     """
 
     q: jax.Array
@@ -91,7 +91,7 @@ def pad(x: Any, length: int, mode: str = "constant") -> Any:
 
 
 def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
-    """The gradients of the arguments from those of the kernels, `backward.Gradients`, and of the initial state."""
+    """The gradients of the arguments from `backward.Gradients` and that of the initial state."""
     length, heads = call.q.shape[1:3]
 
     def keys(x_BTHK: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Every chunk alone: the gradients of what `chunks` made, from both scans.
 
-    d queries = dO S^T, d keys = V' dS^T, d w = -dV' S^T, d scores = dO V'^T, d total = sum over V of S dS
+d queries = dO S^T, d keys = V' dS^T, d w = -dV' S^T, d scores = dO V'^T, d total = sum over V of S dS
 """
 
 from typing import Any, NamedTuple

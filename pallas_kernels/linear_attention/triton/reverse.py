@@ -1,7 +1,7 @@
 """The chunks in reverse order: the transposed gradient of the state stays in registers, float32.
 
-    dV' = scores^T dO + keys dS
-    dS <- total dS + queries^T dO - w^T dV'
+dV' = scores^T dO + keys dS
+dS <- total dS + queries^T dO - w^T dV'
 """
 
 from typing import Any, NamedTuple
@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import Chunks
 from pallas_kernels.linear_attention.triton.inputs import Spec
-from pallas_kernels.linear_attention.triton.scan import head_blocks, slice_of, state_block
+from pallas_kernels.linear_attention.triton.scan import head_blocks, params, slice_of, state_block
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 
 
@@ -32,7 +31,13 @@ def reverse(spec: Spec, made: Chunks, do: jax.Array, dstate: jax.Array | None) -
     B, T, HV, V = do.shape
     K = made.keys.shape[3]
     width = slice_of(K)
-    given = {"queries": made.queries, "keys": made.keys, "w": made.w, "scores": made.scores, "total": made.total}
+    given = {
+        "queries": made.queries,
+        "keys": made.keys,
+        "w": made.w,
+        "scores": made.scores,
+        "total": made.total,
+    }
     given = {name: x for name, x in (given | {"do": do, "dstate": dstate}).items() if x is not None}
     blocks = head_blocks(T, K, width)
     out = {
@@ -47,7 +52,7 @@ def reverse(spec: Spec, made: Chunks, do: jax.Array, dstate: jax.Array | None) -
         in_specs=[{name: blocks[name] for name in given}],
         out_specs={name: blocks[name] for name in out},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=params(K),
         interpret=spec.interpret,
         name="reverse",
     )(given)

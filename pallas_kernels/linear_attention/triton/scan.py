@@ -15,7 +15,7 @@ from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 class Scanned(NamedTuple):
     """o: [B, T, HV, V] bf16.  final: S after the last token, [B, HV, K, V] float32.
 
-    Kept for the gradient: states, S^T before each chunk [B, HV, T/C, V, K] bf16; values, V' [B, T, HV, V] bf16.
+    For the gradient: states, S^T before each chunk [B, HV, T/C, V, K] bf16; values, V' [B, T, HV, V] bf16.
     """
 
     o: jax.Array
@@ -24,32 +24,20 @@ class Scanned(NamedTuple):
     values: jax.Array | None
 
 
-TRIALS = {
-    f"{width} values, {warps} warps, {stages} stages": {"width": width, "warps": warps, "stages": stages}
-    for width, warps, stages in (
-        (64, 4, 1),
-        (64, 4, 2),
-        (64, 4, 3),
-        (32, 4, 1),
-        (32, 4, 2),
-        (32, 2, 2),
-        (64, 8, 2),
-        (16, 2, 2),
-    )
-}
-
-
 def slice_of(K: int) -> int:
     """Values that one block of threads takes."""
     return 64 if K <= 128 else 32
 
 
-def scan(
-    spec: Spec, made: Chunks, state: jax.Array | None, keep: bool, width: int = 0, warps: int = 4, stages: int = 2
-) -> Scanned:
+def params(K: int) -> plgpu.CompilerParams:
+    """Of the scans: tiles of the next chunk are loaded ahead where two chunks' fit into 99 KiB."""
+    return plgpu.CompilerParams(num_warps=4, num_stages=2 if K <= 128 else 1)
+
+
+def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scanned:
     B, T, HV, V = made.u.shape
     K = made.keys.shape[3]
-    width = width or slice_of(K)
+    width = slice_of(K)
     names = ("queries", "keys", "scores", "total", "u", "w")
     given = {name: getattr(made, name) for name in names} | {"state": state}
     given = {name: x for name, x in given.items() if x is not None}
@@ -67,7 +55,7 @@ def scan(
         in_specs=[{name: blocks[name] for name in given}],
         out_specs={name: blocks[name] for name in out},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=params(K),
         interpret=spec.interpret,
         name="scan",
     )(given)
@@ -76,7 +64,7 @@ def scan(
 
 
 def head_blocks(T: int, K: int, width: int) -> dict[str, pl.BlockSpec]:
-    """All tokens of a head, of `Chunks`, and of the values and states this block of threads has a slice of."""
+    """All tokens of a head: of `Chunks`, and of the slice of values and states that is one program's."""
     keys = pl.BlockSpec((None, T, None, K), lambda n, h, b: (b, 0, h, 0))
     return {
         "queries": keys,

@@ -1,7 +1,7 @@
 """What the kernels of this folder share: products of tiles, and the levels of a chunk's pairs of tokens.
 
-Every pair (i, j), j < i, of a chunk's C tokens belongs to the one level s (1, 2, 4, ... C/2) at which j lies in a
-block of s tokens and i in the next block of the same pair. All tiles have C rows; masks take their parts.
+Every pair (i, j), j < i, of a chunk's C tokens is of the one level s (1, 2, 4, ... C/2) at which j lies in
+a block of s tokens and i in the next block of the same pair. All tiles have C rows; masks take their parts.
 """
 
 from typing import Any

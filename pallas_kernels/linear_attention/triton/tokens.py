@@ -16,7 +16,7 @@ SLICE = 64  # of the features, taken at a time
 class Tokens(NamedTuple):
     """Factors of rows of q or k, [C] float32, without the decays per channel; 1 / norms are in them.
 
-    queries: what makes q read the chunk's state.  reads: the same for k, without beta.  keys: what makes k write
+    queries: what makes q read the chunk's state.  reads: as much for k, less beta.  keys: what makes k write
     the next state.  carry: a number, of the state.  decay: None or, of one a head, between two tokens [C, C].
     visible: the pairs j <= i of one document.
     """
