@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import Chunks, block, input_blocks
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
+from pallas_kernels.linear_attention.triton.launch import launch
 from pallas_kernels.linear_attention.triton.moves import Moves
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
@@ -59,8 +58,9 @@ def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.A
     values = {f"d{name}": x for name, x in d._asdict().items() if x is not None}
     names = ("queries", "keys", "scores", "total", *(("w", "u", "inverse", "kk") if spec.delta else ()))
     values |= {name: getattr(made, name) for name in names} | ({"dvalues": dvalues} if spec.delta else {})
-    results = pl.pallas_call(
+    results = launch(
         functools.partial(_kernel, spec),
+        "gradients",
         grid=(T // C, HV, B),
         in_specs=[
             input_blocks(spec, inputs),
@@ -68,9 +68,8 @@ def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.A
         ],
         out_specs={name: block(name, x.shape) for name, x in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=8 if spec.channel else 4, num_stages=1),
+        warps=8 if spec.channel else 4,
         interpret=spec.interpret,
-        name="gradients",
     )(inputs, values)
     if not spec.delta:
         results["v"] = dvalues

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
+from pallas_kernels.linear_attention.triton.launch import launch
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
     F32,
@@ -63,15 +63,14 @@ def chunks(spec: Spec, inputs: Inputs, keep: bool = False) -> Chunks:
         out |= {"w": out["keys"], "u": jax.ShapeDtypeStruct((B, T, HV, V), BF16)}
     if spec.delta and keep:
         out |= {"inverse": square, "kk": square}
-    made = pl.pallas_call(
+    made = launch(
         functools.partial(_kernel, spec),
+        "chunks",
         grid=(T // C, HV, B),
         in_specs=[input_blocks(spec, inputs)],
         out_specs={name: block(name, x.shape) for name, x in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=spec.interpret,
-        name="chunks",
     )(inputs)
     return Chunks(**({"u": inputs.v} | made))
 

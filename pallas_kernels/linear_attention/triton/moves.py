@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import block
 from pallas_kernels.linear_attention.triton.inputs import Spec
+from pallas_kernels.linear_attention.triton.launch import launch
 from pallas_kernels.linear_attention.triton.reverse import Reversed
 from pallas_kernels.linear_attention.triton.scan import Scanned
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
@@ -41,15 +41,14 @@ def moves(spec: Spec, scanned: Scanned, back: Reversed, do: jax.Array) -> Moves:
     }
     if spec.delta:
         given["dvalues"], out["w"] = back.values, keys
-    results = pl.pallas_call(
+    results = launch(
         _kernel,
+        "moves",
         grid=(T // C, HV, B),
         in_specs=[{name: block(name.removeprefix("d"), x.shape) for name, x in given.items()}],
         out_specs={name: block(name, x.shape) for name, x in out.items()},
         out_shape=out,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=spec.interpret,
-        name="moves",
     )(given)
     return Moves(**results)
 

@@ -12,7 +12,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.linear_attention.triton.chunks import Chunks
 from pallas_kernels.linear_attention.triton.inputs import Spec
-from pallas_kernels.linear_attention.triton.scan import head_blocks, params, slice_of, state_block
+from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.scan import head_blocks, slice_of, stages_of, state_block
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 
 
@@ -46,15 +47,15 @@ def reverse(spec: Spec, made: Chunks, do: jax.Array, dstate: jax.Array | None) -
         "first": jax.ShapeDtypeStruct((B, HV, K, V), F32),
     }
     blocks |= {"do": blocks["values"], "dstate": state_block(K, width), "first": state_block(K, width)}
-    results = pl.pallas_call(
+    results = launch(
         _kernel,
+        "reverse",
         grid=(V // width, HV, B),
         in_specs=[{name: blocks[name] for name in given}],
         out_specs={name: blocks[name] for name in out},
         out_shape=out,
-        compiler_params=params(K),
+        stages=stages_of(K),
         interpret=spec.interpret,
-        name="reverse",
     )(given)
     return Reversed(**results)
 

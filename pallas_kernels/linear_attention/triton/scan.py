@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import Chunks
 from pallas_kernels.linear_attention.triton.inputs import Spec
+from pallas_kernels.linear_attention.triton.launch import launch
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 
 
@@ -29,9 +29,9 @@ def slice_of(K: int) -> int:
     return 64 if K <= 128 else 32
 
 
-def params(K: int) -> plgpu.CompilerParams:
+def stages_of(K: int) -> int:
     """Of the scans: tiles of the next chunk are loaded ahead where two chunks' fit into 99 KiB."""
-    return plgpu.CompilerParams(num_warps=4, num_stages=2 if K <= 128 else 1)
+    return 2 if K <= 128 else 1
 
 
 def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scanned:
@@ -49,15 +49,15 @@ def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scann
     blocks = head_blocks(T, K, width)
     blocks |= {"u": blocks["values"], "o": blocks["values"]}
     blocks |= {"state": state_block(K, width), "final": state_block(K, width)}
-    results = pl.pallas_call(
+    results = launch(
         _kernel,
+        "scan",
         grid=(V // width, HV, B),
         in_specs=[{name: blocks[name] for name in given}],
         out_specs={name: blocks[name] for name in out},
         out_shape=out,
-        compiler_params=params(K),
+        stages=stages_of(K),
         interpret=spec.interpret,
-        name="scan",
     )(given)
     kept = {"states": None, "values": made.u if keep else None}
     return Scanned(**(kept | results))
