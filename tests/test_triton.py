@@ -84,6 +84,17 @@ def test_what_it_refuses():
     assert choice.backend == "xla"  # only by name
 
 
+def test_traced_inside_shard_map():
+    """With its check of what varies over the mesh; `jax.vmap` and gradients inside."""
+    spec = jax.sharding.PartitionSpec("d")
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = {name: a[None] for name, a in arguments("head", True).items()}
+    attend = jax.vmap(lambda x: triton.linear_attention(normalize(**x))[0])
+    loss = lambda x: jnp.sum(attend(x).astype(jnp.float32))
+    run = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=spec, out_specs=spec)
+    assert jax.tree.map(jnp.shape, jax.eval_shape(run, x)) == jax.tree.map(jnp.shape, x)
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("capability", LIMITS)
 @pytest.mark.parametrize(

@@ -31,13 +31,20 @@ def launch(
         return pl.BlockSpec(spec.block_shape, lambda n, row: place(n, row % heads, row // heads))
 
     is_spec = lambda x: isinstance(x, pl.BlockSpec)
-    return pl.pallas_call(
-        kernel,
-        grid=(grid[0], heads * grid[2]),
-        in_specs=jax.tree.map(joined, in_specs, is_leaf=is_spec),
-        out_specs=jax.tree.map(joined, out_specs, is_leaf=is_spec),
-        out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
-        interpret=interpret,
-        name=name,
-    )
+
+    def call(*arrays: Any) -> dict[str, jax.Array]:
+        # Inside shard_map results vary over the axes over which all arguments do (`call.alike`).
+        kind = jax.typeof(jax.tree.leaves(arrays)[0]).manual_axis_type
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
+        return pl.pallas_call(
+            kernel,
+            grid=(grid[0], heads * grid[2]),
+            in_specs=jax.tree.map(joined, in_specs, is_leaf=is_spec),
+            out_specs=jax.tree.map(joined, out_specs, is_leaf=is_spec),
+            out_shape=jax.tree.map(like, out_shape),
+            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=interpret,
+            name=name,
+        )(*arrays)
+
+    return call
