@@ -68,6 +68,7 @@ def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Scanned]:
     what = spec(call)
     out = scan(what, chunks(what, prepare(call)), call.initial_state, keep)
+    assert out.o is not None
     o = out.o[:, : call.q.shape[1]]
     return (o, out.final if call.output_final_state else None), out._replace(o=None, final=None)
 

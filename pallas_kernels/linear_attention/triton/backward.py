@@ -76,14 +76,15 @@ def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.A
     return Gradients(**results)
 
 
-def _kernel(spec: Spec, refs: Inputs, made: dict[str, Any], out: dict[str, Any]) -> None:
+def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) -> None:
     i, j = grid()
     token = load(spec, refs)
     dscores = jnp.where(token.visible, made["dscores"][...].astype(F32), 0.0)
     pair = dscores * made["scores"][...].astype(F32)
     q_row, k_row = jnp.sum(pair, axis=1), jnp.sum(pair, axis=0)
     up_to, after = q_row - k_row, jnp.zeros((C,), F32)  # of a decay per head
-    dkk, A_T = None, None
+    dkk: Any = None
+    A_T: Any = None
     if spec.delta:
         A_T = made["inverse"][...].T
         dL, dbeta_v = _inverse(token, refs, made, out, A_T)
@@ -106,7 +107,7 @@ def _kernel(spec: Spec, refs: Inputs, made: dict[str, Any], out: dict[str, Any])
             dbeta = [dbeta[0] + held]
         return q_row, k_row, up_to, after, *dbeta
 
-    start = (q_row, k_row, up_to, after)
+    start: tuple[Any, ...] = (q_row, k_row, up_to, after)
     if spec.delta:
         start = (*start, dbeta_v + jnp.sum(dL * kk, axis=1))
     q_row, k_row, up_to, after, *dbeta = slices(refs.q, moved, start)
@@ -146,7 +147,7 @@ def _kernel(spec: Spec, refs: Inputs, made: dict[str, Any], out: dict[str, Any])
 
 
 def _inverse(
-    token: Tokens, refs: Inputs, made: dict[str, Any], out: dict[str, Any], A_T: Any
+    token: Tokens, refs: Any, made: dict[str, Any], out: dict[str, Any], A_T: Any
 ) -> tuple[Any, Any]:
     """dL, of which the strictly lower part counts; dv; and the part of dbeta that comes from v."""
 
@@ -170,7 +171,7 @@ def _solved(A_T: Any, x: Any) -> Any:
 
 
 def _channels(
-    spec: Spec, refs: Inputs, made: dict[str, Any], n: Any, starts: tuple[Any, Any, Any], dqk: Any, dkk: Any
+    spec: Spec, refs: Any, made: dict[str, Any], n: Any, starts: tuple[Any, Any, Any], dqk: Any, dkk: Any
 ) -> tuple[Any, Any, Any]:
     """dq, dk and the gradient of the log-decays of a slice of channels; dqk, dkk: of the decayed products."""
     i, j = grid()

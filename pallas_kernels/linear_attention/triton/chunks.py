@@ -111,7 +111,7 @@ def input_blocks(spec: Spec, inputs: Inputs) -> Inputs:
     )
 
 
-def _kernel(spec: Spec, refs: Inputs, out: dict[str, Any]) -> None:
+def _kernel(spec: Spec, refs: Any, out: dict[str, Any]) -> None:
     i, j = grid()
     token = load(spec, refs)
     products = _per_channel(spec, refs) if spec.channel else _per_head(spec, refs, token.decay)
@@ -147,7 +147,7 @@ def _kernel(spec: Spec, refs: Inputs, out: dict[str, Any]) -> None:
         slices(refs.v, values, None)
 
 
-def _per_head(spec: Spec, refs: Inputs, decay: Any) -> tuple[Any, ...]:
+def _per_head(spec: Spec, refs: Any, decay: Any) -> tuple[Any, ...]:
     """Q K^T and, for the delta rule, K K^T, with the decay between, at j <= i."""
 
     def add(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -159,7 +159,7 @@ def _per_head(spec: Spec, refs: Inputs, decay: Any) -> tuple[Any, ...]:
     return products if decay is None else tuple(a * decay for a in products)
 
 
-def _per_channel(spec: Spec, refs: Inputs) -> tuple[Any, ...]:
+def _per_channel(spec: Spec, refs: Any) -> tuple[Any, ...]:
     """As `_per_head`; each level of pairs has its products, of factors in [0, 1] only."""
     i, j = grid()
     zeros = (jnp.zeros((C, C), F32),) * (1 + spec.delta)

@@ -108,6 +108,7 @@ def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
             chunks = d.sum.reshape(*d.sum.shape[:2], -1, C)
             steps = rows(jnp.flip(jnp.cumsum(jnp.flip(chunks, -1), -1), -1).reshape(d.sum.shape))
         steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps).astype(call.log_decay.dtype)
+    integers: Any = None if call.segment_ids is None else np.zeros(call.segment_ids.shape, jax.dtypes.float0)
     return dataclasses.replace(
         call,
         q=keys(d.q).astype(call.q.dtype),
@@ -116,5 +117,5 @@ def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
         log_decay=steps,
         beta=None if call.beta is None else rows(d.beta).astype(call.beta.dtype),
         initial_state=None if call.initial_state is None else dstate,
-        segment_ids=None if call.segment_ids is None else np.zeros(call.segment_ids.shape, jax.dtypes.float0),
+        segment_ids=integers,
     )

@@ -31,7 +31,12 @@ class Moves(NamedTuple):
 def moves(spec: Spec, scanned: Scanned, back: Reversed, do: jax.Array) -> Moves:
     B, T, HV, _ = do.shape
     K = back.states.shape[4]
-    given = {"do": do, "states": scanned.states, "values": scanned.values, "dstates": back.states}
+    given: dict[str, Any] = {
+        "do": do,
+        "states": scanned.states,
+        "values": scanned.values,
+        "dstates": back.states,
+    }
     keys = jax.ShapeDtypeStruct((B, T, HV, K), BF16)
     out = {
         "queries": keys,

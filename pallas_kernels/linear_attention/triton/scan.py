@@ -18,8 +18,8 @@ class Scanned(NamedTuple):
     For the gradient: states, S^T before each chunk [B, HV, T/C, V, K] bf16; values, V' [B, T, HV, V] bf16.
     """
 
-    o: jax.Array
-    final: jax.Array
+    o: jax.Array | None
+    final: jax.Array | None
     states: jax.Array | None
     values: jax.Array | None
 
@@ -59,7 +59,7 @@ def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scann
         stages=stages_of(K),
         interpret=spec.interpret,
     )(given)
-    kept = {"states": None, "values": made.u if keep else None}
+    kept: dict[str, Any] = {"states": None, "values": made.u if keep else None}
     return Scanned(**(kept | results))
 
 
