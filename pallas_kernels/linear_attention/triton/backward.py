@@ -127,7 +127,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         q, k = refs.q[part(n)].astype(F32), refs.k[part(n)].astype(F32)
         # q and k without norms; those are factors of the rows and columns of the products' gradients
         dqk = dscores * (spec.scale * token.q_unit)[:, None] * token.k_unit[None, :]
-        dkk_raw = dkk * token.k_unit[:, None] * token.k_unit[None, :] if spec.delta else None
+        dkk_raw: Any = dkk * token.k_unit[:, None] * token.k_unit[None, :] if spec.delta else None
         if spec.channel:
             dq, dk, dsteps = _channels(spec, refs, made, n, (dq, dk, read), dqk, dkk_raw)
             out["steps"][part(n)] = dsteps
