@@ -37,7 +37,7 @@ apidoc_modules = [
 ]
 autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
 autodoc_typehints = "signature"
-autodoc_mock_imports = ["lm_eval", "jax_triton", "triton", "submitit", "datasets"]  # of extras
+autodoc_mock_imports = ["lm_eval", "submitit", "datasets"]  # of extras
 
 
 def setup(app: Any) -> None:

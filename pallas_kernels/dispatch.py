@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-KERNELS = {"hopper": "gpu", "cudnn": "gpu"}  # by name, the platform that they are for
+KERNELS = {"hopper": "gpu", "triton": "gpu", "cudnn": "gpu"}  # by name, the platform that they are for
 logger = logging.getLogger("pallas_kernels")
 
 
@@ -57,11 +57,15 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """name: of the op and of the function of its backends.  package: where these are, in order."""
+    """name: of the op and of the function of its backends.  package: where these are.  backends: in order.
+
+    by_name: further backends, that a call gets only by their name.
+    """
 
     name: str
     package: str
     backends: tuple[str, ...]
+    by_name: tuple[str, ...] = ()
 
     def compute(self, call: Any, backend: str = "auto") -> Any:
         """What the op returns for ``call``, a dataclass; its field `interpret`, if any, is for kernels.
@@ -92,7 +96,7 @@ class Op:
 
     def _candidates(self, backend: str) -> list[str]:
         """The backends that ``backend`` names, in the order to try them."""
-        allowed = dict.fromkeys(("auto", "reference", "xla", "pallas", *self.backends))
+        allowed = dict.fromkeys(("auto", "reference", "xla", "pallas", *self.backends, *self.by_name))
         wanted = _auto.value if backend == "auto" else (backend,)
         meant = {"auto": self.backends, "pallas": tuple(n for n in self.backends if n in KERNELS)}
         names = [name for one in wanted if one in allowed for name in meant.get(one, (one,))]

@@ -206,11 +206,11 @@ def test_a_jax_that_was_not_tested_is(monkeypatch, caplog):
 @pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
 def test_the_self_test_itself_interpreted(monkeypatch):
     """Its calls are supported by the kernels; one of them interpreted, the others would take minutes."""
-    from pallas_kernels.linear_attention import hopper
-    from pallas_kernels.linear_attention.hopper import requirements, trial
+    from pallas_kernels.linear_attention import hopper, trial
+    from pallas_kernels.linear_attention.hopper import requirements
 
     monkeypatch.setattr(jax, "__version__", "0.99.0")
     for kind in trial.KINDS:
         assert hopper.supports(trial.small_call(*kind)) is None
-    results = lambda: trial.compare(False, False, interpret=True)
+    results = lambda: trial.compare(hopper.linear_attention, False, False, interpret=True)
     assert requirements.self_test("linear_attention", results) is None

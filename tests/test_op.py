@@ -37,7 +37,10 @@ def arguments(**changes):
         ({"segment_ids": jnp.zeros((2, 4), int)}, r"segment_ids.shape = \(2, 4\): must be \(2, 5\)"),
         ({"segment_ids": jnp.zeros((2, 5))}, r"segment_ids.dtype = float32: must be an integer"),
         ({"scale": "big"}, r"scale = 'big': must be a Python number"),
-        ({"backend": "triton"}, r"backend = 'triton': must be one of auto, reference, xla, pallas, hopper"),
+        (
+            {"backend": "cuda"},
+            r"backend = 'cuda': must be one of auto, reference, xla, pallas, hopper, triton",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Op
 from pallas_kernels.linear_attention.call import Call, alike
 from pallas_kernels.linear_attention.checks import count_changes, expect, floating, heads_fit, scale_of
 
-OP = Op("linear_attention", __package__, ("hopper", "xla"))
+OP = Op("linear_attention", __package__, ("hopper", "xla"), by_name=("triton",))
 
 
 def linear_attention(
@@ -54,7 +54,7 @@ def linear_attention(
         output_final_state: also return the state after the last token.
         backend: "reference" (token loop, the oracle), "xla" (chunkwise, any device), "hopper" (kernels),
             "pallas" (any kernels) or "auto": kernels where they support the call, else "xla", logged once per
-            reason.
+            reason. "triton" (kernels for NVIDIA GPUs since Ampere) by its name only.
         interpret: run the Pallas kernels in interpret mode (slow, for tests without a GPU).
 
     Returns:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.hopper import requirements, wide
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
@@ -49,9 +50,7 @@ def supports(call: Call) -> str | None:
 
 def self_test() -> str | None:
     """See `requirements.self_test`."""
-    from pallas_kernels.linear_attention.hopper.trial import results
-
-    return requirements.self_test("linear_attention", results)
+    return requirements.self_test("linear_attention", lambda: trial.results(linear_attention))
 
 
 def per_channel(call: Call) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention import hopper, reference
+from pallas_kernels.linear_attention import reference
 from pallas_kernels.linear_attention.call import Call
 
 Results = dict[str, tuple[jax.Array, jax.Array]]
@@ -36,15 +36,14 @@ def small_call(per_channel: bool, delta: bool) -> Call:
     )
 
 
-def results() -> Results:
-    """(the kernels', the reference's) outputs and gradients by name."""
-    return {name: pair for kind in KINDS for name, pair in compare(*kind).items()}
+def results(compute: Callable) -> Results:
+    """(those of a backend's function ``compute``, the reference's) outputs and gradients by name."""
+    return {name: pair for kind in KINDS for name, pair in compare(compute, *kind).items()}
 
 
-def compare(per_channel: bool, delta: bool, interpret: bool = False) -> Results:
+def compare(compute: Callable, per_channel: bool, delta: bool, interpret: bool = False) -> Results:
     call = dataclasses.replace(small_call(per_channel, delta), interpret=interpret)
-    computes = hopper.linear_attention, reference.linear_attention
-    got, want = (_values_and_gradients(compute, call) for compute in computes)
+    got, want = (_values_and_gradients(f, call) for f in (compute, reference.linear_attention))
     kind = f"{'channel' if per_channel else 'head'} {'delta' if delta else 'additive'}"
     return {f"{kind} {name}": (got[name], want[name]) for name in want}
 

@@ -1,0 +1,89 @@
+"""The portable backend of `linear_attention`: Pallas kernels in Triton for NVIDIA GPUs since Ampere.
+
+No decay, one decay per head or one per key channel; additive or delta. docs/kernels.md has the design.
+"""
+
+import jax
+
+from pallas_kernels.agreement import disagreement
+from pallas_kernels.dispatch import Device, here
+from pallas_kernels.linear_attention import trial
+from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.triton.backward import gradients
+from pallas_kernels.linear_attention.triton.chunks import chunks
+from pallas_kernels.linear_attention.triton.inputs import pad, prepare, spec, unprepare
+from pallas_kernels.linear_attention.triton.moves import moves
+from pallas_kernels.linear_attention.triton.reverse import reverse
+from pallas_kernels.linear_attention.triton.scan import Scanned, scan
+
+__all__ = ["linear_attention", "runs_on", "self_test", "supports"]
+
+DIMS = (64, 128, 256)
+
+
+def supports(call: Call) -> str | None:
+    """None if the kernels compute this call, else the reason why not."""
+    dtypes = sorted({str(x.dtype) for x in (call.q, call.k, call.v)})
+    if dtypes != ["bfloat16"]:
+        return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
+    if call.q.shape[3] not in DIMS or call.v.shape[3] not in DIMS:
+        return f"head dims K = {call.q.shape[3]}, V = {call.v.shape[3]} (64, 128 or 256 each)"
+    if 0 in call.v.shape:
+        return "an empty call"
+    if call.v.shape[0] * call.v.shape[2] > 65535:
+        return "more than 65535 sequences times heads"
+    return None
+
+
+def runs_on(device: Device) -> str | None:
+    """None if the kernels run on ``device``, else the reason why not."""
+    if device.platform != "gpu":
+        return f"the platform is {device.platform}"
+    if device.capability is None or float(device.capability) < 8.0:
+        return f"compute capability {device.capability or 'unknown'} (NVIDIA, 8.0 or newer)"
+    return None
+
+
+def self_test() -> str | None:
+    """Why small calls of each kind differ from the token loop, if so; asked on every GPU, with every jax."""
+    device = here()
+    where = f"compute capability {device.capability} with jax {jax.__version__}"
+    return disagreement("linear_attention", where, lambda: trial.results(linear_attention))
+
+
+def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    attend = _attend_interpreted if call.interpret else _attend
+    return attend(call)
+
+
+def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    return _run(call, keep=False)[0]
+
+
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Scanned]]:
+    out, scanned = _run(call, keep=True)
+    return out, (call, scanned)
+
+
+def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Scanned]:
+    what = spec(call)
+    out = scan(what, chunks(what, prepare(call)), call.initial_state, keep)
+    assert out.o is not None
+    o = out.o[:, : call.q.shape[1]]
+    return (o, out.final if call.output_final_state else None), out._replace(o=None, final=None)
+
+
+def _backward(kept: tuple[Call, Scanned], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
+    call, scanned = kept
+    what, inputs = spec(call), prepare(call)
+    made = chunks(what, inputs, keep=True)
+    do = pad(cotangents[0], inputs.q.shape[1])
+    back = reverse(what, made, do, cotangents[1])
+    d = gradients(what, inputs, made, moves(what, scanned, back, do), back.values)
+    return (unprepare(call, d, back.first),)
+
+
+_attend = jax.custom_vjp(_primal)
+_attend.defvjp(_forward, _backward, optimize_remat=True)  # under jax.checkpoint the first pass keeps nothing
+_attend_interpreted = jax.custom_vjp(_primal)
+_attend_interpreted.defvjp(_forward, _backward)

@@ -1,0 +1,212 @@
+"""Every chunk alone: the gradients of the arguments, from those of what `chunks` made of them.
+
+With r = A^T d w and x = A^T d u, dL = -(r w^T + x u^T) strictly below the diagonal. The gradient of a decay's
+logarithm is the sum over all that it scales of value times gradient; of that of a norm 1 / |q| likewise.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.linear_attention.triton.chunks import Chunks, block, input_blocks
+from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
+from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.moves import Moves
+from pallas_kernels.linear_attention.triton.tiles import (
+    BF16,
+    F32,
+    LEVELS,
+    C,
+    dot,
+    grid,
+    pairs,
+    spans,
+    split,
+    sums,
+)
+from pallas_kernels.linear_attention.triton.tokens import Tokens, clamped, ends, load, part, slices
+
+
+class Gradients(NamedTuple):
+    """q, k: [B, T, HV, K] bf16, one a value head.  v: [B, T, HV, V] bf16.  beta: [B, HV, T] float32.
+
+    sum: of the sums of log-decays, [B, HV, T] float32.  steps: [B, T, HV, K] float32.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array | None = None
+    beta: jax.Array | None = None
+    sum: jax.Array | None = None
+    steps: jax.Array | None = None
+
+
+def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.Array) -> Gradients:
+    B, T, HV, V = inputs.v.shape
+    K = inputs.q.shape[3]
+    row = jax.ShapeDtypeStruct((B, HV, T), F32)
+    keys = jax.ShapeDtypeStruct((B, T, HV, K), BF16)
+    out: dict[str, Any] = {"q": keys, "k": keys}
+    if spec.delta:
+        out |= {"v": jax.ShapeDtypeStruct((B, T, HV, V), BF16), "beta": row}
+    if "sum" in inputs.rows:
+        out["sum"] = row
+    if spec.channel:
+        out["steps"] = jax.ShapeDtypeStruct((B, T, HV, K), F32)
+    values = {f"d{name}": x for name, x in d._asdict().items() if x is not None}
+    names = ("queries", "keys", "scores", "total", *(("w", "u", "inverse", "kk") if spec.delta else ()))
+    values |= {name: getattr(made, name) for name in names} | ({"dvalues": dvalues} if spec.delta else {})
+    results = launch(
+        functools.partial(_kernel, spec),
+        "gradients",
+        grid=(T // C, HV, B),
+        in_specs=[
+            input_blocks(spec, inputs),
+            {name: block(name.removeprefix("d"), x.shape) for name, x in values.items()},
+        ],
+        out_specs={name: block(name, x.shape) for name, x in out.items()},
+        out_shape=out,
+        warps=8 if spec.channel else 4,
+        interpret=spec.interpret,
+    )(inputs, values)
+    if not spec.delta:
+        results["v"] = dvalues
+    return Gradients(**results)
+
+
+def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) -> None:
+    i, j = grid()
+    token = load(spec, refs)
+    dscores = jnp.where(token.visible, made["dscores"][...].astype(F32), 0.0)
+    pair = dscores * made["scores"][...].astype(F32)
+    q_row, k_row = jnp.sum(pair, axis=1), jnp.sum(pair, axis=0)
+    up_to, after = q_row - k_row, jnp.zeros((C,), F32)  # of a decay per head
+    dkk: Any = None
+    A_T: Any = None
+    if spec.delta:
+        A_T = made["inverse"][...].T
+        dL, dbeta_v = _inverse(token, refs, made, out, A_T)
+        dL = jnp.where(token.visible & (i > j), dL, 0.0)
+        kk, dkk = made["kk"][...].astype(F32), token.beta[:, None] * dL
+        pair = dkk * kk
+        rows, columns = jnp.sum(pair, axis=1), jnp.sum(pair, axis=0)
+        k_row, up_to = k_row + rows + columns, up_to + rows - columns
+
+    def moved(n: Any, rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        q_row, k_row, up_to, after, *dbeta = rows
+        read = jnp.sum(made["queries"][part(n)].astype(F32) * made["dqueries"][part(n)].astype(F32), axis=1)
+        written = jnp.sum(made["keys"][part(n)].astype(F32) * made["dkeys"][part(n)].astype(F32), axis=1)
+        q_row, k_row, up_to, after = q_row + read, k_row + written, up_to + read, after + written
+        if spec.delta:
+            prefix = ends(refs.steps[part(n)])[0] if spec.channel else 1.0
+            held = refs.k[part(n)].astype(F32) * prefix * token.reads[:, None]
+            held = jnp.sum(held * _solved(A_T, made["dw"][part(n)]), axis=1)
+            k_row, up_to = k_row + token.beta * held, up_to + token.beta * held
+            dbeta = [dbeta[0] + held]
+        return q_row, k_row, up_to, after, *dbeta
+
+    start: tuple[Any, ...] = (q_row, k_row, up_to, after)
+    if spec.delta:
+        start = (*start, dbeta_v + jnp.sum(dL * kk, axis=1))
+    q_row, k_row, up_to, after, *dbeta = slices(refs.q, moved, start)
+    if spec.delta:
+        out["beta"][...] = dbeta[0]
+    if "sum" in out:
+        total = jnp.sum(made["total"][...] * made["dtotal"][...]) + jnp.sum(after)
+        last = jax.lax.broadcasted_iota(jnp.int32, (C,), 0) == C - 1
+        out["sum"][...] = up_to - after + jnp.where(last, total, 0.0)
+
+    def keys(n: Any, _: None) -> None:
+        dq = made["dqueries"][part(n)].astype(F32) * token.queries[:, None]
+        dk = made["dkeys"][part(n)].astype(F32) * token.keys[:, None]
+        read = None
+        if spec.delta:
+            read = _solved(A_T, made["dw"][part(n)]) * (token.reads * token.beta)[:, None]
+        q, k = refs.q[part(n)].astype(F32), refs.k[part(n)].astype(F32)
+        # q and k without norms; those are factors of the rows and columns of the products' gradients
+        dqk = dscores * (spec.scale * token.q_unit)[:, None] * token.k_unit[None, :]
+        dkk_raw: Any = dkk * token.k_unit[:, None] * token.k_unit[None, :] if spec.delta else None
+        if spec.channel:
+            dq, dk, dsteps = _channels(spec, refs, made, n, (dq, dk, read), dqk, dkk_raw)
+            out["steps"][part(n)] = dsteps
+        else:
+            if token.decay is not None:
+                dqk = dqk * token.decay
+            dq, dk = dq + dot(dqk, k), dk + dot(dqk, q, (0, 0))
+            if spec.delta:
+                dkk_raw = dkk_raw if token.decay is None else dkk_raw * token.decay
+                dk = dk + dot(dkk_raw + dkk_raw.T, k) + read
+        if spec.l2norm:  # d of 1 / |q| is -q / |q|^3
+            dq -= q * (q_row * token.q_unit * token.q_unit)[:, None]
+            dk -= k * (k_row * token.k_unit * token.k_unit)[:, None]
+        out["q"][part(n)], out["k"][part(n)] = dq.astype(BF16), dk.astype(BF16)
+
+    slices(refs.q, keys, None)
+
+
+def _inverse(
+    token: Tokens, refs: Any, made: dict[str, Any], out: dict[str, Any], A_T: Any
+) -> tuple[Any, Any]:
+    """dL, of which the strictly lower part counts; dv; and the part of dbeta that comes from v."""
+
+    def keys(n: Any, dL: Any) -> Any:
+        return dL - dot(_solved(A_T, made["dw"][part(n)]), made["w"][part(n)], (1, 1))
+
+    def values(n: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        dL, dbeta = carry
+        x = _solved(A_T, made["dvalues"][part(n)])
+        out["v"][part(n)] = (x * token.beta[:, None]).astype(BF16)
+        dbeta += jnp.sum(x * refs.v[part(n)].astype(F32), axis=1)
+        return dL - dot(x, made["u"][part(n)], (1, 1)), dbeta
+
+    dL = slices(refs.q, keys, jnp.zeros((C, C), F32))
+    return slices(refs.v, values, (dL, jnp.zeros((C,), F32)))
+
+
+def _solved(A_T: Any, x: Any) -> Any:
+    """A^T x with the diagonal of A, which is 1, apart."""
+    return x.astype(F32) + dot(A_T, x)
+
+
+def _channels(
+    spec: Spec, refs: Any, made: dict[str, Any], n: Any, starts: tuple[Any, Any, Any], dqk: Any, dkk: Any
+) -> tuple[Any, Any, Any]:
+    """dq, dk and the gradient of the log-decays of a slice of channels; dqk, dkk: of the decayed products."""
+    i, j = grid()
+    q, k = refs.q[part(n)], refs.k[part(n)]
+    dq, dk, read = starts
+    prefix, suffix = ends(refs.steps[part(n)])
+    dq, dk = dq * prefix, dk * suffix
+    up_to, after = q * dq, k * dk
+    if spec.delta:
+        read = read * prefix
+        dk, up_to = dk + read, up_to + k * read
+    at = part(n)[1]
+    dsteps = fine_sums(i <= j, up_to) + fine_sums(i > j, after)
+    dsteps += (made["total"][at] * made["dtotal"][at])[None, :]
+    diagonal = jnp.sum(jnp.where(i == j, dqk, 0.0), axis=1)[:, None]
+    dq, dk = dq + diagonal * k, dk + diagonal * q
+
+    def level(m: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        dq, dk, dsteps = carry
+        where, at = spans(1 << m), pairs(1 << m)
+        decay = jnp.exp(sums(where, clamped(refs.steps[part(n)])))
+        far, near = (q * decay).astype(BF16), (k * decay).astype(BF16)
+        back = jnp.where(at, dqk, 0.0).astype(BF16)
+        dfar, dnear = dot(back, near), dot(back, far, (0, 0))
+        if spec.delta:
+            back = jnp.where(at, dkk, 0.0).astype(BF16)
+            dnear += dot(back, near) + dot(back, near, (0, 0))
+        dsteps += fine_sums(where, far * dfar + near * dnear, 0)
+        return dq + dfar * decay, dk + dnear * decay, dsteps
+
+    return jax.lax.fori_loop(0, LEVELS, level, (dq, dk, dsteps))
+
+
+def fine_sums(where: Any, x: Any, over: int = 1) -> Any:
+    """Sums of rows of x ``where`` [C, C] is true, over its axis ``over``; to 2^-17."""
+    high, low = split(x)
+    ones = where.astype(F32).astype(BF16)
+    return dot(ones, high, (over, 0)) + dot(ones, low, (over, 0))

@@ -1,0 +1,121 @@
+"""What the kernels read: padded to whole chunks, the numbers per token laid out by XLA."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.triton.tiles import F32, C
+
+LEAST_DECAY = -104.0  # exp is 0 in float32; a larger step would drown the others in a chunk's sums
+
+
+class Spec(NamedTuple):
+    """What is static. channel: a decay per key channel; delta: the delta rule."""
+
+    channel: bool
+    delta: bool
+    scale: float
+    l2norm: bool
+    interpret: bool
+    group: int
+
+
+class Inputs(NamedTuple):
+    """T is a multiple of C.
+
+    q, k: [B, T, H, K].  v: [B, T, HV, V].  steps: None or log-decays [B, T, HV, K] (per channel only).
+    rows: by name, [B, HV, T] float32: `beta` (delta); with a decay per head `sum`, the log-decays added up
+    from the chunk's start, `enter` and `leave`, the decay from the chunk's start and to its end.
+    documents: None, or by name `id` [B, T] int32; `enter`, `leave` [B, T], 1 where a token is of the document
+    that enters or leaves its chunk, else 0; `carry` [B, T/C], whether that is one document.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    steps: jax.Array | None
+    rows: dict[str, jax.Array]
+    documents: dict[str, jax.Array] | None
+
+
+def spec(call: Call) -> Spec:
+    channel = call.log_decay is not None and call.log_decay.ndim == 4
+    delta = call.beta is not None
+    return Spec(channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group)
+
+
+def prepare(call: Call) -> Inputs:
+    """Tokens that pad change nothing: k = v = 0, no decay, the last document's."""
+    length = -(-call.q.shape[1] // C) * C
+    rows: dict[str, jax.Array] = {}
+    if call.beta is not None:
+        rows["beta"] = _head_major(call.beta, length)
+    steps = None
+    if call.log_decay is not None and call.log_decay.ndim == 4:
+        steps = pad(call.log_decay, length)
+    documents = None if call.segment_ids is None else _documents(pad(call.segment_ids, length, "edge"))
+    if steps is None and call.log_decay is not None:
+        steps_BHT = jnp.maximum(_head_major(call.log_decay, length), LEAST_DECAY)
+        chunks = steps_BHT.reshape(*steps_BHT.shape[:2], -1, C)
+        sums = jnp.cumsum(chunks, axis=-1)
+        after = sums[..., -1:] - sums
+        rows |= {"sum": sums, "enter": jnp.exp(sums), "leave": jnp.exp(after)}
+        rows = {name: x.reshape(*x.shape[:2], -1) for name, x in rows.items()}
+    return Inputs(pad(call.q, length), pad(call.k, length), pad(call.v, length), steps, rows, documents)
+
+
+def _documents(id_BT: jax.Array) -> dict[str, jax.Array]:
+    chunks = id_BT.reshape(id_BT.shape[0], -1, C)
+    last = chunks[..., -1]
+    entering = jnp.concatenate([id_BT[:, :1], last[:, :-1]], axis=1)
+    per_token = lambda which: (chunks == which[..., None]).astype(F32).reshape(id_BT.shape)
+    return {
+        "id": id_BT,
+        "enter": per_token(entering),
+        "leave": per_token(last),
+        "carry": (entering == last).astype(F32),
+    }
+
+
+def _head_major(x_BTH: jax.Array, length: int) -> jax.Array:
+    return jnp.swapaxes(pad(x_BTH.astype(F32), length), 1, 2)
+
+
+def pad(x: Any, length: int, mode: str = "constant") -> Any:
+    missing = length - x.shape[1]
+    return x if not missing else jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode=mode)
+
+
+def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
+    """The gradients of the arguments from `backward.Gradients` and that of the initial state."""
+    length, heads = call.q.shape[1:3]
+
+    def keys(x_BTHK: jax.Array) -> jax.Array:
+        x = x_BTHK[:, :length]
+        return x.reshape(*x.shape[:2], heads, -1, x.shape[3]).astype(F32).sum(3) if call.group > 1 else x
+
+    rows = lambda x_BHT: jnp.swapaxes(x_BHT, 1, 2)[:, :length]
+    if call.log_decay is None:
+        steps = None
+    else:
+        if d.steps is not None:
+            steps = d.steps[:, :length]
+        else:
+            chunks = d.sum.reshape(*d.sum.shape[:2], -1, C)
+            steps = rows(jnp.flip(jnp.cumsum(jnp.flip(chunks, -1), -1), -1).reshape(d.sum.shape))
+        steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps).astype(call.log_decay.dtype)
+    integers: Any = None if call.segment_ids is None else np.zeros(call.segment_ids.shape, jax.dtypes.float0)
+    return dataclasses.replace(
+        call,
+        q=keys(d.q).astype(call.q.dtype),
+        k=keys(d.k).astype(call.k.dtype),
+        v=d.v[:, :length].astype(call.v.dtype),
+        log_decay=steps,
+        beta=None if call.beta is None else rows(d.beta).astype(call.beta.dtype),
+        initial_state=None if call.initial_state is None else dstate,
+        segment_ids=integers,
+    )

@@ -1,0 +1,50 @@
+"""How the kernels of this folder are called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+def launch(
+    kernel: Callable[..., None],
+    name: str,
+    grid: tuple[int, int, int],
+    in_specs: list[Any],
+    out_specs: dict[str, pl.BlockSpec],
+    out_shape: dict[str, jax.ShapeDtypeStruct],
+    warps: int = 4,
+    stages: int = 1,
+    interpret: bool = False,
+) -> Callable[..., dict[str, jax.Array]]:
+    """`pallas_call` over a grid (n, heads, batch).
+
+    The last two are one axis of the grid: a GPU has three, and `jax.vmap` adds one.
+    """
+    heads = grid[1]
+
+    def joined(spec: pl.BlockSpec) -> pl.BlockSpec:
+        place = spec.index_map
+        assert place is not None
+        return pl.BlockSpec(spec.block_shape, lambda n, row: place(n, row % heads, row // heads))
+
+    is_spec = lambda x: isinstance(x, pl.BlockSpec)
+
+    def call(*arrays: Any) -> dict[str, jax.Array]:
+        # Inside shard_map results vary over the axes over which all arguments do (`call.alike`).
+        kind = jax.typeof(jax.tree.leaves(arrays)[0]).manual_axis_type
+        like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
+        return pl.pallas_call(
+            kernel,
+            grid=(grid[0], heads * grid[2]),
+            in_specs=jax.tree.map(joined, in_specs, is_leaf=is_spec),
+            out_specs=jax.tree.map(joined, out_specs, is_leaf=is_spec),
+            out_shape=jax.tree.map(like, out_shape),
+            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=interpret,
+            name=name,
+        )(*arrays)
+
+    return call

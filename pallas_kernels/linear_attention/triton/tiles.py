@@ -1,0 +1,82 @@
+"""What the kernels of this folder share: products of tiles, and the levels of a chunk's pairs of tokens.
+
+Every pair (i, j), j < i, of a chunk's C tokens is of the one level s (1, 2, 4, ... C/2) at which j lies in
+a block of s tokens and i in the next block of the same pair. All tiles have C rows; masks take their parts.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import here
+
+C = 64
+LEVELS = (C - 1).bit_length()
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def dot(a: Any, b: Any, over: tuple[int, int] = (1, 0)) -> Any:
+    """The product of two tiles summed ``over`` an axis of each, float32; bf16 operands."""
+    dims = (((over[0],), (over[1],)), ((), ()))
+    a, b = a.astype(BF16), b.astype(BF16)
+    if here().platform == "cpu":  # interpreted; XLA has not all such products there
+        a, b = a.astype(F32), b.astype(F32)
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=F32)
+
+
+def split(a: Any) -> tuple[Any, Any]:
+    """``a`` as the sum of two bf16, right to 2^-17."""
+    high = a.astype(BF16)
+    return high, (a - high.astype(F32)).astype(BF16)
+
+
+def fine_dot(a: Any, b: Any) -> Any:
+    """a @ b with operands of two bf16 each: relative error 2^-16."""
+    (a_high, a_low), (b_high, b_low) = split(a), split(b)
+    return dot(a_low, b_high) + dot(a_high, b_low) + dot(a_high, b_high)
+
+
+def grid() -> tuple[Any, Any]:
+    """The row and the column of every place of a C by C tile."""
+    shape = (C, C)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def pairs(s: Any) -> Any:
+    """Where (row, column) is a pair of level ``s``."""
+    i, j = grid()
+    return (i // (2 * s) == j // (2 * s)) & (i % (2 * s) >= s) & (j % (2 * s) < s)
+
+
+def inverse_less_one(L: Any) -> Any:
+    """(I + L)^-1 - I for a strictly lower L, by doubling of inverted diagonal blocks: X - X B X.
+
+    As stable as forward substitution; a power series of L would not be.
+    """
+    i, j = grid()
+
+    def double(n: Any, X: Any) -> Any:
+        return X - fine_dot(X, fine_dot(jnp.where(pairs(1 << n), L, 0.0), X))
+
+    X = jnp.where(i == j, 1.0, 0.0) - jnp.where(pairs(1), L, 0.0)
+    return jnp.where(i > j, jax.lax.fori_loop(1, LEVELS, double, X), 0.0)
+
+
+def spans(s: Any) -> Any:
+    """[C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its level-s pair.
+
+    For a token of the second block from the border up to and including it, of the first block after it.
+    """
+    i, t = grid()
+    border = i - i % (2 * s) + s
+    return jnp.where(i >= border, (t >= border) & (t <= i), (t > i) & (t < border))
+
+
+def sums(where: Any, steps: tuple[Any, ...]) -> Any:
+    """Sums over the tokens ``where`` [C, C] of steps given as a sum of bf16 tiles [C, K]."""
+    ones = where.astype(F32).astype(BF16)
+    total = dot(ones, steps[0])
+    for rest in steps[1:]:
+        total += dot(ones, rest)
+    return total

@@ -1,0 +1,134 @@
+"""The portable kernels of linear attention: interpreted against float64, compiled for GPUs not here."""
+
+import os
+import re
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import explain, linear_attention
+from pallas_kernels.dispatch import Device, compiled_for
+from pallas_kernels.linear_attention import reference, triton
+from pallas_kernels.linear_attention.op import normalize
+
+B, T, H, HV, K, V = 1, 100, 1, 2, 64, 64
+FAMILIES = [(decay, delta) for decay in ("none", "head", "channel") for delta in (False, True)]
+SLOW = [pytest.param(*family, marks=pytest.mark.slow) for family in FAMILIES if family != ("channel", True)]
+LIMITS = {
+    "8.0": 166912,
+    "8.9": 101376,
+    "9.0": 232448,
+    "10.0": 232448,
+}  # bytes of shared memory a block of threads
+KINDS = {
+    "8.0": "NVIDIA A100-SXM4-80GB",
+    "8.9": "NVIDIA L4",
+    "9.0": "NVIDIA H100 80GB HBM3",
+    "10.0": "NVIDIA B200",
+}
+
+
+def arguments(decay, delta):
+    """Two documents and a piece of a third, some tokens that forget everything, no whole chunks."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    normal = lambda *shape: jax.random.normal(next(keys), shape, jnp.float32)
+    q, k, v = (normal(B, T, *s).astype(jnp.bfloat16) for s in ((H, K), (H, K), (HV, V)))
+    x = {"q": q, "k": k, "v": v, "initial_state": normal(B, HV, K, V)}
+    if decay != "none":
+        steps = -jax.nn.softplus(normal(B, T, HV, *((K,) if decay == "channel" else ())))
+        forget = jnp.where(jnp.arange(T) % 2 > 0, -jnp.inf, -300.0).reshape(T, *(1,) * (steps.ndim - 2))
+        x["log_decay"] = jnp.where(jax.random.bernoulli(next(keys), 0.05, steps.shape), forget, steps)
+    if delta:
+        x["beta"] = jax.nn.sigmoid(normal(B, T, HV))
+    return x
+
+
+@pytest.mark.parametrize("decay, delta", [("channel", True), *SLOW])
+def test_values_and_gradients_interpreted(decay, delta):
+    x = arguments(decay, delta)
+    ids = jnp.searchsorted(jnp.array([30, 40]), jnp.arange(T), side="right")[None]
+    bars = jax.random.normal(jax.random.key(1), (B, T, HV, V)).astype(jnp.bfloat16), x["initial_state"] * 0.1
+
+    def run(compute, x, interpret):
+        def attend(x):
+            options = {"segment_ids": ids, "qk_l2norm": True, "output_final_state": True}
+            return compute(normalize(**x, **options, interpret=interpret))
+
+        (o, state), pull = jax.vjp(attend, x)
+        (gradients,) = pull((bars[0].astype(o.dtype), bars[1].astype(state.dtype)))
+        return {"o": o, "state": state} | gradients
+
+    got = jax.jit(lambda x: run(triton.linear_attention, x, True))(x)
+    with jax.enable_x64(True):
+        exact = {name: a.astype(jnp.float64) for name, a in x.items()}
+        want = jax.jit(lambda x: run(reference.linear_attention, x, False))(exact)
+        error = lambda a, b: float(jnp.linalg.norm(jnp.asarray(a, jnp.float64) - b) / jnp.linalg.norm(b))
+        errors = {name: error(got[name], want[name]) for name in want}
+    assert max(errors.values()) < 6e-3, errors  # bf16 rounds by 4e-3
+
+
+def test_what_it_refuses():
+    x = {"device": Device("gpu", "8.0"), "backend": "triton"}
+    bf16 = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, 70, 2, *shape), dtype)
+    assert explain(linear_attention, *(bf16(64),) * 3, **x)[0].backend == "triton"
+    for arrays, device, reason in (
+        ((bf16(64, dtype=jnp.float32),) * 3, "8.0", "dtype float32"),
+        ((bf16(32),) * 3, "8.0", "K = 32"),
+        ((bf16(64),) * 3, "7.5", "compute capability 7.5"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            explain(linear_attention, *arrays, **(x | {"device": Device("gpu", device)}))
+    [choice] = explain(linear_attention, *(bf16(64),) * 3, device=Device("gpu", "8.0"))
+    assert choice.backend == "xla"  # only by name
+
+
+def test_traced_inside_shard_map():
+    """With its check of what varies over the mesh; `jax.vmap` and gradients inside."""
+    spec = jax.sharding.PartitionSpec("d")
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = {name: a[None] for name, a in arguments("head", True).items()}
+    attend = jax.vmap(lambda x: triton.linear_attention(normalize(**x))[0])
+    loss = lambda x: jnp.sum(attend(x).astype(jnp.float32))
+    run = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=spec, out_specs=spec)
+    assert jax.tree.map(jnp.shape, jax.eval_shape(run, x)) == jax.tree.map(jnp.shape, x)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize(
+    "decay, delta, dim", [("channel", True, 128), ("head", True, 128), ("head", False, 256)]
+)
+def test_compiled_ahead_of_time(capability, decay, delta, dim, tmp_path):
+    """Forward and backward; shared memory over the target's limit is an error of the compiler's."""
+    from jax.experimental import topologies
+
+    major, minor = capability.split(".")
+    target = hopper_aot.TARGET.read_text().replace("major: 9\n", f"major: {major}\n    minor: {minor}\n")
+    target = target.replace("optin: 232448", f"optin: {LIMITS[capability]}")
+    try:
+        options = {"platform": "cuda", "topology": "1x1x1", "target_config": target}
+        [device] = topologies.get_topology_desc("H100", **options).devices
+    except Exception as error:
+        pytest.skip(f"no CUDA compiler plugin: {str(error)[:80]}")
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    place = lambda dtype, *shape: jax.ShapeDtypeStruct((2, 1024, 4, *shape), dtype, sharding=sharding)
+    x = {name: place(jnp.bfloat16, dim) for name in "qkv"}
+    x["log_decay"] = place(jnp.float32, *((dim,) if decay == "channel" else ()))
+    if delta:
+        x["beta"] = place(jnp.float32)
+
+    def run(x):
+        o, pull = jax.vjp(lambda x: triton.linear_attention(normalize(**x, qk_l2norm=delta))[0], x)
+        return o, pull(o)
+
+    abstract = jax.sharding.AbstractDevice(device_kind=KINDS[capability], num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh), compiled_for(Device("gpu", capability)):
+        dump = {"xla_dump_to": os.fspath(tmp_path), "xla_dump_hlo_as_text": True}
+        jax.jit(run).trace(x).lower().compile(compiler_options=dump)
+    [sequence] = tmp_path.glob("*thunk_sequence.txt")
+    kernels = dict(re.findall(r"\] (\w+) grid: .*shared_memory: (\d+)", sequence.read_text()))
+    for name in ("chunks", "scan", "reverse", "moves", "gradients"):
+        assert 0 < int(kernels[name]) <= LIMITS[capability], kernels
