@@ -194,7 +194,7 @@ def _run(path: Path, argument: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
         ]

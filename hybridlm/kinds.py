@@ -42,7 +42,7 @@ def _outside(kind: str) -> Any:
         raise ConfigError("kind", kind, "must be module:Class, dotted names of Python")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # anything can go wrong in code that is not ours
+    except (Exception, SystemExit) as error:  # anything can go wrong in code that is not ours
         fix = "The module must be importable: installed, or below the folder that Python starts in."
         problem = f"cannot be imported ({type(error).__name__}: {error})"
         raise ConfigError("kind", kind, problem, fix) from error

@@ -117,7 +117,7 @@ def load(spec: str) -> Sweep:
         sweep = module["get_sweep"](*([argument] if argument else []))
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError("--config", spec, f"failed with {type(error).__name__} ({error})") from error
     if not isinstance(sweep, Sweep):
         raise ConfigError("--config", spec, f"get_sweep returned {type(sweep).__name__}, not a Sweep")
