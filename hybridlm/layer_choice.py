@@ -7,6 +7,7 @@ model's held-out loss says what that costs (the static score of HALO, arXiv 2601
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 from hybridlm import init_from, member, model, plan, untrusted, weights
 from hybridlm.errors import ConfigError
 from hybridlm.objectives import next_token
-from hybridlm.run import cli
+from hybridlm.run import cli, logbook
 
 
 def alone(
@@ -76,9 +77,14 @@ def rank(workdir: Path, batches: int) -> tuple[float, dict[int, float], Any]:
     return base, {layer: loss for layer, loss in found.items() if layer is not None}, run
 
 
+def ranked(losses: Mapping[int, float]) -> list[int]:
+    """Layers, what costs most first: what breaks the model, a loss that is not finite, before all others."""
+    return sorted(losses, key=lambda layer: (not math.isfinite(losses[layer]), losses[layer]), reverse=True)
+
+
 def chosen(run: weights.Weights, losses: Mapping[int, float], keep: int, teacher: model.Definition) -> str:
     """The pattern that keeps the ``keep`` layers that cost most, beside those that the run has kept."""
-    worst = sorted(losses, key=lambda layer: losses[layer], reverse=True)[:keep]
+    worst = ranked(losses)[:keep]
     specs = run.definition.layers
     return str(plan.plan([teacher.layers[i].name if i in worst else one.name for i, one in enumerate(specs)]))
 
@@ -91,14 +97,16 @@ def show(workdir: Path, keep: int, batches: int) -> None:
         )
     pattern = chosen(run, losses, keep, model.build(init_from.described(run.config.init_from)))
     table = Table("rank", "layer", "loss, that layer alone replaced", "above the teacher")
-    order = sorted(losses, key=lambda layer: losses[layer], reverse=True)
+    order = ranked(losses)
     for place, layer in enumerate(order, 1):
         table.add_row(str(place), str(layer), f"{losses[layer]:.4f}", f"{losses[layer] - base:+.4f}")
     rich.get_console().print(table)
     kept = "+".join(map(str, sorted(order[:keep])))
     print(f"teacher: {base:.4f} nats per token\nkeep {kept}: --config.model.pattern={pattern!r}")
-    record = {"teacher": base, "losses": {str(i): losses[i] for i in order}, "keep": kept, "pattern": pattern}
-    untrusted.write_json(workdir / "layer_choice.json", record)
+    found, _ = logbook.recordable({str(i): losses[i] for i in order})
+    record = {"teacher": base, "losses": found, "keep": kept, "pattern": pattern}
+    with cli.stored(workdir, "What was found stands above."):
+        untrusted.write_json(workdir / "layer_choice.json", record)
 
 
 def main(argv: list[str]) -> int:

@@ -146,7 +146,7 @@ def test_a_prompt_that_is_no_utf8_is_refused(text):
 
 def test_a_validation_that_is_not_finite_costs_nothing(text, whole, run, tmp_path, monkeypatch):
     """Null in the line, an event, and a checkpoint that ranks nowhere."""
-    monkeypatch.setattr(trainer.Trainer, "validation", lambda self, params: [{"val_loss": math.nan}])
+    monkeypatch.setattr(trainer.Trainer, "validated", lambda self, *_: [{"val_loss": math.nan}])
     trainer.train(resolved(text, train__steps=8), run)
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert '"step": 8' in last and '"val_loss": null' in last
