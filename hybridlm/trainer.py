@@ -93,7 +93,7 @@ def together(
             return [Member(one, at, evaluate, rows, whole, begin) for (_, one), whole, at, evaluate in given]
 
         parts = zip(*map(stages.split, resolved), strict=True)
-        for members in list(map(joined, parts)):  # all at once: a later stage is refused before the first
+        for members in list(map(joined, parts)):  # a later stage is refused before the first
             again = members[0].stage_begin and resume == "never"
             stage(members, mesh, stop, "auto" if again else resume)
             if any(member.failed for member in members):
@@ -340,8 +340,8 @@ class Trainer:
             one.finish(step, self.own(state, r)["params"], own, rates)
 
     def validations(self, state: State) -> dict[str, Callable[[], list[Metrics]]]:
-        """What is measured, each by itself: val_loss, val_accuracy and val_bpb of each member, val/<name>/loss
-        ... of ``config.val``; with optimizer.ema, ema/val_loss ... of the averaged weights."""
+        """What is measured of each member: val_loss, val_accuracy, val_bpb; val/<name>/loss ... of each set
+        of ``config.val``; with optimizer.ema, ema/val_loss ... of the averaged weights. Each by itself."""
         one = self.members[0]
         found: dict[str, Callable[[], list[Metrics]]] = {}
         weights = {"": state["params"]}
