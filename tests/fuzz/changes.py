@@ -1,6 +1,8 @@
 """Changes to bytes and to JSON values."""
 
+import contextlib
 import copy
+import json
 import random
 from typing import Any
 
@@ -31,6 +33,14 @@ def in_bytes(content: bytes, chance: random.Random) -> bytes:
         else:
             data[at:at] = chance.choice((b"\0", b"[" * 2000, b'"', b"\n", b"\xff\xfe", b"{", b"9" * 5000))
     return bytes(data)
+
+
+def in_file(content: bytes, chance: random.Random) -> bytes:
+    """Of JSON mostly a value, of anything else, and of JSON that is damaged already, bytes."""
+    if chance.random() < 0.7:
+        with contextlib.suppress(ValueError):
+            return json.dumps(in_json(json.loads(content), chance)).encode()
+    return in_bytes(content or b"x", chance)
 
 
 def in_json(value: Any, chance: random.Random) -> Any:

@@ -27,7 +27,7 @@ from hybridlm.member import Member
 from hybridlm.run import checkpoint, logbook, seal
 from launch import state
 from tests import tiny
-from tests.fuzz.changes import in_bytes, in_json
+from tests.fuzz.changes import in_file, in_json
 
 STEPS = (2, 4, 6)
 
@@ -70,18 +70,14 @@ class Cases:
         ]
         path = chance.choice(small if chance.random() < 0.6 else files)
         content = path.read_bytes()
-        what = chance.random()
-        if what < 0.1:
+        lines = content.splitlines()
+        if chance.random() < 0.1:
             path.unlink()
-        elif what < 0.5 and path.suffix in (".json", "") and content[:1] == b"{":
-            path.write_text(json.dumps(in_json(json.loads(content), chance)))
-        elif what < 0.5 and path.suffix == ".jsonl":
-            lines = content.splitlines()
-            at = chance.randrange(len(lines) + 1)
-            odd = in_json(json.loads(lines[at - 1]), chance) if lines else {}
-            path.write_bytes(b"\n".join([*lines[:at], json.dumps(odd).encode(), *lines[at:]]))
+        elif path.suffix == ".jsonl" and lines and chance.random() < 0.5:
+            at = chance.randrange(len(lines))
+            path.write_bytes(b"\n".join([*lines[:at], in_file(lines[at], chance), *lines[at:]]))
         else:
-            path.write_bytes(in_bytes(content, chance))
+            path.write_bytes(in_file(content, chance))
 
     def record(self, path: Path, chance: random.Random) -> None:
         """The record of a checkpoint changed, and sealed as if it had been written so."""
