@@ -5,8 +5,8 @@
 
 A kind is a module's ``cases(folder, ...)``, which prepares what is sound and returns the function of one
 case: from a source of randomness to what became of it. Wrong is any other exception than a ConfigError or
-RunError, a message of several lines or with escapes, more than SECONDS, or nonsense that was accepted: what a
-case asserts. A case is a function of its kind, the seed and its number.
+RunError, a message of several lines or with escapes, more than SECONDS of the processor or WAITED of the
+clock (the machine may be busy), or nonsense that was accepted: what a case asserts. A case is a function of its kind, the seed and its number.
 """
 
 import random
@@ -23,7 +23,7 @@ from hybridlm.errors import ConfigError, RunError
 from hybridlm.pattern import PatternError
 from tests.fuzz import data, folders, patterns, records, settings, sweeps
 
-SECONDS = 60
+SECONDS, WAITED = 60, 1200
 Case = Callable[[random.Random], str]
 KINDS: dict[str, Callable[..., Case]] = {
     "configs": settings.cases,
@@ -38,14 +38,15 @@ KINDS: dict[str, Callable[..., Case]] = {
 
 
 def late(*_: Any) -> None:
-    raise TimeoutError(f"a case of more than {SECONDS} s")
+    raise TimeoutError(f"more than {SECONDS} s of the processor, or {WAITED} s")
 
 
 def fuzz(kind: str, cases: int, seed: int, first: int = 0, **options: Any) -> tuple[Counter, list[str]]:
     """(outcomes, reports of what was wrong) of cases ``first`` to ``first`` + ``cases``."""
     outcomes: Counter = Counter()
     wrong: list[str] = []
-    signal.signal(signal.SIGALRM, late)
+    for timer in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(timer, late)
     with tempfile.TemporaryDirectory() as folder:
         run = KINDS[kind](Path(folder), **options)
         for case in range(first, first + cases):
@@ -57,7 +58,8 @@ def fuzz(kind: str, cases: int, seed: int, first: int = 0, **options: Any) -> tu
 
 def attempt(run: Case, chance: random.Random) -> tuple[str, str]:
     """(outcome, what was wrong, "" if nothing)."""
-    signal.alarm(SECONDS)
+    signal.alarm(WAITED)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return run(chance), ""
     except (ConfigError, RunError) as error:
@@ -70,3 +72,4 @@ def attempt(run: Case, chance: random.Random) -> tuple[str, str]:
         return "wrong", f"{type(error).__name__}\n{traceback.format_exc(limit=-4)}"
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
