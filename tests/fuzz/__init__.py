@@ -6,7 +6,8 @@
 A kind is a module's ``cases(folder, ...)``, which prepares what is sound and returns the function of one
 case: from a source of randomness to what became of it. Wrong is any other exception than a ConfigError or
 RunError, a message of several lines or with escapes, more than SECONDS of the processor or WAITED of the
-clock (the machine may be busy), or nonsense that was accepted: what a case asserts. A case is a function of its kind, the seed and its number.
+clock (the machine may be busy), or nonsense that was accepted: what a case asserts. A case is a function of
+its kind, the seed and its number.
 """
 
 import random
