@@ -52,7 +52,7 @@ def _outside(kind: str) -> Any:
         fix = "Name its settings in the class: config_class, a frozen dataclass below hybridlm.mixers.Config."
         raise ConfigError("kind", kind, "names no settings", fix)
     try:
-        for annotation in fields(config).values():
+        for annotation in fields(config).values():  # type: ignore[arg-type]  # as `fields` says
             describe(annotation)
         hash(config(kind=kind))
     except Exception as error:

@@ -172,7 +172,15 @@ def test_linearise_config(teacher, mixer):
 
 
 @pytest.mark.parametrize(
-    "arg", ["", "teacher=x,gdn", "teacher={},gdm,3:1", "teacher={},gdn,3", "teacher={},gdn,2:1"]
+    "arg",
+    [
+        "",
+        "teacher=x,gdn",
+        "teacher={},gdm,3:1",
+        "teacher={},gdn,3",
+        "teacher={},gdn,2:1",
+        "teacher={},gdn,²:1",
+    ],
 )
 def test_linearise_arguments(teacher, arg):
     with pytest.raises(ConfigError, match="must be teacher=FOLDER,MIXER,RATIO"):

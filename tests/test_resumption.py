@@ -74,8 +74,10 @@ def test_a_damaged_config_is_the_checkpoints(text, run, damage):
 
 def test_a_renamed_checkpoint_has_its_own_step(text, whole, run, caplog):
     (run / "checkpoints" / "6").rename(run / "checkpoints" / "40")
+    (run / "checkpoints" / "1²").mkdir()  # a digit to Python, and no number
     trainer.train(resolved(text), run)
     assert "40: it is of step 6; named so again" in caplog.text
+    (run / "checkpoints" / "1²").rmdir()
     assert steps(run) == ["2", "4", "6"] and tiny.lines(run) == tiny.lines(whole)
 
 

@@ -146,7 +146,7 @@ class Checkpoints:
             untrusted.check_shape(found, RECORD, "its record")
             if len(found.get("skipped", (0, 0))) != 2:
                 raise ValueError("its record's skipped must be two counts")
-            return found  # type: ignore[no-any-return]
+            return found
 
     def restore(self, step: int, like: State) -> State:
         """Entries of the state of ``step``; ``like``: ShapeDtypeStructs, with shardings, of those wanted.
@@ -248,7 +248,7 @@ class Checkpoints:
 
     def _marks(self) -> list[Path]:
         """Of complete checkpoints; one being written may have its mark already, under a name of its own."""
-        return [mark for mark in self.directory.glob(f"*/{COMMITTED}") if mark.parent.name.isdigit()]
+        return [mark for mark in self.directory.glob(f"*/{COMMITTED}") if untrusted.digits(mark.parent.name)]
 
     def _verify(self, step: int) -> None:
         """RunError when the files of ``step`` are not what was written; each step is read once for this."""
