@@ -21,7 +21,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import init_from, mixers, pattern, plan
+from hybridlm import init_from, mixers, pattern, plan, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.mixers import attention
 
@@ -130,10 +130,10 @@ def _kept(ratio: str, layers: int, arg: str) -> list[int]:
     first, _, last = ratio.partition(":")
     if ratio in ("pure", GATES):
         return []
-    if last == "1" and first.isdigit() and 0 < int(first) < layers:
+    if last == "1" and untrusted.digits(first) and 0 < int(first) < layers:
         return list(range(int(first), layers, int(first) + 1))
     indices = ratio.split("+")
-    if all(one.isdigit() and int(one) < layers for one in indices):
+    if all(untrusted.digits(one) and int(one) < layers for one in indices):
         return [int(one) for one in indices]
     problem = f"RATIO {ratio!r} is none of pure, gates, r:1 below {layers} layers and indices such as 3+7"
     raise ConfigError("--config", f"linearise.py:{arg}", f"{FORM}; {problem}")

@@ -48,7 +48,7 @@ def _run(path: Path, argument: str) -> ConfigDict:
         config = get_config(argument) if argument else get_config()
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
         ]
@@ -81,7 +81,7 @@ def from_json(path: str | Path) -> ConfigDict:
 
 def recorded(path: Path) -> dict[str, Any] | None:
     """The config in the newest readable record of the checkpoints beside the config.json at ``path``."""
-    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if one.name.isdigit()]
+    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if untrusted.digits(one.name)]
     for one in sorted(steps, key=lambda step: int(step.name), reverse=True):
         with contextlib.suppress(ConfigError):
             shape = {"config": {str: (dict, str)}}

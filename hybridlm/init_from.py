@@ -149,7 +149,7 @@ def _copy(carried: Path, workdir: Path) -> None:
 def described(path: str | Path) -> configs.Config:
     """The config of the model at ``path``; opens no array."""
     check(path)
-    path = Path(path).absolute()
+    path, _ = split(path)
     if (path / "checkpoints").is_dir():
         return without_factors(configs.of_run(path))
     from hybridlm.convert import families

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from hybridlm.errors import ConfigError, nearest
+from hybridlm.fields import describe, fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def _outside(kind: str) -> Any:
         raise ConfigError("kind", kind, "must be module:Class, dotted names of Python")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # anything can go wrong in code that is not ours
+    except (Exception, SystemExit) as error:  # anything can go wrong in code that is not ours
         fix = "The module must be importable: installed, or below the folder that Python starts in."
         problem = f"cannot be imported ({type(error).__name__}: {error})"
         raise ConfigError("kind", kind, problem, fix) from error
@@ -50,4 +51,12 @@ def _outside(kind: str) -> Any:
     if not (isinstance(config, type) and issubclass(config, Settings)):
         fix = "Name its settings in the class: config_class, a frozen dataclass below hybridlm.mixers.Config."
         raise ConfigError("kind", kind, "names no settings", fix)
+    try:
+        for annotation in fields(config).values():  # type: ignore[arg-type]  # as `fields` says
+            describe(annotation)
+        hash(config(kind=kind))
+    except Exception as error:
+        fix = "Each is a number, a text, True or False, or a tuple of one of these, and has a default."
+        problem = f"has settings that no config can give ({type(error).__name__}: {error})"
+        raise ConfigError("kind", kind, problem, fix) from error
     return found

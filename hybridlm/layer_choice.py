@@ -9,6 +9,7 @@ Of a run whose layers have both (teacher=DIR,gdn,gates) the learned gates say wh
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.table import Table
 from hybridlm import init_from, member, model, plan, untrusted, weights
 from hybridlm.errors import ConfigError
 from hybridlm.objectives import next_token
-from hybridlm.run import cli
+from hybridlm.run import cli, logbook
 
 
 def alone(
@@ -73,6 +74,11 @@ def rank(run: weights.Weights, workdir: Path, batches: int) -> tuple[float, dict
     return base, {layer: loss for layer, loss in found.items() if layer is not None}
 
 
+def ranked(losses: Mapping[int, float]) -> list[int]:
+    """Layers, what costs most first: what breaks the model, a loss that is not finite, before all others."""
+    return sorted(losses, key=lambda layer: (not math.isfinite(losses[layer]), losses[layer]), reverse=True)
+
+
 def gates(run: weights.Weights) -> dict[int, float]:
     """The learned share of attention of each layer of a run that has both (``teacher=DIR,gdn,gates``)."""
     flat = model.unstack(run.definition, run.params)
@@ -84,7 +90,7 @@ def kept(scores: Mapping[int, float], costs: Mapping[int, float], budget: float)
     """Layers to keep, the highest ``scores`` first, each that still fits: ``costs`` add up to ``budget`` at
     most."""
     found, left = [], budget
-    for layer in sorted(scores, key=lambda one: scores[one], reverse=True):
+    for layer in ranked(scores):
         if costs[layer] <= left:
             found.append(layer)
             left -= costs[layer]
@@ -136,10 +142,10 @@ def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, con
         if not 0 < keep <= len(scores):
             problem = f"must be between 1 and {len(scores)}, the layers that were replaced"
             raise ConfigError("--keep", keep, problem)
-        found = sorted(scores, key=lambda layer: scores[layer], reverse=True)[:keep]
+        found = ranked(scores)[:keep]
     told = "share of attention, learned" if shares else "loss, that layer alone replaced"
     table = Table("rank", "layer", told, *([] if shares else ["above the teacher"]))
-    order = sorted(scores, key=lambda layer: scores[layer], reverse=True)
+    order = ranked(scores)
     for place, layer in enumerate(order, 1):
         above = [] if base is None else [f"{scores[layer] - base:+.4f}"]
         table.add_row(str(place), str(layer), f"{scores[layer]:.4f}", *above)
@@ -150,9 +156,11 @@ def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, con
     print(f"teacher: {base:.4f} nats per token" if base is not None else "gates of both in every layer")
     print(f"keep {said or 'none'}: {total:,.0f} bytes of keys and values a row of {context} tokens")
     print(f"--config.model.pattern={pattern!r}")
-    record: dict[str, Any] = {"losses" if base is not None else "gates": {str(i): scores[i] for i in order}}
+    recorded, _ = logbook.recordable({str(i): scores[i] for i in order})
+    record: dict[str, Any] = {"losses" if base is not None else "gates": recorded}
     record |= {"teacher": base, "keep": said, "pattern": pattern, "kv_bytes": total, "context": context}
-    untrusted.write_json(workdir / "layer_choice.json", record)
+    with cli.stored(workdir, "What was found stands above."):
+        untrusted.write_json(workdir / "layer_choice.json", record)
 
 
 def main(argv: list[str]) -> int:

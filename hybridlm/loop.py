@@ -241,43 +241,44 @@ class Loop:
 
     def finish(self, step: int, state: State, rates: Metrics) -> None:
         """Lets the members look at ``step``; they share the batches of a validation."""
-        found: list[list[Metrics]] = []
+        looks = self.validations(state)
+        found: dict[str, list[Metrics]] = {}
 
-        def measure(r: int) -> Metrics:
-            if not found:
-                found.append(self.validation(state))
-            return found[0][r]
+        def measure(what: str, r: int) -> Metrics:
+            if what not in found:
+                found[what] = looks[what]()
+            return found[what][r]
 
         for r, one in self.alive():
-            one.finish(step, self.own(state, r)["params"], partial(measure, r), rates)
+            own = {what: partial(measure, what, r) for what in looks}
+            one.finish(step, self.own(state, r)["params"], own, rates)
 
-    def validation(self, state: State) -> list[Metrics]:
-        """val_loss, val_accuracy and val_bpb of each member, and val/<name>/loss ... of ``config.val``; with
-        optimizer.ema, ema/val_loss ... of the averaged weights."""
-        found = self.of_weights(state["params"])
-        if "ema" in state:
-            average = self.of_weights(state["params"] | state["ema"])
-            for metrics, more in zip(found, average, strict=True):
-                metrics |= {f"ema/{name}": value for name, value in more.items()}
-        return found
-
-    def of_weights(self, params: Any) -> list[Metrics]:
+    def validations(self, state: State) -> dict[str, Callable[[], list[Metrics]]]:
+        """What is measured of each member: val_loss, val_accuracy, val_bpb; val/<name>/loss ... of each set
+        of ``config.val``; with optimizer.ema, ema/val_loss ... of the averaged weights. Each by itself."""
         one = self.members[0]
-        found = self.validated(params, one.val_data)
-        for name, dataset in one.val_sets.items():
-            for metrics, more in zip(found, self.validated(params, dataset), strict=True):
-                metrics |= {f"val/{name}/{key.removeprefix('val_')}": more[key] for key in more}
+        found: dict[str, Callable[[], list[Metrics]]] = {}
+        weights = {"": state["params"]}
+        if "ema" in state:
+            weights["ema/"] = state["params"] | state["ema"]
+        for start, params in weights.items():
+            for name, dataset in {"": one.val_data, **one.val_sets}.items():
+                what = f"{start}val/{name}" if name else f"{start}validation"
+                found[what] = partial(self.validated, params, dataset, start, name)
         return found
 
-    def validated(self, params: Any, dataset: Dataset) -> list[Metrics]:
+    def validated(self, params: Any, dataset: Dataset, start: str = "", name: str = "") -> list[Metrics]:
         """The metrics of each member over the first held-out batches, the same every time; what is held out
-        does not depend on the seed."""
+        does not depend on the seed. RunError where the stored data are damaged."""
+        dataset.verified()
         wanted = self.config.eval.batches
         count = min(wanted, dataset.num_batches or wanted)
         put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
         host = jax.device_get([self.program.evaluate(params, put(i), *self.teacher) for i in range(count)])
-        value = lambda one, name, r: float(one[name][r] if self.several else one[name])
-        return [
-            held_out({name: sum(value(one, name, r) for one in host) for name in host[0]})
+        value = lambda one, key, r: float(one[key][r] if self.several else one[key])
+        called = lambda key: f"{start}val/{name}/{key.removeprefix('val_')}" if name else f"{start}{key}"
+        each = [
+            held_out({key: sum(value(one, key, r) for one in host) for key in host[0]})
             for r in range(len(self.members))
         ]
+        return [{called(key): number for key, number in one.items()} for one in each]

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, groups, optimizer, untrusted, weights
+from hybridlm import cost, data, generate, groups, objectives, optimizer, untrusted, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ class Member:
         self.val_sets = {name: val_set(config, name, self.train_data, rows) for name in config.val}
         self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
         self.definition = lm.build(config)
-        groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter
+        groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter,
+        objectives.build(config.objective, self.definition)  # and no teacher of another vocabulary
         self.record = {
             "config": configs.portable(self.whole),
             "layers": cost.summary(config),
@@ -168,8 +169,7 @@ class Member:
 
     def save(self, step: int, state: State, rates: Metrics) -> None:
         """Starts a checkpoint. If a line of metrics is due at ``step``, what is known of it goes with it."""
-        for dataset in self.datasets:
-            dataset.verified()  # no checkpoint holds what was learnt from damaged data
+        self.train_data.verified()  # no checkpoint holds what was learnt from damaged data
         record = self.record | {"step": step, "skipped": self.watch.counts}
         if self.pauses(step) or due(step, self.config.log.every_steps):
             record |= {"unwritten": self.metrics | rates}
@@ -181,11 +181,14 @@ class Member:
         every = (config.eval.every_steps, config.eval.sample_every_steps, config.checkpoint.every_steps)
         return any(self.due(step, one) for one in every)
 
-    def finish(self, step: int, params: Any, measure: Callable[[], Metrics], rates: Metrics) -> None:
-        """Validates (``measure``) and samples after ``step`` where that is due, and writes its line."""
+    def finish(
+        self, step: int, params: Any, measures: Mapping[str, Callable[[], Metrics]], rates: Metrics
+    ) -> None:
+        """Validates (``measures``) and samples after ``step`` where that is due, and writes its line."""
         metrics = self.metrics | rates
         if self.due(step, self.config.eval.every_steps):
-            metrics |= self.look(step, "validation", measure)
+            for what, measure in measures.items():
+                metrics |= self.look(step, what, measure)
             if self.evaluate is not None:
                 tokenizer, evaluate = self.train_data.tokenizer, self.evaluate
                 tasks = lambda: evaluate(self.definition, params, tokenizer, step)

@@ -19,7 +19,7 @@ A ratio alone is ambiguous, so the number and the indices of the full layers are
 import re
 from collections.abc import Collection, Sequence
 
-from hybridlm import plan
+from hybridlm import plan, untrusted
 from hybridlm.errors import ConfigError, nearest
 
 FIELD = "model.pattern"
@@ -39,8 +39,8 @@ class PatternError(ConfigError):
         super().__init__(FIELD, pattern, problem, fix)
         self.position = position
         sentence = f"{FIELD}: {problem}, at character {position + 1}. {fix}".rstrip()
-        one_line = re.sub(r"\s", " ", pattern)
-        self.args = (f"{sentence}\n  {one_line}\n  {' ' * position}^",)
+        shown = lambda text: untrusted.terminal(re.sub(r"\s", " ", text))
+        self.args = (f"{sentence}\n  {shown(pattern)}\n  {' ' * len(shown(pattern[:position]))}^",)
 
 
 def nameable(name: str) -> bool:

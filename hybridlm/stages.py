@@ -26,7 +26,7 @@ ORDER = "order"
 def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Config":
     """``config`` with the stages of ``given``, checked, and their steps added up as its own."""
     order = given.get(ORDER, ())
-    if isinstance(order, str) or not all(isinstance(name, str) for name in order):
+    if not isinstance(order, tuple | list) or not all(isinstance(name, str) for name in order):
         raise ConfigError(f"{FIELD}.{ORDER}", order, "must be a tuple of the stages' names")
     if len(set(order)) < len(order):
         raise ConfigError(f"{FIELD}.{ORDER}", order, "names a stage twice")
@@ -56,6 +56,7 @@ def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) 
     """The config of one stage, of its own steps."""
     values = config.to_dict()
     values.pop(FIELD, None)
+    values["train"]["profile_steps"] = ()  # of the run's own count, see `split`
     with under(f"{FIELD}.{name}"):
         for section, fields in overlay.items():
             if section not in SECTIONS:
@@ -105,5 +106,6 @@ def split(config: "configs.Config") -> list[tuple[int, "configs.Config"]]:
     for name in config.stages[ORDER]:
         one = _laid_over(config, name, config.stages[name])
         begin, end = end, end + one.train.steps
-        found.append((begin, one.replace(train__steps=end)))
+        window = tuple(begin + step for step in one.train.profile_steps) or config.train.profile_steps
+        found.append((begin, one.replace(train__steps=end, train__profile_steps=window)))
     return found

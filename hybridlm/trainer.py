@@ -66,19 +66,21 @@ def together(
         cli.stored(workdirs[0], "Checkpoints saved before are intact."),
     ):
         mesh = sharding.make_mesh(config.mesh)
-        for part in zip(*map(stages.split, resolved), strict=True):
+        if len(resolved) > 1 and "context" in mesh.shape:
+            problem = "runs that are trained together do not cut sequences"
+            raise ConfigError("mesh.context", mesh.shape["context"], problem, "Set mesh.context=1.")
+
+        def joined(part: Sequence[tuple[int, Config]]) -> list[Member]:
             begin, first = part[0]
             configs.check_batch(first.train, mesh.shape)
-            if len(resolved) > 1 and "context" in mesh.shape:
-                problem = "runs that are trained together do not cut sequences"
-                raise ConfigError("mesh.context", mesh.shape["context"], problem, "Set mesh.context=1.")
             rows = sharding.batch_rows(mesh, first.train.batch_size)
             given = zip(part, resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
-            members = [
-                Member(one, workdir, evaluate, rows, whole, begin)
-                for (_, one), whole, workdir, evaluate in given
-            ]
-            stage(members, mesh, stop, "auto" if begin and resume == "never" else resume)
+            return [Member(one, at, evaluate, rows, whole, begin) for (_, one), whole, at, evaluate in given]
+
+        parts = zip(*map(stages.split, resolved), strict=True)
+        for members in list(map(joined, parts)):  # a later stage is refused before the first
+            again = members[0].stage_begin and resume == "never"
+            stage(members, mesh, stop, "auto" if again else resume)
             if any(member.failed for member in members):
                 break
         for member in members if processes.first() else ():

@@ -138,6 +138,11 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
         _must_be(value, shape, where)
 
 
+def digits(text: str) -> bool:
+    """Whether ``text`` is a whole number in ASCII: ``str.isdigit`` takes superscripts too, and `int` not."""
+    return text.isascii() and text.isdigit()
+
+
 def inside(folder: str | Path, name: Any, what: str, links: bool = False) -> Path:
     """``folder/name`` for a ``name`` that was read from a file; ConfigError if that would lie elsewhere.
 

@@ -26,7 +26,8 @@ from hybridlm.run import private
 LAYERS = ("mixer", "ratio", "placement")
 SHORT = {"seed": "train.seed", "learning_rate": "optimizer.learning_rate"}
 NAME_BYTES = 200  # of a run; file systems take 255
-RATIO = re.compile(r"[1-9]\d*:1")
+RATIO = re.compile(r"[1-9][0-9]{0,8}:1")
+INDICES = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})*")
 PLACEHOLDER = re.compile(r"{(\w+)}")
 NOT_A_FIELD = "names neither a field (section.field), nor mixer, ratio or placement, nor a part of the base"
 
@@ -117,7 +118,7 @@ def load(spec: str) -> Sweep:
         sweep = module["get_sweep"](*([argument] if argument else []))
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError("--config", spec, f"failed with {type(error).__name__} ({error})") from error
     if not isinstance(sweep, Sweep):
         raise ConfigError("--config", spec, f"get_sweep returned {type(sweep).__name__}, not a Sweep")
@@ -288,7 +289,7 @@ def _pattern(layers: Mapping[str, Any], full: str, config: configs.Config) -> st
         return f"{mixer if ratio == 'pure' else full}*{depth}"
     if not RATIO.fullmatch(ratio):
         raise ConfigError("ratio", ratio, "must be pure, full or r:1, linear to full layers, such as 3:1")
-    if isinstance(placement, str) and placement[0].isdigit():
+    if isinstance(placement, str) and INDICES.fullmatch(placement):
         placement = [int(index) for index in placement.split(",")]
     return pattern.ratio(mixer, full, int(ratio[:-2]), depth, placement)
 

@@ -250,3 +250,14 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path) as saves:
         assert saves.steps() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"config": 3}, {"fingerprint": None}, {"skipped": [1]}, {"unwritten": []}]
+)
+def test_a_record_of_another_shape_is_one_line(tmp_path, change):
+    with Checkpoints(tmp_path) as saves:
+        saves.save(5, {"step": np.zeros((), np.int32)}, record(5) | change)
+        saves.wait()
+        with pytest.raises(RunError, match=r"/5: unreadable checkpoint: .*record.*; no older"):
+            saves.record(5)

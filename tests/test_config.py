@@ -153,6 +153,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ("def get_config(:", "line 1 with SyntaxError"),
         ("x = 1\n\ndef get_config():\n    return 1 / 0\n", "line 4 with ZeroDivisionError"),
         ("config = 1\n", "no function get_config"),
+        ("import sys\n\nsys.exit(3)  # which would mean: stopped, start again\n", "line 3 with SystemExit"),
         ("def get_config():\n    return {}\n", "returned dict, not a ConfigDict"),
         ("def get_config(arg):\n    return arg\n", "missing 1 required positional argument"),
         (

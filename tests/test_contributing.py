@@ -108,3 +108,30 @@ def test_a_kind_that_cannot_be_had(kind, problem):
     with pytest.raises(configs.ConfigError) as caught:
         configs.mixer(kind)
     assert problem in str(caught.value) and caught.value.field.endswith("kind")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("exits", "raise SystemExit(0)", "cannot be imported (SystemExit: 0)"),
+        ("no_type", "x: dict = dataclasses.field(default_factory=dict)", "no config can give (KeyError"),
+        ("nowhere", "x: 'Nowhere' = 3", "no config can give (NameError"),
+        ("no_default", "_: dataclasses.KW_ONLY\n    x: int", "no config can give (TypeError"),
+    ],
+)
+def test_a_kind_from_outside_that_no_config_can_give(name, text, problem, tmp_path, monkeypatch):
+    whole = f"""import dataclasses
+from hybridlm import mixers
+
+@dataclasses.dataclass(frozen=True)
+class Config(mixers.Config):
+    {text}
+
+class Mixer(mixers.TokenMixer):
+    config_class = Config
+"""
+    (tmp_path / f"outside_{name}.py").write_text(whole if ":" in text else text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(configs.ConfigError) as caught:
+        configs.mixer(f"outside_{name}:Mixer")
+    assert problem in str(caught.value) and caught.value.field.endswith("kind")

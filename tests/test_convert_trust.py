@@ -22,7 +22,6 @@ from hybridlm.convert.fields import Fields
 from hybridlm.data.tokenizer import Tokenizer, load
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
-from tests import fuzz_convert
 
 GOLDEN = Path(__file__).parent / "golden" / "models" / "fla_deltanet"
 WORDS = {"<s>": 0, "one": 1, "two": 2, "three": 3}
@@ -443,8 +442,3 @@ def test_init_from_looks_at_the_tokenizer(hf: Path, tmp_path: Path, caplog: pyte
         assert ("was learnt with the tokenizer" in caplog.text) == warned
         assert (tmp_path / f"next{warned}" / "hf" / "tokenizer.json").is_file()
         assert not (tmp_path / f"next{warned}" / "tokenizer.json").exists()  # the run's data say which it is
-
-
-def test_damaged_folders_are_refused_in_words() -> None:
-    outcomes, wrong = fuzz_convert.fuzz(60, seed=0)
-    assert not wrong and sum(outcomes.values()) == 60

@@ -205,6 +205,14 @@ def test_an_id_that_would_fill_the_memory_is_refused(tmp_path, byte_level, where
         tokenizer.load(str(tmp_path / "t.json"))
 
 
+def test_merges_that_would_abort_the_process_are_refused(tmp_path, byte_level):
+    described = json.loads(Path(byte_level).read_text())
+    described["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "t.json").write_text(json.dumps(described))
+    with pytest.raises(ConfigError, match="has not the continuing_subword_prefix '##'"):
+        tokenizer.load(str(tmp_path / "t.json"))
+
+
 def test_a_long_text_is_encoded_in_pieces_with_the_same_ids(byte_level, monkeypatch):
     chance = random.Random(0)
     words = [word for text in TEXTS for word in text.split(" ")] + ["\n\n", "  ", "\t", "x\n", "\r\n", "☃☃"]

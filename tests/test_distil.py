@@ -1,6 +1,8 @@
 """Learning from a teacher: the chunked KL, the objective's terms, and a run in stages."""
 
 import json
+import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from hybridlm import config as configs
 from hybridlm import (
     config_file,
     distillation,
+    init_from,
     layer_choice,
     loop,
     loss,
@@ -287,6 +290,7 @@ def test_two_mixers_in_a_layer(teacher):
         "teacher={},gdm,3:1",
         "teacher={},gdn,3",
         "teacher={},gdn,2:1",
+        "teacher={},gdn,²:1",
     ],
 )
 def test_linearise_arguments(teacher, arg):
@@ -311,6 +315,7 @@ def test_layer_choice(whole, capsys):
     [
         ({"order": "transfer"}, "must be a tuple"),
         ({"order": ("a",)}, "there is no such stage"),
+        ({"order": 5}, "must be a tuple"),
         ({"a": {"train": {"steps": 1}}}, "must name the stages"),
         ({"order": ("a",), "a": {"optimizer": {"learning_rate": 0.1}}}, r"stages.a.train.steps .*how long"),
         ({"order": ("a",), "a": {"train": {"steps": 1}, "model": {}}}, "train, optimizer, objective at most"),
@@ -323,6 +328,45 @@ def test_stages_that_cannot_be(text, fields, match):
     c.stages = fields
     with pytest.raises(ConfigError, match=match):
         configs.resolve(c)
+
+
+def test_a_later_stage_is_refused_before_the_first(text, teacher, tmp_path):
+    taught = {"kind": "distil", "teacher": str(teacher), "transfer": 1.0}
+    for later, match in {
+        "train.batch_size = 9999: is more than": {"train": {"steps": 1, "batch_size": 9999}},
+        "matches no parameter": {"train": {"steps": 1}, "optimizer": {"groups": ("nobody=2",)}},
+        "objective.teacher = .*has the mixers of this": {"train": {"steps": 1}, "objective": taught},
+    }.items():
+        c = tiny.config(text, model__pattern="full*2")
+        c.stages = {"order": ("a", "b"), "a": {"train": {"steps": 1}}, "b": match}
+        with pytest.raises(ConfigError, match=later):
+            trainer.train(configs.resolve(c), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_is_of_the_runs_steps_or_of_its_stages(text):
+    c = tiny.config(text, train__profile_steps=(4, 5))
+    b = {"steps": 3, "profile_steps": (1, 2)}
+    c.stages = {"order": ("a", "b", "c"), "a": {"train": {"steps": 3}}, "b": {"train": b}}
+    c.stages["c"] = {"train": {"steps": 9}}
+    windows = [one.train.profile_steps for _, one in stages.split(configs.resolve(c))]
+    assert windows == [(4, 5), (4, 5), (4, 5)]
+    c.train.profile_steps = ()
+    windows = [one.train.profile_steps for _, one in stages.split(configs.resolve(c))]
+    assert windows == [(), (4, 5), ()]
+
+
+def test_a_teacher_may_be_an_average(teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    with pytest.raises(ConfigError, match="kept no average"):
+        init_from.described(f"{path.parent}:ema")
+    path.write_text(path.read_text().replace('"ema": 0.0', '"ema": 0.5'))
+    assert init_from.described(f"{path.parent}:ema") == configs.of_run(path.parent)
+
+
+def test_a_layer_that_breaks_the_model_stays():
+    assert layer_choice.ranked({0: 3.0, 1: math.nan, 2: 4.0, 3: math.inf})[2:] == [2, 0]
 
 
 def test_stage_on_a_command_line():

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import tiny
+
 from hybridlm import config as configs
 from hybridlm import fit, model, program, remat, sharding
 

@@ -129,6 +129,11 @@ BAD: list[tuple[str, Sweep, list[str]]] = [
     ),
     ("no mixer", Sweep(MQAR, [axis("mixer", "kad")], SMALL), ["no mixer named 'kad'", "Did you mean 'kda'"]),
     ("deeper than the stack", Sweep(MQAR, [axis("ratio", "6:1")], SMALL), ["needs at least 7 layers"]),
+    (
+        "no places",
+        Sweep(MQAR, [axis("placement", "1,x")], {**SMALL, "ratio": "1:1"}),
+        ["list of layer indices"],
+    ),
     ("steps twice", Sweep(MQAR, [axis("train.steps", 1)], tokens=1e6), ["tokens already decides"]),
     (
         "unmatchable",

@@ -149,13 +149,13 @@ def test_span(seconds, said):
 
 
 class FakeWandb:
-    def __init__(self, fail=""):
-        self.calls, self.fail = [], fail
+    def __init__(self, fail="", error=RuntimeError):
+        self.calls, self.fail, self.error = [], fail, error
         self.Settings = lambda **settings: settings
 
     def _call(self, what, **arguments):
         if what == self.fail:
-            raise RuntimeError("server on fire")
+            raise self.error("server on fire")
         self.calls.append((what, arguments))
         return self
 
@@ -207,9 +207,17 @@ def test_wandb_key_is_found(monkeypatch, no_key, tmp_path):
     assert logbook.has_key()
 
 
+def test_credentials_that_cannot_be_read_are_none(tmp_path, monkeypatch, no_key):
+    (tmp_path / "netrc").write_bytes(b"machine \xff\xfe login")
+    assert not logbook.has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://[")
+    assert not logbook.has_key()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 @pytest.mark.parametrize("fail", ["init", "log", "finish"])
-def test_wandb_never_fails_the_run(tmp_path, monkeypatch, caplog, fail):
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fail))
+def test_wandb_never_fails_the_run(tmp_path, monkeypatch, caplog, fail, error):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fail, error))
     write(tmp_path, [1, 2, 3], mode="offline")
     assert len(logbook.read(tmp_path / "metrics.jsonl")) == 3
     assert caplog.text.count("server on fire") == 1

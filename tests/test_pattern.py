@@ -125,3 +125,10 @@ def test_ratio(r: int, layers: int, placement: str | list[int], full: list[int])
 def test_ratio_refuses(r: int, layers: int, placement: str | list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pattern.ratio("kda", "full", r, layers, placement)
+
+
+def test_what_steers_a_terminal_is_spelt_out() -> None:
+    with pytest.raises(pattern.PatternError) as caught:
+        pattern.parse("kda\x1b[2J nobody")
+    _, shown, mark = str(caught.value).split("\n")
+    assert shown == r"  kda\x1b[2J nobody" and mark.index("^") == shown.index("\\")

@@ -74,8 +74,10 @@ def test_a_damaged_config_is_the_checkpoints(text, run, damage):
 
 def test_a_renamed_checkpoint_has_its_own_step(text, whole, run, caplog):
     (run / "checkpoints" / "6").rename(run / "checkpoints" / "40")
+    (run / "checkpoints" / "1²").mkdir()  # a digit to Python, and no number
     trainer.train(resolved(text), run)
     assert "40: it is of step 6; named so again" in caplog.text
+    (run / "checkpoints" / "1²").rmdir()
     assert steps(run) == ["2", "4", "6"] and tiny.lines(run) == tiny.lines(whole)
 
 
@@ -146,7 +148,7 @@ def test_a_prompt_that_is_no_utf8_is_refused(text):
 
 def test_a_validation_that_is_not_finite_costs_nothing(text, whole, run, tmp_path, monkeypatch):
     """Null in the line, an event, and a checkpoint that ranks nowhere."""
-    monkeypatch.setattr(loop.Loop, "validation", lambda self, params: [{"val_loss": math.nan}])
+    monkeypatch.setattr(loop.Loop, "validated", lambda self, *_: [{"val_loss": math.nan}])
     trainer.train(resolved(text, train__steps=8), run)
     last = (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert '"step": 8' in last and '"val_loss": null' in last

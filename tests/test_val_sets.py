@@ -5,9 +5,10 @@ import pytest
 
 from hybridlm import config as configs
 from hybridlm import model, trainer, weights
+from hybridlm.data.prepare import prepare
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
-from hybridlm.run import picture
+from hybridlm.run import logbook, picture
 from tests import tiny
 
 
@@ -83,3 +84,21 @@ def test_a_set_that_cannot_be_read_is_refused_by_its_name(text, tmp_path):
         with pytest.raises(ConfigError, match=problem):
             trainer.train(given, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_set_costs_its_own_numbers(text, tmp_path):
+    """Neither a step, nor what other sets measure; the run is that of one without the set."""
+    prepare(text, str(tmp_path / "shards"), "bytes", holdout=0.3)
+    [shard] = (tmp_path / "shards").glob("val-*.tokens")
+    content = bytearray(shard.read_bytes())
+    content[9] ^= 1
+    shard.write_bytes(content)
+    same = {"kind": "text", "path": text, "holdout": 0.3}
+    sets = {"bad": {"kind": "shards", "path": str(tmp_path / "shards")}, "same": same}
+    trainer.train(resolved(text, **sets), tmp_path / "run")
+    for line in tiny.lines(tmp_path / "run"):
+        assert line["val/same/loss"] == line["val_loss"] and not any("bad" in name for name in line)
+    events = logbook.read(tmp_path / "run" / "events.jsonl")
+    assert [event["event"] for event in events] == ["val/bad failed"] * 2
+    assert all("val-00000.tokens: the shard is damaged" in event["error"] for event in events)
+    assert weights.load(tmp_path / "run").step == 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from hybridlm import config as configs
 from hybridlm import member, model, program, schema, sharding, trainer
-from hybridlm.errors import RunError
+from hybridlm.errors import ConfigError, RunError
 from hybridlm.objectives import next_token
 from hybridlm.run import replay, watch
 from hybridlm.run.checkpoint import Checkpoints
@@ -100,7 +101,16 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
     assert watch.first_not_finite(squares) == events(tmp_path)[0]["first"]
     assert replay.main([str(dump)]) == 0
     assert f"first that is not finite: {events(tmp_path)[0]['first']}" in capsys.readouterr().out
-    assert replay.main([str(tmp_path / "gone")]) == 2
+    assert replay.main([str(tmp_path / "gone")]) == 2 and not (tmp_path / "gone").exists()
+    whole = (dump / "batch.npz").read_bytes()
+    for content in (b"", whole[:99], whole[:-9] + bytes(9), b"x" * 99):
+        (dump / "batch.npz").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"DUMP = .*batch.npz': is no batch of a dump"):
+            replay.replay(dump)
+    (dump / "batch.npz").write_bytes(whole)
+    shutil.rmtree(dump / "checkpoints")
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        replay.replay(dump)
 
 
 def test_the_first_parameter_is_the_one_nearest_to_the_loss(text):

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import model, pattern, plan, schema, sharding
+from hybridlm import model, pattern, plan, schema, sharding, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
 from hybridlm.run.lock import Lock
@@ -45,7 +45,7 @@ def upgrade(workdir: str | Path) -> list[int]:
         if current.exists() and not (workdir / OLD).exists():
             current.rename(workdir / OLD)
         (workdir / WHOLE).rename(current)
-    return sorted(int(path.name) for path in current.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in current.iterdir() if untrusted.digits(path.name))
 
 
 def _rewrite(current: Path, target: Path) -> None:

@@ -313,12 +313,27 @@ def _content(path: str) -> tuple[bytes, dict[str, Any]]:
         if isinstance(vocabulary := value["model"].get("vocab"), dict):
             ids += vocabulary.values()
         largest = max((i for i in ids if isinstance(i, int | float)), default=0)
+        _check_merges(value["model"])
     except ValueError as error:
         allowed, said = "is not a Hugging Face `tokenizers` file", f"It was refused with: {error}."
         raise ConfigError("tokenizer", path, allowed, said) from error
     if largest >= MAX_ID:
         raise ConfigError("tokenizer", path, f"has an id of {largest:,}, must be below {MAX_ID:,}")
     return content, value
+
+
+def _check_merges(described: dict[str, Any]) -> None:
+    """ValueError for merges whose second part is no continuation: the library cuts its prefix off unseen, and
+    aborts the process where it is shorter."""
+    prefix, merges = described.get("continuing_subword_prefix"), described.get("merges")
+    if not (isinstance(prefix, str) and prefix and isinstance(merges, list)):
+        return
+    for merge in merges:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(parts, list) and len(parts) == 2 and not str(parts[1]).startswith(prefix):
+            raise ValueError(
+                f"a merge to {parts[1]!r}, which has not the continuing_subword_prefix {prefix!r}"
+            )
 
 
 def _of_library(error: BaseException) -> bool:

@@ -50,6 +50,10 @@ FIXED = (
     "optimizer.ema",
     "stages",
 )
+RECORD = {
+    "config": dict, "fingerprint": str, "format?": int, "skipped?": [untrusted.NATURAL],
+    "unwritten?": {str: (float, str, type(None))},
+}  # fmt: skip
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
 FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state
 
@@ -138,7 +142,11 @@ class Checkpoints:
         """The JSON record that was saved with ``step``; RunError when the checkpoint is damaged."""
         self._verify(step)
         with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            found = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            untrusted.check_shape(found, RECORD, "its record")
+            if len(found.get("skipped", (0, 0))) != 2:
+                raise ValueError("its record's skipped must be two counts")
+            return found
 
     def restore(self, step: int, like: State) -> State:
         """Entries of the state of ``step``; ``like``: ShapeDtypeStructs, with shardings, of those wanted.
@@ -240,7 +248,7 @@ class Checkpoints:
 
     def _marks(self) -> list[Path]:
         """Of complete checkpoints; one being written may have its mark already, under a name of its own."""
-        return [mark for mark in self.directory.glob(f"*/{COMMITTED}") if mark.parent.name.isdigit()]
+        return [mark for mark in self.directory.glob(f"*/{COMMITTED}") if untrusted.digits(mark.parent.name)]
 
     def _verify(self, step: int) -> None:
         """RunError when the files of ``step`` are not what was written; each step is read once for this."""

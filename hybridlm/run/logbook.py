@@ -38,6 +38,8 @@ PLAIN_LINES = 20  # progress lines of a whole run when the output is no terminal
 # W&B would record who ran the program where: command line, paths, host, account, git remote.
 PRIVATE = {"x_disable_meta": True, "disable_git": True, "program": "train.py", "host": "host"}
 
+NONE_OF_OURS = (Exception, SystemExit)  # what others' code may end with, which ends no run
+
 Metrics = dict[str, Any]
 
 
@@ -193,8 +195,9 @@ class Bar:
         self.next_plain = 0
 
     def open(self) -> None:
-        if self.console.is_terminal:
-            self.bar.start()
+        with harmless("opening the bar"):
+            if self.console.is_terminal:
+                self.bar.start()
 
     def close(self) -> None:
         with harmless("closing the bar"):
@@ -235,7 +238,7 @@ def harmless(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
     try:
         yield
-    except (Exception, SystemExit) as error:
+    except NONE_OF_OURS as error:
         log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
 
 
@@ -246,10 +249,10 @@ class Tracker:
         self.run: Any = None
         if mode == "disabled":
             return
-        if mode == "online" and not has_key():
-            log.warning("no W&B key found (`wandb login`): logging offline, for `wandb sync` later")
-            mode = "offline"
         try:
+            if mode == "online" and not has_key():
+                log.warning("no W&B key found (`wandb login`): logging offline, for `wandb sync` later")
+                mode = "offline"
             import wandb  # slow to import, so only where it is used
 
             self.run = wandb.init(
@@ -262,17 +265,15 @@ class Tracker:
                 resume="allow",
                 settings=wandb.Settings(silent=mode == "offline", console="off", **PRIVATE),
             )
-        except (
-            Exception
-        ) as error:  # the network, the server, the account, the package: none of it is the run's
-            log.warning("W&B did not start, going on without it: %s", error)
+        except NONE_OF_OURS as error:  # the network, the server, the account, the package
+            log.warning("W&B did not start, going on without it: %s", error or type(error).__name__)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self.run is None:
             return
         try:
             self.run.log(dict(metrics), step=step)
-        except Exception as error:
+        except NONE_OF_OURS as error:
             log.warning("W&B failed at step %d, going on without it: %s", step, error)
             self.run = None
 
@@ -280,7 +281,7 @@ class Tracker:
         if self.run is not None:
             try:
                 self.run.finish(exit_code=int(failed))
-            except Exception as error:
+            except NONE_OF_OURS as error:
                 log.warning("W&B did not finish cleanly: %s", error)
 
 
@@ -298,10 +299,10 @@ def has_key() -> bool:
     """Whether W&B would find credentials: an environment variable, or an entry for its host in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
 

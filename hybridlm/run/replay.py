@@ -40,6 +40,7 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
     On the mesh of the config if this machine has as many devices, else on one.
     """
     config = configs.resolve(config_file.from_json(path / "config.json"))
+    batch = read_batch(path / "batch.npz")
     definition = model.build(config)
     try:
         mesh = sharding.make_mesh(config.mesh)
@@ -48,15 +49,28 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
         mesh = sharding.make_mesh(schema.Mesh(data=1))
     with jax.set_mesh(mesh), checkpoint.Checkpoints(path / "checkpoints") as saves:
         built = program.build(config, definition, mesh, None)
+        if not saves.steps():
+            raise ConfigError(
+                "DUMP", str(path), "holds no checkpoint", "Its run was killed while it wrote it."
+            )
         step = saves.steps()[-1]
         _, join, like = program.by_layer(definition, built)
         state = join(saves.restore(step, like))
-        with np.load(path / "batch.npz") as arrays:
-            batch = sharding.put_batch(dict(arrays), mesh)
         teacher = init_from.teacher(config, built)
-        metrics = jax.device_get(built.step(state, batch, *teacher)[1])
+        metrics = jax.device_get(built.step(state, sharding.put_batch(batch, mesh), *teacher)[1])
     squares = watch.by_parameter(metrics.pop(program.NORMS), definition)
     return step, {name: float(value) for name, value in metrics.items()}, squares
+
+
+def read_batch(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a dump's batch; ConfigError for a file that is missing or damaged."""
+    untrusted.regular(path, "DUMP")
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # whatever a zip file, its compression or NumPy's header can be damaged to
+        problem = f"is no batch of a dump ({type(error).__name__}: {error})"
+        raise ConfigError("DUMP", str(path), problem) from error
 
 
 def main(argv: list[str]) -> int:

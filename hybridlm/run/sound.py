@@ -70,9 +70,11 @@ def mend(directory: Path) -> None:
     """
     for half_written in directory.glob(HALF_WRITTEN):
         shutil.rmtree(half_written)
-    for path in sorted(path for path in directory.glob("[0-9]*") if path.name.isdigit()):
+    for path in sorted(path for path in directory.glob("[0-9]*") if untrusted.digits(path.name)):
         _name_again(path)
-    found = sorted((int(path.name) for path in directory.glob("[0-9]*") if path.name.isdigit()), reverse=True)
+    found = sorted(
+        (int(path.name) for path in directory.glob("[0-9]*") if untrusted.digits(path.name)), reverse=True
+    )
     damaged: dict[int, str] = {}
     for step in found:
         problem = damage(directory / str(step))

@@ -87,6 +87,12 @@ class Watch:
     ) -> None:
         if jax.process_index():
             return
+        with logbook.harmless("an event"):
+            self._tell(step, event, metrics, squared_norms)
+
+    def _tell(
+        self, step: int, event: str, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]
+    ) -> None:
         squares = by_parameter(jax.device_get(dict(squared_norms)), self.definition)
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":

@@ -105,6 +105,8 @@ def main() -> int:
         print(f"| {name} | {injected[name]} | {refused[name]} | {lost[name]} |")
     total = sum(lost.values())
     print(f"| all | {sum(injected.values())} | {sum(refused.values())} | {total} |")
+    for name, moments in sorted(corpus.moments.items()):
+        print(f"\nkilled in {name}: " + "; ".join(f"{where} ({n})" for where, n in sorted(moments.items())))
     print(f"\n{count - total} of {count} trials ended on the undisturbed run's metrics")
     if not total and not flags.folder:
         shutil.rmtree(folder)

@@ -65,7 +65,7 @@ def kill_before_the_final_seal():
 
 BREAKS = {
     "": lambda: None,
-    "validation": lambda: setattr(loop.Loop, "validation", full),
+    "validation": lambda: setattr(loop.Loop, "validated", full),
     "tasks": lambda: setattr(train.in_loop, "build", lambda config: full),
     "sample": lambda: setattr(member, "sample", full),
     "plot": lambda: setattr(picture, "plot", full),

@@ -12,6 +12,7 @@ import numpy as np
 
 from hybridlm import untrusted, weights
 from tests import tiny
+from tests.chaos.strike import MARK
 from tests.chaos.trial import SECONDS, Trial, finish
 
 SWEEP = """
@@ -22,14 +23,26 @@ def get_sweep():
 """
 
 
-def killed(trial: Trial, chance: random.Random, *words: str) -> None:
-    """The command ``words`` killed, mostly while it works; then again, to its end."""
-    process = trial.command(*words)
-    began = time.monotonic()
-    while process.poll() is None and time.monotonic() < began + chance.uniform(1, 12):
-        time.sleep(0.01)
-    process.kill()
-    finish(process)
+CHANGES = {"export": 8, "import": 40, "eval": 12}  # that a command makes of its folder, about
+
+
+def killed(trial: Trial, chance: random.Random, name: str, *words: str) -> None:
+    """The command ``words`` killed, mostly at a change that it makes; then again, to its end."""
+    for _ in range(chance.randint(1, 3)):
+        if chance.random() < 0.2:
+            process = trial.command(*words)
+            began, wait = time.monotonic(), chance.uniform(1, 12)
+            while process.poll() is None and time.monotonic() < began + wait:
+                time.sleep(0.01)
+            process.kill()
+            where = "at some time, before it ended" if finish(process) else "after it ended"
+        else:
+            number, seconds = chance.randint(1, CHANGES[name]), chance.choice((0, 0, 0, 0.1))
+            strike = (str(number), str(seconds), str(trial.folder), *words)
+            finish(trial.command("tests.chaos.strike", *strike))
+            found = MARK.search(trial.said())
+            where = found[1] if found else "after its last change"
+        trial.corpus.moments[name][where] += 1
     code = finish(trial.command(*words))
     done = code == 2 and re.search("must be a new or empty|already holds", trial.said())  # before the kill
     assert code == 0 or done, f"{' '.join(words[:3])} again: exit code {code}"
@@ -58,13 +71,13 @@ def convert(trial: Trial, chance: random.Random, which: str) -> bool:
     out = ("hybridlm.convert", "export", f"--workdir={trial.workdir}")
     back = ("hybridlm.convert", "import", f"--hf={hf}", f"--workdir={run}")
     if which == "export":
-        killed(trial, chance, *out, f"--hf={hf}")
+        killed(trial, chance, "export", *out, f"--hf={hf}")
         whole = hf.with_name(f"whole-{trial.starts}")
         assert finish(trial.command(*out, f"--hf={whole}")) == 0, "export"
         assert files(hf) == files(whole), "the export after a kill differs"
         return False
     assert finish(trial.command(*out, f"--hf={hf}")) == 0, "export"
-    killed(trial, chance, *back)
+    killed(trial, chance, "import", *back)
     ours, theirs = (weights.load(folder).params for folder in (trial.workdir, run))
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs)), "the import after a kill differs"
     return False
@@ -76,7 +89,7 @@ def evaluation(trial: Trial, chance: random.Random) -> bool:
         return False
     result, found = trial.workdir / "eval.json", []
     words = ("eval", f"--workdir={trial.workdir}", "--tasks=parity,mqar_4", "--lengths=16,32", "--samples=8")
-    for run in (lambda: killed(trial, chance, *words), lambda: finish(trial.command(*words))):
+    for run in (lambda: killed(trial, chance, "eval", *words), lambda: finish(trial.command(*words))):
         result.unlink(missing_ok=True)
         run()
         measured = untrusted.read_json(result, "eval.json")["results"].items()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -44,6 +45,7 @@ class Corpus:
             prepare.prepare(text, str(folder / "shards"), "bytes", holdout=0.3, shard_tokens=2000)
         self.configs: dict[str, Path] = {}
         self.known: dict[str, list[dict[str, Any]]] = {}
+        self.moments: dict[str, Counter[str]] = defaultdict(Counter)  # of kills, by command
         self.lock = threading.Lock()
         for kind in KINDS:
             config = tiny.config(text, **FIELDS)
