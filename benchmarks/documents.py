@@ -4,7 +4,8 @@
 
 none: one document a row, which is what documents should not cost.  one: the same, found out from the data.
 codes: extra channels of q and k.  packed n: every document a sequence of its own, prepared for n a row.
-auto: what the data choose.  score: a mask of the scores inside cuDNN (jax 0.12 and later; no causal skipping).
+auto: what the data choose.
+score: a mask of the scores inside cuDNN (jax 0.12 and later; no causal skipping).
 xla: blockwise. bf16, heads * dim = 2048, of k and v one in --group.
 
 A row a path: microseconds on the device, forward and forward + backward (means of 5 calls), bytes of

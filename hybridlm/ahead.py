@@ -95,7 +95,7 @@ def needs(config: Config, devices: str) -> Needs:
             traced = built.step.trace(built.shapes, batch)
             return fit.compiled(traced.lower(lowering_platforms=("cuda",)))
 
-    policy = definition.model.remat
+    policy: str = definition.model.remat
     if automatic:
         policy, done, _ = fit.choose(step, CARD_BYTES * 9 // 10)  # as much as train.py lets XLA have
     else:

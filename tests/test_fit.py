@@ -35,7 +35,7 @@ def test_every_choice_has_the_same_step(run):
         one = dataclasses.replace(definition, model=settings)
         with jax.set_mesh(mesh):
             made = program.build(config, one, mesh, None)
-            _, metrics = made.step(made.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
+            state, metrics = made.step(made.init(jax.random.key(0)), sharding.put_batch(batch, mesh))
         found[policy] = metrics["loss"], state["params"]
     for policy in found:
         jax.tree.map(

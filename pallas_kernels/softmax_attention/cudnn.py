@@ -1,9 +1,8 @@
 """cuDNN's fused kernel, which is causal and knows a window, but no documents.
 
 Three ways to tell it of them, each exact; the data choose while the step runs:
-  none        every row is one document, and nothing needs to be said;
-  `packed`    rows of at most `DOCUMENTS` documents: each is a sequence of its own (cuDNN's ragged layout), and only
-              their own scores are computed;
+  `fused`     every row is one document, and nothing needs to be said;
+  `packed`    rows of at most `DOCUMENTS` documents: each is a sequence of its own (cuDNN's ragged layout);
   `coded`     more: each document's number, in binary, in extra channels of q and k.
 benchmarks/documents.py times them.
 """
@@ -78,7 +77,7 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     def branch(way: Callable[[AttentionCall], jax.Array]) -> Callable[..., jax.Array]:
         starts = None if way is fused else call.starts
         run = lambda q, k, v: way(AttentionCall(q, k, v, starts, call.scale, call.window))
-        # A branch writes what the others keep for the gradient, too: this one, whose results are wider, nothing.
+        # What one branch keeps for the gradient all write: the last, whose results are wider, keeps nothing.
         return jax.checkpoint(run) if way is rest else run
 
     return jax.lax.switch(chosen, [branch(way) for way in ways], call.q, call.k, call.v)
