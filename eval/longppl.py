@@ -141,7 +141,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     if tested.text_tokenizer.fingerprint != judge.text_tokenizer.fingerprint:
         allowed = f"has the tokenizer {judge.text_tokenizer.name}, the run {tested.text_tokenizer.name}"
         raise ConfigError("--judge", flags.judge, allowed, "Judge and run must share it.")
-    runner.check_writable(flags.workdir)
+    runner.check_writable(Path(flags.workdir))
     chosen = texts(flags.text, tested, flags.length)[: flags.samples]
     found = score(tested, judge, chosen, flags.context, flags.stride)
     settings = {name: getattr(flags, name) for name in ("length", "context", "stride")}

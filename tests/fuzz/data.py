@@ -9,7 +9,6 @@ import bz2
 import gzip
 import hashlib
 import json
-import logging
 import lzma
 import random
 import shutil
@@ -189,5 +188,4 @@ class Cases:
 
 
 def cases(kind: str, folder: Path) -> Callable[[random.Random], str]:
-    logging.getLogger("hybridlm").setLevel(logging.ERROR)
     return getattr(Cases(folder), kind)  # type: ignore[no-any-return]

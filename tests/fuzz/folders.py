@@ -7,7 +7,6 @@ where only the JSON around it was touched.
 
 import copy
 import json
-import logging
 import random
 import shutil
 from collections.abc import Callable
@@ -148,5 +147,4 @@ class Cases:
 
 
 def cases(folder: Path) -> Callable[[random.Random], str]:
-    logging.getLogger("hybridlm").setLevel(logging.CRITICAL)
     return Cases(folder)
