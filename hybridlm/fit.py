@@ -4,6 +4,7 @@ On a GPU the layers are unrolled where anything of them is kept (`hybridlm.remat
 nothing is.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -54,7 +55,8 @@ def step(config: Config, definition: Definition, mesh: Mesh, lower: Callable[[De
     policy, found, said = choose(compile, available)
     log.info("model.remat=auto: %s", said)
     if memo is not None:
-        untrusted.write_text(memo, policy)
+        with contextlib.suppress(OSError):  # the next start looks again
+            untrusted.write_text(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
     return found.run if agreed == policy else compile(agreed).run
 
@@ -65,7 +67,13 @@ def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]
     tried = []
     for policy in FASTEST_FIRST:
         began = time.perf_counter()
-        found = step(policy)
+        try:
+            found = step(policy)
+        except jax.errors.JaxRuntimeError as error:  # too large even for the compiler's own trials
+            if "RESOURCE_EXHAUSTED" not in str(error) or policy == FASTEST_FIRST[-1]:
+                raise
+            tried.append(f"{policy} more than there is")
+            continue
         tried.append(
             f"{policy} {found.needs / 2**30:.1f} GiB (compiled in {time.perf_counter() - began:.0f} s)"
         )
