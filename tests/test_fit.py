@@ -74,7 +74,7 @@ def test_what_is_dear_is_kept():
     ],
 )
 def test_the_fastest_that_fits(needs, chosen, compiled):
-    """Of 10 GiB, which 10 GiB do not fit in: blocks of the allocator lose some. None: the compiler runs out."""
+    """Of 10 GiB, which 10 GiB do not fit in: the allocator loses some. None: the compiler runs out."""
     asked = []
 
     def step(policy):
