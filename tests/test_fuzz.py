@@ -33,6 +33,6 @@ def test_configs_are_refused_or_resolve():
 
 @pytest.mark.slow
 def test_configs_that_resolve_can_be_traced():
-    outcomes, wrong = fuzz.fuzz("configs", 200, seed=2, trace=0.1, compile=0.15)
+    outcomes, wrong = fuzz.fuzz("configs", 200, seed=2, trace=0.25, compile=0.15)
     assert not wrong, "\n".join(wrong)
     assert outcomes["traced"] + outcomes["ran"] >= 5
