@@ -16,7 +16,8 @@ from pallas_kernels import explain
 from pallas_kernels.dispatch import H100, KERNELS
 
 # The op that mixes tokens, where it is not linear_attention.
-OPS = {"swa": "softmax_attention"} | dict.fromkeys(("hgrn", "mamba", "rglru", "s4d"), "elementwise_recurrence")
+OPS = {"swa": "softmax_attention"}
+OPS |= dict.fromkeys(("hgrn", "mamba", "rglru", "s4d"), "elementwise_recurrence")
 OPS |= dict.fromkeys(("gdn2", "rwkv7"), "dplr")
 # Calls that no kernel computes yet, at either size.
 NOT_YET = {mixer: ["dplr runs on xla"] for mixer in ("gdn2", "rwkv7")}
