@@ -126,7 +126,7 @@ class Jax:
             x["beta"] = jax.nn.sigmoid(x["beta"])
         x = {name: value.astype(self.dtype(name, value.ndim)) for name, value in x.items()}
         if shape.document:
-            if self.peer != "ours":
+            if self.peer == "jla":
                 raise ValueError("packed rows: ours only")
             ids = jnp.arange(shape.tokens, dtype=jnp.int32) // shape.document
             x["segment_ids"] = jnp.broadcast_to(ids, (shape.batch, shape.tokens))
@@ -144,8 +144,9 @@ class Jax:
         from pallas_kernels import linear_attention
 
         gates = {"log_decay": gates.get("g"), "beta": gates.get("beta"), "segment_ids": x.get("segment_ids")}
+        backend = "triton" if self.peer == "triton" else "auto"
         return linear_attention(
-            x["q"], x["k"], x["v"], **gates, qk_l2norm=delta(op), output_final_state=final
+            x["q"], x["k"], x["v"], **gates, qk_l2norm=delta(op), output_final_state=final, backend=backend
         )
 
     def forward(self, op: str) -> Callable[[dict[str, Any]], Any]:
@@ -161,9 +162,9 @@ class Jax:
         return run
 
     def path(self, op: str, shape: Shape) -> str:
-        """ours (kernels), ours (xla) or jla."""
-        if self.peer == "jla":
-            return "jla"
+        """ours (kernels), ours (xla), or the peer's name."""
+        if self.peer != "ours":
+            return self.peer
         from pallas_kernels import explain
 
         x = self.jax.eval_shape(lambda: self.draw(op, shape))

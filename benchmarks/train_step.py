@@ -48,10 +48,10 @@ def measure(
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        build = lambda definition: program.build(config, definition, mesh, None)
+        build: Any = lambda definition: program.build(config, definition, mesh, None)
         state = build(definition).init(jax.random.key(0))
         on_device = sharding.put_batch(batch, mesh)
-        lower: Any = lambda definition: build(definition).step.lower(state, on_device)  # type: ignore[attr-defined]
+        lower = lambda definition: build(definition).step.lower(state, on_device)
         if config.model.remat == "auto":
             from hybridlm import fit  # which an older checkout has not
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.model import Definition
-from hybridlm.run import processes
+from hybridlm.run import processes, programs
 
 log = logging.getLogger("hybridlm")
 
@@ -88,8 +88,8 @@ def settled(definition: Definition, policy: str) -> Definition:
 
 
 def _with(definition: Definition, remat: str, scan: bool) -> Definition:
-    model = dataclasses.replace(definition.model, remat=remat, scan=scan)  # type: ignore[arg-type]
-    return dataclasses.replace(definition, model=model)
+    settings: dict[str, Any] = {"remat": remat, "scan": scan}
+    return dataclasses.replace(definition, model=dataclasses.replace(definition.model, **settings))
 
 
 def compiled(lowered: Any) -> Step:
@@ -100,13 +100,13 @@ def compiled(lowered: Any) -> Step:
 
 def limit() -> int | None:
     """Bytes that the allocators of this process's devices may take, the least; None if one does not say."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
-    return None if None in limits else min(limits)  # type: ignore[type-var]
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    return min(limits) or None
 
 
 def _memo(key: str) -> Path | None:
     """Where the choice for ``key`` is kept: beside the compiled programs, if these are kept."""
-    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    folder = programs.folder()
     if not folder or jax.process_count() > 1:  # of several processes one might find what another does not
         return None
-    return Path(folder) / f"remat-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return folder / f"remat-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -21,6 +21,7 @@ import rich
 from rich.table import Table
 
 from hybridlm import init_from, member, model, plan, untrusted, weights
+from hybridlm.block import Spec
 from hybridlm.errors import ConfigError
 from hybridlm.objectives import next_token
 from hybridlm.run import cli, logbook
@@ -97,14 +98,18 @@ def kept(scores: Mapping[int, float], costs: Mapping[int, float], budget: float)
     return found
 
 
+def without_attention(spec: Spec) -> Spec:
+    """``spec``, of a layer that has both the other of its branches."""
+    config: Any = spec.config
+    if getattr(config, "combine", "") != "gate":
+        return spec
+    return spec._replace(name=spec.name.replace(spec.mixer, config.branches[1], 1), config=config.parts[1])
+
+
 def names(run: weights.Weights, teacher: model.Definition, layers: Sequence[int]) -> list[str]:
     """The pattern's items with ``layers`` as the teacher has them, and no layer that has both."""
-    found = []
-    for i, (ours, theirs) in enumerate(zip(run.definition.layers, teacher.layers, strict=True)):
-        both = getattr(ours.config, "combine", "") == "gate"
-        other = ours.name.replace(ours.mixer, ours.config.branches[1], 1) if both else ours.name  # type: ignore
-        found.append(theirs.name if i in layers else other)
-    return found
+    pairs = enumerate(zip(run.definition.layers, teacher.layers, strict=True))
+    return [(theirs if i in layers else without_attention(ours)).name for i, (ours, theirs) in pairs]
 
 
 def kv_bytes(run: weights.Weights, teacher: model.Definition, context: int) -> tuple[float, dict[int, float]]:
@@ -112,9 +117,7 @@ def kv_bytes(run: weights.Weights, teacher: model.Definition, context: int) -> t
     width, size = teacher.d_model, run.definition.dtype.itemsize
     base, added = 0.0, {}
     for i, (ours, theirs) in enumerate(zip(run.definition.layers, teacher.layers, strict=True)):
-        both = getattr(ours.config, "combine", "") == "gate"
-        new = ours.config.parts[1] if both else ours.config  # type: ignore[attr-defined]
-        own = (ours if new is ours.config else ours._replace(config=new)).cost(width, context).cache * size
+        own = without_attention(ours).cost(width, context).cache * size
         base += own
         added[i] = theirs.cost(width, context).cache * size - own
     return base, added

@@ -24,6 +24,7 @@ from hybridlm import fit, init_from, opening, program, sharding
 from hybridlm.data import Dataset
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
+from hybridlm.model import Definition
 from hybridlm.program import NORMS, State
 from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs
 from hybridlm.run.clock import Clock
@@ -193,7 +194,11 @@ class Loop:
     def compiled(self, state: State, start: int) -> Callable:
         began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
-        lower = lambda definition: self.build(definition).step.lower(state, batch, *self.teacher)
+
+        def lower(definition: Definition) -> Any:
+            built = self.program if definition is self.definition else self.build(definition)
+            return built.step.lower(state, batch, *self.teacher)
+
         executable = fit.step(self.config, self.definition, self.mesh, lower)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable

@@ -90,6 +90,11 @@ def weighed(inputs: Inputs, weight_BT: jax.Array) -> Inputs:
     return inputs._replace(log_decay=log_decay, v=inputs.v * at(inputs.v).astype(inputs.v.dtype))
 
 
+def read(inputs: Inputs, o: jax.Array) -> jax.Array:
+    """``o`` and what skips the recurrence, float32."""
+    return o.astype(jnp.float32) + (0 if inputs.skip is None else inputs.skip)
+
+
 class Choice(NamedTuple):
     """chosen: int32 [B, T, S], the parts that each token goes to.  weight: float32 [B, T, S]."""
 

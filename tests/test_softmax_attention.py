@@ -234,6 +234,35 @@ def test_the_data_choose_how_cudnn_learns_of_documents(most, there, way, monkeyp
     assert taken[0] == way and set(taken[1:]) <= {"fused"}  # which `coded` is made of
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "heads", "groups", "window", "mean"),
+    [
+        (64, 64, 8, 8, 0, 300),
+        (64, 64, 8, 2, 128, 300),
+        (64, 64, 8, 8, 0, 40),
+        (64, 64, 8, 2, 256, 1e9),
+        (192, 128, 4, 4, 0, 300),
+        (256, 256, 2, 1, 0, 20),
+    ],
+)
+def test_every_way_of_cudnn_on_a_gpu(dim, value_dim, heads, groups, window, mean):
+    """o and its gradients in bf16, of rows of a few documents, many and one, against float32."""
+    rng = np.random.default_rng(0)
+    shapes = ((heads, dim), (groups, dim), (groups, value_dim), (heads, value_dim))
+    arrays = [jnp.asarray(rng.normal(size=(3, 2048, *shape)), jnp.bfloat16) for shape in shapes]
+    here = jnp.asarray((rng.random((3, 2048)) < 1 / mean) & (np.arange(2048) > 0))
+
+    def both(path, q, k, v, do):
+        o, pull = jax.vjp(lambda *qkv: path(AttentionCall(*qkv, here, dim**-0.5, window)), q, k, v)
+        return o, *pull(do.astype(o.dtype))
+
+    got = jax.jit(functools.partial(both, cudnn.softmax_attention))(*arrays)
+    want = jax.jit(functools.partial(both, xla.softmax_attention))(*(x.astype(jnp.float32) for x in arrays))
+    for one, exact in zip(got, want, strict=True):
+        assert jnp.linalg.norm((one - exact).ravel()) < 5e-3 * jnp.linalg.norm(exact.ravel())
+
+
 def test_packed_documents_reach_cudnn(monkeypatch):
     """What cuDNN is asked for, forward and backward; jax's function for it is not public and may move."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")

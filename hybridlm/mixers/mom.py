@@ -118,7 +118,7 @@ class Mixer(TokenMixer):
             own = None if cache is None else cache.shared
             inputs, history = self.inner.prepare(x_BTD, context, None if own is None else own.history)
             o, state = self.inner.recur(inputs, rows, None if own is None else own.state)
-            total += _read(inputs, o)
+            total += over.read(inputs, o)
             shared = RecurrentCache(state, history)
         y_BTD = self._first.finish(x_BTD, many[0]._replace(skip=None), total.astype(many[0].v.dtype))
         return y_BTD, None if cache is None else Cache(states, packed.last(x_BMTD), shared)
@@ -134,7 +134,7 @@ class Mixer(TokenMixer):
         apart = lambda x: x.reshape(*packed.order.shape[:2], *x.shape[1:])
         if states is not None:
             after = jnp.where(packed.goes_on[..., None, None, None], apart(after), 0)
-        return apart(_read(inputs, o)), after
+        return apart(over.read(inputs, o)), after
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Cache:
         own, count = self._first.init_cache(batch, max_length, dtype), self.config.memories
@@ -142,7 +142,3 @@ class Mixer(TokenMixer):
         taps, width = max(self.config.part.conv_size - 1, 0), self.router.kernel.shape[0]
         inputs = jnp.zeros((batch, count, taps, width), dtype)
         return Cache(states, inputs, own if self.config.shared else ())
-
-
-def _read(inputs: Inputs, o: jax.Array) -> jax.Array:
-    return o.astype(jnp.float32) + (0 if inputs.skip is None else inputs.skip)

@@ -126,7 +126,7 @@ class Mixer(TokenMixer):
         positions = index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
         moved = jax.tree.map(lambda x: at(x, token), inputs)
         o, _ = self.sparse.recur(over.weighed(moved, weight), Rows(ids, positions), None)
-        read = at(_with_skip(moved, o) * weight[..., None, None], jnp.argsort(order, axis=1))
+        read = at(over.read(moved, o) * weight[..., None, None], jnp.argsort(order, axis=1))
         return read.reshape(batch, length, top_k, *read.shape[2:]).sum(2)
 
     def _masked(
@@ -136,7 +136,7 @@ class Mixer(TokenMixer):
         parts = [over.weighed(inputs, weight_BTP[..., p]) for p in range(self.config.partitions)]
         many = jax.tree.map(lambda *each: jnp.concatenate(each, axis=2), *parts)
         o, after = self.sparse.recur(many, rows, state.reshape(len(state), -1, *state.shape[3:]))
-        o = _with_skip(many, o).reshape(*o.shape[:2], self.config.partitions, -1, o.shape[-1])
+        o = over.read(many, o).reshape(*o.shape[:2], self.config.partitions, -1, o.shape[-1])
         return jnp.einsum("btp,btphv->bthv", weight_BTP, o), after.reshape(state.shape)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
@@ -147,10 +147,6 @@ class Mixer(TokenMixer):
 
 def _halves(histories: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     return histories[: len(histories) // 2], histories[len(histories) // 2 :]
-
-
-def _with_skip(inputs: Inputs, o: jax.Array) -> jax.Array:
-    return o.astype(jnp.float32) + (0 if inputs.skip is None else inputs.skip)
 
 
 def row_sparse(inputs: Inputs, rows: int) -> Inputs:

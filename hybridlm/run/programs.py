@@ -76,5 +76,11 @@ def usual() -> Path:
 
 def said(before: int) -> str:
     """Whether the programs since ``before`` hits came from the cache."""
-    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    return f", {'read from' if len(hits) > before else 'kept in'} {folder}" if folder else ", no cache"
+    where = folder()
+    return f", {'read from' if len(hits) > before else 'kept in'} {where}" if where else ", no cache"
+
+
+def folder() -> Path | None:
+    """Where compiled programs are kept; None: nowhere."""
+    name = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # made at run time
+    return Path(name) if name else None

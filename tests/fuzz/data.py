@@ -188,4 +188,5 @@ class Cases:
 
 
 def cases(kind: str, folder: Path) -> Callable[[random.Random], str]:
-    return getattr(Cases(folder), kind)  # type: ignore[no-any-return]
+    case: Callable[[random.Random], str] = getattr(Cases(folder), kind)
+    return case

@@ -12,8 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.linear_attention.triton.chunks import Chunks
 from pallas_kernels.linear_attention.triton.inputs import Spec
-from pallas_kernels.linear_attention.triton.launch import launch
-from pallas_kernels.linear_attention.triton.scan import head_blocks, slice_of, stages_of, state_block
+from pallas_kernels.linear_attention.triton.scan import head_blocks, over_chunks, slice_of, state_block
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 
 
@@ -32,14 +31,8 @@ def reverse(spec: Spec, made: Chunks, do: jax.Array, dstate: jax.Array | None) -
     B, T, HV, V = do.shape
     K = made.keys.shape[3]
     width = slice_of(K)
-    given = {
-        "queries": made.queries,
-        "keys": made.keys,
-        "w": made.w,
-        "scores": made.scores,
-        "total": made.total,
-    }
-    given = {name: x for name, x in (given | {"do": do, "dstate": dstate}).items() if x is not None}
+    given = {name: getattr(made, name) for name in ("queries", "keys", "w", "scores", "total")}
+    given |= {"do": do, "dstate": dstate}
     blocks = head_blocks(T, K, width)
     out = {
         "values": jax.ShapeDtypeStruct((B, T, HV, V), BF16),
@@ -47,17 +40,7 @@ def reverse(spec: Spec, made: Chunks, do: jax.Array, dstate: jax.Array | None) -
         "first": jax.ShapeDtypeStruct((B, HV, K, V), F32),
     }
     blocks |= {"do": blocks["values"], "dstate": state_block(K, width), "first": state_block(K, width)}
-    results = launch(
-        _kernel,
-        "reverse",
-        grid=(V // width, HV, B),
-        in_specs=[{name: blocks[name] for name in given}],
-        out_specs={name: blocks[name] for name in out},
-        out_shape=out,
-        stages=stages_of(K),
-        interpret=spec.interpret,
-    )(given)
-    return Reversed(**results)
+    return Reversed(**over_chunks(_kernel, "reverse", spec, given, out, blocks))
 
 
 def _kernel(refs: dict[str, Any], out: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The chunks in order, values in slices: the transposed state stays in registers, float32."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,6 @@ def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scann
     width = slice_of(K)
     names = ("queries", "keys", "scores", "total", "u", "w")
     given = {name: getattr(made, name) for name in names} | {"state": state}
-    given = {name: x for name, x in given.items() if x is not None}
     out = {"o": jax.ShapeDtypeStruct((B, T, HV, V), BF16), "final": jax.ShapeDtypeStruct((B, HV, K, V), F32)}
     if keep:
         out["states"] = jax.ShapeDtypeStruct((B, HV, T // C, V, K), BF16)
@@ -49,18 +49,33 @@ def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scann
     blocks = head_blocks(T, K, width)
     blocks |= {"u": blocks["values"], "o": blocks["values"]}
     blocks |= {"state": state_block(K, width), "final": state_block(K, width)}
-    results = launch(
-        _kernel,
-        "scan",
-        grid=(V // width, HV, B),
-        in_specs=[{name: blocks[name] for name in given}],
-        out_specs={name: blocks[name] for name in out},
+    results = over_chunks(_kernel, "scan", spec, given, out, blocks)
+    kept: dict[str, Any] = {"states": None, "values": made.u if keep else None}
+    return Scanned(**(kept | results))
+
+
+def over_chunks(
+    kernel: Callable[..., None],
+    name: str,
+    spec: Spec,
+    given: dict[str, Any],
+    out: dict[str, jax.ShapeDtypeStruct],
+    blocks: dict[str, pl.BlockSpec],
+) -> dict[str, jax.Array]:
+    """Results by name of ``kernel`` for each slice of values, head and sequence; what is None is absent."""
+    given = {what: x for what, x in given.items() if x is not None}
+    B, _, heads, K = given["keys"].shape
+    V = out["states" if "states" in out else "o"].shape[3]
+    return launch(
+        kernel,
+        name,
+        grid=(V // slice_of(K), heads, B),
+        in_specs=[{what: blocks[what] for what in given}],
+        out_specs={what: blocks[what] for what in out},
         out_shape=out,
         stages=stages_of(K),
         interpret=spec.interpret,
     )(given)
-    kept: dict[str, Any] = {"states": None, "values": made.u if keep else None}
-    return Scanned(**(kept | results))
 
 
 def head_blocks(T: int, K: int, width: int) -> dict[str, pl.BlockSpec]:
