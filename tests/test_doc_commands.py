@@ -77,6 +77,7 @@ def test_command(command, whole, monkeypatch):
             typed(module, arguments, whole, monkeypatch)
         case ["python", script, *arguments]:
             assert (ROOT / script).is_file()
+            monkeypatch.syspath_prepend(str((ROOT / script).parent))  # as Python does
             typed(script.removesuffix(".py").replace("/", "."), arguments, whole, monkeypatch)
         case ["pip", "install", *what]:
             extra = re.search(r"\[(.*)\]", what[-1])
