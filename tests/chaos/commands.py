@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from hybridlm import untrusted, weights
+from hybridlm.run import seal, sound
 from tests import tiny
 from tests.chaos.strike import MARK
 from tests.chaos.trial import SECONDS, Trial, finish
@@ -49,10 +50,14 @@ def killed(trial: Trial, chance: random.Random, name: str, *words: str) -> None:
 
 
 def trained(trial: Trial) -> bool:
-    """A run with checkpoints, stopped in the middle."""
-    if trial.newest() is None:
-        process = trial.start()
-        while trial.newest() is None and process.poll() is None:
+    """A run with checkpoints, stopped in the middle, whose newest one no earlier fault of the trial has harmed.
+
+    The commands refuse a harmed one by its name; a start of training puts it right.
+    """
+    harmed = lambda newest: seal.damage(newest) or sound.misnamed(newest)
+    if (newest := trial.newest()) is None or harmed(newest):
+        process, before = trial.start(), trial.lines()
+        while (trial.newest() is None or trial.lines() == before) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         finish(process)
