@@ -65,7 +65,8 @@ def plan(flags: argparse.Namespace) -> runner.Plan:
             raise ValueError
     except ValueError:
         raise ConfigError("--lengths", flags.lengths, "must be whole numbers like 1024,2048") from None
-    return runner.Plan(lengths, flags.samples, flags.seed, haystack.load(flags.haystack), flags.data_dir)
+    one = tasks.Setting(0, flags.samples, flags.seed, haystack.load(flags.haystack), flags.data_dir)
+    return runner.Plan(lengths, one)
 
 
 def listing() -> str:

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import mixers
-from hybridlm.channel_mixer import ChannelMixer, Mixed, Past
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, conv_fields, conv_size, linears
 from hybridlm.convert.rules import Rule, norm, same, short_convs
 from hybridlm.fields import Count, Epsilon
 from hybridlm.forget_gate import LowerBounds, log_forget
-from hybridlm.layers import Linear, RMSNorm, ShortConv, convolve, elementwise
+from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve, elementwise
 from hybridlm.mixers import Cost, Site
+from hybridlm.recurrent_mixer import RecurrentMixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def bounds(config: Bounded) -> list[Rule]:
     return [same("lower_bounds", "lower_bounds")] if config.lower_bound else []
 
 
-class Mixer(ChannelMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
     shared_class = Shared
     public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn", "HGRN", bounds)}
@@ -101,14 +101,16 @@ class Mixer(ChannelMixer):
         self.o_norm = RMSNorm(self.width, rngs=rngs, eps=config.norm_eps, axis="heads")
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
 
-    def mixed(self, x_BTD: jax.Array, context: Context, state: jax.Array, past: Past) -> Mixed:
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
         i, f = self.i_proj(x_BTD), self.f_proj(x_BTD)
-        (i, f), history = convolve(self.convs, (i, f), context.rows, past)
+        (i, f), history = convolve(self.convs, (i, f), context.rows, None if fresh else before.history)
         log_f = log_forget(f, context.shared)
         x = -jnp.expm1(log_f) * jax.nn.silu(i.astype(jnp.float32))
-        h, state = elementwise(x, log_f, context.rows, state)
+        h, state = elementwise(x, log_f, context.rows, before.state)
         gate = jax.nn.silu(self.g_proj(x_BTD).astype(jnp.float32))
-        return self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype)), state, history
+        return self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype)), RecurrentCache(state, history)
 
     @property
     def convs(self) -> tuple[ShortConv, ...]:

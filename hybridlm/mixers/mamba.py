@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import mixers, pieces
-from hybridlm.channel_mixer import ChannelMixer, Mixed, Past, cut, joined
 from hybridlm.context import Context
 from hybridlm.fields import Count, Epsilon, Positive
 from hybridlm.layers import (
     Linear,
+    RecurrentCache,
     RMSNorm,
     ShortConv,
     convolve,
@@ -30,6 +30,7 @@ from hybridlm.layers import (
 )
 from hybridlm.linear_mixer import dt_bias_init
 from hybridlm.mixers import Cost, Site
+from hybridlm.recurrent_mixer import RecurrentMixer, cut, joined
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels.elementwise import Piece
@@ -63,7 +64,7 @@ class Config(mixers.Config):
         return dataclasses.replace(self, dt_rank=self.dt_rank or -(-d_model // 16))
 
 
-class Mixer(ChannelMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
@@ -84,14 +85,17 @@ class Mixer(ChannelMixer):
         self.D = param(rngs, (self.width,), ("heads",), ones, decay=False)
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
 
-    def mixed(self, x_BTD: jax.Array, context: Context, state: jax.Array, past: Past) -> Mixed:
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        past = None if fresh else before.history
         (x,), history = convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past, silu=True)
         r, B, C = self._dbc(x)
         dt = jax.nn.softplus(self.dt_proj(r).astype(jnp.float32) + self.dt_bias[...])
-        y, state = selective_scan(x, dt, self.A_log[...], B, C, context.rows, state)
+        y, state = selective_scan(x, dt, self.A_log[...], B, C, context.rows, before.state)
         y += self.D[...] * x.astype(jnp.float32)
         y *= jax.nn.silu(self.z_proj(x_BTD).astype(jnp.float32))
-        return self.o_proj(y.astype(x_BTD.dtype)), state, history
+        return self.o_proj(y.astype(x_BTD.dtype)), RecurrentCache(state, history)
 
     def _dbc(self, x_BTF: jax.Array) -> list[jax.Array]:
         rank, state, _ = self.sizes

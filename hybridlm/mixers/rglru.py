@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import mixers
-from hybridlm.channel_mixer import ChannelMixer, Mixed, Past
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
 from hybridlm.layers import (
     Linear,
+    RecurrentCache,
     ShortConv,
     convolve,
     elementwise,
@@ -29,6 +29,7 @@ from hybridlm.layers import (
     zeros,
 )
 from hybridlm.mixers import Cost, Site, whole_heads
+from hybridlm.recurrent_mixer import RecurrentMixer
 from hybridlm.rows import Rows
 
 
@@ -78,7 +79,7 @@ class BlockLinear(nnx.Module):
         return merge_heads(y.astype(jnp.float32) + self.bias[...])
 
 
-class Mixer(ChannelMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
@@ -96,12 +97,15 @@ class Mixer(ChannelMixer):
             sizes.width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=final
         )
 
-    def mixed(self, x_BTD: jax.Array, context: Context, state: jax.Array, past: Past) -> Mixed:
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        past = None if fresh else before.history
         (x,), history = convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past)
         gates = self.input_gate(x), self.recurrent_gate(x)
-        h, state = rg_lru(x, *gates, self.recurrent_param[...], context.rows, state)
+        h, state = rg_lru(x, *gates, self.recurrent_param[...], context.rows, before.state)
         gate = jax.nn.gelu(self.y_proj(x_BTD).astype(jnp.float32), approximate=True)
-        return self.o_proj((h * gate).astype(x_BTD.dtype)), state, history
+        return self.o_proj((h * gate).astype(x_BTD.dtype)), RecurrentCache(state, history)
 
     @property
     def convs(self) -> tuple[ShortConv, ...]:

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import mixers, pieces
-from hybridlm.channel_mixer import PIECE, ChannelMixer, Mixed, Past, cut, joined
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Positive
-from hybridlm.layers import Linear, elementwise, normal, param, uniform
+from hybridlm.layers import Linear, RecurrentCache, elementwise, normal, param, uniform
 from hybridlm.mixers import Cost, Site
+from hybridlm.recurrent_mixer import PIECE, RecurrentMixer, cut, joined
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 
@@ -72,7 +72,7 @@ class System(NamedTuple):
         return jax.lax.complex(less, jnp.exp(decay) * jnp.sin(angle)) / self.A
 
 
-class Mixer(ChannelMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
@@ -87,12 +87,14 @@ class Mixer(ChannelMixer):
         self.D = param(rngs, (width,), wide, normal(1.0), decay=False)
         self.o_proj = Linear(width, 2 * width, rngs=rngs, axes=("heads", "embed"), bias=True)
 
-    def mixed(self, x_BTD: jax.Array, context: Context, state: jax.Array, past: Past) -> Mixed:
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
         system = System(self.log_dt[...], self.A_log[...], self.A_imag[...], self.C[...])
-        s, state = scan(x_BTD, system, context.rows, state)
+        s, state = scan(x_BTD, system, context.rows, before.state)
         s += self.D[...] * x_BTD.astype(jnp.float32)
         y, gate = jnp.split(self.o_proj(jax.nn.gelu(s, approximate=False).astype(x_BTD.dtype)), 2, axis=-1)
-        return y * jax.nn.sigmoid(gate), state, ()
+        return y * jax.nn.sigmoid(gate), RecurrentCache(state)
 
 
 def lin(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

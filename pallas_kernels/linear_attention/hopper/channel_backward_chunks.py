@@ -66,8 +66,7 @@ def chunk_gradients(
     needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
     values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group = value_heads // heads
     chunks = length // C
     slices = value_slices(value_dim)

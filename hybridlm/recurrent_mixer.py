@@ -1,4 +1,4 @@
-"""What mixers with a state for every channel have in common: a cache, and scans by pieces.
+"""What mixers with a recurrence of their own have in common: a cache, and scans by pieces.
 
 Shape legend: B batch, T time, D model width.
 """
@@ -13,11 +13,9 @@ from hybridlm.layers import RecurrentCache, ShortConv
 from hybridlm.mixers import TokenMixer
 
 PIECE = 128  # tokens whose states exist at a time
-Past = tuple[jax.Array, ...] | None  # history of `RecurrentCache`; None where nothing came before
-Mixed = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
-class ChannelMixer(TokenMixer):
+class RecurrentMixer(TokenMixer):
     """A kind defines `mixed`, ``state_shape`` (of one sequence) and, if it has any, its ``convs``."""
 
     state_shape: tuple[int, ...]
@@ -26,17 +24,18 @@ class ChannelMixer(TokenMixer):
     def convs(self) -> tuple[ShortConv, ...]:
         return ()
 
-    def mixed(self, x_BTD: jax.Array, context: Context, state: jax.Array, past: Past) -> Mixed:
-        """(y [B, T, D], the state float32 [B, *state_shape] after the last token, the history)."""
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """(y [B, T, D], the cache after the last token); fresh: nothing came before, nor comes after."""
         raise NotImplementedError
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
     ) -> tuple[jax.Array, RecurrentCache | None]:
         before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
-        past = None if cache is None else cache.history
-        y_BTD, state, history = self.mixed(x_BTD, context, before.state, past)
-        return y_BTD, None if cache is None else RecurrentCache(state, history)
+        y_BTD, after = self.mixed(x_BTD, context, before, fresh=cache is None)
+        return y_BTD, None if cache is None else after
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
         state = jnp.zeros((batch, *self.state_shape), jnp.float32)
