@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 from eval import curves, haystack, report, runner, subject, tasks
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.run import cli, logbook, private
+from hybridlm.run import cli, private, tracking
 
 log = logging.getLogger("hybridlm")
 
@@ -105,7 +105,7 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     for what, one in learnt.items():
         console.print(f"{what} while training: {one}", markup=False, highlight=False, soft_wrap=True)
     report.plot(results, title, folder / "eval.png")
-    tracker = logbook.Tracker(workdir, tested.config, tested.config.log.wandb_mode)
+    tracker = tracking.Wandb(workdir, tested.config, tested.config.log.wandb_mode)
     prefix = "ema/" if flags.ema else ""
     tracker.log(tested.step, {prefix + key: value for key, value in runner.metrics(shown.items()).items()})
     tracker.close(failed=False)
