@@ -92,7 +92,7 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     learnt = curves.convergence(workdir, tested.config)
     about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
     keep = lambda results: runner.write(
-        folder / "eval.json", results, about | {"haystack": wanted.haystack.name}
+        folder / "eval.json", results, about | {"haystack": wanted.one.haystack.name}
     )
     with progress(console) as bars:
         watch = watcher(bars, runner.missing(tested, chosen, wanted, known))
