@@ -5,12 +5,13 @@ Shape legend: B batch, T time, H key heads, HV value heads (a multiple of H), K 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Arrays = TypeVar("Arrays")
+Out = TypeVar("Out")
 L2NORM_EPS = 1e-6  # inside the square root, as FLA and the public checkpoints have it
 
 
@@ -88,8 +89,8 @@ def _varying(x: jax.Array) -> frozenset:
 
 
 def differentiable(
-    primal: Callable[[Call], Any], forward: Callable[[Call], tuple], backward: Callable[..., tuple[Call]]
-) -> Callable[[Call], Any]:
+    primal: Callable[[Call], Out], forward: Callable[[Call], tuple], backward: Callable[..., tuple[Call]]
+) -> Callable[[Call], Out]:
     """``primal`` with a gradient of its own: under `jax.checkpoint` the first pass keeps nothing."""
     compiled, interpreted = jax.custom_vjp(primal), jax.custom_vjp(primal)
     compiled.defvjp(forward, backward, optimize_remat=True)
