@@ -48,13 +48,6 @@ def score(call: AttentionCall) -> jax.Array:
     )
 
 
-def microseconds(run: Callable[[], Any]) -> float:
-    """On the device, a call."""
-    jax.block_until_ready(run())
-    rows = gpu_profile.kernels(lambda: [run() for _ in range(CALLS)])
-    return sum(ms for _, _, ms in rows) / CALLS * 1e3
-
-
 def error(got: jax.Array, want: jax.Array) -> float:
     return float(jnp.linalg.norm(jnp.ravel(got.astype(want.dtype) - want)) / jnp.linalg.norm(jnp.ravel(want)))
 
@@ -77,8 +70,8 @@ def measure(path: Callable, arrays: list, starts: jax.Array | None, end: int, ex
     compiled = both.lower(q, k, v, do).compile()
     temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
     out = compiled(q, k, v, do)
-    times = [microseconds(functools.partial(forward, q, k, v))]
-    times.append(microseconds(functools.partial(compiled, q, k, v, do)))
+    times = [gpu_profile.microseconds(CALLS, functools.partial(forward, q, k, v))]
+    times.append(gpu_profile.microseconds(CALLS, functools.partial(compiled, q, k, v, do)))
     row = f"{times[0]:9.1f} {times[1]:9.1f} {temporaries:8.1f} MiB"
     if starts is None or not jnp.any(starts):
         return row

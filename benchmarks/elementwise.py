@@ -34,13 +34,6 @@ def passes(compute: Callable, starts: jax.Array) -> dict[str, Callable]:
     }
 
 
-def microseconds(run: Callable[[], Any]) -> float:
-    """On the device, a call."""
-    jax.block_until_ready(run())
-    rows = gpu_profile.kernels(lambda: [run() for _ in range(CALLS)])
-    return sum(ms for _, _, ms in rows) / CALLS * 1e3
-
-
 def error(got: Any, want: Any) -> float:
     norms = lambda a, b: jnp.linalg.norm(jnp.ravel(a.astype(jnp.float32) - b)) / jnp.linalg.norm(jnp.ravel(b))
     return max(float(norms(*pair)) for pair in zip(got, want, strict=True))
@@ -73,7 +66,7 @@ def main() -> None:
             for name, compute in chosen.items():
                 row, errors = f"{shape} {jnp.dtype(dtype).name} {name:>3}", []
                 for (which, run), expected in zip(passes(compute, starts).items(), want, strict=True):
-                    us = microseconds(functools.partial(run, *given))
+                    us = gpu_profile.microseconds(CALLS, functools.partial(run, *given))
                     moved = (3 if which == "forward" else 8) * arrays[0].nbytes
                     row += f" | {us:8.1f} {100 * moved / BYTES_PER_SECOND * 1e6 / us:5.1f}"
                     errors.append(error(run(*given), expected))

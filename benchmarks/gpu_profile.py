@@ -39,6 +39,13 @@ def kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
     return sorted(((name, len(ms), sum(ms)) for name, ms in spent.items()), key=lambda row: -row[2])
 
 
+def microseconds(calls: int, run: Callable[[], Any]) -> float:
+    """On the device, a call: the mean of ``calls`` after a first one."""
+    jax.block_until_ready(run())
+    rows = kernels(lambda: [run() for _ in range(calls)])
+    return sum(ms for _, _, ms in rows) / calls * 1e3
+
+
 def table(rows: list[tuple[str, int, float]], top: int = 25) -> str:
     """The groups' shares, then the ``top`` kernels."""
     total = sum(ms for _, _, ms in rows)

@@ -19,7 +19,7 @@ from rich.progress import Progress as Bars
 from eval import curves, haystack, report, runner, subject, tasks
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.run import cli, logbook, private
+from hybridlm.run import cli, private, tracking
 
 log = logging.getLogger("hybridlm")
 
@@ -65,7 +65,8 @@ def plan(flags: argparse.Namespace) -> runner.Plan:
             raise ValueError
     except ValueError:
         raise ConfigError("--lengths", flags.lengths, "must be whole numbers like 1024,2048") from None
-    return runner.Plan(lengths, flags.samples, flags.seed, haystack.load(flags.haystack), flags.data_dir)
+    one = tasks.Setting(0, flags.samples, flags.seed, haystack.load(flags.haystack), flags.data_dir)
+    return runner.Plan(lengths, one)
 
 
 def listing() -> str:
@@ -91,7 +92,7 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     learnt = curves.convergence(workdir, tested.config)
     about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
     keep = lambda results: runner.write(
-        folder / "eval.json", results, about | {"haystack": wanted.haystack.name}
+        folder / "eval.json", results, about | {"haystack": wanted.one.haystack.name}
     )
     with progress(console) as bars:
         watch = watcher(bars, runner.missing(tested, chosen, wanted, known))
@@ -104,7 +105,7 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     for what, one in learnt.items():
         console.print(f"{what} while training: {one}", markup=False, highlight=False, soft_wrap=True)
     report.plot(results, title, folder / "eval.png")
-    tracker = logbook.Tracker(workdir, tested.config, tested.config.log.wandb_mode)
+    tracker = tracking.Wandb(workdir, tested.config, tested.config.log.wandb_mode)
     prefix = "ema/" if flags.ema else ""
     tracker.log(tested.step, {prefix + key: value for key, value in runner.metrics(shown.items()).items()})
     tracker.close(failed=False)

@@ -31,7 +31,8 @@ def build(config: Config) -> Evaluate | None:
     except ConfigError as error:
         raise ConfigError("eval.tasks", error.value, error.allowed, error.fix) from None
     lengths = tuple(wanted.task_lengths) or (config.train.seq_len,)
-    plan = runner.Plan(lengths, wanted.task_samples, config.train.seed, haystack.load())
+    one = tasks.Setting(0, wanted.task_samples, config.train.seed, haystack.load())
+    plan = runner.Plan(lengths, one)
 
     told: set[str] = set()
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eval import convergence
-from eval.haystack import Haystack
 from eval.statistics import accuracy
 from eval.subject import Progress, Subject
 from eval.tasks.base import Setting, Task, TooShort
@@ -27,19 +26,13 @@ RESULT = {
 
 
 class Plan(NamedTuple):
-    """lengths: of contexts in tokens; () takes each task's own.  samples: of each task and length.
-    seed: of the samples.  haystack, data_dir: see `tasks.Setting`.
-    """
+    """lengths: of contexts in tokens; () takes each task's own.  one: of every task, but the length."""
 
     lengths: tuple[int, ...]
-    samples: int
-    seed: int
-    haystack: Haystack
-    data_dir: str = ""
+    one: Setting
 
     def settings(self, task: Task) -> list[Setting]:
-        lengths = self.lengths or task.lengths
-        return [Setting(n, self.samples, self.seed, self.haystack, self.data_dir) for n in lengths]
+        return [self.one._replace(length=n) for n in self.lengths or task.lengths]
 
 
 # (what is measured, number of samples) -> what to call as they are done

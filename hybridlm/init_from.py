@@ -219,7 +219,8 @@ def _mixers(
             return None if array is None else np.asarray(array).astype(np.float32, copy=False)
 
         own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
-        made, problem = mapping.mixer(theirs.config, ours.config, definition.d_model, read, own, gates)
+        layer = mapping.Layer(definition.d_model, read, own, gates)
+        made, problem = mapping.mixer(theirs.config, ours.config, layer)
         found |= {start + name: one for name, one in made.items()}
         why |= {f"layer {index}": problem} if problem else {}
     return found, why

@@ -36,50 +36,45 @@ class Mapped(NamedTuple):
     used: tuple[str, ...] = ()
 
 
-def mixer(
-    theirs: mixers.Config,
-    ours: mixers.Config,
-    d_model: int,
-    read: Read,
-    shapes: Mapping[str, tuple],
-    gates: str = "near",
-) -> tuple[dict[str, Mapped], str]:
+class Layer(NamedTuple):
+    """read: of the old mixer.  shapes: of the new one's parameters by name.  gates: of a matrix state: "near"
+    attention, or its decay of "keys"; ConfigError where it can be of none."""
+
+    d_model: int
+    read: Read
+    shapes: Mapping[str, tuple]
+    gates: str = "near"
+
+
+def mixer(theirs: mixers.Config, ours: mixers.Config, layer: Layer) -> tuple[dict[str, Mapped], str]:
     """(the parameters of the new mixer that follow from the old one's, why others do not or "").
 
-    theirs, ours: settings of the old and the new mixer.  shapes: of the new one's parameters by name.
-    gates: of a matrix state: "near" attention, or its decay of "keys"; ConfigError where it can be of none.
+    theirs, ours: settings of the old and the new mixer.
     """
     if not isinstance(theirs, attention.Config):
         return {}, ""
-    if read("k_proj.kernel") is None:
+    if layer.read("k_proj.kernel") is None:
         return {}, "the source's layer reuses the keys and values of an earlier one"
     if isinstance(ours, attention.Config):
-        return _grouped(theirs, ours, d_model, read)
+        return _grouped(theirs, ours, layer)
     if isinstance(ours, mla.Config):
-        return _latent(theirs, ours, d_model, read, shapes)
+        return _latent(theirs, ours, layer)
     if isinstance(ours, parallel.Joined):
-        return _branches(theirs, ours, d_model, read, shapes, gates)
+        return _branches(theirs, ours, layer)
     if issubclass(mixers.load(ours.kind), LinearMixer):
-        return _linear(theirs, ours, d_model, read, shapes, gates)
+        return _linear(theirs, ours, layer)
     return {}, f"kind {ours.kind!r} has no queries, keys and values"
 
 
-def _branches(
-    theirs: attention.Config,
-    ours: parallel.Joined,
-    d_model: int,
-    read: Read,
-    shapes: Mapping[str, tuple],
-    gates: str,
-) -> tuple[dict[str, Mapped], str]:
+def _branches(theirs: attention.Config, ours: parallel.Joined, layer: Layer) -> tuple[dict[str, Mapped], str]:
     found: dict[str, Mapped] = {}
     why = []
     for name, part in zip(ours.branches, ours.parts, strict=True):
         start = f"branches.{name}."
-        own = {n.removeprefix(start): shape for n, shape in shapes.items() if n.startswith(start)}
-        made, problem = mixer(theirs, part, d_model, read, own, gates)
+        own = {n.removeprefix(start): shape for n, shape in layer.shapes.items() if n.startswith(start)}
+        made, problem = mixer(theirs, part, layer._replace(shapes=own))
         if isinstance(part, attention.Config) and not problem:
-            same = {n: value for n in own if (value := read(n)) is not None and value.shape == own[n]}
+            same = {n: value for n in own if (value := layer.read(n)) is not None and value.shape == own[n]}
             made = {n: Mapped(value, *_as_it_is(n)) for n, value in same.items()} | made
         found |= {start + n: one for n, one in made.items()}
         why += [f"branch {name}: {problem}"] if problem else []
@@ -97,10 +92,8 @@ def heads(kernel: np.ndarray, dim: int, count: int) -> np.ndarray:
     return split.reshape(*kernel.shape[:-1], -1)
 
 
-def _grouped(
-    theirs: attention.Config, ours: attention.Config, d_model: int, read: Read
-) -> tuple[dict[str, Mapped], str]:
-    (num, old), (now, new) = theirs.heads(d_model), ours.heads(d_model)
+def _grouped(theirs: attention.Config, ours: attention.Config, layer: Layer) -> tuple[dict[str, Mapped], str]:
+    (num, old), (now, new) = theirs.heads(layer.d_model), ours.heads(layer.d_model)
     if (num, theirs.head_dim) != (now, ours.head_dim):
         return {}, f"needs {_sizes(num, theirs.head_dim)}"
     if old == new:
@@ -110,16 +103,15 @@ def _grouped(
     how = f"the mean of {old // new} heads" if new < old else f"each head {new // old} times"
     found = {}
     for name in ("k_proj.kernel", "v_proj.kernel", "k_proj.bias", "v_proj.bias"):
-        if (value := read(name)) is not None:
+        if (value := layer.read(name)) is not None:
             found[name] = Mapped(heads(value, ours.head_dim, new), f"{name}, {how}", (name,))
     return found, ""
 
 
-def _latent(
-    theirs: attention.Config, ours: mla.Config, d_model: int, read: Read, shapes: Mapping[str, tuple]
-) -> tuple[dict[str, Mapped], str]:
+def _latent(theirs: attention.Config, ours: mla.Config, layer: Layer) -> tuple[dict[str, Mapped], str]:
     """q'_h has the query of head h in its group's part of the shared channels and zeros elsewhere, times the
     ratio of the two softmax scales; the latent's channels are the values."""
+    d_model = layer.d_model
     num, groups = theirs.heads(d_model)
     dim = theirs.head_dim
     width = groups * dim
@@ -136,7 +128,7 @@ def _latent(
         needs = f"num_heads={num}, v_head_dim={dim}, qk_rope_head_dim={width}, kv_lora_rank>={width}, "
         needs += f"q_lora_rank=0, latent_norm=False, rope_groups={groups}, rope_theta={theirs.rope_theta:g}"
         return {}, f"an exact MLA needs {needs}"
-    q, k, v, o = (_there(read, f"{name}_proj.kernel") for name in "qkvo")
+    q, k, v, o = (_there(layer.read, f"{name}_proj.kernel") for name in "qkvo")
     nope, rank, group = ours.qk_nope_head_dim, ours.kv_lora_rank, np.arange(num) // (num // groups)
     q_DHK = q.reshape(d_model, num, dim) * ((nope + width) / dim) ** 0.5
     wide = np.zeros((d_model, num, nope + width), np.float32)
@@ -155,18 +147,12 @@ def _latent(
     found = {}
     for name, (value, text) in said.items():
         used = tuple(f"{one}_proj.kernel" for one in "qkvo" if f"{one}_proj.kernel" in text)
-        found[name] = Mapped(value.reshape(shapes[name]).astype(np.float32), text, used)
+        found[name] = Mapped(value.reshape(layer.shapes[name]).astype(np.float32), text, used)
     return found, ""
 
 
-def _linear(
-    theirs: attention.Config,
-    ours: mixers.Config,
-    d_model: int,
-    read: Read,
-    shapes: Mapping[str, tuple],
-    gates: str,
-) -> tuple[dict[str, Mapped], str]:
+def _linear(theirs: attention.Config, ours: mixers.Config, layer: Layer) -> tuple[dict[str, Mapped], str]:
+    d_model, read, shapes, gates = layer
     num, groups = theirs.heads(d_model)
     dim = theirs.head_dim
     sizes = ours.heads(d_model)  # type: ignore[attr-defined]

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import mixers
+from hybridlm.context import Context
 from hybridlm.fields import Count, Epsilon, Positive
 from hybridlm.layers import Initializer, Linear, RecurrentCache, merge_heads, ones, param, zeros
 from hybridlm.linear_mixer import Heads
-from hybridlm.mixers import Site, TokenMixer, whole_heads
+from hybridlm.mixers import Site, whole_heads
+from hybridlm.recurrent_mixer import RecurrentMixer
 from hybridlm.rows import Rows, continued
 
 
@@ -37,8 +39,11 @@ class Config(mixers.Config):
         whole_heads(self, d_model, self.head_dim)
 
 
-class TimeMix(TokenMixer):
-    """A matrix state a head, a token shift before it, a norm of heads and a projection after it."""
+class TimeMix(RecurrentMixer):
+    """A matrix state a head, a token shift before it, a norm of heads and a projection after it.
+
+    A kind defines `time_mixed`.
+    """
 
     heads: Heads
 
@@ -48,8 +53,18 @@ class TimeMix(TokenMixer):
         self.o_norm = HeadNorm(width, rngs=rngs, eps=config.norm_eps, init=level)
         self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=zeros)
 
-    def before(self, x_BTD: jax.Array, cache: RecurrentCache | None) -> RecurrentCache:
-        return self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        earlier, history = shifted(x_BTD, context.rows, before.history)
+        y_BTD, state = self.time_mixed(x_BTD, earlier, context, None if fresh else before.state)
+        return y_BTD, RecurrentCache(state, history)
+
+    def time_mixed(
+        self, x_BTD: jax.Array, earlier: jax.Array, context: Context, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """(y [B, T, D], the state after the last token or None); earlier: the token before each one."""
+        raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
         num, _, key, value = self.heads

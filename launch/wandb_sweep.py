@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from hybridlm.errors import RunError
-from hybridlm.run import logbook
+from hybridlm.run import tracking
 from launch import engines
 from launch.local import Job
 from launch.state import POINT
@@ -56,7 +56,7 @@ def _shown(workdir: Path) -> Path:
 
 def missing(settings: Settings) -> str:
     """Why no sweep can be made from here; "" if it can."""
-    return "" if logbook.has_key() else "there is no W&B key on this machine (`wandb login`)"
+    return "" if tracking.has_key() else "there is no W&B key on this machine (`wandb login`)"
 
 
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:

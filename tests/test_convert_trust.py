@@ -1,5 +1,5 @@
 """Folders and workdirs that come from anywhere: names that lead elsewhere, indices that contradict, full
-disks, kills; whose tokenizer an import and an export carry; which of our own models have a public format.
+disks, kills; whose tokenizer an import and an export carry.
 """
 
 import json
@@ -17,8 +17,6 @@ from hybridlm import config as configs
 from hybridlm import config_file, init_from, model, weights
 from hybridlm.convert import __main__ as command
 from hybridlm.convert import families, incoming, outgoing, tensors, tokens
-from hybridlm.convert.family import same_model
-from hybridlm.convert.fields import Fields
 from hybridlm.data.tokenizer import Tokenizer, load
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
@@ -367,62 +365,6 @@ def test_a_folder_that_cannot_be_written(imported_once: Path, tmp_path: Path) ->
         outgoing.export_hf(imported_once, tmp_path / "out")
     with pytest.raises(ConfigError, match="cannot be written"):
         incoming.import_hf(GOLDEN, tmp_path / "run")
-
-
-# T9: what of ours has a public format.
-
-DEFAULTS = {
-    "configs/quickstart.py": "kda",
-    "configs/kimi_linear.py": "kimi_linear",
-    "configs/kimi_linear.py:moe": "kimi_linear",
-    "configs/mqar.py": "kda",
-    "configs/hybrid.py:340m,full": "transformer",
-    "configs/hybrid.py:340m,swa,pure": "transformer",
-} | {
-    f"configs/hybrid.py:340m,{mixer},{ratio}": model_type
-    for mixer, model_type in (
-        ("deltanet", "delta_net"), ("gdn", "gated_deltanet"), ("kda", "kda"), ("gla", "gla"),
-        ("hgrn", "hgrn"), ("hgrn2", "hgrn2"), ("retnet", "retnet"),
-        ("comba", "comba"),
-    )
-    for ratio in ("pure", "24:1", "3:1", "1:1")
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("spec", DEFAULTS)
-def test_defaults_have_a_public_format(spec: str) -> None:
-    config = configs.resolve(configs.load(spec))
-    assert families.public_format(config) == (DEFAULTS[spec], "")
-    definition = model.build(config)
-    values = families.written(definition)[1]
-    read = families.FAMILIES[DEFAULTS[spec]].read(Fields(values)).config()
-    assert not same_model(model.build(read), definition)
-
-
-def test_what_has_none_says_so_in_a_line() -> None:
-    for spec, said in (
-        ("swa,3:1", "one window_size for all layers"),
-        ("mla", "exactly these kinds: mla, swiglu"),
-    ):
-        found, why = families.public_format(configs.resolve(configs.load(f"configs/hybrid.py:340m,{spec}")))
-        assert not found and said in why and len(why) < 250 and "\n" not in why
-
-
-def test_settings_that_compute_nothing_are_not_compared() -> None:
-    """...and those that compute something are."""
-    config = configs.load("configs/hybrid.py:340m,kda,3:1")
-    plain = model.build(configs.resolve(config))
-    config.mixers.full.update(norm_eps=0.1, norm_unit_offset=True)
-    assert not same_model(plain, model.build(configs.resolve(config)))
-    config.mixers.full.update(qk_norm="head")
-    assert "qk_norm" in same_model(plain, model.build(configs.resolve(config)))
-    config = configs.load("configs/hybrid.py:340m,kda,3:1")
-    config.mixers.kda.norm_eps = 1e-5
-    assert "norm_eps" in same_model(plain, model.build(configs.resolve(config)))
-    config.mixers.kda.update(norm_eps=1e-6, output_gate="none")
-    ungated = model.build(configs.resolve(config))
-    config.mixers.kda.update(output_gate_bias=False, output_gate_rank=7)
-    assert not same_model(ungated, model.build(configs.resolve(config)))
 
 
 def test_init_from_looks_at_the_tokenizer(hf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -245,7 +245,8 @@ def test_linearise_config(teacher, mixer):
     read = lambda name: (
         np.zeros((16, 32) if name[0] in "qkv" else (32, 16)) if name[2:] == "proj.kernel" else None
     )
-    made, why = mapping.mixer(definition.layers[1].config, definition.layers[0].config, 16, read, shapes)
+    layers = definition.layers
+    made, why = mapping.mixer(layers[1].config, layers[0].config, mapping.Layer(16, read, shapes))
     assert not why and (made or mixer == "swa")
     frozen = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},{mixer},0+1")).stages[
         "transfer"

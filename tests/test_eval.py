@@ -103,8 +103,9 @@ class Chosen:
         return np.array([1.0, 0.0, 1.0, 1.0][: setting.samples])
 
 
-def plan(**fields):
-    return runner.Plan(**{"lengths": (), "samples": 4, "seed": 0, "haystack": haystack()} | fields)
+def plan(lengths=(), **fields):
+    one = {"length": 0, "samples": 4, "seed": 0, "haystack": haystack()}
+    return runner.Plan(lengths, tasks.Setting(**one | fields))
 
 
 def test_results_are_kept_and_measured_again_only_if_they_differ(loaded, tmp_path):

@@ -82,7 +82,7 @@ def test_a_context_that_is_too_short_is_refused(name):
 
 def test_turns_are_no_samples():
     """The interval is of sessions; each turn has its own accuracy."""
-    plan = runner.Plan((2048,), 3, 0, haystack.load())
+    plan = runner.Plan((2048,), setting(0, samples=3))
     result = runner.measure(Reader(fails=4), [TASKS["needles_turns"]], plan)["needles_turns@2048"]
     assert result["samples"] == 3 and result["scores"] == pytest.approx([0.8] * 3)
     assert result["by_turn"] == [1, 1, 1, 1, 0] and result["accuracy"] == pytest.approx(0.8)

@@ -146,7 +146,6 @@ def test_word_counts():
         counts = collections.Counter(listed)
         assert sorted(set(counts.values())) == [other, common]
         assert {word for word, count in counts.items() if count == common} == set(sample.answers)
-    assert ruler.zeta(2.0) == pytest.approx(np.pi**2 / 6, rel=1e-9)
 
 
 def test_variable_tracking_has_a_chain_of_four_hops_and_an_example():

@@ -36,8 +36,8 @@ def arguments(batch, heads, value_heads, key_dim, value_dim, channel, delta):
     return normal(value_heads, key_dim, value_dim), q, k, v, decay, beta
 
 
-def step(*arrays, **options):
-    return hopper.linear_attention_step(StepCall(*arrays, **options))
+def step(state, q, k, v, *gates, **options):
+    return hopper.linear_attention_step(StepCall(q, k, v, state, *gates, **options))
 
 
 def check(name, run):

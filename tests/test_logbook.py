@@ -14,7 +14,7 @@ from ml_collections import FrozenConfigDict
 from rich.console import Console
 
 from hybridlm.errors import RunError
-from hybridlm.run import logbook
+from hybridlm.run import logbook, tracking
 
 
 def config(mode="disabled", steps=100, tensorboard=False):
@@ -123,8 +123,8 @@ def test_a_bar_that_cannot_be_shown_ends_nothing(tmp_path, monkeypatch, caplog):
 def test_a_damaged_id_of_wandb_is_replaced(tmp_path):
     for damage in (b"", b"\0" * 8, b"../x"):
         (tmp_path / "wandb_id").write_bytes(damage)
-        first = logbook.run_id(tmp_path)
-        assert first.isalnum() and logbook.run_id(tmp_path) == first
+        first = tracking.run_id(tmp_path)
+        assert first.isalnum() and tracking.run_id(tmp_path) == first
 
 
 def test_plain_output_is_few_lines(tmp_path, capsys):
@@ -199,19 +199,19 @@ def test_wandb_goes_offline_without_a_key_and_says_so_once(tmp_path, monkeypatch
 
 
 def test_wandb_key_is_found(monkeypatch, no_key, tmp_path):
-    assert not logbook.has_key()
+    assert not tracking.has_key()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert logbook.has_key()
+    assert tracking.has_key()
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert logbook.has_key()
+    assert tracking.has_key()
 
 
 def test_credentials_that_cannot_be_read_are_none(tmp_path, monkeypatch, no_key):
     (tmp_path / "netrc").write_bytes(b"machine \xff\xfe login")
-    assert not logbook.has_key()
+    assert not tracking.has_key()
     monkeypatch.setenv("WANDB_BASE_URL", "http://[")
-    assert not logbook.has_key()
+    assert not tracking.has_key()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])

@@ -117,7 +117,7 @@ def mapped(kind, settings, gates="near"):
     old = {name: rng.normal(size=(D, heads * K)).astype(np.float32) for name, heads in sizes.items()}
     old["o_proj.kernel"] = rng.normal(size=(H * K, D)).astype(np.float32)
     theirs, ours = (layer.config for layer in definition.layers)
-    made, problem = mapping.mixer(theirs, ours, D, old.get, shapes, gates)
+    made, problem = mapping.mixer(theirs, ours, mapping.Layer(D, old.get, shapes, gates))
     assert all(one.value.shape == shapes[name] for name, one in made.items())
     return made, problem, old
 
@@ -235,11 +235,12 @@ def test_what_cannot_be_mapped_is_said(kind, settings, why):
 def test_logits_that_mla_has_not_are_no_mla(settings):
     theirs = mixers.config_class("attention")(kind="attention", **SIZES, num_kv_heads=G, **settings)
     ours = mixers.config_class("mla")(kind="mla", **MLA)
-    made, why = mapping.mixer(theirs, ours, D, lambda name: np.zeros((D, 8)), {})
+    made, why = mapping.mixer(theirs, ours, mapping.Layer(D, lambda name: np.zeros((D, 8)), {}))
     assert made == {} and "forget_gate or sinks" in why
 
 
 def test_a_layer_without_keys_of_its_own_maps_to_nothing():
     theirs = mixers.config_class("attention")(kind="attention", **SIZES)
-    made, why = mapping.mixer(theirs, mixers.config_class("gla")(kind="gla"), D, lambda name: None, {})
+    nothing = mapping.Layer(D, lambda name: None, {})
+    made, why = mapping.mixer(theirs, mixers.config_class("gla")(kind="gla"), nothing)
     assert made == {} and "reuses the keys" in why

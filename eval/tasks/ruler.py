@@ -17,6 +17,7 @@ from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import zeta
 
 from eval.haystack import sentences
 from eval.tasks.base import PromptTask, Sample, TooShort, Writer, largest
@@ -205,12 +206,6 @@ def write_frequent_words(writer: Writer, alpha: float = 2.0) -> Sample:
         )
 
     return Sample(text(largest(text, writer.count, writer.budget, 50)), tuple(coded[1:4]))
-
-
-def zeta(alpha: float, terms: int = 10_000) -> float:
-    """Riemann's zeta by Euler and Maclaurin's formula."""
-    n = np.arange(1, terms, dtype=np.float64)
-    return float((n**-alpha).sum() + terms ** (1 - alpha) / (alpha - 1) + terms**-alpha / 2)
 
 
 def _needle_task(name: str, about: str, needles: Needles) -> PromptTask:

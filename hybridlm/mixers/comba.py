@@ -14,54 +14,37 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import linear_mixer
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, grouped, grouped_fields, linears
 from hybridlm.convert.rules import Rule, norm, same, short_convs
-from hybridlm.fields import NonNegative, Positive
-from hybridlm.layers import Linear, ones, param
-from hybridlm.linear_mixer import (
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    dt_bias_init,
-    log_uniform,
-    near_none,
-    softplus_decay,
-    softplus_of_keys,
-    write_strength,
-)
-from hybridlm.mixers import KeyGates, Site
+from hybridlm.fields import NonNegative
+from hybridlm.layers import ones, param
+from hybridlm.linear_mixer import Inputs, OutputGate
+from hybridlm.mixers import KeyGates, Site, gated_delta_net
 from pallas_kernels.linear_attention.call import L2NORM_EPS
 
 LEAST = -30.0  # what stays of a state below it, 1e-13, is nothing beside what is written; 1 / a stays finite
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(linear_mixer.GroupedConfig):
-    """Comba. With num_heads = 0 its keys take 0.75 d_model, as Gated DeltaNet's.
+class Config(gated_delta_net.Config):
+    """Comba; sizes as Gated DeltaNet's.
 
     inner_decay: whether p is s(d) k; else it is k.
     correction: what D is at first, 1 as in the paper or 0.02, which it likes better in small models; 0 for no
         output correction.
     """
 
-    v_expansion: ClassVar[int] = 2
-
-    head_dim: Positive = 256
     output_gate: OutputGate = "sigmoid"
     inner_decay: bool = True
     correction: NonNegative = 1.0
 
-    def key_width(self, d_model: int) -> int:
-        return 3 * d_model // 4
-
     def near_attention(self) -> dict[str, float]:
-        return near_none("b_proj.kernel") | {"a_proj.kernel": 0.0} | self._as_they_are()
+        return super().near_attention() | self._as_they_are()
 
     def gates_of_keys(self) -> KeyGates:
-        gates = softplus_of_keys(("a_proj.kernel",), "b_proj.kernel")
+        gates = super().gates_of_keys()
         return gates._replace(filled={**gates.filled, **self._as_they_are()})
 
     def _as_they_are(self) -> dict[str, float]:
@@ -99,33 +82,27 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
     return [*linears(f"qkvoab{gate}"), *convs, norm("o_norm", "o_norm"), *(same(name, name) for name in own)]
 
 
-class Mixer(LinearMixer):
+class Mixer(gated_delta_net.Mixer):
     config_class = Config
     public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "comba", "Comba")}
-    qk_l2norm = True
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)
-        heads, self.neg_eigval = self.heads, config.neg_eigval
         self.inner_decay, self.corrected = config.inner_decay, config.correction > 0
-        self.a_proj = Linear(site.d_model, heads.num_v, rngs=rngs)
-        self.b_proj = Linear(site.d_model, heads.num_v, rngs=rngs)
-        self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(0, 16), decay=False)
-        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
         if config.inner_decay:
-            self.decay = param(rngs, (heads.num,), ("heads",), ones, decay=False)
+            self.decay = param(rngs, (self.heads.num,), ("heads",), ones, decay=False)
         if config.correction:
             init = jax.nn.initializers.constant(config.correction)
-            self.D = param(rngs, (heads.num,), ("heads",), init, decay=False)
+            self.D = param(rngs, (self.heads.num,), ("heads",), init, decay=False)
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         part = jax.nn.sigmoid(self.decay[...]) if self.inner_decay else jnp.ones(self.heads.num)
         if self.corrected:
             fed = (self.D[...] * part)[:, None] * k.astype(jnp.float32)
             q = (q.astype(jnp.float32) - fed).astype(q.dtype)
-        log_decay = softplus_decay(self.a_proj(x_BTD), self.A_log[...], self.dt_bias[...])
-        beta = write_strength(self.b_proj(x_BTD), self.neg_eigval)
-        return feedback(q, k, v, log_decay, beta, length_ratio(k, part))
+        gated = super().inputs(x_BTD, q, k, v, context)
+        assert gated.log_decay is not None and gated.beta is not None
+        return feedback(q, k, v, gated.log_decay, gated.beta, length_ratio(k, part))
 
 
 def length_ratio(k: jax.Array, part: jax.Array) -> jax.Array:

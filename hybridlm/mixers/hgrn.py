@@ -19,7 +19,8 @@ from hybridlm.convert.rules import Rule, norm, same, short_convs
 from hybridlm.fields import Count, Epsilon
 from hybridlm.forget_gate import LowerBounds, log_forget
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv, convolve, elementwise
-from hybridlm.mixers import Cost, Site, TokenMixer
+from hybridlm.mixers import Cost, Site
+from hybridlm.recurrent_mixer import RecurrentMixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +83,15 @@ def bounds(config: Bounded) -> list[Rule]:
     return [same("lower_bounds", "lower_bounds")] if config.lower_bound else []
 
 
-class Mixer(TokenMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
     shared_class = Shared
     public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "hgrn", "HGRN", bounds)}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model = site.d_model
-        self.width, self.conv_size = config.width or d_model, config.conv_size
+        self.width = width = config.width or d_model
+        self.state_shape, self.conv_size = (width,), config.conv_size
         self.i_proj = Linear(d_model, self.width, rngs=rngs)
         self.f_proj = Linear(d_model, self.width, rngs=rngs)
         self.g_proj = Linear(d_model, self.width, rngs=rngs)
@@ -99,24 +101,17 @@ class Mixer(TokenMixer):
         self.o_norm = RMSNorm(self.width, rngs=rngs, eps=config.norm_eps, axis="heads")
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
-        before = self.init_cache(x_BTD.shape[0], 0, x_BTD.dtype) if cache is None else cache
-        past = None if cache is None else cache.history
-        (i, f), history = convolve(
-            self._convs(), (self.i_proj(x_BTD), self.f_proj(x_BTD)), context.rows, past
-        )
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        i, f = self.i_proj(x_BTD), self.f_proj(x_BTD)
+        (i, f), history = convolve(self.convs, (i, f), context.rows, None if fresh else before.history)
         log_f = log_forget(f, context.shared)
         x = -jnp.expm1(log_f) * jax.nn.silu(i.astype(jnp.float32))
         h, state = elementwise(x, log_f, context.rows, before.state)
         gate = jax.nn.silu(self.g_proj(x_BTD).astype(jnp.float32))
-        y_BTD = self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else RecurrentCache(state, history)
+        return self.o_proj(self.o_norm(h, gate).astype(x_BTD.dtype)), RecurrentCache(state, history)
 
-    def _convs(self) -> tuple[ShortConv, ...]:
+    @property
+    def convs(self) -> tuple[ShortConv, ...]:
         return (self.i_conv, self.f_conv) if self.conv_size else ()
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
-        state = jnp.zeros((batch, self.width), jnp.float32)
-        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))

@@ -2,7 +2,7 @@
 
 h[c, n] <- exp(dt[c] A[c, n]) h[c, n] + dt[c] B[n] x[c],   y[c] = sum_n C[n] h[c, n] + D[c] x[c]
 dt = softplus(W_dt r + dt_bias),  r, B, C = W x,  x = silu(conv(W_x u) + bias),  out = W_o (y * silu(W_z u))
-Its models have no MLP: pattern "mamba/none". The scan keeps states only every `PIECE` tokens for the backward
+Its models have no MLP: pattern "mamba/none". The scan keeps states only every 128 tokens for the backward
 pass, which makes those between anew; what it keeps of a row is linear in T.
 """
 
@@ -29,12 +29,11 @@ from hybridlm.layers import (
     uniform,
 )
 from hybridlm.linear_mixer import dt_bias_init
-from hybridlm.mixers import Cost, Site, TokenMixer
+from hybridlm.mixers import Cost, Site
+from hybridlm.recurrent_mixer import RecurrentMixer, cut, joined
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels.elementwise import Piece
-
-PIECE = 128  # tokens whose states exist at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +64,13 @@ class Config(mixers.Config):
         return dataclasses.replace(self, dt_rank=self.dt_rank or -(-d_model // 16))
 
 
-class Mixer(TokenMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, state, rank = site.d_model, config.state_size, config.explicit(site.d_model).dt_rank
         self.config, self.sizes, self.width = config, (rank, state, state), config.expand * d_model
+        self.state_shape = (self.width, state)
         self.x_proj = Linear(d_model, self.width, rngs=rngs)
         self.z_proj = Linear(d_model, self.width, rngs=rngs)
         if config.conv_size:
@@ -85,19 +85,17 @@ class Mixer(TokenMixer):
         self.D = param(rngs, (self.width,), ("heads",), ones, decay=False)
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
-        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
-        past = None if cache is None else cache.history
-        (x,), history = convolve(self._convs(), (self.x_proj(x_BTD),), context.rows, past, silu=True)
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        past = None if fresh else before.history
+        (x,), history = convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past, silu=True)
         r, B, C = self._dbc(x)
         dt = jax.nn.softplus(self.dt_proj(r).astype(jnp.float32) + self.dt_bias[...])
         y, state = selective_scan(x, dt, self.A_log[...], B, C, context.rows, before.state)
         y += self.D[...] * x.astype(jnp.float32)
         y *= jax.nn.silu(self.z_proj(x_BTD).astype(jnp.float32))
-        y_BTD = self.o_proj(y.astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else RecurrentCache(state, history)
+        return self.o_proj(y.astype(x_BTD.dtype)), RecurrentCache(state, history)
 
     def _dbc(self, x_BTF: jax.Array) -> list[jax.Array]:
         rank, state, _ = self.sizes
@@ -108,12 +106,9 @@ class Mixer(TokenMixer):
             return [norm(part) for norm, part in zip(self.dbc_norms, parts, strict=True)]
         return parts
 
-    def _convs(self) -> tuple[ShortConv, ...]:
+    @property
+    def convs(self) -> tuple[ShortConv, ...]:
         return (self.x_conv,) if self.config.conv_size else ()
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
-        state = jnp.zeros((batch, self.width, self.config.state_size), jnp.float32)
-        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))
 
 
 def counted(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -154,25 +149,19 @@ def _of_a_piece(
 def _scan(
     x: jax.Array, dt: jax.Array, A_log: jax.Array, B: jax.Array, C: jax.Array, rows: Rows, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    """By pieces; beyond the end dt is 0, so that the state stays."""
     batch, length, width = x.shape
-    count = -(-length // PIECE)
-    size = min(length, PIECE)
 
     @jax.checkpoint
     def piece(state_BM: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:
         x, dt, B, C, rows = inputs
+        size = x.shape[1]
         flat = lambda a: a.reshape(batch, size, -1)
         log_decay = flat(-jnp.exp(A_log) * dt[..., None])
         written = flat((dt * x)[..., None] * B[:, :, None])
         h, state_BM = elementwise(written, log_decay, rows, state_BM)
         return state_BM, jnp.einsum("btfn,btn->btf", h.reshape(batch, size, width, -1), C)
 
-    def cut(a: jax.Array) -> jax.Array:
-        """[pieces, B, size, ...]; beyond the end dt is 0, so that the state stays, and rows go on."""
-        mode = "constant" if jnp.issubdtype(a.dtype, jnp.floating) else "edge"
-        a = jnp.pad(a, [(0, 0), (0, count * size - length)] + [(0, 0)] * (a.ndim - 2), mode=mode)
-        return jnp.moveaxis(a.reshape(batch, count, size, *a.shape[2:]), 1, 0)
-
     floats = (a.astype(jnp.float32) for a in (x, dt, B, C))
-    last, y = jax.lax.scan(piece, state.reshape(batch, -1), jax.tree.map(cut, (*floats, rows)))
-    return jnp.moveaxis(y, 0, 1).reshape(batch, -1, width)[:, :length], last.reshape(state.shape)
+    last, y = jax.lax.scan(piece, state.reshape(batch, -1), cut((*floats, rows)))
+    return joined(y, length), last.reshape(state.shape)

@@ -28,7 +28,8 @@ from hybridlm.layers import (
     split_heads,
     zeros,
 )
-from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
+from hybridlm.mixers import Cost, Site, whole_heads
+from hybridlm.recurrent_mixer import RecurrentMixer
 from hybridlm.rows import Rows
 
 
@@ -78,12 +79,12 @@ class BlockLinear(nnx.Module):
         return merge_heads(y.astype(jnp.float32) + self.bias[...])
 
 
-class Mixer(TokenMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, sizes = site.d_model, config.explicit(site.d_model)
-        self.width, self.conv_size = sizes.width, config.conv_size
+        self.state_shape, self.conv_size = (sizes.width,), config.conv_size
         init, final = normal(d_model**-0.5), normal((2 / site.num_layers / sizes.width) ** 0.5)
         self.x_proj = Linear(d_model, sizes.width, rngs=rngs, bias=config.bias, init=init)
         self.y_proj = Linear(d_model, sizes.width, rngs=rngs, bias=config.bias, init=init)
@@ -96,24 +97,19 @@ class Mixer(TokenMixer):
             sizes.width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=final
         )
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
-        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
-        past = None if cache is None else cache.history
-        (x,), history = convolve(self._convs(), (self.x_proj(x_BTD),), context.rows, past)
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
+        past = None if fresh else before.history
+        (x,), history = convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past)
         gates = self.input_gate(x), self.recurrent_gate(x)
         h, state = rg_lru(x, *gates, self.recurrent_param[...], context.rows, before.state)
         gate = jax.nn.gelu(self.y_proj(x_BTD).astype(jnp.float32), approximate=True)
-        y_BTD = self.o_proj((h * gate).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else RecurrentCache(state, history)
+        return self.o_proj((h * gate).astype(x_BTD.dtype)), RecurrentCache(state, history)
 
-    def _convs(self) -> tuple[ShortConv, ...]:
+    @property
+    def convs(self) -> tuple[ShortConv, ...]:
         return (self.x_conv,) if self.conv_size else ()
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
-        state = jnp.zeros((batch, self.width), jnp.float32)
-        return RecurrentCache(state, tuple(conv.init_history(batch, dtype) for conv in self._convs()))
 
 
 def rg_lru(

@@ -16,11 +16,11 @@ from flax import nnx
 from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
 from hybridlm.fields import Positive
-from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform, zeros
+from hybridlm.layers import Linear, param, split_heads, uniform, zeros
 from hybridlm.linear_mixer import Inputs, recurrence
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
-from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios, shifted
+from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios
 
 STREAMS = "wkvrg"
 
@@ -71,10 +71,9 @@ class Mixer(TimeMix):
         self.g_proj = Linear(d_model, width, rngs=rngs, init=tenth)
         self.make_output(config, site, rngs)
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
-        earlier, history = shifted(x_BTD, context.rows, self.before(x_BTD, cache).history)
+    def time_mixed(
+        self, x_BTD: jax.Array, earlier: jax.Array, context: Context, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         xs = self._streams(x_BTD, earlier)
         r, k, v = (
             split_heads(layer(xs[name]), self.heads.key)
@@ -82,10 +81,9 @@ class Mixer(TimeMix):
         )
         log_decay = -jnp.exp(split_heads(self.w_proj(xs["w"]), self.heads.key))
         u_HK = split_heads(self.u[...], self.heads.key)
-        o, state = wkv(r, k, v, log_decay, u_HK, context.rows, None if cache is None else cache.state)
+        o, state = wkv(r, k, v, log_decay, u_HK, context.rows, state)
         gate = jax.nn.silu(self.g_proj(xs["g"]).astype(jnp.float32))
-        y_BTD = self.o_proj((self.o_norm(o) * gate).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else RecurrentCache(state, history)
+        return self.o_proj((self.o_norm(o) * gate).astype(x_BTD.dtype)), state
 
     def _streams(self, x_BTD: jax.Array, earlier: jax.Array) -> dict[str, jax.Array]:
         """x_c of the module docstring by c."""

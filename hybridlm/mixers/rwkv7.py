@@ -21,11 +21,11 @@ from flax import nnx
 from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
 from hybridlm.fields import Count
-from hybridlm.layers import Linear, RecurrentCache, param, split_heads, uniform
+from hybridlm.layers import Linear, param, split_heads, uniform
 from hybridlm.linear_mixer import low_rank_recurrence
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows
-from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios, shifted
+from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios
 from pallas_kernels.linear_attention.call import l2_normalize
 
 FASTEST = -(2.718281828459045**-0.5)  # log w is above it
@@ -104,10 +104,9 @@ class Mixer(TimeMix):
         self.v_proj = Linear(d_model, width, rngs=rngs, init=uniform(-bound, bound))
         self.make_output(config, site, rngs)
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
-        earlier, history = shifted(x_BTD, context.rows, self.before(x_BTD, cache).history)
+    def time_mixed(
+        self, x_BTD: jax.Array, earlier: jax.Array, context: Context, state: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         xs = {name: mix(x_BTD, earlier, getattr(self, f"mix_{name}")[...]) for name in POWERS}
         r, k, v = self.r_proj(xs["r"]), self.k_proj(xs["k"]), self.v_proj(xs["v"])
         if self.value_residual:
@@ -126,11 +125,10 @@ class Mixer(TimeMix):
             heads(self.k_a[...]),
             heads(self.r_k[...]),
             context.rows,
-            None if cache is None else cache.state,
+            state,
         )
         o = self.o_norm(o) + own.reshape((*x_BTD.shape[:2], -1))
-        y_BTD = self.o_proj((o * self.g_proj(xs["g"])).astype(x_BTD.dtype))
-        return y_BTD, None if cache is None else RecurrentCache(state, history)
+        return self.o_proj((o * self.g_proj(xs["g"])).astype(x_BTD.dtype)), state
 
 
 def time_mix(

@@ -4,7 +4,7 @@ h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A u_t,  s_t = 2 Re sum_n C_n h_{t,n}
 y = glu(W gelu(s + D u) + bias)
 
 Its scan runs as the real element-wise recurrence in a frame that turns with the state, exp(-i dt A_imag t)
-h_t, and is set upright every `PIECE` tokens, so that angles stay small. As in `mamba` what lies between is
+h_t, and is set upright every 128 tokens, so that angles stay small. As in `mamba` what lies between is
 made anew in the backward pass: what is kept of a row has no factor N. The authors train log_dt and A at
 1e-3 (`optimizer.groups`), and let C and D decay.
 """
@@ -22,11 +22,10 @@ from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, RecurrentCache, elementwise, normal, param, uniform
-from hybridlm.mixers import Cost, Site, TokenMixer
+from hybridlm.mixers import Cost, Site
+from hybridlm.recurrent_mixer import PIECE, RecurrentMixer, cut, joined
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
-
-PIECE = 128  # tokens whose states exist at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +72,13 @@ class System(NamedTuple):
         return jax.lax.complex(less, jnp.exp(decay) * jnp.sin(angle)) / self.A
 
 
-class Mixer(TokenMixer):
+class Mixer(RecurrentMixer):
     config_class = Config
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         width, pairs = site.d_model, config.state_size // 2
         wide, state = ("heads",), ("heads", None)
+        self.state_shape = (width, pairs, 2)
         dt_init, half = uniform(math.log(1e-3), math.log(1e-1)), jax.nn.initializers.constant(math.log(0.5))
         self.log_dt = param(rngs, (width,), wide, dt_init, decay=False)
         self.A_log = param(rngs, (width, pairs), state, half, decay=False)
@@ -87,18 +87,14 @@ class Mixer(TokenMixer):
         self.D = param(rngs, (width,), wide, normal(1.0), decay=False)
         self.o_proj = Linear(width, 2 * width, rngs=rngs, axes=("heads", "embed"), bias=True)
 
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: RecurrentCache | None = None
-    ) -> tuple[jax.Array, RecurrentCache | None]:
-        before = self.init_cache(len(x_BTD), 0, x_BTD.dtype) if cache is None else cache
+    def mixed(
+        self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
+    ) -> tuple[jax.Array, RecurrentCache]:
         system = System(self.log_dt[...], self.A_log[...], self.A_imag[...], self.C[...])
         s, state = scan(x_BTD, system, context.rows, before.state)
         s += self.D[...] * x_BTD.astype(jnp.float32)
         y, gate = jnp.split(self.o_proj(jax.nn.gelu(s, approximate=False).astype(x_BTD.dtype)), 2, axis=-1)
-        return y * jax.nn.sigmoid(gate), None if cache is None else RecurrentCache(state)
-
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
-        return RecurrentCache(jnp.zeros((batch, *self.C.shape), jnp.float32))
+        return y * jax.nn.sigmoid(gate), RecurrentCache(state)
 
 
 def lin(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -146,9 +142,9 @@ def _of_a_piece(
 
 
 def _scan(u: jax.Array, system: System, rows: Rows, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By pieces; beyond the end nothing is written and nothing turns."""
     batch, length, width = u.shape
     size = min(length, PIECE)
-    count = -(-length // size)
     decay, angle, written, C = system.step.real, system.step.imag, system.written, _complex(system.C)
 
     @jax.checkpoint
@@ -162,15 +158,10 @@ def _scan(u: jax.Array, system: System, rows: Rows, state: jax.Array) -> tuple[j
         s = jnp.einsum("btfn,tfn->btf", h.reshape(batch, size, width, -1), read)
         return _pair(_complex(last.reshape(state.shape)) * jnp.exp(1j * angle * inside.sum())), s
 
-    def cut(a: jax.Array) -> jax.Array:
-        """[pieces, B, size, ...]; beyond the end nothing is written and rows go on."""
-        mode = "constant" if jnp.issubdtype(a.dtype, jnp.floating) else "edge"
-        a = jnp.pad(a, [(0, 0), (0, count * size - length)] + [(0, 0)] * (a.ndim - 2), mode=mode)
-        return jnp.moveaxis(a.reshape(batch, count, size, *a.shape[2:]), 1, 0)
-
-    inside = (jnp.arange(count * size) < length).astype(jnp.float32).reshape(count, size)
-    last, s = jax.lax.scan(piece, state, (cut(u.astype(jnp.float32)), inside, jax.tree.map(cut, rows)))
-    return jnp.moveaxis(s, 0, 1).reshape(batch, -1, width)[:, :length], last
+    u, rows = cut((u.astype(jnp.float32), rows))
+    inside = (jnp.arange(len(u) * size) < length).astype(jnp.float32).reshape(-1, size)
+    last, s = jax.lax.scan(piece, state, (u, inside, rows))
+    return joined(s, length), last
 
 
 def _complex(pair: jax.Array) -> jax.Array:

@@ -36,6 +36,9 @@ class Objective:
     config_class: ClassVar[type[Config]]
     teacher: "Definition | None" = None  # of another model, whose parameters are found in ``frozen``
 
+    def __init__(self, config: Any, definition: "Definition", token_bytes: jax.Array | None = None):
+        self.config, self.definition, self.token_bytes = config, definition, token_bytes
+
     def loss(
         self, params: "Params", frozen: "Params", batch: Batch, wanted: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Sums]:

@@ -26,9 +26,7 @@ class Objective(objectives.Objective):
     for every "loss.<name>" that layers record: its mean over those layers, times the tokens."""
 
     config_class = Config
-
-    def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
-        self.config, self.definition, self.token_bytes = config, definition, token_bytes
+    config: Config
 
     def loss(
         self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()

@@ -10,35 +10,25 @@ import contextlib
 import json
 import logging
 import math
-import netrc
 import os
-import re
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
 import jax
 import rich
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybridlm import config as configs
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
-from hybridlm.run import tensorboard
+from hybridlm.run import tensorboard, tracking
 
 log = logging.getLogger("hybridlm")
 
 PLAIN_LINES = 20  # progress lines of a whole run when the output is no terminal
-
-# W&B would record who ran the program where: command line, paths, host, account, git remote.
-PRIVATE = {"x_disable_meta": True, "disable_git": True, "program": "train.py", "host": "host"}
-
-NONE_OF_OURS = (Exception, SystemExit)  # what others' code may end with, which ends no run
 
 Metrics = dict[str, Any]
 
@@ -121,7 +111,7 @@ class Logbook:
         self.path = workdir / "metrics.jsonl" if first else Path(os.devnull)
         self.bar = Bar(start, config.train.steps, quiet=not first)
         self.trackers = (
-            Tracker(workdir, config, config.log.wandb_mode if first else "disabled"),
+            tracking.Wandb(workdir, config, config.log.wandb_mode if first else "disabled"),
             tensorboard.Board(workdir, config.log.tensorboard and first, start),
         )
         self.kept = truncate(self.path, start) if first else []
@@ -238,72 +228,8 @@ def harmless(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
     try:
         yield
-    except NONE_OF_OURS as error:
+    except tracking.NONE_OF_OURS as error:
         log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
-
-
-class Tracker:
-    """Weights & Biases, or nothing. Any failure of it is logged once and ends tracking, never the run."""
-
-    def __init__(self, workdir: Path, config: Config, mode: Literal["online", "offline", "disabled"]):
-        self.run: Any = None
-        if mode == "disabled":
-            return
-        try:
-            if mode == "online" and not has_key():
-                log.warning("no W&B key found (`wandb login`): logging offline, for `wandb sync` later")
-                mode = "offline"
-            import wandb  # slow to import, so only where it is used
-
-            self.run = wandb.init(
-                project=config.log.project,
-                name=config.log.name or workdir.name,
-                config=configs.portable(config),
-                dir=workdir,
-                mode=mode,
-                id=run_id(workdir),
-                resume="allow",
-                settings=wandb.Settings(silent=mode == "offline", console="off", **PRIVATE),
-            )
-        except NONE_OF_OURS as error:  # the network, the server, the account, the package
-            log.warning("W&B did not start, going on without it: %s", error or type(error).__name__)
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self.run is None:
-            return
-        try:
-            self.run.log(dict(metrics), step=step)
-        except NONE_OF_OURS as error:
-            log.warning("W&B failed at step %d, going on without it: %s", step, error)
-            self.run = None
-
-    def close(self, failed: bool) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish(exit_code=int(failed))
-            except NONE_OF_OURS as error:
-                log.warning("W&B did not finish cleanly: %s", error)
-
-
-def run_id(workdir: Path) -> str:
-    """The W&B id of the run in ``workdir``, the same after a resumption."""
-    path = workdir / "wandb_id"
-    known = path.read_bytes() if path.exists() else b""
-    if not re.fullmatch(rb"[0-9a-z]{1,64}", known):  # none yet, or damaged
-        known = secrets.token_hex(4).encode()
-        untrusted.write_bytes(path, known)
-    return known.decode()
-
-
-def has_key() -> bool:
-    """Whether W&B would find credentials: an environment variable, or an entry for its host in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    try:
-        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
 
 
 def printable(text: str) -> str:

@@ -6,15 +6,13 @@ TensorBoard to forget what came after the checkpoint. Any failure is logged once
 """
 
 import importlib.util
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hybridlm.errors import ConfigError
-
-log = logging.getLogger("hybridlm")
+from hybridlm.run.tracking import Tracker
 
 FLUSH_SECONDS = 10.0
 
@@ -26,17 +24,18 @@ def check(wanted: bool) -> None:
         raise ConfigError("log.tensorboard", wanted, "needs tensorboardX, which is not installed", fix)
 
 
-class Board:
+class Board(Tracker):
     """The event file of one start of a run; ``wanted`` False writes nothing and imports nothing.
 
     start: the step resumed from; 0 for a new run.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, workdir: Path, wanted: bool, start: int):
-        self.writer: Any = None
         if not wanted:
             return
-        try:
+        with self.guarded("did not start"):
             from tensorboardX import summary
             from tensorboardX.proto import event_pb2
             from tensorboardX.record_writer import RecordWriter
@@ -49,30 +48,18 @@ class Board:
             begins = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(step=start + 1, session_log=begins)
             self._flush()
-        except Exception as error:
-            log.warning("TensorBoard did not start, going on without it: %s", error)
-            self.writer = None
+            self.on = True
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        if self.writer is None:
-            return
-        try:
-            for name, value in metrics.items():
-                make = self.summary.text if isinstance(value, str) else self.summary.scalar
-                self._write(step=step, summary=make(name, value))
-            if time.monotonic() - self.flushed > FLUSH_SECONDS:
-                self._flush()
-        except Exception as error:
-            log.warning("TensorBoard failed at step %d, going on without it: %s", step, error)
-            self.writer = None
+    def send(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            make = self.summary.text if isinstance(value, str) else self.summary.scalar
+            self._write(step=step, summary=make(name, value))
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self._flush()
 
-    def close(self, failed: bool = False) -> None:
-        if self.writer is not None:
-            try:
-                self.writer.flush()
-                self.writer.close()
-            except Exception as error:
-                log.warning("TensorBoard's file was not finished: %s", error)
+    def end(self, failed: bool) -> None:
+        self.writer.flush()
+        self.writer.close()
 
     def _write(self, **fields: Any) -> None:
         self.writer.write(self.event(wall_time=time.time(), **fields).SerializeToString())

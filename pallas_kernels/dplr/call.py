@@ -8,12 +8,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.call import compute_dtype
+from pallas_kernels.linear_attention.call import QKV
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class Call(QKV):
     """Checked arguments; a pytree whose leaves are the arrays.
 
     q, k, a, b, log_decay: [B, T, H, K].  v: [B, T, H, V].
@@ -22,20 +22,12 @@ class Call:
     scale: factor of q.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
     a: jax.Array
     b: jax.Array
     log_decay: jax.Array
     state: jax.Array
     starts: jax.Array | None
     scale: float = dataclasses.field(metadata={"static": True})
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        """float64 if any of q, k, v is, else float32: the dtype of the state and of all accumulation."""
-        return compute_dtype(self.q, self.k, self.v)
 
     def separate(self) -> "Call":
         """Documents kept apart by the numbers themselves: at a start nothing is read and all is forgotten."""

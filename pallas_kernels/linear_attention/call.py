@@ -4,18 +4,34 @@ Shape legend: B batch, T time, H key heads, HV value heads (a multiple of H), K 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Arrays = TypeVar("Arrays")
+Out = TypeVar("Out")
 L2NORM_EPS = 1e-6  # inside the square root, as FLA and the public checkpoints have it
+
+
+@dataclasses.dataclass(frozen=True)
+class QKV:
+    """What a token asks, is found by, and gives."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        """float64 if any of q, k, v is, else float32: the dtype of the state and of all accumulation."""
+        return compute_dtype(self.q, self.k, self.v)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Call:
+class Call(QKV):
     """Checked arguments; a pytree whose leaves are the arrays.
 
     q, k: [B, T, H, K].  v: [B, T, HV, V].  Floating, not necessarily of one dtype.
@@ -27,9 +43,6 @@ class Call:
     output_final_state: whether the state after the last token is wanted.  interpret: run kernels interpreted.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
     log_decay: jax.Array | None = None
     beta: jax.Array | None = None
     initial_state: jax.Array | None = None
@@ -38,11 +51,6 @@ class Call:
     qk_l2norm: bool = dataclasses.field(default=False, metadata={"static": True})
     output_final_state: bool = dataclasses.field(default=False, metadata={"static": True})
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        """float64 if any of q, k, v is, else float32: the dtype of the state and of all accumulation."""
-        return compute_dtype(self.q, self.k, self.v)
 
     @property
     def group(self) -> int:
@@ -78,6 +86,16 @@ def alike(call: Arrays) -> Arrays:
 
 def _varying(x: jax.Array) -> frozenset:
     return jax.typeof(x).manual_axis_type.varying
+
+
+def differentiable(
+    primal: Callable[[Call], Out], forward: Callable[[Call], tuple], backward: Callable[..., tuple[Call]]
+) -> Callable[[Call], Out]:
+    """``primal`` with a gradient of its own: under `jax.checkpoint` the first pass keeps nothing."""
+    compiled, interpreted = jax.custom_vjp(primal), jax.custom_vjp(primal)
+    compiled.defvjp(forward, backward, optimize_remat=True)
+    interpreted.defvjp(forward, backward)  # the interpreter's effects rule that out
+    return lambda call: (interpreted if call.interpret else compiled)(call)
 
 
 def compute_dtype(*arrays: jax.Array) -> jnp.dtype:

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.linear_attention.call import QKV
+
 
 @dataclasses.dataclass(frozen=True)
-class StepCall:
+class StepCall(QKV):
     """state: [..., HV, K, V].  q, k: [..., H, K].  v: [..., HV, V].
 
     log_decay: None, [..., HV] or [..., HV, K].  beta: None or [..., HV].
@@ -15,9 +17,6 @@ class StepCall:
     """
 
     state: jax.Array
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
     log_decay: jax.Array | None
     beta: jax.Array | None
     scale: float

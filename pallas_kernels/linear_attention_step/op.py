@@ -51,6 +51,6 @@ def linear_attention_step(
     expect("log_decay", log_decay, {(*batch, value_heads), (*batch, value_heads, key_dim)})
     expect("beta", beta, {(*batch, value_heads)})
     scale = scale_of(scale, key_dim)
-    call = StepCall(state, q_BHK, k_BHK, v_BHV, log_decay, beta, scale, bool(qk_l2norm))
+    call = StepCall(q_BHK, k_BHK, v_BHV, state, log_decay, beta, scale, bool(qk_l2norm))
     o, state = OP.compute(call, backend)
     return o.astype(v_BHV.dtype), state

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear_attention import trial
-from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.hopper import requirements, wide
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
@@ -59,10 +59,9 @@ def per_channel(call: Call) -> bool:
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
-    attend = _attend_interpreted if call.interpret else _attend
     if wide.parts(call) == (1, 1):
-        return attend(call)
-    return wide.join(*attend(wide.cut(call)), call)
+        return _attend(call)
+    return wide.join(*_attend(wide.cut(call)), call)
 
 
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -102,10 +101,7 @@ def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array 
     )
 
 
-_attend = jax.custom_vjp(_primal)
-_attend.defvjp(_forward, _backward, optimize_remat=True)  # under jax.checkpoint the first pass keeps nothing
-_attend_interpreted = jax.custom_vjp(_primal)  # the interpreter's effects rule that out
-_attend_interpreted.defvjp(_forward, _backward)
+_attend = differentiable(_primal, _forward, _backward)
 
 
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _Saved | None]:

@@ -44,8 +44,7 @@ def additive_gradients(
     states: [B, HV, T/C, V, K] bf16.  do: [B, T, HV, V] bf16.  d_state: dS^T after each piece or None; the
     last result is dS^T before each piece, [B * pieces, HV, V, K] float32. dlog_decay is None without decay.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     chunks, tiles = length // C, value_dim // C
     count = chunks // pieces
     decays = inputs.log_decay is not None

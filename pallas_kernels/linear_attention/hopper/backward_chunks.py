@@ -38,8 +38,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
 
     run: chunks that one block of threads takes in turn.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group = value_heads // heads
     chunks = length // C
     half, blocks_v = key_dim // 2, value_dim // C

@@ -29,8 +29,7 @@ def channel_gradients(
     The gradient of log_decay is [B, T, HV, K], of its dtype.
     """
     value_tile = value_tile or table.forward(inputs.k.shape, inputs.v.shape).value_tile
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, tokens = inputs.v.shape[2], do.shape[1]
+    (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
     do = blocks.pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)

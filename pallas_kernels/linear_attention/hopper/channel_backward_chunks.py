@@ -32,13 +32,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, chunk_math
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.channel_backward_copies import issue_copies
+from pallas_kernels.linear_attention.hopper.channel_backward_copies import (
+    BF16,
+    F16,
+    WIDTH,
+    WORKERS,
+    buffers,
+    issue_copies,
+)
 from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q, SPAN
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
-BF16, F16 = jnp.bfloat16, jnp.float16
-WIDTH = 32  # channels at work in a warpgroup
-WORKERS = 2  # warpgroups at work
 REGISTERS = (232, 40)  # a thread that works, that copies
 
 
@@ -66,13 +70,12 @@ def chunk_gradients(
     needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
     values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group = value_heads // heads
     chunks = length // C
     slices = value_slices(value_dim)
     parts, blocks_v = key_dim // WIDTH, value_dim // slices // C
-    turns = parts // WORKERS  # parts a warpgroup takes, one after the other
+    turns = parts // WORKERS
     delta, documents = dv is not None, inputs.segment is not None
     interpret = inputs.interpret
     tile = (C, WIDTH)
@@ -82,32 +85,7 @@ def chunk_gradients(
     decay_type = arrays["decay"].dtype
     arrays |= dict(dv=dv) | (dict(segment=inputs.segment, entering=inputs.entering) if documents else {})
 
-    scratch = dict(
-        q=blocks.smem((parts, C, WIDTH), BF16),
-        k=blocks.smem((parts, C, WIDTH), BF16),
-        u=blocks.smem((blocks_v, C, C), BF16, WIDTH),
-        d=blocks.smem((1 + delta, blocks_v, C, C), BF16, WIDTH),  # dO, dV
-        h=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
-        g=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
-        # E and F, additive the two parts of E; of all pairs and of those left at a level
-        pairs=blocks.smem((2, 2, C, C), BF16, WIDTH),
-        middle=blocks.smem((2, C, C), F16, WIDTH),  # the same for: offsets from the middle = middle @ steps
-        steps=blocks.smem((WORKERS, C, WIDTH), F16),
-        tiles=blocks.smem((WORKERS, 2, C, WIDTH), BF16),
-        norms=plgpu.SMEM((2, 3, C), F32),
-        carry=plgpu.SMEM((2, key_dim), F32),
-        segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
-        rows=plgpu.SMEM((2 + 2 * WORKERS, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk by warpgroup
-        numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
-        qk_filled=plgpu.Barrier(num_arrivals=2 * parts),
-        qk_free=plgpu.Barrier(num_arrivals=WORKERS),
-        v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
-        v_free=plgpu.Barrier(num_arrivals=WORKERS),
-        h_filled=plgpu.Barrier(num_arrivals=2 * WORKERS * blocks_v, num_barriers=turns),
-        h_free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=turns),
-        both=plgpu.Barrier(num_arrivals=WORKERS),
-        done=plgpu.Barrier(num_arrivals=WORKERS + 1),
-    )
+    scratch = buffers(parts, turns, blocks_v, delta=delta, documents=documents)
     keys = (batch, length, value_heads * slices, key_dim)
     results = dict(
         dq=jax.ShapeDtypeStruct(keys, BF16),
@@ -159,12 +137,8 @@ def chunk_gradients(
             plgpu.commit_smem()
 
         def set_middle(at: Any, size: Any, ref: Any) -> None:
-            """Row i sums the tokens from the middle of its block of `size` to i: 1 after it, -1 before."""
-            row, col, half = at.row(), at.col(), size >> 1
-            late = (row & half) != 0
-            between = ((row ^ col) < half) & (late == (col <= row))
-            middle = jnp.where(between, jnp.where(late, 1.0, -1.0), 0.0)
-            blocks.store(ref, middle.astype(F16), interpret=interpret, width=WIDTH)
+            middle = channel_math.middle_of(at.row(), at.col(), size)
+            blocks.store(ref, middle, interpret=interpret, width=WIDTH)
 
         def load_decay(i: Any, turn: Any) -> jax.Array:
             columns = pl.ds((warpgroup * turns + turn) * WIDTH, WIDTH)
@@ -413,7 +387,7 @@ def chunk_gradients(
         @pl.when(warpgroup == WORKERS)
         def _() -> None:
             plgpu.set_max_registers(REGISTERS[1], action="decrease")
-            sizes = dict(steps=steps, parts=parts, turns=turns, blocks_v=blocks_v, width=WIDTH)
+            sizes = dict(steps=steps, parts=parts, turns=turns, blocks_v=blocks_v)
             place = dict(b=b, head=head, key_head=key_head, first=first)
             place |= dict(first_value=blocks.rem(summand, slices) * (blocks_v * C))
             issue_copies(refs, s, SimpleNamespace(**place, **sizes))

@@ -1,4 +1,4 @@
-"""The copies into shared memory of the kernel in channel_backward_chunks.py, by a warpgroup of its own.
+"""Shared memory of the kernel in channel_backward_chunks.py, and a warpgroup that copies into it.
 
 Buffers become free at different times of a chunk, and each is filled with the next chunk's as soon as it is:
 q, k; what depends on values (V', dO, dV); what depends on states (S, dS), in as many turns as the
@@ -13,13 +13,51 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import C
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+WIDTH = 32  # channels at work in a warpgroup
+WORKERS = 2  # warpgroups at work
+
+
+def buffers(parts: int, turns: int, blocks_v: int, *, delta: bool, documents: bool) -> dict[str, Any]:
+    """Buffers and barriers by name.
+
+    parts: of `WIDTH` channels of a key.  turns: parts a warpgroup takes, one after the other.  blocks_v: of C
+    channels of a value.
+    """
+    return dict(
+        q=blocks.smem((parts, C, WIDTH), BF16),
+        k=blocks.smem((parts, C, WIDTH), BF16),
+        u=blocks.smem((blocks_v, C, C), BF16, WIDTH),
+        d=blocks.smem((1 + delta, blocks_v, C, C), BF16, WIDTH),  # dO, dV
+        h=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
+        g=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
+        # E and F, additive the two parts of E; of all pairs and of those left at a level
+        pairs=blocks.smem((2, 2, C, C), BF16, WIDTH),
+        middle=blocks.smem((2, C, C), F16, WIDTH),  # the same for: offsets from the middle = middle @ steps
+        steps=blocks.smem((WORKERS, C, WIDTH), F16),
+        tiles=blocks.smem((WORKERS, 2, C, WIDTH), BF16),
+        norms=plgpu.SMEM((2, 3, C), F32),
+        carry=plgpu.SMEM((2, parts * WIDTH), F32),
+        segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
+        rows=plgpu.SMEM((2 + 2 * WORKERS, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk by warpgroup
+        numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
+        qk_filled=plgpu.Barrier(num_arrivals=2 * parts),
+        qk_free=plgpu.Barrier(num_arrivals=WORKERS),
+        v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
+        v_free=plgpu.Barrier(num_arrivals=WORKERS),
+        h_filled=plgpu.Barrier(num_arrivals=2 * WORKERS * blocks_v, num_barriers=turns),
+        h_free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=turns),
+        both=plgpu.Barrier(num_arrivals=WORKERS),
+        done=plgpu.Barrier(num_arrivals=WORKERS + 1),
+    )
 
 
 def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -> None:
     """refs, s: the kernel's arrays and its buffers and barriers, by name.
 
-    at: b, head, key_head, first (chunk), steps (chunks), parts (of `width` channels), turns, blocks_v (of C,
+    at: b, head, key_head, first (chunk), steps (chunks), parts (of `WIDTH` channels), turns, blocks_v (of C,
     from first_value).
     """
     copy = plgpu.copy_gmem_to_smem
@@ -36,7 +74,7 @@ def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -
     def fill_keys(i: Any) -> None:
         rows = pl.ds((at.first + i) * C, C)
         for part in range(at.parts):
-            source = (at.b, rows, at.key_head, pl.ds(part * at.width, at.width))
+            source = (at.b, rows, at.key_head, pl.ds(part * WIDTH, WIDTH))
             copy(refs["q"].at[source], s["q"].at[part], s["qk_filled"])
             copy(refs["k"].at[source], s["k"].at[part], s["qk_filled"])
 
@@ -52,7 +90,7 @@ def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -
     def fill_states(i: Any, turn: int) -> None:
         barrier = s["h_filled"].at[turn]
         for part in range(turn, at.parts, at.turns):
-            columns = pl.ds(part * at.width, at.width)
+            columns = pl.ds(part * WIDTH, WIDTH)
             for block in range(at.blocks_v):
                 values = pl.ds(at.first_value + block * C, C)
                 source = (at.b, at.head, at.first + i, values, columns)

@@ -67,6 +67,14 @@ def from_middle(size: jax.Array, zero: jax.Array) -> jax.Array:
     return _flags(_columns(first, last), blocks.by_row(jnp.where(late, 1.0, -1.0).astype(F16)))
 
 
+def middle_of(row: jax.Array, col: jax.Array, size: jax.Array) -> jax.Array:
+    """The same flags as `from_middle`, of the indices of a tile."""
+    half = size >> 1
+    late = (row & half) != 0
+    between = ((row ^ col) < half) & (late == (col <= row))
+    return jnp.where(between, jnp.where(late, 1.0, -1.0), 0.0).astype(F16)
+
+
 def within(size: jax.Array, zero: jax.Array) -> jax.Array:
     """Pairs (i, j), j < i, of one block of `size` tokens."""
     row = _row() + zero

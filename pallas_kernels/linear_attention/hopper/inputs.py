@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.call import QKV, Call
 from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 
@@ -17,7 +17,7 @@ LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small mo
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(QKV):
     """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
 
     q, k: [B, T, H, K] bf16.  v: [B, T, HV, V] bf16.  beta: None or [B, HV, T].
@@ -27,9 +27,6 @@ class Inputs:
     state: None or S_0^T [B, HV, V, K] float32.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
     log_decay: jax.Array | None
     beta: jax.Array | None
     segment: jax.Array | None
@@ -38,6 +35,12 @@ class Inputs:
     l2norm: bool
     interpret: Any
     entering: jax.Array | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, T, H, HV, K, V."""
+        batch, length, heads, key_dim = self.k.shape
+        return batch, length, heads, self.v.shape[2], key_dim, self.v.shape[3]
 
 
 class Chunks(NamedTuple):

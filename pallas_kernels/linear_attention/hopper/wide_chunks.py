@@ -37,8 +37,7 @@ def wide_chunk_gradients(
     and K = 256 dq and dk still have their parts along q and k; OUT_Q, OUT_K are a slice's share of their
     products. run: chunks that one block of threads takes in turn.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group, chunks = value_heads // heads, length // C
     slices, blocks_v = key_dim // SLICE, value_dim // C
     documents, decays = inputs.segment is not None, inputs.log_decay is not None

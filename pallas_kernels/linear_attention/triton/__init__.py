@@ -8,7 +8,7 @@ import jax
 from pallas_kernels.agreement import disagreement
 from pallas_kernels.dispatch import Device, here
 from pallas_kernels.linear_attention import trial
-from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.triton.backward import gradients
 from pallas_kernels.linear_attention.triton.chunks import chunks
 from pallas_kernels.linear_attention.triton.inputs import pad, prepare, spec, unprepare
@@ -52,8 +52,7 @@ def self_test() -> str | None:
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
-    attend = _attend_interpreted if call.interpret else _attend
-    return attend(call)
+    return _attend(call)
 
 
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -83,7 +82,4 @@ def _backward(kept: tuple[Call, Scanned], cotangents: tuple[jax.Array, jax.Array
     return (unprepare(call, d, back.first),)
 
 
-_attend = jax.custom_vjp(_primal)
-_attend.defvjp(_forward, _backward, optimize_remat=True)  # under jax.checkpoint the first pass keeps nothing
-_attend_interpreted = jax.custom_vjp(_primal)
-_attend_interpreted.defvjp(_forward, _backward)
+_attend = differentiable(_primal, _forward, _backward)

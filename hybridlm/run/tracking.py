@@ -1,0 +1,114 @@
+"""Where a run's numbers go besides metrics.jsonl; Weights & Biases.
+
+Trackers can never fail the run: what fails in one is logged once and ends it.
+"""
+
+import contextlib
+import logging
+import netrc
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from hybridlm import config as configs
+from hybridlm import untrusted
+from hybridlm.config import Config
+
+log = logging.getLogger("hybridlm")
+
+NONE_OF_OURS = (Exception, SystemExit)  # what others' code may end with, which ends no run
+
+# W&B would record who ran the program where: command line, paths, host, account, git remote.
+PRIVATE = {"x_disable_meta": True, "disable_git": True, "program": "train.py", "host": "host"}
+
+
+class Tracker:
+    """A kind starts inside `guarded`, and defines `send` and `end`.
+
+    on: whether it has started and not failed since.
+    """
+
+    name: str
+    on = False
+
+    def send(self, step: int, metrics: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def end(self, failed: bool) -> None:
+        raise NotImplementedError
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self.on:
+            with self.guarded(f"failed at step {step}"):
+                self.send(step, metrics)
+
+    def close(self, failed: bool = False) -> None:
+        if self.on:
+            with self.guarded("was not finished"):
+                self.end(failed)
+
+    @contextlib.contextmanager
+    def guarded(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except NONE_OF_OURS as error:  # the network, the server, the account, the disk, the package
+            self.on = False
+            log.warning("%s %s, going on without it: %s", self.name, problem, error or type(error).__name__)
+
+
+class Wandb(Tracker):
+    """Weights & Biases, or nothing."""
+
+    name = "W&B"
+
+    def __init__(self, workdir: Path, config: Config, mode: Literal["online", "offline", "disabled"]):
+        if mode == "disabled":
+            return
+        with self.guarded("did not start"):
+            if mode == "online" and not has_key():
+                log.warning("no W&B key found (`wandb login`): logging offline, for `wandb sync` later")
+                mode = "offline"
+            import wandb  # slow to import, so only where it is used
+
+            self.run = wandb.init(
+                project=config.log.project,
+                name=config.log.name or workdir.name,
+                config=configs.portable(config),
+                dir=workdir,
+                mode=mode,
+                id=run_id(workdir),
+                resume="allow",
+                settings=wandb.Settings(silent=mode == "offline", console="off", **PRIVATE),
+            )
+            self.on = True
+
+    def send(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def end(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+def run_id(workdir: Path) -> str:
+    """The W&B id of the run in ``workdir``, the same after a resumption."""
+    path = workdir / "wandb_id"
+    known = path.read_bytes() if path.exists() else b""
+    if not re.fullmatch(rb"[0-9a-z]{1,64}", known):  # none yet, or damaged
+        known = secrets.token_hex(4).encode()
+        untrusted.write_bytes(path, known)
+    return known.decode()
+
+
+def has_key() -> bool:
+    """Whether W&B would find credentials: an environment variable, or an entry for its host in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    try:
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False
