@@ -249,7 +249,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="launch.report", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__, formatter_class=raw)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args(argv).workdir
     return cli.run(lambda: print(f"written: {untrusted.terminal(private.hide(str(write(workdir))))}"))
