@@ -16,8 +16,8 @@ import rich
 from rich.logging import RichHandler
 
 from eval import in_loop
+from hybridlm import commands, config_file, report, trainer
 from hybridlm import config as configs
-from hybridlm import config_file, report, trainer
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, processes
 
@@ -27,7 +27,7 @@ log = logging.getLogger("hybridlm")
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     """The flags, and the overrides: dotted field -> text of every --config.<field>=<text>."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train a language model.", allow_abbrev=False,
+        prog=commands.called("python train.py"), description="Train a language model.", allow_abbrev=False,
         epilog="--config.<section>.<field>=<value> overrides any field of the config, last one wins.",
     )  # fmt: skip
     parser.add_argument(

@@ -19,6 +19,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.apidoc"]
 smartquotes = False
 html_theme = "furo"
 html_title = f"hybridlm {version}"
+html_static_path, html_css_files = ["_static"], ["site.css"]
 exclude_patterns = ["conf.py", "reference.py", "api/*/modules.rst"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header", "ref.python"]  # a page may open at level 3; every kind has a Config

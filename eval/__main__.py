@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from eval import curves, haystack, report, runner, subject, tasks
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, private, tracking
 
@@ -25,7 +25,7 @@ log = logging.getLogger("hybridlm")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=commands.called("python -m eval"), allow_abbrev=False)
     add = parser.add_argument
     add("--workdir", metavar="DIR", help="of the run; train.py wrote it")
     add("--suite", default="", help="one of " + ", ".join(tasks.SUITES))

@@ -25,6 +25,7 @@ COMMANDS = {
     "python -m launch.sweep": "trains a sweep",
     "python -m launch.report": "makes a sweep's report",
 }
+_entry = ""
 
 
 def listing() -> str:
@@ -67,13 +68,22 @@ def looked_for(filename: str) -> str:
     return nearest(filename, known) if known else f"It was looked for from {Path.cwd()}."
 
 
-def _run(module: str) -> None:
+def called(command: str) -> str:
+    """What was typed in place of ``command``, for its --help: the name of an entry point, or itself."""
+    return _entry or command
+
+
+def _run(entry: str, module: str) -> None:
     """``python -m module`` from anywhere: this process and its children find what is in `root` first."""
+    global _entry
+    _entry = entry
     sys.path.insert(0, str(root()))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root()), os.environ.get("PYTHONPATH")]))
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-train, evaluate, sweep = partial(_run, "train"), partial(_run, "eval"), partial(_run, "launch.sweep")
-generate, convert = partial(_run, "hybridlm.generate"), partial(_run, "hybridlm.convert")
-prepare = partial(_run, "hybridlm.data.prepare")
+train, evaluate = partial(_run, "hybridlm-train", "train"), partial(_run, "hybridlm-eval", "eval")
+sweep = partial(_run, "hybridlm-sweep", "launch.sweep")
+generate = partial(_run, "hybridlm-generate", "hybridlm.generate")
+convert = partial(_run, "hybridlm-convert", "hybridlm.convert")
+prepare = partial(_run, "hybridlm-prepare", "hybridlm.data.prepare")

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from hybridlm import untrusted
 from hybridlm.config import Config
+from hybridlm.errors import RunError
 from hybridlm.model import Definition
 from hybridlm.run import processes, programs
 
@@ -26,6 +27,8 @@ log = logging.getLogger("hybridlm")
 # `none` gains 1% over `kernels` and takes 2.5 times as long to compile; `mixer` is slower than `dots`.
 FASTEST_FIRST = ("kernels", "dots", "full")
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
+
+NO_MEMORY = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"  # how XLA says so, and CUDA
 
 
 class Step(NamedTuple):
@@ -45,12 +48,11 @@ def step(config: Config, definition: Definition, mesh: Mesh, lower: Callable[[De
     available = limit()
     if available is None:
         return lower(_with(definition, "none", definition.model.scan)).compile()
-    memo = _memo(f"{jax.__version__} {jax.devices()[0].device_kind} {available} {dict(mesh.shape)} {config}")
-    if memo is not None and memo.is_file():
-        known = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace").strip()
-        if known in FASTEST_FIRST:
-            log.info("model.remat=auto: %s, as found before (%s)", known, memo)
-            return lower(settled(definition, known)).compile()
+    memo = _memo(config, mesh)
+    known, why = _noted(memo)
+    if known:
+        log.info("model.remat=auto: %s, as found before%s (%s)", known, why, memo)
+        return lower(settled(definition, known)).compile()
     compile = lambda policy: compiled(lower(settled(definition, policy)))
     policy, found, said = choose(compile, available)
     log.info("model.remat=auto: %s", said)
@@ -59,6 +61,26 @@ def step(config: Config, definition: Definition, mesh: Mesh, lower: Callable[[De
             untrusted.write_text(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
     return found.run if agreed == policy else compile(agreed).run
+
+
+@contextlib.contextmanager
+def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
+    """RunError for a step that runs out of memory after all; the next start then takes the next policy."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if config.model.remat != "auto" or not any(one in str(error) for one in NO_MEMORY):
+            raise
+        memo = _memo(config, mesh)
+        known, _ = _noted(memo)
+        later = FASTEST_FIRST[FASTEST_FIRST.index(known) + 1 :] if known else ()
+        said = f"the devices ran out of memory with what model.remat=auto chose{known and f', {known}'}"
+        fix = "Set model.remat to one that keeps less (kernels, dots, full), or train.microbatches higher."
+        if memo is not None and later:
+            with contextlib.suppress(OSError):
+                untrusted.write_text(memo, f"{later[0]}\n, since {known} ran out of memory")
+                fix = f"The same command goes on with {later[0]}, which keeps less."
+        raise RunError(f"{said}. {fix}") from error
 
 
 def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]:
@@ -104,9 +126,19 @@ def limit() -> int | None:
     return min(limits) or None
 
 
-def _memo(key: str) -> Path | None:
-    """Where the choice for ``key`` is kept: beside the compiled programs, if these are kept."""
+def _noted(memo: Path | None) -> tuple[str, str]:
+    """(the policy in ``memo``, why it and none before it); "" where there is none."""
+    if memo is None or not memo.is_file():
+        return "", ""
+    content = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace")
+    known, _, why = content.strip().partition("\n")
+    return (known, untrusted.terminal(why)) if known in FASTEST_FIRST else ("", "")
+
+
+def _memo(config: Config, mesh: Mesh) -> Path | None:
+    """Where the choice for a run is kept: beside the compiled programs, if these are kept."""
     folder = programs.folder()
     if not folder or jax.process_count() > 1:  # of several processes one might find what another does not
         return None
+    key = f"{jax.__version__} {jax.devices()[0].device_kind} {limit()} {dict(mesh.shape)} {config}"
     return folder / f"remat-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

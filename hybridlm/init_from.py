@@ -91,28 +91,40 @@ def split(path: str | Path) -> tuple[Path, bool]:
     return Path(text.removesuffix(EMA) if ema else text), ema
 
 
-def check(path: str | Path) -> None:
-    """ConfigError unless there is a model at ``path``, its config readable; opens no array."""
+def check(path: str | Path, field: str = "init_from") -> None:
+    """ConfigError, of ``field``, unless there is a model at ``path``, its config readable; opens no array."""
     path, ema = split(path)
     if (path / "checkpoints").is_dir():
-        config = configs.of_run(path)
+        with _named(field):
+            config = configs.of_run(path)
         if ema:
-            weights.averaged(config, model.build(config), "init_from")
+            weights.averaged(config, model.build(config), field, f"{path}{EMA}")
     elif ema:
-        raise ConfigError("init_from", f"{path}{EMA}", "is the average of no run with checkpoints")
+        raise ConfigError(field, f"{path}{EMA}", "is the average of no run with checkpoints")
     elif (path / "config.json").is_file():
         from hybridlm.convert import families  # only a run that starts from one needs the converters
 
-        families.read_config(path)
+        with _named(field):
+            families.read_config(path)
     else:
-        problem = "is neither a workdir with checkpoints nor a Hugging Face folder"
-        raise ConfigError("init_from", str(path), problem)
+        raise ConfigError(field, str(path), "is neither a workdir with checkpoints nor a Hugging Face folder")
 
 
 @contextlib.contextmanager
-def source(path: str | Path) -> Iterator[Source]:
-    """The model at ``path``."""
-    check(path)
+def _named(field: str) -> Iterator[None]:
+    """Errors about the flag of another command name the field that named the folder."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.field not in ("--hf", "--workdir"):
+            raise
+        raise ConfigError(field, error.value, error.allowed, error.fix) from error
+
+
+@contextlib.contextmanager
+def source(path: str | Path, field: str = "init_from") -> Iterator[Source]:
+    """The model at ``path``, which ``field`` named."""
+    check(path, field)
     path, ema = split(path)
     if (path / "checkpoints").is_dir():
         config = configs.of_run(path)
@@ -120,10 +132,10 @@ def source(path: str | Path) -> Iterator[Source]:
         with checkpoint.Checkpoints(path / "checkpoints") as saves:
             steps = saves.steps()
             if not steps:
-                raise ConfigError("init_from", str(path), "has no checkpoint")
+                raise ConfigError(field, str(path), "has no checkpoint")
             arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
             if ema:
-                arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition, "init_from"))
+                arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition))
             merged, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
             yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
     else:
@@ -131,7 +143,8 @@ def source(path: str | Path) -> Iterator[Source]:
 
         imported = families.read_config(path)
         read: dict[str, np.ndarray] = {}
-        manifest = incoming.fill(path, imported, read.__setitem__)
+        with _named(field):
+            manifest = incoming.fill(path, imported, read.__setitem__)
         carry = lambda workdir: incoming.carry(imported, manifest, workdir)
         yield Source(model.build(imported.config), read, carry, path / TOKENIZER)
 
@@ -146,9 +159,9 @@ def _copy(carried: Path, workdir: Path) -> None:
         shutil.copytree(carried, workdir / carried.name, dirs_exist_ok=True)
 
 
-def described(path: str | Path) -> configs.Config:
-    """The config of the model at ``path``; opens no array."""
-    check(path)
+def described(path: str | Path, field: str = "init_from") -> configs.Config:
+    """The config of the model at ``path``, which ``field`` named; opens no array."""
+    check(path, field)
     path, _ = split(path)
     if (path / "checkpoints").is_dir():
         return without_factors(configs.of_run(path))
@@ -163,7 +176,7 @@ def teacher(config: configs.Config, built: program.Program) -> tuple[model.Param
     if not built.teacher:
         return ()
     (shapes,) = built.teacher
-    with source(config.objective.teacher) as other:  # type: ignore[attr-defined]
+    with source(config.objective.teacher, "objective.teacher") as other:  # type: ignore[attr-defined]
         layout = other.definition.layout
         flat = {}
         for name, leaf in stack.shapes_apart(layout, shapes).items():

@@ -77,7 +77,8 @@ class Loop:
             if start < self.config.train.steps:
                 window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
                 stack.callback(window.close)
-                self.loop(state, start, window)
+                with fit.outgrown(self.config, self.mesh):
+                    self.loop(state, start, window)
 
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, before anything is compiled."""

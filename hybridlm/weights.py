@@ -53,10 +53,13 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = False, **chan
     return Weights(config, definition, jax.jit(lambda flat: model.restack(definition, flat))(flat), step)
 
 
-def averaged(config: Config, definition: model.Definition, field: str = "--ema") -> list[str]:
-    """The names of the parameters that the run of ``config`` keeps an average of; ConfigError if of none."""
+def averaged(
+    config: Config, definition: model.Definition, field: str = "--ema", value: Any = True
+) -> list[str]:
+    """The names of the parameters that the run of ``config`` keeps an average of; ConfigError, of the
+    ``field`` that asked with ``value``, if of none."""
     if not config.optimizer.ema:
-        raise ConfigError(field, True, "the run kept no average of its weights", "Train with optimizer.ema.")
+        raise ConfigError(field, value, "the run kept no average of its weights", "Train with optimizer.ema.")
     return list(model.trained_shapes(definition))
 
 

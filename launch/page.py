@@ -1,6 +1,7 @@
 """A page that needs no network, and its parts: of the reports of sweeps and of comparisons."""
 
 import base64
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -24,6 +25,7 @@ th:first-child, td:first-child { max-width: 11rem; overflow: hidden; text-overfl
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.bad { color: #a02020; white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
 code { font-size: .85em; overflow-wrap: anywhere; }
+.word { display: inline-block; max-width: 100%; overflow-wrap: anywhere; }
 @media (min-width: 60rem) { th:first-child, td:first-child { max-width: 20rem; } }
 @media print { body { max-width: none; } figure, table { break-inside: avoid; } }
 """
@@ -38,8 +40,13 @@ def document(title: str, parts: Iterable[str], style: str = "") -> str:
     )
 
 
+def prose(text: str) -> str:
+    """``text`` that runs on from line to line: dates, flags and names are not broken at their hyphens."""
+    return re.sub(r"\S*-\S*", r'<span class="word">\g<0></span>', escape(text))
+
+
 def note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
+    return f'<p class="note">{prose(text)}</p>'
 
 
 def figure(png: bytes, caption: str, alt: str = "", wide: bool = False) -> str:

@@ -8,7 +8,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,9 @@ def _head(record: dict[str, Any], found: Sequence[Result]) -> str:
     dates = sorted({result.date for result in found} - {""})
     if dates:
         parts.append(" to ".join(dict.fromkeys((dates[0], dates[-1]))) + ".")
-    return f'<p class="facts">{escape(" ".join(parts))}<br><code>{escape(record["command"])}</code></p>'
+    return (
+        f'<p class="facts">{page.prose(" ".join(parts))}<br><code>{page.prose(record["command"])}</code></p>'
+    )
 
 
 def _by_layers(measured: Sequence[Mean], metric: str) -> str:
@@ -92,7 +93,7 @@ def _by_layers(measured: Sequence[Mean], metric: str) -> str:
     levels = sorted({level for level in known if level is not None})
     guess = f" Guessing gets {' or '.join(f'{level:.3f}' for level in levels)}." if levels else ""
     note = f"{figures.NAMES[metric].capitalize()}. {over}{chosen}{guess}"
-    head = ["mixer \\ full layers", *(columns[share] for share in shares)]
+    head = [CORNER, *(columns[share] for share in shares)]
     return f"<h2>{TITLES[metric]} by full-attention layers</h2>{_table(head, rows)}{page.note(note)}"
 
 
@@ -170,7 +171,7 @@ def _convergence(measured: Sequence[Mean]) -> str:
         rows.append([mean.label, "all" if mean.fraction == 1 else layers, *cells[0], *cells[1], best])
     if not rows:
         return ""
-    head = ["mixer", "full layers", "left the plateau", "after tokens", "reached 90%", "after tokens ",
+    head = ["mixer", "full layers", "left the plateau", "after tokens", "reached 90%", "after tokens",
             "recall of those that left"]  # fmt: skip
     note = (
         "Of the finished runs, how many left the plateau (half way from guessing to 1) and how many reached "
@@ -227,32 +228,28 @@ def _notes(found: Sequence[Result]) -> str:
     return page.note(f"{note} The same numbers are in results.csv.")
 
 
-TEXTS = {"run", "full layers", "commit", "date"}
-NUMBERS = {
-    "learning rate",
-    "width",
-    "parameters",
-    "tokens",
-    "state + KV",
-    "recall",
-    "loss",
-    "tokens/s",
-    "90% after",
-}
+CORNER = "mixer \\ full layers"
+TEXTS = {"run", "state", "mixer", CORNER, "ratio", "full layers", "commit", "date", "error"}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def cell(name: str, text: str) -> tuple[str, str]:
-        number = name in NUMBERS or (text[:1].isdigit() and name not in TEXTS)
-        return text, "number" if number else "bad" if name == "error" else ""
-
-    heads = [(name, "number" if name in NUMBERS else "") for name in head]
-    return page.table(heads, (list(map(cell, head, row)) for row in rows))
+    """Columns of numbers, also of those with a > before them, stand to the right, their names too."""
+    rows = list(rows)
+    of_numbers = [
+        name not in TEXTS and any(row[i].lstrip("> ")[:1].isdigit() for row in rows)
+        for i, name in enumerate(head)
+    ]
+    kinds = [
+        "number" if one else "bad" if name == "error" else ""
+        for name, one in zip(head, of_numbers, strict=True)
+    ]
+    heads = [(name, kind.replace("bad", "")) for name, kind in zip(head, kinds, strict=True)]
+    return page.table(heads, (list(zip(row, kinds, strict=True)) for row in rows))
 
 
 def main(argv: Sequence[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="launch.report", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__, formatter_class=raw)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args(argv).workdir
     return cli.run(lambda: print(f"written: {untrusted.terminal(private.hide(str(write(workdir))))}"))

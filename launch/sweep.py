@@ -22,7 +22,7 @@ import jax
 import rich
 
 import train
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private
 from launch import engines, grid, local, plan
@@ -41,8 +41,8 @@ LAUNCHERS = {
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="launch.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog=commands.called("python -m launch.sweep"), description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     result.add_argument("--config", required=True, metavar="FILE[:ARGUMENT]", help="a sweep file")
     result.add_argument("--workdir", type=Path, metavar="DIR", help="default: runs/ and the sweep's name")

@@ -43,7 +43,18 @@ def test_documents_come_back(directory):
     d = open_split(directory).documents
     read = [d.arrays[s][a : a + n].tolist() for s, a, n in zip(d.shard_N, d.start_N, d.length_N, strict=True)]
     assert read == [document.tolist() for document in DOCUMENTS]
-    assert type(d.arrays[0]) is np.ndarray and not d.arrays[0].flags.writeable
+
+
+def test_a_shard_cut_in_place_while_it_is_read_is_an_error(tmp_path):
+    """Of a mapped one, what lay in the pages that were cut off would end the process (SIGBUS)."""
+    writer = shards.Writer(tmp_path, "train", np.dtype("<u2"), 1 << 20)
+    writer.add(np.array([256, *[1] * 20_000], np.uint16), 20_000)
+    shards.write_index(tmp_path, tokenizer.load("bytes"), {"train": writer.finish()})
+    shard = open_split(tmp_path).documents.arrays[0]
+    assert shard[19_000:20_001].tolist() == [1] * 1_001
+    os.truncate(tmp_path / "train-00000.tokens", 100)
+    with pytest.raises(RunError, match=r"train-00000.tokens: the shard has changed to 100 bytes while"):
+        shard[19_000:20_001]
 
 
 def damage_index(directory, change):

@@ -360,10 +360,25 @@ def test_a_profile_is_of_the_runs_steps_or_of_its_stages(text):
 def test_a_teacher_may_be_an_average(teacher, tmp_path):
     shutil.copytree(teacher, tmp_path / "run")
     path = tmp_path / "run" / "config.json"
-    with pytest.raises(ConfigError, match="kept no average"):
+    with pytest.raises(ConfigError, match=rf"^init_from = '{path.parent}:ema': the run kept no average"):
         init_from.described(f"{path.parent}:ema")
     path.write_text(path.read_text().replace('"ema": 0.0', '"ema": 0.5'))
     assert init_from.described(f"{path.parent}:ema") == configs.of_run(path.parent)
+
+
+def test_what_is_wrong_with_a_teacher_is_said_of_it(teacher, text, tmp_path):
+    """Not of init_from, nor of the flag of another command (--workdir, --hf)."""
+    definition = model.build(configs.resolve(tiny.config(text)))
+    broken = {name: tmp_path / name for name in ("empty", "hf", "run")}
+    for folder in broken.values():
+        folder.mkdir()
+    (broken["hf"] / "config.json").write_text("{}")
+    (broken["run"] / "checkpoints").mkdir()
+    for path in (tmp_path / "none", *broken.values(), f"{teacher}:ema", f"{tmp_path}/none:ema"):
+        with pytest.raises(ConfigError, match=rf"^objective\.teacher = '{path}"):
+            distil.Objective(distil.Config(kind="distil", teacher=str(path)), definition)
+        with pytest.raises(ConfigError, match=rf"^init_from = '{path}"):
+            init_from.check(path)
 
 
 def test_a_layer_that_breaks_the_model_stays():

@@ -9,7 +9,8 @@ import pytest
 import tiny
 
 from hybridlm import config as configs
-from hybridlm import fit, model, program, remat, sharding
+from hybridlm import fit, model, program, remat, sharding, trainer
+from hybridlm.errors import RunError
 
 GIB = 2**30
 
@@ -114,7 +115,7 @@ def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
     """The first choice fits and runs; the next start finds it, unless the note is damaged."""
     config, definition, mesh, _ = run
     monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
-    monkeypatch.setattr(fit, "_memo", lambda key: tmp_path / "memo")
+    monkeypatch.setattr(fit, "_memo", lambda config, mesh: tmp_path / "memo")
     tried = []
     monkeypatch.setattr(fit, "choose", lambda *args, of=fit.choose: tried.append(of(*args)) or tried[-1])
     seen = []
@@ -128,6 +129,34 @@ def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
         fit.step(config, definition, mesh, lower)
     assert len(tried) == 2 and (tmp_path / "memo").read_text() == "kernels"
     assert seen == [("kernels", False)] * 3
+
+
+def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
+    """A step that fitted by its plan and fails in the loop: one line, and the next start takes the next."""
+    config, definition, mesh, _ = run
+    memo, seen = tmp_path / "memo", []
+    memo.write_text("kernels")
+    (tmp_path / "text.txt").write_text("a line of text\n" * 500)
+    monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
+    monkeypatch.setattr(fit, "_memo", lambda config, mesh: memo)
+
+    def full(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    with monkeypatch.context() as m, pytest.raises(RunError) as failed:
+        m.setattr(fit, "step", lambda *args: full)
+        trainer.train(config.replace(data__path=str(tmp_path / "text.txt")), tmp_path / "run")
+    said = "the devices ran out of memory with what model.remat=auto chose, kernels. The same command"
+    assert str(failed.value) == f"{said} goes on with dots, which keeps less."
+    with jax.set_mesh(mesh):
+        fit.step(config, definition, mesh, lowered(run, seen)[0])
+    assert seen == [("dots", False)]
+    for then, wanted in (("goes on with full", "full"), ("chose, full. Set model.remat to one", "full")):
+        with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):
+            full()
+        assert memo.read_text().partition("\n")[0] == wanted
+    with pytest.raises(jax.errors.JaxRuntimeError), fit.outgrown(config.replace(model__remat="full"), mesh):
+        full()
 
 
 def test_where_memory_is_unknown_everything_is_kept(run):

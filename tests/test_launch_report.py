@@ -10,7 +10,7 @@ import pytest
 
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError
-from launch import figures, report, results
+from launch import figures, page, report, results
 from tests.sweep_files import change, write
 
 
@@ -36,6 +36,15 @@ def test_the_page_stands_alone(text: bool, tmp_path: Path):
     assert [rows[0][name] for name in noted[:-1]] == [
         "0.0003", "64", "2000", "abc1234", "2026-11-25", "Test device"]  # fmt: skip
     assert rows[0]["loss"]  # a task has a loss too
+
+
+def test_columns_stand_to_one_side_and_hyphens_break_no_word():
+    """A median that was not reached ("> 3 M") stands under the others, "12:1" under "pure"."""
+    html = report._table(["ratio", "after tokens"], [["pure", "> 3 M"], ["12:1", "2 M"]])
+    assert re.findall(r"<t([hd])( class=.number.)?>", html) == [
+        ("h", ""), ("h", ' class="number"'), *[("d", ""), ("d", ' class="number"')] * 2]  # fmt: skip
+    words = re.findall(r'<span class="word">(.*?)</span>', page.prose("on 2026-11-25. --config=<a b> 3 c"))
+    assert words == ["2026-11-25.", "--config=&lt;a"]
 
 
 def test_a_folder_without_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

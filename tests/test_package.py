@@ -95,5 +95,5 @@ def test_the_wheel_trains_the_quickstart_and_writes_outside_a_clone(wheel, tmp_p
     run("train", "--config=configs/quickstart.py", "--workdir=run", *flags, "--config.mixers.kda.head_dim=16")
     text = run("generate", "--workdir=run", "--prompt=def ", "--max_new_tokens=8")
     assert text.startswith("def ")
-    for command in ("evaluate", "sweep", "convert", "prepare"):
-        assert "usage:" in run(command, "--help")
+    for typed, where in PROJECT["project"]["scripts"].items():
+        assert run(where.partition(":")[2], "--help").startswith(f"usage: {typed} ")

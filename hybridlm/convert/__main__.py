@@ -13,13 +13,14 @@ from pathlib import Path
 from rich.console import Console
 
 from hybridlm import cost, report
+from hybridlm.commands import called
 from hybridlm.convert import evaluate, incoming, outgoing, upgrade
 from hybridlm.run import cli
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hybridlm.convert", description=__doc__, allow_abbrev=False,
+        prog=called("python -m hybridlm.convert"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)

@@ -29,7 +29,7 @@ def of(workdir: Path, config: Config) -> Tokenizer | None:
     try:
         return weights.tokenizer(workdir, config)
     except ConfigError as error:
-        log.warning("%s", error)
+        log.warning("exported without a tokenizer: %s", error)
         return None
 
 

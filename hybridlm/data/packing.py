@@ -12,7 +12,7 @@ for, of which a separator has none: the length of a code from which the document
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,9 @@ DOCUMENT_ORDER, ROW_ORDER = 0, 1  # keep the two permutations of an epoch indepe
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Tokenised documents, N of them, in one flat array or several (memory-mapped shards).
+    """Tokenised documents, N of them, in one flat array or several (shards).
 
-    arrays: flat tokens; a RunError where the file of one is gone.
+    arrays: flat tokens, cut by slices with both ends; a RunError where the file of one is gone or cut short.
     shard_N: the array that a document lies in.  start_N: its place there.
     length_N: its tokens, the separator at its start included; at least 2.
     digest: names the content.
@@ -35,7 +35,7 @@ class Documents:
     checks: each reads a stored file whole and raises RunError when it is not what was written.
     """
 
-    arrays: Sequence[np.ndarray]
+    arrays: Sequence[Any]
     shard_N: np.ndarray
     start_N: np.ndarray
     length_N: np.ndarray
@@ -135,12 +135,13 @@ class PackedDocuments:
     def _fill(self, row: Batch, index: int) -> None:
         documents = self.documents
         for rank, document, offset, place in self._pieces(index):
-            array = int(documents.shard_N[document])
-            flat, count = documents.arrays[array], place.stop - place.start
+            flat, count = documents.arrays[int(documents.shard_N[document])], place.stop - place.start
             source = int(documents.start_N[document]) + offset
             ends = offset + count == documents.length_N[document]
-            row["tokens"][place] = flat[source : source + count]
-            row["targets"][place][:-1] = row["tokens"][place][1:]
-            row["targets"][place][-1] = self.tokenizer.doc_id if ends else flat[source + count]
+            read = flat[source : source + count + (not ends)]
+            row["tokens"][place] = read[:count]
+            row["targets"][place][: len(read) - 1] = read[1:]
+            if ends:
+                row["targets"][place][-1] = self.tokenizer.doc_id
             row["segment_ids"][place] = rank + 1
             row["positions"][place] = np.arange(count)

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.data import bpe, documents, files, holdout, hub, partial, shards, tokenizer
 from hybridlm.data.documents import Document, Part
 from hybridlm.errors import ConfigError
@@ -245,7 +245,9 @@ class _Job:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m hybridlm.data.prepare", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        commands.called("python -m hybridlm.data.prepare"), description=__doc__.split("\n\n")[1]
+    )
     parser.add_argument("--input", nargs="+", default=[], help="globs or paths; quote globs that hold **")
     parser.add_argument("--output", required=True, help="directory to create")
     parser.add_argument("--tokenizer", default="", help='"bytes", or the path of a tokenizer.json')

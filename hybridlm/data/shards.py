@@ -1,4 +1,4 @@
-"""Data kind "shards": a directory of tokens that `python -m hybridlm.data.prepare` wrote, read by mmap.
+"""Data kind "shards": a directory of tokens that `python -m hybridlm.data.prepare` wrote, read row by row.
 
 index.json                 format, tokenizer and its hash, dtype, vocab_size, doc_id; for each split totals,
                            and shards with their counts and the SHA-256 of both files; its own SHA-256
@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +33,8 @@ log = logging.getLogger("hybridlm")
 FORMAT = "hybridlm-shards-2"
 UNSEALED = "hybridlm-shards-1"  # without sums of the offsets and of the index
 OFFSET = np.dtype("<u8")
-# Mapped shards of all sources together: each holds a file descriptor, of which a process has 1024 or so.
-MAPPED = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+# Open shards of all sources together: a process has 1024 file descriptors or so.
+OPEN = max(4, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
 FIX = "Write it again with python -m hybridlm.data.prepare."
 
 _COUNT = untrusted.NATURAL
@@ -197,7 +197,7 @@ def open_source(config: Config, view: View) -> PackedDocuments:
         return f"{shards[shard]['name']} document {document - first[shard]}"
 
     documents = Documents(
-        _Mapped([(directory / f"{shard['name']}.tokens", shard["tokens"]) for shard in shards], dtype),
+        _Shards([(directory / f"{shard['name']}.tokens", shard["tokens"]) for shard in shards], dtype),
         shard_N,
         np.concatenate([one[:-1] for one in offsets]),
         np.concatenate([np.diff(one) for one in offsets]),
@@ -208,8 +208,8 @@ def open_source(config: Config, view: View) -> PackedDocuments:
     return PackedDocuments(documents, tokens, view)
 
 
-class _Mapped(Sequence[np.ndarray]):
-    """Flat tokens of shards, mapped when they are asked for; at most MAPPED stay so."""
+class _Shards(Sequence["_Shard"]):
+    """Flat tokens of shards, opened when they are asked for; at most OPEN stay so."""
 
     def __init__(self, files: list[tuple[Path, int]], dtype: np.dtype):
         self.files, self.dtype = files, dtype
@@ -217,30 +217,55 @@ class _Mapped(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[index] for index in range(len(self)))
-
     def __getitem__(self, index: Any) -> Any:
-        """RunError for a file that is gone or cut short: reading past its end would kill the process."""
+        """RunError for a file that is gone, or not as long as it was."""
         path, count = self.files[index]
         try:
-            state = path.stat()
+            state = os.stat(path)
             if state.st_size != count * self.dtype.itemsize:
-                raise RunError(
-                    f"{path}: the shard has changed to {state.st_size} bytes while the run reads it."
-                )
-            return _map(path, self.dtype, count, (state.st_dev, state.st_ino))
+                raise _changed(path, state.st_size)
+            return _open(path, self.dtype, (state.st_dev, state.st_ino))
         except FileNotFoundError as error:
             said = f"the shard has disappeared while the run reads it ({error.strerror})"
             raise RunError(f"{path}: {said}.") from error
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path}: the shard cannot be read ({error}).") from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
 
-@functools.lru_cache(maxsize=MAPPED)
-def _map(path: Path, dtype: np.dtype, count: int, file: tuple[int, int]) -> np.ndarray:
-    # A plain array view of the map: slices of np.memmap itself are an order of magnitude slower.
-    return np.asarray(np.memmap(path, dtype, mode="r", shape=(count,)))
+class _Shard:
+    """An open file of tokens. Not mapped: who reads the end of a map that was cut off is killed."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype, self.file = path, dtype, os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if "file" in vars(self):
+            os.close(self.file)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Tokens ``part.start`` to ``part.stop``; RunError if the file has not that many any more."""
+        size = self.dtype.itemsize
+        wanted = (part.stop - part.start) * size
+        try:
+            read = os.pread(self.file, wanted, part.start * size)
+            while len(read) < wanted and (more := os.pread(self.file, wanted, part.start * size + len(read))):
+                read += more[: wanted - len(read)]
+            if len(read) < wanted:
+                raise _changed(self.path, os.fstat(self.file).st_size)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        return np.frombuffer(read, self.dtype)
+
+
+_open = functools.lru_cache(maxsize=OPEN)(lambda path, dtype, file: _Shard(path, dtype))
+
+
+def _changed(path: Path, size: int) -> RunError:
+    return RunError(f"{path}: the shard has changed to {size} bytes while the run reads it.")
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path}: the shard cannot be read ({error}).")
 
 
 def _check(directory: Path, shard: dict, dtype: np.dtype, doc_id: int) -> None:
@@ -252,12 +277,12 @@ def _check(directory: Path, shard: dict, dtype: np.dtype, doc_id: int) -> None:
             raise RunError(f"{path}: the shard is damaged: its SHA-256 is not the one in index.json. {FIX}")
         if "offsets_sha256" not in shard:
             offsets = np.fromfile(path.with_suffix(".offsets"), OFFSET).astype(np.int64)
-            starts = np.flatnonzero(np.memmap(path, dtype, mode="r") == doc_id)
+            starts = np.flatnonzero(np.fromfile(path, dtype) == doc_id)
             if not np.array_equal(starts, offsets[:-1]):
                 said = "the offsets, which have no SHA-256, are not where the documents begin"
                 raise RunError(f"{path.with_suffix('.offsets')}: the shard is damaged: {said}. {FIX}")
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: the shard cannot be read ({error}).") from error
+        raise _unreadable(path, error) from error
 
 
 def _read_index(directory: Path, config: Config) -> tuple[dict, str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from hybridlm import generate, weights
+from hybridlm import commands, generate, weights
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits, Positive, checked
 from hybridlm.generate import chat
@@ -133,7 +133,7 @@ def run(flags: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hybridlm.generate", description=__doc__, allow_abbrev=False,
+        prog=commands.called("python -m hybridlm.generate"), description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument

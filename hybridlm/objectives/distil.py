@@ -74,7 +74,7 @@ class Objective(objectives.Objective):
 
     def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
         self.config, self.definition, self.token_bytes = config, definition, token_bytes
-        theirs = lm.build(init_from.described(config.teacher))
+        theirs = lm.build(init_from.described(config.teacher, "objective.teacher"))
         model = dataclasses.replace(theirs.model, dtype=definition.model.dtype, remat="none")
         self.teacher: lm.Definition = dataclasses.replace(theirs, model=model)
         pairs = zip(theirs.layers, definition.layers, strict=False)
