@@ -20,8 +20,9 @@ from hybridlm import loss_blocks, sharding
 # since every chunk reads the head and adds to its gradient (12 bytes an element, against 20 a logit).
 CHUNK_ELEMENTS = 1 << 25
 HEAD_REUSE = 2
-# Above 512 MiB of logits a chunk they are made a block of ids at a time (`hybridlm.loss_blocks`).
-MOST_ELEMENTS = 1 << 27
+# All tokens of a call in one chunk are made a block of ids at a time (`hybridlm.loss_blocks`) where their
+# logits would take more than 2 GiB: a thirtieth of the memory, at 1.3 times the time of a full chunk.
+MOST_ELEMENTS = 1 << 29
 
 
 class LossSums(NamedTuple):
@@ -101,18 +102,23 @@ def chunk_tokens(d_model: int, vocab: int) -> int:
 
 def temporaries(d_model: int, vocab: int, tokens: int) -> int:
     """Bytes that one device needs for logits and their gradients, about."""
-    elements = min(chunk_tokens(d_model, vocab), tokens) * vocab
-    return 8 * (elements if elements <= MOST_ELEMENTS else loss_blocks.BLOCK_ELEMENTS)
+    if _in_blocks(tokens, d_model, vocab, jnp.bfloat16):
+        return 8 * loss_blocks.BLOCK_ELEMENTS
+    return 8 * min(chunk_tokens(d_model, vocab), tokens) * vocab
+
+
+def _in_blocks(tokens: int, d_model: int, vocab: int, dtype: Any) -> bool:
+    return tokens * vocab > MOST_ELEMENTS and tokens <= loss_blocks.most_tokens(d_model, dtype)
 
 
 def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
-    """The longest power-of-two chunk of time of as many tokens a device as the constants above allow."""
+    """A chunk of time, of at most as many tokens a device as the constants above allow."""
     d_model, vocab = head_shape
     rows, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
     chunk = 1
     while chunk < length and 2 * chunk * rows <= chunk_tokens(d_model, columns):
         chunk *= 2
-    return chunk
+    return -(-length // -(-length // chunk))  # as many equal ones, so that little is padded
 
 
 def _scores(
@@ -124,7 +130,9 @@ def _scores(
     """
     logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
-    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == (targets - _first(head, vocab))[..., None]
+    is_target = (
+        jnp.arange(logits.shape[-1], dtype=targets.dtype) == (targets - _first(head, vocab))[..., None]
+    )
     target_logit = _sum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab)
     best_other = _max(jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1), vocab)
     # Two passes over the logits, these maxima and the sum: `logsumexp` would look for the maximum again.
@@ -204,7 +212,10 @@ def _on_devices(
 
     Tokens that the devices do not divide are left to XLA.
     """
-    tokens, whole = sharding.cut(("batch", "time"), targets.shape), sharding.cut(("embed", "vocab"), head.shape)
+    tokens, whole = (
+        sharding.cut(("batch", "time"), targets.shape),
+        sharding.cut(("embed", "vocab"), head.shape),
+    )
     if tokens is None or whole is None:
         return run(hidden, head, targets, options)
     rows, time, embed, vocab = map(_names, (*tokens, *whole))
@@ -249,10 +260,10 @@ def _values(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Opt
 
 def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
     """(sums, d hidden, d head in float32)"""
-    batch, length = targets.shape
-    padded, padded_targets, chunk = pad(hidden, targets, head.shape)
-    if batch * chunk * head.shape[1] > MOST_ELEMENTS:
+    if _in_blocks(targets.size, *head.shape, hidden.dtype):
         return _slopes_in_blocks(hidden, head, targets, options)
+    length = targets.shape[1]
+    padded, padded_targets, chunk = pad(hidden, targets, head.shape)
     cast = head.astype(hidden.dtype)
 
     def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
@@ -276,36 +287,19 @@ def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Opt
 
 
 def _slopes_in_blocks(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """`_slopes` by `hybridlm.loss_blocks`, of as many tokens at a time as it can take."""
-    vocab, tokens, d_model = options.vocab, targets.size, head.shape[0]
-    count = -(-tokens // loss_blocks.most_tokens(d_model, hidden.dtype))
-    size = -(-tokens // count)
-    size += size % 2 if hidden.dtype.itemsize == 2 else 0
-    extra = count * size - tokens
-    flat_h = jnp.pad(hidden.reshape(tokens, d_model), ((0, extra), (0, 0))).reshape(count, size, d_model)
-    flat_t = jnp.pad(targets.reshape(tokens), (0, extra), constant_values=-1).reshape(count, size)
-    head = head if count == 1 else head.astype(hidden.dtype)
-
-    def chunk(h: jax.Array, target: jax.Array) -> tuple[LossSums, jax.Array, jax.Array]:
-        matrix = head.T if options.tall else head
-        blocks = loss_blocks.Blocks(h, matrix, target - _first(head, vocab), options.tall)
-        kept, found = blocks.scores()
-        c = _max(found.c, vocab)
-        log_z = c + jnp.log(_sum(found.exps * jnp.exp(found.c - c), vocab))
-        found = found._replace(target=_sum(found.target, vocab), best=_max(found.best, vocab))
-        scale = jnp.where(target >= 0, 1 + 2 * options.z_loss * log_z, 0)
-        d_h, d_head = blocks.gradients(kept, found, log_z, scale)
-        d_head = d_head.T if options.tall else d_head
-        return _sums(log_z, found.target, found.target > found.best, target), d_h.astype(h.dtype), d_head
-
-    if count == 1:
-        sums, d_flat, d_head = chunk(flat_h[0], flat_t[0])
-    else:
-
-        def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
-            sums, d_h, d_head = chunk(*xs)
-            return jax.tree.map(jnp.add, carry, (sums, d_head)), d_h
-
-        start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
-        (sums, d_head), d_flat = jax.lax.scan(step, start, (flat_h, flat_t))
-    return sums, d_flat.reshape(-1, d_model)[:tokens].reshape(hidden.shape), d_head
+    """`_slopes` by `hybridlm.loss_blocks`."""
+    vocab, tokens = options.vocab, targets.size
+    odd = tokens % 2  # exponentials go in pairs
+    h = jnp.pad(hidden.reshape(tokens, -1), ((0, odd), (0, 0)))
+    target = jnp.pad(targets.reshape(tokens), (0, odd), constant_values=-1)
+    matrix = head.T if options.tall else head
+    blocks = loss_blocks.Blocks(h, matrix, target - _first(head, vocab), options.tall)
+    kept, found = blocks.scores()
+    c = _max(found.c, vocab)
+    log_z = c + jnp.log(_sum(found.exps * jnp.exp(found.c - c), vocab))
+    found = found._replace(target=_sum(found.target, vocab), best=_max(found.best, vocab))
+    sums = _sums(log_z, found.target, found.target > found.best, target)
+    scale = jnp.where(target >= 0, 1 + 2 * options.z_loss * log_z, 0)
+    d_h, d_head = blocks.gradients(kept, found, log_z, scale)
+    d_hidden = d_h[:tokens].reshape(hidden.shape).astype(hidden.dtype)
+    return sums, d_hidden, d_head.T if options.tall else d_head

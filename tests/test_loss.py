@@ -42,10 +42,10 @@ def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss):
 @pytest.mark.parametrize(
     ("length", "dtype", "tall", "far"),
     [
-        (9, "float32", False, 0.0),  # 27 tokens of width 5: six chunks of five; 19 ids: blocks of 8, 8, 3
-        (1, "float32", True, 90.0),  # one chunk, and the first ids say nothing of the largest logit
-        (3, "bfloat16", True, 0.0),  # 9 tokens, padded to ten: pairs
-        (7, "bfloat16", False, 90.0),
+        (7, "float32", False, 0.0),  # 21 tokens, padded to 22; 19 ids in blocks of 8, 8, 3
+        (2, "float32", True, 90.0),  # the first ids say nothing of the largest logit
+        (9, "bfloat16", True, 0.0),
+        (4, "bfloat16", False, 90.0),
     ],
 )
 def test_blocks_of_ids_equal_the_plain_formula(monkeypatch, length, dtype, tall, far):
@@ -53,8 +53,8 @@ def test_blocks_of_ids_equal_the_plain_formula(monkeypatch, length, dtype, tall,
     monkeypatch.setattr(loss_blocks, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(loss_blocks, "LANES", 8)
     rng = np.random.default_rng(length)
-    hidden = jnp.asarray(rng.normal(size=(3, length, 5)), dtype).at[..., 0].set(1)
-    head = rng.normal(size=(5, 19))
+    hidden = jnp.asarray(rng.normal(size=(3, length, 22)), dtype).at[..., 0].set(1)
+    head = rng.normal(size=(22, 19))
     head[0, 12] += far
     head = jnp.asarray(head, dtype).astype(jnp.float32)
     targets = rng.integers(-1, 19, size=(3, length)).astype(np.int32)
