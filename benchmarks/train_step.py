@@ -51,11 +51,12 @@ def measure(
         build: Any = lambda definition: program.build(config, definition, mesh, None)
         state = build(definition).init(jax.random.key(0))
         on_device = sharding.put_batch(batch, mesh)
-        lower = lambda definition: build(definition).step.lower(state, on_device)
+        trace = lambda definition: build(definition).step.trace(state, on_device)
+        lower = lambda definition: trace(definition).lower()
         if config.model.remat == "auto":
-            from hybridlm import fit  # which an older checkout has not
+            from hybridlm import fit  # which an older checkout has not, or has with lowered steps
 
-            run = fit.step(config, definition, mesh, lower)
+            run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
         else:
             run = lower(definition).compile()
         compiled = time.perf_counter()

@@ -191,10 +191,16 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     return _axes(logical, _current() or {})
 
 
+def cut(axes: Axes, shape: Sequence[int]) -> PartitionSpec | None:
+    """`spec` on the mesh in context; None without one."""
+    mesh = _current()
+    return None if mesh is None else spec(axes, shape, mesh)
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """``x`` held to the partition of its logical ``axes``; the identity without a mesh."""
-    mesh = _current()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+    where = cut(axes, x.shape)
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 def per_shard(
