@@ -91,7 +91,7 @@ class Mixer(TokenMixer):
         d_model = site.d_model
         self.width, self.conv_size = config.width or d_model, config.conv_size
         self.i_proj = Linear(d_model, self.width, rngs=rngs)
-        self.f_proj = Linear(d_model, self.width, rngs=rngs)
+        self.f_proj = Linear(d_model, self.width, rngs=rngs, exact=True)
         self.g_proj = Linear(d_model, self.width, rngs=rngs)
         if self.conv_size:
             self.i_conv = ShortConv(self.width, self.conv_size, rngs=rngs)
