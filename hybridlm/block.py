@@ -85,6 +85,9 @@ class Block(nnx.Module):
         if self.has_mlp:
             self.mlp_norm = norm(model, rngs)
             self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
+        for _, module in nnx.iter_modules(self):
+            if isinstance(module, Linear):
+                module.fp8 = model.matmul == "fp8" and not module.why_not_fp8()
         if spec.lora:
             modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(self)}
             for one in spec.lora:

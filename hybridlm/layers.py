@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pieces
 from hybridlm.rows import Rows, continued
+from hybridlm.scaled_matmul import MULTIPLE, scaled_matmul
 from hybridlm.sharding import constrain, parts, per_shard
 from pallas_kernels import elementwise_recurrence, short_conv
 from pallas_kernels.elementwise import piece as elementwise_piece
@@ -30,6 +31,7 @@ from pallas_kernels.elementwise import piece as elementwise_piece
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
 LORA = ("lora_a", "lora_b")  # the factors beside a kernel
+NARROW = 8  # times as long as wide: a matrix with a few outputs a head, or a router
 INIT_STD = 0.02  # FLA and most public checkpoints: N(0, 0.02) for every matrix
 
 
@@ -75,9 +77,10 @@ def param(
 
 
 class Linear(nnx.Module):
-    """y_..F' = x_..F @ kernel_FF' (+ bias); computes in x's dtype.
+    """y_..F' = x_..F @ kernel_FF' (+ bias); computes in x's dtype, or the product in 8 bits (``fp8``).
 
     cast: see the module docstring; False where x is float32 in a model that computes in bfloat16.
+    exact: never in 8 bits: a gate or a decay.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class Linear(nnx.Module):
         bias: bool = False,
         init: Initializer = matrix,
         cast: bool = True,
+        exact: bool = False,
     ):
+        self.exact, self.fp8 = exact, False
         self.kernel = param(rngs, (in_features, out_features), axes, init, decay=True, cast=cast)
         self.bias = param(rngs, (out_features,), axes[1:], zeros, decay=False, cast=cast) if bias else None
         self.rank, self.scale = 0, 1.0
@@ -103,6 +108,15 @@ class Linear(nnx.Module):
         self.lora_a = param(rngs, (fan_in, rank), (axes[0], None), start, decay=True, cast=cast)
         self.lora_b = param(rngs, (rank, fan_out), (None, axes[1]), zeros, decay=True, cast=cast)
 
+    def why_not_fp8(self) -> str:
+        """Why the product stays in the model's dtype; "" if it need not."""
+        shape, axes = self.kernel.shape, self.kernel.axes
+        if self.exact or not self.kernel.cast or NARROW * min(shape) < max(shape):
+            return "gates"
+        if None in axes:
+            return "low ranks"
+        return f"not multiples of {MULTIPLE}" if any(size % MULTIPLE for size in shape) else ""
+
     def matrix(self, dtype: Any) -> jax.Array:
         """The kernel [in, out] with its factors in it, for those who use it otherwise than in a call."""
         kernel = self.kernel[...].astype(dtype)
@@ -111,7 +125,8 @@ class Linear(nnx.Module):
         return kernel + self.scale * (self.lora_a[...].astype(dtype) @ self.lora_b[...].astype(dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        y = scaled_matmul(x, kernel, self.kernel.axes) if self.fp8 else x @ kernel
         if self.rank:
             y += self.scale * (x @ self.lora_a[...].astype(x.dtype) @ self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)

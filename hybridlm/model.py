@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import lora, mixers, mlps, mup, pattern, plan, schema, stack, trees
+from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack, trees
 from hybridlm.block import Block, Spec, norm
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
@@ -55,6 +55,7 @@ class Meta(NamedTuple):
 class Definition:
     """Everything static about a model: its settings and its layers in order, planned; built by `build`.
 
+    model: its products are exact; only a training step's are what the config says (`in_training`).
     frozen: patterns of the names of parameters that are not trained.
     """
 
@@ -93,11 +94,19 @@ def build(config: "Config") -> Definition:
     layers = lora.placed(config, tuple(specs[name] for name in names))
     frozen = config.optimizer.freeze
     layers = _frozen(model, layers, frozen) if frozen else layers
-    definition = Definition(model, layers, plan.plan(layers), frozen)
+    fp8.check(model, layers)
+    exact = dataclasses.replace(model, matmul="dtype")
+    definition = Definition(exact, layers, plan.plan(layers), frozen)
     everything = list(metadata(definition).values()) if frozen else []
     if frozen and not any(meta.trained for meta in everything):
         raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
     return definition
+
+
+def in_training(definition: Definition, config: "Config") -> Definition:
+    """``definition`` with the products that ``model.matmul`` asks for; its parameters are the same."""
+    model = dataclasses.replace(definition.model, matmul=config.model.matmul)
+    return dataclasses.replace(definition, model=model)
 
 
 def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:

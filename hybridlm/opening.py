@@ -1,4 +1,4 @@
-"""What a run says before its first step: six lines, and a seventh if no public format has the model."""
+"""What a run says before its first step: six lines, one for fp8, one if no public format has the model."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from hybridlm import cost, report
+from hybridlm import cost, fp8, report
 from hybridlm.config import Config
 from hybridlm.convert import families
 from hybridlm.data import Dataset
+from hybridlm.model import build
 from hybridlm.run import private
 from pallas_kernels import Choice, explain
 from pallas_kernels.dispatch import KERNELS
@@ -39,6 +40,8 @@ def lines(
         "workdir": private.hide(str(workdir)),
         "steps": f"{start + 1:,} to {steps:,}, " + (f"resumed at step {start:,}" if start else "a new run"),
     }
+    if config.model.matmul == "fp8":
+        said["matmul"] = fp8.said(config.model, build(config).layers)
     try:
         model_type, reason = families.public_format(config)
     except Exception as error:  # a converter's mistake costs this line, not the run

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridlm import groups, objectives, optimizer, qk_clip, sharding, stack
+from hybridlm import groups, objectives, optimizer, qk_clip, scaled_matmul, sharding, stack
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.objectives import Batch, Sums
@@ -65,7 +65,10 @@ def build(
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
     factors = groups.factors(definition, config.optimizer)
-    objective = objectives.build(config.objective, definition, padded(token_bytes, definition.vocab_size))
+    text = padded(token_bytes, definition.vocab_size)
+    objective = objectives.build(config.objective, definition, text)  # what a validation measures
+    trains = objectives.build(config.objective, lm.in_training(definition, config), text)
+    options = scaled_matmul.COMPILER if config.model.matmul == "fp8" else None
 
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
@@ -81,7 +84,7 @@ def build(
     shapes = jax.eval_shape(init, jax.random.key(0))
     param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
-    gradients = Gradients(config, definition, objective, metadata, part(param_shardings, trained))
+    gradients = Gradients(config, definition, trains, metadata, part(param_shardings, trained))
     windows = lm.windows(definition) if "context" in mesh.shape else ()
     taught = () if objective.teacher is None else (teacher_shapes(objective.teacher, mesh),)
 
@@ -114,7 +117,7 @@ def build(
 
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     if rates is not None:
-        return together(init, step, evaluate, rates, shapes, taught)
+        return together(init, step, evaluate, rates, shapes, taught, options)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     fixed = [jax.tree.map(lambda leaf: leaf.sharding, one) for one in taught]
     return Program(
@@ -122,6 +125,7 @@ def build(
         step=jax.jit(
             lambda state, batch, *also: step(state, batch, config.optimizer.learning_rate, *also),
             in_shardings=(shardings, rows, *fixed), out_shardings=(shardings, whole), donate_argnums=0,
+            compiler_options=options,
         ),
         evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows, *fixed), out_shardings=whole),
         shapes=shapes,
@@ -141,17 +145,24 @@ def together(
     rates: Sequence[float],
     shapes: State,
     taught: tuple[State, ...],
+    options: dict[str, Any] | None,
 ) -> Program:
-    """The program of runs with these learning rates, from the functions of one."""
+    """The program of runs with these learning rates, from the functions of one.
+
+    options: of the compiler, for the step.
+    """
     shared, each = [None for _ in taught], jnp.asarray(rates, jnp.float32)
     steps = jax.vmap(step, in_axes=(0, 0, 0, *shared))
     return Program(
         init=jax.jit(jax.vmap(init)),
-        step=jax.jit(lambda state, batch, *also: steps(state, batch, each, *also), donate_argnums=0),
+        step=jax.jit(
+            lambda state, batch, *also: steps(state, batch, each, *also),
+            donate_argnums=0, compiler_options=options,
+        ),
         evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None, *shared))),
         shapes=shapes,
         teacher=taught,
-    )
+    )  # fmt: skip
 
 
 def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:

@@ -10,23 +10,29 @@ from typing import Any
 import jax
 
 from hybridlm.layers import MLP_INNER
+from hybridlm.scaled_matmul import SCALE
 
 # Primitives that are dear to compute again: a recurrence's kernels with what their backward pass wants, and
 # cuDNN's attention. Short convolutions and element-wise recurrences only pass through memory once more.
 DEAR = ("remat_opt", "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 
+_scales = jax.checkpoint_policies.save_only_these_names(SCALE)  # numbers, each of a pass over a tensor
+_dots = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _scales
+)
+
 
 def _kernels_saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
-    if primitive.name in DEAR:
-        return True
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
+    return primitive.name in DEAR or _dots(primitive, *avals, **params)
 
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "auto": None,  # before `hybridlm.fit` has chosen: nothing is differentiated
     "none": None,  # everything is kept
     "kernels": _kernels_saveable,  # outputs of projections and of mixers' kernels, and what these keep
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of the projections
-    "mixer": jax.checkpoint_policies.save_only_these_names(MLP_INNER),  # the MLP's, before its activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # nothing
+    "dots": _dots,  # outputs of the projections
+    "mixer": jax.checkpoint_policies.save_only_these_names(
+        MLP_INNER, SCALE
+    ),  # the MLP's, before its activation
+    "full": _scales,  # nothing else
 }

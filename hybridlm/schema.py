@@ -26,6 +26,9 @@ class Model:
     norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
     dtype: of activations; parameters, recurrent states and the loss are float32.
+    matmul: what the large products of a training step's layers are computed in: dtype, or fp8
+        (`hybridlm.scaled_matmul`), for GPUs that have it. Left out: embedding, head, gates, decays, routers,
+        experts, low ranks, recurrences, attention, and all that is not training.
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
         kernels (all but matmuls, attention and recurrences), mixer (all but the MLP's first matmuls). What is
         kept costs memory, what is recomputed time. auto: the fastest that fits, found by compiling; on a GPU
@@ -47,10 +50,16 @@ class Model:
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    matmul: Literal["dtype", "fp8"] = "dtype"
     remat: Literal["none", "full", "dots", "mixer", "kernels", "auto"] = "full"
     scan: bool = True
     lora: tuple[str, ...] = ()
     mup_base_width: Count = 0
+
+    def check(self) -> None:
+        if self.matmul == "fp8" and self.dtype != "bfloat16":
+            problem = f"rounds to 8 bits what model.dtype={self.dtype} keeps"
+            raise ConfigError("matmul", self.matmul, problem, "Set model.dtype=bfloat16, or matmul=dtype.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,23 +32,29 @@ class Kernel(NamedTuple):
     constants: int
 
 
-def compile_for_hopper(function, *arguments):
-    """[Kernel] of the jitted function at ShapeDtypeStructs; shared memory that does not fit is an error."""
+def compiled(function, arguments, options=None):
+    """The jitted function at ShapeDtypeStructs, compiled for one H100; skips without the compiler plugin."""
     from jax.experimental import topologies
 
+    try:
+        devices = topologies.get_topology_desc(
+            "H100", platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
+        ).devices
+    except Exception as error:
+        pytest.skip(f"no CUDA compiler plugin: {str(error)[:80]}")
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    placed = jax.tree.map(place, arguments)
+    return jax.jit(function, compiler_options=options).trace(*placed).lower().compile()
+
+
+def compile_for_hopper(function, *arguments):
+    """[Kernel] of the jitted function at ShapeDtypeStructs; shared memory that does not fit is an error."""
     with tempfile.TemporaryDirectory() as folder:
         before = dict(os.environ)
         os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=folder)
         try:
-            try:
-                devices = topologies.get_topology_desc(
-                    "H100", platform="cuda", topology="1x1x1", target_config=TARGET.read_text()
-                ).devices
-            except Exception as error:
-                pytest.skip(f"no CUDA compiler plugin: {str(error)[:80]}")
-            sharding = jax.sharding.SingleDeviceSharding(devices[0])
-            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            jax.jit(function).trace(*jax.tree.map(place, arguments)).lower().compile()
+            compiled(function, arguments)
         finally:
             os.environ.clear()
             os.environ.update(before)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import member, model, program, schema, sharding
+from hybridlm import member, model, program, scaled_matmul, schema, sharding
 from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
@@ -81,6 +81,22 @@ def shard_error(batch: int, heads: int, with_state: bool) -> float:
     return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(got, expected, strict=True))
 
 
+def product_error() -> float:
+    """Products in 8 bits cut over rows, parameters and heads against one device's: the largest error."""
+    rng = np.random.default_rng(0)
+    x, w, dy = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in ((8, 4, 32), (32, 16), (8, 4, 16)))
+
+    def run(x, w, dy):
+        cut = sharding.constrain(x, ("batch", None, None)), sharding.constrain(w, ("embed", "mlp"))
+        y, back = jax.vjp(lambda x, w: scaled_matmul.scaled_matmul(x, w, ("embed", "mlp")), *cut)
+        return y, *back(sharding.constrain(dy, ("batch", None, "mlp")))
+
+    with jax.set_mesh(sharding.make_mesh(schema.Mesh(2, 2, 2))):
+        got = jax.jit(run)(x, w, dy)
+    expected = run(x, w, dy)
+    return max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(got, expected, strict=True))
+
+
 def shard_of(batch: int, heads: int) -> list[int]:
     """The shape that a device sees of an array [batch, heads]."""
     seen = []
@@ -96,4 +112,5 @@ if __name__ == "__main__":
     sizes = [(8, 4, True), (8, 3, True), (1, 4, False)]
     errors = {f"{batch},{heads}": shard_error(batch, heads, state) for batch, heads, state in sizes}
     shards = {f"{batch},{heads}": shard_of(batch, heads) for batch, heads, _ in sizes}
-    print(json.dumps({"errors": errors, "shards": shards, **curves(Path(sys.argv[1]))}))
+    found = {"errors": errors, "shards": shards, "product": product_error()}
+    print(json.dumps(found | curves(Path(sys.argv[1]))))

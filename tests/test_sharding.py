@@ -113,3 +113,7 @@ def test_parameters_and_moments_are_really_cut(eight):
 def test_per_shard_is_the_function_itself(eight, sizes, shard):
     assert eight["shards"][sizes] == shard
     assert eight["errors"][sizes] < 1e-5
+
+
+def test_products_in_8_bits_have_one_scale_over_all_devices(eight):
+    assert eight["product"] < 1e-5

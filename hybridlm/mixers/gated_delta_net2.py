@@ -57,8 +57,8 @@ class Mixer(LinearMixer):
         self.neg_eigval = config.neg_eigval
         self.f_a_proj = Linear(d_model, heads.value, rngs=rngs, axes=("embed", None))
         self.f_b_proj = Linear(heads.value, heads.key_width, rngs=rngs, axes=(None, "heads"))
-        self.b_proj = Linear(d_model, heads.key_width, rngs=rngs)
-        self.w_proj = Linear(d_model, heads.value_width, rngs=rngs)
+        self.b_proj = Linear(d_model, heads.key_width, rngs=rngs, exact=True)
+        self.w_proj = Linear(d_model, heads.value_width, rngs=rngs, exact=True)
         self.A_log = param(rngs, (heads.num,), ("heads",), log_uniform(1, 16), decay=False)
         self.dt_bias = param(rngs, (heads.key_width,), ("heads",), dt_bias_init, decay=False)
 

@@ -93,7 +93,7 @@ class Mixer(RecurrentMixer):
         self.width = width = config.width or d_model
         self.state_shape, self.conv_size = (width,), config.conv_size
         self.i_proj = Linear(d_model, self.width, rngs=rngs)
-        self.f_proj = Linear(d_model, self.width, rngs=rngs)
+        self.f_proj = Linear(d_model, self.width, rngs=rngs, exact=True)
         self.g_proj = Linear(d_model, self.width, rngs=rngs)
         if self.conv_size:
             self.i_conv = ShortConv(self.width, self.conv_size, rngs=rngs)

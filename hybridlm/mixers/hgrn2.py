@@ -108,6 +108,7 @@ class Mixer(LinearMixer):
         heads = config.heads(site.d_model)
         common = linear_mixer.Config(heads.num, heads.key, heads.value, config.conv_size, norm_eps=NORM_EPS)
         super().__init__(common, site, rngs=rngs)
+        self.k_proj.exact = True  # the decay is made of it
         self.o_norm = RMSNorm(heads.value_width, rngs=rngs, eps=NORM_EPS, axis="heads")
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:

@@ -47,7 +47,7 @@ class Mixer(TokenMixer):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.inner = over.make(config.part, site, rngs)
         heads = self.inner.heads.num_v
-        self.l_proj = Linear(site.d_model, heads * config.levels, rngs=rngs)
+        self.l_proj = Linear(site.d_model, heads * config.levels, rngs=rngs, exact=True)
         self.L = param(rngs, (heads, config.levels), ("heads", None), ones, decay=False)
 
     def __call__(

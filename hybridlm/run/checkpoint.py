@@ -55,7 +55,7 @@ RECORD = {
     "unwritten?": {str: (float, str, type(None))},
 }  # fmt: skip
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
-FREE = ("model.remat", "model.scan", "model.dtype")  # below FIXED, yet no part of the state
+FREE = ("model.remat", "model.scan", "model.dtype", "model.matmul")  # below FIXED, yet no part of the state
 
 
 class Keep(NamedTuple):
