@@ -46,7 +46,8 @@ def cross_entropy(
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
     """
     batch, length = targets_BT.shape
-    if pieces.over(length) and batch % sharding.parts("batch") == 0:
+    rows = sharding.parts("batch")
+    if (rows > 1 or pieces.over(length)) and batch % rows == 0:
         total, sums = _of_pieces(hidden_BTD, head_DV, targets_BT, z_loss)
     else:
         total, sums = _chunked(hidden_BTD, head_DV, targets_BT, z_loss)
@@ -56,10 +57,12 @@ def cross_entropy(
 def _of_pieces(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
 ) -> tuple[jax.Array, LossSums]:
-    """Each device's own tokens in chunks: a chunk of the row's time would lie on one device. XLA cuts the
-    vocabulary as it does elsewhere; the head is gathered once, its gradient added up once, in float32."""
-    axes = tuple(axis for name in ("batch", "time") for axis in sharding.mesh_axes(name))
-    rows, time = sharding.mesh_axes("batch"), sharding.mesh_axes("time")
+    """Each device's own tokens in chunks: the head is gathered once and its gradient added up once, in
+    float32, where XLA would do both in every chunk; a chunk of a cut row would lie on one device. The
+    vocabulary is cut by XLA as elsewhere."""
+    rows = sharding.mesh_axes("batch")
+    time = sharding.mesh_axes("time") if pieces.over(targets.shape[1]) else ()
+    axes = (*rows, *time)
     alone = lambda *args: jax.tree.map(lambda x: x[None], _chunked(*args, z_loss))
     cut = PartitionSpec(rows, time)
     run = jax.shard_map(

@@ -113,8 +113,9 @@ def build(
         return objective.evaluate(params, named(*teacher), batch)
 
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    options = sharding.compiler_options(config.mesh, mesh)
     if rates is not None:
-        return together(init, step, evaluate, rates, shapes, taught)
+        return together(init, step, evaluate, rates, shapes, taught, options)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     fixed = [jax.tree.map(lambda leaf: leaf.sharding, one) for one in taught]
     return Program(
@@ -122,6 +123,7 @@ def build(
         step=jax.jit(
             lambda state, batch, *also: step(state, batch, config.optimizer.learning_rate, *also),
             in_shardings=(shardings, rows, *fixed), out_shardings=(shardings, whole), donate_argnums=0,
+            compiler_options=options,
         ),
         evaluate=jax.jit(evaluate, in_shardings=(param_shardings, rows, *fixed), out_shardings=whole),
         shapes=shapes,
@@ -141,17 +143,21 @@ def together(
     rates: Sequence[float],
     shapes: State,
     taught: tuple[State, ...],
+    options: dict[str, Any],
 ) -> Program:
-    """The program of runs with these learning rates, from the functions of one."""
+    """The program of runs with these learning rates, from the functions of one; options: of the compiler."""
     shared, each = [None for _ in taught], jnp.asarray(rates, jnp.float32)
     steps = jax.vmap(step, in_axes=(0, 0, 0, *shared))
     return Program(
         init=jax.jit(jax.vmap(init)),
-        step=jax.jit(lambda state, batch, *also: steps(state, batch, each, *also), donate_argnums=0),
+        step=jax.jit(
+            lambda state, batch, *also: steps(state, batch, each, *also),
+            donate_argnums=0, compiler_options=options,
+        ),
         evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None, *shared))),
         shapes=shapes,
         teacher=taught,
-    )
+    )  # fmt: skip
 
 
 def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:
