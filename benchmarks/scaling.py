@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --config=configs/hybrid.py:1.3b,kda,3:1 [--batch_size=4] [--seq_len=4096] \
         [--devices=1,2,4,8] [--meshes=data,fsdp,fsdp+tensor,fsdp+context] [--steps=8] [--check=3] \
-        [--jobs=16 [--compile_only]] [--config.section.field=value ...]
+        [--jobs=16 [--stages=compile,time]] [--config.section.field=value ...]
 
 batch_size is that of one device: every mesh of n devices trains on the same n * batch_size rows of random
 tokens that lie in memory, but the mesh `context`, whose rows are n times as long. The second axis of a mesh
@@ -17,14 +17,15 @@ has 2 devices. Prints a JSON line a mesh, and a table:
 
 A mesh that does not fit has its error in the place of figures. With --jobs every mesh has a process of its
 own: so many at a time compile, into a cache that they share, and then each is timed alone, the others
-waiting with nothing on the devices. With $JAX_COMPILATION_CACHE_DIR one run with --compile_only prepares
-another. Without GPUs, to see that it works:
+waiting with nothing on the devices (those of other runs of this script too). With $JAX_COMPILATION_CACHE_DIR
+the stages can be runs of their own. Without GPUs, to see that it works:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python -m benchmarks.scaling ...
 """
 
 import argparse
 import concurrent.futures
+import fcntl
 import gc
 import json
 import os
@@ -32,7 +33,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ from hybridlm.run import profile
 
 COLLECTIVES = re.compile(r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|nccl", re.I)
 READY = "ready"  # what a job says when it has compiled
-WAITING = 3  # jobs that are ready while another is timed: each holds a context on every GPU
+WAITING = 4  # jobs that are ready while another is timed: each holds a context on every GPU
+LOCK = Path(tempfile.gettempdir()) / "hybridlm-scaling.lock"  # of who is timed
 ALONE = "alone"  # one device that accumulates what n train on
 Row = dict[str, Any]
 Key = tuple[str, int]  # a mesh, and its devices
@@ -70,10 +71,9 @@ def keys(devices: Sequence[int], meshes: Sequence[str], check: int) -> list[Key]
     return found
 
 
-def communication(run: Callable[[], Any]) -> tuple[float, float]:
-    """Shares of the time of what ``run`` runs in which the first GPU exchanges, and does nothing but that.
-
-    Elsewhere the share of collectives in the time of all ops, and nan.
+def communication(run: Callable[[], Any]) -> Row:
+    """Of what ``run`` runs, on the first GPU: the shares of its time in which it exchanges, and in which it
+    does nothing else; how often and how long, in ms, by kernel. Elsewhere the share of collectives in all ops.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -84,15 +84,21 @@ def communication(run: Callable[[], Any]) -> tuple[float, float]:
         if gpu is None:
             _, ops = profile.read(trace)
             share = sum(op.ms for op in ops if COLLECTIVES.search(op.name))
-            return share / (sum(op.ms for op in ops) or 1.0), float("nan")
+            return {"communication": share / (sum(op.ms for op in ops) or 1.0), "exposed": float("nan")}
         kernels = [
-            (event.start_ns, event.start_ns + event.duration_ns, "nccl" in event.name.lower())
+            (event.start_ns, event.start_ns + event.duration_ns, event.name.split("(")[0])
             for line in gpu.lines if line.name.startswith("Stream") for event in line.events
         ]  # fmt: skip
-    exchanges, others = (covered([k[:2] for k in kernels if k[2] == one]) for one in (True, False))
-    both = covered([k[:2] for k in kernels])
+    of_nccl = [k for k in kernels if k[2].startswith("nccl")]
+    rest = covered([k[:2] for k in kernels if not k[2].startswith("nccl")])
     span = max(k[1] for k in kernels) - min(k[0] for k in kernels)
-    return exchanges / span, (both - others) / span
+    by_kernel: dict[str, list[float]] = {}
+    for start, end, name in of_nccl:
+        count, spent = by_kernel.get(name, (0, 0.0))
+        by_kernel[name] = [count + 1, round(spent + (end - start) / 1e6, 2)]
+    shares = covered([k[:2] for k in of_nccl]) / span, (covered([k[:2] for k in kernels]) - rest) / span
+    found = {"communication": shares[0], "exposed": shares[1], "collectives": by_kernel}
+    return found | {"computes_ms": rest / 1e6, "spans_ms": span / 1e6}
 
 
 def covered(intervals: Sequence[tuple[float, float]]) -> float:
@@ -115,11 +121,10 @@ def on_mesh(config: Config, key: Key, rows: int, steps: int, ready: Callable[[],
         **{f"mesh__{axis}": size for axis, size in axes.items()},
     )
     configs.check_batch(config.train, axes)
-    shares: list[tuple[float, float]] = []
+    looked: list[Row] = []
     batch = random_batch(rows, config.train.seq_len, config.model.vocab_size)
-    look = lambda run: shares.append(communication(run))
-    found = measure(config, batch, steps, look, ready)
-    return found | dict(zip(("communication", "exposed"), shares[0], strict=True))
+    found = measure(config, batch, steps, lambda run: looked.append(communication(run)), ready)
+    return found | looked[0]
 
 
 def alone(config: Config, devices: int, rows: int, steps: int, ready: Callable[[], Any]) -> Row:
@@ -174,7 +179,6 @@ def in_jobs(wanted: Sequence[Key], arguments: Sequence[str], jobs: int, stages: 
 
     stages: False: all compile, ``jobs`` at a time; True: each is timed alone.
     """
-    alone_on_devices = threading.Lock()
     with tempfile.TemporaryDirectory() as cache:
         env = {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -186,7 +190,8 @@ def in_jobs(wanted: Sequence[Key], arguments: Sequence[str], jobs: int, stages: 
             assert process.stdout
             said = process.stdout.readline()
             if said.strip() == READY and timed:
-                with alone_on_devices:
+                with LOCK.open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                     said = process.communicate("go\n")[0]
             else:
                 process.communicate()
@@ -237,7 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--check", type=int, default=3, help="steps whose losses are compared; 0: none")
     parser.add_argument("--jobs", type=int, default=0, help="that compile side by side; 0: one process")
-    parser.add_argument("--compile_only", action="store_true", help="with --jobs")
+    parser.add_argument("--stages", default="compile,time", help="of --jobs")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # "mesh,devices": be one of them
     args, rest = parser.parse_known_args()
     overrides = dict(field.removeprefix("--config.").split("=", 1) for field in rest)
@@ -251,9 +256,9 @@ def main() -> None:
     devices = [int(count) for count in args.devices.split(",")]
     wanted = keys(devices, args.meshes.split(","), args.check)
     if args.jobs:
-        stages = [False] if args.compile_only else [False, True]
+        stages = [stage == "time" for stage in args.stages.split(",")]
         found = dict(zip(wanted, in_jobs(wanted, sys.argv[1:], args.jobs, stages), strict=True))
-        if args.compile_only:
+        if not stages[-1]:
             return
     else:
         if max(devices) > jax.device_count():

@@ -42,7 +42,9 @@ COMBINED = 64 << 20  # bytes of what is combined: a layer's gradients at d_model
 OVERLAP: dict[str, Any] = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED,
     "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED,
-    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
+    "xla_gpu_pipeline_reduce_scatter": "COLLECTIVE_PIPELINING_MODE_ON",
+    "xla_gpu_enable_pipelined_all_gather": True,  # jax 0.10's names of the two
     "xla_gpu_enable_pipelined_reduce_scatter": True,
 }
 
@@ -88,7 +90,7 @@ def compiler_options(config: schema.Mesh, mesh: Mesh) -> dict[str, Any]:
 
 @cache
 def _known(option: str, value: Any) -> bool:
-    """Whether this jaxlib's XLA has the option: they come and go."""
+    """Whether this jaxlib's XLA has the option: names change."""
     try:
         jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
     except jax.errors.JaxRuntimeError as error:
