@@ -73,7 +73,7 @@ def keys(devices: Sequence[int], meshes: Sequence[str], check: int) -> list[Key]
 
 def communication(run: Callable[[], Any]) -> Row:
     """Of what ``run`` runs, on the first GPU: the shares of its time in which it exchanges, and in which it
-    does nothing else; how often and how long, in ms, by kernel. Elsewhere the share of collectives in all ops.
+    does nothing else; how often and how long, in ms, by kernel. Elsewhere collectives' share in all ops.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
