@@ -1,6 +1,5 @@
 """Softmax attention within the documents of rows that have no cache, and its largest logits."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,16 +24,20 @@ def attend(
 
     gathered: where rows are cut over devices, every device has all keys and values already.
     """
-    over = pieces.over(q_BTHK.shape[1])
-    token_axes, row = ("batch", "time", "heads", None), ("batch", "time")
-    key_axes = ("batch", None, "heads", None) if gathered and over else token_axes
+    if over := pieces.over(q_BTHK.shape[1]):
+        token_axes, row = ("batch", "time", "heads", None), ("batch", "time")
+        key_axes = ("batch", None, "heads", None) if gathered else token_axes
+        in_axes = (token_axes, key_axes, key_axes, row, None if sinks is None else ("heads",),
+                   None if log_forget is None else token_axes[:3])  # fmt: skip
+        op = lambda *args: (_of_a_piece(*args, scale=scale, window=window, gathered=gathered, axis=over),)
+        return per_shard(op, in_axes, (token_axes,))(
+            q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
+        )[0]
 
-    def op(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *extras: Any) -> tuple:
-        if over:
-            of_a_piece = functools.partial(_of_a_piece, gathered=gathered, axis=over)
-            return (of_a_piece(q, k, v, segment_ids, *extras, scale=scale, window=window),)
-        sinks, log_forget = extras
-        # Each device on its own rows: how cuDNN is told of their documents is for these to decide.
+    def op_alone(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: Any, log_forget: Any
+    ) -> tuple[jax.Array]:
+        # Each device for its own rows and heads: how cuDNN is told of documents is for the rows to decide.
         return (
             softmax_attention(
                 q, k, v, segment_ids=segment_ids, scale=scale, window=window,
@@ -42,11 +45,11 @@ def attend(
             ),
         )  # fmt: skip
 
-    in_axes = (token_axes, key_axes, key_axes, row, None if sinks is None else ("heads",),
-               None if log_forget is None else token_axes[:3])  # fmt: skip
-    return per_shard(op, in_axes, (token_axes,))(q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget)[
-        0
-    ]
+    heads = ("batch", "time", "heads", None)
+    extras = None if sinks is None else ("heads",), None if log_forget is None else heads[:3]
+    return per_shard(op_alone, (heads, heads, heads, heads[:2], *extras), (heads,))(
+        q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
+    )[0]
 
 
 def record_largest(
