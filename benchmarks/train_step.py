@@ -34,11 +34,18 @@ HERE = Path(__file__).resolve()
 
 
 def measure(
-    config: "Config", batch: dict[str, Any], steps: int, look: Callable[[Callable], Any] | None = None
+    config: "Config",
+    batch: dict[str, Any],
+    steps: int,
+    look: Callable[[Callable], Any] | None = None,
+    ready: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
+    As in training, a step is read when the next one is queued, so that the device never waits for the host.
+
     look: given a function that runs one more step.
+    ready: called when the step is compiled, and before anything lies on the devices.
     """
     import jax
 
@@ -49,9 +56,9 @@ def measure(
     began = time.perf_counter()
     with jax.set_mesh(mesh):
         build: Any = lambda definition: program.build(config, definition, mesh, None)
-        state = build(definition).init(jax.random.key(0))
-        on_device = sharding.put_batch(batch, mesh)
-        trace = lambda definition: build(definition).step.trace(state, on_device)
+        where, built = sharding.batch_sharding(mesh), build(definition)
+        rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
+        trace = lambda definition: build(definition).step.trace(built.shapes, rows)
         lower = lambda definition: trace(definition).lower()
         if config.model.remat == "auto":
             from hybridlm import fit  # which an older checkout has not, or has with lowered steps
@@ -59,28 +66,39 @@ def measure(
             run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
         else:
             run = lower(definition).compile()
-        compiled = time.perf_counter()
-        seconds, losses = [], []
-        for _ in range(steps + 1):
-            start = time.perf_counter()
+        compiled = time.perf_counter() - began
+        ready()
+        began = time.perf_counter()
+        state = built.init(jax.random.key(0))
+        on_device = sharding.put_batch(batch, mesh)
+        initialised = time.perf_counter() - began
+        start = time.perf_counter()
+        state, metrics = run(state, on_device)
+        losses, seconds = [float(metrics["loss"])], []
+        first = time.perf_counter() - start
+        state, behind = run(state, on_device)
+        start = time.perf_counter()
+        for _ in range(steps):
             state, metrics = run(state, on_device)
-            losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - start)
+            losses.append(float(behind["loss"]))
+            behind, now = metrics, time.perf_counter()
+            seconds.append(now - start)
+            start = now
+        losses.append(float(behind["loss"]))
         if look:
             look(lambda: run(state, on_device))
     tokens = batch["tokens"].size
-    step = median(seconds[1:])
+    step = median(seconds)
     device = jax.devices()[0]
-    flops = cost.peak_flops(device.device_kind)
-    mfu = cost.train_flops_per_token(config) * tokens / step / flops if flops else float("nan")
+    flops = (cost.peak_flops(device.device_kind) or float("nan")) * mesh.size
     stats, compiled_memory = device.memory_stats() or {}, run.memory_analysis()
     temporaries = compiled_memory.temp_size_in_bytes
     return {
         "step_s": step,
-        "spread_s": max(seconds[1:]) - min(seconds[1:]),
+        "spread_s": max(seconds) - min(seconds),
         "tokens_per_second": tokens / step,
-        "mfu": mfu,
-        "first_step_s": compiled - began + seconds[0],
+        "mfu": cost.train_flops_per_token(config) * tokens / step / flops,
+        "first_step_s": compiled + initialised + first,
         "temp_gib": temporaries / 2**30,
         "planned_gib": (compiled_memory.argument_size_in_bytes + temporaries) / 2**30,
         "peak_gib": stats.get("peak_bytes_in_use", float("nan")) / 2**30,

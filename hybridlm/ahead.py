@@ -152,9 +152,11 @@ def _of_line(line: str) -> Iterator[tuple[str, float]]:
     if not called:
         return
     kind = called[2]
-    result: float = sum(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", called[1]))
+    paired = re.match(r"\(\([^()]*\), (.*)", called[1])  # ((arguments), results), of newer starts
+    shapes = re.findall(r"(\w+)\[([\d,]*)\]", paired[1] if paired else called[1])
+    result: float = sum(_bytes(*shape) for shape in shapes)
     group = _group(line)
-    if called[3]:  # a start's results have its arguments beside them
+    if called[3] and not paired:  # an older start's results have its arguments beside them
         result *= {"all-gather": group / (group + 1), "collective-permute": 0.5}.get(kind, 1)
     share = (group - 1) / group
     factors = {"all-reduce": 2 * share, "reduce-scatter": group * share, "collective-permute": 1.0}
@@ -169,6 +171,10 @@ def _group(line: str) -> int:
     """Devices of one group of a collective."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return max(1, len(listed[1].split(",")))
+    if named := re.search(r"replica_groups=\w*\[([^\]]*)\] \{([^}]*)\}", line):  # mesh['a'=4,'b'=2] {'b'}
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return int(np.prod([int(part or sizes[axis]) for axis, part in parts]))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])
     return 2

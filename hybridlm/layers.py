@@ -126,10 +126,44 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
-        y = scaled_matmul(x, kernel, self.kernel.axes) if self.fp8 else x @ kernel
+        y = (scaled_matmul if self.fp8 else product)(x, kernel, self.kernel.axes)
         if self.rank:
             y += self.scale * (x @ self.lora_a[...].astype(x.dtype) @ self.lora_b[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """x @ kernel; on several devices with a gradient that says how these exchange. axes: of the kernel."""
+    several = any(parts(axis) > 1 for axis in ("batch", "time", "heads"))
+    return _product(x, kernel, axes) if several and x.ndim == 3 else x @ kernel
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x_BTD: jax.Array, kernel_DF: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return x_BTD @ kernel_DF
+
+
+def _product_forward(x_BTD: jax.Array, kernel_DF: jax.Array, axes: tuple) -> tuple:
+    return x_BTD @ kernel_DF, (x_BTD, kernel_DF)
+
+
+def _product_backward(axes: tuple, residuals: tuple, y_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The kernel's gradient is added up over devices in float32, then rounded once as on one device.
+
+    Of a kernel that is whole on the devices of "tensor" each multiplies a part: XLA adds up sums of parts
+    before it exchanges them, but one whole term among those of an input's projections keeps it from that.
+    """
+    x_BTD, kernel_DF = residuals
+    several = parts("batch") * parts("time") > 1
+    wide = jnp.float32 if several else kernel_DF.dtype
+    kernel_bar = jnp.einsum("btd,btf->df", x_BTD, y_bar, preferred_element_type=wide)
+    if axes[1] is None and parts("heads") > 1:
+        y_bar = constrain(y_bar, ("batch", "time", "heads"))
+        kernel_DF = constrain(kernel_DF, (axes[0], "heads"))
+    return y_bar @ kernel_DF.T, constrain(kernel_bar, axes).astype(kernel_DF.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -149,7 +183,8 @@ def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) 
 def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
     table_VD, tokens_BT = residuals
     table_bar = jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype))
-    if parts("time") > 1:  # each device adds up its own tokens: XLA would gather all of x_bar to cut it by D
+    # Each device adds up its own tokens, where XLA would gather all of x_bar to cut it by D.
+    if parts("time") > 1 or parts("batch") > parts("embed"):
         table_bar = constrain(table_bar, ("vocab", None))
     return table_bar, None
 

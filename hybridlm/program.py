@@ -68,7 +68,6 @@ def build(
     text = padded(token_bytes, definition.vocab_size)
     objective = objectives.build(config.objective, definition, text)  # what a validation measures
     trains = objectives.build(config.objective, lm.in_training(definition, config), text)
-    options = scaled_matmul.COMPILER if config.model.matmul == "fp8" else None
 
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
@@ -116,6 +115,8 @@ def build(
         return objective.evaluate(params, named(*teacher), batch)
 
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    options = sharding.compiler_options(config.mesh, mesh)
+    options |= scaled_matmul.COMPILER if config.model.matmul == "fp8" else {}
     if rates is not None:
         return together(init, step, evaluate, rates, shapes, taught, options)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -145,12 +146,9 @@ def together(
     rates: Sequence[float],
     shapes: State,
     taught: tuple[State, ...],
-    options: dict[str, Any] | None,
+    options: dict[str, Any],
 ) -> Program:
-    """The program of runs with these learning rates, from the functions of one.
-
-    options: of the compiler, for the step.
-    """
+    """The program of runs with these learning rates, from the functions of one; options: of the compiler."""
     shared, each = [None for _ in taught], jnp.asarray(rates, jnp.float32)
     steps = jax.vmap(step, in_axes=(0, 0, 0, *shared))
     return Program(

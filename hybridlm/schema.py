@@ -155,20 +155,23 @@ class Mesh:
 
     data: replicas.  fsdp: parameters and optimiser state sharded.  tensor: heads, MLP and vocabulary sharded.
     context: sequences cut; parameters and optimiser state sharded as by fsdp.
+    overlap: on several GPUs, XLA's settings for exchanging while others compute (`sharding.OVERLAP`). False,
+        until a measurement says that they help, leaves it its own.
     """
 
     data: Axis = -1
     fsdp: Axis = 1
     tensor: Axis = 1
     context: Axis = 1
+    overlap: bool = False
 
     def sizes(self) -> dict[str, int]:
         """By axis; context only where sequences may be cut."""
-        sizes: dict[str, int] = dataclasses.asdict(self)
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
         return {name: size for name, size in sizes.items() if name != "context" or size != 1}
 
     def check(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes()
         for name, size in sizes.items():
             if size == 0:
                 raise ConfigError(name, size, "must be at least 1, or -1 for the remaining devices")

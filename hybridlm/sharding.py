@@ -35,6 +35,19 @@ RULES: dict[str, tuple[str, ...]] = {
     "taps": (),
 }
 
+# Of XLA's compiler, for training steps on several GPUs. Left to itself it may combine the gradients of all
+# layers into one or two sums at the end of the backward pass, with nothing left to compute beside them; and
+# in a scan over layers it gathers a layer's parameters when it needs them, not while the one before computes.
+COMBINED = 64 << 20  # bytes of what is combined: a layer's gradients at d_model 1024 are 46 MB
+OVERLAP: dict[str, Any] = {
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED,
+    "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED,
+    "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
+    "xla_gpu_pipeline_reduce_scatter": "COLLECTIVE_PIPELINING_MODE_ON",
+    "xla_gpu_enable_pipelined_all_gather": True,  # jax 0.10's names of the two
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+}
+
 Axes = Sequence[str | None]
 
 
@@ -65,6 +78,26 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     names = tuple(n for n in MESH_AXES if n in sizes and (n != "context" or sizes[n] > 1))
     shape, types = tuple(sizes[name] for name in names), (AxisType.Auto,) * len(names)
     return jax.make_mesh(shape, names, axis_types=types, devices=devices[:total])
+
+
+def compiler_options(config: schema.Mesh, mesh: Mesh) -> dict[str, Any]:
+    """XLA's options for a training step on ``mesh``; none on one device, and where it has no GPUs."""
+    on_gpus = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    if not (config.overlap and mesh.size > 1 and on_gpus):
+        return {}
+    return {name: value for name, value in OVERLAP.items() if _known(name, value)}
+
+
+@cache
+def _known(option: str, value: Any) -> bool:
+    """Whether this jaxlib's XLA has the option: names change."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 @cache

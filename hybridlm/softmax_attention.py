@@ -33,10 +33,23 @@ def attend(
         return per_shard(op, in_axes, (token_axes,))(
             q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
         )[0]
-    return softmax_attention(
-        q_BTHK, k_BTGK, v_BTGV, segment_ids=rows.segment_ids, scale=scale, window=window,
-        sinks=sinks, log_forget=log_forget,
-    )  # fmt: skip
+
+    def op_alone(
+        q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: Any, log_forget: Any
+    ) -> tuple[jax.Array]:
+        # Each device for its own rows and heads: how cuDNN is told of documents is for the rows to decide.
+        return (
+            softmax_attention(
+                q, k, v, segment_ids=segment_ids, scale=scale, window=window,
+                sinks=sinks, log_forget=log_forget,
+            ),
+        )  # fmt: skip
+
+    heads = ("batch", "time", "heads", None)
+    extras = None if sinks is None else ("heads",), None if log_forget is None else heads[:3]
+    return per_shard(op_alone, (heads, heads, heads, heads[:2], *extras), (heads,))(
+        q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
+    )[0]
 
 
 def record_largest(

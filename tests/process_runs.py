@@ -32,22 +32,26 @@ def start(
     program: Sequence[str] = ("train.py",),
     absent: Sequence[int] = (),
     more: Mapping[str, str] | None = None,
+    gpus: bool = False,
 ) -> list[subprocess.Popen]:
     """``count`` processes of one run; what each prints goes to logs/<index>.
 
     own: arguments of each alone.  program: what Python runs.  absent: those that are not started.
-    more: of their environment.
+    more: of their environment.  gpus: process i has GPU i, or one process all that are visible.
     """
     logs.mkdir(exist_ok=True)
     address = f"localhost:{free_port()}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | (more or {})
+    cpu = {} if gpus else {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = os.environ | cpu | (more or {})
     started = []
     for index in sorted({*range(count)} - {*absent}):
         distributed = [f"--distributed={address},{count},{index}"] if count > 1 else []
+        if gpus and count > 1:
+            environment = environment | {"CUDA_VISIBLE_DEVICES": str(index)}
         with (logs / str(index)).open("w") as log:
-            more = own[index] if own else []
-            command = [sys.executable, *program, *arguments, *more, *distributed]
+            given = own[index] if own else []
+            command = [sys.executable, *program, *arguments, *given, *distributed]
             started.append(
                 subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )

@@ -36,5 +36,6 @@ if __name__ == "__main__":
     logging.getLogger("hybridlm").setLevel(logging.ERROR)
     folder = Path(sys.argv[1])
     config = configs.resolve(tiny.config(tiny.write_text(folder), model__pattern="retnet"))
-    rows = scaling.compare(config, [4], ["fsdp+tensor", "fsdp+context"], rows=2, steps=2, check=2)
+    wanted = scaling.keys([4], ["fsdp+tensor", "fsdp+context"], check=2)
+    rows = scaling.compare({key: scaling.run(config, key, rows=2, steps=2, check=2) for key in wanted})
     print(json.dumps({"rows": rows, "losses": resumed(folder)}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,29 @@ def test_imbalance_of_attention(eight):
 def test_bytes_sent(eight):
     """Five times an all-gather of 8 x 16 float32 over four devices."""
     assert eight["facts"]["sent"] == {"all-gather": 5 * 8 * 64 * 4 * 3 / 4}
+
+
+@pytest.mark.parametrize(
+    ("line", "sent"),
+    [
+        (
+            "((bf16[8,32]{1,0}), bf16[32,32]{1,0}) all-gather-start(%x), replica_groups=mesh['a'=4] {'a'}",
+            1536,
+        ),
+        ("(bf16[8,32], bf16[32,32]) all-gather-start(%x), replica_groups={{0,1,2,3}}", 1536),
+        (
+            "((f32[32], f32[8]), (f32[8], f32[2])) reduce-scatter-start(%x, %y), replica_groups=[2,4]<=[8]",
+            120,
+        ),
+        ("((bf16[64]), bf16[64]) all-reduce-start(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}", 128),
+        ("bf16[64]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 224),
+    ],
+)
+def test_bytes_of_a_collective_in_the_forms_that_xla_has_written_it(line, sent):
+    """Of S bytes over n devices (n-1)/n S, an all-reduce twice that."""
+    assert ahead.sent(f"ENTRY %main (x: f32[1]) -> f32[1] {{\n  %one = {line}\n}}") == {
+        re.search("all-gather|all-reduce|reduce-scatter", line)[0]: sent
+    }
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,10 @@ def test_sizes(mesh, devices, wanted):
     assert scaling.sizes("fsdp+tensor", 3) is None
 
 
+def test_time_is_counted_once():
+    assert scaling.covered([(3, 5), (0, 2), (1, 2.5), (4, 4.5)]) == 4.5 and scaling.covered([]) == 0
+
+
 def test_what_does_not_fit_is_a_row():
     def fail():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
