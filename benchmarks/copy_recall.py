@@ -41,7 +41,7 @@ def pairs(tested: Subject, length: int, lines: int, samples: int) -> list[Pair]:
 def measure(tested: Subject, length: int, lines: int, samples: int) -> dict[str, Any]:
     scored = tested.log_likelihoods(pairs(tested, length, lines, samples))
     bits = np.array([-total for total, _ in scored]) / np.log(2) / (DIGITS - CUE)
-    exact = statistics.accuracy(np.array([float(greedy) for _, greedy in scored]))
+    exact = statistics.accuracy([float(greedy) for _, greedy in scored])
     half = 1.96 * bits.std(ddof=1) / np.sqrt(samples)
     return {
         "length": length, "lines": lines, "samples": samples, "bits": bits.mean().item(), "half": half.item(),
