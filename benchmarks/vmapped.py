@@ -99,9 +99,11 @@ class Runs:
         state, accuracy_SR = jax.lax.scan(step, state, chosen_SB)
         return state, accuracy_SR.mean(axis=0)
 
-    def train(self, until: float = 2.0, say: Callable[[str], None] = print) -> list[tuple[int, np.ndarray]]:
-        """Trains to the end, or until a learning rate has all its seeds above ``until``. Returns (step,
-        training accuracy [R]) of each call. Rows are drawn without replacement in each epoch."""
+    def train(
+        self, until: float = 2.0, say: Callable[[str], None] = print, seconds: float = float("inf")
+    ) -> list[tuple[int, np.ndarray]]:
+        """Trains to the end, or until a learning rate has all its seeds above ``until``, or for ``seconds``.
+        Returns (step, training accuracy [R]) of each call. Epochs draw rows without replacement."""
         order = batches(len(self.rows["tokens"]), self.config.train.batch_size)
         self.state, rows = self.init(self.keys), jax.device_put(self.rows)
         curve: list[tuple[int, np.ndarray]] = []
@@ -111,7 +113,8 @@ class Runs:
             self.state, hits = self.call(self.state, chosen, rows)
             curve.append((step, np.asarray(hits)))
             say(f"  step {step:6d}  {time.perf_counter() - began:5.0f} s  training accuracy {hits.max():.3f}")
-            if self.by_rate(curve[-1][1]).min(axis=1).max() > until:
+            late = time.perf_counter() - began > seconds
+            if late or self.by_rate(curve[-1][1]).min(axis=1).max() > until:
                 break
         return curve
 
@@ -156,6 +159,9 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     parser.add_argument("--until", type=float, help="training accuracy of all seeds of a rate that ends it")
     parser.add_argument("--steps_per_call", type=int, default=200)
     parser.add_argument("--threads", type=int, default=8, help="that compile")
+    parser.add_argument(
+        "--case_seconds", type=float, default=float("inf"), help="after which a case ends as it is"
+    )
     parser.add_argument("--output", help="a JSON file, written after each line")
     parser.set_defaults(**defaults)
     return parser
@@ -190,7 +196,7 @@ def study(
             case, runs = ready.pop(name).result()
             print(name, flush=True)
             began = time.perf_counter()
-            curve = runs.train(flags.until, lambda text: print(text, flush=True))
+            curve = runs.train(flags.until, lambda text: print(text, flush=True), flags.case_seconds)
             seconds = round(time.perf_counter() - began, 1)
             slices = {test: runs.by_rate(runs.accuracy(rows)) for test, rows in case.tests.items()}
             score = np.mean(list(slices.values()), axis=0)

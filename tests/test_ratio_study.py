@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import ratio_study, vmapped
+from benchmarks import joint_recall_study, ratio_study, vmapped
 from hybridlm import config as configs
 from hybridlm import cost
 from hybridlm.context import Context
@@ -47,3 +47,13 @@ def test_attention_behind_a_convolution():
     for back, shifted in ((0, x), (1, jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1])):
         behind.conv.kernel[...] = jnp.asarray(taps).at[3 - back].set(1)
         np.testing.assert_allclose(behind(x, context())[0], plain(shifted, context())[0], atol=1e-5)
+
+
+def test_joint_recall_rows():
+    """Targets are the values of the second half at their keys, and the first half shows each of them."""
+    rows = joint_recall_study.rows(4, "val")
+    tokens, targets = rows["tokens"], rows["targets"]
+    assert tokens.shape == (4, 274) and ((targets >= 0).sum(axis=1) == 64).all()
+    assert (targets[:, :137] < 0).all() and (np.where(targets >= 0, targets, 10) == np.where(
+        targets >= 0, np.roll(tokens, -1, axis=1), 10)).all()  # fmt: skip
+    assert set(joint_recall_study.LAYERS) >= {"gdn", "kda", "mamba2", "full"}

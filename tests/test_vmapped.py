@@ -22,6 +22,7 @@ def test_a_run_is_a_run_alone():
     rows = mqar_study.rows(16, 2, 30, 16, 40, "train")
     made = vmapped.config([("attention", {"head_dim": 8})], steps=10, **SMALL)
     runs = vmapped.Runs(made, rows, [1e-2, 1e-3], 2, steps_per_call=5)
+    assert [step for step, _ in runs.train(say=lambda text: None, seconds=0.0)] == [5]
     curve = runs.train(say=lambda text: None)
     assert [step for step, _ in curve] == [5, 10]
 
