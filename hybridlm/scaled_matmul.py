@@ -64,7 +64,7 @@ def scaled_matmul(x: jax.Array, w_FG: jax.Array, axes: Axes) -> jax.Array:
 def _forward(x: jax.Array, w_FG: jax.Array, axes: Axes) -> tuple[jax.Array, tuple[Scaled, Scaled]]:
     a, b = quantize(x, FORWARD), quantize(w_FG, FORWARD)
     whole = tuple(None if name == "embed" else name for name in axes)
-    b = b._replace(value=constrain(b.value, whole))
+    b = b._replace(value=constrain(constrain(b.value, axes), whole))  # from one to the other
     return _dot(a, b, (x.ndim - 1,), (0,), x.dtype), (a, b)
 
 
