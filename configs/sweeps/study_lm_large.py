@@ -7,7 +7,8 @@
 14 layers of width 576, about 56M parameters, 200M bytes each. Two questions come first, which the second line
 runs alone: does recall rise below 3:1, and does 3:1 beat attention (pure, 3:1 and full of kda and
 gated_delta_net, two seeds); the third trains on fewer bytes. The same command goes on where one was stopped,
-run by run from its newest checkpoint. Recall in the loop at the trained length and at four times that; `python -m eval` has the rest.
+run by run from its newest checkpoint. Recall in the loop at the trained length and at four times that;
+`python -m eval` has the rest.
 """
 
 import dataclasses
