@@ -2,11 +2,13 @@
 
     python -m launch.sweep --config=configs/sweeps/study_lm_large.py:data/source --workdir=runs/study_lm_large
     python -m launch.sweep --config=configs/sweeps/study_lm_large.py:data/source,first --workdir=...
+    python -m launch.sweep --config=configs/sweeps/study_lm_large.py:data/source,whole,30e6 --workdir=...
 
 14 layers of width 576, about 56M parameters, 200M bytes each. Two questions come first, which the second line
 runs alone: does recall rise below 3:1, and does 3:1 beat attention (pure, 3:1 and full of kda and
-gated_delta_net, two seeds). The same command goes on where one was stopped, run by run from its newest
-checkpoint. Recall in the loop at the trained length and at four times that; `python -m eval` has the rest.
+gated_delta_net, two seeds); the third trains on fewer bytes. The same command goes on where one was stopped,
+run by run from its newest checkpoint. Recall in the loop at the trained length and at four times that;
+`python -m eval` has the rest.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ HEADS = {"num_heads": WIDTH // 64, "head_dim": 64}
 
 
 def get_sweep(arg: str = "data/source") -> Sweep:
-    path, _, part = arg.partition(",")
+    path, part, tokens = [*arg.split(","), "", ""][:3]
     small = grid.load(f"configs/sweeps/study_lm.py:{path}")
     kept = {name: value for name, value in small.fields.items() if not name.startswith("mixers.")}
     fields = {
@@ -37,4 +39,4 @@ def get_sweep(arg: str = "data/source") -> Sweep:
     first = [axis("mixer", "kda", "gdn"), axis("ratio", "pure", "3:1", "full"), axis("seed", 0, 1)]
     whole = [axis("mixer", *MIXERS), axis("ratio", "pure", "6:1", "3:1", "1:1", "full")]
     axes = first if part == "first" else whole
-    return dataclasses.replace(small, axes=axes, fields=fields, tokens=200e6)
+    return dataclasses.replace(small, axes=axes, fields=fields, tokens=float(tokens or 200e6))
