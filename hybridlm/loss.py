@@ -130,9 +130,8 @@ def _scores(
     """
     logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
-    is_target = (
-        jnp.arange(logits.shape[-1], dtype=targets.dtype) == (targets - _first(head, vocab))[..., None]
-    )
+    own = targets - _first(head, vocab)
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == own[..., None]
     target_logit = _sum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab)
     best_other = _max(jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1), vocab)
     # Two passes over the logits, these maxima and the sum: `logsumexp` would look for the maximum again.
