@@ -259,7 +259,7 @@ def _values(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Opt
 
 def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
     """(sums, d hidden, d head in float32)"""
-    if _in_blocks(targets.size, *head.shape, hidden.dtype):
+    if _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
         return _slopes_in_blocks(hidden, head, targets, options)
     length = targets.shape[1]
     padded, padded_targets, chunk = pad(hidden, targets, head.shape)

@@ -113,3 +113,11 @@ def test_parameters_and_moments_are_really_cut(eight):
 def test_per_shard_is_the_function_itself(eight, sizes, shard):
     assert eight["shards"][sizes] == shard
     assert eight["errors"][sizes] < 1e-5
+
+
+def test_the_loss_gathers_the_head_once(eight):
+    """In chunks and in blocks of ids: the same as on one device, the head's collectives not in the loops."""
+    for found in eight["loss"]:
+        assert found["error"] < 5e-6
+        assert (found["all-gather outside"], found["reduce-scatter outside"]) == (1, 1)
+        assert (found["all-gather inside"], found["reduce-scatter inside"]) == (0, 0)
