@@ -93,8 +93,8 @@ def shard_of(batch: int, heads: int) -> list[int]:
 
 
 def loss_on_devices(blocks: bool) -> dict:
-    """The chunked loss on a mesh of all axes: its largest error against one device, and how often the compiled
-    program gathers the head and scatters its gradient, within loops and outside."""
+    """The chunked loss on a mesh of all axes: its largest error against one device, and how often the program
+    gathers the head and scatters its gradient, within loops and outside."""
     rng = np.random.default_rng(0)
     hidden, head = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8, 16, 32), (32, 64)))
     targets = jnp.asarray(rng.integers(-1, 64, (8, 16)), jnp.int32)
