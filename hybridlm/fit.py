@@ -28,7 +28,7 @@ log = logging.getLogger("hybridlm")
 # `none` gains 1% over `kernels` and takes 2.5 times as long to compile; `mixer` is slower than `dots`.
 FASTEST_FIRST = ("kernels", "dots", "full")
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
-BESIDE = 0.04  # of what a step needs is not in `held`, at least: 0.06 to 0.2 measured
+BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
 
 NO_MEMORY = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"  # how XLA says so, and CUDA
 
@@ -142,9 +142,11 @@ def held(jaxpr: Any) -> int:
     not count. 0 where no layer is rematerialised.
     """
 
-    def inside(equation: Any) -> int:
-        bodies = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr") and _layers(p.jaxpr)]
-        return sum(held(body) - sum(map(_size, body.invars)) for body in bodies)
+    def inside(equation: Any) -> int:  # of microbatches
+        body = equation.params["jaxpr"].jaxpr if equation.primitive.name == "scan" else None
+        if body is None or not any(map(_is_layer, body.eqns)):
+            return 0
+        return held(body) - sum(map(_size, body.invars))
 
     until = max((i for i, one in enumerate(jaxpr.eqns) if _is_layer(one) or inside(one)), default=-1) + 1
     ends = {v: i for i, one in enumerate(jaxpr.eqns) for v in one.invars if not hasattr(v, "val")}
@@ -163,12 +165,6 @@ def held(jaxpr: Any) -> int:
 
 def _is_layer(equation: Any) -> bool:
     return equation.primitive.name in ("checkpoint", "remat", "remat2")
-
-
-def _layers(jaxpr: Any) -> bool:
-    """Whether a rematerialised layer is called in a jaxpr, or in a loop of it."""
-    bodies = (p.jaxpr for one in jaxpr.eqns for p in one.params.values() if hasattr(p, "jaxpr"))
-    return any(map(_is_layer, jaxpr.eqns)) or any(map(_layers, bodies))
 
 
 def _size(variable: Any) -> int:

@@ -130,9 +130,8 @@ def _scores(
     """
     logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
-    is_target = (
-        jnp.arange(logits.shape[-1], dtype=targets.dtype) == (targets - _first(head, vocab))[..., None]
-    )
+    own = targets - _first(head, vocab)
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == own[..., None]
     target_logit = _sum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab)
     best_other = _max(jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1), vocab)
     # Two passes over the logits, these maxima and the sum: `logsumexp` would look for the maximum again.
@@ -260,7 +259,7 @@ def _values(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Opt
 
 def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
     """(sums, d hidden, d head in float32)"""
-    if _in_blocks(targets.size, *head.shape, hidden.dtype):
+    if _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
         return _slopes_in_blocks(hidden, head, targets, options)
     length = targets.shape[1]
     padded, padded_targets, chunk = pad(hidden, targets, head.shape)

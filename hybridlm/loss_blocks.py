@@ -2,8 +2,8 @@
 
 Logits are made a block of ids at a time, once. What the gradients want of them, exp(logit - c) in the hidden
 states' dtype, waits in the bytes of the head's gradient until log Z is known; then each block of it makes way
-for the gradient that it gives. c: the largest logit of the first ids; should another be e^FAR times as likely,
-all logits are made again with the largest for c.
+for the gradient that it gives. c: the largest logit of the first ids; should another id be e^FAR times as
+likely, all logits are made again with the largest for c.
 
 Shape legend: N tokens, D model width, V ids, W ids of a block.
 """
@@ -21,7 +21,7 @@ FAR = 60.0
 
 
 class Scores(NamedTuple):
-    """Of each token, float32 [N].  exps: exp(logit - c), summed.  best: the largest logit but the target's."""
+    """Of each token, float32 [N].  exps: sum of exp(logit - c).  best: the largest logit but the target's."""
 
     c: jax.Array
     exps: jax.Array
@@ -41,7 +41,7 @@ def most_tokens(d_model: int, dtype: Any) -> int:
 class Blocks:
     """One chunk of tokens, at most `most_tokens` and an even number.
 
-    head: [D, V], or [V, D] where it is ``tall``; blocks of logits, and all that is like them, then lie so too.
+    head: [D, V], or [V, D] where it is ``tall``; blocks of logits, and all that is like them, lie so then.
     targets: int32 [N], an id of this head, or none where it is another device's.
     """
 
@@ -80,7 +80,7 @@ class Blocks:
     def gradients(
         self, kept: jax.Array, found: Scores, log_z: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(d h [N, D], d head), float32, of the sum whose gradient in the logits is scale * softmax, less 1 for
+        """(d h [N, D], d head), float32, of a sum whose gradient in the logits is scale * softmax, less 1 for
         the target, over the tokens whose scale is not 0. kept, found: of `scores`."""
         share, target = (self._each(jnp.exp(x - log_z)) for x in (found.c, found.target))
         scale, (head, block_of) = self._each(scale), self.forms

@@ -73,8 +73,8 @@ def test_what_is_dear_is_kept():
 
 
 def test_what_a_step_holds():
-    """Three layers of a product of 64 bytes each: of what is kept, only these are beside the layers' inputs; and
-    a step whose shapes say that it is too large is not compiled."""
+    """Three layers of a product of 64 bytes each: only these are kept beside the layers' inputs; a step whose
+    shapes say that it is too large is not compiled."""
     w = jnp.ones((4, 4))
 
     def traced(policy, micro):
