@@ -384,3 +384,14 @@ def test_init_from_looks_at_the_tokenizer(hf: Path, tmp_path: Path, caplog: pyte
         assert ("was learnt with the tokenizer" in caplog.text) == warned
         assert (tmp_path / f"next{warned}" / "hf" / "tokenizer.json").is_file()
         assert not (tmp_path / f"next{warned}" / "tokenizer.json").exists()  # the run's data say which it is
+
+
+def test_logits_that_cannot_be_made_leave_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "logits.npy"
+    out.write_bytes(b"of yesterday")
+    for place, wrong in ((out, "--ids = "), (tmp_path, "--out = ")):
+        assert command.main(["logits", "--workdir=none", "--ids=none.npy", f"--out={place}"]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {wrong}")
+    assert out.read_bytes() == b"of yesterday" and list(tmp_path.iterdir()) == [out]

@@ -1,7 +1,9 @@
 """A run's parameters in float32 and its logits: what implementations are compared by."""
 
+import errno
 import functools
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,13 @@ def logits(definition: model.Definition, params: model.Params, ids_BT: Any) -> n
 
 
 def save_logits(workdir: Path, ids: Path, out: Path, step: int | None = None, ema: bool = False) -> None:
-    with writing("--out", out):  # before minutes of computing
+    with writing("--out", out):  # tried before minutes of computing; what is there stays until then
         out.parent.mkdir(parents=True, exist_ok=True)
-        untrusted.write_bytes(out, b"")
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        probe = out.with_name(f".{out.name}.probe")
+        untrusted.write_bytes(probe, b"")
+        probe.unlink()
     try:
         tokens = np.load(ids)
     except (OSError, ValueError) as error:

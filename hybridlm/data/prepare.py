@@ -298,6 +298,9 @@ def report(args: argparse.Namespace) -> None:
     named = untrusted.terminal(args.tokenizer or f"byte-level BPE of {args.train_bpe} ids")
     output = untrusted.terminal(args.output)
     print(f"{output}: vocab_size {index['vocab_size']}, {index['dtype']}, tokenizer {named}")
+    if not index["splits"]["val"]["documents"]:
+        told = "a run that validates on them needs some: --holdout 0.01, or --val_input FILE"
+        print(f"nothing is held out; {told}")
 
 
 if __name__ == "__main__":
