@@ -146,15 +146,15 @@ class Mesh:
 
     data: replicas.  fsdp: parameters and optimiser state sharded.  tensor: heads, MLP and vocabulary sharded.
     context: sequences cut; parameters and optimiser state sharded as by fsdp.
-    overlap: on several GPUs, XLA's settings for exchanging while others compute (`sharding.OVERLAP`); False
-        leaves it its own.
+    overlap: on several GPUs, settings of XLA that let more exchanges go on beside computing
+        (`sharding.OVERLAP`); not timed yet.
     """
 
     data: Axis = -1
     fsdp: Axis = 1
     tensor: Axis = 1
     context: Axis = 1
-    overlap: bool = True
+    overlap: bool = False
 
     def sizes(self) -> dict[str, int]:
         """By axis; context only where sequences may be cut."""

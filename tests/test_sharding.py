@@ -128,9 +128,9 @@ def test_the_compilers_options_are_for_several_gpus():
         devices = np.array([SimpleNamespace(platform=platform)] * size)
         return SimpleNamespace(size=size, devices=devices)
 
-    options = sharding.compiler_options(schema.Mesh(), mesh("gpu", 2))
+    options = sharding.compiler_options(schema.Mesh(overlap=True), mesh("gpu", 2))
     assert options["xla_gpu_reduce_scatter_combine_threshold_bytes"] == sharding.COMBINED
     assert sum("pipeline" in name for name in options) == 2  # by one of the names that they have had
-    for config, where in [(schema.Mesh(overlap=False), ("gpu", 2)), (schema.Mesh(), ("gpu", 1)),
-                          (schema.Mesh(), ("cpu", 2))]:  # fmt: skip
+    for config, where in [(schema.Mesh(), ("gpu", 2)), (schema.Mesh(overlap=True), ("gpu", 1)),
+                          (schema.Mesh(overlap=True), ("cpu", 2))]:  # fmt: skip
         assert sharding.compiler_options(config, mesh(*where)) == {}
