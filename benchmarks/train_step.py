@@ -58,11 +58,12 @@ def measure(
         build: Any = lambda definition: program.build(config, definition, mesh, None)
         where, built = sharding.batch_sharding(mesh), build(definition)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
-        lower = lambda definition: build(definition).step.lower(built.shapes, rows)
+        trace = lambda definition: build(definition).step.trace(built.shapes, rows)
+        lower = lambda definition: trace(definition).lower()
         if config.model.remat == "auto":
-            from hybridlm import fit  # which an older checkout has not
+            from hybridlm import fit  # which an older checkout has not, or has with lowered steps
 
-            run = fit.step(config, definition, mesh, lower)
+            run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
         else:
             run = lower(definition).compile()
         compiled = time.perf_counter() - began

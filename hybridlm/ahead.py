@@ -85,6 +85,7 @@ def needs(config: Config, devices: str) -> Needs:
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
     definition = model.build(config)
     automatic = definition.model.remat == "auto"
+    available = CARD_BYTES * 9 // 10  # as much as train.py lets XLA have
 
     def step(policy: str) -> fit.Step:
         # Built outside the mesh, where it would compute on devices that are not there.
@@ -93,11 +94,12 @@ def needs(config: Config, devices: str) -> Needs:
         )
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             traced = built.step.trace(built.shapes, batch)
-            return fit.compiled(traced.lower(lowering_platforms=("cuda",)))
+            most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
+            return fit.compiled(traced, most, lowering_platforms=("cuda",))
 
     policy: str = definition.model.remat
     if automatic:
-        policy, done, _ = fit.choose(step, CARD_BYTES * 9 // 10)  # as much as train.py lets XLA have
+        policy, done, _ = fit.choose(step, available)
     else:
         done = step(policy)
     found = done.run.memory_analysis()

@@ -11,11 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hybridlm import model
+from hybridlm import loss, model
 from hybridlm.block import Spec
 from hybridlm.config import Config
 from hybridlm.kinds import Settings
-from hybridlm.loss import chunk_tokens
 
 STATE_BYTES = 4  # recurrent states are float32
 
@@ -155,7 +154,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     kept = {"mixer": inner, "dots": sum(work), "kernels": 1.5 * sum(work), "none": 3 * sum(work)}
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
-    logits = 8 * min(chunk_tokens(definition.d_model, int(vocab)), tokens) * vocab
+    logits = loss.temporaries(definition.d_model, int(vocab), int(tokens))
     one_layer = 3 * max(work) * tokens * definition.dtype.itemsize
     activations = tokens * elements * definition.dtype.itemsize + max(one_layer, logits)
     copies = 2 if train.microbatches > 1 else 1  # of the gradients: the sum so far and the next

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,39 +27,42 @@ log = logging.getLogger("hybridlm")
 # `none` gains 1% over `kernels` and takes 2.5 times as long to compile; `mixer` is slower than `dots`.
 FASTEST_FIRST = ("kernels", "dots", "full")
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
+BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
 
 
 class Step(NamedTuple):
-    """A compiled step, and the bytes of each device that it needs."""
+    """A compiled step, and the bytes of each device that it needs; None, and at least so many, for one that
+    cannot fit and was not compiled."""
 
     run: Any
     needs: int
 
 
-def step(config: Config, definition: Definition, mesh: Mesh, lower: Callable[[Definition], Any]) -> Any:
-    """The compiled training step: of ``lower(definition)``, with `model.remat` = "auto" decided.
+def step(config: Config, definition: Definition, mesh: Mesh, trace: Callable[[Definition], Any]) -> Any:
+    """The compiled training step: of what is traced for a definition, `model.remat` = "auto" decided.
 
     Where the devices do not say how much memory they have (CPUs), everything is kept.
     """
     if definition.model.remat != "auto":
-        return lower(definition).compile()
+        return trace(definition).lower().compile()
     available = limit()
     if available is None:
-        return lower(_with(definition, "none", definition.model.scan)).compile()
+        return trace(_with(definition, "none", definition.model.scan)).lower().compile()
     memo = _memo(f"{jax.__version__} {jax.devices()[0].device_kind} {available} {dict(mesh.shape)} {config}")
     if memo is not None and memo.is_file():
         known = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace").strip()
         if known in FASTEST_FIRST:
             log.info("model.remat=auto: %s, as found before (%s)", known, memo)
-            return lower(settled(definition, known)).compile()
-    compile = lambda policy: compiled(lower(settled(definition, policy)))
+            return trace(settled(definition, known)).lower().compile()
+    most = lambda policy: None if policy == FASTEST_FIRST[-1] else available * mesh.size
+    compile = lambda policy: compiled(trace(settled(definition, policy)), most(policy))
     policy, found, said = choose(compile, available)
     log.info("model.remat=auto: %s", said)
     if memo is not None:
         with contextlib.suppress(OSError):  # the next start looks again
             untrusted.write_text(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
-    return found.run if agreed == policy else compile(agreed).run
+    return found.run if agreed == policy else compiled(trace(settled(definition, agreed))).run
 
 
 def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]:
@@ -73,6 +77,9 @@ def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]
             if "RESOURCE_EXHAUSTED" not in str(error) or policy == FASTEST_FIRST[-1]:
                 raise
             tried.append(f"{policy} more than there is")
+            continue
+        if found.run is None:
+            tried.append(f"{policy} at least {found.needs / 2**30:.1f} GiB")
             continue
         tried.append(
             f"{policy} {found.needs / 2**30:.1f} GiB (compiled in {time.perf_counter() - began:.0f} s)"
@@ -92,10 +99,55 @@ def _with(definition: Definition, remat: str, scan: bool) -> Definition:
     return dataclasses.replace(definition, model=dataclasses.replace(definition.model, **settings))
 
 
-def compiled(lowered: Any) -> Step:
-    run = lowered.compile()
+def compiled(traced: Any, most: int | None = None, **lowering: Any) -> Step:
+    """most: bytes of all devices; a step that cannot fit in them is not compiled, which takes a minute.
+
+    lowering: arguments of ``traced.lower``.
+    """
+    least = held(traced.jaxpr.jaxpr)
+    if most is not None and least > (1 - BESIDE) * SHARE * most:
+        devices = jax.sharding.get_abstract_mesh().size or 1
+        return Step(None, least // devices)
+    run = traced.lower(**lowering).compile()
     found = run.memory_analysis()
     return Step(run, found.argument_size_in_bytes + found.temp_size_in_bytes)
+
+
+def held(jaxpr: Any) -> int:
+    """Bytes of a step's arguments and of what its layers' forward passes leave to the backward passes.
+
+    From the shapes in its jaxpr: what is alive at once up to the last rematerialised layer, whose insides do
+    not count. 0 where no layer is rematerialised.
+    """
+
+    def inside(equation: Any) -> int:  # of microbatches
+        body = equation.params["jaxpr"].jaxpr if equation.primitive.name == "scan" else None
+        if body is None or not any(map(_is_layer, body.eqns)):
+            return 0
+        return held(body) - sum(map(_size, body.invars))
+
+    until = max((i for i, one in enumerate(jaxpr.eqns) if _is_layer(one) or inside(one)), default=-1) + 1
+    ends = {v: i for i, one in enumerate(jaxpr.eqns) for v in one.invars if not hasattr(v, "val")}
+    ends |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not hasattr(v, "val")}
+    alive = sum(map(_size, jaxpr.invars))
+    most, ending = 0, [0] * (len(jaxpr.eqns) + 1)
+    for i, one in enumerate(jaxpr.eqns[:until]):
+        for v in one.outvars:
+            if v in ends:
+                alive += _size(v)
+                ending[ends[v]] += _size(v)
+        most = max(most, alive + inside(one))
+        alive -= ending[i]
+    return most
+
+
+def _is_layer(equation: Any) -> bool:
+    return equation.primitive.name in ("checkpoint", "remat", "remat2")
+
+
+def _size(variable: Any) -> int:
+    aval = variable.aval
+    return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 0) if hasattr(aval, "shape") else 0
 
 
 def limit() -> int | None:

@@ -195,11 +195,11 @@ class Loop:
         began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
 
-        def lower(definition: Definition) -> Any:
+        def trace(definition: Definition) -> Any:
             built = self.program if definition is self.definition else self.build(definition)
-            return built.step.lower(state, batch, *self.teacher)
+            return built.step.trace(state, batch, *self.teacher)
 
-        executable = fit.step(self.config, self.definition, self.mesh, lower)
+        executable = fit.step(self.config, self.definition, self.mesh, trace)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
 

@@ -1,23 +1,28 @@
-"""Next-token cross-entropy in chunks along time, so that logits [B, T, V] never exist.
+"""Next-token cross-entropy in chunks of tokens, so that logits [B, T, V] never exist.
 
 The gradient of a sum is known as soon as a chunk's logits are, so the forward pass of the differentiated
 function computes d hidden and d head chunk by chunk and the backward pass only scales them: logits are
-computed once, and nothing of size V per token is kept.
+computed once, and nothing of size V per token is kept. On several devices each takes its own tokens and
+ids: the head is gathered once before the chunks, its gradient added up and scattered once after them.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hybridlm import pieces, sharding
+from hybridlm import loss_blocks, sharding
 
 # Tokens in a chunk, on each device: as many as make 128 MiB of float32 logits, but at least twice d_model,
 # since every chunk reads the head and adds to its gradient (12 bytes an element, against 20 a logit).
 CHUNK_ELEMENTS = 1 << 25
 HEAD_REUSE = 2
+# All tokens of a call in one chunk are made a block of ids at a time (`hybridlm.loss_blocks`) where their
+# logits would take more than 2 GiB: a thirtieth of the memory, at 1.3 times the time of a full chunk.
+MOST_ELEMENTS = 1 << 29
 
 
 class LossSums(NamedTuple):
@@ -37,39 +42,30 @@ class LossSums(NamedTuple):
         return cls(*[jnp.zeros((), jnp.float32)] * 4)
 
 
+class Options(NamedTuple):
+    """z_loss, tall: of `cross_entropy`.  vocab: mesh axes that the ids are cut over around a call."""
+
+    z_loss: float
+    tall: bool
+    vocab: tuple[str, ...] = ()
+
+
 def cross_entropy(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, z_loss: float = 0.0
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    z_loss: float = 0.0,
+    tall: bool = False,
 ) -> tuple[jax.Array, LossSums]:
     """Returns (cross-entropy sum + z_loss * sum of log Z squared, the sums apart).
 
     targets: int32, negative where a token carries no loss. Gradients flow through the first result only.
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
+    tall: the head is the transpose of a matrix [V, D], as a tied one is; a matter of memory only.
     """
-    batch, length = targets_BT.shape
-    rows = sharding.parts("batch")
-    if (rows > 1 or pieces.over(length)) and batch % rows == 0:
-        total, sums = _of_pieces(hidden_BTD, head_DV, targets_BT, z_loss)
-    else:
-        total, sums = _chunked(hidden_BTD, head_DV, targets_BT, z_loss)
+    total, sums = _total_of(hidden_BTD, head_DV, targets_BT, Options(z_loss, tall))
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
-
-
-def _of_pieces(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
-) -> tuple[jax.Array, LossSums]:
-    """Each device's own tokens in chunks: the head is gathered once and its gradient added up once, in
-    float32, where XLA would do both in every chunk; a chunk of a cut row would lie on one device. The
-    vocabulary is cut by XLA as elsewhere."""
-    rows = sharding.mesh_axes("batch")
-    time = sharding.mesh_axes("time") if pieces.over(targets.shape[1]) else ()
-    axes = (*rows, *time)
-    alone = lambda *args: jax.tree.map(lambda x: x[None], _chunked(*args, z_loss))
-    cut = PartitionSpec(rows, time)
-    run = jax.shard_map(
-        alone, in_specs=(cut, PartitionSpec(), cut), out_specs=PartitionSpec(axes), axis_names=set(axes),
-        check_vma=False,
-    )  # fmt: skip
-    return jax.tree.map(lambda x: x.sum(0), run(hidden, head, targets))
 
 
 def per_token(
@@ -81,7 +77,7 @@ def per_token(
     """
     batch, length = targets_BT.shape
     hidden, targets, chunk = pad(hidden_BTD, targets_BT, head_DV.shape)
-    head = head_DV.astype(hidden_BTD.dtype)
+    head = sharding.constrain(head_DV.astype(hidden_BTD.dtype), (None, "vocab"))  # gathered once
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         _, log_z, _, target_logit, correct = _scores(xs[0], head, xs[1])
@@ -104,42 +100,75 @@ def chunk_tokens(d_model: int, vocab: int) -> int:
     return max(CHUNK_ELEMENTS // vocab, HEAD_REUSE * d_model)
 
 
+def temporaries(d_model: int, vocab: int, tokens: int) -> int:
+    """Bytes that one device needs for logits and their gradients, about."""
+    if _in_blocks(tokens, d_model, vocab, jnp.bfloat16):
+        return 8 * loss_blocks.BLOCK_ELEMENTS
+    return 8 * min(chunk_tokens(d_model, vocab), tokens) * vocab
+
+
+def _in_blocks(tokens: int, d_model: int, vocab: int, dtype: Any) -> bool:
+    return tokens * vocab > MOST_ELEMENTS and tokens <= loss_blocks.most_tokens(d_model, dtype)
+
+
 def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
-    """The longest power-of-two chunk of time of as many tokens a device as the constants above allow."""
+    """A chunk of time, of at most as many tokens a device as the constants above allow."""
     d_model, vocab = head_shape
     rows, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
     chunk = 1
     while chunk < length and 2 * chunk * rows <= chunk_tokens(d_model, columns):
         chunk *= 2
-    return chunk
+    return -(-length // -(-length // chunk))  # as many equal ones, so that little is padded
 
 
-def _scores(h: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-    """Logits and is_target [B, T, V]; log Z, the target's logit and whether it is above all others [B, T]."""
+def _scores(
+    h: jax.Array, head: jax.Array, targets: jax.Array, vocab: tuple[str, ...] = ()
+) -> tuple[jax.Array, ...]:
+    """Logits and is_target [B, T, V]; log Z, the target's logit and whether it is above all others [B, T].
+
+    vocab: mesh axes that the ids are cut over around the call; the head and [B, T, V] are of this device's.
+    """
     logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
-    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    best_other = jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1)
+    own = targets - _first(head, vocab)
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == own[..., None]
+    target_logit = _sum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab)
+    best_other = _max(jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1), vocab)
     # Two passes over the logits, these maxima and the sum: `logsumexp` would look for the maximum again.
     top = jnp.where(targets >= 0, jnp.maximum(target_logit, best_other), best_other)
-    log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
+    log_z = top + jnp.log(_sum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab))
     correct = target_logit > best_other
     return logits, log_z, is_target, target_logit, correct
 
 
-def logits_and_sums(
-    h: jax.Array, head: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
-    logits, log_z, is_target, target_logit, correct = _scores(h, head, targets)
+def _first(head: jax.Array, vocab: tuple[str, ...]) -> jax.Array | int:
+    """The id that the first column of this device's part of the head is of."""
+    return jax.lax.axis_index(vocab) * head.shape[1] if vocab else 0
+
+
+def _sum(x: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _max(x: Any, axes: tuple[str, ...]) -> Any:
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def _sums(log_z: jax.Array, target_logit: jax.Array, correct: jax.Array, targets: jax.Array) -> LossSums:
     weight = (targets >= 0).astype(jnp.float32)
-    sums = LossSums(
+    return LossSums(
         cross_entropy=jnp.sum(weight * (log_z - target_logit)),
         log_z_squared=jnp.sum(weight * log_z**2),
         tokens=jnp.sum(weight),
         correct=jnp.sum(weight * correct),
     )
-    return logits, log_z, is_target, sums
+
+
+def logits_and_sums(
+    h: jax.Array, head: jax.Array, targets: jax.Array, vocab: tuple[str, ...] = ()
+) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
+    logits, log_z, is_target, target_logit, correct = _scores(h, head, targets, vocab)
+    return logits, log_z, is_target, _sums(log_z, target_logit, correct, targets)
 
 
 def pad(
@@ -153,30 +182,94 @@ def pad(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _chunked(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float
+def _total_of(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options
 ) -> tuple[jax.Array, LossSums]:
+    (sums,) = _on_devices(_values, hidden, head, targets, options)
+    return sums.cross_entropy + options.z_loss * sums.log_z_squared, sums
+
+
+def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    sums, d_hidden, d_head = _on_devices(_slopes, hidden, head, targets, options)
+    total = sums.cross_entropy + options.z_loss * sums.log_z_squared
+    return (total, sums), (d_hidden, d_head.astype(head.dtype))
+
+
+def _backward(options: Options, residuals: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
+    d_hidden, d_head = residuals
+    d_total = cotangents[0]
+    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
+
+
+_total_of.defvjp(_forward, _backward)
+
+
+def _on_devices(
+    run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options
+) -> tuple:
+    """``run`` of each device's own tokens and ids, its sums added up, its gradients where their arrays lie.
+
+    Tokens that the devices do not divide are left to XLA.
+    """
+    tokens, whole = (
+        sharding.cut(("batch", "time"), targets.shape),
+        sharding.cut(("embed", "vocab"), head.shape),
+    )
+    if tokens is None or whole is None:
+        return run(hidden, head, targets, options)
+    rows, time, embed, vocab = map(_names, (*tokens, *whole))
+    over = (*rows, *time)
+    if set(embed) - set(over):
+        return run(hidden, head, targets, options)
+
+    def own(h: jax.Array, part: jax.Array, t: jax.Array) -> tuple:
+        part = part.astype(h.dtype)
+        part = jax.lax.all_gather(part, embed, axis=0, tiled=True) if embed else part
+        sums, *slopes = run(h, part, t, options._replace(vocab=vocab))
+        sums = _sum(sums, over)
+        if not slopes:
+            return (sums,)
+        d_h, d_head = slopes
+        d_head = jax.lax.psum_scatter(d_head, embed, scatter_dimension=0, tiled=True) if embed else d_head
+        return sums, _sum(d_h, vocab), _sum(d_head, tuple(name for name in over if name not in embed))
+
+    out = (PartitionSpec(), tokens, whole)[: 3 if run is _slopes else 1]
+    return jax.shard_map(own, in_specs=(tokens, whole, tokens), out_specs=out, check_vma=False)(
+        hidden, head, targets
+    )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, of an entry of a PartitionSpec."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if sizes[name] > 1)
+
+
+def _values(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """(sums,)"""
     hidden, targets, chunk = pad(hidden, targets, head.shape)
     head = head.astype(hidden.dtype)
 
     def step(total: LossSums, xs: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        sums = logits_and_sums(xs[0], head, xs[1])[-1]
+        sums = logits_and_sums(xs[0], head, xs[1], options.vocab)[-1]
         return jax.tree.map(jnp.add, total, sums), None
 
-    sums, _ = jax.lax.scan(step, LossSums.zero(), (chunks(hidden, chunk), chunks(targets, chunk)))
-    return sums.cross_entropy + z_loss * sums.log_z_squared, sums
+    return jax.lax.scan(step, LossSums.zero(), (chunks(hidden, chunk), chunks(targets, chunk)))[:1]
 
 
-def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: float) -> tuple:
+def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """(sums, d hidden, d head in float32)"""
+    if _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
+        return _slopes_in_blocks(hidden, head, targets, options)
     length = targets.shape[1]
-    padded, targets, chunk = pad(hidden, targets, head.shape)
+    padded, padded_targets, chunk = pad(hidden, targets, head.shape)
     cast = head.astype(hidden.dtype)
 
     def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
         total, d_head = carry
         h, target = xs
-        logits, log_z, is_target, sums = logits_and_sums(h, cast, target)
-        scale = 1 + 2 * z_loss * log_z
+        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab)
+        scale = 1 + 2 * options.z_loss * log_z
         d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
         d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(h.dtype)
         d_h = jnp.einsum("btv,dv->btd", d_logits, cast)
@@ -185,18 +278,27 @@ def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, z_loss: flo
 
     start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
     d_chunks: jax.Array
-    (sums, d_head), d_chunks = jax.lax.scan(step, start, (chunks(padded, chunk), chunks(targets, chunk)))
+    xs = chunks(padded, chunk), chunks(padded_targets, chunk)
+    (sums, d_head), d_chunks = jax.lax.scan(step, start, xs)
     d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(padded.shape)[:, :length]
-    total = sums.cross_entropy + z_loss * sums.log_z_squared
     # Folded into the product above, the transpose of a tied head is one that the CPU cannot run in bfloat16.
-    d_head = jax.lax.optimization_barrier(d_head)
-    return (total, sums), (d_hidden, d_head.astype(head.dtype))
+    return sums, d_hidden, jax.lax.optimization_barrier(d_head)
 
 
-def _backward(z_loss: float, residuals: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
-    d_hidden, d_head = residuals
-    d_total = cotangents[0]
-    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
-
-
-_chunked.defvjp(_forward, _backward)
+def _slopes_in_blocks(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """`_slopes` by `hybridlm.loss_blocks`."""
+    vocab, tokens = options.vocab, targets.size
+    odd = tokens % 2  # exponentials go in pairs
+    h = jnp.pad(hidden.reshape(tokens, -1), ((0, odd), (0, 0)))
+    target = jnp.pad(targets.reshape(tokens), (0, odd), constant_values=-1)
+    matrix = head.T if options.tall else head
+    blocks = loss_blocks.Blocks(h, matrix, target - _first(head, vocab), options.tall)
+    kept, found = blocks.scores()
+    c = _max(found.c, vocab)
+    log_z = c + jnp.log(_sum(found.exps * jnp.exp(found.c - c), vocab))
+    found = found._replace(target=_sum(found.target, vocab), best=_max(found.best, vocab))
+    sums = _sums(log_z, found.target, found.target > found.best, target)
+    scale = jnp.where(target >= 0, 1 + 2 * options.z_loss * log_z, 0)
+    d_h, d_head = blocks.gradients(kept, found, log_z, scale)
+    d_hidden = d_h[:tokens].reshape(hidden.shape).astype(hidden.dtype)
+    return sums, d_hidden, d_head.T if options.tall else d_head

@@ -35,9 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "taps": (),
 }
 
-# Of XLA's compiler, for training steps on several GPUs, where mesh.overlap asks for it. Left to itself it may combine the gradients of all
-# layers into one or two sums at the end of the backward pass, with nothing left to compute beside them; and
-# in a scan over layers it gathers a layer's parameters when it needs them, not while the one before computes.
+# Of XLA's compiler, for training steps on several GPUs, where mesh.overlap asks for it. Left to itself it may
+# combine the gradients of all layers into one or two sums at the end of the backward pass, with nothing left
+# to compute beside them; and under a scan it gathers a layer's parameters no earlier than it needs them.
 COMBINED = 64 << 20  # bytes of what is combined: a layer's gradients at d_model 1024 are 46 MB
 OVERLAP: dict[str, Any] = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED,
@@ -224,10 +224,16 @@ def mesh_axes(logical: str) -> tuple[str, ...]:
     return _axes(logical, _current() or {})
 
 
+def cut(axes: Axes, shape: Sequence[int]) -> PartitionSpec | None:
+    """`spec` on the mesh in context; None without one."""
+    mesh = _current()
+    return None if mesh is None else spec(axes, shape, mesh)
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """``x`` held to the partition of its logical ``axes``; the identity without a mesh."""
-    mesh = _current()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+    where = cut(axes, x.shape)
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 def per_shard(

@@ -129,11 +129,11 @@ class Stack(nnx.Module):
             outputs = []
             for (spec, *_), layer, run in zip(runs, layers, xs, strict=True):
                 if spec.carries:
-                    carry, output = self._scan(layer, carry, run)
+                    carry, output = jax.lax.scan(layer, carry, run)
                 else:  # what is carried stays: as a constant of the scan the backward pass keeps it once
                     x, carried = carry
                     only_x = lambda x, xs, layer=layer, carried=carried: _first(layer((x, carried), xs))
-                    moved, output = self._scan(only_x, x, run)
+                    moved, output = jax.lax.scan(only_x, x, run)
                     carry = moved, carried
                 outputs.append(output)
             return carry, outputs
@@ -142,16 +142,9 @@ class Stack(nnx.Module):
             later = jax.eval_shape(once, carry)[1]
             blank = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
             carry = carry[0], jax.tree.map(blank, later) | carry[1]
-        return self._scan(period, carry, stacks)
-
-    def _scan(self, body: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
         if self.model.scan:
-            return jax.lax.scan(body, carry, xs)
-        outputs = []
-        for index in range(jax.tree.leaves(xs)[0].shape[0]):
-            carry, output = body(carry, jax.tree.map(lambda leaf, index=index: leaf[index], xs))
-            outputs.append(output)
-        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            return jax.lax.scan(period, carry, stacks)
+        return _unrolled(layers, carry, stacks)
 
     def blocks(self) -> list[Block]:
         """Every layer's Block in order, for decoding, where layers are unrolled."""
@@ -162,6 +155,29 @@ class Stack(nnx.Module):
                 for place, index in np.ndenumerate(indices):
                     found[index] = nnx.merge(graph, jax.tree.map(lambda leaf, p=place: leaf[p], state))
         return found
+
+
+def _unrolled(layers: Sequence[Callable], carry: Carry, stacks: Sequence[Any]) -> tuple[Carry, list[Any]]:
+    """The scan over repeats of scans over ``layers``, layer by layer."""
+    repeats, each = jax.tree.leaves(stacks)[0].shape[0], [jax.tree.leaves(xs)[0].shape[1] for xs in stacks]
+    apart = [_apart(xs, repeats * length) for xs, length in zip(stacks, each, strict=True)]
+    outputs: list[list[Any]] = [[] for _ in stacks]
+    for repeat in range(repeats):
+        for layer, run, length, found in zip(layers, apart, each, outputs, strict=True):
+            for xs in run[repeat * length : (repeat + 1) * length]:
+                carry, output = layer(carry, xs)
+                found.append(output)
+    stack = lambda *leaves: jnp.stack(leaves).reshape(repeats, -1, *leaves[0].shape)
+    return carry, [jax.tree.map(stack, *found) for found in outputs]
+
+
+def _apart(xs: Any, count: int) -> list[Any]:
+    """Of leaves [repeats, length, ...] those of each layer. One split a leaf, whose gradient is one
+    concatenation: that of as many slices is a sum of as many stacks, zero but for a layer."""
+    leaves, tree = jax.tree.flatten(xs)
+    split = lambda leaf: jax.lax.split(leaf.reshape(count, *leaf.shape[2:]), (1,) * count)
+    parts = [[part.reshape(part.shape[1:]) for part in split(leaf)] for leaf in leaves]
+    return [jax.tree.unflatten(tree, of_layer) for of_layer in zip(*parts, strict=True)]
 
 
 def _first(result: tuple[Carry, Any]) -> tuple[jax.Array, Any]:

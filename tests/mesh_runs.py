@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from hybridlm import ahead, layers, loss, loss_blocks, member, model, program, schema, sharding
 from hybridlm import config as configs
-from hybridlm import layers, member, model, program, schema, sharding
 from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
@@ -113,10 +114,44 @@ def product_gradients() -> dict[str, object]:
     return found
 
 
+def loss_on_devices(blocks: bool) -> dict:
+    """The chunked loss on a mesh of all axes: its largest error against one device, and how often the program
+    gathers the head and scatters its gradient, within loops and outside."""
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8, 16, 32), (32, 64)))
+    targets = jnp.asarray(rng.integers(-1, 64, (8, 16)), jnp.int32)
+    loss.CHUNK_ELEMENTS, loss.HEAD_REUSE, loss.MOST_ELEMENTS = 256, 0, 0 if blocks else 1 << 29
+    loss_blocks.BLOCK_ELEMENTS, loss_blocks.LANES = 1, 8
+    total = lambda hidden, head: loss.cross_entropy(hidden, head, targets, z_loss=0.1)[0]
+    expected = jax.jit(jax.value_and_grad(total, (0, 1)))(hidden, head)
+    mesh = sharding.make_mesh(schema.Mesh(2, 2, 2))
+    with jax.set_mesh(mesh):
+        where = [
+            NamedSharding(mesh, sharding.spec(axes, x.shape, mesh.shape))
+            for axes, x in ((("batch", None, None), hidden), (("embed", "vocab"), head))
+        ]
+        run = jax.jit(
+            jax.value_and_grad(total, (0, 1)), in_shardings=where, out_shardings=(None, tuple(where))
+        )
+        made = run.lower(hidden, head).compile()
+        found = made(*jax.device_put((hidden, head), tuple(where)))
+    error = lambda a, b: float(np.max(np.abs(a - np.asarray(b))) / np.max(np.abs(a)))
+    computations, entry = ahead._computations(made.as_text())
+    counts = {
+        "error": max(jax.tree.leaves(jax.tree.map(error, jax.device_get(expected), jax.device_get(found))))
+    }
+    for name, lines in computations.items():
+        for kind in ("all-gather", "reduce-scatter"):
+            place = f"{kind} {'outside' if name == entry else 'inside'}"
+            counts[place] = counts.get(place, 0) + sum(f" {kind}(" in line for line in lines)
+    return counts
+
+
 if __name__ == "__main__":
     logging.getLogger("hybridlm").setLevel(logging.ERROR)
     sizes = [(8, 4, True), (8, 3, True), (1, 4, False)]
     errors = {f"{batch},{heads}": shard_error(batch, heads, state) for batch, heads, state in sizes}
     shards = {f"{batch},{heads}": shard_of(batch, heads) for batch, heads, _ in sizes}
-    found = {"errors": errors, "shards": shards, "product": product_gradients()}
-    print(json.dumps(found | curves(Path(sys.argv[1]))))
+    found = {"errors": errors, "shards": shards, "product": product_gradients(), **curves(Path(sys.argv[1]))}
+    losses = [loss_on_devices(blocks) for blocks in (False, True)]  # last, as it sets the chunks' size
+    print(json.dumps(found | {"loss": losses}))

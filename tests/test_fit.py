@@ -71,6 +71,31 @@ def test_what_is_dear_is_kept():
     assert found == {"none": (6, 1), "kernels": (6, 1), "dots": (6, 2), "full": (7, 2)}
 
 
+def test_what_a_step_holds():
+    """Three layers of a product of 64 bytes each: only these are kept beside the layers' inputs; a step whose
+    shapes say that it is too large is not compiled."""
+    w = jnp.ones((4, 4))
+
+    def traced(policy, micro):
+        def loss(w, x):
+            for _ in range(3):
+                x = jax.checkpoint(lambda x, w: jnp.sin(x @ w), policy=remat.POLICIES[policy])(x, w)
+            return jnp.sum(x**2)
+
+        gradient = jax.grad(loss)
+        if micro:
+            add = lambda total, x: (total + gradient(w, x), None)
+            return jax.jit(lambda w, x: jax.lax.scan(add, w, jnp.stack([x, x]))[0]).trace(w, w)
+        return jax.jit(gradient).trace(w, w)
+
+    for micro in (False, True):
+        kept, nothing = (fit.held(traced(policy, micro).jaxpr.jaxpr) for policy in ("dots", "full"))
+        assert kept - nothing == 3 * 64 and nothing > 2 * 64
+    too_large = fit.compiled(traced("dots", False), 3 * 64)
+    assert too_large.run is None and too_large.needs > 5 * 64
+    assert fit.compiled(traced("dots", False), GIB).needs >= 2 * 64
+
+
 @pytest.mark.parametrize(
     ("needs", "chosen", "compiled"),
     [
@@ -79,10 +104,12 @@ def test_what_is_dear_is_kept():
         ((None, 5, 1), "dots", 2),
         ((11, 10, 1), "full", 3),
         ((11, 11, 11), "full", 3),
+        ((-11, 5, 1), "dots", 2),
     ],
 )
 def test_the_fastest_that_fits(needs, chosen, compiled):
-    """Of 10 GiB, which 10 GiB do not fit in: the allocator loses some. None: the compiler runs out."""
+    """Of 10 GiB, which 10 GiB do not fit in: the allocator loses some. None: the compiler runs out; below 0:
+    known to be too large without compiling."""
     asked = []
 
     def step(policy):
@@ -90,24 +117,25 @@ def test_the_fastest_that_fits(needs, chosen, compiled):
         size = needs[fit.FASTEST_FIRST.index(policy)]
         if size is None:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return fit.Step(policy, size * GIB)
+        return fit.Step(policy if size > 0 else None, abs(size) * GIB)
 
     policy, found, said = fit.choose(step, 10 * GIB)
     assert (policy, found.run, len(asked)) == (chosen, chosen, compiled)
     first = f"kernels {needs[0]}.0 GiB" if needs[0] else "kernels more than there is"
+    first = first.replace("-", "at least ")
     assert said.startswith(f"{chosen}; of 10.0 GiB a device {first}")
 
 
-def lowered(run, seen):
-    """What `fit.step` lowers, and the state that it starts from."""
+def traced(run, seen):
+    """What `fit.step` compiles, and the state that it starts from."""
     config, definition, mesh, batch = run
     state = program.build(config, definition, mesh, None).init(jax.random.key(0))
 
-    def lower(one):
+    def trace(one):
         seen.append((one.model.remat, one.model.scan))
-        return program.build(config, one, mesh, None).step.lower(state, sharding.put_batch(batch, mesh))
+        return program.build(config, one, mesh, None).step.trace(state, sharding.put_batch(batch, mesh))
 
-    return lower, state, sharding.put_batch(batch, mesh)
+    return trace, state, sharding.put_batch(batch, mesh)
 
 
 def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
@@ -119,13 +147,13 @@ def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
     monkeypatch.setattr(fit, "choose", lambda *args, of=fit.choose: tried.append(of(*args)) or tried[-1])
     seen = []
     with jax.set_mesh(mesh):
-        lower, state, batch = lowered(run, seen)
-        _, metrics = fit.step(config, definition, mesh, lower)(state, batch)
+        trace, state, batch = traced(run, seen)
+        _, metrics = fit.step(config, definition, mesh, trace)(state, batch)
         assert np.isfinite(metrics["loss"]) and (tmp_path / "memo").read_text() == "kernels"
-        fit.step(config, definition, mesh, lower)
+        fit.step(config, definition, mesh, trace)
         assert len(tried) == 1
         (tmp_path / "memo").write_text("damaged")
-        fit.step(config, definition, mesh, lower)
+        fit.step(config, definition, mesh, trace)
     assert len(tried) == 2 and (tmp_path / "memo").read_text() == "kernels"
     assert seen == [("kernels", False)] * 3
 
@@ -134,5 +162,5 @@ def test_where_memory_is_unknown_everything_is_kept(run):
     config, definition, mesh, _ = run
     seen = []
     with jax.set_mesh(mesh):
-        fit.step(config, definition, mesh, lowered(run, seen)[0])
+        fit.step(config, definition, mesh, traced(run, seen)[0])
     assert seen == [("none", True)]

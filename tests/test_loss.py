@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybridlm import loss
+from hybridlm import loss, loss_blocks
 
 
 def plain(hidden, head, targets, z_loss):
@@ -28,9 +28,8 @@ def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss):
     ours = lambda h, w: loss.cross_entropy(h, w, targets, z_loss=z_loss)
     value, pullback, sums = jax.vjp(ours, hidden, head, has_aux=True)
     with jax.enable_x64(True):
-        expected, grads = jax.value_and_grad(lambda h, w: plain(h, w, targets, z_loss), (0, 1))(
-            hidden.astype(np.float64), head.astype(np.float64)
-        )
+        of_plain = jax.jit(jax.value_and_grad(lambda h, w: plain(h, w, targets, z_loss), (0, 1)))
+        expected, grads = of_plain(hidden.astype(np.float64), head.astype(np.float64))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for got, want in zip(pullback(jnp.float32(1)), grads, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -38,6 +37,39 @@ def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss):
     assert int(sums.tokens) == (targets >= 0).sum()
     assert int(sums.correct) == ((hidden @ head).argmax(-1) == targets).sum()
     np.testing.assert_allclose(value, sums.cross_entropy + z_loss * sums.log_z_squared, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "tall", "far"),
+    [
+        (7, "float32", False, 0.0),  # 21 tokens, padded to 22; 19 ids in blocks of 8, 8, 3
+        (2, "float32", True, 90.0),  # the first ids say nothing of the largest logit
+        (9, "bfloat16", True, 0.0),
+        (4, "bfloat16", False, 90.0),
+    ],
+)
+def test_blocks_of_ids_equal_the_plain_formula(monkeypatch, length, dtype, tall, far):
+    monkeypatch.setattr(loss, "MOST_ELEMENTS", 0)
+    monkeypatch.setattr(loss_blocks, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(loss_blocks, "LANES", 8)
+    rng = np.random.default_rng(length)
+    hidden = jnp.asarray(rng.normal(size=(3, length, 22)), dtype).at[..., 0].set(1)
+    head = rng.normal(size=(22, 19))
+    head[0, 12] += far
+    head = jnp.asarray(head, dtype).astype(jnp.float32)
+    targets = rng.integers(-1, 19, size=(3, length)).astype(np.int32)
+    value, grads = jax.jit(
+        jax.value_and_grad(
+            lambda h, w: loss.cross_entropy(h, w.T if tall else w, targets, z_loss=0.1, tall=tall)[0], (0, 1)
+        )
+    )(hidden, head.T if tall else head)
+    with jax.enable_x64(True):
+        wide = (np.asarray(hidden, np.float64), np.asarray(head, np.float64))
+        expected, wanted = jax.jit(jax.value_and_grad(lambda h, w: plain(h, w, targets, 0.1), (0, 1)))(*wide)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, want in zip((grads[0], grads[1].T if tall else grads[1]), wanted, strict=True):
+        size = 1e-5 if dtype == "float32" else 1e-2
+        np.testing.assert_allclose(np.float64(got), want, rtol=size, atol=size * np.abs(want).max())
 
 
 def test_scores_per_token_equal_log_softmax(monkeypatch):

@@ -134,3 +134,11 @@ def test_the_compilers_options_are_for_several_gpus():
     for config, where in [(schema.Mesh(), ("gpu", 2)), (schema.Mesh(overlap=True), ("gpu", 1)),
                           (schema.Mesh(overlap=True), ("cpu", 2))]:  # fmt: skip
         assert sharding.compiler_options(config, mesh(*where)) == {}
+
+
+def test_the_loss_gathers_the_head_once(eight):
+    """In chunks and in blocks of ids: the same as on one device, the head's collectives not in the loops."""
+    for found in eight["loss"]:
+        assert found["error"] < 5e-6
+        assert (found["all-gather outside"], found["reduce-scatter outside"]) == (1, 1)
+        assert (found["all-gather inside"], found["reduce-scatter inside"]) == (0, 0)

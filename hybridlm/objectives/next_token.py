@@ -37,7 +37,11 @@ class Objective(objectives.Objective):
         rows = Rows(batch["segment_ids"], batch["positions"])
         hidden, records = model.forward(batch["tokens"], rows, (AUXILIARY + "*", *wanted))
         total, found = loss.cross_entropy(
-            hidden, model.head_matrix(), batch["targets"], z_loss=self.config.z_loss
+            hidden,
+            model.head_matrix(),
+            batch["targets"],
+            z_loss=self.config.z_loss,
+            tall=self.definition.model.tie_embeddings,
         )
         sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": self.config.z_loss * found.log_z_squared}
         sums |= {"tokens": found.tokens, "correct": found.correct}
