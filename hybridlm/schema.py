@@ -155,8 +155,8 @@ class Mesh:
 
     data: replicas.  fsdp: parameters and optimiser state sharded.  tensor: heads, MLP and vocabulary sharded.
     context: sequences cut; parameters and optimiser state sharded as by fsdp.
-    overlap: on several GPUs, XLA's settings for exchanging while others compute (`sharding.OVERLAP`). False,
-        until a measurement says that they help, leaves it its own.
+    overlap: on several GPUs, settings of XLA that let more exchanges go on beside computing
+        (`sharding.OVERLAP`); not timed yet.
     """
 
     data: Axis = -1

@@ -35,9 +35,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "taps": (),
 }
 
-# Of XLA's compiler, for training steps on several GPUs. Left to itself it may combine the gradients of all
-# layers into one or two sums at the end of the backward pass, with nothing left to compute beside them; and
-# in a scan over layers it gathers a layer's parameters when it needs them, not while the one before computes.
+# Of XLA's compiler, for training steps on several GPUs, where mesh.overlap asks for it. Left to itself it may
+# combine the gradients of all layers into one or two sums at the end of the backward pass, with nothing left
+# to compute beside them; and under a scan it gathers a layer's parameters no earlier than it needs them.
 COMBINED = 64 << 20  # bytes of what is combined: a layer's gradients at d_model 1024 are 46 MB
 OVERLAP: dict[str, Any] = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED,

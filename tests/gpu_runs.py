@@ -1,6 +1,6 @@
 """Real runs on the GPUs of one host, for docs/scaling.md: resumed on fewer, one process of several killed.
 
-    python -m tests.gpu_runs --gpus=4 [--steps=30]
+    python -m tests.gpu_runs --gpus=4 [--steps=30] [--parts=resumed,killed]
 
 A small hybrid (`configs/quickstart.py`) on text, in float32. First one process on all GPUs, fsdp, resumed
 from its checkpoint on fewer; then a process a GPU, one of which is killed while NCCL is under way: how long
@@ -46,10 +46,12 @@ def worst(losses: list[float], whole: list[float], first: int = 0) -> str:
     return f"{max(abs(a - b) / b for a, b in pairs):.1e}"
 
 
-def resumed(folder: Path, steps: int, gpus: int) -> list[float]:
+def resumed(folder: Path, steps: int, gpus: int, whole: list[float]) -> None:
     """Prints a row for each smaller number of GPUs that goes on from the first checkpoint."""
-    whole = run(folder / "whole", steps, gpus, folder / "logs")
-    print("| GPUs | from step | on GPUs | steps | largest difference of losses |\n|---|---|---|---|---|")
+    print(
+        "| GPUs | from step | on GPUs | steps | largest difference of losses |\n|---|---|---|---|---|",
+        flush=True,
+    )
     for count in [gpus, *(n for n in (4, 2, 1) if n < gpus)]:
         workdir = folder / f"on{count}"
         shutil.copytree(folder / "whole", workdir)
@@ -57,7 +59,6 @@ def resumed(folder: Path, steps: int, gpus: int) -> list[float]:
             shutil.rmtree(workdir / "checkpoints" / str(step), ignore_errors=True)
         losses = run(workdir, steps, count, folder / "logs")
         print(f"| {gpus} | {SAVED} | {count} | {len(losses)} | {worst(losses, whole, SAVED)} |", flush=True)
-    return whole
 
 
 def killed(folder: Path, steps: int, gpus: int, whole: list[float]) -> None:
@@ -94,10 +95,13 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, required=True)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--parts", default="resumed,killed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        whole = resumed(Path(name), args.steps, args.gpus)
-        killed(Path(name), args.steps, args.gpus, whole)
+        folder = Path(name)
+        whole = run(folder / "whole", args.steps, args.gpus, folder / "logs")
+        for part in args.parts.split(","):
+            {"resumed": resumed, "killed": killed}[part](folder, args.steps, args.gpus, whole)
 
 
 if __name__ == "__main__":
