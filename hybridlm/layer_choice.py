@@ -23,6 +23,7 @@ from rich.table import Table
 from hybridlm import init_from, member, model, plan, untrusted, weights
 from hybridlm.block import Spec
 from hybridlm.errors import ConfigError
+from hybridlm.mixers import parallel
 from hybridlm.objectives import next_token
 from hybridlm.run import cli, logbook
 
@@ -100,8 +101,8 @@ def kept(scores: Mapping[int, float], costs: Mapping[int, float], budget: float)
 
 def without_attention(spec: Spec) -> Spec:
     """``spec``, of a layer that has both the other of its branches."""
-    config: Any = spec.config
-    if getattr(config, "combine", "") != "gate":
+    config = spec.config
+    if not isinstance(config, parallel.Joined) or config.combine != "gate":
         return spec
     return spec._replace(name=spec.name.replace(spec.mixer, config.branches[1], 1), config=config.parts[1])
 

@@ -71,9 +71,10 @@ class Objective(objectives.Objective):
     these two of each layer."""
 
     config_class = Config
+    config: Config
 
     def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
-        self.config, self.definition, self.token_bytes = config, definition, token_bytes
+        super().__init__(config, definition, token_bytes)
         theirs = lm.build(init_from.described(config.teacher, "objective.teacher"))
         model = dataclasses.replace(theirs.model, dtype=definition.model.dtype, remat="none")
         self.teacher: lm.Definition = dataclasses.replace(theirs, model=model)
