@@ -157,7 +157,8 @@ def _of_line(line: str) -> Iterator[tuple[str, float]]:
     result: float = sum(_bytes(*shape) for shape in shapes)
     group = _group(line)
     if called[3] and not paired:  # an older start's results have its arguments beside them
-        result *= {"all-gather": group / (group + 1), "collective-permute": 0.5}.get(kind, 1)
+        beside = {"all-gather": group, "reduce-scatter": 1 / group, "collective-permute": 1}
+        result *= beside[kind] / (beside[kind] + 1) if kind in beside else 1
     share = (group - 1) / group
     factors = {"all-reduce": 2 * share, "reduce-scatter": group * share, "collective-permute": 1.0}
     yield kind, result * factors.get(kind, share)
