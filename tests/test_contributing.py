@@ -117,6 +117,7 @@ def test_a_kind_that_cannot_be_had(kind, problem):
         ("no_type", "x: dict = dataclasses.field(default_factory=dict)", "no config can give (KeyError"),
         ("nowhere", "x: 'Nowhere' = 3", "no config can give (NameError"),
         ("no_default", "_: dataclasses.KW_ONLY\n    x: int", "no config can give (TypeError"),
+        ("no_methods", "x: int = 3", "does not define __call__, __init__, cost"),
     ],
 )
 def test_a_kind_from_outside_that_no_config_can_give(name, text, problem, tmp_path, monkeypatch):
