@@ -136,3 +136,12 @@ class Mixer(mixers.TokenMixer):
     with pytest.raises(configs.ConfigError) as caught:
         configs.mixer(f"outside_{name}:Mixer")
     assert problem in str(caught.value) and caught.value.field.endswith("kind")
+
+
+def test_a_mixer_without_a_cache_says_that_it_cannot_generate():
+    class Mine(mixers.TokenMixer):
+        def __init__(self):
+            pass
+
+    with pytest.raises(configs.ConfigError, match="'Mine': defines no init_cache.* cannot generate"):
+        Mine().init_cache(1, 2, "float32")
