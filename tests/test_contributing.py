@@ -146,5 +146,5 @@ def test_a_mixer_without_a_cache_says_that_it_cannot_generate():
         def __call__(self, x_BTD, context, cache=None):
             return x_BTD, cache
 
-    with pytest.raises(configs.ConfigError, match="'Mine': defines no init_cache.* cannot generate"):
+    with pytest.raises(configs.ConfigError, match=r"'Mine': defines no init_cache.* cannot generate"):
         Mine().init_cache(1, 2, "float32")
