@@ -259,7 +259,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
             sections[section].check()
     sections |= {"model": model, "val": Named(definitions["val"])}
     whole = Config(**sections, init_from=init_from, init_gates=init_gates)
-    return stages.complete(whole, parts)
+    return stages.complete(whole, parts, resolve)
 
 
 def _move(values: dict[str, Any]) -> None:

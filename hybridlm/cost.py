@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hybridlm import loss, model
+from hybridlm import loss, mlps, model
 from hybridlm.block import Spec
 from hybridlm.config import Config
 from hybridlm.kinds import Settings
@@ -179,7 +179,7 @@ def _settings(spec: Spec) -> str:
             f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k not in ("kind", "parts")
         ]
 
-    mlp = [] if spec.mlp_kind == "swiglu" else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
+    mlp = [] if spec.mlp_kind == mlps.DEFAULT else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)
 
 

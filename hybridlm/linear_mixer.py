@@ -9,6 +9,7 @@ Parameterisation: FLA's layers (flash-linear-attention). Gates, log-decays and b
 Shape legend: B batch, T time, D model width, H key heads, HV value heads (multiple of H), K and V their dims.
 """
 
+import abc
 import dataclasses
 import math
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -194,6 +195,7 @@ class LinearMixer(TokenMixer):
 
     # What a kind overrides.
 
+    @abc.abstractmethod
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         """The recurrence's arguments from the projected and activated q, k, v (already split into heads)."""
         raise NotImplementedError

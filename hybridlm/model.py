@@ -84,7 +84,7 @@ def build(config: "Config") -> Definition:
 
     def spec(name: str) -> Spec:
         mixer, mlp = pattern.split(name)
-        mlp_config = config.mlps[mlp] if mlp else mlps.config_class("swiglu")(kind="swiglu")
+        mlp_config = config.mlps[mlp] if mlp else mlps.config_class(mlps.DEFAULT)(kind=mlps.DEFAULT)
         filled = mlp_config.filled(model.mlp_hidden)
         joined = config.mixers[mixer].joined(config.mixers)
         return Spec(name, joined, filled, mixer in model.post_norm)

@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, D model width.
 """
 
+import abc
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ class RecurrentMixer(TokenMixer):
     def convs(self) -> tuple[ShortConv, ...]:
         return ()
 
+    @abc.abstractmethod
     def mixed(
         self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
     ) -> tuple[jax.Array, RecurrentCache]:

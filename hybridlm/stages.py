@@ -8,22 +8,26 @@ One workdir, one count of steps, one order of data. A stage begins with the para
 left in its last checkpoint, and with a fresh optimiser and schedule.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from hybridlm import config as configs
 from hybridlm import objectives, schema
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, fields, parse, under
+
+if TYPE_CHECKING:
+    from hybridlm.config import Config
+
+Resolve = Callable[[ConfigDict], "Config"]  # `hybridlm.config.resolve`, which calls `complete`
 
 SECTIONS = ("train", "optimizer", "objective")
 FIELD = "stages"
 ORDER = "order"
 
 
-def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Config":
+def complete(config: "Config", given: Mapping[str, Any], resolve: Resolve) -> "Config":
     """``config`` with the stages of ``given``, checked, and their steps added up as its own."""
     order = given.get(ORDER, ())
     if not isinstance(order, tuple | list) or not all(isinstance(name, str) for name in order):
@@ -43,7 +47,7 @@ def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Con
         if not isinstance(overlay, Mapping):
             known = [one for one in given if one != ORDER]
             raise ConfigError(f"{FIELD}.{ORDER}", name, "there is no such stage", nearest(name, known))
-        one = _laid_over(config, name, overlay)
+        one = _laid_over(config, name, overlay, resolve)
         steps += one.train.steps
         value = lambda section, field, one=one: getattr(getattr(one, section), field)
         kept[name] = Named(
@@ -52,7 +56,7 @@ def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Con
     return config.replace(train__steps=steps, stages=Named(kept))
 
 
-def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) -> "configs.Config":
+def _laid_over(config: "Config", name: str, overlay: Mapping[str, Any], resolve: Resolve) -> "Config":
     """The config of one stage, of its own steps."""
     values = config.to_dict()
     values.pop(FIELD, None)
@@ -69,7 +73,7 @@ def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) 
             raise ConfigError("train.steps", None, "must say how long the stage is")
         if "seed" in overlay["train"]:
             raise ConfigError("train.seed", overlay["train"]["seed"], "belongs to the run, not to a stage")
-        one = configs.resolve(ConfigDict(values))
+        one = resolve(ConfigDict(values))
         if one.optimizer.ema:  # its first steps are told by the count of all steps
             raise ConfigError("optimizer.ema", one.optimizer.ema, "must be 0 in a run with stages")
         return one
@@ -96,7 +100,7 @@ def override(config: dict[str, Any], field: str, text: str) -> None:
                 raise ConfigError(last, text, str(error)) from None
 
 
-def split(config: "configs.Config") -> list[tuple[int, "configs.Config"]]:
+def split(config: "Config", resolve: Resolve) -> list[tuple[int, "Config"]]:
     """(step that it begins after, config with its last step as train.steps) of each stage; of a run without
     stages, the whole."""
     if not config.stages:
@@ -104,7 +108,7 @@ def split(config: "configs.Config") -> list[tuple[int, "configs.Config"]]:
     found = []
     end = 0
     for name in config.stages[ORDER]:
-        one = _laid_over(config, name, config.stages[name])
+        one = _laid_over(config, name, config.stages[name], resolve)
         begin, end = end, end + one.train.steps
         window = tuple(begin + step for step in one.train.profile_steps) or config.train.profile_steps
         found.append((begin, one.replace(train__steps=end, train__profile_steps=window)))

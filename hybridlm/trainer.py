@@ -77,7 +77,7 @@ def together(
             given = zip(part, resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
             return [Member(one, at, evaluate, rows, whole, begin) for (_, one), whole, at, evaluate in given]
 
-        parts = zip(*map(stages.split, resolved), strict=True)
+        parts = zip(*(stages.split(one, configs.resolve) for one in resolved), strict=True)
         for members in list(map(joined, parts)):  # a later stage is refused before the first
             again = members[0].stage_begin and resume == "never"
             stage(members, mesh, stop, "auto" if again else resume)

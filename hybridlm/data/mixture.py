@@ -7,6 +7,7 @@ import numpy as np
 
 from hybridlm.data import source
 from hybridlm.data.source import Batch, Source, View, empty_rows, permutation
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Named, under
 
@@ -18,6 +19,10 @@ class Config(source.Config):
     """components: settings of other data by name, each with its weight."""
 
     components: Named[source.Config] = Named()  # noqa: RUF009  # nobody changes it
+
+    def load_tokenizer(self) -> Tokenizer | None:
+        each = [component.load_tokenizer() for component in self.components.values()]
+        return next((tokens for tokens in each if tokens is not None), None)
 
     def check(self) -> None:
         if not self.components:

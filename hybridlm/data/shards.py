@@ -52,6 +52,11 @@ class Config(source.Config):
 
     path: str = ""
 
+    def load_tokenizer(self) -> tokenizer.Tokenizer:
+        path, shape = Path(self.path).expanduser(), {"tokenizer": {"name": str}}
+        named = untrusted.read_json(path / "index.json", "data.path", shape)["tokenizer"]["name"]
+        return tokenizer.load(named if named == "bytes" else str(untrusted.inside(path, named, "data.path")))
+
     def check(self) -> None:
         if not self.path:
             raise ConfigError("path", "", "must name the directory that data.prepare wrote")

@@ -42,6 +42,10 @@ class Config(Settings):
     def check(self) -> None:
         """ConfigError, with a field relative to the definition, for settings that do not fit together."""
 
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the data name, read without their tokens; None if these stand for no text."""
+        return None
+
 
 class Source(Protocol):
     """Rows by index.

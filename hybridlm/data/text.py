@@ -10,6 +10,7 @@ import numpy as np
 from hybridlm.data import documents, files, formats, holdout, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
@@ -34,6 +35,9 @@ class Config(source.Config):
     val_path: str = ""
     holdout: float = 0.05
     tokenizer: str = "bytes"
+
+    def load_tokenizer(self) -> Tokenizer:
+        return tokenizer.load(self.tokenizer)
 
     def check(self) -> None:
         if not self.path and not self.val_path:

@@ -253,7 +253,7 @@ def cases(folder: Path, trace: float = 0.1, compile: float = 0.03) -> Callable[[
         if not traces:
             return "resolved"
         opened(config)
-        for begin, one in stages.split(config):
+        for begin, one in stages.split(config, configs.resolve):
             traced(one, begin, compiles)
         return "ran" if compiles else "traced"
 
