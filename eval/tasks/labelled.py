@@ -57,7 +57,7 @@ class LabelTask:
         kind = self.settings["kind"]
         parts = run.components.values() if isinstance(run, mixture.Config) else [run]
         own = next((plain(part) for part in parts if part.kind == kind), {})
-        known = {field.name for field in dataclasses.fields(data.KINDS[kind].Config)}
+        known = {field.name for field in dataclasses.fields(data.KINDS[kind])}
         kept = {
             k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples", "weight")
         }

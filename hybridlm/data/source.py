@@ -42,6 +42,10 @@ class Config(Settings):
     def check(self) -> None:
         """ConfigError, with a field relative to the definition, for settings that do not fit together."""
 
+    def open(self, view: View) -> "Source":
+        """What ``view`` wants of the data; ConfigError where they cannot be read, or fit no such rows."""
+        raise NotImplementedError
+
 
 class Source(Protocol):
     """Rows by index.

@@ -159,7 +159,7 @@ class Cases:
     def read_shards(self, folder: Path) -> list[np.ndarray]:
         rows = []
         for split in ("train", "val"):
-            source = shards.open_source(shards.Config(str(folder)), View(split, 32, 0, 300))
+            source = shards.Config(str(folder)).open(View(split, 32, 0, 300))
             for check in source.checks:
                 check()
             batch = source.rows(np.arange(source.num_rows))
