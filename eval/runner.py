@@ -81,18 +81,11 @@ def measure(
             chance = task.chance(subject.config)
             if not scores.size:
                 raise TooShort("it has no samples")
-        except TooShort as error:
-            (left_out or _warn)(name, error)
-            continue
-        except (ConfigError, RunError) as error:  # of one task: the others are still to be had
-            if left_out is None and len(tasks) == 1:
-                raise
-            (left_out or _warn)(name, error)
-            continue
         except Exception as error:
-            if left_out is None:
+            of_task = isinstance(error, ConfigError | RunError) and len(tasks) > 1  # others are to be had
+            if left_out is None and not (of_task or isinstance(error, TooShort)):
                 raise
-            left_out(name, error)
+            (left_out or _warn)(name, error)
             continue
         seconds = round(time.perf_counter() - began, 2)
         results[name] = {

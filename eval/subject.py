@@ -18,6 +18,7 @@ from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError
+from hybridlm.generate import decoding
 from hybridlm.rows import Rows
 
 log = logging.getLogger("hybridlm")
@@ -95,12 +96,8 @@ class Subject:
 
         A context that several questions share is read once, and its cache copied for each (`eval.shared`).
         """
-        tokens, stop = self.text_tokenizer, [text for text in stop if text]
-        encoded = [text.encode() for text in stop]
-        marks = np.zeros(self.definition.vocab_size, bool)
-        marks[tokens.doc_id] = True
-        for index, piece in enumerate(tokens.pieces or ()):
-            marks[index] |= any(text in piece for text in encoded)
+        tokens, marks = self.text_tokenizer, np.zeros(self.definition.vocab_size, bool)
+        marks[decoding.stop_tokens(tokens, stop)] = True
         texts: list[str] = [""] * len(questions)
         budget = shared.pad(max_new_tokens)
         groups = shared.grouped(contexts)
@@ -112,9 +109,8 @@ class Subject:
                 )
             )  # fmt: skip
             for row, index in enumerate(members):
-                new = [token for token in out[row].tolist() if token >= 0 and token != tokens.doc_id]
-                text = tokens.decode_after([*contexts[index], *questions[index]][-SHOWN:], new)
-                texts[index] = text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+                before = [*contexts[index], *questions[index]][-SHOWN:]
+                texts[index] = decoding.written(tokens, before, out[row].tolist(), stop)
             progress(len(members))
         return texts
 
@@ -228,7 +224,7 @@ def load(
     ema: with the average of its weights (optimizer.ema).
     """
     config, definition, params, step = weights.load(workdir, step, ema)
-    tokens = tokenizers.load(tokenizer) if tokenizer else weights.tokenizer(workdir, config)
+    tokens = tokenizers.load(tokenizer, "--tokenizer") if tokenizer else weights.tokenizer(workdir, config)
     if tokens is not None:
         weights.check_fits(tokens, definition.vocab_size)
     return Subject(definition, params, tokens, config, step, batch_tokens)

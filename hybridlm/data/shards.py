@@ -17,7 +17,7 @@ import os
 import re
 import resource
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -149,7 +149,9 @@ class Writer:
         """Ends the shard that is being written, if there is one."""
         if self.file is None:
             return
-        _sync(self.file)
+        self.file.flush()
+        os.fsync(self.file.fileno())  # the rename that follows must not overtake the bytes
+        self.file.close()
         self.file = None
         if len(self.offsets) == 1:  # nothing came: only the first shard of an empty split
             os.remove(self.directory / f"{self.name}.tokens")
@@ -351,10 +353,3 @@ def _offsets(directory: Path, shard: dict, dtype: np.dtype, config: Config) -> n
     if problem:
         raise ConfigError("path", config.path, f"is damaged: {problem}", FIX)
     return offsets
-
-
-def _sync(file: IO[Any]) -> None:
-    """Closes a file whose bytes are on the disk: the rename that follows must not overtake them."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

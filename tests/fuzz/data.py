@@ -52,7 +52,7 @@ def inputs() -> dict[str, bytes]:
 def tokenizer_files() -> dict[str, Any]:
     """Sound tokenizer files, parsed."""
     with tempfile.TemporaryDirectory() as folder:
-        bpe.train(((str(i), text.encode()) for i, text in enumerate(TEXTS)), 280, Path(folder, "t.json"))
+        bpe.train((text.encode() for text in TEXTS), 280, Path(folder, "t.json"))
         found = {"byte level": json.loads(Path(folder, "t.json").read_text())}
     pieces = (
         {"<unk>": 0, "▁": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)} | {"te": 258, "▁te": 259}
