@@ -1,5 +1,6 @@
 """Measures tasks on a subject, one after the other, and keeps what was measured in a file."""
 
+import io
 import logging
 import math
 import time
@@ -152,6 +153,13 @@ def put(path: Path, write: Callable[[], None]) -> None:
         write()
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def put_figure(path: Path, figure: Any) -> None:
+    """`put` of a picture, as a PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    put(path, lambda: untrusted.write_bytes(path, out.getvalue()))
 
 
 def folder(workdir: str | Path, ema: bool) -> Path:

@@ -28,10 +28,9 @@ class Dataset:
     A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process reads
     those of ``rows`` among them, so that the order does not depend on the number of processes.
 
-    num_rows: rows in one pass; None for data that never repeat.
+    num_rows, vocab_size, tokenizer: of the `Source`.
     num_batches: batches in the held-out pass, the last filled up with padding rows; None when training,
         which goes on from epoch to epoch.
-    vocab_size: ids that the data need.  tokenizer: None when tokens stand for no text.
     token_bytes: bytes that each id stands for, int32 [vocab_size], or None when there is no bits per byte.
     fingerprint: a hash of all that decides the batches; a run can resume exactly if it is unchanged.
     """
@@ -140,11 +139,10 @@ def build(
     rows: np.ndarray | None = None,
     prefix: str = "data",
 ) -> Dataset:
-    """The ``split`` ("train" or "val") of the data that ``given`` describes, a config's or a mapping.
+    """The data that ``given`` describes, a config's or a mapping.
 
-    batch_size: rows of a batch over all processes.  seq_len: tokens of a row.  seed: of the training order.
-    vocab_size: ids of the model.  rows: those of each batch that this process reads; None: all.
-    prefix: of the fields in errors.
+    split, seq_len, seed, vocab_size: see `View`.  batch_size: rows of a batch over all processes.
+    rows: those of each batch that this process reads; None: all.  prefix: of the fields in errors.
     Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
     has, and for training data that do not fill one batch.
     """
@@ -178,14 +176,12 @@ def settings(values: Any, prefix: str = "") -> Config:
     what concerns several fields is left to `Config.check`.
     """
     mapping(values, prefix)
-    rest = dict(values)
-    components = rest.pop("components", None) if rest.get("kind") == "mixture" else None
     with under(prefix):
-        described = config_class(str(rest.get("kind")))
-        config = build_fields(described, rest)
-        if components is not None:
-            mapping(components, "components")
-            parts = {name: settings(one, f"components.{name}") for name, one in components.items()}
-            assert isinstance(config, mixture.Config)
-            config = dataclasses.replace(config, components=Named(parts))
-    return config
+        described, rest = config_class(str(values.get("kind"))), dict(values)
+        if described is not mixture.Config or "components" not in rest:
+            return build_fields(described, rest)
+        components = rest.pop("components")
+        config = build_fields(mixture.Config, rest)
+        mapping(components, "components")
+        parts = {name: settings(one, f"components.{name}") for name, one in components.items()}
+        return dataclasses.replace(config, components=Named(parts))

@@ -59,7 +59,9 @@ class Config(generated.Config):
         return Generated(make, view, self, name=name, length=length, entropy=entropy)
 
 
-def _recall(config: Config, view: View, noise_fraction: float = 0.0, noise_vocab: int = 0) -> Make:
+def _recall(config: Config, view: View) -> Make:
+    with_noise = config.task == "noisy_in_context_recall"
+    noise_fraction, noise_vocab = (config.noise_fraction, config.noise_vocab) if with_noise else (0.0, 0)
     pairs, vocab = view.seq_len // 2, view.vocab_size - noise_vocab
     _require(config, view, pairs >= 2 and vocab >= 4, "train.seq_len >= 4 and 4 ids beside the noise")
     keys = vocab // 2
@@ -88,10 +90,6 @@ def _recall(config: Config, view: View, noise_fraction: float = 0.0, noise_vocab
         return tokens[:, :-1], (tokens if view.split == "train" else answers)[:, 1:]
 
     return make
-
-
-def _noisy(config: Config, view: View) -> Make:
-    return _recall(config, view, config.noise_fraction, config.noise_vocab)
 
 
 def _fuzzy(config: Config, view: View) -> Make:
@@ -191,7 +189,7 @@ def _require(config: Config, view: View, met: bool, needs: str) -> None:
 
 TASKS: dict[str, Callable[[Config, View], Make]] = {
     "in_context_recall": _recall,
-    "noisy_in_context_recall": _noisy,
+    "noisy_in_context_recall": _recall,
     "fuzzy_in_context_recall": _fuzzy,
     "memorization": _memorization,
     "selective_copying": _selective_copying,

@@ -83,17 +83,13 @@ def _parts(inputs: str, val_inputs: str, text_field: str) -> list[Part]:
     found = [file for file in files.find(inputs, "--input") if os.path.realpath(file.path) not in held]
     if not found:
         raise ConfigError("--val_input", val_inputs, "holds out every file of --input", "Name other files.")
-    split = "train" if held else ""
-    wanted = [(file, split, "--input") for file in found]
+    wanted = [(file, "train" if held else "", "--input") for file in found]
     wanted += [(file, "val", "--val_input") for file in held.values()]
-    return [
-        Part(
-            untrusted.regular(file.path, field).st_size,
-            split,
-            functools.partial(documents.read, file, text_field, field),
-        )
-        for file, split, field in wanted
-    ]
+    parts = []
+    for file, split, field in wanted:
+        size = untrusted.regular(file.path, field).st_size
+        parts.append(Part(size, split, functools.partial(documents.read, file, text_field, field)))
+    return parts
 
 
 def _assigned(parts: list[Part], fraction: float) -> Iterator[tuple[int, Document, str]]:
