@@ -17,6 +17,7 @@ from hybridlm import generate, loss, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
+from hybridlm.data.source import empty_rows
 from hybridlm.errors import ConfigError
 from hybridlm.generate import decoding
 from hybridlm.rows import Rows
@@ -146,23 +147,17 @@ class Subject:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
         for chosen, filled in self._batches(lengths, 0):
-            shape = (len(filled), generate.bucket(max(lengths[i] for i in chosen)))
-            tokens, targets, segments = (
-                np.zeros(shape, np.int32),
-                np.full(shape, -1, np.int32),
-                np.zeros(shape, np.int32),
-            )
+            batch = empty_rows(len(filled), generate.bucket(max(lengths[i] for i in chosen)))
+            batch["positions"][:] = np.arange(batch["positions"].shape[1])
             for row, index in enumerate(filled):
                 context, continuation = pairs[index]
-                whole, end = [*context, *continuation], lengths[index]
-                tokens[row, :end], segments[row, :end] = whole[:-1], 1
-                targets[row, len(context) - 1 : end] = continuation
-            positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-            log_prob, correct = self.token_scores(
-                {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions}
-            )
+                end = lengths[index]
+                batch["tokens"][row, :end] = [*context, *continuation][:-1]
+                batch["segment_ids"][row, :end] = 1
+                batch["targets"][row, len(context) - 1 : end] = continuation
+            log_prob, correct = self.token_scores(batch)
             for row, index in enumerate(chosen):
-                counted = targets[row] >= 0
+                counted = batch["targets"][row] >= 0
                 results[index] = float(log_prob[row].sum(dtype=np.float64)), bool(correct[row][counted].all())
             progress(len(chosen))
         return results

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -42,10 +43,10 @@ class Dataset:
         self.damage: RunError | None = None
         self.num_rows, self.vocab_size, self.tokenizer = source.num_rows, source.vocab_size, source.tokenizer
         self.token_bytes = None if source.tokenizer is None else source.tokenizer.token_bytes
-        self.num_batches = None
+        self.num_batches, self.end = None, math.inf
         if view.split == "val":
             assert source.num_rows is not None
-            self.num_batches = -(-source.num_rows // batch_size)
+            self.num_batches, self.end = -(-source.num_rows // batch_size), source.num_rows
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {batch_size}".encode()).hexdigest()[:16]
 
     def batch(self, step: int) -> Batch:
@@ -60,7 +61,7 @@ class Dataset:
         if step < 0 or (self.num_batches is not None and step >= self.num_batches):
             raise IndexError(f"batch {step} of {self.num_batches}")
         index_B = step * self.batch_size + self.local_rows
-        inside_B = index_B < (self.num_rows if self.num_batches is not None else np.inf)
+        inside_B = index_B < self.end
         batch = empty_rows(len(index_B), self.view.seq_len)
         for name, array in self.source.rows(index_B[inside_B]).items():
             batch[name][inside_B] = array

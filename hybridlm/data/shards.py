@@ -272,6 +272,10 @@ def _check(directory: Path, shard: dict, dtype: np.dtype, doc_id: int) -> None:
         raise _unreadable(path, error) from error
 
 
+def _damaged(config: Config, problem: str, fix: str = FIX) -> ConfigError:
+    return ConfigError("path", config.path, f"is damaged: {problem}", fix)
+
+
 def _read_index(directory: Path, config: Config) -> tuple[dict, str]:
     path = directory / "index.json"
     if not path.is_file():
@@ -283,10 +287,9 @@ def _read_index(directory: Path, config: Config) -> tuple[dict, str]:
             _check_index(index)
         content = untrusted.read_bytes(path, "path")
     except ConfigError as error:
-        said = f"is damaged: index.json {error.allowed}"
-        raise ConfigError("path", config.path, said, error.fix or FIX) from error
+        raise _damaged(config, f"index.json {error.allowed}", error.fix or FIX) from error
     except ValueError as error:
-        raise ConfigError("path", config.path, f"is damaged: in index.json {error}", FIX) from error
+        raise _damaged(config, f"in index.json {error}") from error
     if index["format"] not in (FORMAT, UNSEALED):
         raise ConfigError("path", config.path, f"has format {index['format']!r}, must be {FORMAT!r}", FIX)
     return index, hashlib.sha256(content).hexdigest()
@@ -313,43 +316,36 @@ def _check_index(index: dict) -> None:
 def _tokenizer(directory: Path, index: dict, config: Config) -> tokenizer.Tokenizer:
     name = index["tokenizer"]["name"]
     if name not in ("bytes", "tokenizer.json"):
-        allowed = f"is damaged: its tokenizer is {name!r}, must be bytes or tokenizer.json"
-        raise ConfigError("path", config.path, allowed, FIX)
+        raise _damaged(config, f"its tokenizer is {name!r}, must be bytes or tokenizer.json")
     try:
         tokens = tokenizer.load(name if name == "bytes" else str(directory / name))
     except ConfigError as error:
-        raise ConfigError("path", config.path, f"is damaged: {error}", FIX) from error
+        raise _damaged(config, str(error)) from error
     if (tokens.fingerprint, tokens.doc_id) != (index["tokenizer"]["fingerprint"], index["doc_id"]):
-        allowed = f"is damaged: {name} is not the tokenizer it was written with"
-        raise ConfigError("path", config.path, allowed, FIX)
+        raise _damaged(config, f"{name} is not the tokenizer it was written with")
     return tokens
 
 
 def _offsets(directory: Path, shard: dict, dtype: np.dtype, config: Config) -> np.ndarray:
     """Offsets int64 of one shard, whose files are held against the index (its tokens by size only)."""
     path = directory / shard["name"]
-    sizes = {
-        ".tokens": shard["tokens"] * dtype.itemsize,
-        ".offsets": (shard["documents"] + 1) * OFFSET.itemsize,
-    }
-    problem = ""
-    for suffix, expected in sizes.items():
+    for suffix, expected in (
+        (".tokens", shard["tokens"] * dtype.itemsize),
+        (".offsets", (shard["documents"] + 1) * OFFSET.itemsize),
+    ):
         file = path.with_suffix(suffix)
-        size = file.stat().st_size if file.is_file() else None
+        size = file.stat().st_size if file.is_file() else -1
         if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes"
-            problem = problem or f"{file.name} {found}, the index says {expected}"
-    if not problem:
-        try:
-            content = path.with_suffix(".offsets").read_bytes()
-        except OSError as error:
-            said = f"{path.name}.offsets cannot be read"
-            raise ConfigError("path", config.path, said, f"{error.strerror}.") from error
-        offsets = np.frombuffer(content, OFFSET).astype(np.int64)
-        if shard.get("offsets_sha256") not in (None, hashlib.sha256(content).hexdigest()):
-            problem = f"{path.name}.offsets: its SHA-256 is not the one in index.json"
-        elif offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 2).any():
-            problem = f"{path.name}.offsets do not increase to the end"
-    if problem:
-        raise ConfigError("path", config.path, f"is damaged: {problem}", FIX)
+            found = "is missing" if size < 0 else f"has {size} bytes"
+            raise _damaged(config, f"{file.name} {found}, the index says {expected}")
+    try:
+        content = path.with_suffix(".offsets").read_bytes()
+    except OSError as error:
+        said = f"{path.name}.offsets cannot be read"
+        raise ConfigError("path", config.path, said, f"{error.strerror}.") from error
+    if shard.get("offsets_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+        raise _damaged(config, f"{path.name}.offsets: its SHA-256 is not the one in index.json")
+    offsets = np.frombuffer(content, OFFSET).astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 2).any():
+        raise _damaged(config, f"{path.name}.offsets do not increase to the end")
     return offsets

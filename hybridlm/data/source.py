@@ -56,10 +56,14 @@ class Source(Protocol):
     checks: each reads a stored file whole and raises RunError when it is damaged.
     """
 
-    num_rows: int | None
     vocab_size: int
-    tokenizer: Tokenizer | None
     fingerprint: str
+
+    @property
+    def num_rows(self) -> int | None: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
     @property
     def checks(self) -> Sequence[Callable[[], None]]: ...
