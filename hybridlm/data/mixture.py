@@ -32,6 +32,13 @@ class Config(source.Config):
             with under(f"components.{name}"):
                 component.check()
 
+    def open(self, view: View) -> "Mixture":
+        sources = {}
+        for name, component in self.components.items():
+            with under(f"components.{name}"):
+                sources[name] = component.open(view)
+        return Mixture(sources, {name: one.weight for name, one in self.components.items()}, view)
+
 
 class Mixture:
     """Source that takes each row from one of ``components``.
