@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kda hybrid": ("KDA", dict(**DELTA, num_v_heads=4, num_hidden_layers=3, attn=SPECS)),
     "gla": ("GLA", dict(num_heads=2)),
     "comba": ("Comba", dict(**DELTA, num_v_heads=4, correction_factor=0.02)),
+    "mom": ("Mom", dict(**DELTA, num_memories=3, expand_v=1.0)),
     "linear_attn": ("LinearAttention", dict(num_heads=2, feature_map="hedgehog", norm_feature_map=True)),
     "gla conv": ("GLA", dict(num_heads=4, use_short_conv=True, use_output_gate=False, expand_k=1.0)),
     "hgrn": ("HGRN", dict(num_hidden_layers=3)),
@@ -131,6 +132,10 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
         settings["expand_ratio"] = {1: 1, 2: 16, 16: 32}.get(settings.get("expand_ratio"))
     if "num_heads" in known:
         settings.setdefault("num_heads", 4)
+    if cls == "Mom":
+        settings["use_short_conv"] = True  # else it warns, as an exception
+        if settings.get("attn"):
+            settings["attn"] = dict(layers=[1], num_heads=4)
     if "lower_bound" in settings or "safe_gate" in settings:
         settings |= {"lower_bound": -5, "safe_gate": True}
     config = config_class(**{**SMALL, "intermediate_size": None, "num_hidden_layers": 3} | settings)
