@@ -42,6 +42,7 @@ def blockwise(
     sinks_H: jax.Array | None = None,
     forgotten_BTH: jax.Array | None = None,
     forgotten_BSH: jax.Array | None = None,
+    first: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """o [B, T, H, V]: softmax(scale q k^T) v over the keys s with first <= index_S[s] <= index_T[t].
 
@@ -50,6 +51,8 @@ def blockwise(
     window: with keys in order, the last of them the queries' own (index_S = arange, or a halo before it),
         the most that a query sees, to skip the rest; 0: no bound.
     sinks_H, forgotten_BTH, forgotten_BSH: see `AttentionCall`; forgotten of queries and of keys.
+    first: keys of their own for each query: (k [B, F, G, K], v [B, F, G, V], int32 [B, T, N]: which of the F
+        each query sees besides, -1 for none).
     """
     length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     block = min(MAX_BLOCK, max(16, SCORES // keys), length)
@@ -66,12 +69,15 @@ def blockwise(
     if forgotten_BTH is not None and forgotten_BSH is not None:
         forgotten = padded(forgotten_BTH, 1), forgotten_BSH
 
+    if first is not None:
+        first = *first[:2], padded(first[2], 1)
+
     @jax.checkpoint
     def attend_block(
-        start: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, forgotten: Any
+        start: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, forgotten: Any, own: Any
     ) -> jax.Array:
         cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
-        place_T, first = cut(index_T, axis=0), cut(first_BT, axis=1)
+        place_T, low_BT = cut(index_T, axis=0), cut(first_BT, axis=1)
         place_S = index_S
         if span < keys:
             low = jnp.clip(start + end - span, 0, keys - span)
@@ -80,15 +86,21 @@ def blockwise(
             if forgotten is not None:
                 forgotten = forgotten[0], jax.lax.dynamic_slice_in_dim(forgotten[1], low, span, axis=1)
         bias = None if forgotten is None else (cut(forgotten[0], axis=1), forgotten[1])
-        seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(first, 0)[..., None])
-        return _softmax(cut(q, axis=1), k, v, seen, scale, sinks, bias)
+        seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(low_BT, 0)[..., None])
+        own = None if own is None else (*own[:2], cut(own[2], axis=1))
+        return _softmax(cut(q, axis=1), k, v, seen, scale, sinks, bias, own)
 
-    arrays = q_BTHK, k_BSGK, v_BSGV, sinks_H, forgotten
+    arrays = q_BTHK, k_BSGK, v_BSGV, sinks_H, forgotten, first
     if blocks == 1:
         return attend_block(jnp.int32(0), *arrays)
     starts = block * jnp.arange(blocks, dtype=jnp.int32)
     o = jax.lax.map(lambda start: attend_block(start, *arrays), starts)
     return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], blocks * block, *o.shape[3:])[:, :length]
+
+
+def gathered(x_BFGK: jax.Array, at: jax.Array) -> jax.Array:
+    """x_BFGK[b, at[b]]: [B, ..., G, K] for at [B, ...]."""
+    return jax.vmap(lambda x, one: x[one])(x_BFGK, at)
 
 
 def max_logits(
@@ -128,6 +140,7 @@ def _softmax(
     scale: float,
     sinks_H: jax.Array | None,
     forgotten: tuple[jax.Array, jax.Array] | None,
+    own: tuple[jax.Array, jax.Array, jax.Array] | None,
 ) -> jax.Array:
     batch, length, heads, dim = q.shape
     groups = k.shape[2]
@@ -137,7 +150,12 @@ def _softmax(
         by_head = lambda c: jnp.moveaxis(c.reshape(*c.shape[:2], groups, heads // groups), 1, 3)
         now, then = map(by_head, forgotten)
         scores += now[..., None] - then[..., None, :]
-    scores = jnp.where(seen_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores, keys = jnp.where(seen_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min), k.shape[1]
+    if own is not None:
+        k_own, v_own = (gathered(x, jnp.maximum(own[2], 0)) for x in own[:2])
+        more = jnp.einsum("btgrk,btngk->bgrtn", q, k_own, preferred_element_type=jnp.float32) * scale
+        more = jnp.where((own[2] >= 0)[:, None, None], more, jnp.finfo(jnp.float32).min)
+        scores = jnp.concatenate([scores, more], axis=-1)
     if sinks_H is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
@@ -146,5 +164,7 @@ def _softmax(
         weights = jnp.exp(scores - most)
         weights /= jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sinks - most)
     weights = weights.astype(v.dtype)
-    o = jnp.einsum("bgrts,bsgv->btgrv", weights, v)
+    o = jnp.einsum("bgrts,bsgv->btgrv", weights[..., :keys], v)
+    if own is not None:
+        o += jnp.einsum("bgrtn,btngv->btgrv", weights[..., keys:], v_own)
     return o.reshape(batch, length, heads, v.shape[-1])
