@@ -4,7 +4,7 @@ arXiv 2309.17453; there positions are counted in the cache, here in the document
 Shape legend: B batch, T queries, N first tokens, G key/value heads, K channels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from hybridlm import token_cache
 from hybridlm.rows import Rows
 from hybridlm.token_cache import Held, TokenCache
-from pallas_kernels.softmax_attention import gathered
+from pallas_kernels.softmax_attention import gathered, sink_places
 
 
 class SinkCache(NamedTuple):
@@ -20,15 +20,6 @@ class SinkCache(NamedTuple):
 
     recent: TokenCache
     first: tuple[jax.Array, jax.Array]
-
-
-def places(document_BT: jax.Array, first_BT: jax.Array, count: int) -> jax.Array:
-    """Places [B, T, count] of the first tokens that each query's window has left behind; -1: it has not.
-
-    document_BT: place in the row of the first token of each query's document.  first_BT: of its window.
-    """
-    at_BTN = document_BT[..., None] + jnp.arange(count, dtype=jnp.int32)
-    return jnp.where(at_BTN < first_BT[..., None], at_BTN, -1)
 
 
 def hold(
@@ -39,7 +30,7 @@ def hold(
         return None, Held(tokens)
     recent, held = token_cache.hold(cache.recent, tokens, window)
     index_T, window_BT = token_cache.packed_indices(rows, cache.recent.length, window)
-    at_BTN = places(index_T - rows.positions, window_BT, count)
+    at_BTN = sink_places(index_T - rows.positions, window_BT, count)
     both = jax.tree.map(
         lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], 1), cache.first, tokens
     )
@@ -51,12 +42,3 @@ def hold(
     kept = jax.tree.map(lambda x: gathered(x, jnp.minimum(kept_BN, x.shape[1] - 1)), both)
     first = (*both, jnp.where(at_BTN < 0, -1, from_both(at_BTN)))
     return SinkCache(recent, kept), held._replace(first=first)
-
-
-def largest(q_BTHK: jax.Array, k_BTGK: jax.Array, ids_BT: jax.Array, at_BTN: jax.Array) -> jax.Array:
-    """Each head's largest q_t . k_s over the first tokens that queries see so, float32 [H]; -inf: none."""
-    k_BTNGK = gathered(k_BTGK, jnp.maximum(at_BTN, 0))
-    q = q_BTHK.reshape(*q_BTHK.shape[:2], k_BTGK.shape[2], -1, q_BTHK.shape[-1])
-    scores: Any = jnp.einsum("btgrk,btngk->bgrtn", q, k_BTNGK, preferred_element_type=jnp.float32)
-    seen = ((at_BTN >= 0) & (ids_BT != 0)[..., None])[:, None, None]
-    return jnp.max(jnp.where(seen, scores, -jnp.inf), axis=(0, 3, 4)).reshape(-1)

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridlm import first_tokens, pieces, sharding
+from hybridlm import pieces, sharding
 from hybridlm.context import Context
 from hybridlm.rows import Rows
 from hybridlm.sharding import per_shard
 from pallas_kernels import softmax_attention
 from pallas_kernels.documents import document_starts
-from pallas_kernels.softmax_attention import blockwise, max_logits
+from pallas_kernels.softmax_attention import blockwise, max_logits, sink_places
 
 
 def attend(
@@ -40,12 +40,9 @@ def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: Any, log_forget: Any
     ) -> tuple[jax.Array]:
         # Each device for its own rows and heads: how cuDNN is told of documents is for the rows to decide.
-        if sink_tokens:
-            return (_with_first_tokens(q, k, v, segment_ids, sinks, **size),)
         return (
             softmax_attention(
-                q, k, v, segment_ids=segment_ids, scale=scale, window=window,
-                sinks=sinks, log_forget=log_forget,
+                q, k, v, segment_ids=segment_ids, sinks=sinks, log_forget=log_forget, **size
             ),
         )  # fmt: skip
 
@@ -64,10 +61,7 @@ def record_largest(
     if context.wants("max.logit"):
         q, k = map(jax.lax.stop_gradient, (q_BTHK, k_BTGK))
         ids = context.rows.segment_ids
-        most_H = max_logits(q, k, ids, scale=scale, window=window)
-        if sink_tokens:
-            own_H = first_tokens.largest(q, k, ids, _windowed(ids, window, sink_tokens)[1])
-            most_H = jnp.maximum(most_H, scale * own_H)
+        most_H = max_logits(q, k, ids, scale=scale, window=window, sink_tokens=sink_tokens)
         context.record("max.logit", most_H)
 
 
@@ -100,32 +94,11 @@ def _of_a_piece(
     if whole:
         keys, values = (x if gathered else pieces.gather(x, axis) for x in (k_BTGK, v_BTGV))
         if sink_tokens:
-            extras["first"] = keys, values, first_tokens.places(document_BT, first_BT, sink_tokens)
+            extras["first"] = keys, values, sink_places(document_BT, first_BT, sink_tokens)
         return blockwise(q_BTHK, keys, values, index_T, first_BT, index, scale=scale, **extras)
     keys, values = (jnp.concatenate([pieces.before(x, halo, axis), x], axis=1) for x in (k_BTGK, v_BTGV))
     index_S = start - halo + jnp.arange(halo + length, dtype=jnp.int32)
     return blockwise(q_BTHK, keys, values, index_T, first_BT, index_S, scale=scale, window=window, **extras)
-
-
-def _windowed(segment_ids_BT: jax.Array, window: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """(the first place that each query's window may see, `first_tokens.places`)."""
-    index_1T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
-    starts_BT = document_starts(segment_ids_BT, segment_ids_BT.shape)
-    document_BT = jax.lax.cummax(jnp.where(starts_BT, index_1T, 0), axis=1)
-    first_BT = jnp.maximum(document_BT, index_1T - window + 1)
-    return first_BT, first_tokens.places(document_BT, first_BT, count)
-
-
-def _with_first_tokens(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: Any, *,
-    scale: float, window: int, sink_tokens: int,
-) -> jax.Array:  # fmt: skip
-    index_T = jnp.arange(q.shape[1], dtype=jnp.int32)
-    first_BT, at_BTN = _windowed(segment_ids, window, sink_tokens)
-    own = k, v, at_BTN
-    return blockwise(
-        q, k, v, index_T, first_BT, index_T, scale=scale, window=window, sinks_H=sinks, first=own
-    )
 
 
 def imbalance(positions_BT: jax.Array, windows: Sequence[int]) -> jax.Array:

@@ -16,7 +16,9 @@ from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, record_largest, visible
 from hybridlm.token_cache import TokenCache, packed_indices
-from pallas_kernels.softmax_attention import blockwise, xla
+from pallas_kernels import softmax_attention
+from pallas_kernels.softmax_attention import blockwise, cudnn, xla
+from pallas_kernels.softmax_attention.call import AttentionCall
 
 WINDOW, COUNT, SCALE = 4, 3, 0.4
 ROWS = Rows(jnp.asarray(np.cumsum(POSITIONS == 0, axis=1)), jnp.asarray(POSITIONS))
@@ -54,7 +56,10 @@ def test_values_and_gradients(block, monkeypatch):
     with jax.enable_x64(True):
         expected, pull_dense = jax.vjp(dense, *map(np.float64, arrays))
         wanted = pull_dense(jnp.asarray(do))
+        exact = functools.partial(softmax_attention, segment_ids=ROWS.segment_ids, scale=SCALE)
+        told = exact(*map(np.float64, arrays), window=WINDOW, sink_tokens=COUNT, backend="reference")
     np.testing.assert_allclose(o, expected, atol=2e-6)
+    np.testing.assert_allclose(told, expected, rtol=1e-12, atol=1e-14)
     for got, want in zip(pull(jnp.float32(do)), wanted, strict=True):
         np.testing.assert_allclose(got, want, atol=5e-6)
 
@@ -90,7 +95,8 @@ def test_what_is_seen_and_how_large_it_is():
     for length, window, count in ((23, 4, 3), (6, 4, 3), (3, 4, 2), (40, 8, 1)):
         ones = mask(np.arange(length)[None], window, count).sum()
         assert visible(length, window, count) * length == pytest.approx(ones)
-    q, k, _ = make_arrays()
+    q, k, v = make_arrays()
+    assert cudnn.supports(AttentionCall(q, k, v, None, SCALE, WINDOW, sink_tokens=1)) == "it has sink tokens"
     context = Context(ROWS, 0, 1, wanted=("max.logit",))
     record_largest(context, q, k, scale=SCALE, window=WINDOW, sink_tokens=COUNT)
     np.testing.assert_allclose(context.records["max.logit"], jnp.max(logits(q, k), axis=(0, 2, 3)), rtol=1e-5)
@@ -102,6 +108,9 @@ def test_what_they_do_not_go_with(settings):
     with pytest.raises(ConfigError) as caught:
         config.check(64)
     assert caught.value.field == "sink_tokens"
+    gates = {"log_forget": -jnp.ones((2, 23, 6))} if "forget_gate" in settings else {}
+    with pytest.raises(ValueError, match="sink_tokens = 4: needs a window, and no log_forget"):
+        softmax_attention(*make_arrays(), sink_tokens=4, window=settings.get("window", 0), **gates)
 
 
 def test_shared_keys_and_public_formats_have_none():

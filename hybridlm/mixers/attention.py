@@ -69,7 +69,7 @@ class Config(mixers.Config):
     norm_eps: Epsilon = 1e-6
     forget_gate: bool = False
     sinks: bool = False
-    sink_tokens: Annotated[int, Limits(0, 1024)] = 0
+    sink_tokens: Annotated[int, Limits(0, 128)] = 0
 
     def heads(self, d_model: int) -> tuple[int, int]:
         num = self.num_heads or d_model // self.head_dim

@@ -23,9 +23,10 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`."""
     index_T = jnp.arange(call.q.shape[1], dtype=jnp.int32)
     first_BT = jnp.broadcast_to(call.first(), call.q.shape[:2])
+    first = (call.k, call.v, call.sink_places()) if call.sink_tokens else None
     return blockwise(
         call.q, call.k, call.v, index_T, first_BT, index_T, scale=call.scale, window=call.window,
-        sinks_H=call.sinks, forgotten_BTH=call.forgotten, forgotten_BSH=call.forgotten,
+        sinks_H=call.sinks, forgotten_BTH=call.forgotten, forgotten_BSH=call.forgotten, first=first,
     )  # fmt: skip
 
 
@@ -104,8 +105,9 @@ def gathered(x_BFGK: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def max_logits(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, segment_ids_BT: jax.Array, *, scale: float, window: int = 0
-) -> jax.Array:
+    q_BTHK: jax.Array, k_BTGK: jax.Array, segment_ids_BT: jax.Array, *,
+    scale: float, window: int = 0, sink_tokens: int = 0,
+) -> jax.Array:  # fmt: skip
     """Each head's largest scale q_t . k_s over the pairs that attention sees, float32 [H]; ids of 0 left out.
 
     Blockwise as attention is; -inf where there is no pair.
@@ -113,7 +115,8 @@ def max_logits(
     batch, length, heads, dim = q_BTHK.shape
     groups = k_BTGK.shape[2]
     starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
-    first_BT = AttentionCall(q_BTHK, k_BTGK, k_BTGK, starts_BT, scale, window).first()
+    call = AttentionCall(q_BTHK, k_BTGK, k_BTGK, starts_BT, scale, window, sink_tokens=sink_tokens)
+    first_BT = call.first()
     block = min(MAX_BLOCK, max(16, SCORES // length), length)
     blocks = -(-length // block)
     padded = lambda x: jnp.pad(x, [(0, blocks * block - length if a == 1 else 0) for a in range(x.ndim)])
@@ -121,14 +124,22 @@ def max_logits(
     index_S = jnp.arange(length, dtype=jnp.int32)
 
     def largest(xs: tuple[jax.Array, ...]) -> jax.Array:
-        q, first, place_T, real = xs  # padding has id 0
+        q, first, place_T, real, *at = xs  # padding has id 0
         q = q.reshape(batch, block, groups, heads // groups, dim)
         scores = jnp.einsum("btgrk,bsgk->bgrts", q, k_BTGK, preferred_element_type=jnp.float32) * scale
         seen = (index_S <= place_T[..., None]) & (index_S >= first[..., None]) & real[..., None]
-        return jnp.max(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=(0, 3, 4))
+        most = jnp.max(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=(0, 3, 4))
+        for at_BTN in at:
+            own = gathered(k_BTGK, jnp.maximum(at_BTN, 0))
+            scores = jnp.einsum("btgrk,btngk->bgrtn", q, own, preferred_element_type=jnp.float32) * scale
+            seen = (at_BTN >= 0) & real[..., None]
+            more = jnp.max(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=(0, 3, 4))
+            most = jnp.maximum(most, more)
+        return most
 
     place_BT = jnp.broadcast_to(index_S, (batch, length))
-    each = jax.lax.map(largest, tuple(map(split, (q_BTHK, first_BT, place_BT, segment_ids_BT != 0))))
+    arrays = q_BTHK, first_BT, place_BT, segment_ids_BT != 0, *[call.sink_places()] * (sink_tokens > 0)
+    each = jax.lax.map(largest, tuple(map(split, arrays)))
     return jnp.max(each, axis=0).reshape(heads)
 
 
