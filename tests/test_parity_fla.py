@@ -56,7 +56,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kda hybrid": ("KDA", dict(**DELTA, num_v_heads=4, num_hidden_layers=3, attn=SPECS)),
     "gla": ("GLA", dict(num_heads=2)),
     "comba": ("Comba", dict(**DELTA, num_v_heads=4, correction_factor=0.02)),
-    "mom": ("Mom", dict(**DELTA, num_memories=3, expand_v=1.0)),
     "linear_attn": ("LinearAttention", dict(num_heads=2, feature_map="hedgehog", norm_feature_map=True)),
     "gla conv": ("GLA", dict(num_heads=4, use_short_conv=True, use_output_gate=False, expand_k=1.0)),
     "hgrn": ("HGRN", dict(num_hidden_layers=3)),
@@ -66,6 +65,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("Transformer", dict(num_heads=4, num_kv_heads=2, qk_norm=True)),
     "transformer window": ("Transformer", dict(num_heads=4, window_size=20, qkv_bias=True, rope_theta=5e5)),
 }  # fmt: skip
+
+
+# In training FLA's convolutions run on from one memory's tokens into the next one's, and its sort may shuffle them:
+# values are compared with a golden checkpoint (tests/golden/models/README.md).
+SHAPES_ALONE = ["Mom"]
 
 
 def attention(q, k, v, causal: bool = True, window_size: tuple[int, int] = (-1, -1)):
@@ -116,7 +120,7 @@ OPTIONS: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("cls", sorted({cls for cls, _ in CASES.values()}))
+@pytest.mark.parametrize("cls", [*sorted({cls for cls, _ in CASES.values()}), *SHAPES_ALONE])
 def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None:
     """Of random settings, on any device: the checkpoint's tensors are those that the importer expects."""
     rng = np.random.default_rng(seed)
