@@ -67,8 +67,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# In training FLA's convolutions run on from one memory's tokens into the next one's, and its sort may shuffle them:
-# values are compared with a golden checkpoint (tests/golden/models/README.md).
+# In training FLA's convolutions run on from one memory's tokens into the next one's, and its sort may shuffle
+# them: values are compared with a golden checkpoint (tests/golden/models/README.md).
 SHAPES_ALONE = ["Mom"]
 
 
