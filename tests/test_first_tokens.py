@@ -46,7 +46,7 @@ def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(logits(q, k)), v)
 
 
-@pytest.mark.parametrize("block", [1024, 8])
+@pytest.mark.parametrize("block", [8, pytest.param(1024, marks=pytest.mark.slow)])
 def test_values_and_gradients(block, monkeypatch):
     """Packed documents shorter than the window, than the window and the first tokens, and longer."""
     monkeypatch.setattr(xla, "MAX_BLOCK", block)
@@ -64,7 +64,7 @@ def test_values_and_gradients(block, monkeypatch):
         np.testing.assert_allclose(got, want, atol=5e-6)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 23, [2, 7, 1, 1, 12]])
+@pytest.mark.parametrize("pieces", [[2, 7, 1, 1, 12], pytest.param([1] * 23, marks=pytest.mark.slow)])
 def test_cache_in_pieces(pieces):
     """Documents that begin in a piece, go on from one before, or end: window + first tokens are kept."""
     arrays = make_arrays()
