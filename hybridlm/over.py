@@ -55,7 +55,7 @@ class Config(mixers.Config):
 @functools.cache
 def _with_part(config: type[Config]) -> Any:
     def explicit(self: Any, d_model: int) -> Any:
-        return dataclasses.replace(self, part=self.part.explicit(d_model))
+        return dataclasses.replace(self, of=self.part.kind, part=self.part.explicit(d_model))
 
     fields = [("part", mixers.Config, dataclasses.field(default=None, kw_only=True))]
     names = {"explicit": explicit, "__module__": config.__module__}

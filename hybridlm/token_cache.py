@@ -43,11 +43,14 @@ class Held(NamedTuple):
     tokens: pytree of [B, S, ...].
     start: int32 [], place in the row of the first query; None without a cache: S is T, and so are the places.
     index_S: the places of ``tokens``; None without a cache.
+    first: of a window that keeps a document's first tokens (`hybridlm.first_tokens`), with a cache: see
+        `pallas_kernels.softmax_attention.blockwise`.
     """
 
     tokens: Any
     start: jax.Array | None = None
     index_S: jax.Array | None = None
+    first: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
 def hold(cache: TokenCache | None, tokens: Any, window: int) -> tuple[TokenCache | None, Held]:

@@ -92,6 +92,7 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "convolution over two borders": (lambda x: wide(x, rows)[0], (normal(4),)),
         "attention": (lambda *a: attend(*a, rows, scale=0.5), group),
         "window": (lambda *a: attend(*a, rows, scale=0.5, window=6), group),
+        "sink tokens": (lambda *a: attend(*a, rows, scale=0.5, window=6, sink_tokens=3), group),
         "sinks, forget gates": (forgetting(0), (*group, normal(2))),
         "sinks, forget gates, window": (forgetting(6), (*group, normal(2))),
         "mlstm": (normalised, (*map(jnp.abs, qkv), normal(2) + 2, normal(2))),
