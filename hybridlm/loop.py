@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-import rich
 from jax.sharding import Mesh
 
 from hybridlm import fit, init_from, opening, program, sharding
@@ -26,7 +25,7 @@ from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
 from hybridlm.model import Definition
 from hybridlm.program import NORMS, State
-from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs
+from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs, show
 from hybridlm.run.clock import Clock
 
 log = logging.getLogger("hybridlm")
@@ -56,8 +55,7 @@ class Loop:
         if start > self.config.train.steps:  # in a later stage
             return
         if processes.first():
-            with logbook.harmless("saying what the run is"):
-                self.open(start)
+            self.open(start)
         self.say_determinism()
         self.teacher = init_from.teacher(self.config, self.program)
         state = self.begin(start)
@@ -80,6 +78,7 @@ class Loop:
                 with fit.outgrown(self.config, self.mesh):
                     self.loop(state, start, window)
 
+    @logbook.harmless("saying what the run is")
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, before anything is compiled."""
         one = self.members[0]
@@ -88,7 +87,7 @@ class Loop:
         said = opening.lines(
             one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
         )
-        rich.get_console().print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
+        show.line("\n".join(said))
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):

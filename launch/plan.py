@@ -16,7 +16,7 @@ from hybridlm import config as configs
 from hybridlm import cost, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
-from hybridlm.run import private
+from hybridlm.run import private, show
 from launch import guess
 from launch.grid import Run
 from launch.state import POINT
@@ -107,7 +107,7 @@ def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> N
     total = hours(sum(f.flops for f in known.values()), device, mfu)
     sizes = [f.parameters for f in known.values()]
     spread = max(sizes) / min(sizes) - 1
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    say = lambda text: show.line(text, console)
     tokens, states = sum(f.tokens for f in known.values()), [f.state_bytes for f in known.values()]
     say(f"{len(runs)} runs, {quantity(tokens, '')} tokens")
     say(f"estimate: {total:,.3g} hours of one {device}, at {mfu:.0%} of its peak")

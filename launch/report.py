@@ -41,7 +41,7 @@ def write(workdir: str | Path) -> Path:
             if metric == "recall":
                 body.append(_convergence(measured))
     body += [_runs(found), _notes(found)]
-    title = f"Sweep {Path(private.hide(untrusted.terminal(str(workdir.resolve())))).name}"
+    title = f"Sweep {Path(private.shown(str(workdir.resolve()))).name}"
     html = page.document(title, body).encode()
     files = {"results.csv": results.table(found).encode(), **pictures, "report.html": html}
     try:
@@ -252,7 +252,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__, formatter_class=raw)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args(argv).workdir
-    return cli.run(lambda: print(f"written: {untrusted.terminal(private.hide(str(write(workdir))))}"))
+    return cli.run(lambda: print(private.shown(f"written: {write(workdir)}")))
 
 
 if __name__ == "__main__":

@@ -151,13 +151,9 @@ def _checked(record: Any, path: Path) -> dict[str, Any]:
         need(min(layers, run["steps"], run["parameters"], run["tokens"]) > 0, f"a count of {name!r} is 0")
         need(len(set(full)) == len(full) and all(index < layers for index in full), f"layers of {name!r}")
     return record | {
-        "command": _shown(record.get("command", "")),
+        "command": private.shown(record.get("command", "")),
         "checkpoints": record.get("checkpoints", True),
     }
-
-
-def _shown(text: str) -> str:
-    return private.hide(untrusted.terminal(text))
 
 
 def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
@@ -179,7 +175,7 @@ def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
     }
     return Result(
         name=run["name"],
-        point={_shown(k): _shown(v) for k, v in run["point"].items()},
+        point={private.shown(k): private.shown(v) for k, v in run["point"].items()},
         state=now.state,
         error=now.error,
         full_layers=run["full_layers"],
@@ -202,7 +198,7 @@ def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
 
 
 def _noted(start: dict[str, Any], name: str) -> str:
-    return _shown(start[name])[:80] if isinstance(start.get(name), str) else ""
+    return private.shown(start[name])[:80] if isinstance(start.get(name), str) else ""
 
 
 def _recall(record: dict[str, Any]) -> float | None:

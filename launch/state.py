@@ -33,7 +33,7 @@ def status(folder: Path, steps: int, running: bool = False, sealed_runs: bool = 
     try:
         last = (lines(folder) or [{}])[-1]
     except ConfigError as error:
-        return Status("running" if running else "failed", {}, _shown(str(error)))
+        return Status("running" if running else "failed", {}, private.shown(str(error)))
     if last.get("step", 0) >= steps and (not sealed_runs or sealed(folder / "checkpoints" / str(steps))):
         return Status("finished", last, "")
     if running:
@@ -98,11 +98,7 @@ def last_line(folder: Path, name: str) -> str:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             found = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except ConfigError as error:
-        return _shown(str(error))
+        return private.shown(str(error))
     except OSError:
         return ""
-    return _shown(([line for line in found if line] or [""])[-1])
-
-
-def _shown(text: str) -> str:
-    return private.hide(untrusted.terminal(text))
+    return private.shown(([line for line in found if line] or [""])[-1])

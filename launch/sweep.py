@@ -10,7 +10,6 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 import argparse
 import fcntl
 import importlib
-import logging
 import re
 import shlex
 import sys
@@ -22,13 +21,11 @@ import jax
 import rich
 
 import train
-from hybridlm import commands, untrusted
+from hybridlm import commands
 from hybridlm.errors import ConfigError
-from hybridlm.run import cli, private
+from hybridlm.run import cli, private, show
 from launch import engines, grid, local, plan
 from launch.view import View
-
-log = logging.getLogger("hybridlm")
 
 LAUNCHERS = {
     "local": "launch.local",
@@ -124,22 +121,16 @@ def _named(workdir: Path) -> Path:
     return workdir.absolute() if str(workdir).startswith("-") else workdir
 
 
-def _say(text: str) -> None:
-    """A line for a terminal, whatever a path holds."""
-    text = untrusted.terminal(private.hide(text))
-    rich.get_console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def hand_over(engine: Any, jobs: list[local.Job], workdir: Path, settings: Any, only_write: bool) -> None:
     """Writes the engine's files and, where its client is here, submits them."""
     for path in engine.write(jobs, workdir, settings):
-        _say(f"written: {path}")
+        show.line(private.shown(f"written: {path}"))
     reason = "--no_submit" if only_write else engine.missing(settings)
     if reason:
-        _say(f"not submitted: {reason}")
+        show.line(private.shown(f"not submitted: {reason}"))
         return
     for name in engine.submit(jobs, workdir, settings):
-        _say(f"submitted: {name}")
+        show.line(private.shown(f"submitted: {name}"))
 
 
 def run_local(
@@ -179,9 +170,6 @@ def _device() -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", force=True)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(private.Filter())
-    log.setLevel(logging.INFO)
+    private.plain_log()
     jax.config.update("jax_platforms", "cpu")  # accelerators belong to the workers
     sys.exit(main(sys.argv[1:]))

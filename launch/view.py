@@ -13,8 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hybridlm import untrusted
-from hybridlm.run import private
+from hybridlm.run import private, show
 from launch.grid import Run
 from launch.local import Job
 from launch.state import Status, number, status
@@ -105,8 +104,7 @@ class View:
         return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
 
     def say(self, text: str) -> None:
-        text = untrusted.terminal(private.hide(text))
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        show.line(private.shown(text), self.console)
 
 
 def _shown(line: dict[str, Any], name: str, form: str) -> str:

@@ -11,7 +11,6 @@ its standard input does: with its parent.
 import argparse
 import contextlib
 import fcntl
-import logging
 import os
 import sys
 import threading
@@ -41,10 +40,7 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_args(argv)
     if flags.die_with_parent:
         threading.Thread(target=_die_with_parent, daemon=True).start()
-    logging.basicConfig(format="%(message)s", force=True)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(private.Filter())
-    logging.getLogger("hybridlm").setLevel(logging.INFO)
+    private.plain_log()
     folders = [folder.absolute() for folder in flags.folders]
     if flags.distributed:
         from hybridlm.run import processes

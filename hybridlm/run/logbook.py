@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
-from hybridlm.run import tensorboard, tracking
+from hybridlm.run import show, tensorboard, tracking
 
 log = logging.getLogger("hybridlm")
 
@@ -167,6 +167,15 @@ class Logbook:
             del self.waiting[0]
 
 
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
+    try:
+        yield
+    except tracking.NONE_OF_OURS as error:
+        log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
+
+
 class Bar:
     """A rich progress bar on a terminal; elsewhere a plain line now and then."""
 
@@ -184,21 +193,18 @@ class Bar:
         self.plain_every = max(1, math.ceil(steps / PLAIN_LINES))
         self.next_plain = 0
 
+    @harmless("opening the bar")
     def open(self) -> None:
-        with harmless("opening the bar"):
-            if self.console.is_terminal:
-                self.bar.start()
+        if self.console.is_terminal:
+            self.bar.start()
 
+    @harmless("closing the bar")
     def close(self) -> None:
-        with harmless("closing the bar"):
-            self.bar.stop()
+        self.bar.stop()
 
+    @harmless("showing")
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The numbers of ``step``, where they can be shown: a reader that went away ends nothing."""
-        with harmless("showing"):
-            self._show(step, metrics)
-
-    def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
         tokens_alone = "val_accuracy" in metrics and "val_bpb" not in metrics  # a task, not text
         parts = {
             "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "not finite",
@@ -214,22 +220,9 @@ class Bar:
         if not self.console.is_terminal and (step >= self.next_plain or "val_loss" in metrics):
             self.next_plain = step + self.plain_every
             left = f"{span((self.steps - step) * metrics.get('step_seconds', 0))} left"
-            self.say(f"step {step}/{self.steps}  {numbers}  {left}")
+            show.line(f"step {step}/{self.steps}  {numbers}  {left}", self.console)
         if "sample" in metrics and step < self.steps:  # the last one is for the summary
-            self.say(printable(metrics["sample"]))
-
-    def say(self, text: str) -> None:
-        """Prints ``text`` as it is, above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def harmless(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
-    try:
-        yield
-    except tracking.NONE_OF_OURS as error:
-        log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
+            show.line(printable(metrics["sample"]), self.console)
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,9 @@ import os
 import sys
 from typing import Any
 
+import rich
+from rich.console import Console
+
 
 class Steady:
     """A text stream whose writes and flushes lose what cannot be shown, and raise nothing."""
@@ -29,6 +32,11 @@ class Steady:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def line(text: str, console: Console | None = None) -> None:
+    """``text`` as it is: no colours, no markup, broken where the reader likes."""
+    (console or rich.get_console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def steady() -> None:

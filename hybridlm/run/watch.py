@@ -82,17 +82,12 @@ class Watch:
             return "loss spike"
         return "gradient spike" if norm > GRADIENT_FACTOR * statistics.median(self.norms) else None
 
+    @logbook.harmless("an event")
     def _report(
         self, step: int, event: str, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]
     ) -> None:
         if jax.process_index():
             return
-        with logbook.harmless("an event"):
-            self._tell(step, event, metrics, squared_norms)
-
-    def _tell(
-        self, step: int, event: str, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]
-    ) -> None:
         squares = by_parameter(jax.device_get(dict(squared_norms)), self.definition)
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":
@@ -139,13 +134,12 @@ class Watch:
 def by_parameter(squared_norms: Mapping[str, np.ndarray], definition: lm.Definition) -> dict[str, float]:
     """Canonical parameter name -> squared norm, from the loss down: head, last layer, ..., embedding."""
     apart = stack.unstack(definition.layout, squared_norms)
-    squares = {name: float(value) for name, value in apart.items()}
-    layers = [name for name in squares if name.startswith("layers.")]
-    after = [name for top in ("head", "final_norm") for name in squares if name.split(".")[0] == top]
-    before = [name for name in squares if name not in layers and name not in after]
-    depth = lambda name: int(name.split(".")[1])
-    order = [*after, *sorted(layers, key=depth, reverse=True), *before]
-    return {name: squares[name] for name in order}
+
+    def place(name: str) -> tuple[int, int]:
+        top, layer, *_ = *name.split("."), "0"
+        return ("head", "final_norm", "layers", top).index(top), -int(layer) if top == "layers" else 0
+
+    return {name: float(apart[name]) for name in sorted(apart, key=place)}
 
 
 def first_not_finite(squares: Mapping[str, float]) -> str:
