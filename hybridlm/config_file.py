@@ -81,8 +81,7 @@ def from_json(path: str | Path) -> ConfigDict:
 
 def recorded(path: Path) -> dict[str, Any] | None:
     """The config in the newest readable record of the checkpoints beside the config.json at ``path``."""
-    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if untrusted.digits(one.name)]
-    for one in sorted(steps, key=lambda step: int(step.name), reverse=True):
+    for one in reversed(untrusted.numbered(path.parent / "checkpoints")):
         with contextlib.suppress(ConfigError):
             shape = {"config": {str: (dict, str)}}
             return dict(untrusted.read_json(one / "run" / "metadata", "--config", shape)["config"])

@@ -143,6 +143,11 @@ def digits(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
+def numbered(folder: Path) -> list[Path]:
+    """What lies in ``folder`` under whole numbers, by number."""
+    return sorted((one for one in folder.glob("[0-9]*") if digits(one.name)), key=lambda one: int(one.name))
+
+
 def inside(folder: str | Path, name: Any, what: str, links: bool = False) -> Path:
     """``folder/name`` for a ``name`` that was read from a file; ConfigError if that would lie elsewhere.
 

@@ -49,10 +49,9 @@ def sealed(checkpoint: Path) -> bool:
     Their sums are compared by who reads them (`seal.damage`), not here: this is asked twice a second.
     """
     try:
-        listed = (checkpoint / seal.NAME).read_text().splitlines()
-        names = [line.split("  ", 1)[1] for line in listed]
+        names = seal.listed(checkpoint)
         return bool(names) and all(own(checkpoint, name).is_file() for name in names)
-    except (OSError, ValueError, IndexError):  # a ConfigError is a ValueError
+    except (OSError, ConfigError):
         return False
 
 
@@ -60,11 +59,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are ones, in order; ConfigError for a file that cannot be read."""
     path = own(folder, "metrics.jsonl")
     try:
-        found = logbook.read(path)
-    except (OSError, ValueError, RecursionError) as error:
+        return [line for line in logbook.read(path) if line["step"] > 0]
+    except OSError as error:
         raise ConfigError("metrics.jsonl", path.parent.name, f"cannot be read ({error})") from error
-    is_line = lambda one: isinstance(one, dict) and type(one.get("step")) is int and one["step"] > 0
-    return [line for line in found if is_line(line)]
 
 
 def number(line: dict[str, Any], name: str) -> float | None:
