@@ -123,7 +123,7 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
         if (workdir / run.name).exists() and not (workdir / run.name).is_dir():
             raise ConfigError("axes", run.name, f"a run cannot have this name, {workdir} has a file of it")
         old, new = _written(path), untrusted.parse(configs.to_json(run.config))
-        if changed := checkpoint.changes(old or new, new):
+        if changed := checkpoint.changes(new if old is None else old, new):
             name, (before, after) = next(iter(changed.items()))
             problem = f"has a run {run.name!r} with another config: {name}: {before!r} -> {after!r}"
             raise ConfigError("--workdir", str(workdir), problem, "Give another --workdir.")
