@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridlm import fields, untrusted
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, RunError, nearest
 from launch.grid import Run
 from launch.local import Job
 
@@ -30,12 +31,6 @@ def settings(engine: type, given: Sequence[str]) -> Any:
         if field.name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"--engine {field.name}", "", "must be given", f"--engine {field.name}=...")
     return engine(**values)
-
-
-def train_command(run: Run, workdir: str, distributed: str = "") -> str:
-    """The shell command that trains ``run`` from a checkout anywhere. distributed: train.py's flag."""
-    words = ["python", "train.py", *run.command(), f"--workdir={workdir}/{run.name}"]
-    return line([*words, f"--distributed={distributed}"] if distributed else words)
 
 
 def line(words: Sequence[str | Path]) -> str:
@@ -78,10 +73,16 @@ def kubernetes_name(text: str, length: int) -> str:
     )
 
 
-def last_line(text: str) -> str:
-    """Of what a client said, as it may be shown."""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    return untrusted.terminal((said or ["it said nothing"])[-1])
+def call(words: Sequence[str], what: str, wanted: str = "") -> str:
+    """What a client says; RunError, with its last line, if it fails at ``what`` or says no ``wanted``."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    found = re.search(wanted, said)
+    if done.returncode or not found:
+        lines = [line.strip() for line in (done.stderr or said).splitlines() if line.strip()]
+        last = untrusted.terminal((lines or ["it said nothing"])[-1])
+        raise RunError(f"{words[0]} refused {what}: {last}")
+    return found[found.lastindex or 0]
 
 
 def write(path: Path, text: str, executable: bool = False) -> Path:

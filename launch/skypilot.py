@@ -2,13 +2,11 @@
 
 import dataclasses
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from hybridlm.errors import RunError
 from hybridlm.fields import Positive
 from launch import engines
 from launch.grid import Run
@@ -69,11 +67,7 @@ def missing(settings: Settings) -> str:
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
     """Names of the managed jobs."""
     for run in engines.runs(jobs):
-        done = subprocess.run(
-            command(run, workdir / "skypilot.yaml"), capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RunError(f"sky refused {run.name}: {engines.last_line(done.stderr or done.stdout)}")
+        engines.call(command(run, workdir / "skypilot.yaml"), run.name)
     return [_name(run.name) for run in engines.runs(jobs)]
 
 

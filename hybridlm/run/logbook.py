@@ -29,6 +29,15 @@ from hybridlm.run import show, tensorboard, tracking
 log = logging.getLogger("hybridlm")
 
 PLAIN_LINES = 20  # progress lines of a whole run when the output is no terminal
+SHOWN = {  # metric -> its name and format there
+    "loss": ("loss", ".4f"),
+    "bits_per_byte": ("bits/byte", ".3f"),
+    "val_loss": ("val loss", ".4f"),
+    "val_bpb": ("val bits/byte", ".3f"),
+    "val_accuracy": ("val accuracy", ".3f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".1%"),
+}
 
 Metrics = dict[str, Any]
 
@@ -205,17 +214,13 @@ class Bar:
     @harmless("showing")
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The numbers of ``step``, where they can be shown: a reader that went away ends nothing."""
-        tokens_alone = "val_accuracy" in metrics and "val_bpb" not in metrics  # a task, not text
-        parts = {
-            "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "not finite",
-            "bits/byte": f"{metrics['bits_per_byte']:.3f}" if "bits_per_byte" in metrics else "",
-            "val loss": f"{metrics['val_loss']:.4f}" if "val_loss" in metrics else "",
-            "val bits/byte": f"{metrics['val_bpb']:.3f}" if "val_bpb" in metrics else "",
-            "val accuracy": f"{metrics['val_accuracy']:.3f}" if tokens_alone else "",
-            "tokens/s": f"{metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in metrics else "",
-            "MFU": f"{metrics['mfu']:.1%}" if "mfu" in metrics else "",
-        }
-        numbers = "  ".join(f"{name} {value}" for name, value in parts.items() if value)
+        known = {name: how for name, how in SHOWN.items() if name in metrics}
+        if "val_bpb" in metrics:  # text, not a task
+            known.pop("val_accuracy", None)
+        parts = [] if "loss" in metrics else ["loss not finite"]
+        numbers = "  ".join(
+            parts + [f"{said} {metrics[name]:{form}}" for name, (said, form) in known.items()]
+        )
         self.bar.update(self.task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step >= self.next_plain or "val_loss" in metrics):
             self.next_plain = step + self.plain_every

@@ -16,6 +16,7 @@ from hybridlm.errors import ConfigError
 
 MEET_SECONDS = 300  # that processes wait for each other at the start
 HELLO_SECONDS = 5  # that one who has connected may take to say who it is
+AGAIN = "Start every process, each with its own index."
 HELLO = {"index": untrusted.NATURAL, "count": untrusted.NATURAL, "who": str}
 
 
@@ -90,7 +91,7 @@ def _receive(where: str, address: tuple[str, int], count: int, deadline: float) 
         say(connection, {"refused": problem} if problem else {"go": True})
         connection.close()
     if problem:
-        raise ConfigError("--distributed", where, problem, "Start every process, each with its own index.")
+        raise ConfigError("--distributed", where, problem, AGAIN)
 
 
 def _odd(hello: dict[str, Any], count: int, here: dict[int, tuple[socket.socket, str]]) -> str:
@@ -112,9 +113,7 @@ def _come(where: str, address: tuple[str, int], count: int, index: int, deadline
             if answer.get("go") is True:
                 return
             if isinstance(refused := answer.get("refused"), str):
-                raise ConfigError(
-                    "--distributed", where, refused, "Start every process, each with its own index."
-                )
+                raise ConfigError("--distributed", where, refused, AGAIN)
             raise ValueError("another program answers")
         except ConfigError:
             raise

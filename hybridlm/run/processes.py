@@ -175,7 +175,7 @@ class Peers:
         else:
             port, token = client.blocking_key_value_get(PORT_KEY, CONNECT_SECONDS * 1000).split()
             connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
-            self._send_to(connection, {"token": token, "index": self.index, "who": self.who})
+            meeting.say(connection, {"token": token, "index": self.index, "who": self.who})
             self._start_listening(0, "", connection)
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -227,8 +227,7 @@ class Peers:
         while not self.leaving:
             time.sleep(BEAT_SECONDS)
             now = time.monotonic()
-            for index in self.sockets:
-                self._send(index, {"beat": True})
+            self._tell({"beat": True})
             late, before = now - before > 3 * BEAT_SECONDS, now
             for index, heard in list(self.heard.items()):
                 if late and index in self.heard:  # stopped itself: it cannot judge others
@@ -237,12 +236,10 @@ class Peers:
                     silent = f"{self.names[index]} has given no sign of life for {SILENT_SECONDS:g} s"
                     self._end(f"{silent}: stopped, or its host is gone. {INTACT}.", 1)
 
-    def _send(self, index: int, message: dict[str, Any]) -> None:
-        self._send_to(self.sockets[index], message)
-
-    def _send_to(self, connection: socket.socket, message: dict[str, Any]) -> None:
+    def _tell(self, message: dict[str, Any]) -> None:
         with self.sending:  # beats and the end come from several threads
-            meeting.say(connection, message)
+            for connection in self.sockets.values():
+                meeting.say(connection, message)
 
     def _end(self, message: str, code: int) -> None:
         """Tells everyone that this process can reach, and ends: the main thread may hang in a collective."""
@@ -253,8 +250,7 @@ class Peers:
 
     def goodbye(self) -> None:
         self.leaving = True
-        for index in self.sockets:
-            self._send(index, {"bye": True})
+        self._tell({"bye": True})
 
     def fail(self, message: str, code: int) -> None:
         """The caller has said ``message`` already; here it is told to the others."""
@@ -266,8 +262,8 @@ class Peers:
     def _exit(self, code: int, message: str) -> None:
         """The end of this process, once the others have heard ``message``, if any."""
         self.leaving = True
-        for index in self.sockets if message else ():
-            self._send(index, {"end": message, "code": code})
+        if message:
+            self._tell({"end": message, "code": code})
         deadline = time.monotonic() + LEAVE_SECONDS
         for listener in self.listeners if self.index == 0 else ():  # ends with the process it listens to
             if listener is not threading.current_thread():
