@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import jax
@@ -246,16 +246,9 @@ class Loop:
 
     def finish(self, step: int, state: State, rates: Metrics) -> None:
         """Lets the members look at ``step``; they share the batches of a validation."""
-        looks = self.validations(state)
-        found: dict[str, list[Metrics]] = {}
-
-        def measure(what: str, r: int) -> Metrics:
-            if what not in found:
-                found[what] = looks[what]()
-            return found[what][r]
-
+        looks = {what: cache(look) for what, look in self.validations(state).items()}
         for r, one in self.alive():
-            own = {what: partial(measure, what, r) for what in looks}
+            own = {what: lambda look=look, r=r: look()[r] for what, look in looks.items()}
             one.finish(step, self.own(state, r)["params"], own, rates)
 
     def validations(self, state: State) -> dict[str, Callable[[], list[Metrics]]]:

@@ -31,6 +31,7 @@ RUN = {
     "state_bytes": untrusted.NATURAL, "cache_bytes": untrusted.NATURAL, "width?": untrusted.NATURAL,
     "learning_rate?": float, "guess?": {str: (float, type(None))},
 }  # fmt: skip
+COPIED = ("name", "full_layers", "num_layers", "parameters", "tokens", "steps")  # as they are there
 SWEEP = {"runs": [RUN], "command?": str, "checkpoints?": bool}
 
 
@@ -174,16 +175,11 @@ def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
         for name, measure in (("recall", _recall), ("loss", _loss))
     }
     return Result(
-        name=run["name"],
+        **{name: run[name] for name in COPIED},
         point={private.shown(k): private.shown(v) for k, v in run["point"].items()},
         state=now.state,
         error=now.error,
-        full_layers=run["full_layers"],
-        num_layers=run["num_layers"],
-        parameters=run["parameters"],
         bytes=run["state_bytes"] + run["cache_bytes"],
-        tokens=run["tokens"],
-        steps=run["steps"],
         recall=_recall(now.last) if finished else None,
         loss=_loss(now.last) if finished else None,
         tokens_per_second=float(np.median(speeds)) if speeds and finished and alone else None,

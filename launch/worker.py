@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hybridlm import untrusted
-from hybridlm.errors import ConfigError, RunError, Stopped
+from hybridlm.errors import ConfigError, RunError, Stopped, first_line
 from hybridlm.run import private
 from launch import machine
 from launch.state import ERROR, POINT
@@ -87,8 +87,7 @@ def work(folders: list[Path], sharing: int = 1) -> int:
         failed = dict.fromkeys(folders, str(error))
     except Exception as error:
         say(traceback.format_exc())
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        failed = dict.fromkeys(folders, ": ".join([type(error).__name__, *lines[:1]]))
+        failed = dict.fromkeys(folders, f"{type(error).__name__}: {first_line(error)}")
     for folder, why in failed.items():
         say(f"failed: {folder.name}: {why}")
         if first:

@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from hybridlm import trees, untrusted
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal, sound
 from hybridlm.run.sound import COMMITTED, HALF_WRITTEN
 
@@ -259,9 +259,8 @@ def translated(path: Path, what: str, hint: Callable[[], str] | None = None) -> 
         raise
     except Exception as error:
         full = "No space left on device"
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        message = f"{path}: {what}: {full if full in str(error) else lines[0]}"
-        raise RunError(message + (f"; {hint()}" if hint else "") + ".") from error
+        reason = full if full in str(error) else first_line(error)
+        raise RunError(f"{path}: {what}: {reason}" + (f"; {hint()}" if hint else "") + ".") from error
 
 
 def choose(mode: str, checkpoints: Checkpoints) -> int | None:

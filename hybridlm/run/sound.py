@@ -14,7 +14,7 @@ from typing import Any
 import tensorstore
 
 from hybridlm import untrusted
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal
 
 log = logging.getLogger("hybridlm")
@@ -140,7 +140,7 @@ def damage(path: Path) -> str | None:
                     _read_array(path / item, name)
         return misnamed(path)
     except Exception as error:  # tensorstore, JSON and the file system raise all kinds
-        return str(error).splitlines()[0]
+        return first_line(error)
 
 
 def array(item: Path, name: str, **how: Any) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 
 from hybridlm import model as lm
 from hybridlm import stack
+from hybridlm.errors import first_line
 from hybridlm.run import logbook
 
 log = logging.getLogger("hybridlm")
@@ -108,8 +109,7 @@ class Watch:
 
     def trouble(self, step: int, what: str, error: Exception) -> None:
         """Reports that looking at ``step`` failed, which changes nothing for training."""
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        said = ": ".join([type(error).__name__, *lines[:1]]).encode("utf-8", "backslashreplace").decode()
+        said = f"{type(error).__name__}: {first_line(error)}".encode("utf-8", "backslashreplace").decode()
         log.error("step %d: %s failed, going on without it: %s", step, what, said)
         log.debug("%s", what, exc_info=error)
         self._event({"step": step, "event": f"{what} failed", "error": said})
