@@ -36,7 +36,7 @@ class Limits(NamedTuple):
             return f"must be between {self.low:g} and {self.high:g}"
         if low:
             return f"must be {'above' if self.above else 'at least'} {self.low:g}"
-        return f"must be at most {number(self.high)}"
+        return f"must be at most {self.high:{',' if isinstance(self.high, int) else 'g'}}"
 
 
 INT32 = 2**31 - 1  # sizes and steps beyond it overflow indices somewhere
@@ -197,7 +197,3 @@ def _alternative(read: Callable[[Any, Any], Any], union: Any, value: Any) -> Any
         with suppress(ValueError):
             return read(kind, value)
     raise ValueError(f"must be {describe(union)}")
-
-
-def number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

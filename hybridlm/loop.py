@@ -147,9 +147,9 @@ class Loop:
         ]
         return state | {"params": self.stacked(loaded)}
 
-    def own(self, state: State, r: int) -> State:
-        """The state of member ``r``."""
-        return jax.tree.map(lambda leaf: leaf[r], state) if self.several else state
+    def own(self, whole: dict[str, Any], r: int) -> dict[str, Any]:
+        """What of a state or of metrics is member ``r``'s."""
+        return jax.tree.map(lambda leaf: leaf[r], whole) if self.several else whole
 
     def alive(self) -> list[tuple[int, Member]]:
         return [(r, one) for r, one in enumerate(self.members) if not one.failed]
@@ -221,8 +221,7 @@ class Loop:
         host = jax.device_get({name: value for name, value in metrics.items() if name != NORMS})
         self.clock.tick()
         for r, one in self.alive():
-            pick = lambda leaf, r=r: leaf[r] if self.several else leaf
-            one.settle(step, jax.tree.map(pick, host | {NORMS: metrics[NORMS]}))
+            one.settle(step, self.own(host | {NORMS: metrics[NORMS]}, r))
 
     def write(self, step: int, rates: Metrics) -> None:
         for _, one in self.alive():
@@ -273,10 +272,7 @@ class Loop:
         count = min(wanted, dataset.num_batches or wanted)
         put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
         host = jax.device_get([self.program.evaluate(params, put(i), *self.teacher) for i in range(count)])
-        value = lambda one, key, r: float(one[key][r] if self.several else one[key])
+        sums = {key: sum(np.asarray(one[key], np.float64) for one in host) for key in host[0]}
         called = lambda key: f"{start}val/{name}/{key.removeprefix('val_')}" if name else f"{start}{key}"
-        each = [
-            held_out({key: sum(value(one, key, r) for one in host) for key in host[0]})
-            for r in range(len(self.members))
-        ]
-        return [{called(key): number for key, number in one.items()} for one in each]
+        each = [held_out(self.own(sums, r)) for r in range(len(self.members))]
+        return [{called(key): float(number) for key, number in one.items()} for one in each]

@@ -229,11 +229,5 @@ class Eval:
 
 
 SECTIONS: dict[str, type] = {
-    "model": Model,
-    "optimizer": Optimizer,
-    "train": Train,
-    "mesh": Mesh,
-    "checkpoint": Checkpoint,
-    "log": Log,
-    "eval": Eval,
+    section.__name__.lower(): section for section in (Model, Optimizer, Train, Mesh, Checkpoint, Log, Eval)
 }

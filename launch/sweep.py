@@ -10,7 +10,6 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 import argparse
 import fcntl
 import importlib
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -63,21 +62,8 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The flags, and the overrides of every point: dotted field -> text."""
-    known = parser()
-    flags, rest = known.parse_known_args(argv)
-    overrides = {}
-    for argument in rest:
-        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
-        if not match:
-            known.error(f"unrecognized argument: {argument}")
-        overrides[match[1]] = match[2]
-    return flags, overrides
-
-
 def main(argv: Sequence[str]) -> int:
-    flags, overrides = parse(argv)
+    flags, overrides = train.parse_with(parser(), argv)
     return cli.run(lambda: sweep(flags, overrides), "the same command continues")
 
 
@@ -88,8 +74,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     if flags.dry_run:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0
-    workdir = flags.workdir or train.default_workdir(flags.config)
-    workdir = _named(workdir)
+    workdir = _named(flags.workdir or train.default_workdir(flags.config))
     with cli.stored(workdir, "What the runs have saved is intact; the same command continues."):
         return run(runs, workdir, definition.vmap, flags)
 

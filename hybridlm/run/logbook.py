@@ -1,5 +1,4 @@
-"""What a run tells the world: metrics.jsonl, Weights & Biases, TensorBoard, a progress bar. Process 0
-only.
+"""What a run tells the world: metrics.jsonl, W&B, TensorBoard, a progress bar. Process 0 only.
 
 metrics.jsonl is the record: one JSON object per logged step, ascending. W&B and TensorBoard get the same
 numbers and can never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines
@@ -182,7 +181,7 @@ def harmless(what: str) -> Iterator[None]:
     try:
         yield
     except tracking.NONE_OF_OURS as error:
-        log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
+        log.warning("%s failed, going on without it: %s", what, str(error) or type(error).__name__)
 
 
 class Bar:

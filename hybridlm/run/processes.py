@@ -147,7 +147,7 @@ def await_verdict() -> None:
 class Peers:
     """One socket between process 0 and each other; lines of JSON.
 
-    {"token", "index", "who"} on joining, {"beat"} at times, {"bye"} before an orderly end, {"end", "code"}
+    A hello (`meeting.HELLO`) on joining, {"beat"} at times, {"bye"} before an orderly end, {"end", "code"}
     for the end of all. A socket that closes without "bye" is the death of its process.
     """
 
@@ -159,23 +159,22 @@ class Peers:
         self.listeners: list[threading.Thread] = []
         self.leaving = False
         self.lock, self.sending = threading.Lock(), threading.Lock()
-        client = _client()
+        client, count = _client(), jax.process_count()
         host = str(jax._src.distributed.global_state.coordinator_address).rsplit(":", 1)[0].strip("[]")
         if self.index == 0:
             token = secrets.token_hex(16)  # others may find the port
             with self._server(host) as server:
-                server.settimeout(CONNECT_SECONDS)
                 client.key_value_set(PORT_KEY, f"{server.getsockname()[1]} {token}")
-                while missing := [one for one in range(1, jax.process_count()) if one not in self.sockets]:
-                    try:
-                        self._welcome(server.accept()[0], token)
-                    except TimeoutError as error:
-                        came = f"{meeting.named(missing)} did not connect within {CONNECT_SECONDS} s"
-                        raise OSError(came) from error
+                others, problem = meeting.receive(server, count, CONNECT_SECONDS, token)
+            if problem:
+                raise OSError(problem)
+            for index, (connection, who) in others.items():
+                self._start_listening(index, f" ({who})", connection)
         else:
             port, token = client.blocking_key_value_get(PORT_KEY, CONNECT_SECONDS * 1000).split()
             connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
-            meeting.say(connection, {"token": token, "index": self.index, "who": self.who})
+            hello = {"index": self.index, "count": count, "who": self.who, "token": token}
+            meeting.say(connection, hello)
             self._start_listening(0, "", connection)
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -185,19 +184,6 @@ class Peers:
         except OSError as error:
             log.warning("listening on every interface: %s is no address of this machine (%s)", host, error)
             return socket.create_server(("", 0), backlog=jax.process_count())
-
-    def _welcome(self, connection: socket.socket, token: str) -> None:
-        try:
-            hello = meeting.hear(connection, meeting.HELLO_SECONDS)
-            untrusted.check_shape(hello, {"token": str, "index": untrusted.NATURAL, "who": str})
-            if not secrets.compare_digest(hello["token"].encode(), token.encode()):
-                raise ValueError("another's token")
-            if not 0 < hello["index"] < jax.process_count() or hello["index"] in self.sockets:
-                raise ValueError("no process that is missing")
-        except (OSError, ValueError):
-            connection.close()
-            return
-        self._start_listening(hello["index"], f" ({hello['who']})", connection)
 
     def _start_listening(self, index: int, who: str, connection: socket.socket) -> None:
         connection.settimeout(None)

@@ -77,7 +77,7 @@ class Window:
         [trace] = scratch.rglob("*.xplane.pb")
         name = "steps-{}-{}".format(*self.steps)
         where, ops = read(trace)
-        text = table(ops, self.steps[1] - self.steps[0] + 1, where, op_names(hlo))
+        text = table(ops, self.steps[1] - self.steps[0] + 1, where, dict(OP_NAME.findall(hlo)))
         kept = self.folder / "plugins" / "profile" / name
         kept.mkdir(parents=True, exist_ok=True)
         shutil.move(trace, kept / "local.xplane.pb")
@@ -125,13 +125,11 @@ def self_times(events: Iterable[tuple[float, float, str]]) -> list[tuple[str, fl
     return [(name, max(0.0, ns)) for name, ns in found]
 
 
-def op_names(hlo: str) -> dict[str, str]:
-    """XLA's name of an op -> JAX's, "jit(step)/jvp()/while/body/dot_general"."""
-    return dict(OP_NAME.findall(hlo))
-
-
 def table(ops: Sequence[Op], steps: int, where: str, names: Mapping[str, str]) -> str:
-    """Phases, primitives and the longest ops, each with its milliseconds and share of a step."""
+    """Phases, primitives and the longest ops, each with its milliseconds and share of a step.
+
+    names: XLA's name of an op -> JAX's, "jit(step)/jvp()/while/body/dot_general".
+    """
     total = sum(op.ms for op in ops) or 1.0
     phases: dict[str, float] = collections.defaultdict(float)
     kinds: dict[str, float] = collections.defaultdict(float)
