@@ -6,6 +6,7 @@ which joins a name that a file gave to a folder and never leaves it. Out: `write
 showing text that may hold anything.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -113,13 +114,15 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     that has these names (those ending in "?" may be missing) and perhaps others.
     """
     if shape is ANY:
-        return
+        return None
     if isinstance(shape, tuple):
-        if not any(_fits(value, one, where) for one in shape):
-            raise ValueError(f"{where or 'it'} must be {' or '.join(map(_word, shape))}, not {_word(value)}")
-        return
-    if isinstance(shape, list | dict):
-        _must_be(value, type(shape), where)
+        for one in shape:
+            with contextlib.suppress(ValueError):
+                return check_shape(value, one, where)
+        raise ValueError(f"{where or 'it'} must be {' or '.join(map(_word, shape))}, not {_word(value)}")
+    kind = type(shape) if isinstance(shape, list | dict) else shape
+    if not _is(value, kind):
+        raise ValueError(f"{where or 'it'} must be {_word(kind)}, not {_word(value)}")
     if isinstance(shape, list):
         for index, one in enumerate(value):
             check_shape(one, shape[0], f"{where}[{index}]")
@@ -134,8 +137,6 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
                 check_shape(value[plain], one, place)
             elif plain == name:
                 raise ValueError(f"{place} is missing")
-    else:
-        _must_be(value, shape, where)
 
 
 def digits(text: str) -> bool:
@@ -166,9 +167,8 @@ def inside(folder: str | Path, name: Any, what: str, links: bool = False) -> Pat
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(joined))
     blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
     if not any(target.is_relative_to(allowed) for allowed in [root, *blobs]):
-        raise ConfigError(
-            what, str(joined), "is a link to a place outside its folder", "Copy the file there."
-        )
+        problem = "is a link to a place outside its folder"
+        raise ConfigError(what, str(joined), problem, "Copy the file there.")
     return joined
 
 
@@ -206,16 +206,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename in ``folder`` last through a loss of power, where the file system can."""
-    try:
+    with contextlib.suppress(OSError):  # some network file systems cannot
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def shell(words: str | Iterable[str]) -> str:
@@ -255,26 +251,16 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _fits(value: Any, shape: Any, where: str) -> bool:
-    try:
-        check_shape(value, shape, where)
-    except ValueError:
-        return False
-    return True
-
-
-def _must_be(value: Any, kind: Any, where: str) -> None:
-    number = type(value) in (int, float) if kind is float else type(value) is int and kind == NATURAL
+def _is(value: Any, kind: Any) -> bool:
     if kind == NATURAL:
-        number = number and 0 <= value < 1 << 63
-    if not (number or type(value) is kind):
-        raise ValueError(f"{where or 'it'} must be {_word(kind)}, not {_word(value)}")
+        return type(value) is int and 0 <= value < 1 << 63
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _word(kind: Any) -> str:
     """What a shape asks for, or what a value is."""
     if isinstance(kind, type) or kind == NATURAL:
-        return _WORDS.get(kind, kind.__name__ if isinstance(kind, type) else str(kind))
+        return _WORDS.get(kind) or kind.__name__
     if isinstance(kind, str | int | float) and len(repr(kind)) < 40:
         return repr(kind)
     return _WORDS.get(type(kind), type(kind).__name__)

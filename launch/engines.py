@@ -66,11 +66,9 @@ def kubernetes_name(text: str, length: int) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if name[:1].isdigit():
         name = f"run-{name}"
-    return (
-        name
-        if len(name) <= length
-        else f"{name[: length - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    )
+    if len(name) <= length:
+        return name
+    return f"{name[: length - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def call(words: Sequence[str], what: str, wanted: str = "") -> str:

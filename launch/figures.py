@@ -158,15 +158,12 @@ def curves(runs: Sequence[Result], metric: str) -> Figure | None:
     for label, axes in zip(labels, panels.flat, strict=False):
         for share in seen:
             own = [run for run in drawn if run.label == label and run.fraction == share]
+            colour = shade[share]
             for run in own if len(own) > 1 else ():
-                axes.plot(
-                    *zip(*run.curves[metric], strict=True), color=shade[share], linewidth=0.6, alpha=0.35
-                )
+                axes.plot(*zip(*run.curves[metric], strict=True), color=colour, linewidth=0.6, alpha=0.35)
             if own:  # one that failed early would end the mean of all
                 whole = [run for run in own if run.state == "finished"] or own
-                axes.plot(
-                    *_mean_curve([run.curves[metric] for run in whole]), color=shade[share], linewidth=1.8
-                )
+                axes.plot(*_mean_curve([r.curves[metric] for r in whole]), color=colour, linewidth=1.8)
         axes.set_title(text(label), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: quantity(value, ""))

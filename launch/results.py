@@ -125,9 +125,8 @@ def read(workdir: Path) -> tuple[dict[str, Any], list[Result]]:
     """(sweep.json, a result for each of its runs). ConfigError for a folder without a sweep."""
     path = workdir / "sweep.json"
     if not path.is_file():
-        raise ConfigError(
-            "workdir", str(workdir), "holds no sweep.json", "python -m launch.sweep writes one."
-        )
+        fix = "python -m launch.sweep writes one."
+        raise ConfigError("workdir", str(workdir), "holds no sweep.json", fix)
     record = _checked(untrusted.read_json(path, "sweep.json", SWEEP), path)
     found = [_result(workdir, run, record["checkpoints"]) for run in record["runs"]]
     record["machines"] = sorted({one.device for one in found} - {""})

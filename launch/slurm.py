@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,15 +50,8 @@ class Task:
         self.process: subprocess.Popen | None = None
 
     def __call__(self, folders: list[str]) -> int:
-        command = [
-            sys.executable,
-            "-m",
-            "launch.worker",
-            *(["--distributed"] if self.distributed else []),
-            "--",
-            *folders,
-        ]
-        self.process = subprocess.Popen(command)
+        flags = ["--distributed"] if self.distributed else []
+        self.process = subprocess.Popen([*local.WORKER, *flags, "--", *folders])
         return self.process.wait()
 
     def checkpoint(self, folders: list[str]) -> Any:
@@ -124,9 +116,8 @@ def missing(settings: Settings) -> str:
         import submitit  # noqa: F401
     except ImportError:
         return "submitit is not installed (pip install -e '.[launch]')"
-    return (
-        "" if settings.cluster == "local" or shutil.which("sbatch") else "there is no sbatch on this machine"
-    )
+    there = settings.cluster == "local" or shutil.which("sbatch")
+    return "" if there else "there is no sbatch on this machine"
 
 
 def submit(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[str]:

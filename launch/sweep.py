@@ -8,6 +8,7 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 """
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import shlex
@@ -124,19 +125,15 @@ def run_local(
     """Runs what is left on this machine and writes the report; how many runs did not finish."""
     console = rich.get_console()
     view = View(runs, workdir, console)
-    ready = [
-        run
-        for run in runs
-        if view.states[run.name].state == "queued"
-        or (flags.retry and view.states[run.name].state == "failed")
-    ]
+    wanted = ("queued", "failed") if flags.retry else ("queued",)
+    ready = [run for run in runs if view.states[run.name].state in wanted]
     found = local.devices()
     jobs = local.jobs(ready, workdir, vmap)
     per_device = settings.jobs or local.fitting(jobs, found)
     view.say(f"{len(runs)} runs in {workdir}: {view.summary()}; {len(jobs)} to start")
     if jobs:
         view.say(f"{per_device} at a time on each of {len(found)} devices")
-    with view:
+    with view.live or contextlib.nullcontext():
         local.run_all(jobs, found, per_device, view.show, settings.seconds or float("inf"))
     failed = [run for run in runs if view.states[run.name].state == "failed"]
     for run in failed:

@@ -238,10 +238,9 @@ class Checkpoints:
         return translated(path, "unreadable checkpoint", lambda: self._without(step))
 
     def _intact(self) -> str:
-        whole = self._complete()
-        return (
-            f"the checkpoint at step {whole[-1].name} is intact" if whole else "no earlier checkpoint exists"
-        )
+        if not (whole := self._complete()):
+            return "no earlier checkpoint exists"
+        return f"the checkpoint at step {whole[-1].name} is intact"
 
     def _without(self, step: int) -> str:
         older = [other for other in self.steps() if other < step]
@@ -269,18 +268,12 @@ def choose(mode: str, checkpoints: Checkpoints) -> int | None:
     mode "auto": the newest checkpoint if there is one; "must": ConfigError without one; "never": ConfigError
     with one, since starting anew would mix two runs in one workdir.
     """
-    steps = checkpoints.steps()
+    steps, where = checkpoints.steps(), checkpoints.directory
     if mode == "must" and not steps:
-        raise ConfigError(
-            "--resume", mode, f"there is no checkpoint in {checkpoints.directory}", "Check --workdir."
-        )
+        raise ConfigError("--resume", mode, f"there is no checkpoint in {where}", "Check --workdir.")
     if mode == "never" and steps:
-        raise ConfigError(
-            "--resume",
-            mode,
-            f"{checkpoints.directory} already holds checkpoints up to step {steps[-1]}",
-            "Give another --workdir, or --resume=auto to continue.",
-        )
+        problem = f"{where} already holds checkpoints up to step {steps[-1]}"
+        raise ConfigError("--resume", mode, problem, "Give another --workdir, or --resume=auto to continue.")
     return steps[-1] if steps else None
 
 

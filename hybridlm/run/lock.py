@@ -116,10 +116,8 @@ class Lock:
         return owner if isinstance(owner, dict) else {"host": "?", "pid": 0}
 
     def _refuse(self, owner: dict) -> None:
-        problem = f"is in use by {_named(owner)}"
-        raise ConfigError(
-            "--workdir", str(self.path.parent), problem, "Wait for it, or give another workdir."
-        )
+        problem, fix = f"is in use by {_named(owner)}", "Wait for it, or give another workdir."
+        raise ConfigError("--workdir", str(self.path.parent), problem, fix)
 
 
 def _named(owner: dict) -> str:

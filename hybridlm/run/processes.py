@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -50,17 +51,13 @@ def join(spec: str) -> None:
     global _peers
     address: dict[str, Any] = {}
     if spec != "auto":
-        try:
-            where, count, index = spec.split(",")
-            address = {"coordinator_address": where, "num_processes": int(count), "process_id": int(index)}
-            if not (where.rpartition(":")[0] and 0 < int(where.rsplit(":", 1)[1]) < 1 << 16):
-                raise ValueError("no port")
-            if not 0 <= int(index) < int(count):
-                raise ValueError("no such process")
-        except (ValueError, IndexError) as error:
+        match = re.fullmatch(r"([^,]+:([0-9]{1,5})),\s*([0-9]{1,9}),\s*([0-9]{1,9})", spec)
+        if not match or not 0 < int(match[2]) < 1 << 16 or int(match[4]) >= int(match[3]):
             allowed = "must be auto or HOST:PORT,COUNT,INDEX, with INDEX from 0 to COUNT - 1"
-            raise ConfigError("--distributed", spec, allowed) from error
-        meeting.meet(where, int(count), int(index))
+            raise ConfigError("--distributed", spec, allowed)
+        where, count, index = match[1], int(match[3]), int(match[4])
+        meeting.meet(where, count, index)
+        address = {"coordinator_address": where, "num_processes": count, "process_id": index}
         address["coordinator_bind_address"] = where  # JAX alone would listen on every interface
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the trainer
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -93,10 +93,8 @@ class Watch:
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":
             first = first_not_finite(squares)
-            said = (
-                f"update skipped ({numbers}); first gradient that is not finite, from the loss down: {first}"
-            )
-            said += f"; {self.in_a_row} in a row, {self.skipped} in all"
+            said = f"update skipped ({numbers}); first gradient that is not finite, from the loss down: "
+            said += f"{first}; {self.in_a_row} in a row, {self.skipped} in all"
             details: dict[str, Any] = {"first": first, "in_a_row": self.in_a_row, "skipped": self.skipped}
         else:
             total = sum(squares.values())
