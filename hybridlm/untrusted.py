@@ -114,11 +114,12 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     that has these names (those ending in "?" may be missing) and perhaps others.
     """
     if shape is ANY:
-        return None
+        return
     if isinstance(shape, tuple):
         for one in shape:
             with contextlib.suppress(ValueError):
-                return check_shape(value, one, where)
+                check_shape(value, one, where)
+                return
         raise ValueError(f"{where or 'it'} must be {' or '.join(map(_word, shape))}, not {_word(value)}")
     kind = type(shape) if isinstance(shape, list | dict) else shape
     if not _is(value, kind):
