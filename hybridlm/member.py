@@ -168,7 +168,7 @@ class Member:
     def save(self, step: int, state: State, rates: Metrics) -> None:
         """Starts a checkpoint. If a line of metrics is due at ``step``, what is known of it goes with it."""
         self.train_data.verified()  # no checkpoint holds what was learnt from damaged data
-        record = self.record | {"step": step, "skipped": self.watch.counts}
+        record = self.record | {"step": step, "skipped": (self.watch.skipped, self.watch.in_a_row)}
         if self.pauses(step) or due(step, self.config.log.every_steps):
             record |= {"unwritten": self.metrics | rates}
         self.saves.save(step, state, record)

@@ -138,7 +138,7 @@ def tell(member: Member) -> None:
         for name, bits in references(member).items():
             say(f"  {name:<16} {bits:.3f}")
     if "sample" in metrics:
-        say(f"sample:\n{logbook.printable(metrics['sample'])}")
+        say(f"sample:\n{metrics['sample']}")
     say("written:")
     for name in ("metrics.jsonl", "loss.png", "config.json", "layers.json", "checkpoints"):
         say(private.hide(f"  {member.workdir / name}"))

@@ -9,7 +9,6 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 
 import argparse
 import contextlib
-import fcntl
 import importlib
 import shlex
 import sys
@@ -24,6 +23,7 @@ import train
 from hybridlm import commands
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, show
+from hybridlm.run.lock import Lock
 from launch import engines, grid, local, plan
 from launch.view import View
 
@@ -84,12 +84,7 @@ def run(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespa
     """Writes the sweep down, and has it run by its launcher."""
     engine = importlib.import_module(LAUNCHERS[flags.launcher])
     settings = engines.settings(engine.Settings, flags.engine)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
+    with Lock(workdir):
         command = private.hide(f"python -m launch.sweep {shlex.join(sys.argv[1:])}")
         plan.write(runs, workdir, {"command": command})
         if flags.launcher == "local":

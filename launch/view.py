@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hybridlm.run import private, show
+from hybridlm.run.logbook import SHOWN
 from launch.grid import Run
 from launch.local import Job
 from launch.state import Status, number, status
@@ -104,8 +105,6 @@ def _result(now: Status) -> str:
     if now.state == "failed":
         return f": {now.error}"
     if now.state == "finished":
-        names = {"val_accuracy": "val accuracy", "val_loss": "val loss", "val_bpb": "val bits/byte"}
-        return ": " + ", ".join(
-            f"{shown} {_shown(now.last, name, '.4f')}" for name, shown in names.items() if name in now.last
-        )
+        names = [name for name in ("val_accuracy", "val_loss", "val_bpb") if name in now.last]
+        return ": " + ", ".join(f"{SHOWN[name][0]} {_shown(now.last, name, '.4f')}" for name in names)
     return ""

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped, first_line
-from hybridlm.run import private
+from hybridlm.run import cli, private, show
 from launch import machine
 from launch.state import ERROR, POINT
 
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_args(argv)
     if flags.die_with_parent:
         threading.Thread(target=_die_with_parent, daemon=True).start()
+    show.steady()
     private.plain_log()
     folders = [folder.absolute() for folder in flags.folders]
     if flags.distributed:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         with locked(folders):
             return work(folders, flags.sharing)
     except OSError as error:  # no room for the notes: nobody can be told but through the log
-        say(f"failed: {error.filename}: {error.strerror or error}")
+        cli.say(f"failed: {error.filename}: {error.strerror or error}")
         return 1
 
 
@@ -81,24 +82,18 @@ def work(folders: list[Path], sharing: int = 1) -> int:
         members = trainer.together(resolved, folders, "auto", tasks)
         failed = {one.workdir: one.failed for one in members if one.failed}
     except Stopped as stopped:
-        say(str(stopped))
+        cli.say(str(stopped))
         return 3
     except (ConfigError, RunError) as error:
         failed = dict.fromkeys(folders, str(error))
     except Exception as error:
-        say(traceback.format_exc())
+        cli.say(traceback.format_exc())
         failed = dict.fromkeys(folders, f"{type(error).__name__}: {first_line(error)}")
     for folder, why in failed.items():
-        say(f"failed: {folder.name}: {why}")
+        cli.say(f"failed: {folder.name}: {why}")
         if first:
             untrusted.write_text(folder / ERROR, private.hide(why.strip()) + "\n")
     return int(bool(failed))
-
-
-def say(text: str) -> None:
-    """Into the log, without the user's name and home."""
-    with contextlib.suppress(OSError):  # nothing about showing ends a run
-        print(private.hide(text), flush=True)
 
 
 @contextlib.contextmanager

@@ -226,12 +226,7 @@ class Bar:
             left = f"{span((self.steps - step) * metrics.get('step_seconds', 0))} left"
             show.line(f"step {step}/{self.steps}  {numbers}  {left}", self.console)
         if "sample" in metrics and step < self.steps:  # the last one is for the summary
-            show.line(printable(metrics["sample"]), self.console)
-
-
-def printable(text: str) -> str:
-    """``text`` without what could steer a terminal: a model can write any character."""
-    return untrusted.terminal(text, lines=True)
+            show.line(metrics["sample"], self.console)
 
 
 def span(seconds: float) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import rich
 from rich.console import Console
 
+from hybridlm import untrusted
+
 
 class Steady:
     """A text stream whose writes and flushes lose what cannot be shown, and raise nothing."""
@@ -35,7 +37,8 @@ class Steady:
 
 
 def line(text: str, console: Console | None = None) -> None:
-    """``text`` as it is: no colours, no markup, broken where the reader likes."""
+    """``text`` without what steers a terminal: no colours, no markup, broken where the reader likes."""
+    text = untrusted.terminal(text, lines=True)  # a model, say, can write any character
     (console or rich.get_console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -36,7 +36,7 @@ class Watch:
 
     path: of events.jsonl, cut back to ``start``, the step resumed from.
     samples: step -> ids of its rows.
-    counts: updates skipped so far in all and, up to now, in a row (`counts` of the run that is resumed).
+    skipped, in_a_row: updates skipped so far in all, and up to now; ``counts``: those of the run resumed.
     """
 
     def __init__(
@@ -54,10 +54,6 @@ class Watch:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         if jax.process_index() == 0:
             logbook.truncate(path, start)
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        return self.skipped, self.in_a_row
 
     def see(self, step: int, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]) -> Metrics:
         """``metrics`` of ``step`` without those that are not finite; with ``skipped``, the count so far."""
