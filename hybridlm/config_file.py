@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from hybridlm import commands, untrusted
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, nearest
 from hybridlm.run import private
 
 log = logging.getLogger("hybridlm")
@@ -29,11 +29,16 @@ def read(spec: str) -> ConfigDict:
 
 
 def located(filename: str, field: str = "--config") -> Path:
-    """`commands.located`; ConfigError for ``field`` if that is no file."""
-    path = commands.located(filename)
-    if not path.is_file():
-        raise ConfigError(field, filename, "no such file", commands.looked_for(filename))
-    return path
+    """``filename`` from here, or hybridlm's own where it is one of ``configs/``; ConfigError for neither."""
+    path, root = Path(filename), commands.root()
+    if path.is_file():
+        return path
+    if path.parts[:1] == ("configs",) and (root / path).is_file():
+        log.info("there is no %s here; it is that of hybridlm, in %s", filename, root)
+        return root / path
+    known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
+    fix = nearest(filename, known) if known else f"It was looked for from {Path.cwd()}."
+    raise ConfigError(field, filename, "no such file", fix)
 
 
 def split(spec: str) -> tuple[str, str]:
