@@ -215,12 +215,17 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def shell(words: str | Iterable[str]) -> str:
-    """A word, or a command's words, as a POSIX shell reads them back unchanged. ValueError for a NUL."""
-    words = [words] if isinstance(words, str) else list(words)
-    if any("\0" in word for word in words):
+def shell(words: Iterable[str | Path]) -> str:
+    """A command's words as bash reads them back unchanged, on one line: job files are read by lines too.
+
+    ValueError for a NUL.
+    """
+    texts = list(map(str, words))
+    if any("\0" in text for text in texts):
         raise ValueError("a shell's word cannot hold a NUL")
-    return shlex.join(words)
+    escape = lambda c: "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))
+    spelt = lambda text: "".join(c if c.isprintable() and c not in "\\'" else escape(c) for c in text)
+    return " ".join(shlex.quote(text) if text.isprintable() else f"$'{spelt(text)}'" for text in texts)
 
 
 def terminal(text: str, lines: bool = False) -> str:

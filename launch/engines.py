@@ -33,22 +33,9 @@ def settings(engine: type, given: Sequence[str]) -> Any:
     return engine(**values)
 
 
-def line(words: Sequence[str | Path]) -> str:
-    """The command of ``words`` for bash, on one line whatever they hold."""
-    return " ".join(quoted(str(word)) for word in words)
-
-
-def quoted(word: str) -> str:
-    """``word`` for bash, on one line: job files are read line by line by others too."""
-    if word.isprintable():
-        return untrusted.shell(word)
-    escape = lambda c: "".join(f"\\x{byte:02x}" for byte in c.encode())
-    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else escape(c) for c in word) + "'"
-
-
 def script(commands: Sequence[Sequence[str]]) -> str:
     """A bash script of ``commands``, which ends at the first that fails."""
-    return "#!/bin/bash\nset -e\n" + "".join(line(words) + "\n" for words in commands)
+    return "#!/bin/bash\nset -e\n" + "".join(untrusted.shell(words) + "\n" for words in commands)
 
 
 def plain(text: str) -> str:

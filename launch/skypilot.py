@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from hybridlm import untrusted
 from hybridlm.fields import Positive
 from launch import engines
 from launch.grid import Run
@@ -36,7 +37,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
     if settings.data:
         mounts["~/sky_workdir/data"] = settings.data
     several = f" --distributed={HEAD}" if settings.nodes > 1 else ""
-    folder = engines.quoted(f"/runs/{workdir.name}")
+    folder = untrusted.shell([f"/runs/{workdir.name}"])
     task = {
         "name": _name(workdir.name),
         "resources": {"accelerators": settings.accelerators, "use_spot": settings.spot},
@@ -54,7 +55,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
 
 
 def command(run: Run, task: Path) -> list[str]:
-    environment = [f"RUN={run.name}", f"ARGUMENTS={engines.line(run.command())}"]
+    environment = [f"RUN={run.name}", f"ARGUMENTS={untrusted.shell(run.command())}"]
     flags = [word for text in environment for word in ("--env", text)]
     return ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", _name(run.name), *flags, str(task)]
 

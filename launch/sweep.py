@@ -10,7 +10,6 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 import argparse
 import contextlib
 import importlib
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import jax
 import rich
 
 import train
-from hybridlm import commands
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, show
 from hybridlm.run.lock import Lock
@@ -85,7 +84,7 @@ def run(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespa
     engine = importlib.import_module(LAUNCHERS[flags.launcher])
     settings = engines.settings(engine.Settings, flags.engine)
     with Lock(workdir):
-        command = private.hide(f"python -m launch.sweep {shlex.join(sys.argv[1:])}")
+        command = private.hide(f"python -m launch.sweep {untrusted.shell(sys.argv[1:])}")
         plan.write(runs, workdir, {"command": command})
         if flags.launcher == "local":
             return 1 if run_local(runs, workdir, vmap, settings, flags) else 0

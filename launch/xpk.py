@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybridlm import untrusted
 from hybridlm.fields import Count, Positive
 from launch import engines
 from launch.grid import Run
@@ -52,7 +53,7 @@ def command(run: Run, workdir: Path, settings: Settings) -> list[str]:
         "--priority": settings.priority,
         "--project": settings.project,
         "--zone": settings.zone,
-        "--command": engines.line(["python", "train.py", *run.command(), folder, "--distributed=auto"]),
+        "--command": untrusted.shell(["python", "train.py", *run.command(), folder, "--distributed=auto"]),
     }
     given = [word for name, value in flags.items() if value for word in (name, value)]
     return ["xpk", "workload", "create", *given]
