@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped, first_line
-from hybridlm.run import cli, private, show
+from hybridlm.run import cli, private, processes, show
 from launch import machine
 from launch.state import ERROR, POINT
 
@@ -44,14 +45,14 @@ def main(argv: Sequence[str]) -> int:
     private.plain_log()
     folders = [folder.absolute() for folder in flags.folders]
     if flags.distributed:
-        from hybridlm.run import processes
-
         processes.join("auto")
         code = work(folders, flags.sharing)
         processes.leave(code, "")
         return code
     try:
-        with locked(folders):
+        with contextlib.ExitStack() as held:
+            for folder in sorted(folders):
+                held.enter_context(lock(folder))
             return work(folders, flags.sharing)
     except OSError as error:  # no room for the notes: nobody can be told but through the log
         cli.say(f"failed: {error.filename}: {error.strerror or error}")
@@ -96,22 +97,16 @@ def work(folders: list[Path], sharing: int = 1) -> int:
     return int(bool(failed))
 
 
-@contextlib.contextmanager
-def locked(folders: Sequence[Path]) -> Iterator[None]:
-    """Holds the folders' locks, which the system drops when the process ends, however it does."""
-    with contextlib.ExitStack() as stack:
-        for folder in sorted(folders):
-            file = stack.enter_context((folder / LOCK).open("w"))
-            give_up = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > give_up:
-                        raise SystemExit(f"{folder} is being trained by another process") from None
-                    time.sleep(0.2)
-        yield
+def lock(folder: Path) -> IO[str]:
+    """The folder's lock, held while it is open; the system drops it when the process ends, however."""
+    file = (folder / LOCK).open("w")
+    give_up = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < give_up:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        time.sleep(0.2)
+    raise SystemExit(f"{folder} is being trained by another process")
 
 
 def _die_with_parent() -> None:
