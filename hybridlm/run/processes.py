@@ -127,12 +127,8 @@ def leave(code: int, message: str) -> None:
 
     Does not return then: the orderly end of a distributed program waits for processes that are stuck.
     """
-    if _peers is None:
-        return
-    if not code or code == 3:  # all of them finish, or stop, at the same step
-        _peers.goodbye()
-    else:
-        _peers.fail(message, code)
+    if _peers is not None:
+        _peers.leave(code, message)
 
 
 def await_verdict() -> None:
@@ -231,12 +227,12 @@ class Peers:
                 print(untrusted.terminal(f"error: {message}", lines=True), file=sys.stderr, flush=True)
             self._exit(code, message if self.index == 0 else "")
 
-    def goodbye(self) -> None:
-        self.leaving = True
-        self._tell({"bye": True})
-
-    def fail(self, message: str, code: int) -> None:
+    def leave(self, code: int, message: str) -> None:
         """The caller has said ``message`` already; here it is told to the others."""
+        if not code or code == 3:  # all of them finish, or stop, at the same step
+            self.leaving = True
+            self._tell({"bye": True})
+            return
         with self.lock:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
