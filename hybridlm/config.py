@@ -316,17 +316,6 @@ def _definition(section: str, values: Any, prefix: str) -> Any:
     return build(described, values, prefix)
 
 
-def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config's dict that an older version wrote, with the defaults of fields that are new.
-
-    As it is if this version cannot resolve it any more.
-    """
-    try:
-        return resolve(ConfigDict(values)).to_dict()
-    except ConfigError:
-        return values
-
-
 # config.json
 
 

@@ -30,11 +30,9 @@ def load(room: ModuleType, kind: str, member: str) -> Any:
     """
     if ":" in kind:
         return _outside(kind)
-    if kind not in names(room):
-        known = names(room)
-        raise ConfigError(
-            "kind", kind, "must be one of " + ", ".join(known) + ", or module:Class", nearest(kind, known)
-        )
+    if kind not in (known := names(room)):
+        problem = f"must be one of {', '.join(known)}, or module:Class"
+        raise ConfigError("kind", kind, problem, nearest(kind, known))
     return getattr(importlib.import_module(f"{room.__name__}.{kind}"), member)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import tensorstore
 
 from hybridlm import untrusted
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal
 
 log = logging.getLogger("hybridlm")
@@ -70,23 +70,21 @@ def mend(directory: Path) -> None:
     """
     for half_written in directory.glob(HALF_WRITTEN):
         shutil.rmtree(half_written)
-    for path in sorted(path for path in directory.glob("[0-9]*") if untrusted.digits(path.name)):
+    for path in untrusted.numbered(directory):
         _name_again(path)
-    found = sorted(
-        (int(path.name) for path in directory.glob("[0-9]*") if untrusted.digits(path.name)), reverse=True
-    )
-    damaged: dict[int, str] = {}
-    for step in found:
-        problem = damage(directory / str(step))
+    found = untrusted.numbered(directory)
+    damaged: dict[Path, str] = {}
+    for path in reversed(found):
+        problem = damage(path)
         if problem is None:
             break
-        damaged[step] = problem
-    listed = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        damaged[path] = problem
+    listed = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
     if damaged and len(damaged) == len(found):
         fix = "Bring one back from a copy, or start anew in another --workdir."
         raise RunError(f"{directory}: no checkpoint is sound ({listed}). {fix}")
-    for step in damaged:
-        set_aside(directory / str(step))
+    for path in damaged:
+        set_aside(path)
     if damaged:
         log.error("%s: passed over damaged checkpoints, now in damaged/ (%s)", directory, listed)
 
@@ -96,9 +94,9 @@ def _name_again(path: Path) -> None:
         problem = misnamed(path)
     except ConfigError:
         return  # damage, which is looked for from the newest down
-    own = path.with_name(str(read_record(path)["step"])) if problem else path
     if not problem:
         return
+    own = path.with_name(str(read_record(path)["step"]))
     if own.exists() or path.is_symlink():
         set_aside(path)
         log.error("%s: %s; set aside in damaged/", path, problem)
@@ -137,17 +135,18 @@ def damage(path: Path) -> str | None:
             for item in ITEMS:
                 if not (path / item).is_dir():
                     return f"{item} is missing"
-            _read_whole(path)
+            for item in ITEMS[:-1]:
+                for name in _arrays(path / item):
+                    _read_array(path / item, name)
         return misnamed(path)
     except Exception as error:  # tensorstore, JSON and the file system raise all kinds
-        return str(error).splitlines()[0]
+        return first_line(error)
 
 
-def _read_whole(path: Path) -> None:
-    read_record(path)
-    for item in ITEMS[:-1]:
-        for name in _arrays(path / item):
-            _read_array(path / item, name)
+def array(item: Path, name: str, **how: Any) -> Any:
+    """An array of an item, on disk. how: `tensorstore.open`'s spec says it."""
+    spec = {"driver": "zarr", "kvstore": _store(item) | {"path": f"{name}/"}}
+    return tensorstore.open(spec | how).result()
 
 
 def _store(item: Path) -> dict[str, Any]:
@@ -161,5 +160,4 @@ def _arrays(item: Path) -> list[str]:
 
 
 def _read_array(item: Path, name: str) -> None:
-    spec = {"driver": "zarr", "kvstore": _store(item) | {"path": f"{name}/"}}
-    tensorstore.open(spec, open=True, read=True).result().read().result()
+    array(item, name, open=True).read().result()
