@@ -43,10 +43,14 @@ class LossSums(NamedTuple):
 
 
 class Options(NamedTuple):
-    """z_loss, tall: of `cross_entropy`.  vocab: mesh axes that the ids are cut over around a call."""
+    """z_loss, tall: of `cross_entropy`.  slopes: whether gradients are wanted.
+
+    vocab: mesh axes that the ids are cut over around a call.
+    """
 
     z_loss: float
     tall: bool
+    slopes: bool
     vocab: tuple[str, ...] = ()
 
 
@@ -64,8 +68,43 @@ def cross_entropy(
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
     tall: the head is the transpose of a matrix [V, D], as a tied one is; a matter of memory only.
     """
-    total, sums = _total_of(hidden_BTD, head_DV, targets_BT, Options(z_loss, tall))
+
+    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, slopes: bool) -> tuple:
+        sums, *gradients = _on_devices(hidden, head, targets, Options(z_loss, tall, slopes))
+        return sums.cross_entropy + z_loss * sums.log_z_squared, sums, *gradients
+
+    return differentiated(run, hidden_BTD, head_DV, targets_BT)
+
+
+def differentiated(
+    run: Callable[..., tuple], hidden_BTD: jax.Array, head_DV: jax.Array, beside: Any
+) -> tuple[jax.Array, Any]:
+    """(a total, the sums that it is made of), with gradients of the total in hidden states and head.
+
+    run: (hidden, head, beside, whether gradients are wanted) -> (total, sums, d hidden, d head), or the first
+        two of them.
+    """
+    total, sums = _total_of(run, hidden_BTD, head_DV, beside)
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total_of(run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, beside: Any) -> tuple:
+    return run(hidden, head, beside, False)
+
+
+def _forward(run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, beside: Any) -> tuple:
+    total, sums, d_hidden, d_head = run(hidden, head, beside, True)
+    return (total, sums), (d_hidden, d_head.astype(head.dtype))
+
+
+def _backward(run: Callable[..., tuple], residuals: tuple, cotangents: tuple) -> tuple:
+    d_hidden, d_head = residuals
+    d_total = cotangents[0]
+    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
+
+
+_total_of.defvjp(_forward, _backward)
 
 
 def per_token(
@@ -76,7 +115,7 @@ def per_token(
     For evaluation, in the same chunks; 0 and False where a target is negative.
     """
     batch, length = targets_BT.shape
-    hidden, targets, chunk = pad(hidden_BTD, targets_BT, head_DV.shape)
+    hidden, targets = chunks(head_DV.shape, hidden_BTD, targets_BT)
     head = sharding.constrain(head_DV.astype(hidden_BTD.dtype), (None, "vocab"))  # gathered once
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -84,15 +123,22 @@ def per_token(
         present = xs[1] >= 0
         return jnp.where(present, target_logit - log_z, 0), correct & present
 
-    scores = jax.lax.map(part, (chunks(hidden, chunk), chunks(targets, chunk)))
+    scores = jax.lax.map(part, (hidden, targets))
     whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
     return whole(scores[0]), whole(scores[1])
 
 
-def chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T/chunk, B, chunk, ...]; T is a multiple of chunk."""
-    batch, length = x.shape[:2]
-    return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+def chunks(head_shape: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
+    """Each [B, T, ...] as [chunks, B, time of a chunk, ...]; added integers, of targets, are -1, others 0."""
+    batch, length = arrays[0].shape[:2]
+    chunk = _chunk_length(batch, length, head_shape)
+
+    def cut(x: jax.Array) -> jax.Array:
+        widths = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
+        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
+
+    return [cut(x) for x in arrays]
 
 
 def chunk_tokens(d_model: int, vocab: int) -> int:
@@ -171,61 +217,24 @@ def logits_and_sums(
     return logits, log_z, is_target, _sums(log_z, target_logit, correct, targets)
 
 
-def pad(
-    hidden: jax.Array, targets: jax.Array, head_shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, int]:
-    batch, length = targets.shape
-    chunk = _chunk_length(batch, length, head_shape)
-    extra = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
-    return hidden, jnp.pad(targets, ((0, 0), (0, extra)), constant_values=-1), chunk
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _total_of(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options
-) -> tuple[jax.Array, LossSums]:
-    (sums,) = _on_devices(_values, hidden, head, targets, options)
-    return sums.cross_entropy + options.z_loss * sums.log_z_squared, sums
-
-
-def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    sums, d_hidden, d_head = _on_devices(_slopes, hidden, head, targets, options)
-    total = sums.cross_entropy + options.z_loss * sums.log_z_squared
-    return (total, sums), (d_hidden, d_head.astype(head.dtype))
-
-
-def _backward(options: Options, residuals: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
-    d_hidden, d_head = residuals
-    d_total = cotangents[0]
-    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
-
-
-_total_of.defvjp(_forward, _backward)
-
-
-def _on_devices(
-    run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options
-) -> tuple:
-    """``run`` of each device's own tokens and ids, its sums added up, its gradients where their arrays lie.
+def _on_devices(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """`_sums_of` each device's own tokens and ids, added up, the gradients where their arrays lie.
 
     Tokens that the devices do not divide are left to XLA.
     """
-    tokens, whole = (
-        sharding.cut(("batch", "time"), targets.shape),
-        sharding.cut(("embed", "vocab"), head.shape),
-    )
+    tokens = sharding.cut(("batch", "time"), targets.shape)
+    whole = sharding.cut(("embed", "vocab"), head.shape)
     if tokens is None or whole is None:
-        return run(hidden, head, targets, options)
+        return _sums_of(hidden, head, targets, options)
     rows, time, embed, vocab = map(_names, (*tokens, *whole))
     over = (*rows, *time)
     if set(embed) - set(over):
-        return run(hidden, head, targets, options)
+        return _sums_of(hidden, head, targets, options)
 
     def own(h: jax.Array, part: jax.Array, t: jax.Array) -> tuple:
         part = part.astype(h.dtype)
         part = jax.lax.all_gather(part, embed, axis=0, tiled=True) if embed else part
-        sums, *slopes = run(h, part, t, options._replace(vocab=vocab))
+        sums, *slopes = _sums_of(h, part, t, options._replace(vocab=vocab))
         sums = _sum(sums, over)
         if not slopes:
             return (sums,)
@@ -233,10 +242,9 @@ def _on_devices(
         d_head = jax.lax.psum_scatter(d_head, embed, scatter_dimension=0, tiled=True) if embed else d_head
         return sums, _sum(d_h, vocab), _sum(d_head, tuple(name for name in over if name not in embed))
 
-    out = (PartitionSpec(), tokens, whole)[: 3 if run is _slopes else 1]
-    return jax.shard_map(own, in_specs=(tokens, whole, tokens), out_specs=out, check_vma=False)(
-        hidden, head, targets
-    )
+    out = (PartitionSpec(), tokens, whole)[: 3 if options.slopes else 1]
+    run = jax.shard_map(own, in_specs=(tokens, whole, tokens), out_specs=out, check_vma=False)
+    return run(hidden, head, targets)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -245,48 +253,60 @@ def _names(entry: Any) -> tuple[str, ...]:
     return tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if sizes[name] > 1)
 
 
-def _values(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """(sums,)"""
-    hidden, targets, chunk = pad(hidden, targets, head.shape)
-    head = head.astype(hidden.dtype)
+def _sums_of(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """(sums,), with ``options.slopes`` also d hidden, and d head in float32."""
+    if options.slopes and _in_blocks(targets.size, *head.shape, hidden.dtype):
+        return _in_blocks_of_ids(hidden, head, targets, options)
 
-    def step(total: LossSums, xs: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        sums = logits_and_sums(xs[0], head, xs[1], options.vocab)[-1]
-        return jax.tree.map(jnp.add, total, sums), None
+    def chunk(h: jax.Array, cast: jax.Array, target: jax.Array) -> tuple:
+        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab)
 
-    return jax.lax.scan(step, LossSums.zero(), (chunks(hidden, chunk), chunks(targets, chunk)))[:1]
+        def d_logits() -> jax.Array:
+            scale = 1 + 2 * options.z_loss * log_z
+            return jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
+
+        return sums, d_logits
+
+    return in_chunks(chunk, hidden, head, targets, zero=LossSums.zero(), slopes=options.slopes)
 
 
-def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """(sums, d hidden, d head in float32)"""
-    if _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
-        return _slopes_in_blocks(hidden, head, targets, options)
-    length = targets.shape[1]
-    padded, padded_targets, chunk = pad(hidden, targets, head.shape)
+def in_chunks(
+    chunk: Callable[..., tuple[Any, Callable[[], jax.Array]]],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *beside: jax.Array,
+    zero: Any,
+    slopes: bool,
+) -> tuple:
+    """(sums,), with ``slopes`` also d hidden, and d head in float32: added up over chunks of time.
+
+    chunk: (hidden states, head, targets, beside) -> (sums like ``zero``, () -> d total / d logits).
+    """
     cast = head.astype(hidden.dtype)
 
-    def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
-        total, d_head = carry
-        h, target = xs
-        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab)
-        scale = 1 + 2 * options.z_loss * log_z
-        d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
-        d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(h.dtype)
+    def step(carry: tuple, xs: list[jax.Array]) -> tuple:
+        h, target, *others = xs
+        sums, d_logits_of = chunk(h, cast, target, *others)
+        if not slopes:
+            return (jax.tree.map(jnp.add, carry[0], sums),), None
+        d_logits = jnp.where((target >= 0)[..., None], d_logits_of(), 0).astype(h.dtype)
         d_h = jnp.einsum("btv,dv->btd", d_logits, cast)
-        d_head = d_head + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, total, sums), d_head), d_h
+        d_head = carry[1] + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, carry[0], sums), d_head), d_h
 
-    start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
-    d_chunks: jax.Array
-    xs = chunks(padded, chunk), chunks(padded_targets, chunk)
-    (sums, d_head), d_chunks = jax.lax.scan(step, start, xs)
-    d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(padded.shape)[:, :length]
+    start = (zero, jnp.zeros(head.shape, jnp.float32)) if slopes else (zero,)
+    found, d_chunks = jax.lax.scan(step, start, chunks(head.shape, hidden, targets, *beside))
+    if not slopes:
+        return found
+    batch, length = targets.shape
+    d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length]
     # Folded into the product above, the transpose of a tied head is one that the CPU cannot run in bfloat16.
-    return sums, d_hidden, jax.lax.optimization_barrier(d_head)
+    return found[0], d_hidden, jax.lax.optimization_barrier(found[1])
 
 
-def _slopes_in_blocks(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """`_slopes` by `hybridlm.loss_blocks`."""
+def _in_blocks_of_ids(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """`_sums_of` with slopes, by `hybridlm.loss_blocks`."""
     vocab, tokens = options.vocab, targets.size
     odd = tokens % 2  # exponentials go in pairs
     h = jnp.pad(hidden.reshape(tokens, -1), ((0, odd), (0, 0)))
