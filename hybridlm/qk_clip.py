@@ -41,13 +41,13 @@ def clipped(
 ) -> dict[str, jax.Array]:
     """Those of ``params`` (as `model.init` names them) that take part, after a batch of these ``records``."""
     found = {}
-    specs, table = layout.items(), layout.indices()
+    specs = layout.items()
     for name, value in params.items():
-        match = stack.STACKED.search(name)
-        if match is None:
+        where = stack.stacked(layout, name)
+        if where is None:
             continue
-        layers = table[int(match[1])][int(match[2])]
-        clip = clips(specs[layers.flat[0]], d_model).get(name[match.end() :].removeprefix("mixer."))
+        _, layers, rest = where
+        clip = clips(specs[layers.flat[0]], d_model).get(rest.removeprefix("mixer."))
         if clip is not None:
             record, scale = clip
             largest = jnp.stack([records[f"layers.{i}.{record}"] for i in layers.flat])

@@ -104,27 +104,17 @@ class Objective(objectives.Objective):
     def loss(
         self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Sums]:
-        config = self.config
-        forced = config.by_layer and config.inputs == "teacher"
-        alone = forced and not (config.next_token or config.kl or config.hidden)
-        return self._loss(params, frozen, batch, wanted, forced, alone)
+        return self._loss(params, frozen, batch, wanted, training=True)
 
     def evaluate(self, params: lm.Params, frozen: lm.Params, batch: Batch) -> Sums:
-        forced = self.config.by_layer and self.config.inputs == "teacher"
-        return self._loss(params, frozen, batch, (), forced, alone=False, by_layer=True)[1]
+        return self._loss(params, frozen, batch, (), training=False)[1]
 
     def _loss(
-        self,
-        params: lm.Params,
-        frozen: lm.Params,
-        batch: Batch,
-        wanted: tuple[str, ...],
-        forced: bool,
-        alone: bool,
-        by_layer: bool = False,
+        self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...], training: bool
     ) -> tuple[jax.Array, Sums]:
-        """forced: each layer is given the teacher's inputs.  alone: the student as a whole does not run."""
         config, tokens, counted = self.config, batch["tokens"], batch["targets"] >= 0
+        forced = config.by_layer and config.inputs == "teacher"  # each layer is given the teacher's inputs
+        alone = training and forced and not (config.next_token or config.kl or config.hidden)
         rows = Rows(batch["segment_ids"], batch["positions"])
         theirs = {n.removeprefix(TEACHER): leaf for n, leaf in frozen.items() if n.startswith(TEACHER)}
         own = {name: leaf for name, leaf in frozen.items() if not name.startswith(TEACHER)}
@@ -156,7 +146,7 @@ class Objective(objectives.Objective):
             for name, weight, each in self._apart(before, after, rows, counted):
                 sums[f"{name}_loss_sum"] = jnp.mean(each)
                 total += weight * sums[f"{name}_loss_sum"]
-                if by_layer:
+                if not training:
                     sums |= {f"{name}_{i}_loss_sum": each[at] for at, i in enumerate(self.changed)}
         sums.setdefault("loss_sum", jax.lax.stop_gradient(total))
         if wanted:

@@ -62,17 +62,12 @@ def joined(
     if token_bytes is not None:
         counted = jnp.where(targets >= 0, token_bytes[targets], 0)
         sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
-    for name, values in by_name(records, AUXILIARY).items():
+    auxiliary: dict[str, list[jax.Array]] = {}
+    for canonical, value in records.items():
+        name = canonical.split(".", 2)[2]  # layers.<index>.<name>
+        if name.startswith(AUXILIARY):
+            auxiliary.setdefault(name.removeprefix(AUXILIARY), []).append(value)
+    for name, values in auxiliary.items():
         sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * tokens
         total += sums[f"{name}_loss_sum"]
     return total, sums
-
-
-def by_name(records: dict[str, jax.Array], prefix: str) -> dict[str, list[jax.Array]]:
-    """The records called ``prefix`` and more, without it, layers in order: {"balance": [of layer 0, ...]}."""
-    found: dict[str, list[jax.Array]] = {}
-    for canonical, value in records.items():
-        name = canonical.split(".", 2)[2]  # layers.<index>.<name>
-        if name.startswith(prefix):
-            found.setdefault(name.removeprefix(prefix), []).append(value)
-    return found
