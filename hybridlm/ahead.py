@@ -88,19 +88,15 @@ def needs(config: Config, devices: str) -> Needs:
 
     def step(policy: str) -> fit.Step:
         # Built outside the mesh, where it would compute on devices that are not there.
-        built: Any = program.build(
-            config, fit.settled(definition, policy) if automatic else definition, mesh, None
-        )
+        one = fit.settled(definition, policy) if automatic else definition
+        built: Any = program.build(config, one, mesh, None)
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             traced = built.step.trace(built.shapes, batch)
             most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
             return fit.compiled(traced, most, lowering_platforms=("cuda",))
 
-    policy: str = definition.model.remat
-    if automatic:
-        policy, done, _ = fit.choose(step, available)
-    else:
-        done = step(policy)
+    given = definition.model.remat
+    policy, done, _ = fit.choose(step, available) if automatic else (given, step(given), "")
     found = done.run.memory_analysis()
     return Needs(policy, found.argument_size_in_bytes, found.temp_size_in_bytes, sent(done.run.as_text()))
 

@@ -174,10 +174,9 @@ def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
 
 def _settings(spec: Spec) -> str:
     def changed(config: Settings) -> list[str]:
+        own = {name: value for name, value in vars(config).items() if name not in ("kind", "parts")}
         defaults = vars(type(config)())
-        return [
-            f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k not in ("kind", "parts")
-        ]
+        return [f"{name}={value}" for name, value in own.items() if value != defaults[name]]
 
     mlp = [] if spec.mlp_kind == "swiglu" else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)

@@ -29,6 +29,7 @@ from hybridlm.weights import CARRIED, TOKENIZER
 log = logging.getLogger("hybridlm")
 
 EMA = ":ema"
+KINDS = ("loaded", "mapped", "new", "dropped")  # in the order that they are told in
 
 
 class Source(NamedTuple):
@@ -42,6 +43,11 @@ class Source(NamedTuple):
     arrays: Mapping[str, Any]
     carry: Callable[[Path], None]
     tokenizer: Path
+
+    def read(self, name: str) -> np.ndarray | None:
+        """A parameter in float32; None if there is none of that name."""
+        array = self.arrays.get(name)
+        return None if array is None else np.asarray(array).astype(np.float32, copy=False)
 
 
 class Report(NamedTuple):
@@ -59,7 +65,7 @@ class Report(NamedTuple):
     def lines(self) -> list[str]:
         """Per part of the model, layers by index, what became of it."""
         parts: dict[str, dict[str, list[str]]] = {}
-        for kind in ("loaded", "mapped", "new", "dropped"):
+        for kind in KINDS:
             for name in getattr(self, kind):
                 layer = name.startswith("layers.")
                 part, rest = (name.split(".", 2)[1], name.split(".", 2)[2]) if layer else (name, "")
@@ -196,12 +202,11 @@ def load(
         and tuple(other.arrays[name].shape) == leaf.shape
         and _same_kind(name, definition, other.definition)
     ]
-    read = lambda name: np.asarray(other.arrays[name]).astype(np.float32, copy=False)
     mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()}, gates)
     for name in (*taken, *mapped):
-        loaded = mapped[name].value if name in mapped else read(name)
-        put = lambda index, loaded=loaded: loaded[index]
-        ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, put)
+        loaded = mapped[name].value if name in mapped else other.read(name)
+        assert loaded is not None
+        ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, loaded.__getitem__)
     whole = jax.tree.map(lambda leaf: leaf.sharding, params)
     restack = jax.jit(lambda flat: model.restack(definition, flat), out_shardings=whole)
     new = [name for name in ours if name not in taken and name not in mapped]
@@ -221,11 +226,7 @@ def _mixers(
         return found, why
     for index, (theirs, ours) in enumerate(zip(other.definition.layers, definition.layers, strict=False)):
         start = f"layers.{index}.mixer."
-
-        def read(name: str, start: str = start) -> np.ndarray | None:
-            array = other.arrays.get(start + name)
-            return None if array is None else np.asarray(array).astype(np.float32, copy=False)
-
+        read = lambda name, start=start: other.read(start + name)
         own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
         layer = mapping.Layer(definition.d_model, read, own, gates)
         made, problem = mapping.mixer(theirs.config, ours.config, layer)
@@ -262,12 +263,9 @@ def start(
             if "embedding" in report.loaded and tokenizer is not None:
                 _compare(other.tokenizer, tokenizer)
     if not report.loaded:
-        raise ConfigError(
-            "init_from", path, "has nothing in common with this model: no parameter could be loaded"
-        )
-    counts = ", ".join(
-        f"{len(getattr(report, kind))} {kind}" for kind in ("loaded", "mapped", "new", "dropped")
-    )
+        problem = "has nothing in common with this model: no parameter could be loaded"
+        raise ConfigError("init_from", path, problem)
+    counts = ", ".join(f"{len(getattr(report, kind))} {kind}" for kind in KINDS)
     log.info("parameters from %s: %s\n  %s", path, counts, "\n  ".join(report.lines()))
     if jax.process_index() == 0:
         untrusted.write_json(workdir / "init_from.json", report._asdict())

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hybridlm import loss_blocks, sharding
+from hybridlm import loss_blocks, rows, sharding
 
 # Tokens in a chunk, on each device: as many as make 128 MiB of float32 logits, but at least twice d_model,
 # since every chunk reads the head and adds to its gradient (12 bytes an element, against 20 a logit).
@@ -114,31 +114,28 @@ def per_token(
 
     For evaluation, in the same chunks; 0 and False where a target is negative.
     """
-    batch, length = targets_BT.shape
     hidden, targets = chunks(head_DV.shape, hidden_BTD, targets_BT)
     head = sharding.constrain(head_DV.astype(hidden_BTD.dtype), (None, "vocab"))  # gathered once
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        _, log_z, _, target_logit, correct = _scores(xs[0], head, xs[1])
-        present = xs[1] >= 0
+        h, target = xs
+        _, log_z, _, target_logit, correct = _scores(h, head, target)
+        present = target >= 0
         return jnp.where(present, target_logit - log_z, 0), correct & present
 
     scores = jax.lax.map(part, (hidden, targets))
-    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
-    return whole(scores[0]), whole(scores[1])
+    log_p, correct = (rows.joined(x, targets_BT.shape[1]) for x in scores)
+    return log_p, correct
 
 
-def chunks(head_shape: tuple[int, ...], *arrays: jax.Array) -> list[jax.Array]:
-    """Each [B, T, ...] as [chunks, B, time of a chunk, ...]; added integers, of targets, are -1, others 0."""
-    batch, length = arrays[0].shape[:2]
-    chunk = _chunk_length(batch, length, head_shape)
-
-    def cut(x: jax.Array) -> jax.Array:
-        widths = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths, constant_values=-1 if jnp.issubdtype(x.dtype, jnp.integer) else 0)
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
-
-    return [cut(x) for x in arrays]
+def chunks(
+    head_shape: tuple[int, ...], hidden: jax.Array, targets: jax.Array, *beside: jax.Array
+) -> list[jax.Array]:
+    """Each [B, T, ...] as [chunks, B, time of a chunk, ...]; what is added to the last has no targets."""
+    batch, length = targets.shape
+    size = _chunk_length(batch, length, head_shape)
+    others = [rows.cut(x, size) for x in beside]
+    return [rows.cut(hidden, size), rows.cut(targets, size, constant_values=-1), *others]
 
 
 def chunk_tokens(d_model: int, vocab: int) -> int:
@@ -160,9 +157,9 @@ def _in_blocks(tokens: int, d_model: int, vocab: int, dtype: Any) -> bool:
 def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
     """A chunk of time, of at most as many tokens a device as the constants above allow."""
     d_model, vocab = head_shape
-    rows, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
+    cut, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
     chunk = 1
-    while chunk < length and 2 * chunk * rows <= chunk_tokens(d_model, columns):
+    while chunk < length and 2 * chunk * cut <= chunk_tokens(d_model, columns):
         chunk *= 2
     return -(-length // -(-length // chunk))  # as many equal ones, so that little is padded
 
@@ -226,8 +223,8 @@ def _on_devices(hidden: jax.Array, head: jax.Array, targets: jax.Array, options:
     whole = sharding.cut(("embed", "vocab"), head.shape)
     if tokens is None or whole is None:
         return _sums_of(hidden, head, targets, options)
-    rows, time, embed, vocab = map(_names, (*tokens, *whole))
-    over = (*rows, *time)
+    batch, time, embed, vocab = map(_names, (*tokens, *whole))
+    over = (*batch, *time)
     if set(embed) - set(over):
         return _sums_of(hidden, head, targets, options)
 
@@ -255,7 +252,7 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def _sums_of(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
     """(sums,), with ``options.slopes`` also d hidden, and d head in float32."""
-    if options.slopes and _in_blocks(targets.size, *head.shape, hidden.dtype):
+    if options.slopes and _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
         return _in_blocks_of_ids(hidden, head, targets, options)
 
     def chunk(h: jax.Array, cast: jax.Array, target: jax.Array) -> tuple:
@@ -295,12 +292,13 @@ def in_chunks(
         d_head = carry[1] + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, carry[0], sums), d_head), d_h
 
-    start = (zero, jnp.zeros(head.shape, jnp.float32)) if slopes else (zero,)
+    start: tuple = (zero, jnp.zeros(head.shape, jnp.float32)) if slopes else (zero,)
+    found: tuple
+    d_chunks: jax.Array
     found, d_chunks = jax.lax.scan(step, start, chunks(head.shape, hidden, targets, *beside))
     if not slopes:
         return found
-    batch, length = targets.shape
-    d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :length]
+    d_hidden = rows.joined(d_chunks, targets.shape[1])
     # Folded into the product above, the transpose of a tied head is one that the CPU cannot run in bfloat16.
     return found[0], d_hidden, jax.lax.optimization_barrier(found[1])
 

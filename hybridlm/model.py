@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack, trees
+from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack
 from hybridlm.block import Block, Spec, norm
 from hybridlm.block import abstract as abstract_block
 from hybridlm.context import Context
@@ -98,8 +98,7 @@ def build(config: "Config") -> Definition:
     fp8.check(model, layers)
     exact = dataclasses.replace(model, matmul="dtype")
     definition = Definition(exact, layers, plan.plan(layers), frozen)
-    everything = list(metadata(definition).values()) if frozen else []
-    if frozen and not any(meta.trained for meta in everything):
+    if frozen and not any(meta.trained for meta in metadata(definition).values()):
         raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
     return definition
 
@@ -221,7 +220,7 @@ class LM(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
         dtype = self.definition.dtype
-        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block, _ in self.unstacked())
+        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block in self.stack.blocks())
 
 
 def windows(definition: Definition) -> tuple[int, ...]:
@@ -239,9 +238,13 @@ def abstract(definition: Definition) -> tuple[Any, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: LM(definition, rngs=nnx.Rngs(params=0))))
 
 
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path)).removeprefix("stack.")
+
+
 def _flat(state: nnx.State) -> dict[str, Any]:
     """The variables by name."""
-    return {".".join(map(str, path)).removeprefix("stack."): one for path, one in nnx.to_flat_state(state)}
+    return {_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def init(definition: Definition, key: jax.Array) -> Params:
@@ -257,10 +260,8 @@ def init(definition: Definition, key: jax.Array) -> Params:
 def merge(definition: Definition, params: Params) -> LM:
     """The module that holds ``params``."""
     graph, state = abstract(definition)
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: what is cached stays abstract
-    renamed = {f"stack.{n}" if n.startswith("segments.") else n: leaf for n, leaf in params.items()}
-    nnx.replace_by_pure_dict(state, trees.nested(renamed))
-    return nnx.merge(graph, state)
+    flat = {path: one.replace(params[_name(path)]) for path, one in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.lru_cache(maxsize=64)

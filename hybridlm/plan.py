@@ -49,11 +49,6 @@ class Plan(NamedTuple):
     def num_layers(self) -> int:
         return sum(segment.num_layers for segment in self.segments)
 
-    @property
-    def num_runs(self) -> int:
-        """Layers that are traced."""
-        return sum(len(segment.runs) for segment in self.segments)
-
     def items(self) -> tuple[Hashable, ...]:
         """The item of every layer, in order."""
         runs = [run for segment in self.segments for run in segment.runs * segment.repeats]

@@ -175,21 +175,8 @@ def put_batch(
 
     batch: of this process's rows (`batch_rows`) of ``batch_size``; None: it holds the whole batch.
     """
-    sharding = batch_sharding(mesh)
-
-    def put(array: np.ndarray) -> jax.Array:
-        if batch_size is None:
-            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-        rows = batch_rows(mesh, batch_size)
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            begin, end, _ = index[0].indices(batch_size)
-            return array[(slice(*np.searchsorted(rows, (begin, end))), *index[1:])]
-
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
-
-    return {name: put(array) for name, array in batch.items()}
+    shapes = {name: (batch_size or len(array), *array.shape[1:]) for name, array in batch.items()}
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(batch), shapes)
 
 
 def _current() -> Mapping[str, int] | None:

@@ -31,17 +31,12 @@ class Objective(objectives.Objective):
     def loss(
         self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Sums]:
-        model = lm.merge(self.definition, params | frozen)
+        model, z_loss = lm.merge(self.definition, params | frozen), self.config.z_loss
         rows = Rows(batch["segment_ids"], batch["positions"])
         hidden, records = model.forward(batch["tokens"], rows, (AUXILIARY + "*", *wanted))
-        total, found = loss.cross_entropy(
-            hidden,
-            model.head_matrix(),
-            batch["targets"],
-            z_loss=self.config.z_loss,
-            tall=self.definition.model.tie_embeddings,
-        )
-        sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": self.config.z_loss * found.log_z_squared}
+        head, tall = model.head_matrix(), self.definition.model.tie_embeddings
+        total, found = loss.cross_entropy(hidden, head, batch["targets"], z_loss=z_loss, tall=tall)
+        sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": z_loss * found.log_z_squared}
         sums |= {"tokens": found.tokens, "correct": found.correct}
         total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)
         sums |= more
