@@ -25,32 +25,23 @@ def attend(
     gathered: where rows are cut over devices, every device has all keys and values already.
     sink_tokens: the first tokens of each document that the window keeps in sight.
     """
+    over = pieces.over(q_BTHK.shape[1])
     size: dict[str, Any] = dict(scale=scale, window=window, sink_tokens=sink_tokens)
-    if over := pieces.over(q_BTHK.shape[1]):
-        token_axes, row = ("batch", "time", "heads", None), ("batch", "time")
-        key_axes = ("batch", None, "heads", None) if gathered else token_axes
-        in_axes = (token_axes, key_axes, key_axes, row, None if sinks is None else ("heads",),
-                   None if log_forget is None else token_axes[:3])  # fmt: skip
-        op = lambda *args: (_of_a_piece(*args, **size, gathered=gathered, axis=over),)
-        return per_shard(op, in_axes, (token_axes,))(
-            q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
-        )[0]
 
-    def op_alone(
+    def op(
         q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: Any, log_forget: Any
     ) -> tuple[jax.Array]:
+        extras = {"sinks": sinks, "log_forget": log_forget} | size
+        if over:
+            return (_of_a_piece(q, k, v, segment_ids, **extras, gathered=gathered, axis=over),)
         # Each device for its own rows and heads: how cuDNN is told of documents is for the rows to decide.
-        return (
-            softmax_attention(
-                q, k, v, segment_ids=segment_ids, sinks=sinks, log_forget=log_forget, **size
-            ),
-        )  # fmt: skip
+        return (softmax_attention(q, k, v, segment_ids=segment_ids, **extras),)
 
     heads = ("batch", "time", "heads", None)
-    extras = None if sinks is None else ("heads",), None if log_forget is None else heads[:3]
-    return per_shard(op_alone, (heads, heads, heads, heads[:2], *extras), (heads,))(
-        q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget
-    )[0]
+    keys = ("batch", None, "heads", None) if over and gathered else heads
+    extra_axes = None if sinks is None else ("heads",), None if log_forget is None else heads[:3]
+    run = per_shard(op, (heads, keys, keys, heads[:2], *extra_axes), (heads,))
+    return run(q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget)[0]
 
 
 def record_largest(
@@ -66,8 +57,8 @@ def record_largest(
 
 
 def _of_a_piece(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, segment_ids: jax.Array,
-    sinks_H: jax.Array | None, log_forget_BTH: jax.Array | None, *,
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, segment_ids: jax.Array, *,
+    sinks: jax.Array | None, log_forget: jax.Array | None,
     scale: float, window: int, sink_tokens: int, gathered: bool, axis: str,
 ) -> jax.Array:  # fmt: skip
     """`attend` for the queries of a piece: over all keys of the row, or those that its window reaches."""
@@ -84,13 +75,13 @@ def _of_a_piece(
     halo = window - 1
     whole = not window or gathered or halo >= total - length or sink_tokens > 0
     forgotten_BTH = forgotten_BSH = None
-    if log_forget_BTH is not None:
-        forgotten_BSH = jnp.cumsum(pieces.gather(log_forget_BTH, axis), axis=1)
+    if log_forget is not None:
+        forgotten_BSH = jnp.cumsum(pieces.gather(log_forget, axis), axis=1)
         forgotten_BTH = jax.lax.dynamic_slice_in_dim(forgotten_BSH, start, length, axis=1)
         if not whole:
             padded = jnp.pad(forgotten_BSH, ((0, 0), (halo, 0), (0, 0)))
             forgotten_BSH = jax.lax.dynamic_slice_in_dim(padded, start, halo + length, axis=1)
-    extras: dict[str, Any] = dict(sinks_H=sinks_H, forgotten_BTH=forgotten_BTH, forgotten_BSH=forgotten_BSH)
+    extras: dict[str, Any] = dict(sinks_H=sinks, forgotten_BTH=forgotten_BTH, forgotten_BSH=forgotten_BSH)
     if whole:
         keys, values = (x if gathered else pieces.gather(x, axis) for x in (k_BTGK, v_BTGV))
         if sink_tokens:

@@ -35,9 +35,8 @@ def complete(config: "Config", given: Mapping[str, Any], resolve: Resolve) -> "C
     if len(set(order)) < len(order):
         raise ConfigError(f"{FIELD}.{ORDER}", order, "names a stage twice")
     if given and not order:
-        raise ConfigError(
-            f"{FIELD}.{ORDER}", order, "must name the stages in the order that they are to run in"
-        )
+        problem = "must name the stages in the order that they are to run in"
+        raise ConfigError(f"{FIELD}.{ORDER}", order, problem)
     if not order:
         return config
     kept: dict[str, Any] = {ORDER: tuple(order)}
@@ -49,10 +48,8 @@ def complete(config: "Config", given: Mapping[str, Any], resolve: Resolve) -> "C
             raise ConfigError(f"{FIELD}.{ORDER}", name, "there is no such stage", nearest(name, known))
         one = _laid_over(config, name, overlay, resolve)
         steps += one.train.steps
-        value = lambda section, field, one=one: getattr(getattr(one, section), field)
-        kept[name] = Named(
-            {section: Named({f: value(section, f) for f in fields}) for section, fields in overlay.items()}
-        )
+        values = {section: vars(getattr(one, section)) for section in overlay}
+        kept[name] = Named({s: Named({f: values[s][f] for f in fields}) for s, fields in overlay.items()})
     return config.replace(train__steps=steps, stages=Named(kept))
 
 

@@ -53,10 +53,6 @@ class Mlp(nnx.Module):
         raise NotImplementedError
 
 
-def kinds() -> list[str]:
-    return _kinds.names(sys.modules[__name__])
-
-
 def load(kind: str) -> Any:
     """The Mlp of ``kind``; ConfigError for a kind that there is not."""
     return _kinds.load(sys.modules[__name__], kind, "Mlp")

@@ -126,7 +126,7 @@ def fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     choices_of = {
         "data.kind": of_data, "val.new.kind": of_data, "data.components.one.kind": of_data,
         "mixers.kda.kind": mixers.kinds(), "mixers.new.kind": (*mixers.kinds(), "os:path", "a:b", ":"),
-        "mlps.dense.kind": mlps.kinds(), "objective.kind": (*kinds.names(objectives), "x"),
+        "mlps.dense.kind": kinds.names(mlps), "objective.kind": (*kinds.names(objectives), "x"),
     }  # fmt: skip
     return found | {name: ("kind", Literal[tuple(choices)]) for name, choices in choices_of.items()}
 
