@@ -28,7 +28,8 @@ def hold(
     """`token_cache.hold` that keeps the ``count`` first tokens of the document at the row's end, too."""
     if cache is None:
         return None, Held(tokens)
-    recent, everything, index_S = token_cache.append(cache.recent, tokens, window)
+    recent, held = token_cache.hold(cache.recent, tokens, window)
+    assert recent is not None  # there was one
     index_T, window_BT = token_cache.packed_indices(rows, cache.recent.length, window)
     at_BTN = sink_places(index_T - rows.positions, window_BT, count)
     both = jax.tree.map(
@@ -41,4 +42,4 @@ def hold(
     kept_BN = from_both((index_T[-1] - rows.positions[:, -1])[:, None] + slot_N)  # those to come: any other
     kept = jax.tree.map(lambda x: gathered(x, jnp.minimum(kept_BN, x.shape[1] - 1)), both)
     first = (*both, jnp.where(at_BTN < 0, -1, from_both(at_BTN)))
-    return SinkCache(recent, kept), Held(everything, cache.recent.length, index_S, first)
+    return SinkCache(recent, kept), held._replace(first=first)
