@@ -61,10 +61,10 @@ def test_a_save_survives_the_donation_of_its_state(tmp_path):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
     current = state(2)
     with Checkpoints(tmp_path) as saves:
-        saves.save(1, current, record(1))
+        saves.save(2, current, record(2))
         current = overwrite(current)
         saves.wait()
-        jax.tree.map(np.testing.assert_array_equal, saves.restore(1, shapes(current)), state(2))
+        jax.tree.map(np.testing.assert_array_equal, saves.restore(2, shapes(current)), state(2))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ class Checkpoints:
             return
         path = self.directory / str(step)
         with self._reading(step):
-            problem = seal.damage(path) or sound.misnamed(path)
+            problem = seal.damage(path) or sound.astray(path) or sound.misnamed(path)
         if problem:
             raise RunError(f"{path}: damaged checkpoint: {problem}; {self._without(step)}.")
         self.sound.add(step)

@@ -60,6 +60,24 @@ def misnamed(path: Path) -> str | None:
     return f"it is of step {step}" if type(step) is int and str(step) != path.name else None
 
 
+def astray(path: Path) -> str | None:
+    """Whether the step of a checkpoint's record cannot be that of its arrays, which count the updates.
+
+    A step's update is made or skipped; those of earlier stages are not in the arrays' count.
+    """
+    record = read_record(path)
+    if not (path / "step").is_dir() or "step" not in record:
+        return None  # parameters alone, or no run's
+    step, skipped, config = (record.get(name) for name in ("step", "skipped", "config"))
+    updates = int(_read_array(path / "step", min(_arrays(path / "step"))))
+    counted = isinstance(skipped, list) and len(skipped) == 2 and type(skipped[0]) is int
+    if not counted or (isinstance(config, dict) and config.get("stages")):
+        sound = type(step) is int and step >= updates
+    else:
+        sound = step == updates + skipped[0]
+    return None if sound else f"its record says step {str(step)[:20]}, its arrays {updates} updates"
+
+
 def mend(directory: Path) -> None:
     """Makes the newest checkpoint a sound one: for the run that owns ``directory``, before it opens it.
 
@@ -91,9 +109,9 @@ def mend(directory: Path) -> None:
 
 def _name_again(path: Path) -> None:
     try:
-        problem = misnamed(path)
-    except ConfigError:
-        return  # damage, which is looked for from the newest down
+        problem = None if astray(path) else misnamed(path)
+    except Exception:  # of Orbax's files, as in `damage`, which is looked for from the newest down
+        return
     if not problem:
         return
     own = path.with_name(str(read_record(path)["step"]))
@@ -138,7 +156,7 @@ def damage(path: Path) -> str | None:
             for item in ITEMS[:-1]:
                 for name in _arrays(path / item):
                     _read_array(path / item, name)
-        return misnamed(path)
+        return astray(path) or misnamed(path)
     except Exception as error:  # tensorstore, JSON and the file system raise all kinds
         return first_line(error)
 
@@ -159,5 +177,5 @@ def _arrays(item: Path) -> list[str]:
     return [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
 
 
-def _read_array(item: Path, name: str) -> None:
-    array(item, name, open=True).read().result()
+def _read_array(item: Path, name: str) -> Any:
+    return array(item, name, open=True).read().result()
