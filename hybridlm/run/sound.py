@@ -70,11 +70,11 @@ def astray(path: Path) -> str | None:
         return None  # parameters alone, or no run's
     step, skipped, config = (record.get(name) for name in ("step", "skipped", "config"))
     updates = int(_read_array(path / "step", min(_arrays(path / "step"))))
-    counted = isinstance(skipped, list) and len(skipped) == 2 and type(skipped[0]) is int
-    if not counted or (isinstance(config, dict) and config.get("stages")):
-        sound = type(step) is int and step >= updates
-    else:
+    staged = isinstance(config, dict) and config.get("stages")
+    if not staged and isinstance(skipped, list) and len(skipped) == 2 and type(skipped[0]) is int:
         sound = step == updates + skipped[0]
+    else:
+        sound = type(step) is int and step >= updates
     return None if sound else f"its record says step {str(step)[:20]}, its arrays {updates} updates"
 
 
