@@ -1,5 +1,6 @@
 """What every kind of data offers: rows of tokens by index, as a pure function of the index."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -46,6 +47,7 @@ class Config(Settings):
         """The tokenizer that the data name, read without their tokens; None if these stand for no text."""
         return None
 
+    @abc.abstractmethod
     def open(self, view: View) -> "Source":
         """What ``view`` wants of the data; ConfigError where they cannot be read, or fit no such rows."""
         raise NotImplementedError

@@ -71,7 +71,7 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return {"of": (OF, sizes), "levels": LEVELS}
 
 
-def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
+def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
     inner = config.part
     if inner.kind != OF:
         raise ConfigError("of", inner.kind, f"FLA has log-linear attention over {OF} alone")
@@ -92,7 +92,7 @@ def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
     }
 
 
-def _fla_rules(config: Any, d_model: int) -> list[Rule]:
+def _fla_rules(config: "Config", d_model: int) -> list[Rule]:
     """One projection [z, x, B, C, dt, levels] and one convolution of x, B, C there."""
     heads = config.part.heads(d_model)
     widths = heads.value_width, heads.key_width, heads.key_width

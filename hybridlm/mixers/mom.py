@@ -84,7 +84,7 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
+def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
     memory = config.part
     if memory.kind != OF:
         raise ConfigError("of", memory.kind, f"FLA's mom is made over {OF} alone")
@@ -116,7 +116,7 @@ def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
     }
 
 
-def _fla_rules(config: Any, d_model: int) -> list[Rule]:
+def _fla_rules(config: "Config", d_model: int) -> list[Rule]:
     memory = config.part
     common = [*linears("qo" + "g" * (memory.output_gate != "none")), norm("o_norm", "o_norm")]
     common += [
