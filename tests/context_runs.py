@@ -5,6 +5,7 @@ python -m tests.context_runs ops | steps FOLDER
 
 import json
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -220,6 +221,22 @@ def facts() -> dict:
     run = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False))
     text = run.lower(jnp.ones((8, 64))).compile().as_text()
     return {name: float(x) for name, x in uneven.items()} | {"sent": ahead.sent(text)}
+
+
+def whole() -> list[str]:
+    """Arrays as long as the row in what attention and the loss compile to on four devices, with gradients."""
+    mesh, length = sharding.make_mesh(schema.Mesh(1, 1, 1, 4)), 8 * 67
+    cut = jax.NamedSharding(mesh, jax.P(None, "context"))
+    struct = lambda dtype, *shape: jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=cut)
+    x, ids, head = struct(jnp.float32, 2, 4), struct(jnp.int32), jnp.ones((8, 250))
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        o = attend(q, k, v, Rows(ids, ids), scale=0.5)
+        return loss.cross_entropy(o.reshape(1, length, 8), head, ids)[0]
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.grad(total, (0, 1, 2)), out_shardings=cut).lower(x, x, x, ids).compile()
+    return sorted(set(re.findall(rf"\w+\[(?:\d+,)*{length}(?:,\d+)*\]", run.as_text())))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def eight():
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
     }
-    command = [sys.executable, "-m", "tests.context_runs", "errors", "steps", "resumed", "facts"]
+    command = [sys.executable, "-m", "tests.context_runs", "errors", "steps", "resumed", "facts", "whole"]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -67,6 +67,12 @@ def test_imbalance_of_attention(eight):
     assert facts["a quarter"] == pytest.approx(3, rel=1e-2)
     assert "attention_imbalance" not in steps["one"][0]
     assert steps["fsdp 2, tensor 2, context 2"][0]["attention_imbalance"] > 1
+
+
+@pytest.mark.slow
+def test_no_device_has_a_whole_row(eight):
+    """Neither keys and values nor logits."""
+    assert eight["whole"] == []
 
 
 @pytest.mark.slow

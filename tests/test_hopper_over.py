@@ -21,7 +21,6 @@ from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
 from pallas_kernels.linear_attention.hopper.table import Choice
 
 AXIS = "context"
-TOKENS = 256
 
 
 class Gathers:
@@ -57,31 +56,28 @@ def by_channel(call, do, pieces):
     return out.o, channel_gradients(inputs, saved, do, None, 64)
 
 
-CASES = {  # the run, its file's cases and their options, pieces on a device, where the second device's begins
-    "delta": (by_head, heads, dict(decay=0.1), 1, True),
-    "delta, pieces": (by_head, heads, dict(decay=0.1), 2, True),
-    "delta, documents": (by_head, heads, dict(decay=0.1, documents=True), 1, True),
-    "delta, a document at the border": (by_head, heads, dict(decay=0.1), 1, False),
-    "additive": (by_head, heads, dict(decay=0.1, delta=False, l2norm=False), 2, True),
-    "channel, delta": (by_channel, channels, dict(decay=0.1), 1, True),
-    "channel, additive": (by_channel, channels, dict(decay=0.1, delta=False, l2norm=False), 2, True),
+CASES = {  # the run, its cases and their options, tokens, pieces of a device, whether the second one goes on
+    "delta": (by_head, heads, dict(decay=0.1), 128, 1, True),
+    "delta, a document at the border": (by_head, heads, dict(decay=0.1), 128, 1, False),
+    "delta, pieces": (by_head, heads, dict(decay=0.1), 256, 2, True),
+    "additive, pieces": (by_head, heads, dict(decay=0.1, delta=False, l2norm=False), 256, 2, True),
+    "channel, delta": (by_channel, channels, dict(decay=0.1), 128, 1, True),
+    "channel, additive": (by_channel, channels, dict(decay=0.1, delta=False, l2norm=False), 128, 1, True),
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["delta, pieces", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "delta, pieces")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_two_devices_are_one(name, monkeypatch):
-    run, cases, options, pieces, continues = CASES[name]
-    call, do, d_state = cases.make_case(tokens=TOKENS, **options)
+    run, cases, options, tokens, pieces, continues = CASES[name]
+    call, do, d_state = cases.make_case(tokens=tokens, **options)
     call = dataclasses.replace(call, initial_state=jnp.zeros_like(call.initial_state))
-    ids = np.ones((1, TOKENS), np.int32) if call.segment_ids is None else np.array(call.segment_ids)
+    ids = np.ones((1, tokens), np.int32) if call.segment_ids is None else np.array(call.segment_ids)
     if not continues:
-        ids[:, TOKENS // 2 :] += 1
+        ids[:, tokens // 2 :] += 1
     call = dataclasses.replace(call, segment_ids=jnp.asarray(ids - ids[:, :1]))
     expected = cases.expect(call, do, jnp.zeros_like(d_state))
-    gathers, half = Gathers(monkeypatch), TOKENS // 2
+    gathers, half = Gathers(monkeypatch), tokens // 2
     found = {}
     for turn in range(4):
         device = turn % 2

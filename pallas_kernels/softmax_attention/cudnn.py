@@ -22,6 +22,8 @@ from pallas_kernels.softmax_attention.call import AttentionCall
 DOCUMENTS = (
     16  # of a row: the workspace of `packed` grows with it, to 2 GiB for dq of 32 rows x heads x 64 at T 4096
 )
+LONG, WORKSPACE = 1 << 15, 1 << 32  # tokens of a row beyond which more bytes than that are too many: XLA
+# reserves them for a branch that may never run
 LARGEST = 256  # channels of a head on Hopper; 128 before
 MARGIN = 256.0  # by which scores across documents fall short of those within
 
@@ -74,7 +76,7 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     ways: list[Callable[[AttentionCall], jax.Array]] = [fused, rest]
     counts_B = 1 + jnp.sum(call.starts, axis=1)
     chosen = jnp.any(counts_B > 1).astype(jnp.int32)
-    if _hopper():
+    if _hopper() and not (call.q.shape[1] > LONG and 4 * DOCUMENTS * call.q.size > WORKSPACE):
         ways.insert(1, packed)
         chosen += jnp.any(counts_B > DOCUMENTS)
 
