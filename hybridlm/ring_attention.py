@@ -54,7 +54,8 @@ def ring_attention(
 
     def inside(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         flat = lambda x: x.reshape(2 * batch, *x.shape[2:])
-        alone = softmax_attention(*map(flat, (q, k, v)), segment_ids=flat(ids), scale=scale, sinks=sinks_H)
+        options: dict[str, Any] = dict(segment_ids=flat(ids), scale=scale, sinks=sinks_H, backend="xla")
+        alone = softmax_attention(*map(flat, (q, k, v)), **options)
         return alone.reshape(o.shape)
 
     none = lambda q, k, v: jnp.zeros_like(o)

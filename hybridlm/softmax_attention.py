@@ -64,7 +64,9 @@ def _of_a_piece(
     keys, values, ids = longer(k_BTGK), longer(v_BTGV), longer(segment_ids + 1)  # 0: before the row
     if log_forget_BTH is None and halo < length:
         queries = jnp.pad(q_BTHK, ((0, 0), (halo, 0), (0, 0), (0, 0)))
-        options: dict[str, Any] = dict(segment_ids=ids, scale=scale, window=window, sinks=sinks_H)
+        options: dict[str, Any] = dict(
+            segment_ids=ids, scale=scale, window=window, sinks=sinks_H, backend="xla"
+        )
         return softmax_attention(queries, keys, values, **options)[:, halo:]
     index_S = jnp.arange(halo + length, dtype=jnp.int32)
     first_BS = AttentionCall(keys, keys, values, document_starts(ids, ids.shape), scale, window).first()
