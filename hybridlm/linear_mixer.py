@@ -280,15 +280,17 @@ def recurrence(
                 q[:, 0], k[:, 0], v[:, 0], state=state, log_decay=g, beta=b, qk_l2norm=qk_l2norm, scale=scale
             )
             return o_BHV[:, None], state
-        last, carried = None, state
-        if over:
+        last, carried, ring = None, state, {}
+        if over and state is None:
+            ring = {"axis": over, "continues": pieces.continues(segment_ids, over)}
+        elif over:
             carried, last = pieces.linear_states(
                 state, over, q=q, k=k, v=v, log_decay=log_decay, beta=beta, segment_ids=segment_ids,
                 qk_l2norm=qk_l2norm,
             )  # fmt: skip
         o, own_last = linear_attention(
             q, k, v, log_decay=log_decay, beta=beta, initial_state=carried, segment_ids=segment_ids,
-            qk_l2norm=qk_l2norm, scale=scale, output_final_state=state is not None,
+            qk_l2norm=qk_l2norm, scale=scale, output_final_state=state is not None, **ring,
         )  # fmt: skip
         return o, None if state is None else own_last if last is None else last
 
