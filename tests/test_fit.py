@@ -177,7 +177,7 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     said = "the devices ran out of memory with what model.remat=auto chose, kernels. The same command"
     assert str(failed.value) == f"{said} goes on with dots, which keeps less."
     with jax.set_mesh(mesh):
-        fit.step(config, definition, mesh, lowered(run, seen)[0])
+        fit.step(config, definition, mesh, traced(run, seen)[0])
     assert seen == [("dots", False)]
     for then, wanted in (("goes on with full", "full"), ("chose, full. Set model.remat to one", "full")):
         with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):

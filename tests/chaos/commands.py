@@ -50,7 +50,7 @@ def killed(trial: Trial, chance: random.Random, name: str, *words: str) -> None:
 
 
 def trained(trial: Trial) -> bool:
-    """A run with checkpoints, stopped in the middle, whose newest one no earlier fault of the trial has harmed.
+    """A run with checkpoints, stopped in the middle, whose newest no earlier fault of the trial has harmed.
 
     The commands refuse a harmed one by its name; a start of training puts it right.
     """
