@@ -195,7 +195,7 @@ def _forward(
     size = q.shape[2]
 
     def part(queries: jax.Array, keys: jax.Array | None, *qkv: jax.Array) -> tuple:
-        run = lambda *qkv: attention_part(*qkv, queries, keys, scale=scale)
+        run = lambda q, k, v: attention_part(q, k, v, queries, keys, scale=scale)
         shapes = jax.eval_shape(run, *qkv)
         none = lambda *_: tuple(
             jnp.full(x.shape, fill, x.dtype) for x, fill in zip(shapes, (0, UNSEEN), strict=True)
@@ -203,8 +203,8 @@ def _forward(
         return jax.lax.cond(jnp.any(queries > 0), run, none, *qkv)
 
     def step(carry: tuple, kv: KV, source: jax.Array | None = None) -> tuple:
-        for mine, theirs, *seen in _pairs(found, size, axis, source):
-            new = part(*seen, _at(q, mine), *(_at(x, theirs) for x in kv))
+        for mine, theirs, queries, keys in _pairs(found, size, axis, source):
+            new = part(queries, keys, _at(q, mine), *(_at(x, theirs) for x in kv))
             merged = merge(*(_at(x, mine) for x in carry), *new)
             carry = tuple(_put(x, mine, one) for x, one in zip(carry, merged, strict=True))
         return carry
@@ -234,9 +234,11 @@ def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple
         dq, dkv = carry[0], carry[1:]
         if source is not None:
             dkv = _next(dkv, axis)  # of the same keys, from where they were used before
-        for mine, theirs, *seen in _pairs(found, size, axis, source):
+        for mine, theirs, queries, keys in _pairs(found, size, axis, source):
             of_queries, of_keys = (lambda x, at=at: _at(x, at) for at in (mine, theirs))
-            dq_C, *dkv_C = part(*seen, of_queries(q), *map(of_keys, kv), *map(of_queries, (do, o, log_sum)))
+            dq_C, *dkv_C = part(
+                queries, keys, of_queries(q), *map(of_keys, kv), *map(of_queries, (do, o, log_sum))
+            )
             dq = _put(dq, mine, of_queries(dq) + dq_C)
             dkv = tuple(_put(x, theirs, of_keys(x) + one) for x, one in zip(dkv, dkv_C, strict=True))
         return dq, *dkv

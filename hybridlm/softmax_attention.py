@@ -82,7 +82,9 @@ def _of_a_piece(
         )
         return softmax_attention(queries, keys, values, **options)[:, halo:]
     index_S = jnp.arange(halo + length, dtype=jnp.int32)
-    first_BS = AttentionCall(keys, keys, values, document_starts(ids, ids.shape), scale, window).first()
+    first_BS = AttentionCall(
+        keys, keys, values, document_starts(ids, (len(ids), halo + length)), scale, window
+    ).first()
     forgotten = None if log_forget_BTH is None else jnp.cumsum(longer(log_forget_BTH), axis=1)
     return blockwise(
         q_BTHK, keys, values, index_S[halo:], first_BS[:, halo:], index_S, scale=scale, window=window,

@@ -13,9 +13,9 @@ from pallas_kernels.softmax_attention.xla import MAX_BLOCK, SCORES
 
 
 class _Block(NamedTuple):
-    """Of C queries. q, do, o: [B, C, G, R, ...].  log_sum: [B, G, R, C].  index: [C].  real: [B, C]."""
+    """Of C queries. q, do, o: [B, C, G, R, ...].  log_sum: [B, G, R, C].  place: [C].  real: [B, C]."""
 
-    index: jax.Array
+    place: jax.Array
     real: jax.Array
     q: jax.Array
     do: jax.Array | None = None
@@ -50,10 +50,11 @@ def attention_part(call: PartCall) -> tuple[jax.Array, ...]:
     blocks = blocks._replace(do=apart(do), o=apart(o), log_sum=sums)
 
     def add(total: tuple, block: _Block) -> tuple:
-        dq, *more = _backward(call, block)
-        return tuple(map(jnp.add, total, more)), dq
+        dq, dk, dv = _backward(call, block)
+        return (total[0] + dk, total[1] + dv), dq
 
     zeros = tuple(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in (call.k, call.v))
+    dq: jax.Array
     (dk, dv), dq = jax.lax.scan(add, zeros, blocks)
     return whole(dq), dk.astype(call.k.dtype), dv.astype(call.v.dtype)
 
@@ -63,7 +64,7 @@ def _logits(call: PartCall, block: _Block) -> tuple[jax.Array, jax.Array]:
     logits = jnp.einsum("bcgrk,bsgk->bgrcs", block.q, call.k, preferred_element_type=jnp.float32) * call.scale
     index_S = jnp.arange(call.k.shape[1])
     if call.keys is None:
-        seen = (index_S <= block.index[:, None])[None]
+        seen = (index_S <= block.place[:, None])[None]
     else:
         seen = index_S >= len(index_S) - call.keys[:, None, None]
     return logits, (seen & block.real[..., None])[:, None, None]

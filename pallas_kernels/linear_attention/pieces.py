@@ -65,11 +65,11 @@ def entered(call: Call) -> Call:
     return dataclasses.replace(alone, initial_state=own(states[:-1], call.axis))
 
 
-def own(states: Sequence[jax.Array], axis: str) -> jax.Array:
+def own(states: Sequence[jax.Array] | jax.Array, axis: str) -> jax.Array:
     """Of states, one a device in order, this device's."""
     index, found = jax.lax.axis_index(axis), states[0]
-    for piece, state in enumerate(states[1:], 1):
-        found = jnp.where(index == piece, state, found)
+    for piece in range(1, len(states)):
+        found = jnp.where(index == piece, states[piece], found)
     return found
 
 
