@@ -272,11 +272,12 @@ def test_config_says_what_the_tensors_are(hf: Path, tmp_path: Path) -> None:
         ({"rule": "nobody"}, "that the model has not"),
         ({"shape": [1]}, "of other shapes"),
         ({"shape": ["1"]}, "must be a count"),
+        ("model.norm_weight", "calls the tensor model.norm.weight model.norm_weight, which no import would"),
         (None, "lacks"),
     ],
 )
 def test_a_manifest_from_anywhere(
-    change: dict | None, problem: str, imported_once: Path, tmp_path: Path
+    change: dict | str | None, problem: str, imported_once: Path, tmp_path: Path
 ) -> None:
     workdir = shutil.copytree(imported_once, tmp_path / "run")
     path = workdir / "hf" / "manifest.json"
@@ -284,6 +285,8 @@ def test_a_manifest_from_anywhere(
     name = "model.norm.weight"
     if change is None:
         del manifest[name]
+    elif isinstance(change, str):  # its new name: every tensor is there, one is called otherwise
+        manifest[change] = manifest.pop(name)
     else:
         manifest[name] |= change
     path.write_text(json.dumps(manifest))

@@ -18,8 +18,8 @@ from hybridlm import config as configs
 from hybridlm import lora, model, untrusted, weights
 from hybridlm.convert import tensors, tokens
 from hybridlm.convert.families import CONFIG, FAMILIES, Plan, plan, read_config, written
-from hybridlm.convert.family import same_model
-from hybridlm.convert.incoming import MANIFEST, writing
+from hybridlm.convert.family import Family, same_model
+from hybridlm.convert.incoming import HEAD, MANIFEST, writing
 from hybridlm.convert.rules import regroup
 from hybridlm.errors import ConfigError
 from hybridlm.init_from import CARRIED, without_factors
@@ -69,7 +69,7 @@ def export_hf(
         carried = _carried(workdir, definition) if not model_type else None
         model_type, values = carried or written(definition, model_type)
         planned = plan(definition, FAMILIES[model_type])
-        manifest = _manifest(workdir, planned) if carried else None
+        manifest = _manifest(workdir, planned, FAMILIES[model_type]) if carried else None
         shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
         beside.mkdir(parents=True)
         try:
@@ -96,7 +96,7 @@ def _carried(workdir: Path, definition: model.Definition) -> tuple[str, dict[str
     return source.model_type, source.values
 
 
-def _manifest(workdir: Path, planned: Plan) -> Manifest:
+def _manifest(workdir: Path, planned: Plan, family: Family) -> Manifest:
     """How the import's tensors were stored. The file may come from anywhere: ConfigError where it does not
     fit the model, or names a file that is none of weights in the folder to be made."""
     path = untrusted.inside(workdir / CARRIED, MANIFEST, "--workdir")
@@ -109,6 +109,8 @@ def _manifest(workdir: Path, planned: Plan) -> Manifest:
             raise refuse(f"names a file {file!r}, which must be a .safetensors")
         if one["dtype"] not in tensors.DTYPES or one["rule"] not in planned.shapes:
             raise refuse(f"has a tensor {untrusted.terminal(name)} that the model has not")
+        if one["rule"] != (name if name in planned.shapes else family.rename(name)) and name != HEAD:
+            raise refuse(f"calls the tensor {one['rule']} {untrusted.terminal(name)}, which no import would")
     shapes = {one["rule"]: tuple(one["shape"]) for one in manifest.values()}
     if missing := sorted(set(planned.shapes) - set(shapes)):
         raise refuse(f"lacks {missing[0]}")

@@ -32,6 +32,8 @@ def supports(call: AttentionCall) -> str | None:
     """None if `softmax_attention` computes this call, else the reason why not."""
     if call.sinks is not None or call.forgotten is not None:
         return "it has sinks" if call.forgotten is None else "it has a forget gate"
+    if call.sink_tokens:
+        return "it has sink tokens"
     coded = 0 if call.starts is None or _hopper() else _extra(call)[1]
     return refuses(call.q, call.k, call.v, coded)
 
