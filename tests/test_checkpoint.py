@@ -257,7 +257,7 @@ def test_a_save_cut_short_by_a_kill_is_no_checkpoint(tmp_path):
 )
 def test_a_record_of_another_shape_is_one_line(tmp_path, change):
     with Checkpoints(tmp_path) as saves:
-        saves.save(5, {"step": np.zeros((), np.int32)}, record(5) | change)
+        saves.save(5, {"step": np.int32(5)}, record(5) | change)
         saves.wait()
-        with pytest.raises(RunError, match=r"/5: unreadable checkpoint: .*record.*; no older"):
+        with pytest.raises(RunError, match=r"/5: (unreadable|damaged) checkpoint: .*record.*; no older"):
             saves.record(5)

@@ -85,6 +85,8 @@ def test_what_cannot_be_read_back_is_not_sealed(saved, monkeypatch):
         ({"skipped": [2, 0], "step": 7}, None),
         ({"step": 7, "config": {"stages": {"one": {}}}, "skipped": [0, 0]}, None),
         ({"skipped": [1, 0]}, "says step 5, its arrays 5"),
+        ({"skipped": [1]}, "must be two counts"),
+        ({"step": 1 << 33, "config": {"stages": {"one": {}}}}, "says step 8589934592"),
         ({"skipped": [0, 0], "step": 6}, "says step 6, its arrays 5"),
         ({"step": 4}, "says step 4, its arrays 5"),
         ({"step": "5"}, "says step 5"),

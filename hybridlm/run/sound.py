@@ -66,16 +66,19 @@ def astray(path: Path) -> str | None:
     A step's update is made or skipped; those of earlier stages are not in the arrays' count.
     """
     record = read_record(path)
-    if not (path / "step").is_dir() or "step" not in record:
-        return None  # parameters alone, or no run's
-    step, skipped, config = (record.get(name) for name in ("step", "skipped", "config"))
+    if not (path / "step").is_dir() or record.keys() <= {"step"}:
+        return None  # parameters alone, or a dump
+    if "config" not in record:
+        return "its record has no config"
+    step, config, counts = record.get("step"), record["config"], record.get("skipped", [0, 0])
+    if not (isinstance(counts, list) and len(counts) == 2 and type(counts[0]) is int):
+        return "its record's skipped must be two counts"
     updates = int(_read_array(path / "step", min(_arrays(path / "step"))))
     staged = isinstance(config, dict) and config.get("stages")
-    if not staged and isinstance(skipped, list) and len(skipped) == 2 and type(skipped[0]) is int:
-        sound = step == updates + skipped[0]
-    else:
-        sound = type(step) is int and step >= updates
-    return None if sound else f"its record says step {str(step)[:20]}, its arrays {updates} updates"
+    most = (1 << 31) - 1 if staged else updates + counts[0]
+    if type(step) is int and (updates if staged else most) <= step <= most:
+        return None
+    return f"its record says step {str(step)[:20]}, its arrays {updates} updates"
 
 
 def mend(directory: Path) -> None:
