@@ -293,8 +293,9 @@ def check_batch(train: schema.Train, mesh: Mapping[str, int]) -> None:
         product = f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}"
         problem = f"must be a multiple of train.microbatches * mesh.data * mesh.fsdp = {product}"
         raise ConfigError("train.batch_size", train.batch_size, problem)
-    if train.seq_len % mesh.get("context", 1):
-        problem = f"must be a multiple of mesh.context = {mesh['context']}, over which sequences are cut"
+    blocks = 2 * mesh.get("context", 1)
+    if blocks > 2 and train.seq_len % blocks:
+        problem = f"must be a multiple of 2 * mesh.context = {blocks}: rows are cut into two blocks a device"
         raise ConfigError("train.seq_len", train.seq_len, problem)
 
 

@@ -315,9 +315,14 @@ def _convolved(
     inside = silu and bias_F is None  # the op has no bias
 
     def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
-        if over:
-            history = pieces.before(x, len(kernel) - 1, over, history)
-        return (short_conv(x, kernel, positions, history, silu=inside),)
+        if not over:
+            return (short_conv(x, kernel, positions, history, silu=inside),)
+        history = pieces.before(x, len(kernel) - 1, over, history)
+        first = min(len(kernel) - 1, x.shape[1])  # tokens that see history, apart: the kernels take none
+        y = short_conv(x, kernel, positions, silu=inside)
+        at = lambda a: a[:, :first]
+        head = short_conv(at(x), kernel, at(positions), history, silu=inside, backend="xla")
+        return (jax.lax.dynamic_update_slice_in_dim(y, head, 0, axis=1),)
 
     past_axes = None if past is None else ("batch", None, "heads")
     in_axes = token_axes, ("taps", "heads"), ("batch", "time"), past_axes

@@ -275,7 +275,9 @@ def recurrence(
         call: dict[str, Any] = {"log_decay": log_decay, "beta": beta}
         call |= {"segment_ids": segment_ids, "qk_l2norm": qk_l2norm}
         last, carried = None, state
-        if over:
+        if over and state is None:
+            call |= {"axis": over, "continues": pieces.continues(segment_ids, over)}
+        elif over:
             carried, last = pieces.linear_states(state, over, q=q, k=k, v=v, **call)
         call |= {"initial_state": carried, "output_final_state": state is not None}
         o, own_last = linear_attention(q, k, v, **call, scale=scale)

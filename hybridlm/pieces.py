@@ -21,6 +21,7 @@ from hybridlm import sharding
 from pallas_kernels.elementwise import pieces as elementwise
 from pallas_kernels.linear_attention import pieces as linear
 from pallas_kernels.linear_attention.op import normalize
+from pallas_kernels.linear_attention.pieces import own
 
 Axis = str | None
 
@@ -65,16 +66,9 @@ def before(x: jax.Array, size: int, axis: str, first: jax.Array | None = None) -
 def continues(segment_ids: jax.Array, axis: str) -> jax.Array:
     """bool [N, B]: whether each piece's first token is of the document of the token before it; the first's
     of that of the state that its row is given."""
-    firsts, lasts = (jax.lax.all_gather(segment_ids[:, at], axis) for at in (0, -1))
+    ends = jnp.stack([segment_ids[:, 0], segment_ids[:, -1]])
+    firsts, lasts = jnp.moveaxis(jax.lax.all_gather(ends, axis), 1, 0)
     return jnp.concatenate([jnp.ones_like(firsts[:1], bool), firsts[1:] == lasts[:-1]])
-
-
-def own(states: Any, axis: str) -> jax.Array:
-    """Of states, one a piece in order, this device's."""
-    index, found = jax.lax.axis_index(axis), states[0]
-    for piece, state in enumerate(states[1:], 1):
-        found = jnp.where(index == piece, state, found)
-    return found
 
 
 def linear_states(

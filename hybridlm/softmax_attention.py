@@ -8,23 +8,21 @@ import jax.numpy as jnp
 
 from hybridlm import pieces, sharding
 from hybridlm.context import Context
+from hybridlm.ring_attention import order, ring_attention
 from hybridlm.rows import Rows
 from hybridlm.sharding import per_shard
 from pallas_kernels import softmax_attention
 from pallas_kernels.documents import document_starts
-from pallas_kernels.softmax_attention import blockwise, max_logits, sink_places
+from pallas_kernels.softmax_attention import blockwise, max_logits
+from pallas_kernels.softmax_attention.call import AttentionCall
 
 
 def attend(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, rows: Rows, *,
-    scale: float, window: int = 0, gathered: bool = False,
-    sinks: jax.Array | None = None, log_forget: jax.Array | None = None, sink_tokens: int = 0,
+    scale: float, window: int = 0, sink_tokens: int = 0,
+    sinks: jax.Array | None = None, log_forget: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """o [B, T, H, V]: see `pallas_kernels.softmax_attention`.
-
-    gathered: where rows are cut over devices, every device has all keys and values already.
-    sink_tokens: the first tokens of each document that the window keeps in sight.
-    """
+    """o [B, T, H, V]: see `pallas_kernels.softmax_attention`."""
     over = pieces.over(q_BTHK.shape[1])
     size: dict[str, Any] = dict(scale=scale, window=window, sink_tokens=sink_tokens)
 
@@ -33,14 +31,13 @@ def attend(
     ) -> tuple[jax.Array]:
         extras = {"sinks": sinks, "log_forget": log_forget} | size
         if over:
-            return (_of_a_piece(q, k, v, segment_ids, **extras, gathered=gathered, axis=over),)
+            return (_of_a_piece(q, k, v, segment_ids, **extras, axis=over),)
         # Each device for its own rows and heads: how cuDNN is told of documents is for the rows to decide.
         return (softmax_attention(q, k, v, segment_ids=segment_ids, **extras),)
 
     heads = ("batch", "time", "heads", None)
-    keys = ("batch", None, "heads", None) if over and gathered else heads
     extra_axes = None if sinks is None else ("heads",), None if log_forget is None else heads[:3]
-    run = per_shard(op, (heads, keys, keys, heads[:2], *extra_axes), (heads,))
+    run = per_shard(op, (heads, heads, heads, heads[:2], *extra_axes), (heads,))
     return run(q_BTHK, k_BTGK, v_BTGV, rows.segment_ids, sinks, log_forget)[0]
 
 
@@ -59,51 +56,55 @@ def record_largest(
 def _of_a_piece(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGV: jax.Array, segment_ids: jax.Array, *,
     sinks: jax.Array | None, log_forget: jax.Array | None,
-    scale: float, window: int, sink_tokens: int, gathered: bool, axis: str,
+    scale: float, window: int, sink_tokens: int, axis: str,
 ) -> jax.Array:  # fmt: skip
-    """`attend` for the queries of a piece: over all keys of the row, or those that its window reaches."""
-    batch, length = q_BTHK.shape[:2]
-    start, total = jax.lax.axis_index(axis) * length, jax.lax.axis_size(axis) * length
-    ids = pieces.gather(segment_ids, axis)
-    index = jnp.arange(total, dtype=jnp.int32)
-    first = jax.lax.cummax(jnp.where(document_starts(ids, (batch, total)), index, 0), axis=1)
-    first_BT = jax.lax.dynamic_slice_in_dim(first, start, length, axis=1)
-    index_T = start + jnp.arange(length, dtype=jnp.int32)
-    document_BT = first_BT
-    if window:
-        first_BT = jnp.maximum(first_BT, index_T - window + 1)
-    halo = window - 1
-    whole = not window or gathered or halo >= total - length or sink_tokens > 0
-    forgotten_BTH = forgotten_BSH = None
+    """`attend` for the queries of a piece.
+
+    Keys go round in a ring; those that a window reaches come before the piece's own. So do all of them where
+    there is a forget gate or a window has sink tokens, or for a piece of an odd number of tokens.
+    """
+    length, rest = q_BTHK.shape[1], q_BTHK.shape[1] * (jax.lax.axis_size(axis) - 1)
+    if not window and log_forget is None and length % 2 == 0:
+        return ring_attention(q_BTHK, k_BTGK, v_BTGV, segment_ids, sinks, scale=scale, axis=axis)
+    halo = min(window - 1, rest) if window and not sink_tokens else rest
+    longer = lambda x: jnp.concatenate([pieces.before(x, halo, axis), x], axis=1)
+    keys, values, ids = longer(k_BTGK), longer(v_BTGV), longer(segment_ids + 1)  # 0: before the row
+    size: dict[str, Any] = dict(scale=scale, window=window)
+    if log_forget is None and halo < length:
+        queries = jnp.pad(q_BTHK, ((0, 0), (halo, 0), (0, 0), (0, 0)))
+        o = softmax_attention(queries, keys, values, segment_ids=ids, sinks=sinks, backend="xla", **size)
+        return o[:, halo:]
+    index_S = jnp.arange(halo + length, dtype=jnp.int32)
+    starts = document_starts(ids, (len(ids), halo + length))
+    call = AttentionCall(keys, keys, values, starts, **size, sink_tokens=sink_tokens)
+    extras: dict[str, Any] = {"sinks_H": sinks}
     if log_forget is not None:
-        forgotten_BSH = jnp.cumsum(pieces.gather(log_forget, axis), axis=1)
-        forgotten_BTH = jax.lax.dynamic_slice_in_dim(forgotten_BSH, start, length, axis=1)
-        if not whole:
-            padded = jnp.pad(forgotten_BSH, ((0, 0), (halo, 0), (0, 0)))
-            forgotten_BSH = jax.lax.dynamic_slice_in_dim(padded, start, halo + length, axis=1)
-    extras: dict[str, Any] = dict(sinks_H=sinks, forgotten_BTH=forgotten_BTH, forgotten_BSH=forgotten_BSH)
-    if whole:
-        keys, values = (x if gathered else pieces.gather(x, axis) for x in (k_BTGK, v_BTGV))
-        if sink_tokens:
-            extras["first"] = keys, values, sink_places(document_BT, first_BT, sink_tokens)
-        return blockwise(q_BTHK, keys, values, index_T, first_BT, index, scale=scale, **extras)
-    keys, values = (jnp.concatenate([pieces.before(x, halo, axis), x], axis=1) for x in (k_BTGK, v_BTGV))
-    index_S = start - halo + jnp.arange(halo + length, dtype=jnp.int32)
-    return blockwise(q_BTHK, keys, values, index_T, first_BT, index_S, scale=scale, window=window, **extras)
+        forgotten = jnp.cumsum(longer(log_forget), axis=1)
+        extras |= {"forgotten_BTH": forgotten[:, halo:], "forgotten_BSH": forgotten}
+    if sink_tokens:
+        extras["first"] = keys, values, call.sink_places()[:, halo:]
+    first_BT = call.first()[:, halo:]
+    return blockwise(q_BTHK, keys, values, index_S[halo:], first_BT, index_S, **size, **extras)
 
 
 def imbalance(positions_BT: jax.Array, windows: Sequence[int]) -> jax.Array:
     """Of softmax attention's work, that of the busiest device over the mean of all: 1 is even.
 
-    Work: the pairs of query and key that are seen, in layers of these ``windows`` (0: none), which each
-    device has for its own tokens [B, T]. One document over N contiguous pieces: (2N - 1) / N.
+    Work: the pairs of query and key that are seen, in layers of these ``windows`` (0: none). A device has
+    them for the blocks that it computes (`ring_attention`), of windows for its own tokens [B, T].
     """
     rows, time = sharding.parts("batch"), sharding.parts("time")
+    batch, length = positions_BT.shape
     seen_BT = (positions_BT + 1).astype(jnp.float32)
-    work_BT = sum((jnp.minimum(seen_BT, w) if w else seen_BT for w in windows), jnp.zeros_like(seen_BT))
-    batch, length = work_BT.shape
-    work = work_BT.reshape(rows, batch // rows, time, length // time).sum((1, 3))
-    return jnp.max(work) / jnp.mean(work)
+    split = lambda x: x.reshape(rows, batch // rows, time, 2, length // time // 2).sum((1, 4))
+
+    def work(window: int) -> jax.Array:
+        if window:
+            return split(jnp.minimum(seen_BT, window)).sum(-1)
+        return split(seen_BT).reshape(rows, 2 * time)[:, order(time)].sum(-1)
+
+    total = sum(map(work, windows), jnp.zeros((rows, time)))
+    return jnp.max(total) / jnp.mean(total)
 
 
 def visible(context: int, window: int, sink_tokens: int = 0) -> float:

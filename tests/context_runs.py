@@ -5,8 +5,11 @@ python -m tests.context_runs ops | steps FOLDER
 
 import json
 import logging
+import re
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,7 @@ from hybridlm.mixers.mamba import selective_scan
 from hybridlm.mixers.mlstm import Config as MLSTM
 from hybridlm.mixers.mlstm import mlstm
 from hybridlm.rows import Rows
+from hybridlm.run.checkpoint import Checkpoints
 from hybridlm.softmax_attention import attend, imbalance
 from tests import tiny
 
@@ -91,7 +95,12 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
         "convolution": (lambda x: convolve([near], [x], rows, None, silu=True)[0][0], (normal(4),)),
         "convolution over two borders": (lambda x: wide(x, rows)[0], (normal(4),)),
         "attention": (lambda *a: attend(*a, rows, scale=0.5), group),
+        "attention with sinks": (
+            lambda q, k, v, s: attend(q, k, v, rows, scale=0.5, sinks=s[0, 0]),
+            (*group, normal(2)),
+        ),
         "window": (lambda *a: attend(*a, rows, scale=0.5, window=6), group),
+        "window over several pieces": (lambda *a: attend(*a, rows, scale=0.5, window=20), group),
         "sink tokens": (lambda *a: attend(*a, rows, scale=0.5, window=6, sink_tokens=3), group),
         "sinks, forget gates": (forgetting(0), (*group, normal(2))),
         "sinks, forget gates, window": (forgetting(6), (*group, normal(2))),
@@ -164,13 +173,46 @@ def steps() -> dict:
     return found
 
 
+RESUMED = (2, 4, 1)  # devices of `context`
+
+
+def resumed() -> dict:
+    """Losses of six steps of a small stack on one device; and of two on each of `RESUMED`, each from the
+    checkpoint that the mesh before wrote."""
+    c = tiny.config("unused", model__pattern="gdn full")
+    c.mixers.gdn = configs.mixer("gated_delta_net", **HEADS)
+    c.train.update(batch_size=len(DOCUMENTS), seq_len=SEQ_LEN)
+    one = configs.resolve(c)
+    definition = model.build(one)
+
+    def run(context: int, saves: Checkpoints | None, steps: int) -> list[float]:
+        mesh = sharding.make_mesh(schema.Mesh(1, 1, 1, context))
+        with jax.set_mesh(mesh):
+            built = program.build(one, definition, mesh, None)
+            apart, join, like = program.by_layer(definition, built)
+            done = saves.steps()[-1:] if saves else []
+            state = join(saves.restore(done[0], like)) if saves and done else built.init(jax.random.key(0))
+            batch, losses = sharding.put_batch(packed(), mesh), []
+            for _ in range(steps):
+                state, metrics = built.step(state, batch)
+                losses.append(float(metrics["loss"]))
+            if saves:
+                saves.save(sum(done) + steps, apart(state), {})
+        return losses
+
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as saves:
+        parts = [loss for context in RESUMED for loss in run(context, saves, 2)]
+    return {"whole": run(1, None, 6), "resumed": parts}
+
+
 def facts() -> dict:
     """The imbalance of one document over four, and bytes that a known program sends."""
     mesh = sharding.make_mesh(schema.Mesh(1, 1, 1, 4))
     positions = jnp.arange(1 << 14)[None]
     with jax.set_mesh(mesh):
-        uneven = float(imbalance(positions, (0,)))
-        even = float(imbalance(positions, (2,)))
+        uneven = {"one document": imbalance(positions, (0,)), "window": imbalance(positions, (2,))}
+        short = jnp.where(positions < 1 << 12, positions, 0)  # the first quarter of a row, then single tokens
+        uneven["a quarter"] = imbalance(short, (0,))
     spread = jax.P(None, "context")
 
     def loop(x: jax.Array) -> jax.Array:
@@ -179,7 +221,23 @@ def facts() -> dict:
 
     run = jax.jit(jax.shard_map(loop, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False))
     text = run.lower(jnp.ones((8, 64))).compile().as_text()
-    return {"uneven": uneven, "even": even, "sent": ahead.sent(text)}
+    return {name: float(x) for name, x in uneven.items()} | {"sent": ahead.sent(text)}
+
+
+def whole() -> list[str]:
+    """Arrays as long as the row in what attention and the loss compile to on four devices, with gradients."""
+    mesh, length = sharding.make_mesh(schema.Mesh(1, 1, 1, 4)), 8 * 67
+    cut = jax.NamedSharding(mesh, jax.P(None, "context"))
+    struct = lambda dtype, *shape: jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=cut)
+    x, ids, head = struct(jnp.float32, 2, 4), struct(jnp.int32), jnp.ones((8, 250))
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        o = attend(q, k, v, Rows(ids, ids), scale=0.5)
+        return loss.cross_entropy(o.reshape(1, length, 8), head, ids)[0]
+
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.grad(total, (0, 1, 2)), out_shardings=cut).lower(x, x, x, ids).compile()
+    return sorted(set(re.findall(rf"\w+\[(?:\d+,)*{length}(?:,\d+)*\]", run.as_text())))
 
 
 if __name__ == "__main__":

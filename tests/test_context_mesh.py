@@ -26,14 +26,14 @@ def eight():
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
     }
-    command = [sys.executable, "-m", "tests.context_runs", "errors", "steps", "facts"]
+    command = [sys.executable, "-m", "tests.context_runs", "errors", "steps", "resumed", "facts", "whole"]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_every_part_is_that_of_one_device_with_its_gradients(eight):
-    assert len(eight["errors"]) == 17
+    assert len(eight["errors"]) == 19
     assert max(eight["errors"].values()) < 1e-4, eight["errors"]
 
 
@@ -53,12 +53,27 @@ def test_a_stack_trains_as_on_one_device(eight):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_goes_on_over_any_number_of_pieces(eight):
+    """Of context 2, then 4, then 1; the losses of one device."""
+    found = eight["resumed"]
+    assert found["whole"][-1] < found["whole"][0]
+    np.testing.assert_allclose(found["resumed"], found["whole"], rtol=2e-6)
+
+
+@pytest.mark.slow
 def test_imbalance_of_attention(eight):
     facts, steps = eight["facts"], eight["steps"]
-    assert facts["uneven"] == pytest.approx(7 / 4, rel=1e-3)
-    assert facts["even"] == pytest.approx(1, rel=1e-3)
+    assert facts["one document"] == pytest.approx(1, abs=1e-3)
+    assert facts["window"] == pytest.approx(1, rel=1e-3)
+    assert facts["a quarter"] == pytest.approx(3, rel=1e-2)
     assert "attention_imbalance" not in steps["one"][0]
     assert steps["fsdp 2, tensor 2, context 2"][0]["attention_imbalance"] > 1
+
+
+@pytest.mark.slow
+def test_no_device_has_a_whole_row(eight):
+    """Neither keys and values nor logits."""
+    assert eight["whole"] == []
 
 
 @pytest.mark.slow
@@ -94,7 +109,7 @@ def test_bytes_of_a_collective_in_the_forms_that_xla_has_written_it(line, sent):
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ({"mesh.context": "3"}, "train.seq_len = .*multiple of mesh.context = 3"),
+        ({"mesh.context": "3"}, "train.seq_len = .*multiple of 2 \\* mesh.context = 6"),
         ({"mesh.context": "0"}, "mesh.context = 0: must be at least 1"),
         ({"mesh.context": "-1"}, "only one mesh axis"),
     ],

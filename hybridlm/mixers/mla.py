@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, pieces
+from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
@@ -27,7 +27,6 @@ from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, scale_heads, s
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
 from hybridlm.rows import Rows
-from hybridlm.sharding import constrain
 from hybridlm.softmax_attention import attend, record_largest, visible
 from hybridlm.token_cache import TokenCache, hold, packed_indices, slots
 from pallas_kernels.softmax_attention import blockwise
@@ -201,8 +200,6 @@ class Mixer(TokenMixer):
         up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
         rank = self.config.kv_lora_rank
         if held.start is None or held.index_S is None:
-            if pieces.over(x_BTD.shape[1]):  # latents travel, not the keys and values made of them
-                latent_BSC = constrain(constrain(latent_BSC, ("batch", "time", None)), ("batch", None, None))
             k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BSC[..., :rank], up_k_RHN)
             v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BSC[..., :rank], up_v_RHV)
             k_BT1P = latent_BSC[:, :, None, rank:]
@@ -211,7 +208,7 @@ class Mixer(TokenMixer):
             context.record("q", q_BTHK)
             context.record("k", k_BTHK)
             record_largest(context, q_BTHK, k_BTHK, scale=scale)
-            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale, gathered=True)
+            o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
             return self.o_proj(merge_heads(o_BTHV)), None
         index_T, first_BT = packed_indices(rows, held.start, 0)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, up_k_RHN)

@@ -41,16 +41,21 @@ class Call(QKV):
         so that equal ids mean the same document.
     scale: factor of q.  qk_l2norm: whether the backend is to normalise q and k.
     output_final_state: whether the state after the last token is wanted.  interpret: run kernels interpreted.
+    axis: of the mesh, over which rows are cut: T is a piece of a row, which starts from the state that those
+        before it leave; None for whole rows.
+    continues: with ``axis``, bool [N, B], whether each piece's first token is of the document before it.
     """
 
     log_decay: jax.Array | None = None
     beta: jax.Array | None = None
     initial_state: jax.Array | None = None
     segment_ids: jax.Array | None = None
+    continues: jax.Array | None = None
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     qk_l2norm: bool = dataclasses.field(default=False, metadata={"static": True})
     output_final_state: bool = dataclasses.field(default=False, metadata={"static": True})
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
+    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def group(self) -> int:

@@ -25,6 +25,8 @@ def linear_attention(
     scale: float | None = None,
     qk_l2norm: bool = False,
     output_final_state: bool = False,
+    axis: str | None = None,
+    continues: jax.Array | None = None,
     backend: str = "auto",
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -52,6 +54,9 @@ def linear_attention(
         scale: a Python number; K**-0.5 when None.
         qk_l2norm: normalise q and k first, x * rsqrt(sum(x^2) + 1e-6) over K, gradients included.
         output_final_state: also return the state after the last token.
+        axis: within `jax.shard_map`, the mesh axis that rows are cut over: the arrays are of one piece of N,
+            which starts from the state that those before it leave. Without initial and final states.
+        continues: with ``axis``, bool [N, B]: whether each piece's first token is of the document before it.
         backend: "reference" (token loop, the oracle), "xla" (chunkwise, any device), "hopper" (kernels),
             "pallas" (any kernels) or "auto": kernels where they support the call, else "xla", logged once per
             reason. "triton" (kernels for NVIDIA GPUs since Ampere) by its name only.
@@ -76,6 +81,8 @@ def linear_attention(
         scale=scale,
         qk_l2norm=qk_l2norm,
         output_final_state=output_final_state,
+        axis=axis,
+        continues=continues,
         interpret=interpret,
     )
     return OP.compute(call, backend)
@@ -97,6 +104,8 @@ def normalize(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None =
     expect("log_decay", call.log_decay, {gates, (*gates, key_dim)})
     expect("beta", call.beta, {gates})
     state, ids = call.initial_state, call.segment_ids
+    if call.axis is not None and (state is not None or call.output_final_state or call.continues is None):
+        raise ValueError(f"axis = {call.axis!r}: takes continues, no initial_state and no output_final_state")
     expect("initial_state", state, {(batch, value_heads, key_dim, value_dim)})
     return alike(
         dataclasses.replace(

@@ -56,6 +56,23 @@ def summarize(call: Call) -> Summary:
     return Summary(end[..., value_dim:], end[..., :value_dim])
 
 
+def entered(call: Call) -> Call:
+    """``call``, of a piece on each device of its axis, with the state that its piece starts from."""
+    assert call.axis is not None and call.continues is not None
+    alone = dataclasses.replace(call, axis=None, continues=None)
+    summary = (jax.lax.all_gather(x, call.axis) for x in summarize(alone))
+    states = chain(*summary, continues=list(call.continues))
+    return dataclasses.replace(alone, initial_state=own(states[:-1], call.axis))
+
+
+def own(states: Sequence[jax.Array] | jax.Array, axis: str) -> jax.Array:
+    """Of states, one a device in order, this device's."""
+    index, found = jax.lax.axis_index(axis), states[0]
+    for piece in range(1, len(states)):
+        found = jnp.where(index == piece, states[piece], found)
+    return found
+
+
 def _factor(call: Call) -> jax.Array:
     """M of an additive piece."""
     batch, _, heads, _ = call.v.shape

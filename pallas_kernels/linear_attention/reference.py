@@ -11,6 +11,8 @@ from pallas_kernels.linear_attention.call import Call, l2_normalize
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`; a `lax.scan` over the T axis."""
+    if call.axis is not None:
+        raise ValueError(f"axis = {call.axis!r}: the token loop takes whole rows")
     tokens = (call.q, call.k, call.v, call.log_decay, call.beta, call.starts())
 
     def token(state: jax.Array, inputs: tuple) -> tuple[jax.Array, jax.Array]:

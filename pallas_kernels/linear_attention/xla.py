@@ -64,6 +64,10 @@ class _Spec(NamedTuple):
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     """See `pallas_kernels.linear_attention`. Differentiable once; memory is linear in T."""
+    if call.axis is not None:
+        from pallas_kernels.linear_attention import pieces  # which are made of `final_state`
+
+        call = pieces.entered(call)
     o, state = _run(call, outputs=True)
     assert o is not None
     return o, state if call.output_final_state else None

@@ -22,6 +22,8 @@ from pallas_kernels.softmax_attention.call import AttentionCall
 DOCUMENTS = (
     16  # of a row: the workspace of `packed` grows with it, to 2 GiB for dq of 32 rows x heads x 64 at T 4096
 )
+LONG, WORKSPACE = 1 << 15, 1 << 32  # tokens of a row beyond which more bytes than that are too many: XLA
+# reserves them for a branch that may never run
 LARGEST = 256  # channels of a head on Hopper; 128 before
 MARGIN = 256.0  # by which scores across documents fall short of those within
 
@@ -32,13 +34,17 @@ def supports(call: AttentionCall) -> str | None:
         return "it has sinks" if call.forgotten is None else "it has a forget gate"
     if call.sink_tokens:
         return "it has sink tokens"
-    dtypes = sorted({str(x.dtype) for x in (call.q, call.k, call.v)})
+    coded = 0 if call.starts is None or _hopper() else _extra(call)[1]
+    return refuses(call.q, call.k, call.v, coded)
+
+
+def refuses(q: jax.Array, k: jax.Array, v: jax.Array, coded: int = 0) -> str | None:
+    """Why cuDNN does not take arrays of these dtypes and head dims, or None. coded: channels that q gains."""
+    dtypes = sorted({str(x.dtype) for x in (q, k, v)})
     if dtypes not in (["bfloat16"], ["float16"]):
         return f"its arrays are {', '.join(dtypes)} (bfloat16 or float16 only)"
-    dim, value_dim = call.q.shape[-1], call.v.shape[-1]
-    hopper = _hopper()
-    coded = 0 if call.starts is None or hopper else _extra(call)[1]
-    largest = LARGEST if hopper else 128
+    dim, value_dim = q.shape[-1], v.shape[-1]
+    largest = LARGEST if _hopper() else 128
     if dim + coded > largest or value_dim > dim:
         with_codes = f" (and {coded} channels for documents)" if coded else ""
         return f"its head dims are {dim}{with_codes} and {value_dim} (at most {largest}, values no wider)"
@@ -72,7 +78,7 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     ways: list[Callable[[AttentionCall], jax.Array]] = [fused, rest]
     counts_B = 1 + jnp.sum(call.starts, axis=1)
     chosen = jnp.any(counts_B > 1).astype(jnp.int32)
-    if _hopper():
+    if _hopper() and not (call.q.shape[1] > LONG and 4 * DOCUMENTS * call.q.size > WORKSPACE):
         ways.insert(1, packed)
         chosen += jnp.any(counts_B > DOCUMENTS)
 
@@ -90,7 +96,7 @@ def fused(call: AttentionCall, implementation: Literal["xla", "cudnn"] = "cudnn"
     o = jax.nn.dot_product_attention(
         call.q,
         call.k,
-        _padded(call.v, call.q),
+        padded(call.v, call.q),
         scale=call.scale,
         is_causal=True,
         local_window_size=(call.window - 1, 0) if call.window else None,
@@ -136,7 +142,7 @@ def packed(call: AttentionCall, most: int = DOCUMENTS) -> jax.Array:
     o = fused_attention_stablehlo.dot_product_attention(
         call.q,
         call.k,
-        _padded(call.v, call.q),
+        padded(call.v, call.q),
         q_seqlen=lengths,
         kv_seqlen=lengths,
         q_offsets=offsets,
@@ -148,7 +154,7 @@ def packed(call: AttentionCall, most: int = DOCUMENTS) -> jax.Array:
     return o[..., : call.v.shape[-1]]
 
 
-def _padded(v: jax.Array, q: jax.Array) -> jax.Array:
+def padded(v: jax.Array, q: jax.Array) -> jax.Array:
     """v with as many channels as q."""
     return jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, q.shape[-1] - v.shape[-1])))
 

@@ -13,13 +13,14 @@ import numpy as np
 
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
-from pallas_kernels.linear_attention.hopper import requirements, wide
+from pallas_kernels.linear_attention.hopper import requirements, table, wide
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
 from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass
 from pallas_kernels.linear_attention.hopper.inputs import LEAST_DECAY, prepare
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
+from pallas_kernels.linear_attention.pieces import entered
 
 __all__ = ["linear_attention", "runs_on", "self_test", "supports"]
 
@@ -59,6 +60,8 @@ def per_channel(call: Call) -> bool:
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    if call.axis is not None and call.q.shape[3] // wide.parts(call)[0] > table.WIDEST_KEY:
+        call = entered(call)  # wide heads have no pieces
     if wide.parts(call) == (1, 1):
         return _attend(call)
     return wide.join(*_attend(wide.cut(call)), call)
@@ -97,6 +100,7 @@ def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array 
             beta=like(call.beta, d.beta),
             initial_state=like(call.initial_state, d.state),
             segment_ids=like_integers(call.segment_ids),
+            continues=like_integers(call.continues),
         ),
     )
 

@@ -98,10 +98,10 @@ def _additive(
 ) -> tuple:
     """dq, dk, dv, dlog_decay [B, HV, T], dS_0^T."""
     count = choice.pieces
-    if count > 1:
+    if count > 1 or inputs.over is not None:
         scan = functools.partial(reverse_scan, inputs, None, None, do, None)
         *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True)
-        d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True)
+        d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True, over=inputs.over)
     *out, first = additive_gradients(inputs, saved.states, do, d_state, pieces=count)
     return *out, first[::count]
 
@@ -122,7 +122,7 @@ def _delta(
     else:
         count = saved.moves.shape[1]
         *_, alone = scan(None, pieces=count, summary=True)
-        ends = pieces.chain(saved.moves, alone, d_state, reverse=True)
+        ends = pieces.chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]
     wide = max(inputs.k.shape[3], inputs.v.shape[3]) > WIDEST_CHUNKS

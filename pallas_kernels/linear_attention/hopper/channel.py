@@ -36,11 +36,13 @@ def channel_forward(
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     tiles = channel_tiles(inputs, keep=keep)
     moves = None
-    if choice.pieces > 1:
+    if choice.pieces > 1 or inputs.over is not None:
         alone = dataclasses.replace(inputs, state=None)
         summary = ChannelScan(alone, tiles, choice.value_tile, pieces=choice.pieces, mode="summary")().final
         moves = _moves(alone, tiles, choice)
-        inputs = dataclasses.replace(inputs, state=pieces.chain(moves, summary, inputs.state))
+        inputs = dataclasses.replace(
+            inputs, state=pieces.chain(moves, summary, inputs.state, over=inputs.over)
+        )
     out = ChannelScan(inputs, tiles, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
     if final and choice.pieces > 1:
         out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])

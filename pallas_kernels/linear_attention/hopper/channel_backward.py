@@ -37,7 +37,7 @@ def channel_gradients(
     if saved.moves is not None:
         pieces = saved.moves.shape[1]
         *_, alone = reverse_scan(inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True)
-        d_state = chain(saved.moves, alone, d_state, reverse=True)
+        d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
     state_gradients: Any
     dv: Any
     state_gradients, dv, first = reverse_scan(

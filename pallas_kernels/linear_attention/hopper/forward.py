@@ -42,7 +42,7 @@ def forward_pass(
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     inverses = None if inputs.beta is None else chunk_inverses(inputs)
     moves = None
-    if choice.pieces > 1:
+    if choice.pieces > 1 or inputs.over is not None:
         moves, starts = _starts(inputs, inverses, choice)
         inputs = dataclasses.replace(inputs, state=starts)
     out = Scan(inputs, inverses, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
@@ -59,4 +59,4 @@ def _starts(inputs: Inputs, inverses: jax.Array | None, choice: table.Choice) ->
         moves = pieces.factors(inputs, choice.pieces)
     else:
         moves = summary.moves.reshape(inputs.k.shape[0], choice.pieces, *summary.moves.shape[1:])
-    return moves, pieces.chain(moves, summary.final, inputs.state)
+    return moves, pieces.chain(moves, summary.final, inputs.state, over=inputs.over)

@@ -16,6 +16,13 @@ LEAST_DECAY = -104.0  # exp is 0 in float32; what is below would drown the other
 LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small moves o by less than 4e-6
 
 
+class Over(NamedTuple):
+    """Rows that are cut over the devices of a mesh axis; see `Call`."""
+
+    axis: str
+    continues: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Inputs(QKV):
     """The arguments of a call, padded to whole chunks; numbers per token are head-major float32.
@@ -25,6 +32,7 @@ class Inputs(QKV):
     segment: None or [B, T], the document of each token (a whole number below 2^24).
     entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
     state: None or S_0^T [B, HV, V, K] float32.
+    over: None or where the pieces before and after are (pieces.py).
     """
 
     log_decay: jax.Array | None
@@ -35,6 +43,7 @@ class Inputs(QKV):
     l2norm: bool
     interpret: Any
     entering: jax.Array | None = None
+    over: Over | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -87,6 +96,7 @@ def prepare(call: Call) -> Inputs:
         scale=call.scale,
         l2norm=call.qk_l2norm,
         interpret=call.interpret,
+        over=None if call.axis is None or call.continues is None else Over(call.axis, call.continues),
     )
 
 

@@ -30,6 +30,8 @@ def supports(call: Call) -> str | None:
         return f"head dims K = {call.q.shape[3]}, V = {call.v.shape[3]} (64, 128 or 256 each)"
     if 0 in call.v.shape:
         return "an empty call"
+    if call.axis is not None:
+        return "pieces of rows that are cut over devices"
     if call.v.shape[0] * call.v.shape[2] > 65535:
         return "more than 65535 sequences times heads"
     return None

@@ -1,0 +1,103 @@
+"""The Hopper kernels on pieces of a row on two devices, which take turns here, against the whole row."""
+
+import dataclasses
+
+import hopper_aot
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
+
+import test_hopper_backward as heads
+import test_hopper_channel_backward as channels
+
+from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
+from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
+from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
+from pallas_kernels.linear_attention.hopper.table import Choice
+
+AXIS = "context"
+
+
+class Gathers:
+    """`lax.all_gather` of two devices that run one after the other: what the other sent the last time."""
+
+    def __init__(self, monkeypatch):
+        self.device, self.calls, self.sent = 0, 0, {}
+        monkeypatch.setattr(lax, "all_gather", self.gather)
+        index = lax.axis_index  # the kernels' own
+        monkeypatch.setattr(lax, "axis_index", lambda axis: self.device if axis == AXIS else index(axis))
+
+    def turn(self, device):
+        self.device, self.calls = device, 0
+
+    def gather(self, x, axis):
+        assert axis == AXIS
+        self.sent[self.device, self.calls] = x
+        both = [self.sent.get((device, self.calls), jnp.zeros_like(x)) for device in range(2)]
+        self.calls += 1
+        return jnp.stack(both)
+
+
+def by_head(call, do, pieces):
+    inputs, choice = prepare(call), Choice(64, pieces)
+    out, inverses, moves = forward_pass(inputs, final=False, keep=True, choice=choice)
+    saved = Saved(out.gates, out.states, inverses, out.values, moves, out.scores)
+    return out.o, gradients(inputs, saved, do, None, choice)
+
+
+def by_channel(call, do, pieces):
+    inputs = prepare(call)
+    out, saved = channel_forward(inputs, final=False, keep=True, choice=Choice(64, pieces))
+    return out.o, channel_gradients(inputs, saved, do, None, 64)
+
+
+CASES = {  # the run, its cases and their options, tokens, pieces of a device, whether the second one goes on
+    "delta": (by_head, heads, dict(decay=0.1), 128, 1, True),
+    "delta, a document at the border": (by_head, heads, dict(decay=0.1), 128, 1, False),
+    "delta, pieces": (by_head, heads, dict(decay=0.1), 256, 2, True),
+    "additive, pieces": (by_head, heads, dict(decay=0.1, delta=False, l2norm=False), 256, 2, True),
+    "channel, delta": (by_channel, channels, dict(decay=0.1), 128, 1, True),
+    "channel, additive": (by_channel, channels, dict(decay=0.1, delta=False, l2norm=False), 128, 1, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_devices_are_one(name, monkeypatch):
+    run, cases, options, tokens, pieces, continues = CASES[name]
+    call, do, d_state = cases.make_case(tokens=tokens, **options)
+    call = dataclasses.replace(call, initial_state=jnp.zeros_like(call.initial_state))
+    ids = np.ones((1, tokens), np.int32) if call.segment_ids is None else np.array(call.segment_ids)
+    if not continues:
+        ids[:, tokens // 2 :] += 1
+    call = dataclasses.replace(call, segment_ids=jnp.asarray(ids - ids[:, :1]))
+    expected = cases.expect(call, do, jnp.zeros_like(d_state))
+    gathers, half = Gathers(monkeypatch), tokens // 2
+    found = {}
+    for turn in range(4):
+        device = turn % 2
+        at = lambda x, device=device: None if x is None else x[:, device * half : (device + 1) * half]
+        piece = dataclasses.replace(
+            call, **{n: at(getattr(call, n)) for n in ("q", "k", "v", "log_decay", "beta")},
+            segment_ids=at(call.segment_ids) - at(call.segment_ids)[:, :1], initial_state=None,
+            output_final_state=False, interpret=True, axis=AXIS,
+            continues=jnp.asarray([[True], [bool(ids[0, half - 1] == ids[0, half])]]),
+        )  # fmt: skip
+        gathers.turn(device)
+        found[device] = run(piece, at(do), pieces)
+    error = cases.relative_error
+    join = lambda a, b: np.concatenate([np.asarray(x, np.float64)[:, :half] for x in (a, b)], axis=1)
+    assert error(join(found[0][0], found[1][0]), expected[0]) < 6e-3
+    for field in ("q", "k", "v", "log_decay", "beta"):
+        parts = [getattr(found[device][1], field) for device in range(2)]
+        if parts[0] is not None:
+            assert error(join(*parts), wanted(expected, field)) < 2e-2, field
+
+
+def wanted(expected, field):
+    return expected[2][{"log_decay": "g"}.get(field, field)]
