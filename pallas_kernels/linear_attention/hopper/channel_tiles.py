@@ -104,19 +104,21 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         plgpu.commit_smem()
 
         def level(carried: tuple) -> tuple:
-            size, _, *old = carried
+            size, _, reach, *old = carried
             zero = channel_math.hidden_zero(s["reach"])
             slots = [half + zero for half in range(halves)]
             middle = channel_math.from_middle(size, zero)
-            reach = one * 0.0
+            far = one * 0.0
             left: list = [[], []]
             for half in range(halves):  # one after the other: both at once are too many registers
                 offset = channel_math.sums(middle, steps_s.at[slots[half]], interpret=interpret)
-                reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
+                far = jnp.maximum(far, jnp.max(jnp.abs(offset), axis=1))
                 up, k = jnp.exp2(offset), blocks.tile(k_s.at[slots[half]])
                 left[0].append((blocks.tile(q_s.at[slots[half]]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
                 blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
+            served = channel_math.unsettled(size, reach, zero)
+            reach = jnp.where(served, far, reach)
             s["reach"][...] = reach
             plgpu.commit_smem()
             zero = channel_math.hidden_zero(s["reach"])
@@ -127,19 +129,20 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 ],
                 interpret=interpret,
             )
-            pairs = channel_math.within(size, zero)
+            pairs = channel_math.within(size, served, zero)
             found = [jnp.where(pairs, x, y) for x, y in zip(new, old, strict=True)]
             following = channel_math.next_size(size, s["reach"])
             plgpu.commit_smem()  # all have read x_s and reach
-            return following, size, *found
+            return following, size, reach, *found
 
         diagonal_tile = jnp.where(
             blocks.row_index() == blocks.col_index(), blocks.by_row(diagonal), blocks.zeros((C, C))
         )
-        start = (jnp.asarray(C, jnp.int32),) * 2 + (diagonal_tile,) + (blocks.zeros((C, C)),) * delta
-        _, span, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
+        start = (jnp.asarray(2 * C, jnp.int32),) * 2 + (one * (2 * channel_math.RANGE), diagonal_tile)
+        start += (blocks.zeros((C, C)),) * delta
+        _, span, _, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
         if keep:
-            norm_s.at[SPAN][...] = one * span.astype(F32)
+            norm_s.at[SPAN][...] = one * jnp.minimum(span, C).astype(F32)
         norm_k, norm_q = blocks.row_vector(norm_s.at[NORM_K]), blocks.row_vector(norm_s.at[NORM_Q])
         read = write = one
         carry: Any = 1.0
