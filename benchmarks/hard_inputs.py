@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--backends", default="pallas,xla")
     parser.add_argument("--key_dim", type=int, default=64)
-    parser.add_argument("--cases", default="", help="only those whose names contain one of these, with commas")
+    parser.add_argument(
+        "--cases", default="", help="only those whose names contain one of these, with commas"
+    )
     args = parser.parse_args()
     names = ("o", "state", "dq", "dk", "dv", "dlog_decay", "dbeta")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.tokens} tokens, K = {args.key_dim}")
