@@ -87,8 +87,10 @@ def store_inverse(
     rows, hard_s = pl.ds(n * C, C), scratch["hard"].at[1]
     high, low = inverse.unit_lower_inverse(lower, scratch["exchange"], interpret=interpret)  # with barriers
     blocks.store(high_s, high, interpret=interpret)
-    late = blocks.row_index() >= C - hard_s[0].astype(jnp.int32)
-    blocks.store(low_s, jnp.where(late, low, jnp.zeros_like(low)), interpret=interpret)
+    ordinary = C - hard_s[0].astype(jnp.int32)
+    token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS)
+    late = blocks.by_row(jnp.where(token >= ordinary, 1.0, 0.0))
+    blocks.store(low_s, (low.astype(F32) * late).astype(BF16), interpret=interpret)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(high_s, out.high.at[b, head, rows])
     plgpu.copy_smem_to_gmem(hard_s, out.hard.at[b, head, n])
