@@ -235,7 +235,8 @@ def test_compiles_without_spills(shape, delta, keep):
     kernels = hopper_aot.compile_for_hopper(run, struct_call(SHAPES[shape], delta))
     assert kernels
     for kernel in kernels:  # the branch for hard chunks (two_parts.py) may
-        assert kernel.spills <= (320 if "delta_output" in kernel.name else 0), kernels
+        allowed = {"delta_output": 320, "delta_summary": 32}.get(kernel.name.rsplit("_", 1)[0], 0)
+        assert kernel.spills <= allowed, kernels
 
 
 def stacked_loss(call):

@@ -138,7 +138,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         diagonal_tile = jnp.where(
             blocks.row_index() == blocks.col_index(), blocks.by_row(diagonal), blocks.zeros((C, C))
         )
-        start = (jnp.asarray(2 * C, jnp.int32),) * 2 + (one * (2 * channel_math.RANGE), diagonal_tile)
+        start: tuple = (jnp.asarray(2 * C, jnp.int32),) * 2 + (one * (2 * channel_math.RANGE), diagonal_tile)
         start += (blocks.zeros((C, C)),) * delta
         _, span, _, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
         if keep:
@@ -195,7 +195,8 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         if delta:
             lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
             to = two_parts.Inverse(*(out[name] for name in two_parts.Inverse._fields))
-            two_parts.store_inverse(lower, *inverse_s, s, to, (b, head, n), interpret=interpret)
+            high_s, low_s = inverse_s
+            two_parts.store_inverse(lower, high_s, low_s, s, to, (b, head, n), interpret=interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     products = (
