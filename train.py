@@ -44,6 +44,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument(
         "--devices", default="", metavar="h100:N", help="of --dry_run: compile the step for GPUs not there"
     )
+    return parse_with(parser, argv)
+
+
+def parse_with(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """The parser's flags, and the overrides."""
     flags: list[str] = []
     overrides: dict[str, str] = {}
     arguments = iter(argv)

@@ -32,7 +32,7 @@ def rows(count: int, split: str) -> Batch:
     sizes = {"train_examples": count, "val_examples": count}
     config = joint_recall.Config(contexts=CONTEXTS, keys=KEYS, **sizes)
     length = joint_recall.length(CONTEXTS, KEYS)
-    return vmapped.every_row(joint_recall.open_source(config, View(split, length, 0, 64)))
+    return vmapped.every_row(config.open(View(split, length, 0, 64)))
 
 
 def main() -> None:

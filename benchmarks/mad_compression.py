@@ -47,6 +47,9 @@ STUDY: dict[str, Layer] = {
 class DecoderConfig(mixers.Config):
     """The decoder has no settings."""
 
+    def cost(self, d_model: int, context: int) -> mixers.Cost:
+        return mixers.Cost()
+
 
 class Decoder(mixers.TokenMixer):
     """Adds nothing; records "readout" [B, T, D], which follows from the last token and the position."""

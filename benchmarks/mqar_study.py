@@ -62,7 +62,7 @@ def rows(length: int, pairs: int, examples: int, seq_len: int, vocab: int, split
     """All rows of one slice."""
     sizes = {"train_examples": examples, "val_examples": examples}
     config = mqar.Config(slices=f"({length}, {pairs})", random_non_queries=False, **sizes)
-    return vmapped.every_row(mqar.open_source(config, View(split, seq_len, 0, vocab)))
+    return vmapped.every_row(config.open(View(split, seq_len, 0, vocab)))
 
 
 def state_elements(layers: Sequence[Layer], d_model: int) -> float:

@@ -67,7 +67,7 @@ def rows(count: int, split: str, pairs: int) -> Batch:
     """``count`` rows with ``pairs`` pairs."""
     sizes = {"train_examples": count, "val_examples": count}
     config = mqar.Config(num_pairs=pairs, random_non_queries=False, **sizes)
-    return vmapped.every_row(mqar.open_source(config, View(split, LENGTH, 0, VOCAB)))
+    return vmapped.every_row(config.open(View(split, LENGTH, 0, VOCAB)))
 
 
 def plateau() -> float:

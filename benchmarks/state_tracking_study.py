@@ -40,7 +40,7 @@ def rows(group: str, count: int, length: int, split: str) -> Batch:
     name, _, only = group.partition("-")
     sizes = {"train_examples": count, "val_examples": count}
     config = state_tracking.Config(group=name, only_swaps=only == "swaps", **sizes)
-    return vmapped.every_row(state_tracking.open_source(config, View(split, length, 0, 128)))
+    return vmapped.every_row(config.open(View(split, length, 0, 128)))
 
 
 def main() -> None:

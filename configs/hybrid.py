@@ -44,6 +44,7 @@ SIZES = {
     "340m": {"d_model": 1024, "batch_size": 128, "steps": 38_400, "learning_rate": 1e-3},
     "1.3b": {"d_model": 2048, "batch_size": 256, "steps": 95_400, "learning_rate": 4e-4},
 }
+TRANSFORMER = {"340m": 373_867_520, "1.3b": 1_364_297_728}  # parameters of SIZE,full, counted by a test
 MIXERS = (
     "deltanet", "gdn", "kda", "gla", "hgrn", "hgrn2", "retnet", "swa",
     "mamba2", "mamba", "deltaproduct", "gdp", "lightning", "rglru", "mlstm",
@@ -71,10 +72,8 @@ def get_config(arg: str = "340m,kda,3:1") -> ConfigDict:
     config.model.remat = "auto"
     config.data = configs.data("shards", path="data/fineweb-edu")
     config.mixers.mom.single_kv = True
-    config.model.pattern = "full"
-    transformer = cost.parameters(configs.resolve(config))
     config.model.pattern = pattern.ratio(mixer, "full", 1, LAYERS, RATIOS[ratio])
-    config.model.mlp_hidden = cost.matched_mlp_hidden(configs.resolve(config), transformer)
+    config.model.mlp_hidden = cost.matched_mlp_hidden(configs.resolve(config), TRANSFORMER[size])
     config.train.steps = SIZES[size]["steps"]
     config.train.batch_size = SIZES[size]["batch_size"]
     config.train.seq_len = 4096

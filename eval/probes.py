@@ -9,7 +9,6 @@ is asked for numbers hidden in repeated text (RULER's needles), one without text
 """
 
 import argparse
-import io
 import random
 import sys
 from collections.abc import Sequence
@@ -91,21 +90,29 @@ def _recall_mqar(tested: Subject, length: int, samples: int) -> Grid:
     edges = 2 ** np.arange(int(np.log2(length)) + 1)
     right, total = np.zeros((2, len(pairs), len(edges)))
     for row, n in enumerate(pairs):
-        size = min(samples, tested.rows_per_batch(length))
-        held_out = data.build(
-            {"kind": "mqar", "num_pairs": n, "power_a": 1.0, "val_examples": samples},
-            split="val", batch_size=size, seq_len=length, seed=0, vocab_size=tested.definition.vocab_size,
-        )  # fmt: skip
+        held_out = _mqar(tested, n, length, samples)
         for index in range(held_out.num_batches or 0):
             batch = held_out.batch(index)
             correct = tested.token_scores(batch)[1]
             for b, t in zip(*np.nonzero(batch["targets"] >= 0), strict=True):
-                key = np.flatnonzero(batch["tokens"][b, : 2 * n : 2] == batch["tokens"][b, t])[0] * 2
-                column = int(np.log2(t - key))
+                column = int(np.log2(t - _asked(batch["tokens"][b], n, t)))
                 right[row, column] += correct[b, t]
                 total[row, column] += 1
     with np.errstate(invalid="ignore"):
         return Grid(pairs, (edges * 1.5).astype(int).tolist(), right / total, samples)
+
+
+def _mqar(tested: Subject, pairs: int, length: int, samples: int) -> data.Dataset:
+    return data.build(
+        {"kind": "mqar", "num_pairs": pairs, "power_a": 1.0, "val_examples": samples},
+        split="val", batch_size=min(samples, tested.rows_per_batch(length)), seq_len=length, seed=0,
+        vocab_size=tested.definition.vocab_size,
+    )  # fmt: skip
+
+
+def _asked(tokens: np.ndarray, pairs: int, at: int) -> int:
+    """Where the key that is asked for at ``at`` stands among the pairs."""
+    return int(np.flatnonzero(tokens[: 2 * pairs : 2] == tokens[at])[0]) * 2
 
 
 def states(tested: Subject, tokens: Sequence[int], lengths: Sequence[int]) -> dict[int, np.ndarray]:
@@ -172,13 +179,9 @@ def example(tested: Subject, length: int, seed: int = 0) -> tuple[list[int], tup
     """(tokens of one question, where in them its answer stands), for `states` and `attention_mass`."""
     if tested.tokenizer is None:
         pairs = max(1, min(16, length // 8))
-        config = {"kind": "mqar", "num_pairs": pairs, "power_a": 1.0, "val_examples": 1}
-        vocab = tested.definition.vocab_size
-        source = data.build(config, split="val", seed=0, batch_size=1, seq_len=length, vocab_size=vocab)
-        batch = source.batch(0)
-        tokens = batch["tokens"][0]
-        end = int(np.flatnonzero(batch["targets"][0] >= 0)[-1])
-        key = int(np.flatnonzero(tokens[: 2 * pairs : 2] == tokens[end])[0]) * 2
+        batch = _mqar(tested, pairs, length, 1).batch(0)
+        tokens, end = batch["tokens"][0], int(np.flatnonzero(batch["targets"][0] >= 0)[-1])
+        key = _asked(tokens, pairs, end)
         return tokens[: end + 1].tolist(), (key, key + 2)
     rng = random.Random(seed)
     prompt, _, behind = needles(tested, rng, length, 1, rng.random())
@@ -199,12 +202,6 @@ def _figure(width: float, height: float, title: str) -> tuple[Any, Any]:
     return figure, figure.subplots(1, 2 if width > 7 else 1)
 
 
-def _save(figure: Any, path: Path) -> None:
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    runner.put(path, lambda: untrusted.write_bytes(path, out.getvalue()))
-
-
 def draw_recall(grid: Grid, path: Path) -> str:
     good = np.argwhere(np.nan_to_num(grid.accuracy, nan=-1.0) >= 0.5)
     reading = "nowhere is as much as half recalled"
@@ -218,7 +215,7 @@ def draw_recall(grid: Grid, path: Path) -> str:
     axes.set_xlabel("tokens from what is asked for to the answer")
     axes.set_ylabel("pairs stored")
     figure.colorbar(image, label="accuracy")
-    _save(figure, path)
+    runner.put_figure(path, figure)
     return reading
 
 
@@ -236,7 +233,7 @@ def draw_states(measured: dict[int, np.ndarray], lengths: Sequence[int], path: P
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=6, ncols=2)
-    _save(figure, path)
+    runner.put_figure(path, figure)
     return reading
 
 
@@ -253,7 +250,7 @@ def draw_attention(masses: dict[int, np.ndarray], path: Path) -> str:
     axes.set_ylabel("weight on the needle")
     axes.set_ylim(-0.03, 1.03)
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    runner.put_figure(path, figure)
     return reading
 
 

@@ -1,11 +1,10 @@
 """Results as a table in the terminal and as a picture."""
 
-import io
 from pathlib import Path
 
 from rich.table import Table
 
-from eval.runner import Result, put
+from eval.runner import Result, put_figure
 from hybridlm import untrusted
 
 
@@ -56,6 +55,4 @@ def plot(results: dict[str, Result], title: str, path: Path) -> None:
         axes.grid(alpha=0.3)
     legend = "x: tokens, y: accuracy, bars: 95%, dotted: guessing"
     figure.suptitle(f"{untrusted.plot(title)}\n{legend}", fontsize=8)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    put(path, lambda: untrusted.write_bytes(path, out.getvalue()))
+    put_figure(path, figure)

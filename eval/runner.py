@@ -1,5 +1,6 @@
 """Measures tasks on a subject, one after the other, and keeps what was measured in a file."""
 
+import io
 import logging
 import math
 import time
@@ -81,18 +82,11 @@ def measure(
             chance = task.chance(subject.config)
             if not scores.size:
                 raise TooShort("it has no samples")
-        except TooShort as error:
-            (left_out or _warn)(name, error)
-            continue
-        except (ConfigError, RunError) as error:  # of one task: the others are still to be had
-            if left_out is None and len(tasks) == 1:
-                raise
-            (left_out or _warn)(name, error)
-            continue
         except Exception as error:
-            if left_out is None:
+            of_task = isinstance(error, ConfigError | RunError) and len(tasks) > 1  # others are to be had
+            if left_out is None and not (of_task or isinstance(error, TooShort)):
                 raise
-            left_out(name, error)
+            (left_out or _warn)(name, error)
             continue
         seconds = round(time.perf_counter() - began, 2)
         results[name] = {
@@ -159,6 +153,13 @@ def put(path: Path, write: Callable[[], None]) -> None:
         write()
     except OSError as error:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def put_figure(path: Path, figure: Any) -> None:
+    """`put` of a picture, as a PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    put(path, lambda: untrusted.write_bytes(path, out.getvalue()))
 
 
 def folder(workdir: str | Path, ema: bool) -> Path:

@@ -17,7 +17,9 @@ from hybridlm import generate, loss, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
+from hybridlm.data.source import empty_rows
 from hybridlm.errors import ConfigError
+from hybridlm.generate import decoding
 from hybridlm.rows import Rows
 
 log = logging.getLogger("hybridlm")
@@ -95,12 +97,8 @@ class Subject:
 
         A context that several questions share is read once, and its cache copied for each (`eval.shared`).
         """
-        tokens, stop = self.text_tokenizer, [text for text in stop if text]
-        encoded = [text.encode() for text in stop]
-        marks = np.zeros(self.definition.vocab_size, bool)
-        marks[tokens.doc_id] = True
-        for index, piece in enumerate(tokens.pieces or ()):
-            marks[index] |= any(text in piece for text in encoded)
+        tokens, marks = self.text_tokenizer, np.zeros(self.definition.vocab_size, bool)
+        marks[decoding.stop_tokens(tokens, stop)] = True
         texts: list[str] = [""] * len(questions)
         budget = shared.pad(max_new_tokens)
         groups = shared.grouped(contexts)
@@ -112,9 +110,8 @@ class Subject:
                 )
             )  # fmt: skip
             for row, index in enumerate(members):
-                new = [token for token in out[row].tolist() if token >= 0 and token != tokens.doc_id]
-                text = tokens.decode_after([*contexts[index], *questions[index]][-SHOWN:], new)
-                texts[index] = text[: min([text.find(s) for s in stop if s in text], default=len(text))]
+                before = [*contexts[index], *questions[index]][-SHOWN:]
+                texts[index] = decoding.written(tokens, before, out[row].tolist(), stop)
             progress(len(members))
         return texts
 
@@ -150,23 +147,17 @@ class Subject:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
         for chosen, filled in self._batches(lengths, 0):
-            shape = (len(filled), generate.bucket(max(lengths[i] for i in chosen)))
-            tokens, targets, segments = (
-                np.zeros(shape, np.int32),
-                np.full(shape, -1, np.int32),
-                np.zeros(shape, np.int32),
-            )
+            batch = empty_rows(len(filled), generate.bucket(max(lengths[i] for i in chosen)))
+            batch["positions"][:] = np.arange(batch["positions"].shape[1])
             for row, index in enumerate(filled):
                 context, continuation = pairs[index]
-                whole, end = [*context, *continuation], lengths[index]
-                tokens[row, :end], segments[row, :end] = whole[:-1], 1
-                targets[row, len(context) - 1 : end] = continuation
-            positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-            log_prob, correct = self.token_scores(
-                {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions}
-            )
+                end = lengths[index]
+                batch["tokens"][row, :end] = [*context, *continuation][:-1]
+                batch["segment_ids"][row, :end] = 1
+                batch["targets"][row, len(context) - 1 : end] = continuation
+            log_prob, correct = self.token_scores(batch)
             for row, index in enumerate(chosen):
-                counted = targets[row] >= 0
+                counted = batch["targets"][row] >= 0
                 results[index] = float(log_prob[row].sum(dtype=np.float64)), bool(correct[row][counted].all())
             progress(len(chosen))
         return results
@@ -228,7 +219,7 @@ def load(
     ema: with the average of its weights (optimizer.ema).
     """
     config, definition, params, step = weights.load(workdir, step, ema)
-    tokens = tokenizers.load(tokenizer) if tokenizer else weights.tokenizer(workdir, config)
+    tokens = tokenizers.load(tokenizer, "--tokenizer") if tokenizer else weights.tokenizer(workdir, config)
     if tokens is not None:
         weights.check_fits(tokens, definition.vocab_size)
     return Subject(definition, params, tokens, config, step, batch_tokens)

@@ -7,6 +7,7 @@ nothing is tuned, so the program says what it needs and not how long it takes; c
 live devices, is replaced by the blockwise one.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -28,8 +29,6 @@ NODE = 8  # GPUs of a host
 LINKS = {"NVLink at 450 GB/s": 450e9, "network at 50 GB/s": 50e9}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 CALLED = r"\b(calls|body|branch_computations)=(\{[^}]*\}|[%\w.\-]+)"
-ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4,
-            "u32": 4, "f64": 8, "s64": 8, "u64": 8, "f8e4m3fn": 1, "f8e5m2": 1}  # fmt: skip
 
 
 class Needs(NamedTuple):
@@ -89,19 +88,15 @@ def needs(config: Config, devices: str) -> Needs:
 
     def step(policy: str) -> fit.Step:
         # Built outside the mesh, where it would compute on devices that are not there.
-        built: Any = program.build(
-            config, fit.settled(definition, policy) if automatic else definition, mesh, None
-        )
+        one = fit.settled(definition, policy) if automatic else definition
+        built: Any = program.build(config, one, mesh, None)
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             traced = built.step.trace(built.shapes, batch)
             most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
             return fit.compiled(traced, most, lowering_platforms=("cuda",))
 
-    policy: str = definition.model.remat
-    if automatic:
-        policy, done, _ = fit.choose(step, available)
-    else:
-        done = step(policy)
+    given = definition.model.remat
+    policy, done, _ = fit.choose(step, available) if automatic else (given, step(given), "")
     found = done.run.memory_analysis()
     return Needs(policy, found.argument_size_in_bytes, found.temp_size_in_bytes, sent(done.run.as_text()))
 
@@ -157,14 +152,17 @@ def _of_line(line: str) -> Iterator[tuple[str, float]]:
     result: float = sum(_bytes(*shape) for shape in shapes)
     group = _group(line)
     if called[3] and not paired:  # an older start's results have its arguments beside them
-        result *= {"all-gather": group / (group + 1), "collective-permute": 0.5}.get(kind, 1)
+        beside = {"all-gather": group, "reduce-scatter": 1 / group, "collective-permute": 1}
+        result *= beside[kind] / (beside[kind] + 1) if kind in beside else 1
     share = (group - 1) / group
     factors = {"all-reduce": 2 * share, "reduce-scatter": group * share, "collective-permute": 1.0}
     yield kind, result * factors.get(kind, share)
 
 
 def _bytes(dtype: str, dims: str) -> int:
-    return ITEMSIZE.get(dtype, 4) * int(np.prod([int(d) for d in dims.split(",") if d] or [1]))
+    """Of an array such as bf16[2,3]; of a pred, a byte each."""
+    bits = re.search(r"\d+", dtype)
+    return (int(bits[0]) // 8 if bits else 1) * math.prod(int(d) for d in dims.split(",") if d)
 
 
 def _group(line: str) -> int:
@@ -174,7 +172,7 @@ def _group(line: str) -> int:
     if named := re.search(r"replica_groups=\w*\[([^\]]*)\] \{([^}]*)\}", line):  # mesh['a'=4,'b'=2] {'b'}
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
-        return int(np.prod([int(part or sizes[axis]) for axis, part in parts]))
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])
     return 2

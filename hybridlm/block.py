@@ -85,15 +85,11 @@ class Block(nnx.Module):
         if self.has_mlp:
             self.mlp_norm = norm(model, rngs)
             self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
-        for _, module in nnx.iter_modules(self):
-            if isinstance(module, Linear):
-                module.fp8 = model.matmul == "fp8" and not module.why_not_fp8()
-        if spec.lora:
-            modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(self)}
-            for one in spec.lora:
-                matrix = modules[one.name]
-                assert isinstance(matrix, Linear)
-                matrix.add_factors(one.rank, one.scale, rngs)
+        linears = matrices(self)
+        for linear in linears.values():
+            linear.fp8 = model.matmul == "fp8" and not linear.why_not_fp8()
+        for one in spec.lora:
+            linears[one.name].add_factors(one.rank, one.scale, rngs)
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         context.record("block.input", x_BTD)
@@ -118,6 +114,17 @@ class Block(nnx.Module):
 
     def _after(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
         return norm(x) if self.post_norm else x
+
+
+def matrices(block: Block) -> dict[str, Linear]:
+    """Every `Linear` of a block by its name in it."""
+    found = nnx.iter_modules(block)
+    return {".".join(map(str, path)): module for path, module in found if isinstance(module, Linear)}
+
+
+def abstract(model: schema.Model, spec: Spec) -> Block:
+    """The Block of a layer with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0)))
 
 
 def norm(model: schema.Model, rngs: nnx.Rngs) -> RMSNorm:

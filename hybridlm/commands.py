@@ -1,15 +1,10 @@
 """The commands of this repository, and what a module that is none says for itself under `python -m`."""
 
-import logging
 import os
 import runpy
 import sys
 from functools import partial
 from pathlib import Path
-
-from hybridlm.errors import nearest
-
-log = logging.getLogger("hybridlm")
 
 COMMANDS = {
     "python train.py": "trains a run",
@@ -51,21 +46,6 @@ def root() -> Path:
     """Where train.py, configs, eval and launch are: the clone, or in a wheel a folder of this package."""
     here = Path(__file__).parent
     return here.parent if (here.parent / "train.py").is_file() else here / "rooms"
-
-
-def located(filename: str) -> Path:
-    """``filename`` from here; one of ``configs/`` that is not here is hybridlm's own."""
-    path = Path(filename)
-    if not path.is_file() and path.parts[:1] == ("configs",) and (root() / path).is_file():
-        log.info("there is no %s here; it is that of hybridlm, in %s", filename, root())
-        return root() / path
-    return path
-
-
-def looked_for(filename: str) -> str:
-    """What to say of a Python file that is not there: the name that was meant, or where it was looked for."""
-    known = [str(file) for file in Path(filename).parent.glob("*.py") if file.stem != "__init__"]
-    return nearest(filename, known) if known else f"It was looked for from {Path.cwd()}."
 
 
 def called(command: str) -> str:

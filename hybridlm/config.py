@@ -259,7 +259,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
             sections[section].check()
     sections |= {"model": model, "val": Named(definitions["val"])}
     whole = Config(**sections, init_from=init_from, init_gates=init_gates)
-    return stages.complete(whole, parts)
+    return stages.complete(whole, parts, resolve)
 
 
 def _move(values: dict[str, Any]) -> None:
@@ -314,17 +314,6 @@ def _definition(section: str, values: Any, prefix: str) -> Any:
     with under(prefix):
         described = _class(section, values)
     return build(described, values, prefix)
-
-
-def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config's dict that an older version wrote, with the defaults of fields that are new.
-
-    As it is if this version cannot resolve it any more.
-    """
-    try:
-        return resolve(ConfigDict(values)).to_dict()
-    except ConfigError:
-        return values
 
 
 # config.json

@@ -5,24 +5,40 @@ import inspect
 import logging
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from hybridlm import commands, untrusted
-from hybridlm.errors import ConfigError
+from hybridlm.errors import ConfigError, nearest
 from hybridlm.run import private
 
 log = logging.getLogger("hybridlm")
 
+T = TypeVar("T")
+HINTS = {  # for a file that has this function in place of the one that was wanted
+    "get_config": "train.py runs configs; a sweep file has get_sweep().",
+    "get_sweep": "A sweep runs with python -m launch.sweep.",
+}
+
 
 def read(spec: str) -> ConfigDict:
     """The config of ``spec``: "file.py", "file.py:argument" or a run's "config.json"."""
-    filename, argument = split(spec)
-    path = commands.located(filename)
-    if not path.is_file():
-        raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
-    return from_json(path) if path.suffix == ".json" else _run(path, argument)
+    path = located(split(spec)[0])
+    return from_json(path) if path.suffix == ".json" else run(spec, "get_config", ConfigDict)
+
+
+def located(filename: str, field: str = "--config") -> Path:
+    """``filename`` from here, or hybridlm's own where it is one of ``configs/``; ConfigError for neither."""
+    path, root = Path(filename), commands.root()
+    if path.is_file():
+        return path
+    if path.parts[:1] == ("configs",) and (root / path).is_file():
+        log.info("there is no %s here; it is that of hybridlm, in %s", filename, root)
+        return root / path
+    known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
+    fix = nearest(filename, known) if known else f"It was looked for from {Path.cwd()}."
+    raise ConfigError(field, filename, "no such file", fix)
 
 
 def split(spec: str) -> tuple[str, str]:
@@ -32,32 +48,36 @@ def split(spec: str) -> tuple[str, str]:
     return (spec[:cut], spec[cut + 1 :]) if cut else (spec.partition(":")[0], spec.partition(":")[2])
 
 
-def _run(path: Path, argument: str) -> ConfigDict:
+def run(spec: str, function: str, kind: type[T]) -> T:
+    """What ``function``, one of HINTS, of "file.py" or "file.py:argument" returns. Runs the file.
+
+    ConfigError, with the line, for whatever goes wrong there, and if it is none of ``kind``.
+    """
+    filename, argument = split(spec)
+    path = located(filename)
     spec = f"{path}:{argument}" if argument else str(path)
     try:
         module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
         exec(compile(path.read_bytes(), path, "exec"), module)
-        get_config = module.get("get_config")
-        if get_config is None:
-            fix = "A sweep runs with python -m launch.sweep." if "get_sweep" in module else ""
-            raise ConfigError("--config", spec, "the file defines no function get_config", fix)
-        if argument and not inspect.signature(get_config).parameters:
-            raise ConfigError(
-                "--config", spec, "this file's get_config takes no argument", f"Use {str(path)!r}."
-            )
-        config = get_config(argument) if argument else get_config()
+        if function not in module:
+            fix = next((hint for other, hint in HINTS.items() if other in module), "")
+            raise ConfigError("--config", spec, f"the file defines no function {function}", fix)
+        if argument and not inspect.signature(module[function]).parameters:
+            problem = f"this file's {function} takes no argument"
+            raise ConfigError("--config", spec, problem, f"Use {str(path)!r}.")
+        found = module[function](*([argument] if argument else []))
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
-        lines = [
-            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
         problem = f"failed at line {line} with {type(error).__name__} ({error})"
         raise ConfigError("--config", spec, problem) from error
-    if not isinstance(config, ConfigDict):
-        raise ConfigError("--config", spec, f"get_config returned {type(config).__name__}, not a ConfigDict")
-    return config
+    if not isinstance(found, kind):
+        problem = f"{function} returned {type(found).__name__}, not a {kind.__name__}"
+        raise ConfigError("--config", spec, problem)
+    return found
 
 
 def from_json(path: str | Path) -> ConfigDict:
@@ -81,8 +101,7 @@ def from_json(path: str | Path) -> ConfigDict:
 
 def recorded(path: Path) -> dict[str, Any] | None:
     """The config in the newest readable record of the checkpoints beside the config.json at ``path``."""
-    steps = [one for one in path.parent.glob("checkpoints/[0-9]*") if untrusted.digits(one.name)]
-    for one in sorted(steps, key=lambda step: int(step.name), reverse=True):
+    for one in reversed(untrusted.numbered(path.parent / "checkpoints")):
         with contextlib.suppress(ConfigError):
             shape = {"config": {str: (dict, str)}}
             return dict(untrusted.read_json(one / "run" / "metadata", "--config", shape)["config"])

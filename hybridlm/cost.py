@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hybridlm import loss, model
+from hybridlm import loss, mlps, model
 from hybridlm.block import Spec
 from hybridlm.config import Config
 from hybridlm.kinds import Settings
@@ -131,8 +131,8 @@ def train_flops_per_token(config: Config) -> float:
     softmax attention over the context that a causal token sees, (T + 1) / 2 on average.
     """
     definition, seq_len = model.build(config), config.train.seq_len
-    tied = _embedding(definition) if definition.model.tie_embeddings else 0
-    forward = 2.0 * (active_parameters(config) - _embedding(definition) + tied)
+    looked_up = 0 if definition.model.tie_embeddings else definition.vocab_size * definition.d_model
+    forward = 2.0 * (active_parameters(config) - looked_up)
     forward += sum(spec.cost(definition.d_model, seq_len).flops for spec in definition.layers)
     return 3 * forward
 
@@ -174,17 +174,12 @@ def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
 
 def _settings(spec: Spec) -> str:
     def changed(config: Settings) -> list[str]:
+        own = {name: value for name, value in vars(config).items() if name not in ("kind", "parts")}
         defaults = vars(type(config)())
-        return [
-            f"{k}={v}" for k, v in vars(config).items() if v != defaults[k] and k not in ("kind", "parts")
-        ]
+        return [f"{name}={value}" for name, value in own.items() if value != defaults[name]]
 
-    mlp = [] if spec.mlp_kind == "swiglu" else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
+    mlp = [] if spec.mlp_kind == mlps.DEFAULT else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)
-
-
-def _embedding(definition: model.Definition) -> int:
-    return definition.vocab_size * definition.d_model
 
 
 @functools.lru_cache(maxsize=256)

@@ -29,6 +29,11 @@ class Stopped(Exception):
     """A run that was asked to stop and did so with a complete checkpoint: the message says at which step."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what it says; its type's name where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def one_of(field: str, value: str, names: Collection[str]) -> None:
     """ConfigError unless ``value`` is among ``names``."""
     if value not in names:

@@ -165,30 +165,31 @@ def parse(kind: Any, text: str) -> Any:
 
     Numbers are written in ASCII digits without underscores.
     """
+    return convert(kind, _meant(kind, text))
+
+
+def _meant(kind: Any, text: str) -> Any:
+    """What ``text`` spells where ``kind`` is wanted, limits aside; itself if nothing."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return convert(kind, parse(args[0], text))
+        return _meant(args[0], text)
     if origin is Literal:
-        return convert(kind, next((arg for arg in args if str(arg) == text), text))
+        return next((arg for arg in args if str(arg) == text), text)
     if origin in (types.UnionType, typing.Union):
         return _alternative(parse, kind, text)
     if origin is tuple:
         parts = [part.strip() for part in text.strip("()[] ").split(",")]
-        return tuple(parse(args[0], part.strip("'\"")) for part in parts if part)
-    if kind is str:
-        return text
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind is type(None) and text.lower() == "none":
-        return None
+        return tuple(_meant(args[0], part.strip("'\"")) for part in parts if part)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if kind is type(None):
+        return None if text.lower() == "none" else text
     if kind is int and re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text):
         return int(text)
     if kind is float and text.isascii() and "_" not in text:
-        try:
-            return convert(float, float(text))
-        except ValueError:
-            pass
-    raise ValueError(f"must be {describe(kind)}")
+        with suppress(ValueError):
+            return float(text)
+    return text
 
 
 def _alternative(read: Callable[[Any, Any], Any], union: Any, value: Any) -> Any:

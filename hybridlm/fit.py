@@ -50,7 +50,7 @@ def step(config: Config, definition: Definition, mesh: Mesh, trace: Callable[[De
         return trace(definition).lower().compile()
     available = limit()
     if available is None:
-        return trace(_with(definition, "none", definition.model.scan)).lower().compile()
+        return trace(settled(definition, "none")).lower().compile()
     memo = _memo(config, mesh)
     known, why = _noted(memo)
     if known:
@@ -113,11 +113,8 @@ def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]
 
 def settled(definition: Definition, policy: str) -> Definition:
     """``definition`` with a policy in place of `auto`."""
-    return _with(definition, policy, definition.model.scan and policy == "full")
-
-
-def _with(definition: Definition, remat: str, scan: bool) -> Definition:
-    settings: dict[str, Any] = {"remat": remat, "scan": scan}
+    scan = definition.model.scan and policy not in ("kernels", "dots")
+    settings: dict[str, Any] = {"remat": policy, "scan": scan}
     return dataclasses.replace(definition, model=dataclasses.replace(definition.model, **settings))
 
 

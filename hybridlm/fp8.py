@@ -3,26 +3,20 @@
 from typing import Any
 
 import jax
-from flax import nnx
 
 from hybridlm import schema
-from hybridlm.block import Block, Spec
+from hybridlm.block import Spec, abstract, matrices
 from hybridlm.errors import ConfigError
-from hybridlm.layers import Linear
-from hybridlm.mixers import Site
 from hybridlm.scaled_matmul import MULTIPLE
 
 
 def reasons(model: schema.Model, layers: tuple[Spec, ...]) -> dict[str, str]:
     """Why each matrix stays in the model's dtype, "" where it is in 8 bits: "kda mixer.q_proj" -> reason."""
-    found: dict[str, str] = {}
-    for spec in dict.fromkeys(layers):
-        made = lambda spec=spec: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0))
-        block = nnx.eval_shape(made)
-        for path, module in nnx.iter_modules(block):
-            if isinstance(module, Linear):
-                found[f"{spec.name} {'.'.join(map(str, path))}"] = module.why_not_fp8()
-    return found
+    return {
+        f"{spec.name} {name}": linear.why_not_fp8()
+        for spec in dict.fromkeys(layers)
+        for name, linear in matrices(abstract(model, spec)).items()
+    }
 
 
 def check(model: schema.Model, layers: tuple[Spec, ...]) -> None:

@@ -29,6 +29,7 @@ from hybridlm.weights import CARRIED, TOKENIZER
 log = logging.getLogger("hybridlm")
 
 EMA = ":ema"
+KINDS = ("loaded", "mapped", "new", "dropped")  # in the order that they are told in
 
 
 class Source(NamedTuple):
@@ -42,6 +43,11 @@ class Source(NamedTuple):
     arrays: Mapping[str, Any]
     carry: Callable[[Path], None]
     tokenizer: Path
+
+    def read(self, name: str) -> np.ndarray | None:
+        """A parameter in float32; None if there is none of that name."""
+        array = self.arrays.get(name)
+        return None if array is None else np.asarray(array).astype(np.float32, copy=False)
 
 
 class Report(NamedTuple):
@@ -59,16 +65,17 @@ class Report(NamedTuple):
     def lines(self) -> list[str]:
         """Per part of the model, layers by index, what became of it."""
         parts: dict[str, dict[str, list[str]]] = {}
-        for kind in ("loaded", "mapped", "new", "dropped"):
+        for kind in KINDS:
             for name in getattr(self, kind):
                 layer = name.startswith("layers.")
                 part, rest = (name.split(".", 2)[1], name.split(".", 2)[2]) if layer else (name, "")
                 parts.setdefault(f"layer {part}" if layer else part, {}).setdefault(kind, []).append(rest)
-        return [
-            f"{part}: "
-            + "; ".join(_said(kind, names, whole=len(kinds) == 1) for kind, names in kinds.items())
-            for part, kinds in parts.items()
-        ] + self._mappings()
+        lines = []
+        for part, kinds in parts.items():
+            alone = len(kinds) == 1
+            told = [kind if alone else f"{kind} {', '.join(names)}" for kind, names in kinds.items()]
+            lines.append(f"{part}: {'; '.join(told)}")
+        return lines + self._mappings()
 
     def _mappings(self) -> list[str]:
         """How parameters were made, once for all the layers where it is the same, and what could not be."""
@@ -80,10 +87,6 @@ class Report(NamedTuple):
         return said + [f"{layer}: its mixer is fresh: {why}" for layer, why in self.why.items()]
 
 
-def _said(kind: str, names: list[str], whole: bool) -> str:
-    return kind if whole else f"{kind} {', '.join(names)}"
-
-
 def split(path: str | Path) -> tuple[Path, bool]:
     """(folder, whether its average is meant) of "DIR" and "DIR:ema"."""
     text = str(Path(path).absolute())
@@ -93,21 +96,32 @@ def split(path: str | Path) -> tuple[Path, bool]:
 
 def check(path: str | Path, field: str = "init_from") -> None:
     """ConfigError, of ``field``, unless there is a model at ``path``, its config readable; opens no array."""
+    _described(path, field)
+
+
+def described(path: str | Path, field: str = "init_from") -> configs.Config:
+    """The config of the model at ``path``, which ``field`` named; opens no array."""
+    return without_factors(_described(path, field)[0])
+
+
+def _described(path: str | Path, field: str) -> tuple[configs.Config, Any]:
+    """(the config of the model at ``path``, all that was read of it if it is a Hugging Face folder)."""
     path, ema = split(path)
-    if (path / "checkpoints").is_dir():
-        with _named(field):
+    with _named(field):
+        if (path / "checkpoints").is_dir():
             config = configs.of_run(path)
+            if ema:
+                weights.averaged(config, model.build(config), field, f"{path}{EMA}")
+            return config, None
         if ema:
-            weights.averaged(config, model.build(config), field, f"{path}{EMA}")
-    elif ema:
-        raise ConfigError(field, f"{path}{EMA}", "is the average of no run with checkpoints")
-    elif (path / "config.json").is_file():
+            raise ConfigError(field, f"{path}{EMA}", "is the average of no run with checkpoints")
+        if not (path / "config.json").is_file():
+            problem = "is neither a workdir with checkpoints nor a Hugging Face folder"
+            raise ConfigError(field, str(path), problem)
         from hybridlm.convert import families  # only a run that starts from one needs the converters
 
-        with _named(field):
-            families.read_config(path)
-    else:
-        raise ConfigError(field, str(path), "is neither a workdir with checkpoints nor a Hugging Face folder")
+        imported = families.read_config(path)
+        return imported.config, imported
 
 
 @contextlib.contextmanager
@@ -124,29 +138,27 @@ def _named(field: str) -> Iterator[None]:
 @contextlib.contextmanager
 def source(path: str | Path, field: str = "init_from") -> Iterator[Source]:
     """The model at ``path``, which ``field`` named."""
-    check(path, field)
+    config, imported = _described(path, field)
     path, ema = split(path)
-    if (path / "checkpoints").is_dir():
-        config = configs.of_run(path)
-        definition = model.build(config)
-        with checkpoint.Checkpoints(path / "checkpoints") as saves:
-            steps = saves.steps()
-            if not steps:
-                raise ConfigError(field, str(path), "has no checkpoint")
-            arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
-            if ema:
-                arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition))
-            merged, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
-            yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
-    else:
-        from hybridlm.convert import families, incoming
+    if imported is not None:
+        from hybridlm.convert import incoming
 
-        imported = families.read_config(path)
         read: dict[str, np.ndarray] = {}
         with _named(field):
             manifest = incoming.fill(path, imported, read.__setitem__)
         carry = lambda workdir: incoming.carry(imported, manifest, workdir)
-        yield Source(model.build(imported.config), read, carry, path / TOKENIZER)
+        yield Source(model.build(config), read, carry, path / TOKENIZER)
+        return
+    definition = model.build(config)
+    with checkpoint.Checkpoints(path / "checkpoints") as saves:
+        steps = saves.steps()
+        if not steps:
+            raise ConfigError(field, str(path), "has no checkpoint")
+        arrays = saves.open(steps[-1], "params", model.canonical_shapes(definition))
+        if ema:
+            arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition))
+        merged, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
+        yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
 
 
 def without_factors(config: configs.Config) -> configs.Config:
@@ -157,17 +169,6 @@ def without_factors(config: configs.Config) -> configs.Config:
 def _copy(carried: Path, workdir: Path) -> None:
     if carried.is_dir():
         shutil.copytree(carried, workdir / carried.name, dirs_exist_ok=True)
-
-
-def described(path: str | Path, field: str = "init_from") -> configs.Config:
-    """The config of the model at ``path``, which ``field`` named; opens no array."""
-    check(path, field)
-    path, _ = split(path)
-    if (path / "checkpoints").is_dir():
-        return without_factors(configs.of_run(path))
-    from hybridlm.convert import families
-
-    return families.read_config(path).config
 
 
 def teacher(config: configs.Config, built: program.Program) -> tuple[model.Params, ...]:
@@ -201,12 +202,11 @@ def load(
         and tuple(other.arrays[name].shape) == leaf.shape
         and _same_kind(name, definition, other.definition)
     ]
-    read = lambda name: np.asarray(other.arrays[name]).astype(np.float32, copy=False)
     mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()}, gates)
     for name in (*taken, *mapped):
-        loaded = mapped[name].value if name in mapped else read(name)
-        put = lambda index, loaded=loaded: loaded[index]
-        ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, put)
+        loaded = mapped[name].value if name in mapped else other.read(name)
+        assert loaded is not None
+        ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, loaded.__getitem__)
     whole = jax.tree.map(lambda leaf: leaf.sharding, params)
     restack = jax.jit(lambda flat: model.restack(definition, flat), out_shardings=whole)
     new = [name for name in ours if name not in taken and name not in mapped]
@@ -226,11 +226,7 @@ def _mixers(
         return found, why
     for index, (theirs, ours) in enumerate(zip(other.definition.layers, definition.layers, strict=False)):
         start = f"layers.{index}.mixer."
-
-        def read(name: str, start: str = start) -> np.ndarray | None:
-            array = other.arrays.get(start + name)
-            return None if array is None else np.asarray(array).astype(np.float32, copy=False)
-
+        read = lambda name, start=start: other.read(start + name)
         own = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
         layer = mapping.Layer(definition.d_model, read, own, gates)
         made, problem = mapping.mixer(theirs.config, ours.config, layer)
@@ -267,12 +263,9 @@ def start(
             if "embedding" in report.loaded and tokenizer is not None:
                 _compare(other.tokenizer, tokenizer)
     if not report.loaded:
-        raise ConfigError(
-            "init_from", path, "has nothing in common with this model: no parameter could be loaded"
-        )
-    counts = ", ".join(
-        f"{len(getattr(report, kind))} {kind}" for kind in ("loaded", "mapped", "new", "dropped")
-    )
+        problem = "has nothing in common with this model: no parameter could be loaded"
+        raise ConfigError("init_from", path, problem)
+    counts = ", ".join(f"{len(getattr(report, kind))} {kind}" for kind in KINDS)
     log.info("parameters from %s: %s\n  %s", path, counts, "\n  ".join(report.lines()))
     if jax.process_index() == 0:
         untrusted.write_json(workdir / "init_from.json", report._asdict())

@@ -25,15 +25,14 @@ def names(room: ModuleType) -> list[str]:
 def load(room: ModuleType, kind: str, member: str) -> Any:
     """The class of ``kind``: ``member`` of its module in ``room``, or what "module:Class" names.
 
-    ConfigError for a kind that has no file, and for code that cannot be imported or names no settings.
+    ConfigError for a kind that has no file, and for code that cannot be imported, names no settings or leaves
+    a method undefined that every kind has (those with `abc.abstractmethod`).
     """
     if ":" in kind:
         return _outside(kind)
-    if kind not in names(room):
-        known = names(room)
-        raise ConfigError(
-            "kind", kind, "must be one of " + ", ".join(known) + ", or module:Class", nearest(kind, known)
-        )
+    if kind not in (known := names(room)):
+        problem = f"must be one of {', '.join(known)}, or module:Class"
+        raise ConfigError("kind", kind, problem, nearest(kind, known))
     return getattr(importlib.import_module(f"{room.__name__}.{kind}"), member)
 
 
@@ -59,4 +58,8 @@ def _outside(kind: str) -> Any:
         fix = "Each is a number, a text, True or False, or a tuple of one of these, and has a default."
         problem = f"has settings that no config can give ({type(error).__name__}: {error})"
         raise ConfigError("kind", kind, problem, fix) from error
+    methods = [(name, getattr(owner, name, None)) for owner in (found, config) for name in dir(owner)]
+    if lacking := [name for name, one in methods if getattr(one, "__isabstractmethod__", False)]:
+        fix = "docs/outside.md says what a kind is asked for."
+        raise ConfigError("kind", kind, f"does not define {', '.join(lacking)}", fix)
     return found

@@ -23,6 +23,7 @@ from rich.table import Table
 from hybridlm import init_from, member, model, plan, untrusted, weights
 from hybridlm.block import Spec
 from hybridlm.errors import ConfigError
+from hybridlm.mixers import parallel
 from hybridlm.objectives import next_token
 from hybridlm.run import cli, logbook
 
@@ -66,13 +67,13 @@ def rank(run: weights.Weights, workdir: Path, batches: int) -> tuple[float, dict
         if not changed:
             raise ConfigError("--workdir", str(workdir), "has every layer of the model that it came from")
         theirs = {name: np.asarray(array) for name, array in other.arrays.items()}
-    found: dict[int | None, float] = {}
-    for layer in (None, *changed):
+
+    def loss(layer: int | None) -> float:
         definition, own = alone(teacher, run.definition, layer)
         flat = {name: ours[name] if is_own else theirs[name] for name, is_own in own.items()}
-        found[layer] = loss_of(definition, flat, held_out)
-    base = found.pop(None)
-    return base, {layer: loss for layer, loss in found.items() if layer is not None}
+        return loss_of(definition, flat, held_out)
+
+    return loss(None), {layer: loss(layer) for layer in changed}
 
 
 def ranked(losses: Mapping[int, float]) -> list[int]:
@@ -100,8 +101,8 @@ def kept(scores: Mapping[int, float], costs: Mapping[int, float], budget: float)
 
 def without_attention(spec: Spec) -> Spec:
     """``spec``, of a layer that has both the other of its branches."""
-    config: Any = spec.config
-    if getattr(config, "combine", "") != "gate":
+    config = spec.config
+    if not isinstance(config, parallel.Joined) or config.combine != "gate":
         return spec
     return spec._replace(name=spec.name.replace(spec.mixer, config.branches[1], 1), config=config.parts[1])
 
@@ -114,13 +115,10 @@ def names(run: weights.Weights, teacher: model.Definition, layers: Sequence[int]
 
 def kv_bytes(run: weights.Weights, teacher: model.Definition, context: int) -> tuple[float, dict[int, float]]:
     """(of a row of ``context`` tokens with every layer replaced, what keeping each adds)."""
-    width, size = teacher.d_model, run.definition.dtype.itemsize
-    base, added = 0.0, {}
-    for i, (ours, theirs) in enumerate(zip(run.definition.layers, teacher.layers, strict=True)):
-        own = without_attention(ours).cost(width, context).cache * size
-        base += own
-        added[i] = theirs.cost(width, context).cache * size - own
-    return base, added
+    size = run.definition.dtype.itemsize
+    cache = lambda spec: spec.cost(teacher.d_model, context).cache * size
+    own = [cache(without_attention(spec)) for spec in run.definition.layers]
+    return sum(own, 0.0), {i: cache(spec) - own[i] for i, spec in enumerate(teacher.layers)}
 
 
 def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, context: int = 0) -> None:

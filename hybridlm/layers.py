@@ -143,10 +143,6 @@ def _product(x_BTD: jax.Array, kernel_DF: jax.Array, axes: tuple[str | None, ...
     return x_BTD @ kernel_DF
 
 
-def _product_forward(x_BTD: jax.Array, kernel_DF: jax.Array, axes: tuple) -> tuple:
-    return x_BTD @ kernel_DF, (x_BTD, kernel_DF)
-
-
 def _product_backward(axes: tuple, residuals: tuple, y_bar: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The kernel's gradient is added up over devices in float32, then rounded once as on one device.
 
@@ -163,7 +159,7 @@ def _product_backward(axes: tuple, residuals: tuple, y_bar: jax.Array) -> tuple[
     return y_bar @ kernel_DF.T, constrain(kernel_bar, axes).astype(kernel_DF.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda x, kernel, axes: (x @ kernel, (x, kernel)), _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -176,10 +172,6 @@ def embed(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Ar
     return constrain(table_VD.astype(dtype), ("vocab", None))[tokens_BT]
 
 
-def _embed_forward(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> tuple:
-    return embed(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
-
-
 def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tuple[jax.Array, None]:
     table_VD, tokens_BT = residuals
     table_bar = jnp.zeros_like(table_VD).at[tokens_BT].add(x_bar.astype(table_VD.dtype))
@@ -189,7 +181,7 @@ def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tup
     return table_bar, None
 
 
-embed.defvjp(_embed_forward, _embed_backward)
+embed.defvjp(lambda table, tokens, dtype: (embed(table, tokens, dtype), (table, tokens)), _embed_backward)
 
 
 def rms(x: jax.Array, eps: float) -> jax.Array:
@@ -248,7 +240,7 @@ class ShortConv(nnx.Module):
 
     kernel [width, F], tap width-1 on the current token; ``history`` is the last width-1 raw inputs
     [B, width-1, F], oldest first. Summed in float32, returned in x's dtype. Source: FLA ShortConvolution.
-    bias: added to the sum, before ``silu``.
+    bias: added to the sum.
     """
 
     def __init__(self, features: int, width: int, *, rngs: nnx.Rngs, bias: bool = False):
@@ -262,42 +254,16 @@ class ShortConv(nnx.Module):
         return jnp.zeros((batch, self.width - 1, self.kernel.shape[-1]), dtype)
 
     def __call__(
-        self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None, *, silu: bool = False
+        self, x_BTF: jax.Array, rows: Rows, history: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (y [B, T, F], with ``silu`` its SiLU; the history after the last token)."""
-        bias = None if self.bias is None else self.bias[...]
-        y_BTF = _convolved(x_BTF, self.kernel[...], bias, rows, history, silu)
-        return y_BTF, self.after(x_BTF, history)
+        """(y [B, T, F], the history after the last token)."""
+        (y_BTF,), (after,) = convolve([self], [x_BTF], rows, None if history is None else (history,))
+        return y_BTF, after
 
     def after(self, x_BTF: jax.Array, history: jax.Array | None) -> jax.Array:
         """The history after the last token."""
         before = self.init_history(x_BTF.shape[0], x_BTF.dtype) if history is None else history
         return jnp.concatenate([before.astype(x_BTF.dtype), x_BTF], axis=1)[:, x_BTF.shape[1] :]
-
-
-def _convolved(
-    x_BTF: jax.Array,
-    kernel_WF: jax.Array,
-    bias_F: jax.Array | None,
-    rows: Rows,
-    history: jax.Array | None,
-    silu: bool,
-) -> jax.Array:
-    token_axes, over = ("batch", "time", "heads"), pieces.over(x_BTF.shape[1])
-    history_axes = None if history is None else ("batch", None, "heads")
-    inside = silu and bias_F is None  # the op has no bias
-
-    def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
-        if over:
-            history = pieces.before(x, len(kernel) - 1, over, history)
-        return (short_conv(x, kernel, positions, history, silu=inside),)
-
-    in_axes = token_axes, ("taps", "heads"), ("batch", "time"), history_axes
-    (y_BTF,) = per_shard(op, in_axes, (token_axes,))(x_BTF, kernel_WF, rows.positions, history)
-    if bias_F is None:
-        return y_BTF
-    y = y_BTF.astype(jnp.float32) + bias_F
-    return (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
 
 
 class RecurrentCache(NamedTuple):
@@ -329,18 +295,38 @@ def convolve(
     if not convs:
         return [jax.nn.silu(x) if silu else x for x in xs], ()
     before = history or (None,) * len(convs)
-    if joined:
-        one = functools.partial(jnp.concatenate, axis=-1)
-        kernel = one([conv.kernel[...] for conv in convs[:joined]])
-        biases = [conv.bias[...] for conv in convs[:joined] if conv.bias is not None]
-        past = one(history[:joined]) if history else None
-        y = _convolved(one(xs[:joined]), kernel, one(biases) if biases else None, rows, past, silu)
-        cut = itertools.accumulate(x.shape[-1] for x in xs[: joined - 1])
-        kept = [conv.after(x, past) for conv, x, past in zip(convs, xs, before, strict=True)]
-        rest, _ = convolve(convs[joined:], xs[joined:], rows, history and history[joined:], silu=silu)
-        return [*jnp.split(y, list(cut), axis=-1), *rest], tuple(kept)
-    done = [conv(x, rows, past, silu=silu) for conv, x, past in zip(convs, xs, before, strict=True)]
-    return [y for y, _ in done], tuple(after for _, after in done)
+    kept = tuple(conv.after(x, past) for conv, x, past in zip(convs, xs, before, strict=True))
+    ys: list[jax.Array] = []
+    for i, j in itertools.pairwise(sorted({0, *range(joined, len(convs) + 1)})):
+        ys += _convolved(convs[i:j], xs[i:j], rows, before[i:j], silu)
+    return ys, kept
+
+
+def _convolved(
+    convs: Sequence[ShortConv], xs: Sequence[jax.Array], rows: Rows, history: Sequence[Any], silu: bool
+) -> list[jax.Array]:
+    """Each of ``xs`` through its convolution, as one to the op."""
+    one = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    x_BTF, kernel_WF = one(xs), one([conv.kernel[...] for conv in convs])
+    past = None if history[0] is None else one(history)
+    biases = [conv.bias[...] for conv in convs if conv.bias is not None]
+    bias_F = one(biases) if biases else None
+    token_axes, over = ("batch", "time", "heads"), pieces.over(x_BTF.shape[1])
+    inside = silu and bias_F is None  # the op has no bias
+
+    def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
+        if over:
+            history = pieces.before(x, len(kernel) - 1, over, history)
+        return (short_conv(x, kernel, positions, history, silu=inside),)
+
+    past_axes = None if past is None else ("batch", None, "heads")
+    in_axes = token_axes, ("taps", "heads"), ("batch", "time"), past_axes
+    (y_BTF,) = per_shard(op, in_axes, (token_axes,))(x_BTF, kernel_WF, rows.positions, past)
+    if bias_F is not None:
+        y = y_BTF.astype(jnp.float32) + bias_F
+        y_BTF = (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
+    cuts = list(itertools.accumulate(x.shape[-1] for x in xs[:-1]))
+    return jnp.split(y_BTF, cuts, axis=-1) if cuts else [y_BTF]
 
 
 def elementwise(

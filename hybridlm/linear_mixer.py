@@ -9,9 +9,10 @@ Parameterisation: FLA's layers (flash-linear-attention). Gates, log-decays and b
 Shape legend: B batch, T time, D model width, H key heads, HV value heads (multiple of H), K and V their dims.
 """
 
+import abc
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ class Config(mixers.Config):
     def cost(self, d_model: int, context: int) -> Cost:
         return cost(self.heads(d_model), self.conv_size, delta=self.delta, writes=self.writes)
 
-    def explicit(self, d_model: int) -> "Config":
+    def explicit(self, d_model: int) -> Self:
         heads = self.heads(d_model)
         return dataclasses.replace(self, num_heads=heads.num, head_dim=heads.key, v_head_dim=heads.value)
 
@@ -132,10 +133,8 @@ class GroupedConfig(Config):
         heads = super().heads(d_model)
         return heads._replace(num_v=self.num_v_heads or heads.num)
 
-    def explicit(self, d_model: int) -> "GroupedConfig":
-        explicit = super().explicit(d_model)
-        assert isinstance(explicit, GroupedConfig)
-        return dataclasses.replace(explicit, num_v_heads=self.heads(d_model).num_v)
+    def explicit(self, d_model: int) -> Self:
+        return dataclasses.replace(super().explicit(d_model), num_v_heads=self.heads(d_model).num_v)
 
 
 class Inputs(NamedTuple):
@@ -194,6 +193,7 @@ class LinearMixer(TokenMixer):
 
     # What a kind overrides.
 
+    @abc.abstractmethod
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         """The recurrence's arguments from the projected and activated q, k, v (already split into heads)."""
         raise NotImplementedError
@@ -262,34 +262,23 @@ def recurrence(
     state: None (start from nothing, return nothing) or float32 [B, HV, K, V], carried on where a row's first
         position is not 0. Returns (o [B, T, HV, V], state after the last token or None).
     """
-
     over = pieces.over(inputs.q.shape[1])
 
-    def op(
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        log_decay: jax.Array | None,
-        beta: jax.Array | None,
-        segment_ids: jax.Array,
-        state: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def op(*arrays: Any) -> tuple[jax.Array, jax.Array | None]:
+        q, k, v, log_decay, beta, segment_ids, state = arrays
         if state is not None and q.shape[1] == 1:
             g, b = (None if gate is None else gate[:, 0] for gate in (log_decay, beta))
             o_BHV, state = linear_attention_step(
                 q[:, 0], k[:, 0], v[:, 0], state=state, log_decay=g, beta=b, qk_l2norm=qk_l2norm, scale=scale
             )
             return o_BHV[:, None], state
+        call: dict[str, Any] = {"log_decay": log_decay, "beta": beta}
+        call |= {"segment_ids": segment_ids, "qk_l2norm": qk_l2norm}
         last, carried = None, state
         if over:
-            carried, last = pieces.linear_states(
-                state, over, q=q, k=k, v=v, log_decay=log_decay, beta=beta, segment_ids=segment_ids,
-                qk_l2norm=qk_l2norm,
-            )  # fmt: skip
-        o, own_last = linear_attention(
-            q, k, v, log_decay=log_decay, beta=beta, initial_state=carried, segment_ids=segment_ids,
-            qk_l2norm=qk_l2norm, scale=scale, output_final_state=state is not None,
-        )  # fmt: skip
+            carried, last = pieces.linear_states(state, over, q=q, k=k, v=v, **call)
+        call |= {"initial_state": carried, "output_final_state": state is not None}
+        o, own_last = linear_attention(q, k, v, **call, scale=scale)
         return o, None if state is None else own_last if last is None else last
 
     if state is not None:

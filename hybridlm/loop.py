@@ -12,12 +12,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
-import rich
 from jax.sharding import Mesh
 
 from hybridlm import fit, init_from, opening, program, sharding
@@ -26,7 +25,7 @@ from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
 from hybridlm.model import Definition
 from hybridlm.program import NORMS, State
-from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs
+from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs, show
 from hybridlm.run.clock import Clock
 
 log = logging.getLogger("hybridlm")
@@ -56,8 +55,7 @@ class Loop:
         if start > self.config.train.steps:  # in a later stage
             return
         if processes.first():
-            with logbook.harmless("saying what the run is"):
-                self.open(start)
+            self.open(start)
         self.say_determinism()
         self.teacher = init_from.teacher(self.config, self.program)
         state = self.begin(start)
@@ -80,6 +78,7 @@ class Loop:
                 with fit.outgrown(self.config, self.mesh):
                     self.loop(state, start, window)
 
+    @logbook.harmless("saying what the run is")
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, before anything is compiled."""
         one = self.members[0]
@@ -88,7 +87,7 @@ class Loop:
         said = opening.lines(
             one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
         )
-        rich.get_console().print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
+        show.line("\n".join(said))
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
@@ -148,9 +147,9 @@ class Loop:
         ]
         return state | {"params": self.stacked(loaded)}
 
-    def own(self, state: State, r: int) -> State:
-        """The state of member ``r``."""
-        return jax.tree.map(lambda leaf: leaf[r], state) if self.several else state
+    def own(self, whole: dict[str, Any], r: int) -> dict[str, Any]:
+        """What of a state or of metrics is member ``r``'s."""
+        return jax.tree.map(lambda leaf: leaf[r], whole) if self.several else whole
 
     def alive(self) -> list[tuple[int, Member]]:
         return [(r, one) for r, one in enumerate(self.members) if not one.failed]
@@ -222,8 +221,7 @@ class Loop:
         host = jax.device_get({name: value for name, value in metrics.items() if name != NORMS})
         self.clock.tick()
         for r, one in self.alive():
-            pick = lambda leaf, r=r: leaf[r] if self.several else leaf
-            one.settle(step, jax.tree.map(pick, host | {NORMS: metrics[NORMS]}))
+            one.settle(step, self.own(host | {NORMS: metrics[NORMS]}, r))
 
     def write(self, step: int, rates: Metrics) -> None:
         for _, one in self.alive():
@@ -247,16 +245,9 @@ class Loop:
 
     def finish(self, step: int, state: State, rates: Metrics) -> None:
         """Lets the members look at ``step``; they share the batches of a validation."""
-        looks = self.validations(state)
-        found: dict[str, list[Metrics]] = {}
-
-        def measure(what: str, r: int) -> Metrics:
-            if what not in found:
-                found[what] = looks[what]()
-            return found[what][r]
-
+        looks = {what: cache(look) for what, look in self.validations(state).items()}
         for r, one in self.alive():
-            own = {what: partial(measure, what, r) for what in looks}
+            own = {what: lambda look=look, r=r: look()[r] for what, look in looks.items()}
             one.finish(step, self.own(state, r)["params"], own, rates)
 
     def validations(self, state: State) -> dict[str, Callable[[], list[Metrics]]]:
@@ -281,10 +272,7 @@ class Loop:
         count = min(wanted, dataset.num_batches or wanted)
         put = lambda i: sharding.put_batch(dataset.batch(i), self.mesh, dataset.batch_size)
         host = jax.device_get([self.program.evaluate(params, put(i), *self.teacher) for i in range(count)])
-        value = lambda one, key, r: float(one[key][r] if self.several else one[key])
+        sums = {key: sum(np.asarray(one[key], np.float64) for one in host) for key in host[0]}
         called = lambda key: f"{start}val/{name}/{key.removeprefix('val_')}" if name else f"{start}{key}"
-        each = [
-            held_out({key: sum(value(one, key, r) for one in host) for key in host[0]})
-            for r in range(len(self.members))
-        ]
-        return [{called(key): number for key, number in one.items()} for one in each]
+        each = [held_out(self.own(sums, r)) for r in range(len(self.members))]
+        return [{called(key): float(number) for key, number in one.items()} for one in each]

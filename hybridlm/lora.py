@@ -14,13 +14,11 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flax import nnx
 
 from hybridlm import qk_clip, schema
-from hybridlm.block import Block, Factors, Spec
+from hybridlm.block import Factors, Spec, abstract, matrices
 from hybridlm.errors import ConfigError
-from hybridlm.layers import LORA, Linear
-from hybridlm.mixers import Site
+from hybridlm.layers import LORA
 
 if TYPE_CHECKING:
     from hybridlm.config import Config
@@ -29,8 +27,8 @@ if TYPE_CHECKING:
 FIELD = "model.lora"
 
 
-def parsed(given: tuple[str, ...]) -> list[tuple[str, int, float]]:
-    """(pattern, rank, alpha / rank) of each "PATTERN=RANK" or "PATTERN=RANK/ALPHA"."""
+def parsed(given: tuple[str, ...]) -> list[Factors]:
+    """Of each "PATTERN=RANK" or "PATTERN=RANK/ALPHA"; called by the pattern."""
     found = []
     for text in given:
         match = re.fullmatch(rf"([^=]+)=([1-9][0-9]{{0,5}})(?:/({schema.FACTOR}))?", text.replace(" ", ""))
@@ -38,7 +36,7 @@ def parsed(given: tuple[str, ...]) -> list[tuple[str, int, float]]:
             fix = "For example layers.*.mixer.[qkvo]_proj.kernel=8/16."
             raise ConfigError(FIELD, text, "must be PATTERN=RANK or PATTERN=RANK/ALPHA", fix)
         rank = int(match[2])
-        found.append((match[1], rank, float(match[3] or rank) / rank))
+        found.append(Factors(match[1], rank, float(match[3] or rank) / rank))
     return found
 
 
@@ -47,17 +45,17 @@ def placed(config: "Config", layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
     wanted = parsed(config.model.lora)
     if not wanted:
         return layers
-    named = {spec: matrices(config.model, spec) for spec in dict.fromkeys(layers)}
+    named = {spec: list(matrices(abstract(config.model, spec))) for spec in dict.fromkeys(layers)}
     matched, result = set(), []
     for index, spec in enumerate(layers):
         factors = []
         for name in named[spec]:
-            hits = [one for one in wanted if fnmatchcase(f"layers.{index}.{name}.kernel", one[0])]
-            matched |= {pattern for pattern, *_ in hits}
-            factors += [Factors(name, *hits[-1][1:])] if hits else []
+            hits = [one for one in wanted if fnmatchcase(f"layers.{index}.{name}.kernel", one.name)]
+            matched |= {one.name for one in hits}
+            factors += [one._replace(name=name) for one in hits[-1:]]
         frozen = tuple(f"{one.name}.kernel" for one in factors)
         result.append(spec._replace(lora=tuple(factors), frozen=frozen))
-    for pattern, *_ in wanted:
+    for pattern, _, _ in wanted:
         if pattern not in matched:
             fix = "Names are layers.3.mixer.q_proj.kernel, layers.0.mlp.up.kernel ...; * stands for anything."
             raise ConfigError(FIELD, pattern, "is the name of no matrix in a layer that can have some", fix)
@@ -65,13 +63,6 @@ def placed(config: "Config", layers: tuple[Spec, ...]) -> tuple[Spec, ...]:
     if config.optimizer.qk_clip and clipped:
         raise ConfigError(FIELD, config.model.lora, "cannot be trained with optimizer.qk_clip")
     return tuple(result)
-
-
-def matrices(model: schema.Model, spec: Spec) -> list[str]:
-    """Names in the block of what can have factors: every `layers.Linear`."""
-    block = nnx.eval_shape(lambda: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0)))
-    found = nnx.iter_modules(block)
-    return [".".join(map(str, path)) for path, module in found if isinstance(module, Linear)]
 
 
 class Merged(Mapping[str, Any]):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hybridlm import loss_blocks, sharding
+from hybridlm import loss_blocks, rows, sharding
 
 # Tokens in a chunk, on each device: as many as make 128 MiB of float32 logits, but at least twice d_model,
 # since every chunk reads the head and adds to its gradient (12 bytes an element, against 20 a logit).
@@ -43,10 +43,14 @@ class LossSums(NamedTuple):
 
 
 class Options(NamedTuple):
-    """z_loss, tall: of `cross_entropy`.  vocab: mesh axes that the ids are cut over around a call."""
+    """z_loss, tall: of `cross_entropy`.  slopes: whether gradients are wanted.
+
+    vocab: mesh axes that the ids are cut over around a call.
+    """
 
     z_loss: float
     tall: bool
+    slopes: bool
     vocab: tuple[str, ...] = ()
 
 
@@ -64,8 +68,43 @@ def cross_entropy(
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
     tall: the head is the transpose of a matrix [V, D], as a tied one is; a matter of memory only.
     """
-    total, sums = _total_of(hidden_BTD, head_DV, targets_BT, Options(z_loss, tall))
+
+    def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, slopes: bool) -> tuple:
+        sums, *gradients = _on_devices(hidden, head, targets, Options(z_loss, tall, slopes))
+        return sums.cross_entropy + z_loss * sums.log_z_squared, sums, *gradients
+
+    return differentiated(run, hidden_BTD, head_DV, targets_BT)
+
+
+def differentiated(
+    run: Callable[..., tuple], hidden_BTD: jax.Array, head_DV: jax.Array, beside: Any
+) -> tuple[jax.Array, Any]:
+    """(a total, the sums that it is made of), with gradients of the total in hidden states and head.
+
+    run: (hidden, head, beside, whether gradients are wanted) -> (total, sums, d hidden, d head), or the first
+        two of them.
+    """
+    total, sums = _total_of(run, hidden_BTD, head_DV, beside)
     return total, jax.tree.map(jax.lax.stop_gradient, sums)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total_of(run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, beside: Any) -> tuple:
+    return run(hidden, head, beside, False)
+
+
+def _forward(run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, beside: Any) -> tuple:
+    total, sums, d_hidden, d_head = run(hidden, head, beside, True)
+    return (total, sums), (d_hidden, d_head.astype(head.dtype))
+
+
+def _backward(run: Callable[..., tuple], residuals: tuple, cotangents: tuple) -> tuple:
+    d_hidden, d_head = residuals
+    d_total = cotangents[0]
+    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
+
+
+_total_of.defvjp(_forward, _backward)
 
 
 def per_token(
@@ -75,24 +114,28 @@ def per_token(
 
     For evaluation, in the same chunks; 0 and False where a target is negative.
     """
-    batch, length = targets_BT.shape
-    hidden, targets, chunk = pad(hidden_BTD, targets_BT, head_DV.shape)
+    hidden, targets = chunks(head_DV.shape, hidden_BTD, targets_BT)
     head = sharding.constrain(head_DV.astype(hidden_BTD.dtype), (None, "vocab"))  # gathered once
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        _, log_z, _, target_logit, correct = _scores(xs[0], head, xs[1])
-        present = xs[1] >= 0
+        h, target = xs
+        _, log_z, _, target_logit, correct = _scores(h, head, target)
+        present = target >= 0
         return jnp.where(present, target_logit - log_z, 0), correct & present
 
-    scores = jax.lax.map(part, (chunks(hidden, chunk), chunks(targets, chunk)))
-    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
-    return whole(scores[0]), whole(scores[1])
+    scores = jax.lax.map(part, (hidden, targets))
+    log_p, correct = (rows.joined(x, targets_BT.shape[1]) for x in scores)
+    return log_p, correct
 
 
-def chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T/chunk, B, chunk, ...]; T is a multiple of chunk."""
-    batch, length = x.shape[:2]
-    return jnp.moveaxis(x.reshape(batch, length // chunk, chunk, *x.shape[2:]), 1, 0)
+def chunks(
+    head_shape: tuple[int, ...], hidden: jax.Array, targets: jax.Array, *beside: jax.Array
+) -> list[jax.Array]:
+    """Each [B, T, ...] as [chunks, B, time of a chunk, ...]; what is added to the last has no targets."""
+    batch, length = targets.shape
+    size = _chunk_length(batch, length, head_shape)
+    others = [rows.cut(x, size) for x in beside]
+    return [rows.cut(hidden, size), rows.cut(targets, size, constant_values=-1), *others]
 
 
 def chunk_tokens(d_model: int, vocab: int) -> int:
@@ -114,9 +157,9 @@ def _in_blocks(tokens: int, d_model: int, vocab: int, dtype: Any) -> bool:
 def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
     """A chunk of time, of at most as many tokens a device as the constants above allow."""
     d_model, vocab = head_shape
-    rows, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
+    cut, columns = (max(1, n // sharding.parts(axis)) for n, axis in ((batch, "batch"), (vocab, "vocab")))
     chunk = 1
-    while chunk < length and 2 * chunk * rows <= chunk_tokens(d_model, columns):
+    while chunk < length and 2 * chunk * cut <= chunk_tokens(d_model, columns):
         chunk *= 2
     return -(-length // -(-length // chunk))  # as many equal ones, so that little is padded
 
@@ -171,61 +214,24 @@ def logits_and_sums(
     return logits, log_z, is_target, _sums(log_z, target_logit, correct, targets)
 
 
-def pad(
-    hidden: jax.Array, targets: jax.Array, head_shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, int]:
-    batch, length = targets.shape
-    chunk = _chunk_length(batch, length, head_shape)
-    extra = -length % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0)))
-    return hidden, jnp.pad(targets, ((0, 0), (0, extra)), constant_values=-1), chunk
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _total_of(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options
-) -> tuple[jax.Array, LossSums]:
-    (sums,) = _on_devices(_values, hidden, head, targets, options)
-    return sums.cross_entropy + options.z_loss * sums.log_z_squared, sums
-
-
-def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    sums, d_hidden, d_head = _on_devices(_slopes, hidden, head, targets, options)
-    total = sums.cross_entropy + options.z_loss * sums.log_z_squared
-    return (total, sums), (d_hidden, d_head.astype(head.dtype))
-
-
-def _backward(options: Options, residuals: tuple[jax.Array, jax.Array], cotangents: tuple) -> tuple:
-    d_hidden, d_head = residuals
-    d_total = cotangents[0]
-    return (d_hidden * d_total.astype(d_hidden.dtype), d_head * d_total.astype(d_head.dtype), None)
-
-
-_total_of.defvjp(_forward, _backward)
-
-
-def _on_devices(
-    run: Callable[..., tuple], hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options
-) -> tuple:
-    """``run`` of each device's own tokens and ids, its sums added up, its gradients where their arrays lie.
+def _on_devices(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """`_sums_of` each device's own tokens and ids, added up, the gradients where their arrays lie.
 
     Tokens that the devices do not divide are left to XLA.
     """
-    tokens, whole = (
-        sharding.cut(("batch", "time"), targets.shape),
-        sharding.cut(("embed", "vocab"), head.shape),
-    )
+    tokens = sharding.cut(("batch", "time"), targets.shape)
+    whole = sharding.cut(("embed", "vocab"), head.shape)
     if tokens is None or whole is None:
-        return run(hidden, head, targets, options)
-    rows, time, embed, vocab = map(_names, (*tokens, *whole))
-    over = (*rows, *time)
+        return _sums_of(hidden, head, targets, options)
+    batch, time, embed, vocab = map(_names, (*tokens, *whole))
+    over = (*batch, *time)
     if set(embed) - set(over):
-        return run(hidden, head, targets, options)
+        return _sums_of(hidden, head, targets, options)
 
     def own(h: jax.Array, part: jax.Array, t: jax.Array) -> tuple:
         part = part.astype(h.dtype)
         part = jax.lax.all_gather(part, embed, axis=0, tiled=True) if embed else part
-        sums, *slopes = run(h, part, t, options._replace(vocab=vocab))
+        sums, *slopes = _sums_of(h, part, t, options._replace(vocab=vocab))
         sums = _sum(sums, over)
         if not slopes:
             return (sums,)
@@ -233,10 +239,9 @@ def _on_devices(
         d_head = jax.lax.psum_scatter(d_head, embed, scatter_dimension=0, tiled=True) if embed else d_head
         return sums, _sum(d_h, vocab), _sum(d_head, tuple(name for name in over if name not in embed))
 
-    out = (PartitionSpec(), tokens, whole)[: 3 if run is _slopes else 1]
-    return jax.shard_map(own, in_specs=(tokens, whole, tokens), out_specs=out, check_vma=False)(
-        hidden, head, targets
-    )
+    out = (PartitionSpec(), tokens, whole)[: 3 if options.slopes else 1]
+    run = jax.shard_map(own, in_specs=(tokens, whole, tokens), out_specs=out, check_vma=False)
+    return run(hidden, head, targets)
 
 
 def _names(entry: Any) -> tuple[str, ...]:
@@ -245,48 +250,61 @@ def _names(entry: Any) -> tuple[str, ...]:
     return tuple(name for name in ([entry] if isinstance(entry, str) else entry or ()) if sizes[name] > 1)
 
 
-def _values(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """(sums,)"""
-    hidden, targets, chunk = pad(hidden, targets, head.shape)
-    head = head.astype(hidden.dtype)
+def _sums_of(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """(sums,), with ``options.slopes`` also d hidden, and d head in float32."""
+    if options.slopes and _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
+        return _in_blocks_of_ids(hidden, head, targets, options)
 
-    def step(total: LossSums, xs: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        sums = logits_and_sums(xs[0], head, xs[1], options.vocab)[-1]
-        return jax.tree.map(jnp.add, total, sums), None
+    def chunk(h: jax.Array, cast: jax.Array, target: jax.Array) -> tuple:
+        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab)
 
-    return jax.lax.scan(step, LossSums.zero(), (chunks(hidden, chunk), chunks(targets, chunk)))[:1]
+        def d_logits() -> jax.Array:
+            scale = 1 + 2 * options.z_loss * log_z
+            return jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
+
+        return sums, d_logits
+
+    return in_chunks(chunk, hidden, head, targets, zero=LossSums.zero(), slopes=options.slopes)
 
 
-def _slopes(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """(sums, d hidden, d head in float32)"""
-    if _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
-        return _slopes_in_blocks(hidden, head, targets, options)
-    length = targets.shape[1]
-    padded, padded_targets, chunk = pad(hidden, targets, head.shape)
+def in_chunks(
+    chunk: Callable[..., tuple[Any, Callable[[], jax.Array]]],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *beside: jax.Array,
+    zero: Any,
+    slopes: bool,
+) -> tuple:
+    """(sums,), with ``slopes`` also d hidden, and d head in float32: added up over chunks of time.
+
+    chunk: (hidden states, head, targets, beside) -> (sums like ``zero``, () -> d total / d logits).
+    """
     cast = head.astype(hidden.dtype)
 
-    def step(carry: tuple[LossSums, jax.Array], xs: tuple[jax.Array, jax.Array]) -> tuple:
-        total, d_head = carry
-        h, target = xs
-        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab)
-        scale = 1 + 2 * options.z_loss * log_z
-        d_logits = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
-        d_logits = jnp.where((target >= 0)[..., None], d_logits, 0).astype(h.dtype)
+    def step(carry: tuple, xs: list[jax.Array]) -> tuple:
+        h, target, *others = xs
+        sums, d_logits_of = chunk(h, cast, target, *others)
+        if not slopes:
+            return (jax.tree.map(jnp.add, carry[0], sums),), None
+        d_logits = jnp.where((target >= 0)[..., None], d_logits_of(), 0).astype(h.dtype)
         d_h = jnp.einsum("btv,dv->btd", d_logits, cast)
-        d_head = d_head + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
-        return (jax.tree.map(jnp.add, total, sums), d_head), d_h
+        d_head = carry[1] + jnp.einsum("btd,btv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return (jax.tree.map(jnp.add, carry[0], sums), d_head), d_h
 
-    start = (LossSums.zero(), jnp.zeros(head.shape, jnp.float32))
+    start: tuple = (zero, jnp.zeros(head.shape, jnp.float32)) if slopes else (zero,)
+    found: tuple
     d_chunks: jax.Array
-    xs = chunks(padded, chunk), chunks(padded_targets, chunk)
-    (sums, d_head), d_chunks = jax.lax.scan(step, start, xs)
-    d_hidden = jnp.moveaxis(d_chunks, 0, 1).reshape(padded.shape)[:, :length]
+    found, d_chunks = jax.lax.scan(step, start, chunks(head.shape, hidden, targets, *beside))
+    if not slopes:
+        return found
+    d_hidden = rows.joined(d_chunks, targets.shape[1])
     # Folded into the product above, the transpose of a tied head is one that the CPU cannot run in bfloat16.
-    return sums, d_hidden, jax.lax.optimization_barrier(d_head)
+    return found[0], d_hidden, jax.lax.optimization_barrier(found[1])
 
 
-def _slopes_in_blocks(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
-    """`_slopes` by `hybridlm.loss_blocks`."""
+def _in_blocks_of_ids(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
+    """`_sums_of` with slopes, by `hybridlm.loss_blocks`."""
     vocab, tokens = options.vocab, targets.size
     odd = tokens % 2  # exponentials go in pairs
     h = jnp.pad(hidden.reshape(tokens, -1), ((0, odd), (0, 0)))

@@ -1,5 +1,6 @@
 """One run as the training loop sees it: its data, its folder, what it has measured, why it failed."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -110,29 +111,26 @@ class Member:
             problem = "holds checkpoints of hybridlm 0.1.0, whose parameters are not named by layer"
             fix = f"Convert them: python -m hybridlm.convert upgrade --workdir={self.workdir}"
             raise ConfigError("--workdir", str(self.workdir), problem, fix)
-        config = configs.completed(self.saved["config"])
-        saved = self.saved | {"config": config}
+        before, saved = None, self.saved
+        with contextlib.suppress(ConfigError):  # one of an older version may not resolve any more
+            before = configs.resolve(ConfigDict(self.saved["config"]))
+            saved = saved | {"config": before.to_dict()}  # with the defaults of fields that are new
         if not self.stage_begin < start <= self.config.train.steps:  # saved by another stage, of other rows
-            saved |= {"fingerprint": self.record["fingerprint"]}
+            saved = saved | {"fingerprint": self.record["fingerprint"]}
         checkpoint.check_unchanged(saved, self.record)
         if start > self.whole.train.steps:
             problem = f"the checkpoint is already at step {start}"
             raise ConfigError("train.steps", self.whole.train.steps, problem, "Raise it.")
-        if not self.whole.stages:
-            self.say_rates(config, start)
+        if before is not None and not self.whole.stages:
+            self.say_rates(before, start)
 
-    def say_rates(self, before: dict[str, Any], start: int) -> None:
-        """Says what the learning rate will do if it goes on otherwise than in the checkpoint's config."""
-        try:
-            old = configs.resolve(ConfigDict(before))
-        except ConfigError:  # of an older version
-            return
+    def say_rates(self, old: Config, start: int) -> None:
+        """Says what the learning rate will do if it goes on otherwise than in ``old``, the checkpoint's."""
         rate = lambda one, count: float(optimizer.schedule(one.optimizer, one.train.steps)(count))
         last, now = rate(old, start - 1), rate(self.config, start)
         end = start >= old.train.steps
-        if start >= self.config.train.steps or math.isclose(
-            now, last if end else rate(old, start), rel_tol=1e-6
-        ):
+        unchanged = math.isclose(now, last if end else rate(old, start), rel_tol=1e-6)
+        if unchanged or start >= self.config.train.steps:
             return
         schedule, steps = self.config.optimizer.schedule, self.config.train.steps
         said = f"learning rate: {last:.3g} at step {start}, then {now:.3g} ({schedule} over {steps} steps)"
@@ -170,7 +168,7 @@ class Member:
     def save(self, step: int, state: State, rates: Metrics) -> None:
         """Starts a checkpoint. If a line of metrics is due at ``step``, what is known of it goes with it."""
         self.train_data.verified()  # no checkpoint holds what was learnt from damaged data
-        record = self.record | {"step": step, "skipped": self.watch.counts}
+        record = self.record | {"step": step, "skipped": (self.watch.skipped, self.watch.in_a_row)}
         if self.pauses(step) or due(step, self.config.log.every_steps):
             record |= {"unwritten": self.metrics | rates}
         self.saves.save(step, state, record)

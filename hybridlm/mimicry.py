@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hybridlm.rows import Rows
+from hybridlm.rows import Rows, cut
 
 BLOCK = 128  # queries
 LEAST = 1e-30  # of a weight in a logarithm
@@ -33,11 +33,7 @@ def cross_entropy(theirs: Heads, ours: Heads, rows: Rows, counted_BT: jax.Array,
     """
     B, T = counted_BT.shape
     size = min(BLOCK, T)
-    pad = -T % size
     index = jnp.arange(T)
-    blocks = lambda x: jnp.moveaxis(
-        jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)]).reshape(B, -1, size, *x.shape[2:]), 1, 0
-    )
 
     def weights(q: jax.Array, k: jax.Array) -> jax.Array:
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
@@ -61,7 +57,7 @@ def cross_entropy(theirs: Heads, ours: Heads, rows: Rows, counted_BT: jax.Array,
             return total + jnp.sum(jnp.where(counted_C, each, 0)), None
 
         places = jnp.broadcast_to(index, (B, T))
-        cut = tuple(map(blocks, (q, f_q, rows.segment_ids, places, counted_BT)))
-        return jax.lax.scan(block, jnp.zeros((), jnp.float32), cut)[0]
+        blocks = tuple(cut(x, size) for x in (q, f_q, rows.segment_ids, places, counted_BT))
+        return jax.lax.scan(block, jnp.zeros((), jnp.float32), blocks)[0]
 
     return jax.lax.map(layer, (*jax.lax.stop_gradient(theirs), *ours))

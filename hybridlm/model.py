@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack, trees
+from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack
 from hybridlm.block import Block, Spec, norm
+from hybridlm.block import abstract as abstract_block
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.layers import Rule, embed, normal, param
@@ -84,7 +85,7 @@ def build(config: "Config") -> Definition:
 
     def spec(name: str) -> Spec:
         mixer, mlp = pattern.split(name)
-        mlp_config = config.mlps[mlp] if mlp else mlps.config_class("swiglu")(kind="swiglu")
+        mlp_config = config.mlps[mlp] if mlp else mlps.config_class(mlps.DEFAULT)(kind=mlps.DEFAULT)
         filled = mlp_config.filled(model.mlp_hidden)
         joined = config.mixers[mixer].joined(config.mixers)
         return Spec(name, joined, filled, mixer in model.post_norm)
@@ -97,8 +98,7 @@ def build(config: "Config") -> Definition:
     fp8.check(model, layers)
     exact = dataclasses.replace(model, matmul="dtype")
     definition = Definition(exact, layers, plan.plan(layers), frozen)
-    everything = list(metadata(definition).values()) if frozen else []
-    if frozen and not any(meta.trained for meta in everything):
+    if frozen and not any(meta.trained for meta in metadata(definition).values()):
         raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
     return definition
 
@@ -114,8 +114,7 @@ def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ..
     names, matched, result = {}, set(), []
     stripped = [one.removeprefix("!") for one in frozen]
     for spec in dict.fromkeys(layers):
-        block = lambda spec=spec: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0))
-        names[spec] = list(trees.flatten(nnx.to_pure_dict(nnx.state(nnx.eval_shape(block)))))
+        names[spec] = list(_flat(nnx.state(abstract_block(model, spec))))
     for index, spec in enumerate(layers):
         own = {name: f"layers.{index}.{name}" for name in names[spec]}
         matched |= {one for one in stripped for name in own.values() if fnmatchcase(name, one)}
@@ -139,8 +138,11 @@ class LM(nnx.Module):
         self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
         keys = jax.random.split(rngs.params(), len(definition.layers))
         self.stack = stack.Stack(model, definition.layout, keys)
+        site = Site(d_model, 0, len(definition.layers))
+        specs = {spec.mixer: spec for spec in definition.layers}  # a layer of each mixer
+        shared = {name: mixers.load(spec.kind).shared_class for name, spec in specs.items()}
         self.shared = nnx.Dict(
-            {spec.mixer: shared(definition, spec, rngs) for spec in with_shared(definition)}
+            {name: made(specs[name].config, site, rngs=rngs) for name, made in shared.items() if made}
         )
         self.final_norm = norm(model, rngs)
         tied = model.tie_embeddings
@@ -218,24 +220,13 @@ class LM(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
         dtype = self.definition.dtype
-        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block, _ in self.unstacked())
+        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block in self.stack.blocks())
 
 
 def windows(definition: Definition) -> tuple[int, ...]:
     """Of the layers of softmax attention, in order, how many tokens each sees; 0: the whole document."""
     seen = ((spec.config.full_attention, getattr(spec.config, "window", 0)) for spec in definition.layers)
     return tuple(window for full, window in seen if full or window)
-
-
-def with_shared(definition: Definition) -> list[Spec]:
-    """One layer of each mixer whose kind has parameters that belong to the whole stack."""
-    specs = {spec.mixer: spec for spec in definition.layers}
-    return [spec for spec in specs.values() if mixers.load(spec.kind).shared_class]
-
-
-def shared(definition: Definition, spec: Spec, rngs: nnx.Rngs) -> Any:
-    site = Site(definition.model.d_model, 0, len(definition.layers))
-    return mixers.load(spec.kind).shared_class(spec.config, site, rngs=rngs)
 
 
 # Between modules and flat dicts. The Stack is inlined: its parameters are named "segments....".
@@ -247,15 +238,19 @@ def abstract(definition: Definition) -> tuple[Any, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: LM(definition, rngs=nnx.Rngs(params=0))))
 
 
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path)).removeprefix("stack.")
+
+
 def _flat(state: nnx.State) -> dict[str, Any]:
-    return {
-        name.removeprefix("stack."): leaf for name, leaf in trees.flatten(nnx.to_pure_dict(state)).items()
-    }
+    """The variables by name."""
+    return {_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def init(definition: Definition, key: jax.Array) -> Params:
     """Fresh parameters; a layer's depend on ``key`` and its index only, not on the plan. Jit it."""
-    params = _flat(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
+    variables = _flat(nnx.state(LM(definition, rngs=nnx.Rngs(params=key))))
+    params = {name: variable.get_value() for name, variable in variables.items()}
     if (growth := mup.growth(definition.model)) == 1:
         return params
     meta = metadata(definition)
@@ -265,21 +260,15 @@ def init(definition: Definition, key: jax.Array) -> Params:
 def merge(definition: Definition, params: Params) -> LM:
     """The module that holds ``params``."""
     graph, state = abstract(definition)
-    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: what is cached stays abstract
-    renamed = {f"stack.{n}" if n.startswith("segments.") else n: leaf for n, leaf in params.items()}
-    nnx.replace_by_pure_dict(state, trees.nested(renamed))
-    return nnx.merge(graph, state)
+    flat = {path: one.replace(params[_name(path)]) for path, one in nnx.to_flat_state(state)}
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.lru_cache(maxsize=64)
 def metadata(definition: Definition) -> dict[str, Meta]:
     """A Meta for each parameter, by its name in `init`."""
-    _, state = abstract(definition)
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)
-    variables = _flat(jax.tree.map(_Kept, state, is_leaf=is_variable))
     found = {}
-    for name, kept in variables.items():
-        variable = kept.variable
+    for name, variable in _flat(abstract(definition)[1]).items():
         stacked = len(variable.get_value().shape) - len(variable.axes)
         axes = (None,) * stacked + tuple(variable.axes)
         frozen = is_frozen(definition, name)
@@ -287,20 +276,13 @@ def metadata(definition: Definition) -> dict[str, Meta]:
     return found
 
 
-class _Kept:
-    """A variable as a leaf."""
-
-    def __init__(self, variable: Any):
-        self.variable = variable
-
-
 def is_frozen(definition: Definition, name: str) -> bool:
     """Whether the parameter ``name`` of `init` is not trained; the layers of a stack are all alike in it."""
-    canonical = next(iter(stack.unstack(definition.layout, {name: None}, lambda leaf, place: None)))
-    if canonical.startswith("layers."):
-        _, index, rest = canonical.split(".", 2)
-        return rest in definition.layers[int(index)].frozen
-    return froze(canonical, definition.frozen)
+    where = stack.stacked(definition.layout, name)
+    if where is None:
+        return froze(name, definition.frozen)
+    _, indices, rest = where
+    return rest in definition.layers[indices.flat[0]].frozen
 
 
 def froze(name: str, patterns: Sequence[str]) -> bool:
@@ -319,8 +301,8 @@ def cast_to_compute(definition: Definition, params: Params) -> Params:
 @functools.lru_cache(maxsize=64)
 def shapes(definition: Definition) -> dict[str, jax.ShapeDtypeStruct]:
     """ShapeDtypeStructs by the names of `init`, sorted, as what passes a `jax.jit` is."""
-    leaves = _flat(abstract(definition)[1])
-    return {name: jax.ShapeDtypeStruct(leaves[name].shape, leaves[name].dtype) for name in sorted(leaves)}
+    leaves = {name: one.get_value() for name, one in sorted(_flat(abstract(definition)[1]).items())}
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
 
 
 def logits(definition: Definition, params: Params, tokens_BT: jax.Array, rows: Rows) -> jax.Array:

@@ -10,7 +10,6 @@ import numpy as np
 
 from hybridlm import cost, fp8, report
 from hybridlm.config import Config
-from hybridlm.convert import families
 from hybridlm.data import Dataset
 from hybridlm.model import build
 from hybridlm.run import private
@@ -43,6 +42,8 @@ def lines(
     if config.model.matmul == "fp8":
         said["matmul"] = fp8.said(config.model, build(config).layers)
     try:
+        from hybridlm.convert import families  # training knows no converter: it asks them, here alone
+
         model_type, reason = families.public_format(config)
     except Exception as error:  # a converter's mistake costs this line, not the run
         model_type, reason = "", f"was not compared with public formats ({type(error).__name__}: {error})"

@@ -32,9 +32,8 @@ def schedule(config: schema.Optimizer, steps: int) -> Schedule:
         (warm-up, stable, decay: Hu et al. 2024, arXiv:2404.06395).
     """
     peak, final, warmup = config.learning_rate, config.final_ratio, config.warmup_steps
-    decay_start = (
-        max(warmup, steps - round(config.decay_fraction * steps)) if config.schedule == "wsd" else warmup
-    )
+    stable = steps - round(config.decay_fraction * steps) if config.schedule == "wsd" else 0
+    decay_start = max(warmup, stable)
     decay_steps = max(1, steps - decay_start)
 
     def learning_rate(count: jax.Array) -> jax.Array:
@@ -100,9 +99,7 @@ def build(
     }
     update = optax.partition({name: rules[name] for name in sorted(set(jax.tree.leaves(groups)))}, groups)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip, update
-    )  # both forms have the same state, so that a resumed run may change its mind
+    return optax.chain(clip, update)  # with and without clipping of the same state: a resumed run may change
 
 
 def decayed(weight_decay: float, factors: Factors) -> optax.GradientTransformation:
@@ -118,18 +115,12 @@ def decayed(weight_decay: float, factors: Factors) -> optax.GradientTransformati
 
 def muon(config: schema.Optimizer, rate: Schedule, factors: Factors) -> optax.GradientTransformation:
     """Muon over the last two axes of each leaf; leading axes (stacked layers) are independent matrices."""
-
-    def matrices(updates: Any) -> Any:
-        return jax.tree.map(
-            lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), updates
-        )
-
-    def match_adamw(updates: Any, params: Any = None) -> Any:
-        return jax.tree.map(lambda u: MUON_RMS * max(u.shape[-2:]) ** 0.5 * u, updates)
-
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    matrices = lambda updates: jax.tree.map(lambda _: matrix, updates)
+    match_adamw = lambda update, _: MUON_RMS * max(update.shape[-2:]) ** 0.5 * update
     return optax.chain(
         contrib.scale_by_muon(beta=config.muon_momentum, weight_dimension_numbers=matrices),
-        optax.stateless(match_adamw),
+        optax.stateless_with_tree_map(match_adamw),
         decayed(config.weight_decay, factors),
         optax.scale_by_learning_rate(rate),
     )

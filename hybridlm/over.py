@@ -42,9 +42,14 @@ class Config(mixers.Config):
             problem = f"{self.of}, of kind {part.kind}, has no single matrix that a token writes to once"
             fix = "Such as mamba2, gdn, kda, deltanet, gla, retnet, lightning and comba have."
             raise ConfigError("of", self.of, problem, fix)
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         cls: Any = type(self)
-        return _with_part(cls)(**values, part=part)
+        return _with_part(cls)(**vars(self), part=part)
+
+    def explicit(self, d_model: int) -> Any:
+        own: Any = self  # of what `joined` returns
+        if self.part is None:
+            return own
+        return dataclasses.replace(own, of=self.part.kind, part=self.part.explicit(d_model))
 
     def matrix(self, d_model: int) -> int:
         """Elements of one state of ``part``."""
@@ -54,11 +59,8 @@ class Config(mixers.Config):
 
 @functools.cache
 def _with_part(config: type[Config]) -> Any:
-    def explicit(self: Any, d_model: int) -> Any:
-        return dataclasses.replace(self, part=self.part.explicit(d_model))
-
     fields = [("part", mixers.Config, dataclasses.field(default=None, kw_only=True))]
-    names = {"explicit": explicit, "__module__": config.__module__}
+    names = {"__module__": config.__module__}
     return dataclasses.make_dataclass("Joined", fields, bases=(config,), namespace=names, frozen=True)
 
 

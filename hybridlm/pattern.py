@@ -86,25 +86,26 @@ def parse(pattern: str, known: Collection[str] | None = None, mlps: Collection[s
     known, mlps: the names that exist; any other is refused where it stands. known None accepts every name.
     Raises PatternError (a ConfigError for model.pattern).
     """
-    tokens = []  # (kind, text, index of its first character)
-    for match in TOKEN.finditer(pattern):
-        kind = match.lastgroup or ""
-        tokens.append((kind, match[kind], match.start(kind)))
+    matches = ((match.lastgroup or "", match) for match in TOKEN.finditer(pattern))
+    tokens = ((kind, match[kind], match.start(kind)) for kind, match in matches)
     groups: list[list[str]] = [[]]  # the names so far of each open parenthesis, outermost first
     opened: list[int] = []
     item: list[str] | None = None  # what a "*" would repeat
-    index = 0
-    while tokens[index][0] != "end":
-        kind, text, position = tokens[index]
+    position = 0  # of the first character of a token
+
+    def refused(problem: str, fix: str = "") -> PatternError:
+        return PatternError(pattern, position, problem, fix)
+
+    for kind, text, position in tokens:
+        if kind == "end":
+            break
         if kind == "name":
             mixer, mlp = split(text)
             if known is not None and mixer not in known:
-                raise PatternError(
-                    pattern, position, f"no mixer named {mixer!r} in mixers", nearest(mixer, known)
-                )
+                raise refused(f"no mixer named {mixer!r} in mixers", nearest(mixer, known))
             if known is not None and mlp and mlp not in mlps:
-                place = position + text.index("/") + 1
-                raise PatternError(pattern, place, f"no MLP named {mlp!r} in mlps", nearest(mlp, mlps))
+                position += text.index("/") + 1
+                raise refused(f"no MLP named {mlp!r} in mlps", nearest(mlp, mlps))
             item = [text]
             groups[-1] += item
         elif text == "(":
@@ -113,30 +114,28 @@ def parse(pattern: str, known: Collection[str] | None = None, mlps: Collection[s
             item = None
         elif text == ")":
             if not opened:
-                raise PatternError(pattern, position, "')' without '('")
+                raise refused("')' without '('")
             if not groups[-1]:
-                raise PatternError(pattern, position, "nothing between the parentheses")
+                raise refused("nothing between the parentheses")
             opened.pop()
             item = groups.pop()
             groups[-1] += item
         elif text == "*":
             if item is None:
-                raise PatternError(pattern, position, "'*' must follow a name or ')'")
-            index += 1
-            kind, text, position = tokens[index]
+                raise refused("'*' must follow a name or ')'")
+            kind, text, position = next(tokens)
             count = int(text[:MAX_DIGITS]) if kind == "count" else 0
             if count < 1:
-                raise PatternError(pattern, position, "'*' must be followed by a whole number >= 1")
+                raise refused("'*' must be followed by a whole number >= 1")
             if len(text) > MAX_DIGITS or len(item) * count > MAX_LAYERS:
-                raise PatternError(pattern, position, f"more than {MAX_LAYERS} layers")
+                raise refused(f"more than {MAX_LAYERS} layers")
             groups[-1] += item * (count - 1)
             item = None
         else:
             fix = "Repetition is written name*3." if kind == "count" else ""
-            raise PatternError(pattern, position, f"expected a name, '(', ')' or '*', found {text!r}", fix)
+            raise refused(f"expected a name, '(', ')' or '*', found {text!r}", fix)
         if len(groups[-1]) > MAX_LAYERS:
-            raise PatternError(pattern, position, f"more than {MAX_LAYERS} layers")
-        index += 1
+            raise refused(f"more than {MAX_LAYERS} layers")
     if opened:
         raise PatternError(pattern, opened[-1], "'(' is never closed")
     if not groups[0]:
@@ -165,9 +164,8 @@ def ratio(linear: str, full: str, r: int, num_layers: int, placement: str | Sequ
         raise ConfigError("num_layers", num_layers, "must be at least 1")
     if isinstance(placement, str):
         if placement not in PLACEMENTS:
-            raise ConfigError(
-                "placement", placement, "must be last, first, middle or a list of layer indices"
-            )
+            problem = "must be last, first, middle or a list of layer indices"
+            raise ConfigError("placement", placement, problem)
         if r < 1:
             raise ConfigError("r", r, "must be at least 1 linear layer to one full layer")
         offset = {"last": r, "first": 0, "middle": r // 2}[placement]

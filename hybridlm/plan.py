@@ -8,6 +8,7 @@ costs to compile is therefore the number of its runs, whatever the depth:
     30 layers of kda*3 full   ->   (kda*3 full)*7 kda*2      two segments, three runs
 """
 
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,11 +49,6 @@ class Plan(NamedTuple):
     def num_layers(self) -> int:
         return sum(segment.num_layers for segment in self.segments)
 
-    @property
-    def num_runs(self) -> int:
-        """Layers that are traced."""
-        return sum(len(segment.runs) for segment in self.segments)
-
     def items(self) -> tuple[Hashable, ...]:
         """The item of every layer, in order."""
         runs = [run for segment in self.segments for run in segment.runs * segment.repeats]
@@ -75,13 +71,7 @@ class Plan(NamedTuple):
 
 def runs(items: Iterable[Hashable]) -> tuple[Run, ...]:
     """Equal neighbours gathered."""
-    result: list[Run] = []
-    for item in items:
-        if result and result[-1].item == item:
-            result[-1] = Run(item, result[-1].length + 1)
-        else:
-            result.append(Run(item, 1))
-    return tuple(result)
+    return tuple(Run(item, len(list(equal))) for item, equal in itertools.groupby(items))
 
 
 def plan(items: Sequence[Hashable]) -> Plan:
@@ -104,9 +94,8 @@ def plan(items: Sequence[Hashable]) -> Plan:
     for period in range(1, n // 2 + 1):
         differs = np.append(np.flatnonzero(ids[:-period] != ids[period:]), n - period)
         heads = np.arange(n - period)
-        agree = (
-            differs[np.searchsorted(differs, heads)] - heads
-        )  # items from a head on that recur a period on
+        # Items from a head on that recur a period on.
+        agree = differs[np.searchsorted(differs, heads)] - heads
         repeats = agree // period + 1
         heads, repeats = heads[repeats > 1], repeats[repeats > 1]
         if not len(heads):

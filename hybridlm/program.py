@@ -65,9 +65,8 @@ def build(
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
     factors = groups.factors(definition, config.optimizer)
-    text = padded(token_bytes, definition.vocab_size)
-    objective = objectives.build(config.objective, definition, text)  # what a validation measures
-    trains = objectives.build(config.objective, lm.in_training(definition, config), text)
+    made = lambda one: objectives.build(config.objective, one, padded(token_bytes, one.vocab_size))
+    objective, trains = made(definition), made(lm.in_training(definition, config))  # measures; trains
 
     def transformation(rate: Any) -> tuple[optax.GradientTransformation, optimizer.Schedule]:
         settings = dataclasses.replace(config.optimizer, learning_rate=rate)
@@ -100,9 +99,7 @@ def build(
         changed = optax.apply_updates(part(params, trained), updates)
         changed |= gradients.clipped(changed, sums) | gradients.ruled(params, sums)
         new = {"params": params | changed, "opt_state": opt_state}
-        if config.optimizer.ema:
-            share = optimizer.ema_rate(config.optimizer.ema, state["step"])
-            new["ema"] = optax.incremental_update(part(new["params"], trained), state["ema"], share)
+        new |= averaged(config.optimizer.ema, part(new["params"], trained), state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
         if windows:
@@ -115,8 +112,7 @@ def build(
         return objective.evaluate(params, named(*teacher), batch)
 
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    options = sharding.compiler_options(config.mesh, mesh)
-    options |= scaled_matmul.COMPILER if config.model.matmul == "fp8" else {}
+    options = compiler_options(config, mesh)
     if rates is not None:
         return together(init, step, evaluate, rates, shapes, taught, options)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -132,6 +128,20 @@ def build(
         shapes=shapes,
         teacher=taught,
     )  # fmt: skip
+
+
+def averaged(decay: float, params: Any, state: State) -> dict[str, Any]:
+    """The state's part for the average of ``params``; none where none is kept."""
+    if not decay:
+        return {}
+    share = optimizer.ema_rate(decay, state["step"])
+    return {"ema": optax.incremental_update(params, state["ema"], share)}
+
+
+def compiler_options(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """XLA's options for the training step."""
+    options = sharding.compiler_options(config.mesh, mesh)
+    return options | (scaled_matmul.COMPILER if config.model.matmul == "fp8" else {})
 
 
 def padded(token_bytes: np.ndarray | None, vocab_size: int) -> jax.Array | None:

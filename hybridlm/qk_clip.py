@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hybridlm import mixers, stack, trees
+from hybridlm import mixers, stack
 from hybridlm.block import Spec
 from hybridlm.errors import ConfigError
 from hybridlm.plan import Plan
@@ -41,13 +41,13 @@ def clipped(
 ) -> dict[str, jax.Array]:
     """Those of ``params`` (as `model.init` names them) that take part, after a batch of these ``records``."""
     found = {}
-    specs, table = layout.items(), layout.indices()
+    specs = layout.items()
     for name, value in params.items():
-        match = stack.STACKED.search(name)
-        if match is None:
+        where = stack.stacked(layout, name)
+        if where is None:
             continue
-        layers = table[int(match[1])][int(match[2])]
-        clip = clips(specs[layers.flat[0]], d_model).get(name[match.end() :].removeprefix("mixer."))
+        _, layers, rest = where
+        clip = clips(specs[layers.flat[0]], d_model).get(rest.removeprefix("mixer."))
         if clip is not None:
             record, scale = clip
             largest = jnp.stack([records[f"layers.{i}.{record}"] for i in layers.flat])
@@ -64,8 +64,8 @@ def largest(records: Mapping[str, jax.Array]) -> jax.Array:
 def added(total: Any, part: Any) -> Any:
     """The sums of two microbatches, but of maxima the larger."""
 
-    def add(name: str, one: jax.Array, other: jax.Array) -> jax.Array:
-        return jnp.maximum(one, other) if name.endswith(RECORD) else one + other
+    def add(path: tuple, one: jax.Array, other: jax.Array) -> jax.Array:
+        largest = jax.tree_util.keystr(path, simple=True).endswith(RECORD)
+        return jnp.maximum(one, other) if largest else one + other
 
-    names = trees.flatten(total)
-    return trees.unflatten(total, {n: add(n, names[n], other) for n, other in trees.flatten(part).items()})
+    return jax.tree.map_with_path(add, total, part)

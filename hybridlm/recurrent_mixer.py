@@ -3,11 +3,13 @@
 Shape legend: B batch, T time, D model width.
 """
 
+import abc
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hybridlm import rows
 from hybridlm.context import Context
 from hybridlm.layers import RecurrentCache, ShortConv
 from hybridlm.mixers import TokenMixer
@@ -24,6 +26,7 @@ class RecurrentMixer(TokenMixer):
     def convs(self) -> tuple[ShortConv, ...]:
         return ()
 
+    @abc.abstractmethod
     def mixed(
         self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
     ) -> tuple[jax.Array, RecurrentCache]:
@@ -46,17 +49,7 @@ def cut(tree: Any) -> Any:
     """Arrays [B, T, ...] as [pieces, B, size, ...]; beyond the end floats are 0, and integers go on."""
 
     def one(a: jax.Array) -> jax.Array:
-        batch, length, *rest = a.shape
-        size = min(length, PIECE)
-        count = -(-length // size)
         mode = "constant" if jnp.issubdtype(a.dtype, jnp.floating) else "edge"
-        a = jnp.pad(a, [(0, 0), (0, count * size - length)] + [(0, 0)] * len(rest), mode=mode)
-        return jnp.moveaxis(a.reshape(batch, count, size, *rest), 1, 0)
+        return rows.cut(a, min(a.shape[1], PIECE), mode=mode)
 
     return jax.tree.map(one, tree)
-
-
-def joined(pieces: jax.Array, length: int) -> jax.Array:
-    """Of [pieces, B, size, ...] the first ``length`` tokens, [B, T, ...]."""
-    _, batch, _, *rest = pieces.shape
-    return jnp.moveaxis(pieces, 0, 1).reshape(batch, -1, *rest)[:, :length]

@@ -17,6 +17,7 @@ from hybridlm.scaled_matmul import SCALE
 DEAR = ("remat_opt", "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 
 _scales = jax.checkpoint_policies.save_only_these_names(SCALE)  # numbers, each of a pass over a tensor
+_inner = jax.checkpoint_policies.save_only_these_names(MLP_INNER, SCALE)
 _dots = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _scales
 )
@@ -31,8 +32,6 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,  # everything is kept
     "kernels": _kernels_saveable,  # outputs of projections and of mixers' kernels, and what these keep
     "dots": _dots,  # outputs of the projections
-    "mixer": jax.checkpoint_policies.save_only_these_names(
-        MLP_INNER, SCALE
-    ),  # the MLP's, before its activation
+    "mixer": _inner,  # the MLP's, before its activation
     "full": _scales,  # nothing else
 }

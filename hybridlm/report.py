@@ -7,10 +7,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, groups, model, schema
+from hybridlm import ahead, cost, data, groups, member, model, schema
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
+from hybridlm.run import show
 
 
 def layer_table(config: Config) -> Table:
@@ -62,13 +63,13 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
     mesh = mesh_sizes(config.mesh, ahead.parse(devices) if devices else jax.device_count())
     configs.check_batch(config.train, mesh)
     groups.factors(model.build(config), config.optimizer)
-    console.print(configs.to_yaml(config), highlight=False, markup=False, soft_wrap=True)
+    show.line(configs.to_yaml(config), console)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():
-        console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)
-    console.print(full_layers(config), highlight=False, soft_wrap=True)
+        show.line(f"{name:<28} {value}", console)
+    show.line(full_layers(config), console)
     for name, value in ahead.lines(ahead.needs(config, devices), devices).items() if devices else ():
-        console.print(f"{name:<28} {value}", highlight=False, soft_wrap=True)
+        show.line(f"{name:<28} {value}", console)
 
 
 def mesh_sizes(mesh: schema.Mesh, devices: int) -> dict[str, int]:
@@ -101,13 +102,8 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
 
 
 def _data(config: Config, split: str, name: str = "") -> str:
-    train = config.train
-    given, prefix = (config.val[name], f"val.{name}") if name else (config.data, "data")
     try:
-        dataset = data.build(
-            given, prefix=prefix, split=split, seed=train.seed,
-            batch_size=train.batch_size, seq_len=train.seq_len, vocab_size=config.model.vocab_size,
-        )  # fmt: skip
+        dataset = member.build_data(config, split, name=name)
     except ConfigError as error:
         return f"not usable here: {error}"
     return amount(config, dataset) if split == "train" else dataset.source.describe()

@@ -1,6 +1,6 @@
 """Where each token of a row stands: its document and its place in it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +29,16 @@ def continued(state: jax.Array, rows: Rows) -> jax.Array:
     first = rows.positions if rows.positions.ndim == 1 else rows.positions[:, 0]
     starts = (first == 0).reshape(first.shape + (1,) * (state.ndim - 1))
     return jnp.where(starts, jnp.zeros((), state.dtype), state)
+
+
+def cut(x: jax.Array, size: int, **pad: Any) -> jax.Array:
+    """[B, T, ...] as [ceil(T / size), B, size, ...], for a scan; pad: what `jnp.pad` fills the last with."""
+    batch, length, *rest = x.shape
+    x = jnp.pad(x, [(0, 0), (0, -length % size), *[(0, 0)] * len(rest)], **pad)
+    return jnp.moveaxis(x.reshape(batch, -1, size, *rest), 1, 0)
+
+
+def joined(pieces: jax.Array, length: int) -> jax.Array:
+    """The inverse of `cut`: of [N, B, size, ...] the first ``length`` tokens, [B, length, ...]."""
+    _, batch, _, *rest = pieces.shape
+    return jnp.moveaxis(pieces, 0, 1).reshape(batch, -1, *rest)[:, :length]

@@ -3,6 +3,7 @@
 No weight decay but on the four or five projections, as in the authors' code.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ class TimeMix(RecurrentMixer):
         y_BTD, state = self.time_mixed(x_BTD, earlier, context, None if fresh else before.state)
         return y_BTD, RecurrentCache(state, history)
 
+    @abc.abstractmethod
     def time_mixed(
         self, x_BTD: jax.Array, earlier: jax.Array, context: Context, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:

@@ -140,9 +140,8 @@ class Train:
 
     def check(self) -> None:
         if self.batch_size % self.microbatches:
-            raise ConfigError(
-                "microbatches", self.microbatches, f"must divide train.batch_size = {self.batch_size}"
-            )
+            problem = f"must divide train.batch_size = {self.batch_size}"
+            raise ConfigError("microbatches", self.microbatches, problem)
         window = self.profile_steps
         if window and not (len(window) == 2 and 1 <= window[0] <= window[1] <= self.steps):
             problem = f"must be the first and the last step of a window in 1 to train.steps = {self.steps}"
@@ -229,11 +228,5 @@ class Eval:
 
 
 SECTIONS: dict[str, type] = {
-    "model": Model,
-    "optimizer": Optimizer,
-    "train": Train,
-    "mesh": Mesh,
-    "checkpoint": Checkpoint,
-    "log": Log,
-    "eval": Eval,
+    section.__name__.lower(): section for section in (Model, Optimizer, Train, Mesh, Checkpoint, Log, Eval)
 }

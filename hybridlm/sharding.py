@@ -10,6 +10,7 @@ along a cut sequence (`hybridlm.pieces`), run under `per_shard`. All of it is in
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -58,21 +59,17 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes()
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     for name, size in sizes.items():
         if size == -1 and len(devices) % fixed:
-            raise ConfigError(
-                f"mesh.{name}",
-                size,
-                f"the other mesh axes multiply to {fixed}, which does not divide {len(devices)} devices",
-            )
+            problem = f"the other mesh axes multiply to {fixed}, which does not divide {len(devices)} devices"
+            raise ConfigError(f"mesh.{name}", size, problem)
         if size == -1:
             sizes[name] = len(devices) // fixed
-    total = int(np.prod(list(sizes.values())))
+    total = math.prod(sizes.values())
     if total > len(devices) or (total < len(devices) and jax.process_count() > 1):
-        raise ConfigError(
-            "mesh", sizes, f"must multiply to the number of devices, {len(devices)}", "Set mesh.data=-1."
-        )
+        problem = f"must multiply to the number of devices, {len(devices)}"
+        raise ConfigError("mesh", sizes, problem, "Set mesh.data=-1.")
     if total < len(devices):
         log.warning("mesh %s uses %d of %d devices", sizes, total, len(devices))
     names = tuple(n for n in MESH_AXES if n in sizes and (n != "context" or sizes[n] > 1))
@@ -102,14 +99,8 @@ def _known(option: str, value: Any) -> bool:
 
 @cache
 def _say_whole(what: str, logical: str, size: int, parts: int) -> None:
-    log.warning(
-        "%s: axis %r of %d is not divisible by %d (%s); it stays whole",
-        what,
-        logical,
-        size,
-        parts,
-        RULES[logical],
-    )
+    told = "%s: axis %r of %d is not divisible by %d (%s); it stays whole"
+    log.warning(told, what, logical, size, parts, RULES[logical])
 
 
 @cache
@@ -128,7 +119,7 @@ def spec(
     entries: list[tuple[str, ...] | None] = []
     for logical, size in zip(axes, shape, strict=True):
         names = tuple(n for n in _axes(logical, mesh) if not any(n in (e or ()) for e in entries))
-        parts = int(np.prod([mesh[name] for name in names]))
+        parts = math.prod(mesh[name] for name in names)
         if logical and parts > 1 and size % parts:
             if logical != "time":  # prompts and single tokens have any length; training's is checked
                 _say_whole(what, logical, size, parts)
@@ -184,21 +175,8 @@ def put_batch(
 
     batch: of this process's rows (`batch_rows`) of ``batch_size``; None: it holds the whole batch.
     """
-    sharding = batch_sharding(mesh)
-
-    def put(array: np.ndarray) -> jax.Array:
-        if batch_size is None:
-            return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-        rows = batch_rows(mesh, batch_size)
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            begin, end, _ = index[0].indices(batch_size)
-            return array[(slice(*np.searchsorted(rows, (begin, end))), *index[1:])]
-
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
-
-    return {name: put(array) for name, array in batch.items()}
+    shapes = {name: (batch_size or len(array), *array.shape[1:]) for name, array in batch.items()}
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), dict(batch), shapes)
 
 
 def _current() -> Mapping[str, int] | None:
@@ -210,18 +188,13 @@ def _current() -> Mapping[str, int] | None:
     if mesh.empty or mesh.size == 1:
         return None
     sizes = {n: mesh.shape[n] for n in mesh.axis_names if n not in mesh.manual_axes}
-    return sizes if int(np.prod(list(sizes.values()))) > 1 else None
+    return sizes if math.prod(sizes.values()) > 1 else None
 
 
 def parts(logical: str) -> int:
     """Among how many devices of the mesh in context an axis is cut that they divide."""
     mesh = _current()
-    return 1 if mesh is None else int(np.prod([mesh[name] for name in _axes(logical, mesh)]))
-
-
-def mesh_axes(logical: str) -> tuple[str, ...]:
-    """The axes of the mesh in context that a logical axis is cut over."""
-    return _axes(logical, _current() or {})
+    return 1 if mesh is None else math.prod(mesh[name] for name in _axes(logical, mesh))
 
 
 def cut(axes: Axes, shape: Sequence[int]) -> PartitionSpec | None:
@@ -253,30 +226,28 @@ def per_shard(
         mesh = _current()
         if mesh is None:
             return fn(*args)
-        given = [(axes or (), x.shape) for axes, x in zip(in_axes, args, strict=True) if x is not None]
         sizes: dict[str, list[int]] = {}
-        for axes, shape in given:
-            for name, size in zip(axes, shape, strict=True):
+        for axes, x in zip(in_axes, args, strict=True):
+            for name, size in () if x is None else zip(axes or (), x.shape, strict=True):
                 if name:
                     sizes.setdefault(name, []).append(size)
         cut = {}
         for name in sizes:
             axes = _axes(name, mesh)
-            parts = int(np.prod([mesh[axis] for axis in axes]))
+            parts = math.prod(mesh[axis] for axis in axes)
             whole = [size for size in sizes[name] if size % parts]
             if whole and name != "time":
                 _say_whole("recurrence", name, whole[0], parts)
             elif axes and not whole:
                 cut[name] = axes
-        if "context" in mesh and "time" not in sizes and any("batch" in axes for axes, _ in given):
+        if "context" in mesh and "time" not in sizes and "batch" in sizes:
             _say_gathered(getattr(fn, "__qualname__", str(fn)).split(".")[0])
 
         def specs(axes: Axes | None) -> PartitionSpec | None:
             return None if axes is None else PartitionSpec(*(cut.get(n) if n else None for n in axes))
 
         in_specs = tuple(None if x is None else specs(a) for a, x in zip(in_axes, args, strict=True))
-        return jax.shard_map(fn, in_specs=in_specs, out_specs=tuple(map(specs, out_axes)), check_vma=False)(
-            *args
-        )
+        out_specs = tuple(map(specs, out_axes))
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
     return call

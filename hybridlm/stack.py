@@ -201,6 +201,14 @@ def leading(name: str) -> int:
     return 2 if STACKED.search(name) else 0
 
 
+def stacked(layout: plan.Plan, name: str) -> tuple[str, np.ndarray, str] | None:
+    """(what stands before, the layers [repeats, length], what follows) of a stacked name; None of others."""
+    match = STACKED.search(name)
+    if match is None:
+        return None
+    return name[: match.start()], layout.indices()[int(match[1])][int(match[2])], name[match.end() :]
+
+
 def unstack(
     layout: plan.Plan,
     flat: Mapping[str, Any],
@@ -212,29 +220,27 @@ def unstack(
     """
     found: dict[str, Any] = {}
     layers: list[tuple[int, str, Any]] = []
-    table = layout.indices()
     for name, leaf in flat.items():
-        match = STACKED.search(name)
-        if match is None:
+        where = stacked(layout, name)
+        if where is None:
             found[name] = leaf
             continue
-        for place, index in np.ndenumerate(table[int(match[1])][int(match[2])]):
-            canonical = f"{name[: match.start()]}layers.{index}.{name[match.end() :]}"
-            layers.append((int(index), canonical, take(leaf, place)))
+        before, indices, rest = where
+        for place, index in np.ndenumerate(indices):
+            layers.append((int(index), f"{before}layers.{index}.{rest}", take(leaf, place)))
     return found | {name: leaf for _, name, leaf in sorted(layers, key=lambda one: one[0])}
 
 
 def restack(layout: plan.Plan, flat: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The arrays of the stacked ``names``, made of those of ``flat``: the inverse of `unstack`."""
     found = {}
-    table = layout.indices()
     for name in names:
-        match = STACKED.search(name)
-        if match is None:
+        where = stacked(layout, name)
+        if where is None:
             found[name] = flat[name]
             continue
-        indices = table[int(match[1])][int(match[2])]
-        parts = [flat[f"{name[: match.start()]}layers.{i}.{name[match.end() :]}"] for i in indices.flat]
+        before, indices, rest = where
+        parts = [flat[f"{before}layers.{index}.{rest}"] for index in indices.flat]
         found[name] = jnp.stack(parts).reshape(*indices.shape, *parts[0].shape)
     return found
 

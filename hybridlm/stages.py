@@ -8,22 +8,26 @@ One workdir, one count of steps, one order of data. A stage begins with the para
 left in its last checkpoint, and with a fresh optimiser and schedule.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from hybridlm import config as configs
 from hybridlm import objectives, schema
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, fields, parse, under
+
+if TYPE_CHECKING:
+    from hybridlm.config import Config
+
+Resolve = Callable[[ConfigDict], "Config"]  # `hybridlm.config.resolve`, which calls `complete`
 
 SECTIONS = ("train", "optimizer", "objective")
 FIELD = "stages"
 ORDER = "order"
 
 
-def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Config":
+def complete(config: "Config", given: Mapping[str, Any], resolve: Resolve) -> "Config":
     """``config`` with the stages of ``given``, checked, and their steps added up as its own."""
     order = given.get(ORDER, ())
     if not isinstance(order, tuple | list) or not all(isinstance(name, str) for name in order):
@@ -31,9 +35,8 @@ def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Con
     if len(set(order)) < len(order):
         raise ConfigError(f"{FIELD}.{ORDER}", order, "names a stage twice")
     if given and not order:
-        raise ConfigError(
-            f"{FIELD}.{ORDER}", order, "must name the stages in the order that they are to run in"
-        )
+        problem = "must name the stages in the order that they are to run in"
+        raise ConfigError(f"{FIELD}.{ORDER}", order, problem)
     if not order:
         return config
     kept: dict[str, Any] = {ORDER: tuple(order)}
@@ -43,16 +46,14 @@ def complete(config: "configs.Config", given: Mapping[str, Any]) -> "configs.Con
         if not isinstance(overlay, Mapping):
             known = [one for one in given if one != ORDER]
             raise ConfigError(f"{FIELD}.{ORDER}", name, "there is no such stage", nearest(name, known))
-        one = _laid_over(config, name, overlay)
+        one = _laid_over(config, name, overlay, resolve)
         steps += one.train.steps
-        value = lambda section, field, one=one: getattr(getattr(one, section), field)
-        kept[name] = Named(
-            {section: Named({f: value(section, f) for f in fields}) for section, fields in overlay.items()}
-        )
+        values = {section: vars(getattr(one, section)) for section in overlay}
+        kept[name] = Named({s: Named({f: values[s][f] for f in fields}) for s, fields in overlay.items()})
     return config.replace(train__steps=steps, stages=Named(kept))
 
 
-def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) -> "configs.Config":
+def _laid_over(config: "Config", name: str, overlay: Mapping[str, Any], resolve: Resolve) -> "Config":
     """The config of one stage, of its own steps."""
     values = config.to_dict()
     values.pop(FIELD, None)
@@ -69,7 +70,7 @@ def _laid_over(config: "configs.Config", name: str, overlay: Mapping[str, Any]) 
             raise ConfigError("train.steps", None, "must say how long the stage is")
         if "seed" in overlay["train"]:
             raise ConfigError("train.seed", overlay["train"]["seed"], "belongs to the run, not to a stage")
-        one = configs.resolve(ConfigDict(values))
+        one = resolve(ConfigDict(values))
         if one.optimizer.ema:  # its first steps are told by the count of all steps
             raise ConfigError("optimizer.ema", one.optimizer.ema, "must be 0 in a run with stages")
         return one
@@ -96,7 +97,7 @@ def override(config: dict[str, Any], field: str, text: str) -> None:
                 raise ConfigError(last, text, str(error)) from None
 
 
-def split(config: "configs.Config") -> list[tuple[int, "configs.Config"]]:
+def split(config: "Config", resolve: Resolve) -> list[tuple[int, "Config"]]:
     """(step that it begins after, config with its last step as train.steps) of each stage; of a run without
     stages, the whole."""
     if not config.stages:
@@ -104,7 +105,7 @@ def split(config: "configs.Config") -> list[tuple[int, "configs.Config"]]:
     found = []
     end = 0
     for name in config.stages[ORDER]:
-        one = _laid_over(config, name, config.stages[name])
+        one = _laid_over(config, name, config.stages[name], resolve)
         begin, end = end, end + one.train.steps
         window = tuple(begin + step for step in one.train.profile_steps) or config.train.profile_steps
         found.append((begin, one.replace(train__steps=end, train__profile_steps=window)))

@@ -43,26 +43,23 @@ class Held(NamedTuple):
     tokens: pytree of [B, S, ...].
     start: int32 [], place in the row of the first query; None without a cache: S is T, and so are the places.
     index_S: the places of ``tokens``; None without a cache.
+    first: of a window that keeps a document's first tokens (`hybridlm.first_tokens`), with a cache: see
+        `pallas_kernels.softmax_attention.blockwise`.
     """
 
     tokens: Any
     start: jax.Array | None = None
     index_S: jax.Array | None = None
+    first: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
 def hold(cache: TokenCache | None, tokens: Any, window: int) -> tuple[TokenCache | None, Held]:
-    """(the cache with ``tokens`` appended, what to attend to); `append` has the limits."""
-    if cache is None:
-        return None, Held(tokens)
-    after, everything, index_S = append(cache, tokens, window)
-    return after, Held(everything, cache.length, index_S)
-
-
-def append(cache: TokenCache, tokens: Any, window: int) -> tuple[TokenCache, Any, jax.Array]:
-    """(cache with ``tokens`` (pytree of [B, T, ...]) appended, keys to attend to, their index_S).
+    """(the cache with ``tokens``, a pytree of [B, T, ...], appended, what to attend to).
 
     The caller keeps the total within the size; only a cache with a window may wrap.
     """
+    if cache is None:
+        return None, Held(tokens)
     count = jax.tree.leaves(tokens)[0].shape[1]
     size = jax.tree.leaves(cache.tokens)[0].shape[1]
     length = cache.length + count
@@ -72,7 +69,7 @@ def append(cache: TokenCache, tokens: Any, window: int) -> tuple[TokenCache, Any
             cache.tokens,
             tokens,
         )
-        return TokenCache(kept, length), kept, jnp.arange(size, dtype=jnp.int32)
+        return TokenCache(kept, length), Held(kept, cache.length, jnp.arange(size, dtype=jnp.int32))
     slots = jnp.arange(size, dtype=jnp.int32)
     newest = length - 1 - (length - 1 - slots) % size  # the token that each slot holds afterwards
     held = cache.length - 1 - (cache.length - 1 - slots) % size  # and held before; negative: empty
@@ -83,4 +80,4 @@ def append(cache: TokenCache, tokens: Any, window: int) -> tuple[TokenCache, Any
     taken = jnp.where(is_new, size + source, slots)
     kept = jax.tree.map(lambda x: jnp.take(x, taken, axis=1), everything)
     index_S = jnp.concatenate([held, cache.length + jnp.arange(count, dtype=jnp.int32)])
-    return TokenCache(kept, length), everything, index_S
+    return TokenCache(kept, length), Held(everything, cache.length, index_S)

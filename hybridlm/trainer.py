@@ -5,7 +5,6 @@ Several are `Member`s of one loop, under `jax.vmap`; a member that fails leaves 
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.loop import Loop
 from hybridlm.member import Evaluate, Member, Metrics
-from hybridlm.run import cli, interrupt, logbook, picture, private, processes, programs
+from hybridlm.run import cli, interrupt, logbook, picture, private, processes, programs, show
 from pallas_kernels import auto_means
 
 
@@ -38,8 +37,7 @@ def train(
     if member.failed:
         raise RunError(member.failed)
     if processes.first():
-        with logbook.harmless("the summary"):
-            tell(member)
+        tell(member)
     return member.metrics
 
 
@@ -77,7 +75,7 @@ def together(
             given = zip(part, resolved, workdirs, evaluates or [None] * len(workdirs), strict=True)
             return [Member(one, at, evaluate, rows, whole, begin) for (_, one), whole, at, evaluate in given]
 
-        parts = zip(*map(stages.split, resolved), strict=True)
+        parts = zip(*(stages.split(one, configs.resolve) for one in resolved), strict=True)
         for members in list(map(joined, parts)):  # a later stage is refused before the first
             again = members[0].stage_begin and resume == "never"
             stage(members, mesh, stop, "auto" if again else resume)
@@ -102,16 +100,16 @@ def stage(members: Sequence[Member], mesh: Mesh, stop: interrupt.Stop, resume: s
         Loop(members, mesh, stop).train(resume)
 
 
+@logbook.harmless("drawing loss.png")
 def draw(member: Member) -> None:
     """loss.png, which no trained step may depend on."""
-    with logbook.harmless("drawing loss.png"):
-        records = logbook.read(member.workdir / "metrics.jsonl")
-        size = f"{cost.parameters(member.config):,} parameters"
-        title = f"{member.workdir.name}: {member.config.model.pattern}, {size}"
-        last = next((r for r in reversed(records) if r.get("val_bpb")), None)
-        nats = last["val_loss"] / last["val_bpb"] if last else 0.0  # of a token, for each bit of a byte
-        levels = {name: nats * bits for name, bits in references(member).items()} if last else {}
-        picture.plot(records, member.workdir / "loss.png", title, levels)
+    records = logbook.read(member.workdir / "metrics.jsonl")
+    size = f"{cost.parameters(member.config):,} parameters"
+    title = f"{member.workdir.name}: {member.config.model.pattern}, {size}"
+    last = next((r for r in reversed(records) if r.get("val_bpb")), None)
+    nats = last["val_loss"] / last["val_bpb"] if last else 0.0  # of a token, for each bit of a byte
+    levels = {name: nats * bits for name, bits in references(member).items()} if last else {}
+    picture.plot(records, member.workdir / "loss.png", title, levels)
 
 
 def references(member: Member) -> dict[str, float]:
@@ -125,12 +123,11 @@ def references(member: Member) -> dict[str, float]:
     }
 
 
+@logbook.harmless("the summary")
 def tell(member: Member) -> None:
     """Prints what the run came to: layers, held-out loss beside references, paths."""
-    config, metrics = member.config, member.metrics
-    console = rich.get_console()
-    console.print(report.layer_table(config))
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    config, metrics, say = member.config, member.metrics, show.line
+    rich.print(report.layer_table(config))
     say(report.full_layers(config))
     text = member.val_data.held_out_bytes(config.eval.batches)
     if "val_loss" in metrics:
@@ -141,7 +138,7 @@ def tell(member: Member) -> None:
         for name, bits in references(member).items():
             say(f"  {name:<16} {bits:.3f}")
     if "sample" in metrics:
-        say(f"sample:\n{logbook.printable(metrics['sample'])}")
+        say(f"sample:\n{metrics['sample']}")
     say("written:")
     for name in ("metrics.jsonl", "loss.png", "config.json", "layers.json", "checkpoints"):
         say(private.hide(f"  {member.workdir / name}"))

@@ -15,15 +15,3 @@ def flatten(tree: Any) -> dict[str, Any]:
 def unflatten(like: Any, flat: Mapping[str, Any]) -> Any:
     """The tree shaped as ``like`` whose leaves are looked up in ``flat``."""
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in flatten(like)])
-
-
-def nested(flat: Mapping[str, Any]) -> dict[Any, Any]:
-    """Nested dicts of a flat one; parts that are digits become ints, as in the lists of NNX modules."""
-    result: dict[Any, Any] = {}
-    for name, leaf in flat.items():
-        *path, last = (int(part) if part.isdigit() else part for part in name.split("."))
-        owner = result
-        for part in path:
-            owner = owner.setdefault(part, {})
-        owner[last] = leaf
-    return result

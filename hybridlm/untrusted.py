@@ -6,6 +6,7 @@ which joins a name that a file gave to a folder and never leaves it. Out: `write
 showing text that may hold anything.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -115,11 +116,14 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
     if shape is ANY:
         return
     if isinstance(shape, tuple):
-        if not any(_fits(value, one, where) for one in shape):
-            raise ValueError(f"{where or 'it'} must be {' or '.join(map(_word, shape))}, not {_word(value)}")
-        return
-    if isinstance(shape, list | dict):
-        _must_be(value, type(shape), where)
+        for one in shape:
+            with contextlib.suppress(ValueError):
+                check_shape(value, one, where)
+                return
+        raise ValueError(f"{where or 'it'} must be {' or '.join(map(_word, shape))}, not {_word(value)}")
+    kind = type(shape) if isinstance(shape, list | dict) else shape
+    if not _is(value, kind):
+        raise ValueError(f"{where or 'it'} must be {_word(kind)}, not {_word(value)}")
     if isinstance(shape, list):
         for index, one in enumerate(value):
             check_shape(one, shape[0], f"{where}[{index}]")
@@ -134,13 +138,16 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
                 check_shape(value[plain], one, place)
             elif plain == name:
                 raise ValueError(f"{place} is missing")
-    else:
-        _must_be(value, shape, where)
 
 
 def digits(text: str) -> bool:
     """Whether ``text`` is a whole number in ASCII: ``str.isdigit`` takes superscripts too, and `int` not."""
     return text.isascii() and text.isdigit()
+
+
+def numbered(folder: Path) -> list[Path]:
+    """What lies in ``folder`` under whole numbers, by number."""
+    return sorted((one for one in folder.glob("[0-9]*") if digits(one.name)), key=lambda one: int(one.name))
 
 
 def inside(folder: str | Path, name: Any, what: str, links: bool = False) -> Path:
@@ -161,9 +168,8 @@ def inside(folder: str | Path, name: Any, what: str, links: bool = False) -> Pat
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(joined))
     blobs = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
     if not any(target.is_relative_to(allowed) for allowed in [root, *blobs]):
-        raise ConfigError(
-            what, str(joined), "is a link to a place outside its folder", "Copy the file there."
-        )
+        problem = "is a link to a place outside its folder"
+        raise ConfigError(what, str(joined), problem, "Copy the file there.")
     return joined
 
 
@@ -201,24 +207,25 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Makes a rename in ``folder`` last through a loss of power, where the file system can."""
-    try:
+    with contextlib.suppress(OSError):  # some network file systems cannot
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
-def shell(words: str | Iterable[str]) -> str:
-    """A word, or a command's words, as a POSIX shell reads them back unchanged. ValueError for a NUL."""
-    words = [words] if isinstance(words, str) else list(words)
-    if any("\0" in word for word in words):
+def shell(words: Iterable[str | Path]) -> str:
+    """A command's words as bash reads them back unchanged, on one line: job files are read by lines too.
+
+    ValueError for a NUL.
+    """
+    texts = list(map(str, words))
+    if any("\0" in text for text in texts):
         raise ValueError("a shell's word cannot hold a NUL")
-    return shlex.join(words)
+    escape = lambda c: "".join(f"\\x{byte:02x}" for byte in c.encode("utf-8", "surrogateescape"))
+    spelt = lambda text: "".join(c if c.isprintable() and c not in "\\'" else escape(c) for c in text)
+    return " ".join(shlex.quote(text) if text.isprintable() else f"$'{spelt(text)}'" for text in texts)
 
 
 def terminal(text: str, lines: bool = False) -> str:
@@ -250,26 +257,16 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _fits(value: Any, shape: Any, where: str) -> bool:
-    try:
-        check_shape(value, shape, where)
-    except ValueError:
-        return False
-    return True
-
-
-def _must_be(value: Any, kind: Any, where: str) -> None:
-    number = type(value) in (int, float) if kind is float else type(value) is int and kind == NATURAL
+def _is(value: Any, kind: Any) -> bool:
     if kind == NATURAL:
-        number = number and 0 <= value < 1 << 63
-    if not (number or type(value) is kind):
-        raise ValueError(f"{where or 'it'} must be {_word(kind)}, not {_word(value)}")
+        return type(value) is int and 0 <= value < 1 << 63
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _word(kind: Any) -> str:
     """What a shape asks for, or what a value is."""
     if isinstance(kind, type) or kind == NATURAL:
-        return _WORDS.get(kind, kind.__name__ if isinstance(kind, type) else str(kind))
+        return _WORDS.get(kind) or kind.__name__
     if isinstance(kind, str | int | float) and len(repr(kind)) < 40:
         return repr(kind)
     return _WORDS.get(type(kind), type(kind).__name__)

@@ -72,7 +72,7 @@ def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:
     """
     places = [Path(workdir) / TOKENIZER, *([] if config.init_from else [Path(workdir) / CARRIED / TOKENIZER])]
     own = next((place for place in places if place.is_file()), None)
-    found = tokenizers.load(str(own)) if own else tokenizer_of(config.data)
+    found = tokenizers.load(str(own)) if own else config.data.load_tokenizer()
     if found is not None:
         check_fits(found, config.model.vocab_size)
     return found
@@ -89,18 +89,3 @@ def keep_tokenizer(workdir: Path, used: Tokenizer | None) -> None:
 def check_fits(found: Tokenizer, vocab_size: int, field: str = "--tokenizer") -> None:
     if found.vocab_size > vocab_size:
         raise ConfigError(field, found.name, f"has {found.vocab_size} ids, the model {vocab_size}")
-
-
-def tokenizer_of(data: Any) -> Tokenizer | None:
-    """The tokenizer that a run's ``config.data`` names; None if its tokens stand for no text."""
-    if data.kind == "text":
-        return tokenizers.load(data.tokenizer)
-    if data.kind == "shards":
-        path = Path(data.path).expanduser()
-        shape = {"tokenizer": {"name": str}}
-        named = untrusted.read_json(path / "index.json", "data.path", shape)["tokenizer"]["name"]
-        return tokenizers.load(named if named == "bytes" else str(untrusted.inside(path, named, "data.path")))
-    if data.kind == "mixture":
-        each = [tokenizer_of(component) for component in data.components.values()]
-        return next((tokens for tokens in each if tokens is not None), None)
-    return None

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hybridlm import fields, untrusted
-from hybridlm.errors import ConfigError, nearest
+from hybridlm.errors import ConfigError, RunError, nearest
 from launch.grid import Run
 from launch.local import Job
 
@@ -32,28 +33,9 @@ def settings(engine: type, given: Sequence[str]) -> Any:
     return engine(**values)
 
 
-def train_command(run: Run, workdir: str, distributed: str = "") -> str:
-    """The shell command that trains ``run`` from a checkout anywhere. distributed: train.py's flag."""
-    words = ["python", "train.py", *run.command(), f"--workdir={workdir}/{run.name}"]
-    return line([*words, f"--distributed={distributed}"] if distributed else words)
-
-
-def line(words: Sequence[str | Path]) -> str:
-    """The command of ``words`` for bash, on one line whatever they hold."""
-    return " ".join(quoted(str(word)) for word in words)
-
-
-def quoted(word: str) -> str:
-    """``word`` for bash, on one line: job files are read line by line by others too."""
-    if word.isprintable():
-        return untrusted.shell(word)
-    escape = lambda c: "".join(f"\\x{byte:02x}" for byte in c.encode())
-    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else escape(c) for c in word) + "'"
-
-
 def script(commands: Sequence[Sequence[str]]) -> str:
     """A bash script of ``commands``, which ends at the first that fails."""
-    return "#!/bin/bash\nset -e\n" + "".join(line(words) + "\n" for words in commands)
+    return "#!/bin/bash\nset -e\n" + "".join(untrusted.shell(words) + "\n" for words in commands)
 
 
 def plain(text: str) -> str:
@@ -71,17 +53,21 @@ def kubernetes_name(text: str, length: int) -> str:
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if name[:1].isdigit():
         name = f"run-{name}"
-    return (
-        name
-        if len(name) <= length
-        else f"{name[: length - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-    )
+    if len(name) <= length:
+        return name
+    return f"{name[: length - 7]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def last_line(text: str) -> str:
-    """Of what a client said, as it may be shown."""
-    said = [line.strip() for line in text.splitlines() if line.strip()]
-    return untrusted.terminal((said or ["it said nothing"])[-1])
+def call(words: Sequence[str], what: str, wanted: str = "") -> str:
+    """What a client says; RunError, with its last line, if it fails at ``what`` or says no ``wanted``."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    found = re.search(wanted, said)
+    if done.returncode or not found:
+        lines = [line.strip() for line in (done.stderr or said).splitlines() if line.strip()]
+        last = untrusted.terminal((lines or ["it said nothing"])[-1])
+        raise RunError(f"{words[0]} refused {what}: {last}")
+    return found[found.lastindex or 0]
 
 
 def write(path: Path, text: str, executable: bool = False) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
@@ -73,12 +74,9 @@ def placements(found: Sequence[Mean], metric: str) -> Figure | None:
     for i, label in enumerate(labels):
         own = [m for m in chosen if m.label == label]
         x = [where.index(tuple(m.runs[0].full_layers)) + (i - (len(labels) - 1) / 2) * width for m in own]
-        value = [m.value for m in own]
-        low, high = _ends(own)
-        ends = [
-            [v - end for v, end in zip(value, low, strict=True)],
-            [end - v for v, end in zip(value, high, strict=True)],
-        ]
+        value = np.array([m.value for m in own])
+        low, high = map(np.array, _ends(own))
+        ends = [value - low, high - value]
         style = {"fmt": look[label]["marker"], "color": look[label]["color"], "label": text(label)}
         axes.errorbar(x, value, ends, markersize=6, capsize=2, linewidth=1, **style)
     shown = [text(", ".join(map(str, w))) for w in where]
@@ -160,15 +158,12 @@ def curves(runs: Sequence[Result], metric: str) -> Figure | None:
     for label, axes in zip(labels, panels.flat, strict=False):
         for share in seen:
             own = [run for run in drawn if run.label == label and run.fraction == share]
+            colour = shade[share]
             for run in own if len(own) > 1 else ():
-                axes.plot(
-                    *zip(*run.curves[metric], strict=True), color=shade[share], linewidth=0.6, alpha=0.35
-                )
+                axes.plot(*zip(*run.curves[metric], strict=True), color=colour, linewidth=0.6, alpha=0.35)
             if own:  # one that failed early would end the mean of all
                 whole = [run for run in own if run.state == "finished"] or own
-                axes.plot(
-                    *_mean_curve([run.curves[metric] for run in whole]), color=shade[share], linewidth=1.8
-                )
+                axes.plot(*_mean_curve([r.curves[metric] for r in whole]), color=colour, linewidth=1.8)
         axes.set_title(text(label), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: quantity(value, ""))
@@ -179,13 +174,8 @@ def curves(runs: Sequence[Result], metric: str) -> Figure | None:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel("training tokens")
     lines = [panels.flat[0].plot([], [], color=shade[share], label=shares[share])[0] for share in seen]
-    level = _guess(drawn, metric)
-    if level is not None and _in_view(metric, level, max(v for run in drawn for _, v in run.curves[metric])):
-        for axes in panels.flat[: len(labels)]:
-            dotted = axes.axhline(level, label="guessing", **GUESS)
-        lines.append(dotted)
-    if metric == "recall":
-        panels.flat[0].set_ylim(-0.02, 1.04)
+    highest = max(v for run in drawn for _, v in run.curves[metric])
+    lines += [_levels(axes, drawn, metric, highest) for axes in panels.flat[: len(labels)]][-1]
     where: dict[str, Any] = {"loc": "outside lower center", "ncols": 3 * columns, "frameon": False}
     figure.legend(handles=lines, title="full layers", fontsize=9, title_fontsize=9, **where)
     figure.supylabel(NAMES[metric], fontsize=10)
@@ -213,15 +203,17 @@ def _ends(line: Sequence[Mean]) -> tuple[list[float], list[float]]:
     return [low for low, _ in ends], [high for _, high in ends]
 
 
-def _guess(runs: Sequence[Result], metric: str) -> float | None:
-    """What guessing gets, where that is the same for all ``runs``."""
-    levels = {run.guess[metric] for run in runs}
-    return levels.pop() if len(levels) == 1 else None
+def _levels(axes: Axes, runs: Sequence[Result], metric: str, highest: float) -> list[Any]:
+    """The ends of the y axis, and a line of guessing where it is the same for all ``runs``: [it], or [].
 
-
-def _in_view(metric: str, level: float, highest: float) -> bool:
-    """Whether a line at ``level`` leaves the rest readable: the loss of guessing may be far above all."""
-    return metric == "recall" or level <= 1.3 * highest
+    Nor is there one where it would leave the rest unreadable: the loss of guessing may be far above all.
+    """
+    if metric == "recall":
+        axes.set_ylim(-0.02, 1.04)
+    level, *others = {run.guess[metric] for run in runs}
+    if others or level is None or (metric == "loss" and level > 1.3 * highest):
+        return []
+    return [axes.axhline(level, label="guessing", **GUESS)]
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -234,12 +226,7 @@ def _figure() -> tuple[Figure, Axes]:
 def _finish(axes: Axes, found: Sequence[Mean], metric: str) -> None:
     """The y axis, the level of guessing, and below all the legend, where it covers nothing."""
     axes.set_ylabel(NAMES[metric])
-    level = _guess([run for mean in found for run in mean.runs], metric)
-    highest = max(mean.value for mean in found)
-    if level is not None and _in_view(metric, level, highest):
-        axes.axhline(level, label="guessing", **GUESS)
-    if metric == "recall":
-        axes.set_ylim(-0.02, 1.04)
+    _levels(axes, [run for mean in found for run in mean.runs], metric, max(mean.value for mean in found))
     figure = axes.get_figure()
     assert figure is not None
     where: dict[str, Any] = {"loc": "outside lower center", "ncols": COLUMNS, "fontsize": 9, "frameon": False}

@@ -15,11 +15,11 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from hybridlm import commands, config_file, cost, pattern
 from hybridlm import config as configs
+from hybridlm import config_file, cost, pattern
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.run import private
 
@@ -56,12 +56,7 @@ def zipped(*axes: Axis) -> Axis:
     if len(set(lengths)) > 1:
         names = ", ".join(name for one in axes for name in one.names)
         raise ConfigError("zipped", names, f"must have equally many values, here {lengths}")
-    return Axis(
-        tuple(
-            {k: v for point in step for k, v in point.items()}
-            for step in zip(*(a.points for a in axes), strict=True)
-        )
-    )
+    return Axis(tuple(map(_joined, zip(*(one.points for one in axes), strict=True))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +82,15 @@ class Sweep:
     tokens: float = 0
     vmap: bool = False
 
+    @property
+    def placeholders(self) -> set[str]:
+        """Axes that are a part of ``base``."""
+        return set(PLACEHOLDER.findall(self.base))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for one in self.axes for name in one.names]
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -105,24 +109,7 @@ class Run:
 
 def load(spec: str) -> Sweep:
     """The sweep of "file.py" or "file.py:argument". Runs the file; ConfigError if it gives no sweep."""
-    filename, argument = config_file.split(spec)
-    path = commands.located(filename)
-    if not path.is_file():
-        raise ConfigError("--config", filename, "no such file", commands.looked_for(filename))
-    module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-    try:
-        exec(compile(path.read_bytes(), path, "exec"), module)
-        if "get_sweep" not in module:
-            fix = "train.py runs configs; a sweep file has get_sweep()." if "get_config" in module else ""
-            raise ConfigError("--config", spec, "the file defines no function get_sweep", fix)
-        sweep = module["get_sweep"](*([argument] if argument else []))
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise ConfigError("--config", spec, f"failed with {type(error).__name__} ({error})") from error
-    if not isinstance(sweep, Sweep):
-        raise ConfigError("--config", spec, f"get_sweep returned {type(sweep).__name__}, not a Sweep")
-    return sweep
+    return config_file.run(spec, "get_sweep", Sweep)
 
 
 def runs(sweep: Sweep, overrides: Mapping[str, str] | None = None) -> list[Run]:
@@ -132,16 +119,14 @@ def runs(sweep: Sweep, overrides: Mapping[str, str] | None = None) -> list[Run]:
     Raises ConfigError for axes that contradict each other or name nothing, for an empty grid, and for a point
     whose config cannot be.
     """
-    placeholders = set(PLACEHOLDER.findall(sweep.base))
-    names = [name for one in sweep.axes for name in one.names]
-    _check(sweep, names, placeholders, overrides or {})
+    _check(sweep, overrides or {})
     found: dict[str, Run] = {}
     known: dict[str, dict[str, str]] = {}
     for point in points(sweep):
         try:
-            run = _run(sweep, point, names, placeholders, overrides or {}, known)
+            run = _run(sweep, point, overrides or {}, known)
         except ConfigError as error:
-            shown = ", ".join(f"{k}={_label(v)}" for k, v in point.items() if k in names)
+            shown = ", ".join(f"{k}={_label(v)}" for k, v in point.items() if k in sweep.names)
             raise ConfigError(error.field, error.value, f"{error.allowed} (at {shown})", error.fix) from None
         same = found.setdefault(run.name, run)
         if same.config != run.config:
@@ -151,17 +136,10 @@ def runs(sweep: Sweep, overrides: Mapping[str, str] | None = None) -> list[Run]:
 
 def points(sweep: Sweep) -> list[Point]:
     """Axis name -> value of every point, ``fields`` included; the same layers are listed once."""
-    grid = [
-        {k: v for part in step for k, v in part.items()}
-        for step in itertools.product(*(one.points for one in sweep.axes))
-    ]
-    grid = [point for point in grid if sweep.keep is None or sweep.keep(point)]
+    grid = [point for point in _crossed(sweep.axes) if sweep.keep is None or sweep.keep(point)]
     for extra in sweep.also:
         missing = [one for one in sweep.axes if not set(one.names) & set(extra)]
-        grid += [
-            dict(extra) | {k: v for part in step for k, v in part.items()}
-            for step in itertools.product(*(one.points for one in missing))
-        ]
+        grid += [dict(extra) | point for point in _crossed(missing)]
     if not grid:
         why = (
             "has an axis without values"
@@ -172,7 +150,7 @@ def points(sweep: Sweep) -> list[Point]:
     unique: dict[str, Point] = {}
     for point in grid:
         whole = {**sweep.fields, **point}
-        if whole.get("ratio") in ("full", "pure") and not PLACEHOLDER.search(sweep.base):
+        if whole.get("ratio") in ("full", "pure") and not sweep.placeholders:
             whole["placement"] = ""
             if whole["ratio"] == "full":
                 whole["mixer"] = whole.get("full", "full")
@@ -180,10 +158,17 @@ def points(sweep: Sweep) -> list[Point]:
     return list(unique.values())
 
 
-def _check(sweep: Sweep, names: list[str], placeholders: set[str], overrides: Mapping[str, str]) -> None:
-    filename = config_file.split(sweep.base)[0]
-    if not commands.located(filename).is_file():
-        raise ConfigError("base", filename, "no such file", commands.looked_for(filename))
+def _joined(parts: Iterable[Point]) -> Point:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _crossed(axes: Sequence[Axis]) -> list[Point]:
+    return list(map(_joined, itertools.product(*(one.points for one in axes))))
+
+
+def _check(sweep: Sweep, overrides: Mapping[str, str]) -> None:
+    names, placeholders = sweep.names, sweep.placeholders
+    config_file.located(config_file.split(sweep.base)[0], "base")
     if sweep.match not in ("", "parameters"):
         raise ConfigError("match", sweep.match, "must be 'parameters' or ''")
     if not 0 <= sweep.tokens < math.inf:
@@ -225,14 +210,9 @@ def _check(sweep: Sweep, names: list[str], placeholders: set[str], overrides: Ma
         raise ConfigError("axes", "model.mlp_hidden", "match='parameters' already decides it")
 
 
-def _run(
-    sweep: Sweep,
-    point: Point,
-    names: list[str],
-    placeholders: set[str],
-    overrides: Mapping[str, str],
-    known: dict[str, dict[str, str]],
-) -> Run:
+def _run(sweep: Sweep, point: Point, overrides: Mapping[str, str], known: dict[str, dict[str, str]]) -> Run:
+    """known: what was `_derived` of the points before, for this one to use and add to."""
+    names, placeholders = sweep.names, sweep.placeholders
     spec = PLACEHOLDER.sub(lambda match: _label(point[match[1]]), sweep.base)
     fields: dict[str, Any] = {}
     for name, value in point.items():
@@ -255,7 +235,7 @@ def _run(
     bare = {name for name in label if name in (*LAYERS, *placeholders) or _labelled(point[name])}
     varying = {*names, *(name for extra in sweep.also for name in extra)}
     own = [v if k in bare else f"{k.split('.')[-1]}{v}" for k, v in label.items() if v and k in varying]
-    return Run(_name("_".join(own)), label, spec, texts, configs.resolve(configs.load(spec, texts)))
+    return Run(_name("_".join(own)), label, spec, texts, _config(spec, texts))
 
 
 def _name(text: str) -> str:
@@ -272,8 +252,8 @@ def _derived(
     """The fields that follow from the others: pattern, steps, matched width."""
     found = {}
     if layers:
-        found["model.pattern"] = _pattern(layers, full, configs.resolve(configs.load(spec, texts)))
-    config = configs.resolve(configs.load(spec, texts | found))
+        found["model.pattern"] = _pattern(layers, full, _config(spec, texts))
+    config = _config(spec, texts | found)
     if sweep.tokens:
         found["train.steps"] = str(math.ceil(sweep.tokens / (config.train.batch_size * config.train.seq_len)))
     if sweep.match:
@@ -297,15 +277,19 @@ def _pattern(layers: Mapping[str, Any], full: str, config: configs.Config) -> st
 def _matched(spec: str, texts: Mapping[str, str], full: str, config: configs.Config) -> int:
     """The MLP width that gives ``config`` the parameters of attention alone, at its width and depth."""
     attention = dict(texts) | {"model.pattern": full}
-    target = cost.parameters(configs.resolve(configs.load(spec, attention)))
+    target = cost.parameters(_config(spec, attention))
     multiple = 64 if config.model.d_model >= 512 else 8
     hidden = cost.matched_mlp_hidden(config, target, multiple)
-    reached = cost.parameters(configs.resolve(configs.load(spec, {**texts, "model.mlp_hidden": str(hidden)})))
+    reached = cost.parameters(_config(spec, {**texts, "model.mlp_hidden": str(hidden)}))
     if abs(reached / target - 1) > 0.02:
         problem = f"cannot bring {config.model.pattern!r} to the {target:,} parameters of attention"
         fix = f"It has {reached:,} at model.mlp_hidden={hidden}: give it fewer heads, or a wider MLP to all."
         raise ConfigError("match", "parameters", problem, fix)
     return hidden
+
+
+def _config(spec: str, texts: Mapping[str, str]) -> configs.Config:
+    return configs.resolve(configs.load(spec, texts))
 
 
 def _labelled(value: Any) -> bool:

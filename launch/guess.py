@@ -16,13 +16,8 @@ def of(config: Config) -> dict[str, float | None]:
     answers, recall = labelled.guess(config.data, vocab)
     text = config.data.kind in ("text", "shards", "mixture")
     loss = math.log(vocab) if text else math.log(answers) if answers else None
-    if config.eval.tasks:
-        return {"recall": _mean_chance(config), "loss": loss}
+    if config.eval.tasks:  # the mean of those measured in the loop
+        chances = [task.chance(config) for task in tasks.choose("", config.eval.tasks)]
+        known = [one for one in chances if one is not None]
+        recall = sum(known) / len(known) if len(known) == len(chances) else None
     return {"recall": recall, "loss": loss}
-
-
-def _mean_chance(config: Config) -> float | None:
-    """Of the tasks measured in the loop; None if one of them has none."""
-    found = [task.chance(config) for task in tasks.choose("", config.eval.tasks)]
-    known = [one for one in found if one is not None]
-    return sum(known) / len(known) if len(known) == len(found) else None

@@ -16,6 +16,7 @@ from typing import IO, NamedTuple
 from hybridlm import cost, untrusted
 from hybridlm.fields import Count, NonNegative
 from hybridlm.run import private
+from hybridlm.trainer import alike
 from launch.grid import Run
 from launch.state import ERROR, LOG, last_line, status
 
@@ -126,8 +127,6 @@ class Job:
 
 def jobs(runs: Sequence[Run], workdir: Path, vmap: bool) -> list[Job]:
     """Runs as they are trained: one a process, or with ``vmap`` all those that are alike together."""
-    from hybridlm.trainer import alike  # brings in JAX
-
     groups: dict[str, list[Run]] = {}
     for run in runs:
         together = vmap and run.config.log.wandb_mode == "disabled"  # W&B tracks one run a process

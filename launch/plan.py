@@ -16,7 +16,7 @@ from hybridlm import config as configs
 from hybridlm import cost, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
-from hybridlm.run import private
+from hybridlm.run import checkpoint, private, show
 from launch import guess
 from launch.grid import Run
 from launch.state import POINT
@@ -107,7 +107,7 @@ def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> N
     total = hours(sum(f.flops for f in known.values()), device, mfu)
     sizes = [f.parameters for f in known.values()]
     spread = max(sizes) / min(sizes) - 1
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    say = lambda text: show.line(text, console)
     tokens, states = sum(f.tokens for f in known.values()), [f.state_bytes for f in known.values()]
     say(f"{len(runs)} runs, {quantity(tokens, '')} tokens")
     say(f"estimate: {total:,.3g} hours of one {device}, at {mfu:.0%} of its peak")
@@ -123,8 +123,9 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
         if (workdir / run.name).exists() and not (workdir / run.name).is_dir():
             raise ConfigError("axes", run.name, f"a run cannot have this name, {workdir} has a file of it")
         old, new = _written(path), untrusted.parse(configs.to_json(run.config))
-        if old is not None and old != new:
-            problem = f"has a run {run.name!r} with another config: {_changed(old, new)}"
+        if changed := checkpoint.changes(new if old is None else old, new):
+            name, (before, after) = next(iter(changed.items()))
+            problem = f"has a run {run.name!r} with another config: {name}: {before!r} -> {after!r}"
             raise ConfigError("--workdir", str(workdir), problem, "Give another --workdir.")
     for run in runs:
         folder = workdir / run.name
@@ -158,13 +159,3 @@ def _written(path: Path) -> Any:
     except ConfigError as error:
         log.warning("%s; written anew", error)
         return None
-
-
-def _changed(old: Any, new: Any, prefix: str = "") -> str:
-    """ "a.b: 1 -> 2" of the first field that differs."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return f"{prefix}: {old!r} -> {new!r}"
-    for key in sorted({*old, *new}):
-        if old.get(key) != new.get(key):
-            return _changed(old.get(key), new.get(key), f"{prefix}.{key}".strip("."))
-    return ""

@@ -41,7 +41,7 @@ def write(workdir: str | Path) -> Path:
             if metric == "recall":
                 body.append(_convergence(measured))
     body += [_runs(found), _notes(found)]
-    title = f"Sweep {Path(private.hide(untrusted.terminal(str(workdir.resolve())))).name}"
+    title = f"Sweep {Path(private.shown(str(workdir.resolve()))).name}"
     html = page.document(title, body).encode()
     files = {"results.csv": results.table(found).encode(), **pictures, "report.html": html}
     try:
@@ -142,15 +142,8 @@ def _budgets(measured: Sequence[Mean], metric: str) -> str:
     for budget, mean in results.under_budgets(measured, metric):
         run = mean.runs[0]
         layers = ", ".join(map(str, run.full_layers)) or "none"
-        rows.append(
-            [
-                quantity(budget, "B"),
-                run.label,
-                run.point.get("ratio", ""),
-                layers,
-                _value(mean).replace("\n", " · "),
-            ]
-        )
+        ratio, value = run.point.get("ratio", ""), _value(mean).replace("\n", " · ")
+        rows.append([quantity(budget, "B"), run.label, ratio, layers, value])
     head = ["budget from", "mixer", "ratio", "full layers", metric]
     note = "State and KV cache of one sequence. A row holds up to the budget of the next."
     return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{page.note(note)}"
@@ -217,11 +210,10 @@ def _runs(found: Sequence[Result]) -> str:
 
 def _notes(found: Sequence[Result]) -> str:
     missing = [r.name for r in found if r.state != "finished"]
+    names = ", ".join(missing)
     note = "Every run finished."
     if missing:
-        note = (
-            f"{len(missing)} of {len(found)} runs did not finish and are in no figure: {', '.join(missing)}."
-        )
+        note = f"{len(missing)} of {len(found)} runs did not finish and are in no figure: {names}."
     note += " Full layers are counted from 0."
     if len(missing) < len(found) and not any(r.tokens_per_second for r in found):
         note += " No speed is shown: these runs shared a device or a program, or ran on different ones."
@@ -235,15 +227,14 @@ TEXTS = {"run", "state", "mixer", CORNER, "ratio", "full layers", "commit", "dat
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns of numbers, also of those with a > before them, stand to the right, their names too."""
     rows = list(rows)
-    of_numbers = [
-        name not in TEXTS and any(row[i].lstrip("> ")[:1].isdigit() for row in rows)
-        for i, name in enumerate(head)
-    ]
-    kinds = [
-        "number" if one else "bad" if name == "error" else ""
-        for name, one in zip(head, of_numbers, strict=True)
-    ]
-    heads = [(name, kind.replace("bad", "")) for name, kind in zip(head, kinds, strict=True)]
+
+    def kind(name: str, column: int) -> str:
+        if name in TEXTS:
+            return "bad" if name == "error" else ""
+        return "number" if any(row[column].lstrip("> ")[:1].isdigit() for row in rows) else ""
+
+    kinds = [kind(name, column) for column, name in enumerate(head)]
+    heads = [(name, one.replace("bad", "")) for name, one in zip(head, kinds, strict=True)]
     return page.table(heads, (list(zip(row, kinds, strict=True)) for row in rows))
 
 
@@ -252,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__, formatter_class=raw)
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args(argv).workdir
-    return cli.run(lambda: print(f"written: {untrusted.terminal(private.hide(str(write(workdir))))}"))
+    return cli.run(lambda: print(private.shown(f"written: {write(workdir)}")))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ RUN = {
     "state_bytes": untrusted.NATURAL, "cache_bytes": untrusted.NATURAL, "width?": untrusted.NATURAL,
     "learning_rate?": float, "guess?": {str: (float, type(None))},
 }  # fmt: skip
+COPIED = ("name", "full_layers", "num_layers", "parameters", "tokens", "steps")  # as they are there
 SWEEP = {"runs": [RUN], "command?": str, "checkpoints?": bool}
 
 
@@ -124,9 +125,8 @@ def read(workdir: Path) -> tuple[dict[str, Any], list[Result]]:
     """(sweep.json, a result for each of its runs). ConfigError for a folder without a sweep."""
     path = workdir / "sweep.json"
     if not path.is_file():
-        raise ConfigError(
-            "workdir", str(workdir), "holds no sweep.json", "python -m launch.sweep writes one."
-        )
+        fix = "python -m launch.sweep writes one."
+        raise ConfigError("workdir", str(workdir), "holds no sweep.json", fix)
     record = _checked(untrusted.read_json(path, "sweep.json", SWEEP), path)
     found = [_result(workdir, run, record["checkpoints"]) for run in record["runs"]]
     record["machines"] = sorted({one.device for one in found} - {""})
@@ -151,13 +151,9 @@ def _checked(record: Any, path: Path) -> dict[str, Any]:
         need(min(layers, run["steps"], run["parameters"], run["tokens"]) > 0, f"a count of {name!r} is 0")
         need(len(set(full)) == len(full) and all(index < layers for index in full), f"layers of {name!r}")
     return record | {
-        "command": _shown(record.get("command", "")),
+        "command": private.shown(record.get("command", "")),
         "checkpoints": record.get("checkpoints", True),
     }
-
-
-def _shown(text: str) -> str:
-    return private.hide(untrusted.terminal(text))
 
 
 def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
@@ -178,16 +174,11 @@ def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
         for name, measure in (("recall", _recall), ("loss", _loss))
     }
     return Result(
-        name=run["name"],
-        point={_shown(k): _shown(v) for k, v in run["point"].items()},
+        **{name: run[name] for name in COPIED},
+        point={private.shown(k): private.shown(v) for k, v in run["point"].items()},
         state=now.state,
         error=now.error,
-        full_layers=run["full_layers"],
-        num_layers=run["num_layers"],
-        parameters=run["parameters"],
         bytes=run["state_bytes"] + run["cache_bytes"],
-        tokens=run["tokens"],
-        steps=run["steps"],
         recall=_recall(now.last) if finished else None,
         loss=_loss(now.last) if finished else None,
         tokens_per_second=float(np.median(speeds)) if speeds and finished and alone else None,
@@ -202,7 +193,7 @@ def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
 
 
 def _noted(start: dict[str, Any], name: str) -> str:
-    return _shown(start[name])[:80] if isinstance(start.get(name), str) else ""
+    return private.shown(start[name])[:80] if isinstance(start.get(name), str) else ""
 
 
 def _recall(record: dict[str, Any]) -> float | None:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from hybridlm.errors import RunError
+from hybridlm import untrusted
 from hybridlm.fields import Positive
 from launch import engines
 from launch.grid import Run
@@ -38,7 +37,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
     if settings.data:
         mounts["~/sky_workdir/data"] = settings.data
     several = f" --distributed={HEAD}" if settings.nodes > 1 else ""
-    folder = engines.quoted(f"/runs/{workdir.name}")
+    folder = untrusted.shell([f"/runs/{workdir.name}"])
     task = {
         "name": _name(workdir.name),
         "resources": {"accelerators": settings.accelerators, "use_spot": settings.spot},
@@ -56,7 +55,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
 
 
 def command(run: Run, task: Path) -> list[str]:
-    environment = [f"RUN={run.name}", f"ARGUMENTS={engines.line(run.command())}"]
+    environment = [f"RUN={run.name}", f"ARGUMENTS={untrusted.shell(run.command())}"]
     flags = [word for text in environment for word in ("--env", text)]
     return ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", _name(run.name), *flags, str(task)]
 
@@ -69,11 +68,7 @@ def missing(settings: Settings) -> str:
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
     """Names of the managed jobs."""
     for run in engines.runs(jobs):
-        done = subprocess.run(
-            command(run, workdir / "skypilot.yaml"), capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RunError(f"sky refused {run.name}: {engines.last_line(done.stderr or done.stdout)}")
+        engines.call(command(run, workdir / "skypilot.yaml"), run.name)
     return [_name(run.name) for run in engines.runs(jobs)]
 
 

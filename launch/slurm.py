@@ -9,11 +9,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.fields import Positive
 from launch import engines, local
@@ -51,15 +51,8 @@ class Task:
         self.process: subprocess.Popen | None = None
 
     def __call__(self, folders: list[str]) -> int:
-        command = [
-            sys.executable,
-            "-m",
-            "launch.worker",
-            *(["--distributed"] if self.distributed else []),
-            "--",
-            *folders,
-        ]
-        self.process = subprocess.Popen(command)
+        flags = ["--distributed"] if self.distributed else []
+        self.process = subprocess.Popen([*local.WORKER, *flags, "--", *folders])
         return self.process.wait()
 
     def checkpoint(self, folders: list[str]) -> Any:
@@ -97,7 +90,7 @@ def write(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[
     distributed = " --distributed" if settings.nodes * settings.gpus > 1 else ""
     script = (
         f"#!/bin/bash\n{head}#SBATCH --requeue\n\n"
-        f"workdir={engines.quoted(str(workdir))}\n"
+        f"workdir={untrusted.shell([workdir])}\n"
         f"{'' if simple else LOG_LINE}"
         'mapfile -t runs < "$workdir/slurm_runs.txt"\n'
         "folders=()\n"
@@ -124,9 +117,8 @@ def missing(settings: Settings) -> str:
         import submitit  # noqa: F401
     except ImportError:
         return "submitit is not installed (pip install -e '.[launch]')"
-    return (
-        "" if settings.cluster == "local" or shutil.which("sbatch") else "there is no sbatch on this machine"
-    )
+    there = settings.cluster == "local" or shutil.which("sbatch")
+    return "" if there else "there is no sbatch on this machine"
 
 
 def submit(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[str]:

@@ -33,7 +33,7 @@ def status(folder: Path, steps: int, running: bool = False, sealed_runs: bool = 
     try:
         last = (lines(folder) or [{}])[-1]
     except ConfigError as error:
-        return Status("running" if running else "failed", {}, _shown(str(error)))
+        return Status("running" if running else "failed", {}, private.shown(str(error)))
     if last.get("step", 0) >= steps and (not sealed_runs or sealed(folder / "checkpoints" / str(steps))):
         return Status("finished", last, "")
     if running:
@@ -49,10 +49,9 @@ def sealed(checkpoint: Path) -> bool:
     Their sums are compared by who reads them (`seal.damage`), not here: this is asked twice a second.
     """
     try:
-        listed = (checkpoint / seal.NAME).read_text().splitlines()
-        names = [line.split("  ", 1)[1] for line in listed]
+        names = seal.listed(checkpoint)
         return bool(names) and all(own(checkpoint, name).is_file() for name in names)
-    except (OSError, ValueError, IndexError):  # a ConfigError is a ValueError
+    except (OSError, ConfigError):
         return False
 
 
@@ -60,11 +59,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are ones, in order; ConfigError for a file that cannot be read."""
     path = own(folder, "metrics.jsonl")
     try:
-        found = logbook.read(path)
-    except (OSError, ValueError, RecursionError) as error:
+        return [line for line in logbook.read(path) if line["step"] > 0]
+    except OSError as error:
         raise ConfigError("metrics.jsonl", path.parent.name, f"cannot be read ({error})") from error
-    is_line = lambda one: isinstance(one, dict) and type(one.get("step")) is int and one["step"] > 0
-    return [line for line in found if is_line(line)]
 
 
 def number(line: dict[str, Any], name: str) -> float | None:
@@ -98,11 +95,7 @@ def last_line(folder: Path, name: str) -> str:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES))
             found = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
     except ConfigError as error:
-        return _shown(str(error))
+        return private.shown(str(error))
     except OSError:
         return ""
-    return _shown(([line for line in found if line] or [""])[-1])
-
-
-def _shown(text: str) -> str:
-    return private.hide(untrusted.terminal(text))
+    return private.shown(([line for line in found if line] or [""])[-1])

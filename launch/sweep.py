@@ -8,11 +8,8 @@ Exit codes: 0 all runs finished or were handed over, 1 some did not finish, 2 ba
 """
 
 import argparse
-import fcntl
+import contextlib
 import importlib
-import logging
-import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +21,10 @@ import rich
 import train
 from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError
-from hybridlm.run import cli, private
+from hybridlm.run import cli, private, show
+from hybridlm.run.lock import Lock
 from launch import engines, grid, local, plan
 from launch.view import View
-
-log = logging.getLogger("hybridlm")
 
 LAUNCHERS = {
     "local": "launch.local",
@@ -66,21 +62,8 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """The flags, and the overrides of every point: dotted field -> text."""
-    known = parser()
-    flags, rest = known.parse_known_args(argv)
-    overrides = {}
-    for argument in rest:
-        match = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
-        if not match:
-            known.error(f"unrecognized argument: {argument}")
-        overrides[match[1]] = match[2]
-    return flags, overrides
-
-
 def main(argv: Sequence[str]) -> int:
-    flags, overrides = parse(argv)
+    flags, overrides = train.parse_with(parser(), argv)
     return cli.run(lambda: sweep(flags, overrides), "the same command continues")
 
 
@@ -91,8 +74,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     if flags.dry_run:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0
-    workdir = flags.workdir or train.default_workdir(flags.config)
-    workdir = _named(workdir)
+    workdir = _named(flags.workdir or train.default_workdir(flags.config))
     with cli.stored(workdir, "What the runs have saved is intact; the same command continues."):
         return run(runs, workdir, definition.vmap, flags)
 
@@ -101,13 +83,8 @@ def run(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespa
     """Writes the sweep down, and has it run by its launcher."""
     engine = importlib.import_module(LAUNCHERS[flags.launcher])
     settings = engines.settings(engine.Settings, flags.engine)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("--workdir", str(workdir), "another sweep is running there") from None
-        command = private.hide(f"python -m launch.sweep {shlex.join(sys.argv[1:])}")
+    with Lock(workdir):
+        command = private.hide(f"python -m launch.sweep {untrusted.shell(sys.argv[1:])}")
         plan.write(runs, workdir, {"command": command})
         if flags.launcher == "local":
             return 1 if run_local(runs, workdir, vmap, settings, flags) else 0
@@ -124,22 +101,16 @@ def _named(workdir: Path) -> Path:
     return workdir.absolute() if str(workdir).startswith("-") else workdir
 
 
-def _say(text: str) -> None:
-    """A line for a terminal, whatever a path holds."""
-    text = untrusted.terminal(private.hide(text))
-    rich.get_console().print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def hand_over(engine: Any, jobs: list[local.Job], workdir: Path, settings: Any, only_write: bool) -> None:
     """Writes the engine's files and, where its client is here, submits them."""
     for path in engine.write(jobs, workdir, settings):
-        _say(f"written: {path}")
+        show.line(private.shown(f"written: {path}"))
     reason = "--no_submit" if only_write else engine.missing(settings)
     if reason:
-        _say(f"not submitted: {reason}")
+        show.line(private.shown(f"not submitted: {reason}"))
         return
     for name in engine.submit(jobs, workdir, settings):
-        _say(f"submitted: {name}")
+        show.line(private.shown(f"submitted: {name}"))
 
 
 def run_local(
@@ -148,19 +119,15 @@ def run_local(
     """Runs what is left on this machine and writes the report; how many runs did not finish."""
     console = rich.get_console()
     view = View(runs, workdir, console)
-    ready = [
-        run
-        for run in runs
-        if view.states[run.name].state == "queued"
-        or (flags.retry and view.states[run.name].state == "failed")
-    ]
+    wanted = ("queued", "failed") if flags.retry else ("queued",)
+    ready = [run for run in runs if view.states[run.name].state in wanted]
     found = local.devices()
     jobs = local.jobs(ready, workdir, vmap)
     per_device = settings.jobs or local.fitting(jobs, found)
     view.say(f"{len(runs)} runs in {workdir}: {view.summary()}; {len(jobs)} to start")
     if jobs:
         view.say(f"{per_device} at a time on each of {len(found)} devices")
-    with view:
+    with view.live or contextlib.nullcontext():
         local.run_all(jobs, found, per_device, view.show, settings.seconds or float("inf"))
     failed = [run for run in runs if view.states[run.name].state == "failed"]
     for run in failed:
@@ -179,9 +146,6 @@ def _device() -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", force=True)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(private.Filter())
-    log.setLevel(logging.INFO)
+    private.plain_log()
     jax.config.update("jax_platforms", "cpu")  # accelerators belong to the workers
     sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich import box
@@ -13,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hybridlm import untrusted
-from hybridlm.run import private
+from hybridlm.run import private, show
+from hybridlm.run.logbook import SHOWN
 from launch.grid import Run
 from launch.local import Job
 from launch.state import Status, number, status
@@ -23,24 +22,14 @@ PLAIN_SECONDS = 30.0  # between lines on what runs, when the output is no termin
 
 
 class View:
-    """Context manager; `show` is what `local.run_all` calls."""
+    """`show` is what `local.run_all` calls.  live: a context manager, to be open meanwhile."""
 
     def __init__(self, runs: Sequence[Run], workdir: Path, console: Console):
         self.runs, self.workdir, self.console = list(runs), workdir, console
         self.states = {run.name: self.status(run) for run in runs}
-        self.live = (
-            Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
-        )
+        terminal = console.is_terminal
+        self.live = Live(console=console, refresh_per_second=2, transient=True) if terminal else None
         self.began, self.at_start, self.spoke = time.monotonic(), self.work_done(), 0.0
-
-    def __enter__(self) -> "View":
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.live:
-            self.live.stop()
 
     def status(self, run: Run, running: bool = False) -> Status:
         return status(self.workdir / run.name, run.config.train.steps, running)
@@ -69,9 +58,8 @@ class View:
     def table(self, shown: Sequence[Run]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("run", "progress", "step", "loss", "tokens/s"):
-            table.add_column(
-                column, justify="left" if column in ("run", "progress") else "right", no_wrap=True
-            )
+            justify: Any = "left" if column in ("run", "progress") else "right"
+            table.add_column(column, justify=justify, no_wrap=True)
         for run in shown:
             last, steps = self.states[run.name].last, run.config.train.steps
             step = last.get("step", 0)
@@ -105,8 +93,7 @@ class View:
         return f"; about {minutes:.0f} min left" if minutes >= 1 else "; less than a minute left"
 
     def say(self, text: str) -> None:
-        text = untrusted.terminal(private.hide(text))
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        show.line(private.shown(text), self.console)
 
 
 def _shown(line: dict[str, Any], name: str, form: str) -> str:
@@ -118,8 +105,6 @@ def _result(now: Status) -> str:
     if now.state == "failed":
         return f": {now.error}"
     if now.state == "finished":
-        names = {"val_accuracy": "val accuracy", "val_loss": "val loss", "val_bpb": "val bits/byte"}
-        return ": " + ", ".join(
-            f"{shown} {_shown(now.last, name, '.4f')}" for name, shown in names.items() if name in now.last
-        )
+        names = [name for name in ("val_accuracy", "val_loss", "val_bpb") if name in now.last]
+        return ": " + ", ".join(f"{SHOWN[name][0]} {_shown(now.last, name, '.4f')}" for name in names)
     return ""

@@ -1,14 +1,11 @@
 """W&B sweeps: a grid over the runs' configs, so that `wandb agent` on any machine drives train.py."""
 
 import dataclasses
-import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from hybridlm.errors import RunError
 from hybridlm.run import tracking
 from launch import engines
 from launch.local import Job
@@ -61,11 +58,5 @@ def missing(settings: Settings) -> str:
 
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
     """The sweep's id, for `wandb agent`."""
-    done = subprocess.run(
-        ["wandb", "sweep", str(workdir / "wandb.yaml")], capture_output=True, text=True, check=False
-    )
-    said = done.stderr + done.stdout
-    found = re.search(r"wandb agent (\S+)", said)
-    if done.returncode or not found:
-        raise RunError(f"wandb refused the sweep: {engines.last_line(said)}")
-    return [found[1]]
+    words = ["wandb", "sweep", str(workdir / "wandb.yaml")]
+    return [engines.call(words, "the sweep", wanted=r"wandb agent (\S+)")]

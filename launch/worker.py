@@ -11,18 +11,18 @@ its standard input does: with its parent.
 import argparse
 import contextlib
 import fcntl
-import logging
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from hybridlm import untrusted
-from hybridlm.errors import ConfigError, RunError, Stopped
-from hybridlm.run import private
+from hybridlm.errors import ConfigError, RunError, Stopped, first_line
+from hybridlm.run import cli, private, processes, show
 from launch import machine
 from launch.state import ERROR, POINT
 
@@ -41,23 +41,21 @@ def main(argv: Sequence[str]) -> int:
     flags = parser.parse_args(argv)
     if flags.die_with_parent:
         threading.Thread(target=_die_with_parent, daemon=True).start()
-    logging.basicConfig(format="%(message)s", force=True)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(private.Filter())
-    logging.getLogger("hybridlm").setLevel(logging.INFO)
+    show.steady()
+    private.plain_log()
     folders = [folder.absolute() for folder in flags.folders]
     if flags.distributed:
-        from hybridlm.run import processes
-
         processes.join("auto")
         code = work(folders, flags.sharing)
         processes.leave(code, "")
         return code
     try:
-        with locked(folders):
+        with contextlib.ExitStack() as held:
+            for folder in sorted(folders):
+                held.enter_context(lock(folder))
             return work(folders, flags.sharing)
     except OSError as error:  # no room for the notes: nobody can be told but through the log
-        say(f"failed: {error.filename}: {error.strerror or error}")
+        cli.say(f"failed: {error.filename}: {error.strerror or error}")
         return 1
 
 
@@ -85,43 +83,30 @@ def work(folders: list[Path], sharing: int = 1) -> int:
         members = trainer.together(resolved, folders, "auto", tasks)
         failed = {one.workdir: one.failed for one in members if one.failed}
     except Stopped as stopped:
-        say(str(stopped))
+        cli.say(str(stopped))
         return 3
     except (ConfigError, RunError) as error:
         failed = dict.fromkeys(folders, str(error))
     except Exception as error:
-        say(traceback.format_exc())
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        failed = dict.fromkeys(folders, ": ".join([type(error).__name__, *lines[:1]]))
+        cli.say(traceback.format_exc())
+        failed = dict.fromkeys(folders, f"{type(error).__name__}: {first_line(error)}")
     for folder, why in failed.items():
-        say(f"failed: {folder.name}: {why}")
+        cli.say(f"failed: {folder.name}: {why}")
         if first:
             untrusted.write_text(folder / ERROR, private.hide(why.strip()) + "\n")
     return int(bool(failed))
 
 
-def say(text: str) -> None:
-    """Into the log, without the user's name and home."""
-    with contextlib.suppress(OSError):  # nothing about showing ends a run
-        print(private.hide(text), flush=True)
-
-
-@contextlib.contextmanager
-def locked(folders: Sequence[Path]) -> Iterator[None]:
-    """Holds the folders' locks, which the system drops when the process ends, however it does."""
-    with contextlib.ExitStack() as stack:
-        for folder in sorted(folders):
-            file = stack.enter_context((folder / LOCK).open("w"))
-            give_up = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > give_up:
-                        raise SystemExit(f"{folder} is being trained by another process") from None
-                    time.sleep(0.2)
-        yield
+def lock(folder: Path) -> IO[str]:
+    """The folder's lock, held while it is open; the system drops it when the process ends, however."""
+    file = (folder / LOCK).open("w")
+    give_up = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < give_up:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        time.sleep(0.2)
+    raise SystemExit(f"{folder} is being trained by another process")
 
 
 def _die_with_parent() -> None:

@@ -2,11 +2,10 @@
 
 import dataclasses
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybridlm.errors import RunError
+from hybridlm import untrusted
 from hybridlm.fields import Count, Positive
 from launch import engines
 from launch.grid import Run
@@ -43,6 +42,7 @@ def write(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[Path]:
 
 def command(run: Run, workdir: Path, settings: Settings) -> list[str]:
     kind = ["--device-type", "--num-nodes"] if settings.gpu else ["--tpu-type", "--num-slices"]
+    folder = f"--workdir={settings.output}/{workdir.name}/{run.name}"
     flags = {
         "--cluster": settings.cluster,
         "--workload": engines.kubernetes_name(run.name, NAME_LENGTH),
@@ -53,14 +53,10 @@ def command(run: Run, workdir: Path, settings: Settings) -> list[str]:
         "--priority": settings.priority,
         "--project": settings.project,
         "--zone": settings.zone,
-        "--command": engines.train_command(run, f"{settings.output}/{workdir.name}", "auto"),
+        "--command": untrusted.shell(["python", "train.py", *run.command(), folder, "--distributed=auto"]),
     }
-    return [
-        "xpk",
-        "workload",
-        "create",
-        *(word for name, value in flags.items() if value for word in (name, value)),
-    ]
+    given = [word for name, value in flags.items() if value for word in (name, value)]
+    return ["xpk", "workload", "create", *given]
 
 
 def missing(settings: Settings) -> str:
@@ -71,7 +67,5 @@ def missing(settings: Settings) -> str:
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:
     """Names of the workloads."""
     for run in engines.runs(jobs):
-        done = subprocess.run(command(run, workdir, settings), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RunError(f"xpk refused {run.name}: {engines.last_line(done.stderr or done.stdout)}")
+        engines.call(command(run, workdir, settings), run.name)
     return [engines.kubernetes_name(run.name, NAME_LENGTH) for run in engines.runs(jobs)]

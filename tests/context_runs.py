@@ -16,7 +16,7 @@ from flax import nnx
 from hybridlm import ahead, loss, mixers, model, program, schema, sharding
 from hybridlm import config as configs
 from hybridlm.context import Context
-from hybridlm.layers import ShortConv, elementwise
+from hybridlm.layers import ShortConv, convolve, elementwise
 from hybridlm.linear_mixer import Inputs, recurrence
 from hybridlm.mixers import s4d
 from hybridlm.mixers.mamba import selective_scan
@@ -88,10 +88,11 @@ def cases() -> dict[str, tuple[Callable, tuple]]:
             lambda x, g: elementwise(x, -jax.nn.softplus(g), rows, zeros(4))[0],
             (normal(4),) * 2,
         ),
-        "convolution": (lambda x: near(x, rows, silu=True)[0], (normal(4),)),
+        "convolution": (lambda x: convolve([near], [x], rows, None, silu=True)[0][0], (normal(4),)),
         "convolution over two borders": (lambda x: wide(x, rows)[0], (normal(4),)),
         "attention": (lambda *a: attend(*a, rows, scale=0.5), group),
         "window": (lambda *a: attend(*a, rows, scale=0.5, window=6), group),
+        "sink tokens": (lambda *a: attend(*a, rows, scale=0.5, window=6, sink_tokens=3), group),
         "sinks, forget gates": (forgetting(0), (*group, normal(2))),
         "sinks, forget gates, window": (forgetting(6), (*group, normal(2))),
         "mlstm": (normalised, (*map(jnp.abs, qkv), normal(2) + 2, normal(2))),

@@ -64,7 +64,7 @@ def test_the_home_directory_is_not_printed(capsys, monkeypatch):
 
 
 ONE_OF_MANY_WRITES_FAILS = """
-import resource, sys, tempfile
+import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 from hybridlm.run import cli
@@ -72,7 +72,7 @@ from hybridlm.run.checkpoint import Checkpoints
 from tests.test_checkpoint import record
 
 def body():
-    with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as saves:
+    with Checkpoints(Path(sys.argv[1])) as saves:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, -1))
         saves.save(5, {"params": {str(i): jnp.arange(1 << 16) for i in range(40)}}, record(5))
 
@@ -80,9 +80,12 @@ sys.exit(cli.run(body))
 """
 
 
-def test_a_failed_save_is_one_line():
-    """Without `ignore_abandoned_writes` some 35 tracebacks of Orbax's other writes come with it."""
-    script = [sys.executable, "-c", ONE_OF_MANY_WRITES_FAILS]
+def test_a_failed_save_is_one_line(tmp_path):
+    """Without `ignore_abandoned_writes` some 35 tracebacks of Orbax's other writes come with it.
+
+    The folder outlives the process: those writes may still make files there.
+    """
+    script = [sys.executable, "-c", ONE_OF_MANY_WRITES_FAILS, str(tmp_path)]
     ended = subprocess.run(script, capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and "could not be written" in ended.stderr
     assert "Traceback" not in ended.stderr

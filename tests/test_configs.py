@@ -5,15 +5,17 @@ After a change that is meant, write the texts anew and look at the diff:
     HYBRIDLM_WRITE_GOLDEN=1 python -m pytest -q tests/test_configs.py
 """
 
+import io
 import itertools
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from configs import hybrid, synthetic
 from hybridlm import config as configs
-from hybridlm import cost, data
+from hybridlm import cost, data, model, report
 from hybridlm.errors import ConfigError
 
 GOLDEN = Path(__file__).parent / "golden" / "configs"
@@ -88,6 +90,27 @@ def test_hybrid_grid() -> None:
 
 def resolved_hybrid(arg: str) -> configs.FrozenConfigDict:
     return configs.resolve(hybrid.get_config(arg))
+
+
+def test_transformers_to_match() -> None:
+    for size in hybrid.SIZES:
+        assert cost.parameters(resolved_hybrid(f"{size},full")) == hybrid.TRANSFORMER[size]
+
+
+@pytest.mark.parametrize(("name", "most"), [("quickstart", 1), ("hybrid", 2)])
+def test_a_dry_run_defines_the_model_at_most_twice(name, most, monkeypatch) -> None:
+    """Once as it is trained; hybrid.py also before its MLPs' width is known."""
+    made, init = [], model.Definition.__init__
+
+    def counted(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    model.build.cache_clear()
+    monkeypatch.setattr(model.Definition, "__init__", counted)
+    config = configs.resolve(configs.load(SHIPPED[name]))
+    report.dry_run(config, Console(file=io.StringIO()))
+    assert len(made) == most
 
 
 def test_grid_is_what_was_promised() -> None:

@@ -33,7 +33,7 @@ def eight():
 
 @pytest.mark.slow
 def test_every_part_is_that_of_one_device_with_its_gradients(eight):
-    assert len(eight["errors"]) == 16
+    assert len(eight["errors"]) == 17
     assert max(eight["errors"].values()) < 1e-4, eight["errors"]
 
 
@@ -75,6 +75,7 @@ def test_bytes_sent(eight):
             1536,
         ),
         ("(bf16[8,32], bf16[32,32]) all-gather-start(%x), replica_groups={{0,1,2,3}}", 1536),
+        ("(f32[64], f32[16]) reduce-scatter-start(%x), replica_groups={{0,1,2,3}}", 192),
         (
             "((f32[32], f32[8]), (f32[8], f32[2])) reduce-scatter-start(%x, %y), replica_groups=[2,4]<=[8]",
             120,

@@ -117,6 +117,7 @@ def test_a_kind_that_cannot_be_had(kind, problem):
         ("no_type", "x: dict = dataclasses.field(default_factory=dict)", "no config can give (KeyError"),
         ("nowhere", "x: 'Nowhere' = 3", "no config can give (NameError"),
         ("no_default", "_: dataclasses.KW_ONLY\n    x: int", "no config can give (TypeError"),
+        ("no_methods", "x: int = 3", "does not define __call__, __init__, cost"),
     ],
 )
 def test_a_kind_from_outside_that_no_config_can_give(name, text, problem, tmp_path, monkeypatch):
@@ -135,3 +136,15 @@ class Mixer(mixers.TokenMixer):
     with pytest.raises(configs.ConfigError) as caught:
         configs.mixer(f"outside_{name}:Mixer")
     assert problem in str(caught.value) and caught.value.field.endswith("kind")
+
+
+def test_a_mixer_without_a_cache_says_that_it_cannot_generate():
+    class Mine(mixers.TokenMixer):
+        def __init__(self):
+            pass
+
+        def __call__(self, x_BTD, context, cache=None):
+            return x_BTD, cache
+
+    with pytest.raises(configs.ConfigError, match=r"'Mine': defines no init_cache.* cannot generate"):
+        Mine().init_cache(1, 2, "float32")

@@ -30,7 +30,7 @@ from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
-NAMES = ("fla_deltanet", "kimi_linear", "qwen3_next")
+NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "kimi_linear", "qwen3_next")
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def tree(directory: Path) -> dict[str, tuple]:
     return {n: (t.dtype, t.shape, folder.read(n).tobytes()) for n, t in folder.tensors.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, pytest.param("fla_mom", marks=pytest.mark.slow)])
 def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     run = imported(name, root)
     np.save(tmp_path / "ids.npy", run.expected["input_ids"])

@@ -48,6 +48,15 @@ EXTRA = {
         "model_type": "comba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
         "num_v_heads": 4, "head_dim": 8, "use_inner_decay": False, "correction_factor": 0.02,
     },
+    "mom": {
+        "model_type": "mom", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
+        "head_dim": 8, "expand_v": 2.0, "num_memories": 3, "topk": 3, "shared_mem": False,
+        "use_output_gate": False, "aux_loss_scale": 0.001, "attn": {"layers": [1], "num_heads": 2},
+    },
+    "log_linear_mamba2": {
+        "model_type": "log_linear_mamba2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "head_dim": 16, "n_groups": 2, "dt_limit": [0.0, float("inf")], "tie_word_embeddings": True,
+    },
     "linear_attn": {
         "model_type": "linear_attn", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
     },
@@ -154,6 +163,10 @@ def test_layers_of_released_configs() -> None:
         ),
         ("qwen3_dense", {"hidden_size": "64"}, "hidden_size"),
         ("qwen3_next", {"layer_types": ["linear_attention"]}, "layer_types"),
+        ("mom", {"single_kv_proj": True}, "single_kv_proj"),
+        ("mom", {"attn": {"layers": [1], "num_heads": 2, "qkv_bias": True}}, "attn: qkv_bias"),
+        ("log_linear_mamba2", {"dt_limit": [0.0, 1.0]}, "dt_limit"),
+        ("log_linear_mamba2", {"num_heads": 3}, "num_heads"),
         ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope"),
         ("kimi_linear", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("kimi_linear", {"num_local_experts": 8}, "num_experts"),
@@ -161,7 +174,7 @@ def test_layers_of_released_configs() -> None:
     ],
 )
 def test_what_a_config_may_not_ask_for(name: str, changes: dict, field: str) -> None:
-    values = SHAPES[name]["config"] | changes
+    values = (SHAPES[name]["config"] if name in SHAPES else EXTRA[name]) | changes
     with pytest.raises(ConfigError) as caught:
         families.FAMILIES[values["model_type"]].read(Fields(values))
     assert caught.value.field == f"config.json: {field}"
@@ -228,6 +241,8 @@ def test_what_has_none_says_so_in_a_line() -> None:
     for spec, said in (
         ("swa,3:1", "one window_size for all layers"),
         ("mla", "exactly these kinds: mla, swiglu"),
+        ("mom,pure", "projections of gates, too"),
+        ("loglinear,pure", "of.norm_eps 1e-06 and 1e-05"),
     ):
         found, why = families.public_format(configs.resolve(configs.load(f"configs/hybrid.py:340m,{spec}")))
         assert not found and said in why and len(why) < 250 and "\n" not in why

@@ -143,8 +143,8 @@ def test_documents_that_are_empty_invalid_or_long_are_counted(tmp_path, caplog):
     assert "left out 2 of 5 documents, which are empty" in caplog.text
     tokens = sum(len(text) + 1 for text in texts.values() if text)
     rows = -(-tokens // 16)
-    assert dataset.describe() == (
-        f"train: 3 documents (1 longer than a row), {tokens} tokens, {rows} rows of 16 "
+    assert dataset.source.describe() == (
+        f"3 documents (1 longer than a row), {tokens} tokens, {rows} rows of 16 "
         f"({rows * 16 - tokens} padding tokens in the last)"
     )
     seen = np.concatenate([dataset.source.rows(np.array([row]))["tokens"].ravel() for row in range(rows)])

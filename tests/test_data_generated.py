@@ -12,7 +12,7 @@ V = 32
 
 
 def rows_of(kind, n=64, seq_len=48, split="val", seed=0, vocab=V, **fields):
-    source = KINDS[kind].open_source(KINDS[kind].Config(**fields), View(split, seq_len, seed, vocab))
+    source = KINDS[kind](**fields).open(View(split, seq_len, seed, vocab))
     batch = source.rows(np.arange(n))
     return batch["tokens"], batch["targets"]
 

@@ -7,7 +7,7 @@ import pytest
 
 from hybridlm.data import hub
 from hybridlm.data.prepare import main, prepare
-from hybridlm.data.shards import Config, open_source
+from hybridlm.data.shards import Config
 from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
 
@@ -22,10 +22,10 @@ def datasets(monkeypatch, tmp_path):
 
 
 def texts_of(folder, split):
-    source = open_source(Config(str(folder)), View(split, 16, 0, 257))
+    source = Config(str(folder)).open(View(split, 16, 0, 257))
     d = source.documents
     places = zip(d.shard_N, d.start_N, d.length_N, strict=True)
-    return [source.tokenizer.decode(d.arrays[s][a : a + n]) for s, a, n in places]
+    return [source.tokenizer.decode(d.read(s, a, a + n)) for s, a, n in places]
 
 
 def test_a_folder_of_data_files(datasets, tmp_path, capsys):

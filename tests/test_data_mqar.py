@@ -11,7 +11,7 @@ V = 128
 
 
 def rows_of(n, seq_len=64, split="train", seed=0, vocab=V, first=0, **fields):
-    source = mqar.open_source(mqar.Config(**fields), View(split, seq_len, seed, vocab))
+    source = mqar.Config(**fields).open(View(split, seq_len, seed, vocab))
     return source.rows(np.arange(first, first + n))
 
 
@@ -101,15 +101,13 @@ def test_slices_are_mixed_by_weight():
 
 
 def test_sets_of_examples_are_finite_where_asked():
-    source = mqar.open_source(
-        mqar.Config(num_pairs=4, val_examples=5, slices="(32, 4)"), View("val", 64, 0, V)
-    )
+    source = mqar.Config(num_pairs=4, val_examples=5, slices="(32, 4)").open(View("val", 64, 0, V))
     assert source.num_rows == 3
     last = source.rows(np.array([2]))
     assert (last["segment_ids"][0] == [1] * 32 + [0] * 32).all() and (last["targets"][0, 32:] == -1).all()
-    two = mqar.open_source(mqar.Config(slices="(32, 4), (64, 4)", val_examples=5), View("val", 64, 0, V))
+    two = mqar.Config(slices="(32, 4), (64, 4)", val_examples=5).open(View("val", 64, 0, V))
     assert two.num_rows == 3 + 5
-    train = mqar.open_source(mqar.Config(num_pairs=4, train_examples=40), View("train", 64, 0, V))
+    train = mqar.Config(num_pairs=4, train_examples=40).open(View("train", 64, 0, V))
     first, second = (train.rows(np.arange(e * 40, e * 40 + 40))["tokens"].tolist() for e in (0, 1))
     assert sorted(first) == sorted(second) and first != second and len({tuple(row) for row in first}) == 40
 

@@ -23,7 +23,8 @@ def documents(lengths, shards=1, seed=0):
             parts.append(texts[i])
         arrays.append(np.concatenate(parts))
     lengths = np.array([len(text) for text in texts], np.int64)
-    return Documents(tuple(arrays), shard_N.astype(np.int32), start_N, lengths, f"{seed}"), texts
+    read = lambda shard, start, stop: arrays[shard][start:stop]
+    return Documents(read, shard_N.astype(np.int32), start_N, lengths, f"{seed}"), texts
 
 
 def naive_rows(texts, order, seq_len):
@@ -83,7 +84,7 @@ def test_rows_of_a_long_document_are_spread():
     """Without a shuffle of rows, consecutive rows would be consecutive pieces of the one document."""
     packed, _ = documents([16 * 64])
     source = PackedDocuments(packed, Tokenizer(), View("train", 16, 0, 257))
-    flat = packed.arrays[0][3:].reshape(-1, 16).tolist()
+    flat = packed.read(0, 3, 3 + 16 * 64).reshape(-1, 16).tolist()
     places = [flat.index(row) for row in source.rows(np.arange(64))["tokens"].tolist()]
     assert sorted(places) == list(range(64))
     assert np.mean(np.diff(places) == 1) < 0.2

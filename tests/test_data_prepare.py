@@ -58,11 +58,11 @@ def bpe(tmp_path_factory):
 
 def read_back(path, split):
     """(texts of the split in the order of the shards, its tokenizer)."""
-    source = shards.open_source(shards.Config(str(path)), View(split, 32, 0, 1 << 16))
+    source = shards.Config(str(path)).open(View(split, 32, 0, 1 << 16))
     d, tokens = source.documents, source.tokenizer
     texts = []
     for shard, start, length in zip(d.shard_N, d.start_N, d.length_N, strict=True):
-        ids = d.arrays[shard][start : start + length]
+        ids = d.read(shard, start, start + length)
         assert ids[0] == tokens.doc_id and not (ids[1:] == tokens.doc_id).any()
         texts.append(tokens.decode(ids))
     return texts, source

@@ -13,14 +13,14 @@ DOC = 256
 
 
 def rows_of(split="train", seq_len=32, seed=0, **fields):
-    source = text.open_source(text.Config(**fields), View(split, seq_len, seed, 257))
+    source = text.Config(**fields).open(View(split, seq_len, seed, 257))
     rows = source.rows(np.arange(source.num_rows))
     return source, rows
 
 
 def documents_of(**fields):
     """The held-out documents, sorted, read back from the rows (whose order is that of the documents)."""
-    source = text.open_source(text.Config(**fields), View("val", 64, 0, 257))
+    source = text.Config(**fields).open(View("val", 64, 0, 257))
     rows = source.rows(np.arange(source.num_rows))
     stream = rows["tokens"][rows["segment_ids"] > 0]
     return sorted(bytes(part[1:].tolist()) for part in np.split(stream, np.flatnonzero(stream == DOC))[1:])

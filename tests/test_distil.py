@@ -129,7 +129,8 @@ def whole(text, teacher, tmp_path_factory):
 def test_stages(text, teacher, whole):
     """What each stage trains and says; while the others are frozen they stay bit for bit."""
     config = student(text, teacher)
-    assert config.train.steps == 6 and [begin for begin, _ in stages.split(config)] == [0, 3, 5]
+    begins = [begin for begin, _ in stages.split(config, configs.resolve)]
+    assert config.train.steps == 6 and begins == [0, 3, 5]
     assert configs.resolve(config_file.from_json(whole / "config.json")) == config
     lines = {line["step"]: line for line in tiny.lines(whole)}
     assert lines[1]["loss"] == pytest.approx(lines[1]["transfer_loss"]) and "accuracy" not in lines[1]
@@ -235,11 +236,8 @@ def test_linearise_config(teacher, mixer):
     """One argument makes a config whose new layers take all of the attention that they can."""
     config = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},{mixer},1:1"))
     definition = model.build(config)
-    assert config.model.pattern == f"{mixer} full" and [begin for begin, _ in stages.split(config)] == [
-        0,
-        1000,
-        4000,
-    ]
+    begins = [begin for begin, _ in stages.split(config, configs.resolve)]
+    assert config.model.pattern == f"{mixer} full" and begins == [0, 1000, 4000]
     every = model.canonical_shapes(definition).items()
     shapes = {name.split("mixer.")[1]: one.shape for name, one in every if "0.mixer." in name}
     read = lambda name: (
@@ -259,7 +257,7 @@ def test_learned_gates(teacher):
     their keys and values fit."""
     config = configs.resolve(configs.load(f"configs/linearise.py:teacher={teacher},gla,gates"))
     assert config.model.pattern == "full_or_gla*2"
-    first, second = (model.metadata(model.build(one)) for _, one in stages.split(config))
+    first, second = (model.metadata(model.build(one)) for _, one in stages.split(config, configs.resolve))
     assert {n.rsplit("mixer.")[1] for n, meta in second.items() if meta.trained} == {"gate"}
     assert all(".branches.gla." in name for name, meta in first.items() if meta.trained)
     definition = model.build(config)
@@ -350,10 +348,10 @@ def test_a_profile_is_of_the_runs_steps_or_of_its_stages(text):
     b = {"steps": 3, "profile_steps": (1, 2)}
     c.stages = {"order": ("a", "b", "c"), "a": {"train": {"steps": 3}}, "b": {"train": b}}
     c.stages["c"] = {"train": {"steps": 9}}
-    windows = [one.train.profile_steps for _, one in stages.split(configs.resolve(c))]
+    windows = [one.train.profile_steps for _, one in stages.split(configs.resolve(c), configs.resolve)]
     assert windows == [(4, 5), (4, 5), (4, 5)]
     c.train.profile_steps = ()
-    windows = [one.train.profile_steps for _, one in stages.split(configs.resolve(c))]
+    windows = [one.train.profile_steps for _, one in stages.split(configs.resolve(c), configs.resolve)]
     assert windows == [(), (4, 5), ()]
 
 
@@ -393,7 +391,7 @@ def test_stage_on_a_command_line():
         "stages.a.optimizer.learning_rate": "0.1",
     }
     config = configs.resolve(configs.load("configs/quickstart.py", overrides))
-    [(begin, one)] = stages.split(config)
+    [(begin, one)] = stages.split(config, configs.resolve)
     assert (begin, one.train.steps, one.objective.z_loss, one.optimizer.learning_rate) == (0, 7, 0.5, 0.1)
     with pytest.raises(ConfigError, match="no such field"):
         configs.load("configs/quickstart.py", {"stages.a.train.stepz": "7"})

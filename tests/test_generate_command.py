@@ -46,9 +46,9 @@ def test_text_follows_the_prompt_and_repeats_with_its_seed(run, capsys):
         loaded.definition, loaded.params, tokens, [[256, *b"state gate"]], max_new_tokens=20,
         sampling=generate.Sampling(2.0),
     )  # fmt: skip
-    from hybridlm.run import logbook
+    from hybridlm import untrusted
 
-    assert text == logbook.printable(f"state gate{at_once}") + "\n"
+    assert text == untrusted.terminal(f"state gate{at_once}", lines=True) + "\n"
 
 
 def test_what_compiling_says_comes_before_the_text(run, capsys, monkeypatch):

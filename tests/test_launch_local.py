@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from hybridlm import untrusted
+from hybridlm.run.lock import Lock
 from launch import grid, local, plan, state, sweep
 from launch.grid import Sweep, axis
 from launch.view import View
@@ -237,13 +238,9 @@ def test_killed_sweep_leaves_no_orphans_and_continues(tmp_path: Path):
 
 
 def test_two_sweeps_in_one_folder(fake: None, tmp_path: Path, capsys):
-    import fcntl
-
-    (tmp_path / "w").mkdir()
-    with (tmp_path / "w" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with Lock(tmp_path / "w"):
         assert sweep.main([write(tmp_path / "s.py", (0,), 5), f"--workdir={tmp_path}/w"]) == 2
-    assert "another sweep is running there" in capsys.readouterr().err
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_time_limit(fake: None, tmp_path: Path, capsys):

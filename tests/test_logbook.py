@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_damaged_lines_are_set_aside_and_named(tmp_path, damage, caplog):
 def test_a_bar_that_cannot_be_shown_ends_nothing(tmp_path, monkeypatch, caplog):
     """rich leaves by SystemExit when the reader of a pipe is gone."""
     for error in (SystemExit(1), OSError(28, "full"), UnicodeEncodeError("ascii", "x", 0, 1, "no")):
-        monkeypatch.setattr(logbook.Bar, "_show", lambda *_, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(logbook.Progress, "update", Mock(side_effect=error))
         write(tmp_path, [1, 2])
     assert caplog.text.count("showing failed") == 6
     assert len(logbook.read(tmp_path / "metrics.jsonl")) == 2

@@ -1,5 +1,6 @@
 """Processes that are missing, misplaced or double are named, before JAX is asked."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -83,3 +84,13 @@ def test_process_0_listens_where_it_was_told_and_nowhere_else(monkeypatch):
         assert server.getsockname()[0] == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"192.0.2.1:9.*process 0 cannot listen there"):
         meeting.meet("192.0.2.1:9", 2, 0)
+
+
+def test_who_has_no_token_is_not_heard():
+    with contextlib.ExitStack() as stack, meeting.listen(("127.0.0.1", 0), 3) as server:
+        for token in ("", "guessed", "right"):
+            one = stack.enter_context(socket.create_connection(server.getsockname()))
+            meeting.say(one, {"index": 1, "count": 2, "who": f"of {token}", "token": token})
+        here, problem = meeting.receive(server, 2, 20, "right")
+        here[1][0].close()
+    assert problem == "" and here[1][1] == "of right"

@@ -33,6 +33,7 @@ CASES = {
         ),
     ),
     "attention window": ("attention", dict(num_heads=2, head_dim=8, window=4, qk_norm="width")),
+    "attention sink tokens": ("attention", dict(num_heads=2, head_dim=8, window=3, sink_tokens=2)),
     "attention forgets": (
         "attention",
         dict(num_heads=4, num_kv_heads=2, head_dim=8, forget_gate=True, window=4),

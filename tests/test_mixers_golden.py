@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybridlm import recurrent_mixer
 from hybridlm.linear_mixer import Inputs, recurrence
 from hybridlm.mixers import (
     feature_map,
@@ -191,7 +192,7 @@ def close(actual, expected, tolerance, what):
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, monkeypatch):
-    for module in (mamba, s4d):
+    for module in (recurrent_mixer, s4d):
         monkeypatch.setattr(module, "PIECE", 31)  # several pieces, the last one short
     inputs, expected, cotangents, gradients, rows, meta = load(case)
     kind = KINDS[case.partition("/")[0]]

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hybridlm import config as configs
 from hybridlm import opening, trainer, weights
+from hybridlm.convert import families
 from hybridlm.errors import ConfigError
 from hybridlm.run import programs
 from pallas_kernels import Choice
@@ -42,7 +43,7 @@ def test_what_cannot_be_said_at_the_start_ends_no_run(text, tmp_path, capsys, mo
 
     config = configs.resolve(tiny.config(text, train__steps=1))
     with monkeypatch.context() as patch:
-        patch.setattr(opening.families, "public_format", fail)
+        patch.setattr(families, "public_format", fail)
         trainer.train(config, tmp_path / "run")
     assert (
         "export   the model was not compared with public formats (KeyError: 'x')" in capsys.readouterr().out

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 
@@ -74,6 +75,33 @@ def test_what_cannot_be_read_back_is_not_sealed(saved, monkeypatch):
     with pytest.raises(RunError, match="not read back"), Checkpoints(saved) as saves:
         saves.save(7, state(7), record(7))
     assert sorted(path.name for path in saved.iterdir() if path.name.isdigit()) == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, None),
+        ({"skipped": [0, 0]}, None),
+        ({"skipped": [2, 0], "step": 7}, None),
+        ({"step": 7, "config": {"stages": {"one": {}}}, "skipped": [0, 0]}, None),
+        ({"skipped": [1, 0]}, "says step 5, its arrays 5"),
+        ({"skipped": [0, 0], "step": 6}, "says step 6, its arrays 5"),
+        ({"step": 4}, "says step 4, its arrays 5"),
+        ({"step": "5"}, "says step 5"),
+        ({"step": (1 << 33) + 5, "skipped": [0, 0]}, "says step 8589934597"),
+    ],
+)
+def test_the_steps_of_the_record_are_those_of_the_arrays(saved, changes, found):
+    """Also under a seal that fits: updates made and updates skipped are the steps."""
+    at = saved / "5" / "run" / "metadata"
+    at.write_text(json.dumps(json.loads(at.read_text()) | changes))
+    (saved / "5" / seal.NAME).unlink()
+    seal.write(saved / "5")
+    said = sound.astray(saved / "5")
+    assert said is None if found is None else found in said
+    if found:
+        sound.mend(saved)
+        assert [path.name for path in saved.iterdir() if path.name.isdigit()] == ["3"]
 
 
 def test_without_a_sound_checkpoint_nothing_is_touched(saved):

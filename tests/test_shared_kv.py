@@ -10,7 +10,6 @@ from hybridlm import config as configs
 from hybridlm import cost, model, pattern
 from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows
-from hybridlm.stack import Stack
 
 HEADS, KV_HEADS, DIM, WINDOW, THETA = 4, 2, 8, 5, 100.0
 
@@ -104,10 +103,8 @@ def test_what_is_reused_is_kept_once():
 
 def test_periods_are_traced_once(monkeypatch):
     traced = []
-    call = Stack._scan
-    monkeypatch.setattr(
-        Stack, "_scan", lambda self, body, carry, xs: traced.append(1) or call(self, body, carry, xs)
-    )
+    scan = jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *args, **more: traced.append(1) or scan(*args, **more))
     counts = []
     for repeats in (2, 6):
         definition = model.build(config(f"(full:a full@a*2)*{repeats}"))
@@ -115,7 +112,7 @@ def test_periods_are_traced_once(monkeypatch):
         run = lambda p, tokens, d=definition: model.merge(d, p)(tokens, Rows(tokens, tokens))[0]
         jax.eval_shape(run, model.shapes(definition), jax.ShapeDtypeStruct((1, 8), jnp.int32))
         counts.append(len(traced))
-    assert counts[1] == 2 * counts[0]
+    assert counts[1] == 2 * counts[0] > 0
 
 
 def outputs_of_scans(jaxpr):

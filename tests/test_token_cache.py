@@ -9,15 +9,15 @@ import pytest
 from test_softmax_attention import POSITIONS, make_arrays, naive
 
 from hybridlm.rows import Rows
-from hybridlm.token_cache import TokenCache, append, packed_indices, slots
+from hybridlm.token_cache import TokenCache, hold, packed_indices, slots
 from pallas_kernels.softmax_attention import blockwise
 
 
 @partial(jax.jit, static_argnames="window")
 def extend(q, k, v, positions, cache, window):
     index_T, first_BT = packed_indices(Rows(positions, positions), cache.length, window)
-    cache, keys, index_S = append(cache, (k, v), window)
-    return blockwise(q, *keys, index_T, first_BT, index_S, scale=0.4), cache
+    cache, held = hold(cache, (k, v), window)
+    return blockwise(q, *held.tokens, index_T, first_BT, held.index_S, scale=0.4), cache
 
 
 @pytest.mark.parametrize("pieces", [[1] * 23, [4, 9, 1, 1, 8], [23]])

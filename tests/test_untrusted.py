@@ -188,11 +188,11 @@ NASTY += ["\x1b[31m", "$_{x$", "\\", "é"]
 
 def test_a_shell_reads_words_back():
     done = subprocess.run(
-        ["sh", "-c", "printf '%s\\0' " + untrusted.shell(NASTY)], capture_output=True, check=True
+        ["bash", "-c", "printf '%s\\0' " + untrusted.shell(NASTY)], capture_output=True, check=True
     )
     assert done.stdout.decode().split("\0")[:-1] == NASTY
     with pytest.raises(ValueError, match="NUL"):
-        untrusted.shell("a\0b")
+        untrusted.shell(["a\0b"])
 
 
 def test_a_terminal_gets_no_commands():

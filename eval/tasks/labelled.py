@@ -32,6 +32,7 @@ from hybridlm.fields import plain
 
 Settings = Mapping[str, Any]
 DECIDE = ("kind", "task", "group")  # which settings make a task; others are its size
+OF_TRAINING = ("train_examples", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +58,13 @@ class LabelTask:
         kind = self.settings["kind"]
         parts = run.components.values() if isinstance(run, mixture.Config) else [run]
         own = next((plain(part) for part in parts if part.kind == kind), {})
-        known = {field.name for field in dataclasses.fields(data.KINDS[kind].Config)}
-        kept = {
-            k: v for k, v in own.items() if k in known and k not in ("slices", "train_examples", "weight")
-        }
+        kept = {name: value for name, value in own.items() if name not in ("slices", *OF_TRAINING)}
         return {**kept, **self.settings, "val_examples": samples}
 
     def examples(self, subject: Subject) -> str:
         """The settings of the data and the ids that they are drawn from."""
         whole = plain(data.settings(self.data_config(subject.config.data, 1)))
-        decisive = {
-            n: v for n, v in sorted(whole.items()) if n not in ("val_examples", "train_examples", "weight")
-        }
+        decisive = {n: v for n, v in sorted(whole.items()) if n not in ("val_examples", *OF_TRAINING)}
         return f"{subject.definition.vocab_size} ids, {decisive}"
 
     def chance(self, config: Config) -> float | None:
@@ -104,14 +100,6 @@ def _mad_choices(settings: Settings, vocab: int) -> int:
     vocab -= settings["noise_vocab"] if task == "noisy_in_context_recall" else 0
     vocab -= task == "fuzzy_in_context_recall"
     return vocab - vocab // 2
-
-
-def _elements(settings: Settings, vocab: int) -> int:
-    return settings["elements"]
-
-
-def _order(settings: Settings, vocab: int) -> int:
-    return len(state_tracking.elements(settings["group"]))
 
 
 ABOUT = {
@@ -171,7 +159,8 @@ TASKS = [
     *(
         LabelTask(
             group, "DeltaProduct, arXiv 2502.10297", "the product so far, at every token",
-            {"kind": "state_tracking", "group": group}, _order, (128, 256, 512),
+            {"kind": "state_tracking", "group": group},
+            lambda settings, vocab: len(state_tracking.elements(settings["group"])), (128, 256, 512),
         )
         for group in state_tracking.GROUPS
     ),
@@ -183,8 +172,8 @@ TASKS = [
         LabelTask(
             f"counting_{ids}", "Yehudai et al. 2024, arXiv 2407.15160",
             f"how often the last of {2 * ids} tokens, of {ids} ids, has come",
-            {"kind": "counting", "elements": 2 * ids, "ids": ids}, _elements,
-            (counting.length(2 * ids),),
+            {"kind": "counting", "elements": 2 * ids, "ids": ids},
+            lambda settings, vocab: settings["elements"], (counting.length(2 * ids),),
             constant=lambda settings: counting.constant(settings["elements"], settings["ids"]),
         )
         for ids in (8, 32, 64)

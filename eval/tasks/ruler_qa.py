@@ -148,19 +148,13 @@ def _unused(writer: Writer) -> Sample:
     raise NotImplementedError("questions are read in the file's order")
 
 
-def _tasks() -> list[QuestionTask]:
-    made = []
-    for number, (data, about, guess) in enumerate(
-        (("squad", "a question on one of many paragraphs", 0.0), ("hotpotqa", "on two of many", 0.066)), 1
-    ):
-        for name, fixed, how in ((f"qa_{number}", True, ""), (f"qa_{number}_anywhere", False, ", any place")):
-            made.append(
-                QuestionTask(
-                    name, f"{SOURCE}; {data}", about + how, _unused, max_new_tokens=32, guess=guess,
-                    score=any_contained, lengths=(2048, 4096), data=data, fixed=fixed,
-                )
-            )  # fmt: skip
-    return made
-
-
-TASKS = _tasks()
+TASKS = [
+    QuestionTask(
+        name, f"{SOURCE}; {data}", about + how, _unused, max_new_tokens=32, guess=guess,
+        score=any_contained, lengths=(2048, 4096), data=data, fixed=not how,
+    )
+    for number, data, about, guess in (
+        (1, "squad", "a question on one of many paragraphs", 0.0), (2, "hotpotqa", "on two of many", 0.066),
+    )
+    for name, how in ((f"qa_{number}", ""), (f"qa_{number}_anywhere", ", any place"))
+]  # fmt: skip

@@ -50,7 +50,7 @@ class Family:
     write: (Definition, model_type) -> config.json, ConfigError where there is none. What cannot be said may
         be left out: the caller reads it back and compares.
     norms: layer type -> names of a layer's two norms.
-    embedding: its name.
+    embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
     rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
     multimodal: model_type of a model around one of these -> model_type of its text_config.
@@ -62,6 +62,8 @@ class Family:
     write: Callable[[model.Definition, str], dict[str, Any]]
     norms: Callable[[str], tuple[str, str]] = lambda kind: ("input_layernorm", "post_attention_layernorm")
     embedding: str = "model.embed_tokens.weight"
+    body: str = "model."
+    final_norm: str = "norm"
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -69,19 +71,19 @@ class Family:
     def rules(self, definition: model.Definition) -> list[Rule]:
         """Every tensor."""
         d_model, name = definition.d_model, self.format
-        found = [same("embedding", self.embedding), norm("final_norm", "model.norm")]
+        found = [same("embedding", self.embedding), norm("final_norm", self.body + self.final_norm)]
         if not definition.model.tie_embeddings:
             found.append(transposed("head", "lm_head.weight"))
         for mixer, spec in {spec.mixer: spec for spec in definition.layers}.items():
             shared = mixer_format(spec, name).shared(spec.config)
-            found += [rule.under(f"shared.{mixer}.", "model.") for rule in shared]
+            found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
             norms = self.norms(mixer_.layer_type)
             layer = [norm(*pair) for pair in zip(("mixer_norm", "mlp_norm"), norms, strict=True)]
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
             layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
-            found += [rule.under(f"layers.{index}.", f"model.layers.{index}.") for rule in layer]
+            found += [rule.under(f"layers.{index}.", f"{self.body}layers.{index}.") for rule in layer]
         return found
 
 
@@ -89,6 +91,16 @@ def kinds(format: str) -> dict[str, tuple[str, Format[Any]]]:
     """layer_type -> (kind, Format) of the mixers that a format has."""
     known = {kind: mixers.public(kind).get(format) for kind in mixers.kinds()}
     return {one.layer_type: (kind, one) for kind, one in known.items() if one}
+
+
+def define(name: str, kind: str, settings: dict[str, Any]) -> dict[str, ConfigDict]:
+    """The definition, and beside it that of what it is made over, which ``of`` says as (kind, settings)."""
+    if "of" not in settings:
+        return {name: configs.mixer(kind, **settings)}
+    inner, values = settings["of"]
+    return define(SHORT[inner], inner, values) | {
+        name: configs.mixer(kind, **settings | {"of": SHORT[inner]})
+    }
 
 
 def mixer_format(spec: Spec, format: str) -> Format[Any]:
@@ -207,10 +219,17 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
             if getattr(one, what) != getattr(other, what):
                 return f"layer {index}: {what} {getattr(one, what)} and {getattr(other, what)}"
         for x, y in (
-            (one.config.explicit(a.d_model), other.config.explicit(b.d_model)),
-            (one.mlp_config.explicit(), other.mlp_config.explicit()),
+            (_settings(one.config.explicit(a.d_model)), _settings(other.config.explicit(b.d_model))),
+            (vars(one.mlp_config.explicit()), vars(other.mlp_config.explicit())),
         ):
-            for name, value in vars(x).items():
-                if value != getattr(y, name):
-                    return f"layer {index}: {name} {value} and {getattr(y, name)}"
+            for name, value in x.items():
+                if value != y.get(name):
+                    return f"layer {index}: {name} {value} and {y.get(name)}"
     return ""
+
+
+def _settings(explicit: Any) -> dict[str, Any]:
+    """By name, those of what it is made over (`hybridlm.over`) among them."""
+    values = dict(vars(explicit))
+    part = values.pop("part", None)
+    return values | ({} if part is None else {f"of.{name}": value for name, value in vars(part).items()})

@@ -14,6 +14,7 @@ from hybridlm.convert.family import (
     Architecture,
     Family,
     Unsayable,
+    define,
     kinds,
     mixer_format,
     num_layers,
@@ -39,7 +40,7 @@ def read(fields: Fields) -> Architecture:
     hidden = fields.get("intermediate_size", 0) or -(-int(d_model * ratio * 2 / 3) // 256) * 256
     kind, own = KINDS[model_type]
     name = SHORT[kind]
-    definitions = {name: configs.mixer(kind, **own.read(fields, d_model, eps))}
+    definitions = define(name, kind, own.read(fields, d_model, eps))
     layers = [name] * layers_
     for number, (indices, definition) in enumerate(_attention(fields, d_model, layers_)):
         attention = f"attention_{number}"
@@ -70,6 +71,9 @@ def _attention(fields: Fields, d_model: int, layers: int) -> list[tuple[list[int
             raise one.refuse("layers", f"must list layers 0 to {layers - 1}, each in one specification")
         seen.update(indices)
         one.only("qk_norm", False)  # fla has it in its transformer alone
+        if fields.values["model_type"] == "mom":  # which takes these from nobody
+            one.only("qkv_bias", False)
+            one.only("rope_theta", 10000.0)
         if indices:
             found.append((indices, configs.mixer(kind, **own.read(one, d_model, 0.0))))
             one.finish()

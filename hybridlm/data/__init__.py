@@ -2,55 +2,25 @@
 
 import dataclasses
 import hashlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from hybridlm.data import (
-    copying,
-    counting,
-    joint_recall,
-    labelled_text,
-    latent_recall,
-    listops,
-    mad,
-    mixture,
-    mqar,
-    pathfinder,
-    phonebook,
-    regression,
-    shards,
-    stack,
-    state_tracking,
-    text,
-)
-from hybridlm.data.mixture import Mixture
+from hybridlm.data import mixture
 from hybridlm.data.source import Batch, Config, Source, View, empty_rows
 from hybridlm.errors import ConfigError, RunError, one_of
 from hybridlm.fields import Named, mapping, under
 from hybridlm.fields import build as build_fields
 
-KINDS: dict[str, Any] = {  # modules: Config, open_source
-    "text": text,
-    "shards": shards,
-    "mqar": mqar,
-    "copying": copying,
-    "joint_recall": joint_recall,
-    "stack": stack,
-    "mad": mad,
-    "state_tracking": state_tracking,
-    "counting": counting,
-    "phonebook": phonebook,
-    "latent_recall": latent_recall,
-    "regression": regression,
-    "listops": listops,
-    "pathfinder": pathfinder,
-    "labelled_text": labelled_text,
-    "mixture": mixture,
-}
-MIXTURE = "mixture"
+NAMES = (
+    "text", "shards", "mqar", "copying", "joint_recall", "stack", "mad", "state_tracking", "counting",
+    "phonebook", "latent_recall", "regression", "listops", "pathfinder", "labelled_text", "mixture",
+)  # fmt: skip
+KINDS: dict[str, type[Config]] = {name: import_module(f"{__name__}.{name}").Config for name in NAMES}
 
 
 class Dataset:
@@ -59,10 +29,9 @@ class Dataset:
     A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process reads
     those of ``rows`` among them, so that the order does not depend on the number of processes.
 
-    num_rows: rows in one pass; None for data that never repeat.
+    num_rows, vocab_size, tokenizer: of the `Source`.
     num_batches: batches in the held-out pass, the last filled up with padding rows; None when training,
         which goes on from epoch to epoch.
-    vocab_size: ids that the data need.  tokenizer: None when tokens stand for no text.
     token_bytes: bytes that each id stands for, int32 [vocab_size], or None when there is no bits per byte.
     fingerprint: a hash of all that decides the batches; a run can resume exactly if it is unchanged.
     """
@@ -74,10 +43,10 @@ class Dataset:
         self.damage: RunError | None = None
         self.num_rows, self.vocab_size, self.tokenizer = source.num_rows, source.vocab_size, source.tokenizer
         self.token_bytes = None if source.tokenizer is None else source.tokenizer.token_bytes
-        self.num_batches = None
+        self.num_batches, self.end = None, math.inf
         if view.split == "val":
             assert source.num_rows is not None
-            self.num_batches = -(-source.num_rows // batch_size)
+            self.num_batches, self.end = -(-source.num_rows // batch_size), source.num_rows
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {batch_size}".encode()).hexdigest()[:16]
 
     def batch(self, step: int) -> Batch:
@@ -91,7 +60,12 @@ class Dataset:
             raise self.damage
         if step < 0 or (self.num_batches is not None and step >= self.num_batches):
             raise IndexError(f"batch {step} of {self.num_batches}")
-        return self._rows(step * self.batch_size + self.local_rows)
+        index_B = step * self.batch_size + self.local_rows
+        inside_B = index_B < self.end
+        batch = empty_rows(len(index_B), self.view.seq_len)
+        for name, array in self.source.rows(index_B[inside_B]).items():
+            batch[name][inside_B] = array
+        return batch
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Starts to hold the stored files against their checksums in the background: each ``parts``-th one.
@@ -125,8 +99,7 @@ class Dataset:
 
     def sample_ids(self, step: int) -> list[str]:
         """Where each row of `whole_batch` comes from, so that a user can look at it."""
-        index_B = step * self.batch_size + np.arange(self.batch_size)
-        return self.source.ids(index_B)
+        return self.source.ids(step * self.batch_size + np.arange(self.batch_size))
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """batch(start_step), batch(start_step + 1), ... read ahead by Grain's threads."""
@@ -155,18 +128,6 @@ class Dataset:
             parts += [self.tokenizer.pieces[token] for token in targets[targets >= 0].tolist()]
         return b"".join(parts)
 
-    def describe(self) -> str:
-        return f"{self.view.split}: {self.source.describe()}"
-
-    def _rows(self, index_B: np.ndarray) -> Batch:
-        inside = index_B < self.num_rows if self.view.split == "val" else np.ones(len(index_B), bool)
-        if inside.all():
-            return self.source.rows(index_B)
-        batch = empty_rows(len(index_B), self.view.seq_len)
-        for name, array in self.source.rows(index_B[inside]).items():
-            batch[name][inside] = array
-        return batch
-
 
 def build(
     given: Config | Mapping[str, Any],
@@ -179,11 +140,10 @@ def build(
     rows: np.ndarray | None = None,
     prefix: str = "data",
 ) -> Dataset:
-    """The ``split`` ("train" or "val") of the data that ``given`` describes, a config's or a mapping.
+    """The data that ``given`` describes, a config's or a mapping.
 
-    batch_size: rows of a batch over all processes.  seq_len: tokens of a row.  seed: of the training order.
-    vocab_size: ids of the model.  rows: those of each batch that this process reads; None: all.
-    prefix: of the fields in errors.
+    split, seq_len, seed, vocab_size: see `View`.  batch_size: rows of a batch over all processes.
+    rows: those of each batch that this process reads; None: all.  prefix: of the fields in errors.
     Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
     has, and for training data that do not fill one batch.
     """
@@ -193,7 +153,7 @@ def build(
     with under(prefix):
         config = given if isinstance(given, Config) else settings(given)
         config.check()
-        source = _open(config, view)
+        source = config.open(view)
     if source.vocab_size > vocab_size:
         name = source.tokenizer.name if source.tokenizer is not None else config.kind
         allowed = f"must be at least {source.vocab_size}, the ids of data tokenizer {name!r}"
@@ -207,7 +167,7 @@ def build(
 def config_class(kind: str) -> type[Config]:
     """The Config of ``kind``; ConfigError for a kind that there is not."""
     one_of("kind", kind, KINDS)
-    return KINDS[kind].Config
+    return KINDS[kind]
 
 
 def settings(values: Any, prefix: str = "") -> Config:
@@ -217,25 +177,12 @@ def settings(values: Any, prefix: str = "") -> Config:
     what concerns several fields is left to `Config.check`.
     """
     mapping(values, prefix)
-    rest = dict(values)
-    components = rest.pop("components", None) if rest.get("kind") == MIXTURE else None
     with under(prefix):
-        described = config_class(str(rest.get("kind")))
-        config = build_fields(described, rest)
-        if components is not None:
-            mapping(components, "components")
-            parts = {name: settings(one, f"components.{name}") for name, one in components.items()}
-            assert isinstance(config, mixture.Config)
-            config = dataclasses.replace(config, components=Named(parts))
-    return config
-
-
-def _open(config: Config, view: View) -> Source:
-    """The source of checked settings."""
-    if not isinstance(config, mixture.Config):
-        return KINDS[config.kind].open_source(config, view)
-    sources = {}
-    for name, component in config.components.items():
-        with under(f"components.{name}"):
-            sources[name] = _open(component, view)
-    return Mixture(sources, {name: one.weight for name, one in config.components.items()}, view)
+        described, rest = config_class(str(values.get("kind"))), dict(values)
+        if described is not mixture.Config or "components" not in rest:
+            return build_fields(described, rest)
+        components = rest.pop("components")
+        config = build_fields(mixture.Config, rest)
+        mapping(components, "components")
+        parts = {name: settings(one, f"components.{name}") for name, one in components.items()}
+        return dataclasses.replace(config, components=Named(parts))

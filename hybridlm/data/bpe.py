@@ -15,11 +15,11 @@ SMALLEST = 257  # the bytes and the separator
 MAX_BYTES = 1 << 30  # of text that merges are counted on
 
 
-def train(documents: Iterable[tuple[str, bytes]], vocab_size: int, path: Path) -> None:
+def train(texts: Iterable[bytes], vocab_size: int, path: Path) -> None:
     """Writes a tokenizer.json of ``vocab_size`` ids: the bytes, merges of them, and a separator.
 
-    documents: (key, text); the first MAX_BYTES of text are counted. Words are cut as GPT-2's are, so every
-    text is read back as it was. A text too small for so many merges gives fewer ids: ConfigError.
+    The first MAX_BYTES of ``texts`` are counted. Words are cut as GPT-2's are, so every text is read back as
+    it was. A text too small for so many merges gives fewer ids: ConfigError.
     """
     if not SMALLEST < vocab_size <= tokenizer.MAX_ID:
         allowed = f"must be more than {SMALLEST} (bytes and separator) and at most {tokenizer.MAX_ID:,}"
@@ -33,17 +33,17 @@ def train(documents: Iterable[tuple[str, bytes]], vocab_size: int, path: Path) -
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    file.train_from_iterator(_texts(documents), trainer)
+    file.train_from_iterator(_lines(texts), trainer)
     if (found := file.get_vocab_size()) < vocab_size:
         allowed = f"is more than the {found:,} ids that this text gives"
         raise ConfigError("--train_bpe", vocab_size, allowed, "Ask for fewer, or add text.")
     untrusted.write_text(path, file.to_str(pretty=True))
 
 
-def _texts(documents: Iterable[tuple[str, bytes]]) -> Iterator[str]:
-    """Texts in pieces that the library counts apart."""
+def _lines(texts: Iterable[bytes]) -> Iterator[str]:
+    """Pieces that the library counts apart."""
     left = MAX_BYTES
-    for _, text in documents:
+    for text in texts:
         yield from text[:left].decode(errors="replace").splitlines(keepends=True)
         left -= len(text)
         if left <= 0:

@@ -14,8 +14,8 @@ import dataclasses
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, no_targets
-from hybridlm.data.source import Source, View
+from hybridlm.data.generated import BLOCK, Examples, Generated, no_targets
+from hybridlm.data.source import View
 from hybridlm.errors import ConfigError, one_of
 
 TASKS = ("palindrome", "copy", "induction")
@@ -30,30 +30,26 @@ class Config(generated.Config):
     def check(self) -> None:
         one_of("task", self.task, TASKS)
 
+    def open(self, view: View) -> Generated:
+        length, separator = view.seq_len // 2 * 2, view.vocab_size - 1
+        if length < 4 or separator < 2:
+            raise ConfigError("task", self.task, "needs train.seq_len >= 4 and model.vocab_size >= 3")
 
-def open_source(config: Config, view: View) -> Source:
-    length, least = view.seq_len // 2 * 2, 4
-    if length < least or view.vocab_size < 3:
-        raise ConfigError("task", config.task, f"needs train.seq_len >= {least} and model.vocab_size >= 3")
-    number = TASKS.index(config.task)
-    return Generated(
-        lambda rng: _make(rng, config.task, length, view.vocab_size),
-        view, config, name=config.task, length=length, entropy=(1, number, length),
-    )  # fmt: skip
+        def induction(rng: np.random.Generator) -> Examples:
+            tokens = rng.integers(separator, size=(BLOCK, length), dtype=np.int32)
+            example, place = np.arange(BLOCK), rng.integers(length - 2, size=BLOCK)
+            tokens[example, place] = tokens[:, -1] = separator
+            targets = no_targets(tokens)
+            targets[:, -1] = tokens[example, place + 1]
+            return tokens, targets
 
+        def again(rng: np.random.Generator) -> Examples:
+            half = rng.integers(separator, size=(BLOCK, length // 2), dtype=np.int32)
+            answer = half[:, ::-1] if self.task == "palindrome" else half
+            tokens = np.concatenate([half, np.full((BLOCK, 1), separator, np.int32), answer[:, :-1]], axis=1)
+            targets = no_targets(tokens)
+            targets[:, length // 2 :] = answer
+            return tokens, targets
 
-def _make(rng: np.random.Generator, task: str, length: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    separator = vocab - 1
-    if task == "induction":
-        tokens = rng.integers(separator, size=(BLOCK, length), dtype=np.int32)
-        example, place = np.arange(BLOCK), rng.integers(length - 2, size=BLOCK)
-        tokens[example, place] = tokens[:, -1] = separator
-        targets = no_targets(tokens)
-        targets[:, -1] = tokens[example, place + 1]
-        return tokens, targets
-    half = rng.integers(separator, size=(BLOCK, length // 2), dtype=np.int32)
-    answer = half[:, ::-1] if task == "palindrome" else half
-    tokens = np.concatenate([half, np.full((BLOCK, 1), separator, np.int32), answer[:, :-1]], axis=1)
-    targets = no_targets(tokens)
-    targets[:, length // 2 :] = answer
-    return tokens, targets
+        make, entropy = induction if self.task == "induction" else again, (1, TASKS.index(self.task), length)
+        return Generated(make, view, self, name=self.task, length=length, entropy=entropy)

@@ -13,9 +13,8 @@ import math
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, no_targets
-from hybridlm.data.source import Source, View
-from hybridlm.errors import ConfigError
+from hybridlm.data.generated import BLOCK, Examples, Generated, need, no_targets
+from hybridlm.data.source import View
 from hybridlm.fields import Positive
 
 
@@ -28,6 +27,22 @@ class Config(generated.Config):
     elements: Positive = 64
     ids: Positive = 32
 
+    def open(self, view: View) -> Generated:
+        elements, ids = self.elements, self.ids
+        need(view, "kind", "counting", vocab_size=1 + ids + elements)
+        need(view, "elements", elements, seq_len=length(elements))
+
+        def make(rng: np.random.Generator) -> Examples:
+            """The mark is 0, elements are 1 .. ids, a count of c is ids + c."""
+            tokens = np.zeros((BLOCK, length(elements)), np.int32)
+            tokens[:, 1:] = rng.integers(1, ids + 1, size=(BLOCK, elements))
+            targets = no_targets(tokens)
+            targets[:, -1] = ids + (tokens == tokens[:, -1:]).sum(axis=1)
+            return tokens, targets
+
+        name, entropy = f"counts among {elements} of {ids} ids", (8, elements, ids)
+        return Generated(make, view, self, name=name, length=length(elements), entropy=entropy)
+
 
 def length(elements: int) -> int:
     """Tokens of an example."""
@@ -39,23 +54,3 @@ def constant(elements: int, ids: int) -> float:
     n, p = elements - 1, 1 / ids
     mode = min(n, math.floor((n + 1) * p))
     return math.comb(n, mode) * p**mode * (1 - p) ** (n - mode)
-
-
-def open_source(config: Config, view: View) -> Source:
-    elements, ids = config.elements, config.ids
-    check_vocab("counting", 1 + ids + elements, view)
-    if view.seq_len < length(elements):
-        raise ConfigError("elements", elements, f"needs train.seq_len > elements, here {view.seq_len}")
-    return Generated(
-        lambda rng: _make(rng, elements, ids), view, config, name=f"counts among {elements} of {ids} ids",
-        length=length(elements), entropy=(8, elements, ids),
-    )  # fmt: skip
-
-
-def _make(rng: np.random.Generator, elements: int, ids: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mark is 0, elements are 1 .. ids, a count of c is ids + c."""
-    tokens = np.zeros((BLOCK, length(elements)), np.int32)
-    tokens[:, 1:] = rng.integers(1, ids + 1, size=(BLOCK, elements))
-    targets = no_targets(tokens)
-    targets[:, -1] = ids + (tokens == tokens[:, -1:]).sum(axis=1)
-    return tokens, targets

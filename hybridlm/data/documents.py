@@ -25,6 +25,11 @@ class Document(NamedTuple):
     part: float
 
 
+def record(key: str, number: int, text: str | None, part: float) -> Document:
+    """JSON can spell half a surrogate pair, which is no character and has no UTF-8: "?" stands for it."""
+    return Document(f"{key}#{number}", None if text is None else text.encode(errors="replace"), part)
+
+
 class Part(NamedTuple):
     """Documents from one place. size: bytes of the file, 0 where unknown.
 
@@ -69,9 +74,7 @@ def _records(file: File, codec: str, text_field: str, field: str) -> Iterator[Do
             if not line.strip():
                 continue
             text = _text(line, text_field, field, where)
-            # JSON can spell half a surrogate pair, which is no character and has no UTF-8: "?" stands for it.
-            encoded = None if text is None else text.encode(errors="replace")
-            yield Document(f"{file.key}#{number}", encoded, min(raw.tell() / size, 1.0))
+            yield record(file.key, number, text, min(raw.tell() / size, 1.0))
 
 
 def _text(line: bytes, text_field: str, field: str, where: str) -> str | None:
@@ -107,5 +110,4 @@ def _parquet(file: File, text_field: str, field: str) -> Iterator[Document]:
                 if not isinstance(text, str | None):
                     said = f"It holds {value.type}."
                     raise ConfigError(field, where, f"has no text in {text_field!r}", said)
-                encoded = None if text is None else text.encode()
-                yield Document(f"{file.key}#{number}", encoded, number / total)
+                yield record(file.key, number, text, number / total)

@@ -28,6 +28,7 @@ PARQUET = (".parquet", ".pq", ".parq")
 READABLE = f"must be text, records ({', '.join(RECORDS)}) or Parquet ({', '.join(PARQUET)})"
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, MemoryError)
 
+_STANDARD: dict[str, Any] = {"gzip": gzip, "bz2": bz2, "xz": lzma}
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -108,12 +109,8 @@ def stream(path: str, codec: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """(the file as it lies, which tells how far it was read; the same decompressed)."""
     with open(path, "rb") as raw:
         opened: Any = raw
-        if codec == "gzip":
-            opened = gzip.GzipFile(fileobj=raw)
-        elif codec == "bz2":
-            opened = bz2.BZ2File(raw)
-        elif codec == "xz":
-            opened = lzma.LZMAFile(raw)  # noqa: SIM115 (it holds nothing but ``raw``)
+        if codec in _STANDARD:
+            opened = _STANDARD[codec].open(raw)
         elif codec:  # pyarrow closes neither itself nor what it reads from
             source = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), codec)
             opened = io.BufferedReader(source, 1 << 20)

@@ -17,7 +17,8 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
 
 BLOCK = 256  # examples made at once
-Make = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
+Examples = tuple[np.ndarray, np.ndarray]
+Make = Callable[[np.random.Generator], Examples]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +33,20 @@ class Config(source.Config):
     val_examples: Positive = 1000
 
 
-def check_vocab(task: str, needed: int, view: View) -> None:
-    if view.vocab_size < needed:
-        raise ConfigError(
-            "kind", task, f"needs model.vocab_size of at least {needed}, here {view.vocab_size}"
-        )
+def need(view: View, field: str, value: object, *, seq_len: int = 0, vocab_size: int = 0) -> None:
+    """ConfigError unless rows have so many tokens, and the model so many ids."""
+    if view.seq_len < seq_len:
+        raise ConfigError(field, value, f"needs train.seq_len >= {seq_len}, here {view.seq_len}")
+    if view.vocab_size < vocab_size:
+        allowed = f"needs model.vocab_size of at least {vocab_size}, here {view.vocab_size}"
+        raise ConfigError(field, value, allowed)
 
 
 class Generated:
     """Source of the examples that ``make`` makes, as many as ``config`` wants of the split.
 
     make: random generator -> tokens and targets, int32 [BLOCK, length]; targets are at the index whose output
-        predicts them, NO_LOSS elsewhere.
+        predicts them, NO_LOSS elsewhere. None for a class that has its own `_generate`.
     name: says what decides the examples apart from length, seed and split; part of the fingerprint.
     entropy: non-negative integers that seed the blocks, apart from those that View gives.
     """
@@ -52,7 +55,7 @@ class Generated:
     checks: tuple[Callable[[], None], ...] = ()
 
     def __init__(
-        self, make: Make, view: View, config: Config, *, name: str, length: int, entropy: Sequence[int]
+        self, make: Make | None, view: View, config: Config, *, name: str, length: int, entropy: Sequence[int]
     ):
         self.make, self.view, self.name, self.length = make, view, name, length
         self.vocab_size = view.vocab_size
@@ -101,7 +104,8 @@ class Generated:
         assert self.num_rows is not None
         return permutation(self.num_rows, *self.entropy, epoch)
 
-    def _generate(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _generate(self, block: int) -> Examples:
+        assert self.make is not None
         seed = np.random.SeedSequence((*self.entropy, block))
         return self.make(np.random.Generator(np.random.Philox(seed)))
 
@@ -121,13 +125,8 @@ def draw_distinct(rng: np.random.Generator, low: int, high: int, count: int) -> 
 
 
 def classified(
-    made: Sequence[tuple[Sequence[int] | np.ndarray, int]],
-    length: int,
-    *,
-    mark: int,
-    pad: int,
-    first: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
+    made: Sequence[tuple[Sequence[int] | np.ndarray, int]], length: int, mark: int, pad: int, first: int = 0
+) -> Examples:
     """Tokens and targets, int32 [examples, length], of (tokens, class): ``pad`` before them, ``mark`` behind.
 
     The class, counted from the id ``first``, is the target at the mark, the last token of the row. Tokens may

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hybridlm import untrusted
-from hybridlm.data.documents import Document, Part
+from hybridlm.data.documents import Document, Part, record
 from hybridlm.errors import ConfigError
 
 FIELD = "--dataset"
@@ -29,14 +29,12 @@ class Dataset:
 
 def parts(dataset: Dataset, text_field: str) -> list[Part]:
     """The documents of the dataset, streamed. ConfigError for what `datasets` cannot load, in its words."""
-    opened = [(dataset.split, _open(dataset, dataset.split, text_field))]
-    if dataset.val_split:
-        opened.append((dataset.val_split, _open(dataset, dataset.val_split, text_field)))
-    sides = ("train", "val") if dataset.val_split else ("",)
-    name = os.path.basename(dataset.name.rstrip("/"))
+    name, held = os.path.basename(dataset.name.rstrip("/")), dataset.val_split
+    sides = [("train", dataset.split), ("val", held)] if held else [("", dataset.split)]
+    opened = [(side, split, _open(dataset, split, text_field)) for side, split in sides]
     return [
         Part(0, side, functools.partial(_read, rows, f"{name}/{split}", text_field))
-        for (split, rows), side in zip(opened, sides, strict=True)
+        for side, split, rows in opened
     ]
 
 
@@ -73,8 +71,7 @@ def _read(rows: Any, name: str, text_field: str) -> Iterator[Document]:
             if not isinstance(text, str | None):
                 said = f"It holds {type(text).__name__}."
                 raise ConfigError("--text_field", text_field, f"is no text in {name}#{number}", said)
-            encoded = None if text is None else text.encode(errors="replace")
-            yield Document(f"{name}#{number}", encoded, 0.0)
+            yield record(name, number, text, 0.0)
     except ConfigError:
         raise
     except Exception as error:

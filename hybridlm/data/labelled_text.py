@@ -11,12 +11,10 @@ import hashlib
 import json
 from typing import Annotated
 
-import numpy as np
-
 from hybridlm import untrusted
 from hybridlm.data import generated, holdout
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, classified
-from hybridlm.data.source import Source, View
+from hybridlm.data.generated import BLOCK, Examples, Generated, classified, need
+from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits
 
@@ -37,10 +35,9 @@ class Config(generated.Config):
     holdout: Annotated[float, Limits(0.001, 0.999)] = 0.1
     classes: Annotated[int, Limits(2, 1000)] = 2
 
-
-def open_source(config: Config, view: View) -> Source:
-    check_vocab("labelled_text", CLASSES + config.classes, view)
-    return LabelledText(_read(config), view, config)
+    def open(self, view: View) -> Generated:
+        need(view, "kind", "labelled_text", vocab_size=CLASSES + self.classes)
+        return LabelledText(_read(self), view, self)
 
 
 def _read(config: Config) -> list[Item]:
@@ -78,13 +75,9 @@ class LabelledText(Generated):
         number = len(self.items)
         sized = dataclasses.replace(config, train_examples=number, val_examples=number)
         name = f"labelled text {digest}, {config.classes} classes"
-        super().__init__(self._none, view, sized, name=name, length=view.seq_len, entropy=(13,))
+        super().__init__(None, view, sized, name=name, length=view.seq_len, entropy=(13,))
 
-    @staticmethod
-    def _none(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        raise AssertionError("texts are read, not drawn")
-
-    def _generate(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _generate(self, block: int) -> Examples:
         length = self.view.seq_len
         items = self.items[block * BLOCK : (block + 1) * BLOCK]
         made = [(list(text[: length - 1]), label) for text, label in items]

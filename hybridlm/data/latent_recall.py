@@ -17,8 +17,8 @@ import dataclasses
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, draw_distinct, no_targets
-from hybridlm.data.source import Source, View, permutation
+from hybridlm.data.generated import BLOCK, Examples, Generated, draw_distinct, need, no_targets
+from hybridlm.data.source import View, permutation
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
 
@@ -34,44 +34,34 @@ class Config(generated.Config):
     pairs: Positive = 8
     concepts: Count = 0
 
+    def open(self, view: View) -> Generated:
+        pairs, count, vocab = self.pairs, self.concepts or (view.vocab_size - 1) // 4, view.vocab_size
+        need(view, "pairs", pairs, seq_len=length(pairs))
+        if not pairs <= count or 2 * count + 2 > vocab:
+            allowed = f"needs pairs <= concepts and 2 * concepts + 2 <= model.vocab_size = {vocab}"
+            raise ConfigError("concepts", self.concepts, f"{allowed}, here {pairs} pairs of {count}")
+
+        def make(rng: np.random.Generator) -> Examples:
+            """<ask> is 0, cues 1 .. count, topics the next ``count``, values the rest."""
+            cue = draw_distinct(rng, 0, count, pairs)
+            value = rng.integers(1 + 2 * count, vocab, size=(BLOCK, pairs), dtype=np.int32)
+            order = rng.permuted(np.tile(np.arange(pairs), (BLOCK, 1)), axis=1)
+            tokens = np.zeros((BLOCK, length(pairs)), np.int32)
+            tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = 1 + cue, value
+            tokens[:, 2 * pairs + 1 :] = 1 + count + topics(count)[np.take_along_axis(cue, order, axis=1)]
+            targets = no_targets(tokens)
+            targets[:, 2 * pairs + 1 :] = np.take_along_axis(value, order, axis=1)
+            return tokens, targets
+
+        name = f"latent recall of {pairs} pairs, {count} concepts"
+        return Generated(make, view, self, name=name, length=length(pairs), entropy=(10, pairs, count))
+
 
 def length(pairs: int) -> int:
     """Tokens of an example."""
     return 3 * pairs + 1
 
 
-def concepts(config: Config, vocab: int) -> int:
-    return config.concepts or (vocab - 1) // 4
-
-
 def topics(count: int) -> np.ndarray:
     """pi, int64 [count]: the rank of each cue's topic."""
     return permutation(count, MAP_SEED)
-
-
-def open_source(config: Config, view: View) -> Source:
-    count, size = concepts(config, view.vocab_size), length(config.pairs)
-    if view.seq_len < size:
-        raise ConfigError("pairs", config.pairs, f"needs train.seq_len >= {size}, here {view.seq_len}")
-    if not config.pairs <= count or 2 * count + 2 > view.vocab_size:
-        allowed = f"needs pairs <= concepts and 2 * concepts + 2 <= model.vocab_size = {view.vocab_size}"
-        raise ConfigError("concepts", config.concepts, f"{allowed}, here {config.pairs} pairs of {count}")
-    name = f"latent recall of {config.pairs} pairs, {count} concepts"
-    return Generated(
-        lambda rng: _make(rng, config.pairs, count, view.vocab_size), view, config, name=name, length=size,
-        entropy=(10, config.pairs, count),
-    )  # fmt: skip
-
-
-def _make(rng: np.random.Generator, pairs: int, count: int, vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """<ask> is 0, cues 1 .. count, topics the next ``count``, values the rest."""
-    cue = draw_distinct(rng, 0, count, pairs)
-    value = rng.integers(1 + 2 * count, vocab, size=(BLOCK, pairs), dtype=np.int32)
-    order = rng.permuted(np.tile(np.arange(pairs), (BLOCK, 1)), axis=1)
-    asked = np.take_along_axis(cue, order, axis=1)
-    tokens = np.zeros((BLOCK, length(pairs)), np.int32)
-    tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = 1 + cue, value
-    tokens[:, 2 * pairs + 1 :] = 1 + count + topics(count)[asked]
-    targets = no_targets(tokens)
-    targets[:, 2 * pairs + 1 :] = np.take_along_axis(value, order, axis=1)
-    return tokens, targets

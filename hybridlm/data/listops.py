@@ -11,18 +11,21 @@ models are bidirectional. Answers are skewed: always the same digit is right in 
 """
 
 import dataclasses
-import functools
 import random
+import statistics
+from collections.abc import Callable
 
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, classified
-from hybridlm.data.source import Source, View
+from hybridlm.data.generated import BLOCK, Examples, Generated, classified, need
+from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Positive
 
-OPERATORS = ("MIN", "MAX", "MED", "SM")
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
+    "MIN": min, "MAX": max, "MED": lambda x: int(statistics.median(x)), "SM": lambda x: sum(x) % 10,
+}  # fmt: skip
 DIGITS = 10
 CLOSE, MARK, PAD = DIGITS + 4, DIGITS + 5, DIGITS + 6  # operators, with their bracket, are 10 .. 13
 VOCABULARY = PAD + 1
@@ -39,30 +42,25 @@ class Config(generated.Config):
 
     depth: Positive = 10
 
+    def open(self, view: View) -> Generated:
+        depth, length = self.depth, view.seq_len
+        need(view, "kind", "listops", vocab_size=VOCABULARY, seq_len=LEAST_ROW)
+        if _mean_size(depth) < length / 8:  # nearly all would be too short
+            allowed = f"is too small to fill a quarter of train.seq_len = {length}"
+            raise ConfigError("depth", depth, allowed, "LRA has 10 for 2000 tokens.")
 
-def open_source(config: Config, view: View) -> Source:
-    check_vocab("listops", VOCABULARY, view)
-    if view.seq_len < LEAST_ROW:
-        raise ConfigError("kind", "listops", f"needs train.seq_len >= {LEAST_ROW}, here {view.seq_len}")
-    if _mean_size(config.depth) < view.seq_len / 8:  # nearly all would be too short
-        allowed = f"is too small to fill a quarter of train.seq_len = {view.seq_len}"
-        raise ConfigError("depth", config.depth, allowed, "LRA has 10 for 2000 tokens.")
-    make = functools.partial(_make, depth=config.depth, length=view.seq_len)
-    return Generated(
-        make, view, config, name=f"listops of depth {config.depth}", length=view.seq_len,
-        entropy=(11, config.depth, view.seq_len),
-    )  # fmt: skip
+        def make(rng: np.random.Generator) -> Examples:
+            draw = random.Random(int(rng.integers(2**63)))
+            made: list[tuple[list[int], int]] = []
+            while len(made) < BLOCK:
+                tokens: list[int] = []
+                value = _expression(draw, tokens, depth, length)
+                if value is not None and length // 4 < len(tokens) < length:
+                    made.append((tokens, value))
+            return classified(made, length, mark=MARK, pad=PAD)
 
-
-def _make(rng: np.random.Generator, depth: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    draw = random.Random(int(rng.integers(2**63)))
-    made: list[tuple[list[int], int]] = []
-    while len(made) < BLOCK:
-        tokens: list[int] = []
-        value = _expression(draw, tokens, depth, length)
-        if value is not None and length // 4 < len(tokens) < length:
-            made.append((tokens, value))
-    return classified(made, length, mark=MARK, pad=PAD)
+        name, entropy = f"listops of depth {depth}", (11, depth, length)
+        return Generated(make, view, self, name=name, length=length, entropy=entropy)
 
 
 def _expression(draw: random.Random, tokens: list[int], depth: int, most: int) -> int | None:
@@ -82,19 +80,10 @@ def _expression(draw: random.Random, tokens: list[int], depth: int, most: int) -
         if len(tokens) > most:
             return None
     tokens.append(CLOSE)
-    return apply(OPERATORS[operator], values)
+    return list(OPERATORS.values())[operator](values)
 
 
 def _mean_size(depth: int) -> float:
     """Tokens of an expression, on average."""
     inner = _mean_size(depth - 1) if depth > 1 else 1.0
     return 2 + sum(ARGUMENTS) / 2 * (1 - NESTED + NESTED * inner)
-
-
-def apply(operator: str, values: list[int]) -> int:
-    if operator == "MED":
-        ordered, half = sorted(values), len(values) // 2
-        return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) // 2
-    if operator == "SM":
-        return sum(values) % 10
-    return min(values) if operator == "MIN" else max(values)

@@ -22,8 +22,8 @@ from collections.abc import Callable
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, no_targets
-from hybridlm.data.source import NO_LOSS, Source, View, permutation
+from hybridlm.data.generated import BLOCK, Examples, Generated, Make, no_targets
+from hybridlm.data.source import NO_LOSS, View, permutation
 from hybridlm.errors import ConfigError, one_of
 from hybridlm.fields import Count, Positive
 
@@ -51,27 +51,22 @@ class Config(generated.Config):
         if not 0 <= self.noise_fraction < 1:
             raise ConfigError("noise_fraction", self.noise_fraction, "must be in [0, 1)")
 
-
-def open_source(config: Config, view: View) -> Source:
-    make = TASKS[config.task](config, view)
-    number = list(TASKS).index(config.task)
-    settings = (config.noise_vocab, config.noise_fraction, config.copied)
-    tokens, _ = make(np.random.default_rng(0))
-    return Generated(
-        make, view, config, name=f"{config.task} {settings}", length=tokens.shape[1],
-        entropy=(4, number, tokens.shape[1]),
-    )  # fmt: skip
+    def open(self, view: View) -> Generated:
+        make = TASKS[self.task](self, view)
+        length = make(np.random.default_rng(0))[0].shape[1]
+        name = f"{self.task} {(self.noise_vocab, self.noise_fraction, self.copied)}"
+        entropy = (4, list(TASKS).index(self.task), length)
+        return Generated(make, view, self, name=name, length=length, entropy=entropy)
 
 
-Make = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]
-
-
-def _recall(config: Config, view: View, noise_fraction: float = 0.0, noise_vocab: int = 0) -> Make:
+def _recall(config: Config, view: View) -> Make:
+    with_noise = config.task == "noisy_in_context_recall"
+    noise_fraction, noise_vocab = (config.noise_fraction, config.noise_vocab) if with_noise else (0.0, 0)
     pairs, vocab = view.seq_len // 2, view.vocab_size - noise_vocab
     _require(config, view, pairs >= 2 and vocab >= 4, "train.seq_len >= 4 and 4 ids beside the noise")
     keys = vocab // 2
 
-    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def make(rng: np.random.Generator) -> Examples:
         value_of = rng.integers(keys, vocab, size=(BLOCK, keys), dtype=np.int32)
         key = rng.integers(keys, size=(BLOCK, pairs), dtype=np.int32)
         noisy = rng.random((BLOCK, pairs)) < noise_fraction
@@ -95,10 +90,6 @@ def _recall(config: Config, view: View, noise_fraction: float = 0.0, noise_vocab
         return tokens[:, :-1], (tokens if view.split == "train" else answers)[:, 1:]
 
     return make
-
-
-def _noisy(config: Config, view: View) -> Make:
-    return _recall(config, view, config.noise_fraction, config.noise_vocab)
 
 
 def _fuzzy(config: Config, view: View) -> Make:
@@ -147,7 +138,7 @@ def _fuzzy(config: Config, view: View) -> Make:
         left = length + 1 - len(tokens)
         return [pad] * left + tokens, [NO_LOSS] * left + targets
 
-    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def make(rng: np.random.Generator) -> Examples:
         made = [example(rng) for _ in range(BLOCK)]
         tokens, answers = (np.array(part, np.int32) for part in zip(*made, strict=True))
         return tokens[:, :-1], (tokens if training else answers)[:, 1:]
@@ -161,7 +152,7 @@ def _memorization(config: Config, view: View) -> Make:
     _require(config, view, pairs >= 1 and keys >= 1, "train.seq_len >= 2 and model.vocab_size >= 3")
     value_of = (keys + permutation(keys, MAP_SEED)).astype(np.int32)
 
-    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def make(rng: np.random.Generator) -> Examples:
         key = rng.integers(keys, size=(BLOCK, pairs), dtype=np.int32)
         tokens = np.stack([key, np.full_like(key, insert)], axis=2).reshape(BLOCK, -1)
         targets = no_targets(tokens)
@@ -176,7 +167,7 @@ def _selective_copying(config: Config, view: View) -> Make:
     blanks = length - 2 * copied - 1
     _require(config, view, blanks >= 1 and blank >= 1, f"train.seq_len > {2 * copied + 1}, 3 ids")
 
-    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def make(rng: np.random.Generator) -> Examples:
         wanted = rng.integers(blank, size=(BLOCK, copied), dtype=np.int32)
         tokens = np.full((BLOCK, length), blank, np.int32)
         before = np.sort(rng.integers(copied, size=(BLOCK, blanks)), axis=1)  # which token a blank precedes
@@ -198,7 +189,7 @@ def _require(config: Config, view: View, met: bool, needs: str) -> None:
 
 TASKS: dict[str, Callable[[Config, View], Make]] = {
     "in_context_recall": _recall,
-    "noisy_in_context_recall": _noisy,
+    "noisy_in_context_recall": _recall,
     "fuzzy_in_context_recall": _fuzzy,
     "memorization": _memorization,
     "selective_copying": _selective_copying,

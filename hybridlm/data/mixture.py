@@ -7,6 +7,7 @@ import numpy as np
 
 from hybridlm.data import source
 from hybridlm.data.source import Batch, Source, View, empty_rows, permutation
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Named, under
 
@@ -19,6 +20,10 @@ class Config(source.Config):
 
     components: Named[source.Config] = Named()  # noqa: RUF009  # nobody changes it
 
+    def load_tokenizer(self) -> Tokenizer | None:
+        each = [component.load_tokenizer() for component in self.components.values()]
+        return next((tokens for tokens in each if tokens is not None), None)
+
     def check(self) -> None:
         if not self.components:
             allowed = "must name the parts of the mixture, each with kind and weight"
@@ -26,6 +31,13 @@ class Config(source.Config):
         for name, component in self.components.items():
             with under(f"components.{name}"):
                 component.check()
+
+    def open(self, view: View) -> "Mixture":
+        sources = {}
+        for name, component in self.components.items():
+            with under(f"components.{name}"):
+                sources[name] = component.open(view)
+        return Mixture(sources, {name: one.weight for name, one in self.components.items()}, view)
 
 
 class Mixture:

@@ -9,11 +9,12 @@ is filler, so no answer is ever fed back.
 
 import ast
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, draw_distinct, no_targets
+from hybridlm.data.generated import BLOCK, Examples, Generated, draw_distinct, no_targets
 from hybridlm.data.mixture import Mixture
 from hybridlm.data.source import Source, View
 from hybridlm.errors import ConfigError
@@ -39,67 +40,61 @@ class Config(generated.Config):
         if self.slices:
             _parse(self.slices)
 
+    def open(self, view: View) -> Source:
+        """The task, or a mixture of its slices."""
+        sizes = _parse(self.slices) if self.slices else [Slice(view.seq_len, self.num_pairs)]
+        field, value = ("slices", self.slices) if self.slices else ("num_pairs", self.num_pairs)
+        for length, pairs, _ in sizes:
+            for fits, needs in (
+                (1 <= pairs <= length / 4, "1 <= pairs and 4 * pairs <= length"),
+                (length <= view.seq_len, f"lengths up to train.seq_len = {view.seq_len}"),
+                (length < view.vocab_size, f"length < model.vocab_size = {view.vocab_size}"),
+            ):
+                if not fits:
+                    raise ConfigError(field, value, f"needs {needs}, here {length}")
+        weights = {f"{length}x{pairs}": weight for length, pairs, weight in sizes}
+        if len(weights) < len(sizes):
+            raise ConfigError("slices", self.slices, "names a slice twice", "Give it one weight instead.")
+        slices = [self._slice(length, pairs, view) for length, pairs, _ in sizes]
+        if len(slices) == 1:
+            return slices[0]
+        return Mixture(dict(zip(weights, slices, strict=True)), weights, view)
 
-def open_source(config: Config, view: View) -> Source:
-    """The task, or a mixture of its slices. Raises ConfigError for sizes that cannot be built."""
-    sizes = _parse(config.slices) if config.slices else [(view.seq_len, config.num_pairs, 1.0)]
-    for length, pairs, _ in sizes:
-        field, value = ("slices", config.slices) if config.slices else ("num_pairs", config.num_pairs)
-        if pairs < 1 or 4 * pairs > length:
-            raise ConfigError(field, value, f"needs 1 <= pairs and 4 * pairs <= length, here {length}")
-        if length > view.seq_len:
-            raise ConfigError(
-                field, value, f"needs lengths up to train.seq_len = {view.seq_len}, here {length}"
-            )
-        if length >= view.vocab_size:
-            raise ConfigError(
-                field, value, f"needs length < model.vocab_size = {view.vocab_size}, here {length}"
-            )
-    slices: dict[str, Source] = {
-        f"{length}x{pairs}": _slice(length, pairs, config, view) for length, pairs, _ in sizes
-    }
-    if len(slices) < len(sizes):
-        raise ConfigError("slices", config.slices, "names a slice twice", "Give it one weight instead.")
-    if len(slices) == 1:
-        return next(iter(slices.values()))
-    weights = {f"{length}x{pairs}": weight for length, pairs, weight in sizes}
-    return Mixture(slices, weights, view)
+    def _slice(self, length: int, pairs: int, view: View) -> Source:
+        def make(rng: np.random.Generator) -> Examples:
+            example = np.arange(BLOCK)[:, None]
+            keys = draw_distinct(rng, 1, view.vocab_size // 2, pairs)
+            values = draw_distinct(rng, view.vocab_size // 2, view.vocab_size, pairs)
+            tokens = np.zeros((BLOCK, length), np.int32)
+            targets = no_targets(tokens)
+            tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
+            # Exponential clocks of rate p ring in the order of draws without replacement (Efraimidis &
+            # Spirakis 2006).
+            j = np.arange(1, (length - 2 * pairs) // 2 + 1)
+            clocks = rng.exponential(size=(BLOCK, len(j))) / (self.power_a * j ** (self.power_a - 1.0))
+            query = 2 * pairs + 2 * np.argsort(clocks, axis=1)[:, :pairs]
+            tokens[example, query], targets[example, query] = keys, values
+            if self.random_non_queries:
+                filler = rng.integers(view.vocab_size, size=tokens.shape, dtype=np.int32)
+                tokens = np.where(tokens == 0, filler, tokens)
+            return tokens, targets
 
-
-def _slice(length: int, pairs: int, config: Config, view: View) -> Generated:
-    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        example = np.arange(BLOCK)[:, None]
-        keys = draw_distinct(rng, 1, view.vocab_size // 2, pairs)
-        values = draw_distinct(rng, view.vocab_size // 2, view.vocab_size, pairs)
-        tokens = np.zeros((BLOCK, length), np.int32)
-        targets = no_targets(tokens)
-        tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
-        # Exponential clocks of rate p ring in the order of draws without replacement (Efraimidis & Spirakis
-        # 2006).
-        j = np.arange(1, (length - 2 * pairs) // 2 + 1)
-        clocks = rng.exponential(size=(BLOCK, len(j))) / (config.power_a * j ** (config.power_a - 1.0))
-        query = 2 * pairs + 2 * np.argsort(clocks, axis=1)[:, :pairs]
-        tokens[example, query], targets[example, query] = keys, values
-        if config.random_non_queries:
-            filler = rng.integers(view.vocab_size, size=tokens.shape, dtype=np.int32)
-            tokens = np.where(tokens == 0, filler, tokens)
-        return tokens, targets
-
-    return Generated(
-        make, view, config, length=length, entropy=(length, pairs),
-        name=f"mqar with {pairs} pairs, power_a {config.power_a}, random filler {config.random_non_queries}",
-    )  # fmt: skip
+        name = f"mqar with {pairs} pairs, power_a {self.power_a}, random filler {self.random_non_queries}"
+        return Generated(make, view, self, name=name, length=length, entropy=(length, pairs))
 
 
-def _parse(slices: str) -> list[tuple[int, int, float]]:
-    """[(length, pairs, weight)] of "(64, 4), (128, 8, 0.5)"."""
+class Slice(NamedTuple):
+    length: int
+    pairs: int
+    weight: float = 1.0
+
+
+def _parse(slices: str) -> list[Slice]:
+    """Of "(64, 4), (128, 8, 0.5)"."""
     try:
-        parsed = ast.literal_eval(f"[{slices}]")
-        sizes = [(length, pairs, *weight) for length, pairs, *weight in parsed]
-        if not all(isinstance(s[0], int) and isinstance(s[1], int) and len(s) < 4 for s in sizes):
-            raise ValueError
-        sizes = [(s[0], s[1], float(s[2]) if len(s) == 3 else 1.0) for s in sizes]
-        if not sizes or min(weight for *_, weight in sizes) <= 0:
+        sizes = [Slice(*one) for one in ast.literal_eval(f"[{slices}]")]
+        whole = all(isinstance(one.length, int) and isinstance(one.pairs, int) for one in sizes)
+        if not sizes or not whole or min(one.weight for one in sizes) <= 0:
             raise ValueError
     except (ValueError, TypeError, SyntaxError) as error:
         allowed = 'must read like "(64, 4), (128, 8)" or, with weights, "(64, 4, 5), (128, 8, 1)"'

@@ -11,8 +11,8 @@ for, of which a separator has none: the length of a code from which the document
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,15 +27,15 @@ DOCUMENT_ORDER, ROW_ORDER = 0, 1  # keep the two permutations of an epoch indepe
 class Documents:
     """Tokenised documents, N of them, in one flat array or several (shards).
 
-    arrays: flat tokens, cut by slices with both ends; a RunError where the file of one is gone or cut short.
-    shard_N: the array that a document lies in.  start_N: its place there.
+    read: (shard, start, stop) -> tokens; a RunError where the shard's file is gone or cut short.
+    shard_N: the shard that a document lies in.  start_N: its place there.
     length_N: its tokens, the separator at its start included; at least 2.
     digest: names the content.
     name: document -> where it is found.
     checks: each reads a stored file whole and raises RunError when it is not what was written.
     """
 
-    arrays: Sequence[Any]
+    read: Callable[[int, int, int], np.ndarray]
     shard_N: np.ndarray
     start_N: np.ndarray
     length_N: np.ndarray
@@ -135,10 +135,9 @@ class PackedDocuments:
     def _fill(self, row: Batch, index: int) -> None:
         documents = self.documents
         for rank, document, offset, place in self._pieces(index):
-            flat, count = documents.arrays[int(documents.shard_N[document])], place.stop - place.start
-            source = int(documents.start_N[document]) + offset
+            start, count = int(documents.start_N[document]) + offset, place.stop - place.start
             ends = offset + count == documents.length_N[document]
-            read = flat[source : source + count + (not ends)]
+            read = documents.read(int(documents.shard_N[document]), start, start + count + (not ends))
             row["tokens"][place] = read[:count]
             row["targets"][place][: len(read) - 1] = read[1:]
             if ends:

@@ -11,7 +11,6 @@ A row is the pixels from the top left, 256 levels of grey, then a mark, at which
 """
 
 import dataclasses
-import functools
 import math
 import random
 from typing import Annotated
@@ -19,8 +18,8 @@ from typing import Annotated
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, classified
-from hybridlm.data.source import Source, View
+from hybridlm.data.generated import BLOCK, Examples, Generated, classified, need
+from hybridlm.data.source import View
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits
 
@@ -53,28 +52,23 @@ class Config(generated.Config):
             allowed = f"must be at most {most}, so that two such curves fit into {self.size} x {self.size}"
             raise ConfigError("dashes", self.dashes, allowed, "Draw shorter ones, or on a larger field.")
 
+    def open(self, view: View) -> Generated:
+        need(view, "kind", "pathfinder", vocab_size=VOCABULARY)
+        need(view, "size", self.size, seq_len=length(self.size))
+
+        def make(rng: np.random.Generator) -> Examples:
+            chance = random.Random(int(rng.integers(2**63)))
+            made = [draw(chance, self, label) for label in rng.integers(2, size=BLOCK).tolist()]
+            return classified(made, length(self.size), mark=MARK, pad=0, first=CLASSES)
+
+        sizes = (self.size, self.dashes, self.distractors)
+        name, entropy = f"pathfinder {sizes}", (12, *sizes)
+        return Generated(make, view, self, name=name, length=length(self.size), entropy=entropy)
+
 
 def length(size: int) -> int:
     """Tokens of an example."""
     return size * size + 1
-
-
-def open_source(config: Config, view: View) -> Source:
-    check_vocab("pathfinder", VOCABULARY, view)
-    if view.seq_len < length(config.size):
-        allowed = f"needs train.seq_len >= {length(config.size)}, here {view.seq_len}"
-        raise ConfigError("size", config.size, allowed)
-    sizes = (config.size, config.dashes, config.distractors)
-    return Generated(
-        functools.partial(_make, config=config), view, config, name=f"pathfinder {sizes}",
-        length=length(config.size), entropy=(12, *sizes),
-    )  # fmt: skip
-
-
-def _make(rng: np.random.Generator, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    chance = random.Random(int(rng.integers(2**63)))
-    made = [draw(chance, config, label) for label in rng.integers(2, size=BLOCK).tolist()]
-    return classified(made, length(config.size), mark=MARK, pad=0, first=CLASSES)
 
 
 def draw(rng: random.Random, config: Config, label: int) -> tuple[np.ndarray, int]:

@@ -14,9 +14,8 @@ from typing import Annotated
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, no_targets
-from hybridlm.data.source import Source, View
-from hybridlm.errors import ConfigError
+from hybridlm.data.generated import BLOCK, Examples, Generated, need, no_targets
+from hybridlm.data.source import View
 from hybridlm.fields import Limits
 
 SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
@@ -29,6 +28,23 @@ class Config(generated.Config):
     """entries: of a book; published models train on up to 70 and are tested on as many."""
 
     entries: Annotated[int, Limits(3, 10_000)] = 16
+
+    def open(self, view: View) -> Generated:
+        size = length(self.entries)
+        need(view, "kind", "phonebook", vocab_size=256)
+        need(view, "entries", self.entries, seq_len=size)
+
+        def make(rng: np.random.Generator) -> Examples:
+            seeds = rng.integers(2**63, size=BLOCK).tolist()
+            books = [" ".join(write(random.Random(seed), self.entries)).encode() for seed in seeds]
+            whole = np.stack([np.frombuffer(book, np.uint8) for book in books]).astype(np.int32)
+            tokens = whole[:, :-1]
+            targets = no_targets(tokens)
+            targets[:, -DIGITS:] = whole[:, -DIGITS:]
+            return tokens, targets
+
+        name, entropy = f"phonebook of {self.entries}", (9, self.entries)
+        return Generated(make, view, self, name=name, length=size, entropy=entropy)
 
 
 def length(entries: int) -> int:
@@ -46,25 +62,3 @@ def write(rng: random.Random, entries: int) -> tuple[str, str]:
     first, second, asked = rng.sample(range(entries), 3)
     who, number = list(book.items())[asked]
     return f"{''.join(lines)}\n{lines[first]}{lines[second]}\n{who}:", number
-
-
-def open_source(config: Config, view: View) -> Source:
-    size = length(config.entries)
-    check_vocab("phonebook", 256, view)
-    if view.seq_len < size:
-        allowed = f"needs train.seq_len >= {size}, here {view.seq_len}"
-        raise ConfigError("entries", config.entries, allowed)
-    return Generated(
-        lambda rng: _make(rng, config.entries), view, config, name=f"phonebook of {config.entries}",
-        length=size, entropy=(9, config.entries),
-    )  # fmt: skip
-
-
-def _make(rng: np.random.Generator, entries: int) -> tuple[np.ndarray, np.ndarray]:
-    seeds = rng.integers(2**63, size=BLOCK).tolist()
-    books = [" ".join(write(random.Random(seed), entries)).encode() for seed in seeds]
-    whole = np.stack([np.frombuffer(book, np.uint8) for book in books]).astype(np.int32)
-    tokens = whole[:, :-1]
-    targets = no_targets(tokens)
-    targets[:, -DIGITS:] = whole[:, -DIGITS:]
-    return tokens, targets

@@ -49,30 +49,6 @@ def prepare(
     Documents without tokens are left out, counted in the log and in the index. Raises ConfigError, fields
     named as the flags.
     """
-    _check_flags(inputs, tokenizer_name, holdout, shard_tokens, val_inputs, train_bpe, dataset)
-    final = Path(output).expanduser()
-    if final.exists():
-        raise ConfigError("--output", output, "exists already", "Name another directory, or delete this one.")
-    parts = hub.parts(dataset, text_field) if dataset else _parts(inputs, val_inputs, text_field)
-    tokens = None if train_bpe else _load(tokenizer_name)
-    with partial.folder(final, "--output") as folder:
-        if tokens is None:
-            bpe.train(_training(parts, holdout), train_bpe, folder / "tokenizer.json")
-            tokens = _load(str(folder / "tokenizer.json"))
-        job = _Job(tokens, folder, holdout, shard_tokens, dataset.name if dataset else inputs)
-        job.write(parts)
-        return job.finish()
-
-
-def _check_flags(
-    inputs: str,
-    tokenizer_name: str,
-    holdout: float,
-    shard_tokens: int,
-    val_inputs: str,
-    train_bpe: int,
-    dataset: hub.Dataset | None,
-) -> None:
     if bool(inputs) == bool(dataset):
         raise ConfigError("--input", inputs, "must name files, or else --dataset a dataset")
     if not 0 <= holdout < 1:
@@ -86,13 +62,19 @@ def _check_flags(
     if bool(tokenizer_name) == bool(train_bpe):
         allowed = 'must be "bytes" or a tokenizer.json, or else --train_bpe a number of ids'
         raise ConfigError("--tokenizer", tokenizer_name, allowed)
-
-
-def _load(name: str) -> tokenizer.Tokenizer:
-    try:
-        return tokenizer.load(name)
-    except ConfigError as error:
-        raise ConfigError("--tokenizer", error.value, error.allowed, error.fix) from error
+    final = Path(output).expanduser()
+    if final.exists():
+        raise ConfigError("--output", output, "exists already", "Name another directory, or delete this one.")
+    parts = hub.parts(dataset, text_field) if dataset else _parts(inputs, val_inputs, text_field)
+    tokens = None if train_bpe else tokenizer.load(tokenizer_name, "--tokenizer")
+    with partial.folder(final, "--output") as folder:
+        if tokens is None:
+            training = (one.text for _, one, split in _assigned(parts, holdout) if split == "train")
+            bpe.train(filter(None, training), train_bpe, folder / "tokenizer.json")
+            tokens = tokenizer.load(str(folder / "tokenizer.json"), "--tokenizer")
+        job = _Job(tokens, folder, holdout, shard_tokens, dataset.name if dataset else inputs)
+        job.write(parts)
+        return job.finish()
 
 
 def _parts(inputs: str, val_inputs: str, text_field: str) -> list[Part]:
@@ -101,17 +83,13 @@ def _parts(inputs: str, val_inputs: str, text_field: str) -> list[Part]:
     found = [file for file in files.find(inputs, "--input") if os.path.realpath(file.path) not in held]
     if not found:
         raise ConfigError("--val_input", val_inputs, "holds out every file of --input", "Name other files.")
-    split = "train" if held else ""
-    wanted = [(file, split, "--input") for file in found]
+    wanted = [(file, "train" if held else "", "--input") for file in found]
     wanted += [(file, "val", "--val_input") for file in held.values()]
-    return [
-        Part(
-            untrusted.regular(file.path, field).st_size,
-            split,
-            functools.partial(documents.read, file, text_field, field),
-        )
-        for file, split, field in wanted
-    ]
+    parts = []
+    for file, split, field in wanted:
+        size = untrusted.regular(file.path, field).st_size
+        parts.append(Part(size, split, functools.partial(documents.read, file, text_field, field)))
+    return parts
 
 
 def _assigned(parts: list[Part], fraction: float) -> Iterator[tuple[int, Document, str]]:
@@ -147,13 +125,6 @@ def _assigned(parts: list[Part], fraction: float) -> Iterator[tuple[int, Documen
             yield number, document._replace(text=piece), split
 
 
-def _training(parts: list[Part], fraction: float) -> Iterator[tuple[str, bytes]]:
-    """(key, text) of the documents that will be trained on, as far as their hash tells."""
-    for _, document, split in _assigned(parts, fraction):
-        if split == "train" and document.text:
-            yield document.key, document.text
-
-
 class _Job:
     """Documents to the shards of one folder."""
 
@@ -181,7 +152,7 @@ class _Job:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task("tokenising", total=sum(sizes) or None, rate="")
             for batch in self._batches(parts):
-                self._add([(document, split) for _, document, split in batch])
+                self._add(batch)
                 number, document, _ = batch[-1]
                 rate = f"{self.total / (time.monotonic() - start):,.0f} tokens/s"
                 done = before[number] + int(document.part * sizes[number])
@@ -221,13 +192,9 @@ class _Job:
         if batch:
             yield batch
 
-    def _add(self, batch: list[tuple[Document, str]]) -> None:
-        texts = [document.text or b"" for document, _ in batch]
-        try:
-            arrays = self.tokens.documents(texts)
-        except ConfigError as error:
-            raise ConfigError("--tokenizer", error.value, error.allowed, error.fix) from error
-        for (document, split), text, array in zip(batch, texts, arrays, strict=True):
+    def _add(self, batch: list[tuple[int, Document, str]]) -> None:
+        texts = [document.text or b"" for _, document, _ in batch]
+        for (_, document, split), text, array in zip(batch, texts, self.tokens.documents(texts), strict=True):
             if len(array) == 1:
                 self.empty += 1
                 continue

@@ -18,9 +18,8 @@ from typing import Annotated
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, no_targets
-from hybridlm.data.source import Source, View
-from hybridlm.errors import ConfigError
+from hybridlm.data.generated import BLOCK, Examples, Generated, need, no_targets
+from hybridlm.data.source import View
 from hybridlm.fields import Count, Limits
 
 
@@ -33,6 +32,27 @@ class Config(generated.Config):
     features: Annotated[int, Limits(1, 12)] = 6
     segment: Count = 0
 
+    def open(self, view: View) -> Generated:
+        features, pairs = self.features, view.seq_len // 2
+        need(view, "kind", "regression", vocab_size=2**features + 2 * features + 1, seq_len=4)
+        segment = self.segment or pairs
+
+        def make(rng: np.random.Generator) -> Examples:
+            """Corners are 0 .. 2^d - 1, bit j set where x_j is 1 and not -1; answer y is 2^d + d + y."""
+            corner = rng.integers(2**features, size=(BLOCK, pairs))
+            drawn = rng.integers(-1, 2, size=(BLOCK, -(-pairs // segment), features))
+            weights = np.repeat(drawn, segment, axis=1)[:, :pairs]
+            tokens = np.empty((BLOCK, 2 * pairs), np.int32)
+            tokens[:, 0::2] = corner
+            tokens[:, 1::2] = 2**features + features + (weights * corners(features)[corner]).sum(axis=-1)
+            targets = no_targets(tokens)
+            targets[:, 0::2] = tokens[:, 1::2]
+            return tokens, targets
+
+        name = f"regression on {features} features, segments of {segment}"
+        entropy = (14, features, self.segment, pairs)
+        return Generated(make, view, self, name=name, length=2 * pairs, entropy=entropy)
+
 
 def constant(features: int) -> float:
     """Share of answers that are 0: each feature adds -1, 0 or 1, equally often."""
@@ -40,32 +60,6 @@ def constant(features: int) -> float:
     for _ in range(features):
         spread = np.convolve(spread, np.ones(3) / 3)
     return float(spread[features])
-
-
-def open_source(config: Config, view: View) -> Source:
-    pairs = view.seq_len // 2
-    check_vocab("regression", 2**config.features + 2 * config.features + 1, view)
-    if pairs < 2:
-        raise ConfigError("kind", "regression", f"needs train.seq_len of at least 4, here {view.seq_len}")
-    sizes = (config.features, config.segment)
-    return Generated(
-        lambda rng: _make(rng, config, pairs), view, config, length=2 * pairs, entropy=(14, *sizes, pairs),
-        name=f"regression on {config.features} features, segments of {config.segment or pairs}",
-    )  # fmt: skip
-
-
-def _make(rng: np.random.Generator, config: Config, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Corners are 0 .. 2^d - 1, bit j set where x_j is 1 and not -1; answer y is 2^d + d + y."""
-    features, segment = config.features, config.segment or pairs
-    corner = rng.integers(2**features, size=(BLOCK, pairs))
-    drawn = rng.integers(-1, 2, size=(BLOCK, -(-pairs // segment), features))
-    weights = np.repeat(drawn, segment, axis=1)[:, :pairs]
-    tokens = np.empty((BLOCK, 2 * pairs), np.int32)
-    tokens[:, 0::2] = corner
-    tokens[:, 1::2] = 2**features + features + (weights * corners(features)[corner]).sum(axis=-1)
-    targets = no_targets(tokens)
-    targets[:, 0::2] = tokens[:, 1::2]
-    return tokens, targets
 
 
 def corners(features: int) -> np.ndarray:

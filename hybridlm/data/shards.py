@@ -16,9 +16,8 @@ import logging
 import os
 import re
 import resource
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -52,9 +51,49 @@ class Config(source.Config):
 
     path: str = ""
 
+    def load_tokenizer(self) -> tokenizer.Tokenizer:
+        path, shape = Path(self.path).expanduser(), {"tokenizer": {"name": str}}
+        named = untrusted.read_json(path / "index.json", "data.path", shape)["tokenizer"]["name"]
+        return tokenizer.load(named if named == "bytes" else str(untrusted.inside(path, named, "data.path")))
+
     def check(self) -> None:
         if not self.path:
             raise ConfigError("path", "", "must name the directory that data.prepare wrote")
+
+    def open(self, view: View) -> PackedDocuments:
+        """One split of the directory, packed. ConfigError for a directory that is missing or damaged."""
+        directory = Path(self.path).expanduser()
+        index, digest = _read_index(directory, self)
+        tokens = _tokenizer(directory, index, self)
+        entry = index["splits"].get(view.split, {"documents": 0})
+        if not entry["documents"]:
+            fix = "Write it again with --holdout." if view.split == "val" else FIX
+            raise ConfigError("path", self.path, f"has no documents in its {view.split} split", fix)
+        dtype = np.dtype(index["dtype"]).newbyteorder("<")
+        shards = [shard for shard in entry["shards"] if shard["documents"]]
+        for shard in entry["shards"]:
+            if not shard["documents"]:
+                log.warning("data: shard %s is empty", shard["name"])
+        offsets = [_offsets(directory, shard, dtype, self) for shard in shards]
+        counts = [len(one) - 1 for one in offsets]
+        shard_N = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+        first = np.cumsum(counts) - counts
+
+        def named(document: int) -> str:
+            shard = int(shard_N[document])
+            return f"{shards[shard]['name']} document {document - first[shard]}"
+
+        files = [(directory / f"{shard['name']}.tokens", shard["tokens"]) for shard in shards]
+        documents = Documents(
+            functools.partial(_read, files, dtype),
+            shard_N,
+            np.concatenate([one[:-1] for one in offsets]),
+            np.concatenate([np.diff(one) for one in offsets]),
+            digest,
+            name=named,
+            checks=tuple(functools.partial(_check, directory, s, dtype, tokens.doc_id) for s in shards),
+        )
+        return PackedDocuments(documents, tokens, view)
 
 
 class Writer:
@@ -115,7 +154,9 @@ class Writer:
         """Ends the shard that is being written, if there is one."""
         if self.file is None:
             return
-        _sync(self.file)
+        self.file.flush()
+        os.fsync(self.file.fileno())  # the rename that follows must not overtake the bytes
+        self.file.close()
         self.file = None
         if len(self.offsets) == 1:  # nothing came: only the first shard of an empty split
             os.remove(self.directory / f"{self.name}.tokens")
@@ -173,91 +214,42 @@ def index_sum(index: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def open_source(config: Config, view: View) -> PackedDocuments:
-    """One split of the directory, packed. Raises ConfigError for a directory that is missing or damaged."""
-    directory = Path(config.path).expanduser()
-    index, digest = _read_index(directory, config)
-    tokens = _tokenizer(directory, index, config)
-    entry = index["splits"].get(view.split, {"documents": 0})
-    if not entry["documents"]:
-        fix = "Write it again with --holdout." if view.split == "val" else FIX
-        raise ConfigError("path", config.path, f"has no documents in its {view.split} split", fix)
-    dtype = np.dtype(index["dtype"]).newbyteorder("<")
-    shards = [shard for shard in entry["shards"] if shard["documents"]]
-    for shard in entry["shards"]:
-        if not shard["documents"]:
-            log.warning("data: shard %s is empty", shard["name"])
-    offsets = [_offsets(directory, shard, dtype, config) for shard in shards]
-    counts = [len(one) - 1 for one in offsets]
-    shard_N = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-    first = np.cumsum(counts) - counts
-
-    def named(document: int) -> str:
-        shard = int(shard_N[document])
-        return f"{shards[shard]['name']} document {document - first[shard]}"
-
-    documents = Documents(
-        _Shards([(directory / f"{shard['name']}.tokens", shard["tokens"]) for shard in shards], dtype),
-        shard_N,
-        np.concatenate([one[:-1] for one in offsets]),
-        np.concatenate([np.diff(one) for one in offsets]),
-        digest,
-        name=named,
-        checks=tuple(functools.partial(_check, directory, shard, dtype, tokens.doc_id) for shard in shards),
-    )
-    return PackedDocuments(documents, tokens, view)
-
-
-class _Shards(Sequence["_Shard"]):
-    """Flat tokens of shards, opened when they are asked for; at most OPEN stay so."""
-
-    def __init__(self, files: list[tuple[Path, int]], dtype: np.dtype):
-        self.files, self.dtype = files, dtype
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: Any) -> Any:
-        """RunError for a file that is gone, or not as long as it was."""
-        path, count = self.files[index]
-        try:
-            state = os.stat(path)
-            if state.st_size != count * self.dtype.itemsize:
-                raise _changed(path, state.st_size)
-            return _open(path, self.dtype, (state.st_dev, state.st_ino))
-        except FileNotFoundError as error:
-            said = f"the shard has disappeared while the run reads it ({error.strerror})"
-            raise RunError(f"{path}: {said}.") from error
-        except OSError as error:
-            raise _unreadable(path, error) from error
-
-
 class _Shard:
     """An open file of tokens. Not mapped: who reads the end of a map that was cut off is killed."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.path, self.dtype, self.file = path, dtype, os.open(path, os.O_RDONLY)
+    def __init__(self, path: Path):
+        self.file = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if "file" in vars(self):
             os.close(self.file)
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        """Tokens ``part.start`` to ``part.stop``; RunError if the file has not that many any more."""
-        size = self.dtype.itemsize
-        wanted = (part.stop - part.start) * size
-        try:
-            read = os.pread(self.file, wanted, part.start * size)
-            while len(read) < wanted and (more := os.pread(self.file, wanted, part.start * size + len(read))):
-                read += more[: wanted - len(read)]
-            if len(read) < wanted:
-                raise _changed(self.path, os.fstat(self.file).st_size)
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-        return np.frombuffer(read, self.dtype)
+
+_opened = functools.lru_cache(maxsize=OPEN)(lambda path, device, inode: _Shard(path))
 
 
-_open = functools.lru_cache(maxsize=OPEN)(lambda path, dtype, file: _Shard(path, dtype))
+def _read(files: list[tuple[Path, int]], dtype: np.dtype, shard: int, start: int, stop: int) -> np.ndarray:
+    """Tokens ``start`` to ``stop``; RunError for a file that is gone, or not as long as it was.
+
+    files: the path of each shard, and its number of tokens.
+    """
+    (path, count), size = files[shard], dtype.itemsize
+    try:
+        state = os.stat(path)
+        if state.st_size != count * size:
+            raise _changed(path, state.st_size)
+        opened, read = _opened(path, state.st_dev, state.st_ino), b""
+        while missing := (stop - start) * size - len(read):
+            more = os.pread(opened.file, missing, start * size + len(read))
+            if not more:
+                raise _changed(path, os.fstat(opened.file).st_size)
+            read += more
+    except FileNotFoundError as error:
+        said = f"the shard has disappeared while the run reads it ({error.strerror})"
+        raise RunError(f"{path}: {said}.") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return np.frombuffer(read, dtype)
 
 
 def _changed(path: Path, size: int) -> RunError:
@@ -285,6 +277,10 @@ def _check(directory: Path, shard: dict, dtype: np.dtype, doc_id: int) -> None:
         raise _unreadable(path, error) from error
 
 
+def _damaged(config: Config, problem: str, fix: str = FIX) -> ConfigError:
+    return ConfigError("path", config.path, f"is damaged: {problem}", fix)
+
+
 def _read_index(directory: Path, config: Config) -> tuple[dict, str]:
     path = directory / "index.json"
     if not path.is_file():
@@ -296,10 +292,9 @@ def _read_index(directory: Path, config: Config) -> tuple[dict, str]:
             _check_index(index)
         content = untrusted.read_bytes(path, "path")
     except ConfigError as error:
-        said = f"is damaged: index.json {error.allowed}"
-        raise ConfigError("path", config.path, said, error.fix or FIX) from error
+        raise _damaged(config, f"index.json {error.allowed}", error.fix or FIX) from error
     except ValueError as error:
-        raise ConfigError("path", config.path, f"is damaged: in index.json {error}", FIX) from error
+        raise _damaged(config, f"in index.json {error}") from error
     if index["format"] not in (FORMAT, UNSEALED):
         raise ConfigError("path", config.path, f"has format {index['format']!r}, must be {FORMAT!r}", FIX)
     return index, hashlib.sha256(content).hexdigest()
@@ -326,50 +321,36 @@ def _check_index(index: dict) -> None:
 def _tokenizer(directory: Path, index: dict, config: Config) -> tokenizer.Tokenizer:
     name = index["tokenizer"]["name"]
     if name not in ("bytes", "tokenizer.json"):
-        allowed = f"is damaged: its tokenizer is {name!r}, must be bytes or tokenizer.json"
-        raise ConfigError("path", config.path, allowed, FIX)
+        raise _damaged(config, f"its tokenizer is {name!r}, must be bytes or tokenizer.json")
     try:
         tokens = tokenizer.load(name if name == "bytes" else str(directory / name))
     except ConfigError as error:
-        raise ConfigError("path", config.path, f"is damaged: {error}", FIX) from error
+        raise _damaged(config, str(error)) from error
     if (tokens.fingerprint, tokens.doc_id) != (index["tokenizer"]["fingerprint"], index["doc_id"]):
-        allowed = f"is damaged: {name} is not the tokenizer it was written with"
-        raise ConfigError("path", config.path, allowed, FIX)
+        raise _damaged(config, f"{name} is not the tokenizer it was written with")
     return tokens
 
 
 def _offsets(directory: Path, shard: dict, dtype: np.dtype, config: Config) -> np.ndarray:
     """Offsets int64 of one shard, whose files are held against the index (its tokens by size only)."""
     path = directory / shard["name"]
-    sizes = {
-        ".tokens": shard["tokens"] * dtype.itemsize,
-        ".offsets": (shard["documents"] + 1) * OFFSET.itemsize,
-    }
-    problem = ""
-    for suffix, expected in sizes.items():
+    for suffix, expected in (
+        (".tokens", shard["tokens"] * dtype.itemsize),
+        (".offsets", (shard["documents"] + 1) * OFFSET.itemsize),
+    ):
         file = path.with_suffix(suffix)
-        size = file.stat().st_size if file.is_file() else None
+        size = file.stat().st_size if file.is_file() else -1
         if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes"
-            problem = problem or f"{file.name} {found}, the index says {expected}"
-    if not problem:
-        try:
-            content = path.with_suffix(".offsets").read_bytes()
-        except OSError as error:
-            said = f"{path.name}.offsets cannot be read"
-            raise ConfigError("path", config.path, said, f"{error.strerror}.") from error
-        offsets = np.frombuffer(content, OFFSET).astype(np.int64)
-        if shard.get("offsets_sha256") not in (None, hashlib.sha256(content).hexdigest()):
-            problem = f"{path.name}.offsets: its SHA-256 is not the one in index.json"
-        elif offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 2).any():
-            problem = f"{path.name}.offsets do not increase to the end"
-    if problem:
-        raise ConfigError("path", config.path, f"is damaged: {problem}", FIX)
+            found = "is missing" if size < 0 else f"has {size} bytes"
+            raise _damaged(config, f"{file.name} {found}, the index says {expected}")
+    try:
+        content = path.with_suffix(".offsets").read_bytes()
+    except OSError as error:
+        said = f"{path.name}.offsets cannot be read"
+        raise ConfigError("path", config.path, said, f"{error.strerror}.") from error
+    if shard.get("offsets_sha256") not in (None, hashlib.sha256(content).hexdigest()):
+        raise _damaged(config, f"{path.name}.offsets: its SHA-256 is not the one in index.json")
+    offsets = np.frombuffer(content, OFFSET).astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != shard["tokens"] or (np.diff(offsets) < 2).any():
+        raise _damaged(config, f"{path.name}.offsets do not increase to the end")
     return offsets
-
-
-def _sync(file: IO[Any]) -> None:
-    """Closes a file whose bytes are on the disk: the rename that follows must not overtake them."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

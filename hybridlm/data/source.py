@@ -42,6 +42,14 @@ class Config(Settings):
     def check(self) -> None:
         """ConfigError, with a field relative to the definition, for settings that do not fit together."""
 
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the data name, read without their tokens; None if these stand for no text."""
+        return None
+
+    def open(self, view: View) -> "Source":
+        """What ``view`` wants of the data; ConfigError where they cannot be read, or fit no such rows."""
+        raise NotImplementedError
+
 
 class Source(Protocol):
     """Rows by index.
@@ -52,10 +60,14 @@ class Source(Protocol):
     checks: each reads a stored file whole and raises RunError when it is damaged.
     """
 
-    num_rows: int | None
     vocab_size: int
-    tokenizer: Tokenizer | None
     fingerprint: str
+
+    @property
+    def num_rows(self) -> int | None: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
     @property
     def checks(self) -> Sequence[Callable[[], None]]: ...

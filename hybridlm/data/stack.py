@@ -13,9 +13,8 @@ import dataclasses
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab, no_targets
-from hybridlm.data.source import Source, View
-from hybridlm.errors import ConfigError
+from hybridlm.data.generated import BLOCK, Examples, Generated, need, no_targets
+from hybridlm.data.source import View
 from hybridlm.fields import Positive
 
 PUSH, POP, FIRST_STACK = 0, 1, 2
@@ -27,22 +26,14 @@ class Config(generated.Config):
 
     num_stacks: Positive = 64
 
-
-def open_source(config: Config, view: View) -> Source:
-    length = view.seq_len // 3 * 3
-    if length < 6:
-        raise ConfigError("kind", "stack", f"needs train.seq_len of at least 6, here {view.seq_len}")
-    check_vocab("stack", FIRST_STACK + config.num_stacks + 2, view)
-    return Generated(
-        lambda rng: _make(rng, config.num_stacks, length // 3, view.vocab_size),
-        view, config, name=f"stack {config.num_stacks}", length=length,
-        entropy=(2, config.num_stacks, length),
-    )  # fmt: skip
+    def open(self, view: View) -> Generated:
+        stacks, length = self.num_stacks, view.seq_len // 3 * 3
+        need(view, "kind", "stack", seq_len=6, vocab_size=FIRST_STACK + stacks + 2)
+        make, entropy = lambda rng: _make(rng, stacks, length // 3, view.vocab_size), (2, stacks, length)
+        return Generated(make, view, self, name=f"stack {stacks}", length=length, entropy=entropy)
 
 
-def _make(
-    rng: np.random.Generator, stacks: int, operations: int, vocab: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _make(rng: np.random.Generator, stacks: int, operations: int, vocab: int) -> Examples:
     tokens = np.empty((BLOCK, operations, 3), np.int32)
     is_pop = np.zeros((BLOCK, operations), bool)
     coin = rng.random((BLOCK, operations)) < 0.5

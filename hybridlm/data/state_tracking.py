@@ -16,8 +16,8 @@ import itertools
 import numpy as np
 
 from hybridlm.data import generated
-from hybridlm.data.generated import BLOCK, Generated, check_vocab
-from hybridlm.data.source import Source, View
+from hybridlm.data.generated import BLOCK, Examples, Generated, need
+from hybridlm.data.source import View
 from hybridlm.errors import ConfigError, one_of
 
 GROUPS = {"parity": (2, False), "S3": (3, False), "S4": (4, False), "A5": (5, True), "S5": (5, False)}
@@ -39,25 +39,21 @@ class Config(generated.Config):
         if self.only_swaps and GROUPS[self.group][1]:
             raise ConfigError("only_swaps", True, f"{self.group} has no exchange of two points")
 
+    def open(self, view: View) -> Generated:
+        group, length, table = self.group, view.seq_len, multiplication(self.group)
+        need(view, "kind", group, vocab_size=len(table))
+        drawn = swaps(group) if self.only_swaps else np.arange(len(table), dtype=np.int32)
 
-def open_source(config: Config, view: View) -> Source:
-    table = multiplication(config.group)
-    check_vocab(config.group, len(table), view)
-    number = list(GROUPS).index(config.group)
-    drawn = swaps(config.group) if config.only_swaps else np.arange(len(table), dtype=np.int32)
+        def make(rng: np.random.Generator) -> Examples:
+            tokens = drawn[rng.integers(len(drawn), size=(BLOCK, length), dtype=np.int32)]
+            targets = np.empty_like(tokens)
+            product = np.zeros(BLOCK, np.int32)
+            for t in range(length):
+                targets[:, t] = product = table[product, tokens[:, t]]
+            return tokens, targets
 
-    def make(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        tokens = drawn[rng.integers(len(drawn), size=(BLOCK, view.seq_len), dtype=np.int32)]
-        targets = np.empty_like(tokens)
-        product = np.zeros(BLOCK, np.int32)
-        for t in range(view.seq_len):
-            targets[:, t] = product = table[product, tokens[:, t]]
-        return tokens, targets
-
-    return Generated(
-        make, view, config, name=config.group + ("-swaps" if config.only_swaps else ""), length=view.seq_len,
-        entropy=(3, number, view.seq_len),
-    )  # fmt: skip
+        name, entropy = group + ("-swaps" if self.only_swaps else ""), (3, list(GROUPS).index(group), length)
+        return Generated(make, view, self, name=name, length=length, entropy=entropy)
 
 
 @functools.cache

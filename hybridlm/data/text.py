@@ -10,6 +10,7 @@ import numpy as np
 from hybridlm.data import documents, files, formats, holdout, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
+from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
@@ -35,21 +36,22 @@ class Config(source.Config):
     holdout: float = 0.05
     tokenizer: str = "bytes"
 
+    def load_tokenizer(self) -> Tokenizer:
+        return tokenizer.load(self.tokenizer)
+
     def check(self) -> None:
         if not self.path and not self.val_path:
             raise nothing()
         if not 0 <= self.holdout < 1:
             raise ConfigError("holdout", self.holdout, "must be in [0, 1)", "0.05 keeps one file of twenty.")
 
+    def open(self, view: View) -> PackedDocuments:
+        tokens = tokenizer.load(self.tokenizer)
+        return PackedDocuments(_documents(_texts(self, view.split), tokens, self), tokens, view)
+
 
 def nothing() -> ConfigError:
     return ConfigError("path", "", "must name files", f"Give globs, or {files.STDLIB!r}.")
-
-
-def open_source(config: Config, view: View) -> PackedDocuments:
-    """The files of one split, packed. Raises ConfigError for missing, unsuitable or empty files."""
-    tokens = tokenizer.load(config.tokenizer)
-    return PackedDocuments(_documents(_texts(config, view.split), tokens, config), tokens, view)
 
 
 def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
@@ -114,7 +116,7 @@ def _documents(given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, conf
     digest = hashlib.sha256(flat.data)
     digest.update(lengths.data)
     return Documents(
-        (flat,),
+        lambda shard, start, stop: flat[start:stop],
         np.zeros(len(lengths), np.int32),
         np.cumsum(lengths) - lengths,
         lengths,

@@ -25,6 +25,7 @@ CONTEXT = 64  # tokens before a new one that can change its text
 BATCH = 1 << 24  # characters that the library is given at once: it needs about 110 bytes for each
 PIECE = 1 << 20  # characters after which a long text is cut, where that changes no token
 MAX_TEXT = 1 << 28  # characters of a text that cannot be cut
+NO_FILE = "is not a Hugging Face `tokenizers` file"
 
 # Special tokens that published tokenizers put between documents, in order of preference.
 SEPARATORS = (
@@ -106,17 +107,12 @@ class FileTokenizer(Tokenizer):
     id added past its vocabulary.
     """
 
-    def __init__(self, path: str):
-        self.content, described = _content(path)
-        try:
+    def __init__(self, path: str, field: str = "tokenizer"):
+        self.name, self.refused = path, functools.partial(ConfigError, field, path)
+        self.content, described = self._content()
+        with self._library(NO_FILE, "It was refused with: "):
             self.file = tokenizers.Tokenizer.from_buffer(self.content)
-        except BaseException as error:  # the library raises bare Exception, and panics of its own
-            if not _of_library(error):
-                raise
-            said = f"It was refused with: {_line(error)}."
-            raise ConfigError("tokenizer", path, "is not a Hugging Face `tokenizers` file", said) from error
-        self.name = path
-        with self._library("be set up"):
+        with self._library("cannot be set up"):
             self.file.no_padding()
             self.file.no_truncation()
             self.file.encode_special_tokens = True
@@ -126,13 +122,33 @@ class FileTokenizer(Tokenizer):
         special = {token.content: i for i, token in added.items() if token.special}
         size = max(vocabulary.values(), default=-1) + 1
         if size > MAX_ID:
-            allowed = f"has an id of {size - 1:,}, must be below {MAX_ID:,}"
-            raise ConfigError("tokenizer", path, allowed)
+            raise self.refused(f"has an id of {size - 1:,}, must be below {MAX_ID:,}")
         self.doc_id = next((special[name] for name in SEPARATORS if name in special), size)
         self.vocab_size = max(size, self.doc_id + 1)
         self.pieces = self._pieces(vocabulary, _kinds(described.get("decoder"), "decoders"))
         before = _kinds(described.get("pre_tokenizer"), "pretokenizers")
         self.cuts = "ByteLevel" in before and described.get("normalizer") is None
+
+    def _content(self) -> tuple[bytes, dict[str, Any]]:
+        """The file and what it says, looked at before the library is: an id of 4e9 would be an abort."""
+        try:
+            content = untrusted.read_bytes(Path(self.name).expanduser(), "tokenizer")
+        except ConfigError as error:
+            problem = f'must be "bytes" or a readable tokenizer.json; it {error.allowed}'
+            raise self.refused(problem, error.fix) from error
+        try:
+            value = untrusted.parse(content)
+            untrusted.check_shape(value, {"model": dict, "added_tokens?": ([dict], type(None))})
+            ids = [token.get("id") for token in value.get("added_tokens") or ()]
+            if isinstance(vocabulary := value["model"].get("vocab"), dict):
+                ids += vocabulary.values()
+            _check_merges(value["model"])
+        except ValueError as error:
+            raise self.refused(NO_FILE, f"It was refused with: {error}.") from error
+        largest = max((i for i in ids if isinstance(i, int | float)), default=0)
+        if largest >= MAX_ID:
+            raise self.refused(f"has an id of {largest:,}, must be below {MAX_ID:,}")
+        return content, value
 
     def _pieces(self, vocabulary: dict[str, int], kinds: set[str]) -> list[bytes] | None:
         if "ByteLevel" in kinds:
@@ -155,12 +171,12 @@ class FileTokenizer(Tokenizer):
         return pieces
 
     def encode(self, text: str) -> list[int]:
-        with self._library(f"encode {text[:40]!r}"):
+        with self._library(f"cannot encode {text[:40]!r}"):
             return self.file.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
-        with self._library("decode its own ids"):
+        with self._library("cannot decode its own ids"):
             return self.file.decode(known, skip_special_tokens=True)
 
     def documents(self, texts: Sequence[bytes]) -> list[np.ndarray]:
@@ -189,7 +205,7 @@ class FileTokenizer(Tokenizer):
                 raise
             for piece in pieces:
                 self.encode(piece)  # raises for the text at fault
-            raise ConfigError("tokenizer", self.name, f"cannot encode: {_line(error)}") from error
+            raise self.refused(f"cannot encode: {_line(error)}") from error
         for (number, _), encoding in zip(batch, encodings, strict=True):
             ids = np.frombuffer(array.array("I", encoding.ids), np.uint32)  # NumPy is slow with lists
             parts[number].append(ids.astype(self.dtype))
@@ -211,7 +227,7 @@ class FileTokenizer(Tokenizer):
         if len(text) - start > MAX_TEXT:
             allowed = f"cannot encode a document of {len(text):,} characters, at most {MAX_TEXT:,}"
             fix = "Cut it into several, for example with one record a document (.jsonl)."
-            raise ConfigError("tokenizer", self.name, allowed, fix)
+            raise self.refused(allowed, fix)
         return [*pieces, text[start:]]
 
     def _is_boundary(self, text: str, at: int) -> bool:
@@ -219,14 +235,14 @@ class FileTokenizer(Tokenizer):
         return self.encode(before + after) == self.encode(before) + self.encode(after)
 
     @contextmanager
-    def _library(self, what: str) -> Iterator[None]:
+    def _library(self, problem: str, before: str = "") -> Iterator[None]:
         """Whatever the library raises is one line that says what it could not do."""
         try:
             yield
-        except BaseException as error:
+        except BaseException as error:  # it raises bare Exception, and panics of its own
             if not _of_library(error):
                 raise
-            raise ConfigError("tokenizer", self.name, f"cannot {what}", f"{_line(error)}.") from error
+            raise self.refused(problem, f"{before}{_line(error)}.") from error
 
     def _read(self, text: bytes) -> str:
         try:
@@ -272,9 +288,12 @@ class Stream:
         return new
 
 
-def load(name: str) -> Tokenizer:
-    """The tokenizer called "bytes", or the one in the file ``name``; ConfigError if there is no such file."""
-    return Tokenizer() if name == "bytes" else FileTokenizer(name)
+def load(name: str, field: str = "tokenizer") -> Tokenizer:
+    """The tokenizer called "bytes", or the one in the file ``name``.
+
+    ConfigError for ``field`` if there is no such file, or, later, where it fails.
+    """
+    return Tokenizer() if name == "bytes" else FileTokenizer(name, field)
 
 
 def report(tokenizer: Tokenizer, text_bytes: int, token_bytes: int) -> None:
@@ -297,29 +316,6 @@ def _behind(before: str, whole: str) -> str:
         return whole[len(before) :]
     pairs = zip(before, whole, strict=False)
     return whole[next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole)) :]
-
-
-def _content(path: str) -> tuple[bytes, dict[str, Any]]:
-    """The file and what it says, looked at before the library reads it: an id of 4e9 would be an abort."""
-    try:
-        content = untrusted.read_bytes(Path(path).expanduser(), "tokenizer")
-    except ConfigError as error:
-        problem = f'must be "bytes" or a readable tokenizer.json; it {error.allowed}'
-        raise ConfigError("tokenizer", path, problem, error.fix) from error
-    try:
-        value = untrusted.parse(content)
-        untrusted.check_shape(value, {"model": dict, "added_tokens?": ([dict], type(None))})
-        ids = [token.get("id") for token in value.get("added_tokens") or ()]
-        if isinstance(vocabulary := value["model"].get("vocab"), dict):
-            ids += vocabulary.values()
-        largest = max((i for i in ids if isinstance(i, int | float)), default=0)
-        _check_merges(value["model"])
-    except ValueError as error:
-        allowed, said = "is not a Hugging Face `tokenizers` file", f"It was refused with: {error}."
-        raise ConfigError("tokenizer", path, allowed, said) from error
-    if largest >= MAX_ID:
-        raise ConfigError("tokenizer", path, f"has an id of {largest:,}, must be below {MAX_ID:,}")
-    return content, value
 
 
 def _check_merges(described: dict[str, Any]) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from hybridlm import commands, generate, weights
+from hybridlm import commands, generate, untrusted, weights
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits, Positive, checked
 from hybridlm.generate import chat
-from hybridlm.run import cli, logbook
+from hybridlm.run import cli
 
 EVERY = 4  # tokens between two looks at what was written
 LIMITS = {"max_new_tokens": Positive, "n": Positive, "seed": Annotated[int, Limits(0, 2**63 - 1)]}
@@ -110,7 +110,7 @@ class Writer:
 
 
 def say(text: str) -> None:
-    print(logbook.printable(text), end="", flush=True)
+    print(untrusted.terminal(text, lines=True), end="", flush=True)
 
 
 def message(prompt: str) -> chat.Message:

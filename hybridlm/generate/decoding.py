@@ -190,12 +190,18 @@ def complete(
     A row ends early at the document separator and at a token whose text holds a stop string; a stop string
     that spans tokens is cut from the text afterwards, and an empty one stops nothing. options: of `stream`.
     """
-    stop = [text for text in stop if text]
-    stops = [tokenizer.doc_id]
-    if tokenizer.pieces is not None:
-        encoded = [text.encode() for text in stop]
-        stops += [i for i, piece in enumerate(tokenizer.pieces) if any(text in piece for text in encoded)]
-    rows = continuations(definition, params, prompts, stops=stops, **options)
-    written = ([token for token in row if token != tokenizer.doc_id] for row in rows)
-    texts = [tokenizer.decode_after(p, tokens) for p, tokens in zip(prompts, written, strict=True)]
-    return [text[: min([text.find(s) for s in stop if s in text], default=len(text))] for text in texts]
+    rows = continuations(definition, params, prompts, stops=stop_tokens(tokenizer, stop), **options)
+    return [written(tokenizer, prompt, row, stop) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> list[int]:
+    """The document separator, and what holds a ``stop`` string."""
+    encoded = [text.encode() for text in stop if text]
+    pieces = enumerate(tokenizer.pieces or ())
+    return [tokenizer.doc_id, *(i for i, piece in pieces if any(text in piece for text in encoded))]
+
+
+def written(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str]) -> str:
+    """The text of ``tokens`` behind ``prompt``, cut before the first of the ``stop`` strings."""
+    text = tokenizer.decode_after(prompt, [token for token in tokens if token not in (-1, tokenizer.doc_id)])
+    return text[: min([text.find(s) for s in stop if s and s in text], default=len(text))]

@@ -37,9 +37,8 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(
-            ordered
-        )  # mass ahead of a token
+        share = jax.nn.softmax(ordered)
+        before = jnp.cumsum(share, axis=-1) - share  # mass ahead of a token
         last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
         logits = jnp.where(logits < jnp.take_along_axis(ordered, last, axis=-1), -jnp.inf, logits)
     return jax.vmap(jax.random.categorical)(keys_B, logits).astype(jnp.int32)

@@ -3,6 +3,7 @@
 Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 """
 
+import abc
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -111,6 +112,7 @@ class Config(_kinds.Settings):
         problem = f"layers of kind {self.kind} leave and reuse no keys and values (name:label, name@label)"
         raise ConfigError("kind", self.kind, problem, "Those of kinds attention and mla do.")
 
+    @abc.abstractmethod
     def cost(self, d_model: int, context: int) -> Cost:
         raise NotImplementedError
 
@@ -133,13 +135,19 @@ class TokenMixer(nnx.Module):
     shared_class: ClassVar[Any] = None
     public: ClassVar[Mapping[str, Format[Any]]] = {}
 
+    @abc.abstractmethod
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         raise NotImplementedError
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
-        """An empty cache, any pytree of fixed shapes, for ``batch`` rows of at most ``max_length`` tokens."""
-        raise NotImplementedError
+        """An empty cache, any pytree of fixed shapes, for ``batch`` rows of at most ``max_length`` tokens.
 
+        A kind without one can be trained and validated, but generates nothing.
+        """
+        problem = "defines no init_cache, so that it keeps nothing from token to token and cannot generate"
+        raise ConfigError("kind", type(self).__name__, problem, "docs/outside.md has an example.")
+
+    @abc.abstractmethod
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any = None) -> tuple[jax.Array, Any]:
         """(y [B, T, D], cache): with a cache the tokens are appended to it, without one None comes back.
 

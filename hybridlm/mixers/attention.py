@@ -5,7 +5,8 @@ q and k optionally RMS-normalised, then rotated (RoPE) in all or the first of th
 
 Forgetting attention (FoX, arXiv 2503.02130): the logit of token s gains the sum of log f_i over s < i <= t,
 f = sigmoid(W_f x + b) per head. Sinks (gpt-oss): each head's softmax has one more logit, learned, that has no
-value.
+value. Sink tokens (StreamingLLM, arXiv 2309.17453): a sliding window keeps the first tokens of its
+document in sight, with their positions in the document.
 
 A layer can reuse the k and v of an earlier one, normed and rotated (cross-layer attention, arXiv 2405.12981;
 `hybridlm.pattern` has the notation): it projects q only, and keeps no cache.
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers
+from hybridlm import first_tokens, mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, linears
@@ -52,6 +53,7 @@ class Config(mixers.Config):
     norm_eps: of qk_norm.
     forget_gate: logits decay with distance, by a gate per head and token (FoX, which has no rotation).
     sinks: a learned logit per head takes part in the softmax without a value (gpt-oss).
+    sink_tokens: first tokens of each document that its window keeps in sight besides (StreamingLLM has 4).
     """
 
     num_heads: Count = 0
@@ -67,6 +69,7 @@ class Config(mixers.Config):
     norm_eps: Epsilon = 1e-6
     forget_gate: bool = False
     sinks: bool = False
+    sink_tokens: Annotated[int, Limits(0, 128)] = 0
 
     def heads(self, d_model: int) -> tuple[int, int]:
         num = self.num_heads or d_model // self.head_dim
@@ -85,12 +88,21 @@ class Config(mixers.Config):
             rotated = f"head_dim = {self.head_dim} rotates {self.rotary_dim} channels"
             raise ConfigError("rotary_fraction", self.rotary_fraction, f"{rotated}, which must be even")
 
+        if self.sink_tokens and not self.window:
+            problem = "are those that a window would lose: without one every token is seen"
+            raise ConfigError("sink_tokens", self.sink_tokens, problem, "Set window, or sink_tokens=0.")
+        if self.sink_tokens and self.forget_gate:
+            problem = "is forgotten by forget_gate, which fades what is far"
+            raise ConfigError("sink_tokens", self.sink_tokens, problem, "Set forget_gate=False.")
+
     def check_reuse(self, source: mixers.Config, d_model: int) -> None:
         if not isinstance(source, Config):
             raise ConfigError("kind", self.kind, f"cannot reuse the keys and values of kind {source.kind}")
         if self.forget_gate or source.forget_gate:
             whose = self if self.forget_gate else source
             raise ConfigError("forget_gate", whose.forget_gate, "belongs to a layer's own keys: share others")
+        if most := max(self.sink_tokens, source.sink_tokens):
+            raise ConfigError("sink_tokens", most, "belong to a layer's own keys: share others")
         kv_heads = [one.heads(d_model)[1] for one in (self, source)]
         pairs = {"num_kv_heads": kv_heads} | {
             name: [getattr(one, name) for one in (self, source)] for name in ("head_dim", "rope_theta")
@@ -121,11 +133,11 @@ class Config(mixers.Config):
 
     def cost(self, d_model: int, context: int) -> Cost:
         heads, kv_heads = self.heads(d_model)
-        kept = min(self.window or context, context)
+        kept = min(self.window or context, context) + self.sink_tokens
         return Cost(
             state=heads * kept if self.forget_gate else 0,
             cache=2 * kv_heads * self.head_dim * kept,
-            flops=4 * heads * self.head_dim * visible(context, self.window),
+            flops=4 * heads * self.head_dim * visible(context, self.window, self.sink_tokens),
         )
 
     def explicit(self, d_model: int) -> "Config":
@@ -268,8 +280,8 @@ class Mixer(TokenMixer):
         self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, cache: TokenCache | None = None
-    ) -> tuple[jax.Array, TokenCache | None]:
+        self, x_BTD: jax.Array, context: Context, cache: Any = None
+    ) -> tuple[jax.Array, TokenCache | first_tokens.SinkCache | None]:
         config, rows = self.config, context.rows
         q_BTHK = self._queries(x_BTD, rows)
         context.record("q", q_BTHK)
@@ -277,6 +289,8 @@ class Mixer(TokenMixer):
         now = () if log_f_BTH is None or cache is None else (_forgotten(log_f_BTH, cache),)
         if self.reuses:
             held = context.left(f"kv.{self.reuses}")
+        elif count := config.sink_tokens:
+            cache, held = first_tokens.hold(cache, self._keys_values(x_BTD, rows), rows, config.window, count)
         else:
             cache, held = hold(cache, (*self._keys_values(x_BTD, rows), *now), config.window)
         if self.leaves:
@@ -296,17 +310,17 @@ class Mixer(TokenMixer):
         """now: what has been forgotten up to each query, with a cache that has the same of its keys."""
         k, v, *then = held.tokens
         sinks = None if self.sinks is None else self.sinks[...]
-        scale, window = self.scale, self.config.window
+        scale, window, first = self.scale, self.config.window, self.config.sink_tokens
         if held.start is None or held.index_S is None:
-            record_largest(context, q_BTHK, k, scale=scale, window=window)
-            return attend(
-                q_BTHK, k, v, context.rows, scale=scale, window=window, sinks=sinks, log_forget=log_f_BTH
-            )
+            size: dict[str, Any] = dict(scale=scale, window=window, sink_tokens=first)
+            record_largest(context, q_BTHK, k, **size)
+            return attend(q_BTHK, k, v, context.rows, **size, sinks=sinks, log_forget=log_f_BTH)
         index_T, first_BT = packed_indices(context.rows, held.start, window)
         forgotten = dict(zip(("forgotten_BTH", "forgotten_BSH"), (*now, *then), strict=False))
         return blockwise(
-            q_BTHK, k, v, index_T, first_BT, held.index_S, scale=scale, sinks_H=sinks, **forgotten
-        )
+            q_BTHK, k, v, index_T, first_BT, held.index_S,
+            scale=scale, sinks_H=sinks, first=held.first, **forgotten,
+        )  # fmt: skip
 
     def _log_forget(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         log_f_BTH = jax.nn.log_sigmoid(self.f_proj(x_BTD).astype(jnp.float32))
@@ -332,7 +346,7 @@ class Mixer(TokenMixer):
             return x_BTHK
         return rotate(x_BTHK, rows.positions, config.rope_theta, config.rotary_dim)
 
-    def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache | tuple[()]:
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
         if self.reuses:
             return ()
         window = self.config.window
@@ -340,7 +354,11 @@ class Mixer(TokenMixer):
         shape = (batch, size, self.kv_heads, self.config.head_dim)
         forgotten = (batch, size, self.f_proj.kernel.shape[1]) if self.config.forget_gate else None
         gates = () if forgotten is None else (jnp.zeros(forgotten, jnp.float32),)
-        return TokenCache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *gates), jnp.int32(0))
+        cache = TokenCache((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *gates), jnp.int32(0))
+        if not (count := self.config.sink_tokens):
+            return cache
+        first = jnp.zeros((batch, count, *shape[2:]), dtype)
+        return first_tokens.SinkCache(cache, (first, first))
 
 
 def _forgotten(log_f_BTH: jax.Array, cache: TokenCache) -> jax.Array:

@@ -30,8 +30,8 @@ from hybridlm.layers import (
 )
 from hybridlm.linear_mixer import dt_bias_init
 from hybridlm.mixers import Cost, Site
-from hybridlm.recurrent_mixer import RecurrentMixer, cut, joined
-from hybridlm.rows import Rows, continued
+from hybridlm.recurrent_mixer import RecurrentMixer, cut
+from hybridlm.rows import Rows, continued, joined
 from hybridlm.sharding import per_shard
 from pallas_kernels.elementwise import Piece
 

@@ -11,7 +11,7 @@ times batch rows, and no capacity bounds a memory. For its convolutions it keeps
 """
 
 import dataclasses
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from flax import nnx
 
 from hybridlm import over
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, grouped, grouped_fields, linears
+from hybridlm.convert.rules import Rule, linear, norm, same, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits, NonNegative, Positive
 from hybridlm.layers import Linear, RecurrentCache
@@ -60,6 +63,74 @@ class Config(over.Config):
         return Cost(self.memories * kept + self.shared * one.state, 0, rows * one.flops)
 
 
+OF = "gated_delta_net"  # what a memory of FLA's is
+
+
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("mom_backend", "gated_deltanet")
+    fields.only("single_kv_proj", False)  # there one of the memories' gates, too
+    fields.only("use_short_conv", True)
+    fields.ignore("capacity", "use_layer_wise_balance")  # which FLA 0.6 reads nowhere
+    top_k = fields.get("topk", 2)
+    gate = "swish" if fields.get("use_output_gate", True) else "none"
+    memory = grouped(fields, heads=4, head_dim=256, expand_v=1.0) | {"output_gate": gate, "norm_eps": eps}
+    return {
+        "of": (OF, memory),
+        "memories": fields.get("num_memories", 4),
+        "top_k": top_k,
+        "shared": fields.get("shared_mem", True),
+        # FLA's loss is not divided by the choices a token
+        "balance_loss": float(f"{fields.get('aux_loss_scale', 0.01) * top_k:.12g}"),
+    }
+
+
+def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
+    memory = config.part
+    if memory.kind != OF:
+        raise ConfigError("of", memory.kind, f"FLA's mom is made over {OF} alone")
+    if memory.num_v_heads != memory.num_heads:
+        raise ConfigError(
+            "num_v_heads", memory.num_v_heads, f"is num_heads = {memory.num_heads} in FLA's mom"
+        )
+    for name, value, said in (
+        (
+            "single_kv",
+            config.single_kv,
+            "FLA's mom shares the projections of gates, too, where it shares these",
+        ),
+        ("neg_eigval", memory.neg_eigval, "FLA's mom has beta in (0, 1) alone"),
+        ("output_gate", memory.output_gate in ("sigmoid", "linear"), "FLA's mom has swish or none"),
+    ):
+        if value:
+            raise ConfigError(name, value, said)
+    sizes = grouped_fields(memory)
+    del sizes["num_v_heads"], sizes["allow_neg_eigval"]
+    return sizes | {
+        "use_output_gate": memory.output_gate == "swish",
+        "num_memories": config.memories,
+        "topk": config.top_k,
+        "shared_mem": config.shared,
+        "single_kv_proj": False,
+        "aux_loss_scale": config.balance_loss / config.top_k,
+        "mom_backend": "gated_deltanet",
+    }
+
+
+def _fla_rules(config: Any, d_model: int) -> list[Rule]:
+    memory = config.part
+    common = [*linears("qo" + "g" * (memory.output_gate != "none")), norm("o_norm", "o_norm")]
+    common += [
+        *short_convs("qkv", "qkv", memory.conv_size),
+        *(same(one, one) for one in ("A_log", "dt_bias")),
+    ]
+    first = "inner." if config.shared else "memories.0."
+    found = [linear("router", "gate"), *(rule.under(first, "") for rule in common)]
+    for one in "kvba":
+        found += [linear(f"inner.{one}_proj", f"shared_{one}")] * config.shared
+        found += [linear(f"memories.{m}.{one}_proj", f"{one}_proj.{m}") for m in range(config.memories)]
+    return found
+
+
 class Cache(NamedTuple):
     """states: [B, M, HV, K, V] float32.  inputs: the last x of each memory [B, M, taps - 1, D].
     shared: the mixer's own cache, or ()."""
@@ -76,6 +147,7 @@ class Mixer(TokenMixer):
     """inner: the shared memory. What memories have in common is one module in all of them."""
 
     config_class = Config
+    public: ClassVar = {"fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "mom", "Mom")}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config = config

@@ -23,8 +23,8 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, RecurrentCache, elementwise, normal, param, uniform
 from hybridlm.mixers import Cost, Site
-from hybridlm.recurrent_mixer import PIECE, RecurrentMixer, cut, joined
-from hybridlm.rows import Rows, continued
+from hybridlm.recurrent_mixer import PIECE, RecurrentMixer, cut
+from hybridlm.rows import Rows, continued, joined
 from hybridlm.sharding import per_shard
 
 

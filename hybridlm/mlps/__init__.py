@@ -3,6 +3,7 @@
 Adding a file adds a kind; "module:Class" names one that lives elsewhere. Kind "none" is a block without.
 """
 
+import abc
 import dataclasses
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from flax import nnx
 from hybridlm import kinds as _kinds
 from hybridlm.context import Context
 from hybridlm.convert.public import Format
+
+DEFAULT = "swiglu"  # of a layer that names none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +48,9 @@ class Mlp(nnx.Module):
     config_class: ClassVar[type[Config]]
     public: ClassVar[Mapping[str, Format[Any]]] = {}
 
+    @abc.abstractmethod
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         raise NotImplementedError
-
-
-def kinds() -> list[str]:
-    return _kinds.names(sys.modules[__name__])
 
 
 def load(kind: str) -> Any:

@@ -72,15 +72,12 @@ class Config(mlps.Config):
     balance_loss: NonNegative = 0.01
 
     def check(self, d_model: int) -> None:
-        groups = f"num_experts = {self.num_experts} in groups of at least 2"
-        if self.num_groups > 1 and (
-            self.num_experts % self.num_groups or self.num_experts < 2 * self.num_groups
-        ):
-            raise ConfigError("num_groups", self.num_groups, f"must split {groups}")
-        if self.top_groups > self.num_groups:
-            raise ConfigError(
-                "top_groups", self.top_groups, f"must be at most num_groups = {self.num_groups}"
-            )
+        experts, groups = self.num_experts, self.num_groups
+        if groups > 1 and (experts % groups or experts < 2 * groups):
+            problem = f"must split num_experts = {experts} in groups of at least 2"
+            raise ConfigError("num_groups", groups, problem)
+        if self.top_groups > groups:
+            raise ConfigError("top_groups", self.top_groups, f"must be at most num_groups = {groups}")
         eligible = self.num_experts // self.num_groups * self.top_groups
         if self.top_k > eligible:
             raise ConfigError("top_k", self.top_k, f"must be at most {eligible}, the eligible experts")
@@ -214,7 +211,7 @@ class Mlp(mlps.Mlp):
         weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
         tokens = ("batch", "time", None)
         whole = (None, None, None)  # each device has its own tokens, hence needs every expert
-        run = per_shard(lambda *args: (_experts(*args),), (*(tokens,) * 3, *(whole,) * 3), (tokens,))
+        run = per_shard(_experts, (*(tokens,) * 3, *(whole,) * 3), (tokens,))
         y_BTD = run(x_BTD, choice_BTS, weight_BTS, *weights)[0].reshape(x.shape)
         if self.config.shared_hidden:
             shared = self.shared(x)
@@ -237,9 +234,8 @@ class Mlp(mlps.Mlp):
         if config.num_groups > 1:
             grouped = score.reshape(*score.shape[:-1], config.num_groups, -1)
             best_two = jax.lax.top_k(grouped, 2)[0].sum(-1)
-            eligible = jax.nn.one_hot(jax.lax.top_k(best_two, config.top_groups)[1], config.num_groups).sum(
-                -2
-            )
+            best = jax.lax.top_k(best_two, config.top_groups)[1]
+            eligible = jax.nn.one_hot(best, config.num_groups).sum(-2)
             score = jnp.where(eligible[..., None] > 0, grouped, -jnp.inf).reshape(score.shape)
         choice = jax.lax.top_k(score, config.top_k)[1]
         weight = jnp.take_along_axis(p, choice, axis=-1)
@@ -255,14 +251,10 @@ class Mlp(mlps.Mlp):
 
 
 def _experts(
-    x_BTD: jax.Array,
-    choice_BTS: jax.Array,
-    weight_BTS: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
-) -> jax.Array:
+    x_BTD: jax.Array, choice_BTS: jax.Array, weight_BTS: jax.Array, *kernels: jax.Array
+) -> tuple[jax.Array]:
     """sum over s of weight_s expert_{choice_s}(x). Gathers are permutations: their gradients are, too."""
+    gate_EDF, up_EDF, down_EFD = kernels
     top_k = choice_BTS.shape[-1]
     flat = choice_BTS.reshape(-1)
     order = jnp.argsort(flat, stable=True)
@@ -273,7 +265,7 @@ def _experts(
     hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate_EDF, sizes)) * jax.lax.ragged_dot(x, up_EDF, sizes)
     y = permute(jax.lax.ragged_dot(hidden, down_EFD, sizes), back)
     y_BTSD = y.reshape(*choice_BTS.shape, -1)
-    return jnp.einsum("btsd,bts->btd", y_BTSD, weight_BTS.astype(y.dtype))
+    return (jnp.einsum("btsd,bts->btd", y_BTSD, weight_BTS.astype(y.dtype)),)
 
 
 def rebalance(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:

@@ -3,6 +3,7 @@
 Adding a file adds a kind; "module:Class" names one that lives elsewhere.
 """
 
+import abc
 import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,9 +37,10 @@ class Objective:
     config_class: ClassVar[type[Config]]
     teacher: "Definition | None" = None  # of another model, whose parameters are found in ``frozen``
 
-    def __init__(self, config: Any, definition: "Definition", token_bytes: jax.Array | None = None):
+    def __init__(self, config: Config, definition: "Definition", token_bytes: jax.Array | None = None):
         self.config, self.definition, self.token_bytes = config, definition, token_bytes
 
+    @abc.abstractmethod
     def loss(
         self, params: "Params", frozen: "Params", batch: Batch, wanted: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Sums]:

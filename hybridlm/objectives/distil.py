@@ -71,9 +71,10 @@ class Objective(objectives.Objective):
     these two of each layer."""
 
     config_class = Config
+    config: Config
 
     def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
-        self.config, self.definition, self.token_bytes = config, definition, token_bytes
+        super().__init__(config, definition, token_bytes)
         theirs = lm.build(init_from.described(config.teacher, "objective.teacher"))
         model = dataclasses.replace(theirs.model, dtype=definition.model.dtype, remat="none")
         self.teacher: lm.Definition = dataclasses.replace(theirs, model=model)
@@ -100,30 +101,20 @@ class Objective(objectives.Objective):
                 problem = f"{told} in the place of full attention without forget_gate and sinks"
                 raise ConfigError("objective.weights", config.weights, problem)
 
-    def loss(
-        self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
-    ) -> tuple[jax.Array, Sums]:
-        config = self.config
-        forced = config.by_layer and config.inputs == "teacher"
-        alone = forced and not (config.next_token or config.kl or config.hidden)
-        return self._loss(params, frozen, batch, wanted, forced, alone)
-
     def evaluate(self, params: lm.Params, frozen: lm.Params, batch: Batch) -> Sums:
-        forced = self.config.by_layer and self.config.inputs == "teacher"
-        return self._loss(params, frozen, batch, (), forced, alone=False, by_layer=True)[1]
+        return self.loss(params, frozen, batch, training=False)[1]
 
-    def _loss(
+    def loss(
         self,
         params: lm.Params,
         frozen: lm.Params,
         batch: Batch,
-        wanted: tuple[str, ...],
-        forced: bool,
-        alone: bool,
-        by_layer: bool = False,
+        wanted: tuple[str, ...] = (),
+        training: bool = True,
     ) -> tuple[jax.Array, Sums]:
-        """forced: each layer is given the teacher's inputs.  alone: the student as a whole does not run."""
         config, tokens, counted = self.config, batch["tokens"], batch["targets"] >= 0
+        forced = config.by_layer and config.inputs == "teacher"  # each layer is given the teacher's inputs
+        alone = training and forced and not (config.next_token or config.kl or config.hidden)
         rows = Rows(batch["segment_ids"], batch["positions"])
         theirs = {n.removeprefix(TEACHER): leaf for n, leaf in frozen.items() if n.startswith(TEACHER)}
         own = {name: leaf for name, leaf in frozen.items() if not name.startswith(TEACHER)}
@@ -138,9 +129,14 @@ class Objective(objectives.Objective):
         records: lm.Records = {}
         if not alone:
             hidden, records = student.forward(tokens, rows, (AUXILIARY + "*", *taps, *mixed, *wanted))
+            head, targets = student.head_matrix(), batch["targets"]
             known = distillation.Teacher(seen, teacher.head_matrix())
-            part, found = self._predicted(hidden, student.head_matrix(), known, batch, records)
-            total, sums = total + part, sums | found
+            weights = distillation.Weights(config.next_token, config.kl, config.temperature, config.top_k)
+            part, (found, kl) = distillation.distilled(hidden, head, known, targets, weights)
+            part, more = joined(part, found.tokens, records, targets, self.token_bytes)
+            sums |= {"loss_sum": found.cross_entropy, "correct": found.correct} | more
+            sums |= {"kl_loss_sum": kl} if config.kl else {}
+            total += part
         if config.hidden:
             layers = range(len(self.definition.layers))
             apart = [_angle(_of(i, OUTPUT, records), _of(i, OUTPUT, before), counted) for i in layers]
@@ -155,7 +151,7 @@ class Objective(objectives.Objective):
             for name, weight, each in self._apart(before, after, rows, counted):
                 sums[f"{name}_loss_sum"] = jnp.mean(each)
                 total += weight * sums[f"{name}_loss_sum"]
-                if by_layer:
+                if not training:
                     sums |= {f"{name}_{i}_loss_sum": each[at] for at, i in enumerate(self.changed)}
         sums.setdefault("loss_sum", jax.lax.stop_gradient(total))
         if wanted:
@@ -177,23 +173,6 @@ class Objective(objectives.Objective):
             ours = mimicry.Heads(*(every(name, after) for name in FEATURES))
             scale = mup.logit_scale(theirs.q.shape[-1], bool(self.teacher.model.mup_base_width))
             yield "weights", config.weights, mimicry.cross_entropy(theirs, ours, rows, counted, scale)
-
-    def _predicted(
-        self,
-        hidden: jax.Array,
-        head: jax.Array,
-        given: distillation.Teacher,
-        batch: Batch,
-        records: lm.Records,
-    ) -> tuple[jax.Array, Sums]:
-        """(the sum to differentiate, sums) of what the student predicts."""
-        config = self.config
-        weights = distillation.Weights(config.next_token, config.kl, config.temperature, config.top_k)
-        total, (found, kl) = distillation.distilled(hidden, head, given, batch["targets"], weights)
-        sums: Sums = {"loss_sum": found.cross_entropy, "correct": found.correct}
-        sums |= {"kl_loss_sum": kl} if config.kl else {}
-        total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)
-        return total, sums | more
 
 
 def _comparable(theirs: mixers.Config, ours: mixers.Config, d_model: int) -> bool:

@@ -31,17 +31,12 @@ class Objective(objectives.Objective):
     def loss(
         self, params: lm.Params, frozen: lm.Params, batch: Batch, wanted: tuple[str, ...] = ()
     ) -> tuple[jax.Array, Sums]:
-        model = lm.merge(self.definition, params | frozen)
+        model, z_loss = lm.merge(self.definition, params | frozen), self.config.z_loss
         rows = Rows(batch["segment_ids"], batch["positions"])
         hidden, records = model.forward(batch["tokens"], rows, (AUXILIARY + "*", *wanted))
-        total, found = loss.cross_entropy(
-            hidden,
-            model.head_matrix(),
-            batch["targets"],
-            z_loss=self.config.z_loss,
-            tall=self.definition.model.tie_embeddings,
-        )
-        sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": self.config.z_loss * found.log_z_squared}
+        head, tall = model.head_matrix(), self.definition.model.tie_embeddings
+        total, found = loss.cross_entropy(hidden, head, batch["targets"], z_loss=z_loss, tall=tall)
+        sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": z_loss * found.log_z_squared}
         sums |= {"tokens": found.tokens, "correct": found.correct}
         total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)
         sums |= more
@@ -62,17 +57,12 @@ def joined(
     if token_bytes is not None:
         counted = jnp.where(targets >= 0, token_bytes[targets], 0)
         sums["bytes"] = jnp.sum(counted.astype(jnp.float32))
-    for name, values in by_name(records, AUXILIARY).items():
+    auxiliary: dict[str, list[jax.Array]] = {}
+    for canonical, value in records.items():
+        name = canonical.split(".", 2)[2]  # layers.<index>.<name>
+        if name.startswith(AUXILIARY):
+            auxiliary.setdefault(name.removeprefix(AUXILIARY), []).append(value)
+    for name, values in auxiliary.items():
         sums[f"{name}_loss_sum"] = jnp.mean(jnp.stack(values)) * tokens
         total += sums[f"{name}_loss_sum"]
     return total, sums
-
-
-def by_name(records: dict[str, jax.Array], prefix: str) -> dict[str, list[jax.Array]]:
-    """The records called ``prefix`` and more, without it, layers in order: {"balance": [of layer 0, ...]}."""
-    found: dict[str, list[jax.Array]] = {}
-    for canonical, value in records.items():
-        name = canonical.split(".", 2)[2]  # layers.<index>.<name>
-        if name.startswith(prefix):
-            found.setdefault(name.removeprefix(prefix), []).append(value)
-    return found

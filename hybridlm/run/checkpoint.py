@@ -13,17 +13,16 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 
 from hybridlm import trees, untrusted
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal, sound
 from hybridlm.run.sound import COMMITTED, HALF_WRITTEN
 
@@ -71,13 +70,10 @@ class Keep(NamedTuple):
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [one.step for one in checkpoints]
-        kept = {*steps[-self.last :], *self.ranked(steps)[: self.best]}
-        return [step in kept for step in steps]
-
-    def ranked(self, steps: Iterable[int]) -> list[int]:
-        """Those of ``steps`` that have a score, the best first."""
         scored = [step for step in steps if step in self.scores and self.whole(step)]
-        return sorted(scored, key=self.scores.__getitem__)
+        ranked = sorted(scored, key=self.scores.__getitem__)
+        kept = {*steps[-self.last :], *ranked[: self.best]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -93,12 +89,11 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.scores: dict[int, float] = {}
         whole = lambda step: (self.directory / str(step) / COMMITTED).exists()
-        self.keep = Keep(last, best, self.scores, whole)
         self.filling: int | None = None  # the step that `create` made, which changes until the end
         self.sound: set[int] = set()
         self.need = 0
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self.keep,
+            preservation_policy=Keep(last, best, self.scores, whole),
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self.names: dict[str, set[str]] = {}
@@ -108,10 +103,6 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self.manager.all_steps())
-
-    def best(self) -> int | None:
-        """The best of the steps that are kept; None if none has a score."""
-        return next(iter(self.keep.ranked(self.steps())), None)
 
     def save(self, step: int, state: State, record: dict[str, Any]) -> None:
         """Starts writing; returns once ``state`` may be overwritten. Waits for the previous save first.
@@ -130,18 +121,15 @@ class Checkpoints:
         self.names = {name: set(tree) for name, tree in flat.items()}
         items = {name: ocp.args.StandardSave(tree) for name, tree in flat.items()}
         args = ocp.args.Composite(**items, run=ocp.args.JsonSave(record))
-        with translated(
-            self.directory,
-            f"the checkpoint at step {step} could not be written ({need:,} bytes)",
-            self._intact,
-        ):
+        what = f"the checkpoint at step {step} could not be written ({need:,} bytes)"
+        with translated(self.directory, what, self._intact):
             self.manager.save(step, args=args, force=True)
             self._clear_marks()
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record that was saved with ``step``; RunError when the checkpoint is damaged."""
         self._verify(step)
-        with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
+        with self._reading(step):
             found = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
             untrusted.check_shape(found, RECORD, "its record")
             if len(found.get("skipped", (0, 0))) != 2:
@@ -155,7 +143,7 @@ class Checkpoints:
         """
         self._verify(step)
         items = {name: ocp.args.StandardRestore(trees.flatten(tree)) for name, tree in like.items()}
-        with translated(self.directory / str(step), "unreadable checkpoint", lambda: self._without(step)):
+        with self._reading(step):
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         return {name: trees.unflatten(tree, restored[name]) for name, tree in like.items()}
 
@@ -174,24 +162,13 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
         self.wait()
 
-        def chunks(shape: tuple[int, ...]) -> list[int]:
-            rest = list(shape)
-            if rest:
-                rest[0] = max(1, min(rest[0], CHUNK_BYTES // (4 * math.prod(rest[1:]))))
-            return rest
+        def spec(shape: tuple[int, ...]) -> dict[str, Any]:
+            rows = [max(1, min(n, CHUNK_BYTES // (4 * math.prod(shape[1:])))) for n in shape[:1]]
+            chunks = [*rows, *shape[1:]]
+            metadata = {"shape": shape, "chunks": chunks, "dtype": "<f4", "compressor": COMPRESSOR}
+            return {"metadata": metadata, "create": True, "delete_existing": True}
 
-        metadata = {
-            name: {"shape": x.shape, "chunks": chunks(x.shape), "dtype": "<f4", "compressor": COMPRESSOR}
-            for name, x in leaves.items()
-        }
-        return self._arrays(
-            step,
-            entry,
-            {
-                name: {"metadata": one, "create": True, "delete_existing": True}
-                for name, one in metadata.items()
-            },
-        )
+        return self._arrays(step, entry, {name: spec(x.shape) for name, x in leaves.items()})
 
     def open(self, step: int, entry: str, names: Iterable[str]) -> dict[str, Any]:
         """Arrays of one entry of the state by dotted name, on disk: indexing reads, assigning writes."""
@@ -199,14 +176,9 @@ class Checkpoints:
         return self._arrays(step, entry, {name: {"open": True} for name in names})
 
     def _arrays(self, step: int, entry: str, specs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        path = self.directory / str(step) / entry
-        base = {"driver": "file", "path": f"{path}/"}
-        with translated(path, "unreadable checkpoint", lambda: self._without(step)):
-            kvstores = {name: {"driver": "ocdbt", "base": base, "path": f"{name}/"} for name in specs}
-            return {
-                name: tensorstore.open({"driver": "zarr", "kvstore": kvstores[name], **spec}).result()
-                for name, spec in specs.items()
-            }
+        with self._reading(step, entry):
+            path = self.directory / str(step) / entry
+            return {name: sound.array(path, name, **spec) for name, spec in specs.items()}
 
     def wait(self) -> None:
         """Returns when every save is on disk; RunError when one failed."""
@@ -242,54 +214,52 @@ class Checkpoints:
 
     def _clear_marks(self) -> None:
         """Orbax writes the path of a checkpoint into it, and with it the user's name; it reads it nowhere."""
-        for mark in self._marks() if jax.process_index() == 0 else ():
-            with contextlib.suppress(FileNotFoundError):  # its checkpoint is being removed
-                os.truncate(mark, 0)
+        for path in self._complete() if jax.process_index() == 0 else ():
+            with contextlib.suppress(FileNotFoundError):  # it is being removed
+                os.truncate(path / COMMITTED, 0)
 
-    def _marks(self) -> list[Path]:
-        """Of complete checkpoints; one being written may have its mark already, under a name of its own."""
-        return [mark for mark in self.directory.glob(f"*/{COMMITTED}") if untrusted.digits(mark.parent.name)]
+    def _complete(self) -> list[Path]:
+        """By what is on disk: Orbax counts a save among its steps before it has succeeded."""
+        return [path for path in untrusted.numbered(self.directory) if (path / COMMITTED).exists()]
 
     def _verify(self, step: int) -> None:
         """RunError when the files of ``step`` are not what was written; each step is read once for this."""
         if jax.process_index() or step in self.sound or step == self.filling:
             return
         path = self.directory / str(step)
-        with translated(path, "unreadable checkpoint", lambda: self._without(step)):
-            problem = seal.damage(path) or sound.misnamed(path)
+        with self._reading(step):
+            problem = seal.damage(path) or sound.astray(path) or sound.misnamed(path)
         if problem:
             raise RunError(f"{path}: damaged checkpoint: {problem}; {self._without(step)}.")
         self.sound.add(step)
 
+    def _reading(self, step: int, entry: str = "") -> contextlib.AbstractContextManager[None]:
+        path = self.directory / str(step) / entry
+        return translated(path, "unreadable checkpoint", lambda: self._without(step))
+
     def _intact(self) -> str:
-        """By what is on disk: Orbax counts a save among its steps before it has succeeded."""
-        steps = [int(mark.parent.name) for mark in self._marks()]
-        return f"the checkpoint at step {max(steps)} is intact" if steps else "no earlier checkpoint exists"
+        if not (whole := self._complete()):
+            return "no earlier checkpoint exists"
+        return f"the checkpoint at step {whole[-1].name} is intact"
 
     def _without(self, step: int) -> str:
         older = [other for other in self.steps() if other < step]
-        return (
-            f"remove that directory to resume from step {older[-1]}"
-            if older
-            else "no older checkpoint exists"
-        )
+        if not older:
+            return "no older checkpoint exists"
+        return f"remove that directory to resume from step {older[-1]}"
 
 
-class translated:
+@contextlib.contextmanager
+def translated(path: Path, what: str, hint: Callable[[], str] | None = None) -> Iterator[None]:
     """Turns whatever storage raises into a RunError that says what failed, where, why, and ``hint()``."""
-
-    def __init__(self, path: Path, what: str, hint: Any = None):
-        self.path, self.what, self.hint = path, what, hint
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RunError):
-            full = "No space left on device"
-            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            message = f"{self.path}: {self.what}: {full if full in str(error) else lines[0]}"
-            raise RunError(message + (f"; {self.hint()}" if self.hint else "") + ".") from error
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        full = "No space left on device"
+        reason = full if full in str(error) else first_line(error)
+        raise RunError(f"{path}: {what}: {reason}" + (f"; {hint()}" if hint else "") + ".") from error
 
 
 def choose(mode: str, checkpoints: Checkpoints) -> int | None:
@@ -298,18 +268,12 @@ def choose(mode: str, checkpoints: Checkpoints) -> int | None:
     mode "auto": the newest checkpoint if there is one; "must": ConfigError without one; "never": ConfigError
     with one, since starting anew would mix two runs in one workdir.
     """
-    steps = checkpoints.steps()
+    steps, where = checkpoints.steps(), checkpoints.directory
     if mode == "must" and not steps:
-        raise ConfigError(
-            "--resume", mode, f"there is no checkpoint in {checkpoints.directory}", "Check --workdir."
-        )
+        raise ConfigError("--resume", mode, f"there is no checkpoint in {where}", "Check --workdir.")
     if mode == "never" and steps:
-        raise ConfigError(
-            "--resume",
-            mode,
-            f"{checkpoints.directory} already holds checkpoints up to step {steps[-1]}",
-            "Give another --workdir, or --resume=auto to continue.",
-        )
+        problem = f"{where} already holds checkpoints up to step {steps[-1]}"
+        raise ConfigError("--resume", mode, problem, "Give another --workdir, or --resume=auto to continue.")
     return steps[-1] if steps else None
 
 
@@ -318,27 +282,31 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
 
     Data are the same when their fingerprint is, wherever they lie.
     """
-    before, after = (dotted(r["config"]) | {"data.fingerprint": r["fingerprint"]} for r in (saved, record))
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    refused = [name for name in changed if _under(name, FIXED) and not _under(name, FREE)]
+    found = changes(*(r["config"] | {"data.fingerprint": r["fingerprint"]} for r in (saved, record)))
+    refused = [name for name in found if _under(name, FIXED) and not _under(name, FREE)]
     if "data.fingerprint" in refused:
-        refused += [name for name in changed if _under(name, ("data",)) and name not in refused]
-    show = lambda name: f"{name}: {before.get(name, 'absent')!r} -> {after.get(name, 'absent')!r}"
+        refused += [name for name in found if _under(name, ("data",)) and name not in refused]
     if PATTERN in refused:  # most other differences follow from it, and none is what was meant
-        problem = f"this workdir holds a run of another pattern, {before.get(PATTERN, 'absent')!r}"
+        before, after = found[PATTERN]
+        problem = f"this workdir holds a run of another pattern, {before!r}"
         fix = "\nGive another --workdir to start anew, or the old pattern to go on."
-        raise ConfigError(PATTERN, after.get(PATTERN, "absent"), problem, fix)
+        raise ConfigError(PATTERN, after, problem, fix)
+    said = {name: f"{name}: {before!r} -> {after!r}" for name, (before, after) in found.items()}
     if refused:
-        shown = list(map(show, refused[:SHOWN]))
+        shown = [said[name] for name in refused[:SHOWN]]
         shown += [f"and {len(refused) - SHOWN} more"] if len(refused) > SHOWN else []
-        raise ConfigError(
-            refused[0],
-            after.get(refused[0], "absent"),
-            "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(shown),
-            "Restore the old values, or start anew in another --workdir.",
-        )
-    for name in changed:
-        log.info("resumed with a change: %s", show(name))
+        problem = "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(shown)
+        fix = "Restore the old values, or start anew in another --workdir."
+        raise ConfigError(refused[0], found[refused[0]][1], problem, fix)
+    for change in said.values():
+        log.info("resumed with a change: %s", change)
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (before, after) of what differs in two configs' dicts."""
+    before, after = dotted(old), dotted(new)
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return {name: (before.get(name, "absent"), after.get(name, "absent")) for name in names}
 
 
 def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:

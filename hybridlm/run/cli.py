@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hybridlm import untrusted
 from hybridlm.errors import ConfigError, RunError, Stopped
 from hybridlm.run import private, processes, show
 
@@ -60,7 +59,7 @@ def stored(workdir: Path, intact: str) -> Iterator[None]:
 
 def say(text: str) -> None:
     """``text`` on stderr, without what names the user or steers a terminal."""
-    print(untrusted.terminal(private.hide(text), lines=True), file=sys.stderr, flush=True)
+    print(private.shown(text, lines=True), file=sys.stderr, flush=True)
 
 
 def ignore_abandoned_writes() -> None:

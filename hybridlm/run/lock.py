@@ -1,4 +1,4 @@
-"""One run per workdir: the file ``lock`` says who has it, and a second run is refused.
+"""One run, or one sweep, per workdir: the file ``lock`` says who has it, and a second is refused.
 
 Two safeguards together. `flock` is exact and ends with its process, however that died, but some network file
 systems keep it to one host. So the owner also counts up a beat in the file, and a run on another host watches
@@ -26,7 +26,7 @@ BEATS_MISSED = 3  # after which an owner on another host counts as dead
 
 
 class Lock:
-    """Holds ``workdir``/lock while open. ConfigError when another run has it."""
+    """Holds ``workdir``/lock while open; makes the folder. ConfigError when another has it."""
 
     def __init__(self, workdir: Path, beat_seconds: float = BEAT_SECONDS):
         self.path, self.beat_seconds = workdir / "lock", beat_seconds
@@ -116,10 +116,8 @@ class Lock:
         return owner if isinstance(owner, dict) else {"host": "?", "pid": 0}
 
     def _refuse(self, owner: dict) -> None:
-        problem = f"is in use by {_named(owner)}"
-        raise ConfigError(
-            "--workdir", str(self.path.parent), problem, "Wait for it, or give another workdir."
-        )
+        problem, fix = f"is in use by {_named(owner)}", "Wait for it, or give another workdir."
+        raise ConfigError("--workdir", str(self.path.parent), problem, fix)
 
 
 def _named(owner: dict) -> str:

@@ -1,5 +1,4 @@
-"""What a run tells the world: metrics.jsonl, Weights & Biases, TensorBoard, a progress bar. Process 0
-only.
+"""What a run tells the world: metrics.jsonl, W&B, TensorBoard, a progress bar. Process 0 only.
 
 metrics.jsonl is the record: one JSON object per logged step, ascending. W&B and TensorBoard get the same
 numbers and can never fail the run. On resumption the file is cut back to the checkpoint's step, so the lines
@@ -24,11 +23,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
-from hybridlm.run import tensorboard, tracking
+from hybridlm.run import show, tensorboard, tracking
 
 log = logging.getLogger("hybridlm")
 
 PLAIN_LINES = 20  # progress lines of a whole run when the output is no terminal
+SHOWN = {  # metric -> its name and format there
+    "loss": ("loss", ".4f"),
+    "bits_per_byte": ("bits/byte", ".3f"),
+    "val_loss": ("val loss", ".4f"),
+    "val_bpb": ("val bits/byte", ".3f"),
+    "val_accuracy": ("val accuracy", ".3f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".1%"),
+}
 
 Metrics = dict[str, Any]
 
@@ -167,6 +175,15 @@ class Logbook:
             del self.waiting[0]
 
 
+@contextlib.contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
+    try:
+        yield
+    except tracking.NONE_OF_OURS as error:
+        log.warning("%s failed, going on without it: %s", what, str(error) or type(error).__name__)
+
+
 class Bar:
     """A rich progress bar on a terminal; elsewhere a plain line now and then."""
 
@@ -184,57 +201,32 @@ class Bar:
         self.plain_every = max(1, math.ceil(steps / PLAIN_LINES))
         self.next_plain = 0
 
+    @harmless("opening the bar")
     def open(self) -> None:
-        with harmless("opening the bar"):
-            if self.console.is_terminal:
-                self.bar.start()
+        if self.console.is_terminal:
+            self.bar.start()
 
+    @harmless("closing the bar")
     def close(self) -> None:
-        with harmless("closing the bar"):
-            self.bar.stop()
+        self.bar.stop()
 
+    @harmless("showing")
     def show(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The numbers of ``step``, where they can be shown: a reader that went away ends nothing."""
-        with harmless("showing"):
-            self._show(step, metrics)
-
-    def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        tokens_alone = "val_accuracy" in metrics and "val_bpb" not in metrics  # a task, not text
-        parts = {
-            "loss": f"{metrics['loss']:.4f}" if "loss" in metrics else "not finite",
-            "bits/byte": f"{metrics['bits_per_byte']:.3f}" if "bits_per_byte" in metrics else "",
-            "val loss": f"{metrics['val_loss']:.4f}" if "val_loss" in metrics else "",
-            "val bits/byte": f"{metrics['val_bpb']:.3f}" if "val_bpb" in metrics else "",
-            "val accuracy": f"{metrics['val_accuracy']:.3f}" if tokens_alone else "",
-            "tokens/s": f"{metrics['tokens_per_second']:,.0f}" if "tokens_per_second" in metrics else "",
-            "MFU": f"{metrics['mfu']:.1%}" if "mfu" in metrics else "",
-        }
-        numbers = "  ".join(f"{name} {value}" for name, value in parts.items() if value)
+        known = {name: how for name, how in SHOWN.items() if name in metrics}
+        if "val_bpb" in metrics:  # text, not a task
+            known.pop("val_accuracy", None)
+        parts = [] if "loss" in metrics else ["loss not finite"]
+        numbers = "  ".join(
+            parts + [f"{said} {metrics[name]:{form}}" for name, (said, form) in known.items()]
+        )
         self.bar.update(self.task, completed=step, numbers=numbers)
         if not self.console.is_terminal and (step >= self.next_plain or "val_loss" in metrics):
             self.next_plain = step + self.plain_every
             left = f"{span((self.steps - step) * metrics.get('step_seconds', 0))} left"
-            self.say(f"step {step}/{self.steps}  {numbers}  {left}")
+            show.line(f"step {step}/{self.steps}  {numbers}  {left}", self.console)
         if "sample" in metrics and step < self.steps:  # the last one is for the summary
-            self.say(printable(metrics["sample"]))
-
-    def say(self, text: str) -> None:
-        """Prints ``text`` as it is, above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def harmless(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is said in the log: rich leaves by SystemExit when its reader is gone."""
-    try:
-        yield
-    except tracking.NONE_OF_OURS as error:
-        log.warning("%s failed, going on without it: %s", what, error or type(error).__name__)
-
-
-def printable(text: str) -> str:
-    """``text`` without what could steer a terminal: a model can write any character."""
-    return untrusted.terminal(text, lines=True)
+            show.line(metrics["sample"], self.console)
 
 
 def span(seconds: float) -> str:

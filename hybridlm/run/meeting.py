@@ -7,6 +7,7 @@ process 0 says who did not come, and the others whether it was there at all; eve
 import contextlib
 import json
 import os
+import secrets
 import socket
 import time
 from typing import Any
@@ -16,7 +17,9 @@ from hybridlm.errors import ConfigError
 
 MEET_SECONDS = 300  # that processes wait for each other at the start
 HELLO_SECONDS = 5  # that one who has connected may take to say who it is
-HELLO = {"index": untrusted.NATURAL, "count": untrusted.NATURAL, "who": str}
+AGAIN = "Start every process, each with its own index."
+HELLO = {"index": untrusted.NATURAL, "count": untrusted.NATURAL, "who": str, "token?": str}
+Others = dict[int, tuple[socket.socket, str]]  # by index: the connection, and who it is
 
 
 def meet(where: str, count: int, index: int) -> None:
@@ -24,13 +27,12 @@ def meet(where: str, count: int, index: int) -> None:
 
     where: HOST:PORT of process 0, which listens there and nowhere else; the port is free again afterwards.
     """
-    deadline = time.monotonic() + MEET_SECONDS
     host, port = where.rsplit(":", 1)
     address = host.strip("[]"), int(port)
     if index:
-        _come(where, address, count, index, deadline)
+        _come(where, address, count, index)
     else:
-        _receive(where, address, count, deadline)
+        _open(where, address, count)
 
 
 def listen(address: tuple[str, int], backlog: int) -> socket.socket:
@@ -56,44 +58,56 @@ def hear(connection: socket.socket, seconds: float) -> dict[str, Any]:
     return dict(message)
 
 
-def named(indices: list[int]) -> str:
-    shown = ", ".join(map(str, indices[:8])) + (" ..." if len(indices) > 8 else "")
-    return f"process{'es' if len(indices) > 1 else ''} {shown}"
+def receive(server: socket.socket, count: int, seconds: float, token: str = "") -> tuple[Others, str]:
+    """(the others of ``count`` processes, "" or what is wrong with them) at ``server``, within ``seconds``.
+
+    token: of who is heard at all.
+    """
+    deadline = time.monotonic() + seconds
+    here: Others = {}
+    problem = ""
+    while len(here) < count - 1 and not problem:
+        server.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            connection = server.accept()[0]
+            hello = hear(connection, min(HELLO_SECONDS, deadline - time.monotonic()))
+            untrusted.check_shape(hello, HELLO)
+            if not secrets.compare_digest(hello.get("token", "").encode(), token.encode()):
+                raise ValueError("another's token")
+        except (OSError, ValueError):  # nobody came, or somebody else
+            if time.monotonic() >= deadline:
+                missing = [one for one in range(1, count) if one not in here]
+                problem = f"{_named(missing)} of {count} did not come within {seconds:g} s"
+            continue
+        problem = _odd(hello, count, here)
+        if problem:
+            say(connection, {"refused": problem})
+        here.setdefault(hello["index"], (connection, hello["who"]))
+    return here, problem
 
 
-def _receive(where: str, address: tuple[str, int], count: int, deadline: float) -> None:
+def _open(where: str, address: tuple[str, int], count: int) -> None:
     try:
         server = listen(address, count)
     except (OSError, OverflowError, UnicodeError) as error:
         problem = f"process 0 cannot listen there ({error})"
         fix = "HOST:PORT is an address of process 0's own machine, and a free port of it."
         raise ConfigError("--distributed", where, problem, fix) from error
-    here: dict[int, tuple[socket.socket, str]] = {}
-    problem = ""
     with server:
-        while len(here) < count - 1 and not problem:
-            server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connection = server.accept()[0]
-                hello = hear(connection, min(HELLO_SECONDS, deadline - time.monotonic()))
-                untrusted.check_shape(hello, HELLO)
-            except (OSError, ValueError):  # nobody came, or somebody else
-                if time.monotonic() >= deadline:
-                    missing = [one for one in range(1, count) if one not in here]
-                    problem = f"{named(missing)} of {count} did not come within {MEET_SECONDS:g} s"
-                continue
-            problem = _odd(hello, count, here)
-            if problem:
-                say(connection, {"refused": problem})
-            here.setdefault(hello["index"], (connection, hello["who"]))
+        here, problem = receive(server, count, MEET_SECONDS)
     for connection, _ in here.values():
         say(connection, {"refused": problem} if problem else {"go": True})
         connection.close()
     if problem:
-        raise ConfigError("--distributed", where, problem, "Start every process, each with its own index.")
+        raise ConfigError("--distributed", where, problem, AGAIN)
 
 
-def _odd(hello: dict[str, Any], count: int, here: dict[int, tuple[socket.socket, str]]) -> str:
+def _named(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:8])) + (" ..." if len(indices) > 8 else "")
+    return f"process{'es' if len(indices) > 1 else ''} {shown}"
+
+
+def _odd(hello: dict[str, Any], count: int, here: Others) -> str:
     index, other = hello["index"], f"process {hello['index']} ({hello['who']})"
     if hello["count"] != count:
         return f"{other} counts {hello['count']} processes, and process 0 counts {count}"
@@ -102,7 +116,8 @@ def _odd(hello: dict[str, Any], count: int, here: dict[int, tuple[socket.socket,
     return f"{here[index][1]} and {hello['who']} both are process {index}" if index in here else ""
 
 
-def _come(where: str, address: tuple[str, int], count: int, index: int, deadline: float) -> None:
+def _come(where: str, address: tuple[str, int], count: int, index: int) -> None:
+    deadline = time.monotonic() + MEET_SECONDS
     last: Exception = TimeoutError("timed out")
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -112,9 +127,7 @@ def _come(where: str, address: tuple[str, int], count: int, index: int, deadline
             if answer.get("go") is True:
                 return
             if isinstance(refused := answer.get("refused"), str):
-                raise ConfigError(
-                    "--distributed", where, refused, "Start every process, each with its own index."
-                )
+                raise ConfigError("--distributed", where, refused, AGAIN)
             raise ValueError("another program answers")
         except ConfigError:
             raise

@@ -21,6 +21,11 @@ def hide(text: str) -> str:
     return text
 
 
+def shown(text: str, lines: bool = False) -> str:
+    """`hide`, and nothing that steers a terminal. lines: as of `untrusted.terminal`."""
+    return untrusted.terminal(hide(text), lines)
+
+
 def reveal(text: str) -> str:
     """The inverse, for comma-separated paths, on a machine that may have another home."""
     text = re.sub(r"(^|,\s*)~(?=/|,|$)", lambda match: match[1] + os.path.expanduser("~"), text)
@@ -35,8 +40,16 @@ class Filter(logging.Filter):
             text = record.getMessage()
         except Exception as error:
             text = f"{record.msg} (cannot be filled in: {error})"
-        record.msg, record.args = untrusted.terminal(hide(text), lines=True), ()
+        record.msg, record.args = shown(text, lines=True), ()
         return True
+
+
+def plain_log() -> None:
+    """Has the log written to stderr, a line each, through `Filter`."""
+    logging.basicConfig(format="%(message)s", force=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Filter())
+    logging.getLogger("hybridlm").setLevel(logging.INFO)
 
 
 def in_paths(values: dict[str, Any], change: Any) -> dict[str, Any]:

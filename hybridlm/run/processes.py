@@ -10,6 +10,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -50,17 +51,13 @@ def join(spec: str) -> None:
     global _peers
     address: dict[str, Any] = {}
     if spec != "auto":
-        try:
-            where, count, index = spec.split(",")
-            address = {"coordinator_address": where, "num_processes": int(count), "process_id": int(index)}
-            if not (where.rpartition(":")[0] and 0 < int(where.rsplit(":", 1)[1]) < 1 << 16):
-                raise ValueError("no port")
-            if not 0 <= int(index) < int(count):
-                raise ValueError("no such process")
-        except (ValueError, IndexError) as error:
+        match = re.fullmatch(r"([^,]+:([0-9]{1,5})),\s*([0-9]{1,9}),\s*([0-9]{1,9})", spec)
+        if not match or not 0 < int(match[2]) < 1 << 16 or int(match[4]) >= int(match[3]):
             allowed = "must be auto or HOST:PORT,COUNT,INDEX, with INDEX from 0 to COUNT - 1"
-            raise ConfigError("--distributed", spec, allowed) from error
-        meeting.meet(where, int(count), int(index))
+            raise ConfigError("--distributed", spec, allowed)
+        where, count, index = match[1], int(match[3]), int(match[4])
+        meeting.meet(where, count, index)
+        address = {"coordinator_address": where, "num_processes": count, "process_id": index}
         address["coordinator_bind_address"] = where  # JAX alone would listen on every interface
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the trainer
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -88,7 +85,7 @@ def barrier(name: str) -> None:
 
 def agree(number: int) -> int:
     """The number of process 0, on all of them."""
-    return number if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(number)))
+    return int(multihost_utils.broadcast_one_to_all(np.int64(number)))
 
 
 def same(what: Mapping[str, str]) -> None:
@@ -130,12 +127,8 @@ def leave(code: int, message: str) -> None:
 
     Does not return then: the orderly end of a distributed program waits for processes that are stuck.
     """
-    if _peers is None:
-        return
-    if not code or code == 3:  # all of them finish, or stop, at the same step
-        _peers.goodbye()
-    else:
-        _peers.fail(message, code)
+    if _peers is not None:
+        _peers.leave(code, message)
 
 
 def await_verdict() -> None:
@@ -147,7 +140,7 @@ def await_verdict() -> None:
 class Peers:
     """One socket between process 0 and each other; lines of JSON.
 
-    {"token", "index", "who"} on joining, {"beat"} at times, {"bye"} before an orderly end, {"end", "code"}
+    A hello (`meeting.HELLO`) on joining, {"beat"} at times, {"bye"} before an orderly end, {"end", "code"}
     for the end of all. A socket that closes without "bye" is the death of its process.
     """
 
@@ -159,23 +152,22 @@ class Peers:
         self.listeners: list[threading.Thread] = []
         self.leaving = False
         self.lock, self.sending = threading.Lock(), threading.Lock()
-        client = _client()
+        client, count = _client(), jax.process_count()
         host = str(jax._src.distributed.global_state.coordinator_address).rsplit(":", 1)[0].strip("[]")
         if self.index == 0:
             token = secrets.token_hex(16)  # others may find the port
             with self._server(host) as server:
-                server.settimeout(CONNECT_SECONDS)
                 client.key_value_set(PORT_KEY, f"{server.getsockname()[1]} {token}")
-                while missing := [one for one in range(1, jax.process_count()) if one not in self.sockets]:
-                    try:
-                        self._welcome(server.accept()[0], token)
-                    except TimeoutError as error:
-                        came = f"{meeting.named(missing)} did not connect within {CONNECT_SECONDS} s"
-                        raise OSError(came) from error
+                others, problem = meeting.receive(server, count, CONNECT_SECONDS, token)
+            if problem:
+                raise OSError(problem)
+            for index, (connection, who) in others.items():
+                self._start_listening(index, f" ({who})", connection)
         else:
             port, token = client.blocking_key_value_get(PORT_KEY, CONNECT_SECONDS * 1000).split()
             connection = socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS)
-            self._send_to(connection, {"token": token, "index": self.index, "who": self.who})
+            hello = {"index": self.index, "count": count, "who": self.who, "token": token}
+            meeting.say(connection, hello)
             self._start_listening(0, "", connection)
         threading.Thread(target=self._beat, daemon=True).start()
 
@@ -185,19 +177,6 @@ class Peers:
         except OSError as error:
             log.warning("listening on every interface: %s is no address of this machine (%s)", host, error)
             return socket.create_server(("", 0), backlog=jax.process_count())
-
-    def _welcome(self, connection: socket.socket, token: str) -> None:
-        try:
-            hello = meeting.hear(connection, meeting.HELLO_SECONDS)
-            untrusted.check_shape(hello, {"token": str, "index": untrusted.NATURAL, "who": str})
-            if not secrets.compare_digest(hello["token"].encode(), token.encode()):
-                raise ValueError("another's token")
-            if not 0 < hello["index"] < jax.process_count() or hello["index"] in self.sockets:
-                raise ValueError("no process that is missing")
-        except (OSError, ValueError):
-            connection.close()
-            return
-        self._start_listening(hello["index"], f" ({hello['who']})", connection)
 
     def _start_listening(self, index: int, who: str, connection: socket.socket) -> None:
         connection.settimeout(None)
@@ -227,8 +206,7 @@ class Peers:
         while not self.leaving:
             time.sleep(BEAT_SECONDS)
             now = time.monotonic()
-            for index in self.sockets:
-                self._send(index, {"beat": True})
+            self._tell({"beat": True})
             late, before = now - before > 3 * BEAT_SECONDS, now
             for index, heard in list(self.heard.items()):
                 if late and index in self.heard:  # stopped itself: it cannot judge others
@@ -237,12 +215,10 @@ class Peers:
                     silent = f"{self.names[index]} has given no sign of life for {SILENT_SECONDS:g} s"
                     self._end(f"{silent}: stopped, or its host is gone. {INTACT}.", 1)
 
-    def _send(self, index: int, message: dict[str, Any]) -> None:
-        self._send_to(self.sockets[index], message)
-
-    def _send_to(self, connection: socket.socket, message: dict[str, Any]) -> None:
+    def _tell(self, message: dict[str, Any]) -> None:
         with self.sending:  # beats and the end come from several threads
-            meeting.say(connection, message)
+            for connection in self.sockets.values():
+                meeting.say(connection, message)
 
     def _end(self, message: str, code: int) -> None:
         """Tells everyone that this process can reach, and ends: the main thread may hang in a collective."""
@@ -251,13 +227,12 @@ class Peers:
                 print(untrusted.terminal(f"error: {message}", lines=True), file=sys.stderr, flush=True)
             self._exit(code, message if self.index == 0 else "")
 
-    def goodbye(self) -> None:
-        self.leaving = True
-        for index in self.sockets:
-            self._send(index, {"bye": True})
-
-    def fail(self, message: str, code: int) -> None:
+    def leave(self, code: int, message: str) -> None:
         """The caller has said ``message`` already; here it is told to the others."""
+        if not code or code == 3:  # all of them finish, or stop, at the same step
+            self.leaving = True
+            self._tell({"bye": True})
+            return
         with self.lock:
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
@@ -266,8 +241,8 @@ class Peers:
     def _exit(self, code: int, message: str) -> None:
         """The end of this process, once the others have heard ``message``, if any."""
         self.leaving = True
-        for index in self.sockets if message else ():
-            self._send(index, {"end": message, "code": code})
+        if message:
+            self._tell({"end": message, "code": code})
         deadline = time.monotonic() + LEAVE_SECONDS
         for listener in self.listeners if self.index == 0 else ():  # ends with the process it listens to
             if listener is not threading.current_thread():

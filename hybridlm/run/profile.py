@@ -41,7 +41,7 @@ class Window:
     def __init__(self, workdir: Path, steps: Sequence[int]):
         self.steps = tuple(steps) if jax.process_index() == 0 else ()
         self.folder = workdir / "profile"
-        self.scratch: Path | None = None
+        self.scratch: tempfile.TemporaryDirectory | None = None  # while it watches
 
     def before(self, step: int, state: Any) -> None:
         """Starts with the first of the steps, when ``state`` is there, of the step before.
@@ -53,8 +53,8 @@ class Window:
                 jax.block_until_ready(state)
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # it would slow down what it measures
-                scratch = Path(tempfile.mkdtemp())
-                jax.profiler.start_trace(scratch, profiler_options=options)
+                scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+                jax.profiler.start_trace(scratch.name, profiler_options=options)
                 self.scratch = scratch
 
     def after(self, step: int, result: Any, executable: Any) -> None:
@@ -62,28 +62,22 @@ class Window:
         if self.scratch is not None and step == self.steps[1]:
             with logbook.harmless("profiling"):
                 jax.block_until_ready(result)
+            self.close(executable)
+
+    def close(self, executable: Any = None) -> None:
+        """Ends the window; without ``executable`` it is the run that ended in it, and nothing is kept."""
+        scratch, self.scratch = self.scratch, None
+        if scratch is not None:
+            with logbook.harmless("profiling"), scratch:
                 jax.profiler.stop_trace()
-                self._keep(executable.as_text())
-            self._forget()
+                if executable is not None:
+                    self._keep(Path(scratch.name), executable.as_text())
 
-    def close(self) -> None:
-        """Leaves a window that the run ended in."""
-        if self.scratch is not None:
-            with logbook.harmless("profiling"):
-                jax.profiler.stop_trace()
-            self._forget()
-
-    def _forget(self) -> None:
-        if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch = None
-
-    def _keep(self, hlo: str) -> None:
-        assert self.scratch is not None
-        [trace] = self.scratch.rglob("*.xplane.pb")
+    def _keep(self, scratch: Path, hlo: str) -> None:
+        [trace] = scratch.rglob("*.xplane.pb")
         name = "steps-{}-{}".format(*self.steps)
         where, ops = read(trace)
-        text = table(ops, self.steps[1] - self.steps[0] + 1, where, op_names(hlo))
+        text = table(ops, self.steps[1] - self.steps[0] + 1, where, dict(OP_NAME.findall(hlo)))
         kept = self.folder / "plugins" / "profile" / name
         kept.mkdir(parents=True, exist_ok=True)
         shutil.move(trace, kept / "local.xplane.pb")
@@ -131,13 +125,11 @@ def self_times(events: Iterable[tuple[float, float, str]]) -> list[tuple[str, fl
     return [(name, max(0.0, ns)) for name, ns in found]
 
 
-def op_names(hlo: str) -> dict[str, str]:
-    """XLA's name of an op -> JAX's, "jit(step)/jvp()/while/body/dot_general"."""
-    return dict(OP_NAME.findall(hlo))
-
-
 def table(ops: Sequence[Op], steps: int, where: str, names: Mapping[str, str]) -> str:
-    """Phases, primitives and the longest ops, each with its milliseconds and share of a step."""
+    """Phases, primitives and the longest ops, each with its milliseconds and share of a step.
+
+    names: XLA's name of an op -> JAX's, "jit(step)/jvp()/while/body/dot_general".
+    """
     total = sum(op.ms for op in ops) or 1.0
     phases: dict[str, float] = collections.defaultdict(float)
     kinds: dict[str, float] = collections.defaultdict(float)

@@ -50,9 +50,8 @@ def replay(path: Path) -> tuple[int, dict[str, float], dict[str, float]]:
     with jax.set_mesh(mesh), checkpoint.Checkpoints(path / "checkpoints") as saves:
         built = program.build(config, definition, mesh, None)
         if not saves.steps():
-            raise ConfigError(
-                "DUMP", str(path), "holds no checkpoint", "Its run was killed while it wrote it."
-            )
+            fix = "Its run was killed while it wrote it."
+            raise ConfigError("DUMP", str(path), "holds no checkpoint", fix)
         step = saves.steps()[-1]
         _, join, like = program.by_layer(definition, built)
         state = join(saves.restore(step, like))

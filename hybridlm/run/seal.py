@@ -27,11 +27,9 @@ def damage(directory: Path) -> str | None:
     """What differs from the seal, in words; None when nothing does, or when there is no seal."""
     if not (directory / NAME).exists():
         return None
-    lines = (directory / NAME).read_text(errors="replace").splitlines()
-    if not lines or not all(re.fullmatch(r"[0-9a-f]{64}  .+", line) for line in lines):
+    expected, found = listed(directory), _sums(directory)
+    if not expected:
         return f"{NAME} is itself damaged"
-    expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    found = _sums(directory)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
@@ -42,13 +40,19 @@ def damage(directory: Path) -> str | None:
     return None
 
 
+def listed(directory: Path) -> dict[str, str]:
+    """The seal's files, name -> sum; {} if it is itself damaged, OSError if there is none."""
+    lines = (directory / NAME).read_text(errors="replace").splitlines()
+    if not all(re.fullmatch(r"[0-9a-f]{64}  .+", line) for line in lines):
+        return {}
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
 def _sums(directory: Path) -> dict[str, str]:
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    names = [path.relative_to(directory).as_posix() for path in files]
-    kept = [(name, path) for name, path in zip(names, files, strict=True) if name not in (NAME, *LATE)]
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    kept = {name: path for name, path in files.items() if name not in (NAME, *LATE)}
     with ThreadPoolExecutor(THREADS) as pool:
-        digests = list(pool.map(_digest, [path for _, path in kept]))
-    return {name: digest for (name, _), digest in zip(kept, digests, strict=True)}
+        return dict(zip(kept, pool.map(_digest, kept.values()), strict=True))
 
 
 def _digest(path: Path) -> str:

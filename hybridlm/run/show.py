@@ -5,6 +5,11 @@ import os
 import sys
 from typing import Any
 
+import rich
+from rich.console import Console
+
+from hybridlm import untrusted
+
 
 class Steady:
     """A text stream whose writes and flushes lose what cannot be shown, and raise nothing."""
@@ -29,6 +34,12 @@ class Steady:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def line(text: str, console: Console | None = None) -> None:
+    """``text`` without what steers a terminal: no colours, no markup, broken where the reader likes."""
+    text = untrusted.terminal(text, lines=True)  # a model, say, can write any character
+    (console or rich.get_console()).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def steady() -> None:

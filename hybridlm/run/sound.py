@@ -14,7 +14,7 @@ from typing import Any
 import tensorstore
 
 from hybridlm import untrusted
-from hybridlm.errors import ConfigError, RunError
+from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal
 
 log = logging.getLogger("hybridlm")
@@ -60,6 +60,24 @@ def misnamed(path: Path) -> str | None:
     return f"it is of step {step}" if type(step) is int and str(step) != path.name else None
 
 
+def astray(path: Path) -> str | None:
+    """Whether the step of a checkpoint's record cannot be that of its arrays, which count the updates.
+
+    A step's update is made or skipped; those of earlier stages are not in the arrays' count.
+    """
+    record = read_record(path)
+    if not (path / "step").is_dir() or "step" not in record:
+        return None  # parameters alone, or no run's
+    step, skipped, config = (record.get(name) for name in ("step", "skipped", "config"))
+    updates = int(_read_array(path / "step", min(_arrays(path / "step"))))
+    staged = isinstance(config, dict) and config.get("stages")
+    if not staged and isinstance(skipped, list) and len(skipped) == 2 and type(skipped[0]) is int:
+        sound = step == updates + skipped[0]
+    else:
+        sound = type(step) is int and step >= updates
+    return None if sound else f"its record says step {str(step)[:20]}, its arrays {updates} updates"
+
+
 def mend(directory: Path) -> None:
     """Makes the newest checkpoint a sound one: for the run that owns ``directory``, before it opens it.
 
@@ -70,35 +88,33 @@ def mend(directory: Path) -> None:
     """
     for half_written in directory.glob(HALF_WRITTEN):
         shutil.rmtree(half_written)
-    for path in sorted(path for path in directory.glob("[0-9]*") if untrusted.digits(path.name)):
+    for path in untrusted.numbered(directory):
         _name_again(path)
-    found = sorted(
-        (int(path.name) for path in directory.glob("[0-9]*") if untrusted.digits(path.name)), reverse=True
-    )
-    damaged: dict[int, str] = {}
-    for step in found:
-        problem = damage(directory / str(step))
+    found = untrusted.numbered(directory)
+    damaged: dict[Path, str] = {}
+    for path in reversed(found):
+        problem = damage(path)
         if problem is None:
             break
-        damaged[step] = problem
-    listed = "; ".join(f"{step}: {problem}" for step, problem in damaged.items())
+        damaged[path] = problem
+    listed = "; ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
     if damaged and len(damaged) == len(found):
         fix = "Bring one back from a copy, or start anew in another --workdir."
         raise RunError(f"{directory}: no checkpoint is sound ({listed}). {fix}")
-    for step in damaged:
-        set_aside(directory / str(step))
+    for path in damaged:
+        set_aside(path)
     if damaged:
         log.error("%s: passed over damaged checkpoints, now in damaged/ (%s)", directory, listed)
 
 
 def _name_again(path: Path) -> None:
     try:
-        problem = misnamed(path)
-    except ConfigError:
-        return  # damage, which is looked for from the newest down
-    own = path.with_name(str(read_record(path)["step"])) if problem else path
+        problem = None if astray(path) else misnamed(path)
+    except Exception:  # of Orbax's files, as in `damage`, which is looked for from the newest down
+        return
     if not problem:
         return
+    own = path.with_name(str(read_record(path)["step"]))
     if own.exists() or path.is_symlink():
         set_aside(path)
         log.error("%s: %s; set aside in damaged/", path, problem)
@@ -137,17 +153,18 @@ def damage(path: Path) -> str | None:
             for item in ITEMS:
                 if not (path / item).is_dir():
                     return f"{item} is missing"
-            _read_whole(path)
-        return misnamed(path)
+            for item in ITEMS[:-1]:
+                for name in _arrays(path / item):
+                    _read_array(path / item, name)
+        return astray(path) or misnamed(path)
     except Exception as error:  # tensorstore, JSON and the file system raise all kinds
-        return str(error).splitlines()[0]
+        return first_line(error)
 
 
-def _read_whole(path: Path) -> None:
-    read_record(path)
-    for item in ITEMS[:-1]:
-        for name in _arrays(path / item):
-            _read_array(path / item, name)
+def array(item: Path, name: str, **how: Any) -> Any:
+    """An array of an item, on disk. how: `tensorstore.open`'s spec says it."""
+    spec = {"driver": "zarr", "kvstore": _store(item) | {"path": f"{name}/"}}
+    return tensorstore.open(spec | how).result()
 
 
 def _store(item: Path) -> dict[str, Any]:
@@ -160,6 +177,5 @@ def _arrays(item: Path) -> list[str]:
     return [key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")]
 
 
-def _read_array(item: Path, name: str) -> None:
-    spec = {"driver": "zarr", "kvstore": _store(item) | {"path": f"{name}/"}}
-    tensorstore.open(spec, open=True, read=True).result().read().result()
+def _read_array(item: Path, name: str) -> Any:
+    return array(item, name, open=True).read().result()

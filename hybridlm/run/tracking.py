@@ -57,7 +57,8 @@ class Tracker:
             yield
         except NONE_OF_OURS as error:  # the network, the server, the account, the disk, the package
             self.on = False
-            log.warning("%s %s, going on without it: %s", self.name, problem, error or type(error).__name__)
+            said = str(error) or type(error).__name__
+            log.warning("%s %s, going on without it: %s", self.name, problem, said)
 
 
 class Wandb(Tracker):

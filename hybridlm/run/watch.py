@@ -18,6 +18,7 @@ import numpy as np
 
 from hybridlm import model as lm
 from hybridlm import stack
+from hybridlm.errors import first_line
 from hybridlm.run import logbook
 
 log = logging.getLogger("hybridlm")
@@ -35,7 +36,7 @@ class Watch:
 
     path: of events.jsonl, cut back to ``start``, the step resumed from.
     samples: step -> ids of its rows.
-    counts: updates skipped so far in all and, up to now, in a row (`counts` of the run that is resumed).
+    skipped, in_a_row: updates skipped so far in all, and up to now; ``counts``: those of the run resumed.
     """
 
     def __init__(
@@ -53,10 +54,6 @@ class Watch:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         if jax.process_index() == 0:
             logbook.truncate(path, start)
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        return self.skipped, self.in_a_row
 
     def see(self, step: int, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]) -> Metrics:
         """``metrics`` of ``step`` without those that are not finite; with ``skipped``, the count so far."""
@@ -82,25 +79,18 @@ class Watch:
             return "loss spike"
         return "gradient spike" if norm > GRADIENT_FACTOR * statistics.median(self.norms) else None
 
+    @logbook.harmless("an event")
     def _report(
         self, step: int, event: str, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]
     ) -> None:
         if jax.process_index():
             return
-        with logbook.harmless("an event"):
-            self._tell(step, event, metrics, squared_norms)
-
-    def _tell(
-        self, step: int, event: str, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]
-    ) -> None:
         squares = by_parameter(jax.device_get(dict(squared_norms)), self.definition)
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":
             first = first_not_finite(squares)
-            said = (
-                f"update skipped ({numbers}); first gradient that is not finite, from the loss down: {first}"
-            )
-            said += f"; {self.in_a_row} in a row, {self.skipped} in all"
+            said = f"update skipped ({numbers}); first gradient that is not finite, from the loss down: "
+            said += f"{first}; {self.in_a_row} in a row, {self.skipped} in all"
             details: dict[str, Any] = {"first": first, "in_a_row": self.in_a_row, "skipped": self.skipped}
         else:
             total = sum(squares.values())
@@ -113,8 +103,7 @@ class Watch:
 
     def trouble(self, step: int, what: str, error: Exception) -> None:
         """Reports that looking at ``step`` failed, which changes nothing for training."""
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        said = ": ".join([type(error).__name__, *lines[:1]]).encode("utf-8", "backslashreplace").decode()
+        said = f"{type(error).__name__}: {first_line(error)}".encode("utf-8", "backslashreplace").decode()
         log.error("step %d: %s failed, going on without it: %s", step, what, said)
         log.debug("%s", what, exc_info=error)
         self._event({"step": step, "event": f"{what} failed", "error": said})
@@ -139,13 +128,12 @@ class Watch:
 def by_parameter(squared_norms: Mapping[str, np.ndarray], definition: lm.Definition) -> dict[str, float]:
     """Canonical parameter name -> squared norm, from the loss down: head, last layer, ..., embedding."""
     apart = stack.unstack(definition.layout, squared_norms)
-    squares = {name: float(value) for name, value in apart.items()}
-    layers = [name for name in squares if name.startswith("layers.")]
-    after = [name for top in ("head", "final_norm") for name in squares if name.split(".")[0] == top]
-    before = [name for name in squares if name not in layers and name not in after]
-    depth = lambda name: int(name.split(".")[1])
-    order = [*after, *sorted(layers, key=depth, reverse=True), *before]
-    return {name: squares[name] for name in order}
+
+    def place(name: str) -> tuple[int, int]:
+        top, layer, *_ = *name.split("."), "0"
+        return ("head", "final_norm", "layers", top).index(top), -int(layer) if top == "layers" else 0
+
+    return {name: float(apart[name]) for name in sorted(apart, key=place)}
 
 
 def first_not_finite(squares: Mapping[str, float]) -> str:

@@ -1,6 +1,7 @@
 """Causal softmax attention within documents: `op` checks a call, one module a backend computes it."""
 
+from pallas_kernels.softmax_attention.call import sink_places
 from pallas_kernels.softmax_attention.op import softmax_attention
-from pallas_kernels.softmax_attention.xla import blockwise, max_logits
+from pallas_kernels.softmax_attention.xla import blockwise, gathered, max_logits
 
-__all__ = ["blockwise", "max_logits", "softmax_attention"]
+__all__ = ["blockwise", "gathered", "max_logits", "sink_places", "softmax_attention"]

@@ -18,6 +18,7 @@ class AttentionCall:
     sinks: None or [H], a logit more in each softmax, without a value.
     forgotten: None or float32 [B, T, H], the sum of log forget gates up to each token: its logit for token s
         gains forgotten_t - forgotten_s.
+    sink_tokens: with a window, the first tokens of each document that all its later ones see besides.
     """
 
     q: jax.Array
@@ -28,11 +29,31 @@ class AttentionCall:
     window: int = 0
     sinks: jax.Array | None = None
     forgotten: jax.Array | None = None
+    sink_tokens: int = 0
+
+    def document(self) -> jax.Array:
+        """Where each query's document starts in the row: int32 [B, T] or [1, T]."""
+        index_1T = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None]
+        if self.starts is None:
+            return jnp.zeros_like(index_1T)
+        return jax.lax.cummax(jnp.where(self.starts, index_1T, 0), axis=1)
 
     def first(self) -> jax.Array:
-        """The first place in the row that each query may see: int32 [B, T] or [1, T]."""
+        """The first place in the row that each query may see, but for sink tokens: the same shape."""
         index_1T = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None]
-        first = jnp.zeros_like(index_1T)
-        if self.starts is not None:
-            first = jax.lax.cummax(jnp.where(self.starts, index_1T, 0), axis=1)
-        return jnp.maximum(first, index_1T - self.window + 1) if self.window else first
+        document = self.document()
+        return jnp.maximum(document, index_1T - self.window + 1) if self.window else document
+
+    def sink_places(self) -> jax.Array:
+        """`sink_places` of all queries: int32 [B, T, sink_tokens]."""
+        shape = *self.q.shape[:2], self.sink_tokens
+        return jnp.broadcast_to(sink_places(self.document(), self.first(), self.sink_tokens), shape)
+
+
+def sink_places(document_BT: jax.Array, first_BT: jax.Array, sink_tokens: int) -> jax.Array:
+    """Places [B, T, N] of a document's first N tokens where a query's window has left them behind; else -1.
+
+    document_BT: where the query's document starts in the row.  first_BT: where its window does.
+    """
+    at_BTN = document_BT[..., None] + jnp.arange(sink_tokens, dtype=jnp.int32)
+    return jnp.where(at_BTN < first_BT[..., None], at_BTN, -1)

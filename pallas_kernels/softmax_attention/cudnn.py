@@ -30,6 +30,8 @@ def supports(call: AttentionCall) -> str | None:
     """None if `softmax_attention` computes this call, else the reason why not."""
     if call.sinks is not None or call.forgotten is not None:
         return "it has sinks" if call.forgotten is None else "it has a forget gate"
+    if call.sink_tokens:
+        return "it has sink tokens"
     dtypes = sorted({str(x.dtype) for x in (call.q, call.k, call.v)})
     if dtypes not in (["bfloat16"], ["float16"]):
         return f"its arrays are {', '.join(dtypes)} (bfloat16 or float16 only)"

@@ -21,12 +21,14 @@ def softmax_attention(
     window: int = 0,
     sinks: jax.Array | None = None,
     log_forget: jax.Array | None = None,
+    sink_tokens: int = 0,
     backend: str = "auto",
 ) -> jax.Array:
     """o_t = sum_s softmax_s(scale q_t . k_s) v_s over the tokens s <= t of t's document and window.
 
     With log_forget the logits gain the sum of log_forget_i over s < i <= t (FoX, 2503.02130); with sinks
-    the softmax's denominator gains exp(sinks_h) (gpt-oss).
+    the softmax's denominator gains exp(sinks_h) (gpt-oss); with sink_tokens the document's first tokens stay
+    in sight when they leave the window (StreamingLLM, 2309.17453).
 
     Grouped heads (arXiv 2305.13245): query head h reads key/value head h // (H // G). What is not finite in
     k or v reaches the outputs of other documents: a weight of 0 times nan is nan, on every backend.
@@ -37,6 +39,7 @@ def softmax_attention(
         scale: a Python number; K**-0.5 when None.
         window: tokens that a query sees, its own included; 0 for the whole document.
         sinks: None or floating [H].  log_forget: None or floating [B, T, H], at most 0; summed in float32.
+        sink_tokens: how many of a document's first tokens stay in sight; needs a window, and no log_forget.
         backend: "reference" (all T x T scores, the oracle), "xla" (blockwise, in memory linear in T), "cudnn"
             (its fused kernel; 16-bit arrays) or "auto": cudnn where it can, else xla, logged once per reason.
 
@@ -58,6 +61,10 @@ def softmax_attention(
         raise ValueError(f"q.shape = {q.shape}: its {heads} heads must be a multiple of v's {groups}")
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"window = {window!r}: must be an integer of at least 0 (0: no window)")
+    if not isinstance(sink_tokens, int) or sink_tokens < 0:
+        raise ValueError(f"sink_tokens = {sink_tokens!r}: must be an integer of at least 0")
+    if sink_tokens and (not window or log_forget is not None):
+        raise ValueError(f"sink_tokens = {sink_tokens}: needs a window, and no log_forget")
     extras: tuple[tuple[str, jax.Array | None, tuple[int, ...]], ...]
     extras = ("sinks", sinks, (heads,)), ("log_forget", log_forget, q.shape[:3])
     for name, extra, expected in extras:
@@ -69,5 +76,5 @@ def softmax_attention(
     forgotten = None
     if log_forget is not None:
         forgotten = jnp.cumsum(log_forget, axis=1, dtype=jnp.promote_types(log_forget.dtype, jnp.float32))
-    call = AttentionCall(q, k, v, starts, scale_of(scale, dim), window, sinks, forgotten)
+    call = AttentionCall(q, k, v, starts, scale_of(scale, dim), window, sinks, forgotten, sink_tokens)
     return OP.compute(call, backend)

@@ -18,6 +18,9 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
         scores += c_BHT[..., None] - c_BHT[..., None, :]
     index = jnp.arange(q.shape[1])
     seen = (index <= index[:, None]) & (index >= call.first()[..., None])
+    if call.sink_tokens:
+        start = call.document()[..., None]
+        seen |= (index <= index[:, None]) & (index >= start) & (index < start + call.sink_tokens)
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     if call.sinks is not None:
         sinks = jnp.broadcast_to(call.sinks.astype(dtype)[:, None, None], (*scores.shape[:-1], 1))

@@ -52,7 +52,7 @@ def inputs() -> dict[str, bytes]:
 def tokenizer_files() -> dict[str, Any]:
     """Sound tokenizer files, parsed."""
     with tempfile.TemporaryDirectory() as folder:
-        bpe.train(((str(i), text.encode()) for i, text in enumerate(TEXTS)), 280, Path(folder, "t.json"))
+        bpe.train((text.encode() for text in TEXTS), 280, Path(folder, "t.json"))
         found = {"byte level": json.loads(Path(folder, "t.json").read_text())}
     pieces = (
         {"<unk>": 0, "▁": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)} | {"te": 258, "▁te": 259}
@@ -159,7 +159,7 @@ class Cases:
     def read_shards(self, folder: Path) -> list[np.ndarray]:
         rows = []
         for split in ("train", "val"):
-            source = shards.open_source(shards.Config(str(folder)), View(split, 32, 0, 300))
+            source = shards.Config(str(folder)).open(View(split, 32, 0, 300))
             for check in source.checks:
                 check()
             batch = source.rows(np.arange(source.num_rows))

@@ -117,7 +117,7 @@ class Cases:
             assert all(np.array_equal(found[name], saved[name]) for name in saved), "other parameters"
             member.begin(stack, start)
             assert all(line["step"] <= start for line in member.book.kept)
-            assert all(type(one) is int and one >= 0 for one in member.watch.counts)
+            assert all(type(one) is int and one >= 0 for one in (member.watch.skipped, member.watch.in_a_row))
             for line in logbook.read(run / "metrics.jsonl"):
                 state.number(line, "loss")
             return f"resumed at {start}"

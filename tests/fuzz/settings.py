@@ -112,9 +112,9 @@ def fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
         add(f"mixers.{name}", mixers.config_class(values["mixers"][name]["kind"]))
     for name in values["mlps"]:
         add(f"mlps.{name}", mlps.config_class(values["mlps"][name]["kind"]))
-    for module in data.KINDS.values():
+    for described in data.KINDS.values():
         for prefix in ("data", "data.components.one", *(f"val.{name}" for name in values["val"])):
-            add(prefix, module.Config)
+            add(prefix, described)
     for kind in kinds.names(objectives):
         add("objective", objectives.config_class(kind))
     if "stages" in values:
@@ -126,7 +126,7 @@ def fields(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     choices_of = {
         "data.kind": of_data, "val.new.kind": of_data, "data.components.one.kind": of_data,
         "mixers.kda.kind": mixers.kinds(), "mixers.new.kind": (*mixers.kinds(), "os:path", "a:b", ":"),
-        "mlps.dense.kind": mlps.kinds(), "objective.kind": (*kinds.names(objectives), "x"),
+        "mlps.dense.kind": kinds.names(mlps), "objective.kind": (*kinds.names(objectives), "x"),
     }  # fmt: skip
     return found | {name: ("kind", Literal[tuple(choices)]) for name, choices in choices_of.items()}
 
@@ -191,7 +191,7 @@ def opened(config: configs.Config) -> None:
         batch = dataset.batch(0)
         low, high = batch["tokens"].min(), batch["tokens"].max()
         assert low >= 0 and high < config.model.vocab_size, f"tokens {low} to {high}"
-        assert batch["targets"].max() < config.model.vocab_size and dataset.describe()
+        assert batch["targets"].max() < config.model.vocab_size and dataset.source.describe()
     summary = cost.summary(config)
     sizes = [math.prod(one.shape) for one in model.canonical_shapes(model.build(config)).values()]
     assert summary["parameters"] == sum(sizes), f"{summary['parameters']} parameters, of sizes {sum(sizes)}"
@@ -253,7 +253,7 @@ def cases(folder: Path, trace: float = 0.1, compile: float = 0.03) -> Callable[[
         if not traces:
             return "resolved"
         opened(config)
-        for begin, one in stages.split(config):
+        for begin, one in stages.split(config, configs.resolve):
             traced(one, begin, compiles)
         return "ran" if compiles else "traced"
 
