@@ -1,8 +1,8 @@
 """Errors of the kernels and of XLA against the float64 token loop, on inputs that are hard for chunks.
 
-    python -m benchmarks.hard_inputs [--tokens 512] [--backends pallas,xla]
+    python -m benchmarks.hard_inputs [--tokens 512] [--backends pallas,xla] [--key_dim 64] [--cases beta]
 
-bf16 q, k, v, one head of 64 x 64, q and k normalised. A row of the table is an input and a backend: the
+bf16 q, k, v, one head of K x 64, q and k normalised. A row of the table is an input and a backend: the
 relative errors of o, the final state and each gradient (of fixed random gradients of o and of the state).
 """
 
@@ -27,14 +27,15 @@ CASES: dict[str, tuple[str | None, float, float, str | float]] = {
     "one gate of -1e7": ("head", -1e7, 0.5, "random"),
     "one gate of -inf": ("head", -np.inf, 0.5, "random"),
     "one gate of -inf, channels": ("channel", -np.inf, 0.5, "random"),
+    "steep gates, channels": ("channel", -5.0, 0.5, "random"),
 }
 
 
-def draw(case: str, tokens: int) -> dict[str, np.ndarray]:
+def draw(case: str, tokens: int, key_dim: int = 64) -> dict[str, np.ndarray]:
     """Arguments, and gradients "o_bar" and "state_bar", as float32 that bf16 holds exactly where it must."""
     decay, gate, beta, keys = CASES[case]
     rng = np.random.default_rng(0)
-    q, k, v, o_bar = (rng.normal(size=(1, tokens, 1, 64)) for _ in range(4))
+    q, k, v, o_bar = (rng.normal(size=(1, tokens, 1, dim)) for dim in (key_dim, key_dim, 64, 64))
     if keys == "equal":
         k[:] = k[:, :1]
     elif keys == "run":
@@ -44,12 +45,14 @@ def draw(case: str, tokens: int) -> dict[str, np.ndarray]:
     rounded = {"q": q, "k": k, "v": v, "o_bar": o_bar}
     x = {n: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for n, a in rounded.items()}
     if decay is not None:
-        shape = (1, tokens, 1) if decay == "head" else (1, tokens, 1, 64)
-        x["log_decay"] = np.float32(rng.uniform(-0.1, 0, shape) if gate < -1 else np.full(shape, gate))
-        if gate < -1:
+        shape = (1, tokens, 1) if decay == "head" else (1, tokens, 1, key_dim)
+        x["log_decay"] = np.float32(rng.uniform(-0.1, 0, shape) if gate < -5 else np.full(shape, gate))
+        if gate == -5:
+            x["log_decay"] = np.float32(gate / (1 + np.exp(rng.normal(size=shape))))
+        elif gate < -5:
             x["log_decay"][:, 20] = gate
     x["beta"] = np.full((1, tokens, 1), beta, np.float32)
-    x["state_bar"] = np.float32(rng.normal(size=(1, 1, 64, 64)))
+    x["state_bar"] = np.float32(rng.normal(size=(1, 1, key_dim, 64)))
     return x
 
 
@@ -74,12 +77,18 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--backends", default="pallas,xla")
+    parser.add_argument("--key_dim", type=int, default=64)
+    parser.add_argument(
+        "--cases", default="", help="only those whose names contain one of these, with commas"
+    )
     args = parser.parse_args()
     names = ("o", "state", "dq", "dk", "dv", "dlog_decay", "dbeta")
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.tokens} tokens")
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {args.tokens} tokens, K = {args.key_dim}")
     print("| input | backend | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
     for case in CASES:
-        x = draw(case, args.tokens)
+        if not any(part in case for part in args.cases.split(",")):
+            continue
+        x = draw(case, args.tokens, args.key_dim)
         with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
             want = results(x, "reference", jnp.float64)
         for backend in args.backends.split(","):

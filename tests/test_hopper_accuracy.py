@@ -63,3 +63,50 @@ def test_one_strong_gate_leaves_its_chunk_exact(delta):
     for gate in (-3e38, -np.inf) if delta else (-np.inf,):
         for name, value in attend(gated(gate, delta)).items():
             np.testing.assert_array_equal(value, got[name], err_msg=name)
+
+
+SLOW = pytest.mark.slow
+EQUAL = [  # channels, beta, log-decay per channel; each error on one bf16 is 5e-2 to 3e-1 but dk's
+    (64, 1.9, None),
+    pytest.param(64, 2.0, None, marks=SLOW),
+    pytest.param(128, 1.5, None, marks=SLOW),
+    pytest.param(256, 1.9, None, marks=SLOW),
+    pytest.param(64, 1.9, -1e-3, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("key_dim, beta, decay", EQUAL)
+def test_equal_keys_that_undo_each_other(key_dim, beta, decay, capfd):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 128, 1, d)), jnp.bfloat16) for d in (key_dim, key_dim, 64))
+    k = jnp.broadcast_to(k[:, :1], k.shape)
+    options = dict(beta=jnp.full((1, 128, 1), beta), qk_l2norm=True, output_final_state=True)
+    if decay is not None:
+        options["log_decay"] = jnp.full(k.shape, decay)
+    call = normalize(q, k, v, **options, interpret=True)
+    got, want = values_and_gradients(hopper, call), exact(call)
+    error = lambda name: np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
+    limits = dict(o=6e-3, state=6e-3, dk=6e-3, dv=9e-3, dq=4e-2, dbeta=3e-2)
+    if decay is not None:  # the scaled copies of k are in one bf16
+        limits = dict(o=4e-2, state=4e-2, dk=6e-3, dv=4e-2, dq=4e-2, dbeta=6e-2, dlog_decay=4e-2)
+    assert {name: error(name) for name, limit in limits.items() if not error(name) < limit} == {}
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("gate", [None, pytest.param("head", marks=SLOW), "channel"])
+def test_later_tokens_move_no_bit(gate):
+    """Neither do later betas above 1 nor later gates decide how earlier tokens are computed."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    earlier = jnp.arange(64)[None, :, None, None] < 40
+    q, k, v = (jnp.where(earlier, draw(1, 64, 1, 64), draw(2, 64, 1, 64)) for _ in "qkv")
+    k = jnp.where(jnp.arange(64)[None, :, None, None] < 20, k, k[:, 19:20])  # the second row's tokens undo
+    beta = jnp.where(earlier[..., 0], 0.9, jnp.asarray([0.5, 1.9])[:, None, None])
+    decay = None
+    if gate is not None:  # from ordinary to the steepest
+        decay = jnp.where(earlier[..., 0], -0.1, jnp.asarray([-0.1, -20.0])[:, None, None])
+        decay = decay if gate == "head" else jnp.broadcast_to(decay[..., None], (2, 64, 1, 64))
+    options = dict(log_decay=decay, beta=beta, qk_l2norm=True, output_final_state=False, interpret=True)
+    o, _ = hopper.linear_attention(normalize(q, k, v, **options))
+    np.testing.assert_array_equal(*np.float32(o[:, :40]))
+    assert (np.float32(o[0, 40:]) != np.float32(o[1, 40:])).any()

@@ -14,7 +14,9 @@ from pallas_kernels.linear_attention.call import Call
 if hopper_aot.NO_KERNELS:
     pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
 
-from pallas_kernels.linear_attention.hopper import blocks, channel, channel_backward, inputs
+from test_hopper_backward import inverse_parts
+
+from pallas_kernels.linear_attention.hopper import blocks, channel, channel_backward, inputs, two_parts
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 
 BF16 = jnp.bfloat16
@@ -128,7 +130,7 @@ def make_tiles(call):
             lower = beta[b, h, c, None] * np.tril(np.einsum("ic,jc,ijc->ij", y, y, pair), -1)
             inverses[b, h, c] = np.linalg.inv(np.eye(64) + lower) - np.eye(64)
     bf16, f32 = lambda x: jnp.asarray(x, BF16), lambda x: jnp.asarray(x, jnp.float32)
-    delta = dict(read_k=bf16(read_k), inverses=bf16(inverses)) if beta is not None else {}
+    delta = dict(read_k=bf16(read_k), inverses=inverse_parts(inverses)) if beta is not None else {}
     return Tiles(bf16(read_q), bf16(write), f32(carry), bf16(scores), norms=f32(norms), **delta)
 
 
@@ -229,7 +231,7 @@ def test_compiles_without_spills(shape):
     )
     tiles = Tiles(keys, keys, struct((B, HV, n, K), f32), square, norms=struct((B, HV, n, 3, 64), f32))
     if delta:
-        tiles = tiles._replace(read_k=keys, inverses=square)
+        tiles = tiles._replace(read_k=keys, inverses=two_parts.result(B, HV, T))
     values = struct((B, T, HV, V), BF16)
     saved = channel.ChannelSaved(
         tiles,

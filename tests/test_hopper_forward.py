@@ -64,7 +64,8 @@ def test_interpreted(name, capfd):
     if call.beta is not None:
         np.testing.assert_allclose(out.gates, chunk_oracle.gates(call, length), rtol=1e-4, atol=1e-4)
         assert relative_error(out.values[:, :tokens], np.asarray(kept["u"])[:, :tokens]) < TOLERANCE
-        assert relative_error(inverses[:, :, :tokens], less_identity(kept["A"])[:, :, :tokens]) < TOLERANCE
+        want = less_identity(kept["A"])[:, :, :tokens]
+        assert relative_error(inverses.high[:, :, :tokens], want) < TOLERANCE
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -86,7 +87,11 @@ def test_inverse_of_alike_keys(cosine, beta, interpret):
     keys = np.asarray(k, np.float64)[0, :, 0]
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     want = np.linalg.inv(np.eye(64) + beta * np.tril(keys @ keys.T, -1)) - np.eye(64)
-    assert relative_error(chunk_inverses(prepare(call))[0, 0], want) < 3e-3
+    got = chunk_inverses(prepare(call))
+    assert relative_error(got.high[0, 0], want) < 3e-3
+    assert got.hard[0, 0].tolist() == [[64.0 * (beta > 1)] * 64]
+    if beta > 1:
+        assert relative_error(np.float64(got.high) + np.float64(got.low), want[None, None]) < 2e-4
 
 
 @pytest.mark.parametrize("cosine, beta", ALIKE)
@@ -103,12 +108,14 @@ def test_inverse_thread_by_thread(cosine, beta, monkeypatch):
         for part in (high, np.float16(-lower - high))
     ]
     blocks = [tuple(part[j : j + 4] for part in registers) for j in range(0, 16, 4)]
-    blocks = inverse._inverse(inverse._Parts(inverse._Warp(None)), blocks)
-    got = np.zeros((64, 64), np.float32)
-    for (r, c), register in zip(places, itertools.chain(*blocks), strict=True):
-        got[r, c], got[r, c + 1] = ((register >> s << 16).view(np.float32) for s in (0, 16))
+    parts = inverse._inverse(inverse._Parts(inverse._Warp(None)), blocks)
+    got = np.zeros((2, 64, 64), np.float32)
+    for part, blocks in zip(got, parts, strict=True):
+        for (r, c), register in zip(places, itertools.chain(*blocks), strict=True):
+            part[r, c], part[r, c + 1] = ((register >> s << 16).view(np.float32) for s in (0, 16))
     want = np.linalg.inv(np.eye(64) + np.tril(lower, -1)) - np.eye(64)
-    assert relative_error(got, want) < 3e-3
+    assert relative_error(got[0], want) < 3e-3
+    assert relative_error(got.sum(0), want) < 2e-4
     assert not np.triu(got).any()
 
 
@@ -228,7 +235,10 @@ def struct_call(shape, delta, final=True):
 def test_compiles_without_spills(shape, delta, keep):
     run = lambda call: forward_pass(prepare(call), final=True, keep=keep)
     kernels = hopper_aot.compile_for_hopper(run, struct_call(SHAPES[shape], delta))
-    assert kernels and not any(kernel.spills for kernel in kernels), kernels
+    assert kernels
+    for kernel in kernels:  # the branch for hard chunks (two_parts.py) may
+        allowed = {"delta_output": 320, "delta_summary": 32}.get(kernel.name.rsplit("_", 1)[0], 0)
+        assert kernel.spills <= allowed, kernels
 
 
 def stacked_loss(call):

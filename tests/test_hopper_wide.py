@@ -29,9 +29,10 @@ CASES = {  # what the mixer calls have at 1.3B, smaller
     "delta, documents, groups, ragged": dict(
         dim=256, value_dim=64, documents=True, value_heads=2, tokens=150
     ),
-    "delta, no decay, beta to 2, not normalised": dict(
+    "delta, no decay, beta to 0.1, not normalised": dict(
         dim=256, value_dim=64, decay=0.0, beta_max=0.1, l2norm=False
     ),
+    "delta, no decay, beta to 2": dict(dim=256, value_dim=64, decay=0.0, beta_max=2.0),
     "delta, strong decay": dict(dim=256, value_dim=64, decay=20.0),
     "delta, one chunk": dict(dim=256, value_dim=64, tokens=40),
     "delta, many values": dict(dim=128, value_dim=256, tokens=130, documents=True),
@@ -116,7 +117,7 @@ def test_what_a_chunk_needs_before_its_state_is_known(key_dim):
     tiles = head_tiles(prepare(dataclasses.replace(call, interpret=True)))
     np.testing.assert_allclose(tiles.gates, chunk_oracle.gates(call, 128), rtol=1e-4, atol=1e-4)
     inverses = np.swapaxes(kept["A"], 1, 2) - np.tile(np.eye(64), (2, 1))
-    assert relative_error(tiles.inverses, inverses) < 4e-3
+    assert relative_error(tiles.inverses.high, inverses) < 4e-3
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,8 @@ SHAPES = {  # B, T, H, HV, K, V
     "256 x 128, groups": (2, 4096, 2, 4, 256, 128),
     "128 x 256": (4, 8192, 8, 8, 128, 256),
 }
-SPILLS = dict(delta_wide_chunks=200)  # bytes; the other kernels have none
+# Bytes; the other kernels have none. The scans': in the branch for hard chunks (two_parts.py).
+SPILLS = dict(delta_wide_chunks=200, delta_wide_scan=800, delta_wide_reverse=64, delta_output=320)
 
 
 @pytest.mark.aot

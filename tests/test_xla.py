@@ -234,3 +234,18 @@ def test_memory_is_linear_in_length():
     copies = 8 if jax.default_backend() == "gpu" else 4
     assert long - short <= copies * (16384 - 4096) * arguments
     assert long <= 4.2 * short
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+@pytest.mark.parametrize(("decay", "update"), [("none", "delta"), ("head", "additive"), ("channel", "delta")])
+def test_later_tokens_move_no_bit(backend, decay, update):
+    x, y = (cast(random_problem(seed, 70, decay, update, "mixed"), jnp.float32) for seed in (1, 2))
+    ids, state = x.pop("segment_ids"), x.pop("initial_state")
+    y = {name: jnp.concatenate([a[:, :45], y[name][:, 45:]], axis=1) for name, a in x.items()}
+    attend = jax.jit(
+        lambda x: linear_attention(
+            **x, initial_state=state, segment_ids=ids, qk_l2norm=True, backend=backend
+        )[0]
+    )
+    np.testing.assert_array_equal(attend(x)[:, :45], attend(y)[:, :45])
+    assert (attend(x)[:, 45:] != attend(y)[:, 45:]).any()

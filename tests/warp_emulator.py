@@ -81,6 +81,9 @@ def patch(monkeypatch, module):
     instructions = {
         "cvt.rn.f16x2.f32": pair,
         "cvt.rn.bf16x2.f32": _bf16_pair,
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;": lambda x: [
+            bits.view(np.float32) for bits in (x << 16, x & np.uint32(0xFFFF0000))
+        ],
         "{.reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16": lambda x: np.float32(halves(x)[0]),
         "{.reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16": lambda x: map(np.float32, halves(x)),
         "movmatrix.sync.aligned.m8n8.trans.b16": _transpose,

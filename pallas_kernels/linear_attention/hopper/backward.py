@@ -18,6 +18,7 @@ from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
+from pallas_kernels.linear_attention.hopper.two_parts import Inverse
 from pallas_kernels.linear_attention.hopper.wide_backward import wide_gradients
 from pallas_kernels.linear_attention.hopper.wide_reverse import wide_reverse
 
@@ -29,7 +30,7 @@ class Saved(NamedTuple):
     """What the forward keeps beside its inputs; T is padded to whole chunks.
 
     states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
-    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses A - I [B, HV, T, C] bf16,
+    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses (`two_parts.Inverse`),
     values V' [B, T, HV, V] bf16.
     moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
     scores: P of `HeadTiles`, K = 256 only.
@@ -37,7 +38,7 @@ class Saved(NamedTuple):
 
     gates: jax.Array | None
     states: jax.Array
-    inverses: jax.Array | None = None
+    inverses: Inverse | None = None
     values: jax.Array | None = None
     moves: jax.Array | None = None
     scores: jax.Array | None = None

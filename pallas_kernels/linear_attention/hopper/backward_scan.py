@@ -18,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.gates import write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
@@ -32,7 +33,7 @@ REGISTERS = {1: (232, 232, 40), 2: (184, 120, 24)}
 def reverse_scan(
     inputs: Inputs,
     gates: jax.Array | None,
-    inverses: jax.Array | None,
+    inverses: two_parts.Inverse | None,
     do: jax.Array,
     d_state: jax.Array | None,
     *,
@@ -70,22 +71,23 @@ def reverse_scan(
         q_s=blocks.smem((stages, C, key_dim), bf16),
         k_s=blocks.smem((stages, C, key_dim), bf16) if chained else None,
         do_s=blocks.smem((stages, tiles, C, C), bf16),
-        a_s=blocks.smem((stages, C, C), bf16) if delta else None,
+        high_s=blocks.smem((stages, C, C), bf16) if delta else None,
         gate_s=plgpu.SMEM((stages, 8, C), F32),
         vectors_s=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
         segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
         p_s=blocks.smem((AHEAD, C, C), bf16) if chained else None,
-        dv_s=blocks.smem((tiles, C, C), bf16) if output else None,
+        dv_s=blocks.smem((tiles, C, C), bf16),  # before, if a chunk is hard: A's second part
         g_s=blocks.smem((tiles, C, key_dim), bf16) if output else None,
         filled=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
         p_ready=plgpu.Barrier(num_barriers=AHEAD),
         p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
+        low=plgpu.Barrier(num_barriers=tiles) if delta else None,
         done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
 
     arrays: dict[str, Any] = dict(q=inputs.q, do=do, gates=gates, **vectors.named)
-    arrays |= dict(k=inputs.k if chained else None, a=inverses)
+    arrays |= dict(k=inputs.k if chained else None, **two_parts.named(inverses))
     arrays |= dict(segment=inputs.segment if documents else None, last=d_state)
     states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16)
     results = dict(
@@ -115,7 +117,7 @@ def reverse_scan(
                 source = refs["do"].at[b, rows, head, columns]
                 plgpu.copy_gmem_to_smem(source, s["do_s"].at[slot, tile], barrier)
             if delta:
-                plgpu.copy_gmem_to_smem(refs["a"].at[b, head, rows], s["a_s"].at[slot], barrier)
+                plgpu.copy_gmem_to_smem(refs["high"].at[b, head, rows], s["high_s"].at[slot], barrier)
             if documents:
                 plgpu.copy_gmem_to_smem(refs["segment"].at[b, rows], s["segment_s"].at[slot], barrier)
 
@@ -123,8 +125,10 @@ def reverse_scan(
             columns = pl.ds(value_block * value_tile + wg * C, C)
             g = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
 
-            def step(i: Any, g: jax.Array) -> jax.Array:
+            def step(i: Any, g: jax.Array, parts: int, _: Any) -> jax.Array:
                 n = last - i
+                low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+                two_parts.load_low(parts, low, s["dv_s"].at[wg], s["low"].at[wg] if delta else None)
                 slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
                 q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
                 k_s: Any = s["k_s"].at[slot] if chained else None
@@ -147,8 +151,10 @@ def reverse_scan(
                 if delta:
                     beta = blocks.col_vector(gate_s.at[blocks.BETA])
                     back = beta * blocks.col_vector(gate_s.at[blocks.READ_K]) * -1.0
-                    dx = blocks.matmul((dv.astype(bf16), s["a_s"].at[slot], dv), interpret=interpret)
-                    g = blocks.matmul(((dx * blocks.by_col(back)).astype(bf16), k_s, g), interpret=interpret)
+                    pair = s["high_s"].at[slot], s["dv_s"].at[wg], s["low"].at[wg]
+                    dx = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
+                    seen = two_parts.split(dx * blocks.by_col(back), parts, interpret=interpret)
+                    (g,) = sums_of_products(([(part, k_s) for part in seen], g), interpret=interpret)
                     dv = dx * blocks.by_col(beta)
                 if output:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -161,7 +167,8 @@ def reverse_scan(
                     plgpu.copy_smem_to_gmem(s["dv_s"].at[wg], target)
                 return g
 
-            g = lax.fori_loop(0, count, step, g)
+            hardness = (lambda i: refs["hard"][b, head, last - i, 0]) if delta else None
+            g = two_parts.loop(count, step, g, hardness)
             refs["first"].at[piece, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 

@@ -18,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16 = jnp.bfloat16
@@ -49,12 +50,13 @@ def reverse_scan(
     delta = tiles.inverses is not None
     interpret = inputs.interpret
     factors = dict(write=tiles.write, read_q=tiles.read_q, read_k=tiles.read_k)
-    pairs = dict(scores=tiles.scores, inverses=tiles.inverses)
+    inverses = two_parts.named(tiles.inverses)
+    pairs = dict(scores=tiles.scores, high=inverses["high"])
     factors, pairs = blocks.present(factors), blocks.present(pairs)
-    arrays = factors | pairs | dict(do=do, carry=tiles.carry, beta=inputs.beta, last=d_state)
+    arrays = factors | pairs | inverses | dict(do=do, carry=tiles.carry, beta=inputs.beta, last=d_state)
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
-    fixed = 0 if summary else 2 * wide * C * (C + key_dim)
+    fixed = 2 * wide * C * (C + key_dim * (not summary))
     stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
     scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
     scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}
@@ -66,9 +68,10 @@ def reverse_scan(
         done=plgpu.Barrier(num_arrivals=wide + 1),
     )
     if delta:
-        scratch |= dict(beta=plgpu.SMEM((stages, C), F32))
+        scratch |= dict(beta=plgpu.SMEM((stages, C), F32), low=plgpu.Barrier(num_barriers=wide))
+    scratch |= dict(dv=blocks.smem((wide, C, C), BF16))  # before, if a chunk is hard: A's second part
     if not summary:
-        scratch |= dict(dv=blocks.smem((wide, C, C), BF16), ds=blocks.smem((wide, C, key_dim), BF16))
+        scratch |= dict(ds=blocks.smem((wide, C, key_dim), BF16))
     results = dict(first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32))
     if not summary:
         results["ds"] = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
@@ -106,8 +109,10 @@ def reverse_scan(
             columns = pl.ds(value_block * value_tile + wg * C, C)
             ds = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
 
-            def step(i: Any, ds: jax.Array) -> jax.Array:
+            def step(i: Any, ds: jax.Array, parts: int, _: Any) -> jax.Array:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
+                low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+                two_parts.load_low(parts, low, s["dv"].at[wg], s["low"].at[wg] if delta else None)
                 do_s = s["do"].at[slot, wg]
                 ds_lo = ds.astype(BF16)
                 if not summary:
@@ -122,11 +127,12 @@ def reverse_scan(
                     interpret=interpret,
                 )
                 if delta:
-                    dv = blocks.matmul((dv.astype(BF16), s["inverses"].at[slot], dv), interpret=interpret)
+                    pair = s["high"].at[slot], s["dv"].at[wg], s["low"].at[wg]
+                    dv = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
                     dv = dv * blocks.by_col(blocks.col_vector(s["beta"].at[slot]))
-                    ds = blocks.matmul(
-                        ((dv * -1.0).astype(BF16), s["read_k"].at[slot], ds), interpret=interpret
-                    )
+                    seen = two_parts.split(dv * -1.0, parts, interpret=interpret)
+                    seen = [(part, s["read_k"].at[slot]) for part in seen]
+                    (ds,) = sums_of_products((seen, ds), interpret=interpret)
                 if not summary:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     blocks.store(s["dv"].at[wg], dv.astype(BF16), interpret=interpret, transposed=True)
@@ -137,7 +143,8 @@ def reverse_scan(
                     plgpu.copy_smem_to_gmem(s["dv"].at[wg], target)
                 return ds
 
-            ds = lax.fori_loop(0, count, step, ds)
+            hardness = (lambda i: refs["hard"][b, head, after - 1 - i, 0]) if delta else None
+            ds = two_parts.loop(count, step, ds, hardness)
             refs["first"].at[piece, head, columns][...] = ds
             plgpu.wait_smem_to_gmem(0)
 

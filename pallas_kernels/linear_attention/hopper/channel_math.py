@@ -1,11 +1,13 @@
 """Pairs of tokens of a chunk under a decay per key channel, exact for any decay.
 
-Within a block of b tokens let m be the last token of its first half and E_i the sum of log-decays from m to
-i: positive before m, negative after it. A pair j < i of the block needs 2^(E_i - E_j) = 2^E_i 2^-E_j in
-every channel, two scaled copies of the tile and one product. For a pair across the middle both factors are
-at most 1. For a pair within a half one may overflow, and then the blocks of b / 2 tokens serve it: the
-levels b = 64, 32, ..., 2 each overwrite the pairs of their blocks, and end as soon as no |E| of the level
-exceeds RANGE. Ordinary gates need one level, log-decays of -5 a step at most three, any at most six.
+Within a block of b tokens let m be the first token of its second half and E_i the sum of log-decays from m to
+i, or for i before m minus the sum after i. A pair j < i of the block needs 2^(E_i - E_j) = 2^E_i 2^-E_j in
+every channel, two scaled copies of the tile and one product. For i in the second half and j in the first both
+factors are at most 1; for j in the second half 2^-E_j may overflow. So the levels b = 128 (a first half
+before the chunk), 64, ..., 2 give to a row i of second halves its pairs of the block, until a level was exact
+for all of them, with no |E_i| above RANGE: then row i is settled. All rows are after one level with ordinary
+gates, four with log-decays of -5 a step, and seven with any. Every anchor is at or before row i, and what
+settles it is too: so a row does not depend on later tokens, in no bit.
 
 E is a product of a matrix of 0, 1 and -1 with the log-decays: sums of terms of one sign, so nothing cancels.
 The products take the log-decays in float16 and accumulate in float32. Rounding a sum of x by at most x 2^-12
@@ -59,11 +61,15 @@ def every(reach: Any) -> jax.Array:
 
 
 def from_middle(size: jax.Array, zero: jax.Array) -> jax.Array:
-    """Row i sums the tokens from the middle of its block of `size` to i: 1 after the middle, -1 before."""
+    """Row i sums the tokens from the middle of its block of `size` to i: 1 after the middle, -1 before.
+
+    Of 2 C tokens: the chunk after its first token, before which no pair of the chunk decays.
+    """
     row = _row() + zero
-    middle = (row & -size) + (size >> 1)
+    middle = _middle(row, size)
     late = row >= middle
-    first, last = jnp.where(late, middle, row + 1), jnp.where(late, row, middle - 1)
+    start = jnp.where(size > C, 1, middle)
+    first, last = jnp.where(late, start, row + 1), jnp.where(late, row, middle - 1)
     return _flags(_columns(first, last), blocks.by_row(jnp.where(late, 1.0, -1.0).astype(F16)))
 
 
@@ -75,10 +81,21 @@ def middle_of(row: jax.Array, col: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where(between, jnp.where(late, 1.0, -1.0), 0.0).astype(F16)
 
 
-def within(size: jax.Array, zero: jax.Array) -> jax.Array:
-    """Pairs (i, j), j < i, of one block of `size` tokens."""
+def unsettled(size: jax.Array, reach: jax.Array, zero: jax.Array) -> jax.Array:
+    """Rows that the level of blocks of `size` serves; reach: the |E_i| of the last level that served each."""
     row = _row() + zero
-    return _columns(row & -size, row - 1)
+    return (row >= _middle(row, size)) & (reach > RANGE)
+
+
+def within(size: jax.Array, rows: jax.Array, zero: jax.Array) -> jax.Array:
+    """Pairs (i, j), j < i, of one block of `size` tokens, i of `rows`."""
+    row = _row() + zero
+    return _columns(row & -size, jnp.where(rows, row - 1, -1))
+
+
+def _middle(row: jax.Array, size: jax.Array) -> jax.Array:
+    """Where the second half of the row's block begins; blocks of 2 C tokens begin C before the chunk."""
+    return ((row + C) & -size) + (size >> 1) - C
 
 
 def _row() -> jax.Array:
@@ -101,13 +118,12 @@ def sums(which: jax.Array, steps: Any, *, interpret: Any) -> jax.Array:
 
 
 def next_size(size: jax.Array, reach: Any) -> jax.Array:
-    """Size of the blocks of the next level; 0 if this one was exact for all pairs of its blocks.
+    """Size of the blocks of the next level; 0 if every row is settled.
 
-    reach: the largest |E| of every token. It is largest at the ends of a block, of which only those of 16
-    tokens are read: below that, go to the end.
+    reach: of every row, as `unsettled` has it. Rows have their anchors in common, and the last the largest
+    |E|, in runs of `size` / 2; only the ends of runs of 8 are read: below blocks of 16 tokens, go to the end.
     """
-    ends = [reach[i] for block in range(0, C, 16) for i in (block, block + 15)]
-    done = (functools.reduce(jnp.maximum, ends) <= RANGE) & (size >= 16)
+    done = (functools.reduce(jnp.maximum, [reach[i] for i in range(7, C, 8)]) <= RANGE) & (size >= 16)
     return jnp.where(done, 0, size >> 1)
 
 

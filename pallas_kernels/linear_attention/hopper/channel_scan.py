@@ -11,20 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import (
     SMEM_BYTES,
     Scanned,
     Wanted,
+    advance,
+    hold,
     keep_state,
-    read_out,
     send,
+    times_inverse,
 )
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
@@ -54,7 +55,7 @@ class ChannelScan(Wanted):
             read_k=tiles.read_k,
             write=tiles.write,
             scores=tiles.scores if output else None,
-            inverses=tiles.inverses,
+            **two_parts.named(tiles.inverses),
             v=i.v if values else None,
             carry=tiles.carry,
             beta=i.beta,
@@ -62,10 +63,11 @@ class ChannelScan(Wanted):
         )
         results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
         keys, square, slice_ = (C, key_dim), (C, C), (slices, C, C)
-        stage = dict(read_q=keys, read_k=keys, write=keys, scores=square, inverses=square, v=slice_)
+        stage = dict(read_q=keys, read_k=keys, write=keys, scores=square, high=square, v=slice_)
         stage = {name: shape for name, shape in stage.items() if arrays[name] is not None}
         outgoing = dict(o=slice_, states=(slices, C, key_dim), values=slice_)
-        outgoing = {name: shape for name, shape in outgoing.items() if results[name] is not None}
+        sent = lambda name: name == "o" or results[name] is not None  # o also takes A's second part
+        outgoing = {name: shape for name, shape in outgoing.items() if sent(name)}
         bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
         room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
@@ -81,7 +83,7 @@ class ChannelScan(Wanted):
             done=plgpu.Barrier(num_arrivals=slices + 1),
         )
         if delta:
-            scratch |= dict(beta=plgpu.SMEM((stages, C), F32))
+            scratch |= dict(beta=plgpu.SMEM((stages, C), F32), low=plgpu.Barrier(num_barriers=slices))
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             at = self.place(
@@ -124,7 +126,7 @@ class ChannelScan(Wanted):
                 )
             if at.delta:
                 copy("beta", refs.beta.at[at.b, at.head, rows])
-                copy("inverses", refs.inverses.at[at.b, at.head, rows])
+                copy("high", refs.high.at[at.b, at.head, rows])
             if at.output:
                 copy("scores", refs.scores.at[at.b, at.head, rows])
             copy("write", refs.write.at[at.b, rows, at.head])
@@ -142,9 +144,11 @@ class ChannelScan(Wanted):
         else:
             state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
 
-        def step(n: Any, state: jax.Array) -> jax.Array:
+        def step(n: Any, state: jax.Array, parts: int, hard: Any) -> jax.Array:
             slot = blocks.rem(n, at.stages)
             rows = pl.ds((at.first + n) * C, C)
+            low = lambda: refs.low.at[at.b, at.head, rows]
+            two_parts.load_low(parts, low, smem.o.at[wg], smem.low.at[wg] if at.delta else None)
             state_lo = state.astype(BF16)
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)
@@ -155,22 +159,17 @@ class ChannelScan(Wanted):
             value: Any = blocks.tile(smem.v.at[slot, wg].T) if at.values else 0.0
             if at.delta:
                 value = (value - read[0]) * blocks.by_col(blocks.col_vector(smem.beta.at[slot]))
-                operands = value.astype(BF16), smem.inverses.at[slot].T, value
-                value = blocks.matmul(operands, interpret=i.interpret)
-            value_lo = value.astype(BF16)
-            kept = state * blocks.by_col(blocks.col_vector(smem.carry.at[slot]), shape)
-            written = (value_lo, smem.write.at[slot], kept)
-            if not at.output:
-                state = blocks.matmul(written, interpret=i.interpret)
-            else:
-                seen = (value_lo, smem.scores.at[slot].T, read[-1])
-                state = read_out(at, wg, seen, written)
+                value = times_inverse(at, wg, value, smem.high.at[slot].T, parts, hard)
+            carry = lambda: blocks.by_col(blocks.col_vector(smem.carry.at[slot]), shape)
+            seen = lambda: (smem.scores.at[slot].T, read[-1])
+            written = lambda: (value, smem.write.at[slot], state * carry())
+            state = advance(at, wg, value, seen, written, parts, hard)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.free.at[slot])
             send(at, wg, rows, columns)
             return state
 
-        state = lax.fori_loop(0, at.count, step, state)
+        state = hold(at, step, state)
         if self.final or not at.output:
             refs.final.at[at.piece, at.head, columns][...] = state
         plgpu.wait_smem_to_gmem(0)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, channel_math, inverse
+from pallas_kernels.linear_attention.hopper import blocks, channel_math, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
     write: k exp(G_C - G) of tokens of the document that leaves it, else 0.  All [B, T, HV, K] bf16.
     carry: exp(G_C), or 0 if no document spans the chunk, [B, HV, T/C, K] float32.
     scores: scale q_i.k_j exp(G_i - G_j), j <= i of one document, [B, HV, T, C] bf16.
-    inverses: A - I, as `chunk_inverses` has it.
+    inverses: `two_parts.Inverse`.
     norms: 1 / |k|, scale / |q| and the size of the last level's blocks (for all tokens), NORM_K, NORM_Q and
         SPAN, [B, HV, T/C, 3, C] float32.
     read_k and inverses are None if additive, norms unless kept; q and k are normalised with `l2norm`.
@@ -56,7 +56,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         scores=square,
     )
     if delta:
-        results |= dict(read_k=keys, inverses=square)
+        results |= dict(read_k=keys, **two_parts.result(batch, value_heads, length)._asdict())
     if keep:
         results |= dict(norms=jax.ShapeDtypeStruct((batch, value_heads, chunks, 3, C), F32))
 
@@ -66,7 +66,7 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         out = dict(zip(results, rest[len(vectors) :], strict=True))
         b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))
         rows, key_head = pl.ds(n * C, C), blocks.div(head, group)
-        decay_s, (x_s, scores_s, a_s) = s["decay_or_products"]
+        decay_s, (x_s, scores_s, *inverse_s) = s["decay_or_products"]
         q_s, k_s, steps_s, in_s, norm_s = (s[name] for name in ("q", "k", "steps", "vectors", "norms"))
         decay_ready, ready = s["decay_ready"], s["ready"]
 
@@ -84,6 +84,9 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
             blocks.store(steps_s.at[half], steps, interpret=interpret)
         plgpu.barrier_wait(ready)
 
+        if delta:
+            keys = [k_s.at[half] for half in range(halves)]
+            two_parts.find_hard(i, vectors.get("beta", in_s), keys, s)
         squares_q: Any = 0.0
         squares_k: Any = 0.0
         diagonal: Any = 0.0
@@ -101,19 +104,21 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         plgpu.commit_smem()
 
         def level(carried: tuple) -> tuple:
-            size, _, *old = carried
+            size, _, reach, *old = carried
             zero = channel_math.hidden_zero(s["reach"])
             slots = [half + zero for half in range(halves)]
             middle = channel_math.from_middle(size, zero)
-            reach = one * 0.0
+            far = one * 0.0
             left: list = [[], []]
             for half in range(halves):  # one after the other: both at once are too many registers
                 offset = channel_math.sums(middle, steps_s.at[slots[half]], interpret=interpret)
-                reach = jnp.maximum(reach, jnp.max(jnp.abs(offset), axis=1))
+                far = jnp.maximum(far, jnp.max(jnp.abs(offset), axis=1))
                 up, k = jnp.exp2(offset), blocks.tile(k_s.at[slots[half]])
                 left[0].append((blocks.tile(q_s.at[slots[half]]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
                 blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
+            served = channel_math.unsettled(size, reach, zero)
+            reach = jnp.where(served, far, reach)
             s["reach"][...] = reach
             plgpu.commit_smem()
             zero = channel_math.hidden_zero(s["reach"])
@@ -124,19 +129,20 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 ],
                 interpret=interpret,
             )
-            pairs = channel_math.within(size, zero)
+            pairs = channel_math.within(size, served, zero)
             found = [jnp.where(pairs, x, y) for x, y in zip(new, old, strict=True)]
             following = channel_math.next_size(size, s["reach"])
             plgpu.commit_smem()  # all have read x_s and reach
-            return following, size, *found
+            return following, size, reach, *found
 
         diagonal_tile = jnp.where(
             blocks.row_index() == blocks.col_index(), blocks.by_row(diagonal), blocks.zeros((C, C))
         )
-        start = (jnp.asarray(C, jnp.int32),) * 2 + (diagonal_tile,) + (blocks.zeros((C, C)),) * delta
-        _, span, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
+        start: tuple = (jnp.asarray(2 * C, jnp.int32),) * 2 + (one * (2 * channel_math.RANGE), diagonal_tile)
+        start += (blocks.zeros((C, C)),) * delta
+        _, span, _, *found = lax.while_loop(lambda carried: carried[0] > 1, level, start)
         if keep:
-            norm_s.at[SPAN][...] = one * span.astype(F32)
+            norm_s.at[SPAN][...] = one * jnp.minimum(span, C).astype(F32)
         norm_k, norm_q = blocks.row_vector(norm_s.at[NORM_K]), blocks.row_vector(norm_s.at[NORM_Q])
         read = write = one
         carry: Any = 1.0
@@ -188,22 +194,19 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 plgpu.copy_smem_to_gmem(k_s.at[half], out["read_k"].at[b, rows, head, columns])
         if delta:
             lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
-            a = inverse.unit_lower_inverse(lower, s["exchange"], interpret=interpret)
-            blocks.store(a_s, a, interpret=interpret)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(a_s, out["inverses"].at[b, head, rows])
+            to = two_parts.Inverse(*(out[name] for name in two_parts.Inverse._fields))
+            high_s, low_s = inverse_s
+            two_parts.store_inverse(lower, high_s, low_s, s, to, (b, head, n), interpret=interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     products = (
         blocks.smem((halves, C, C), BF16),
-        blocks.smem((C, C), BF16),
-        blocks.smem((C, C), BF16),
+        *[blocks.smem((C, C), BF16)] * (1 + 2 * delta),
     )
     scratch = dict(
         q=blocks.smem((halves, C, C), BF16),
         k=blocks.smem((halves, C, C), BF16),
         steps=blocks.smem((halves, C, C), jnp.float16),
-        exchange=inverse.exchange() if delta else None,
         decay_or_products=plgpu.RefUnion(blocks.smem((halves, C, C), i.log_decay.dtype), products),
         vectors=plgpu.SMEM((len(vectors), C), F32) if len(vectors) else None,
         norms=plgpu.SMEM((3, C), F32),
@@ -212,10 +215,11 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         decay_ready=plgpu.Barrier(num_arrivals=halves),
         ready=plgpu.Barrier(num_arrivals=2 * halves + len(vectors)),
     )
+    scratch |= two_parts.scratch() if delta else {}
     scratch = {name: value for name, value in scratch.items() if value is not None}
 
     def with_optional(*refs: Any, **s: Any) -> None:
-        body(*refs, **(dict(vectors=None, exchange=None) | s))
+        body(*refs, **(dict(vectors=None) | s))
 
     tiles = blocks.kernel(
         with_optional,
@@ -227,4 +231,6 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         grid_names=("b", "h", "n"),
         scratch_types=scratch,
     )(i.q, i.k, i.log_decay, *vectors.arrays)
-    return Tiles(**dict(zip(results, tiles, strict=True)))
+    found = dict(zip(results, tiles, strict=True))
+    parts = [found.pop(name) for name in two_parts.Inverse._fields if delta]
+    return Tiles(**found, inverses=two_parts.Inverse(*parts) if delta else None)

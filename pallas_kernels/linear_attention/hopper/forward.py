@@ -23,6 +23,7 @@ from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverse
 from pallas_kernels.linear_attention.hopper.forward_scan import Scan, Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import head_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, prepare
+from pallas_kernels.linear_attention.hopper.two_parts import Inverse
 from pallas_kernels.linear_attention.hopper.wide_scan import wide_scan
 
 __all__ = ["Inputs", "forward_pass", "prepare"]
@@ -30,7 +31,7 @@ __all__ = ["Inputs", "forward_pass", "prepare"]
 
 def forward_pass(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
-) -> tuple[Scanned, jax.Array | None, jax.Array | None]:
+) -> tuple[Scanned, Inverse | None, jax.Array | None]:
     """(results, A - I, moves): `final` for the last state, `keep` for what the backward pass wants.
 
     moves: what each piece does to the state (`pieces.chain`), None without pieces.
@@ -51,7 +52,7 @@ def forward_pass(
     return out, inverses, moves
 
 
-def _starts(inputs: Inputs, inverses: jax.Array | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:
+def _starts(inputs: Inputs, inverses: Inverse | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:
     """What each piece does to the state, and S^T before each piece [B * pieces, HV, V, K] float32."""
     alone = dataclasses.replace(inputs, state=None)
     summary = Scan(alone, inverses, choice.value_tile, pieces=choice.pieces, mode="summary")()

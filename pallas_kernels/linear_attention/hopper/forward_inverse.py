@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, inverse
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
 
-def chunk_inverses(inputs: Inputs) -> jax.Array:
-    """A - I [B, HV, T, C] in bf16, A = (I + L)^-1, row i of each chunk's at token i.
+def chunk_inverses(inputs: Inputs) -> two_parts.Inverse:
+    """A - I, A = (I + L)^-1.
 
     L_ij = beta_i k_i.k_j exp(G_i - G_j) for pairs j < i of one document. Whoever multiplies by A starts the
     accumulator with the other operand: so the unit diagonal passes it on in float32, not rounded to bf16.
@@ -25,8 +24,8 @@ def chunk_inverses(inputs: Inputs) -> jax.Array:
     vectors = Vectors(inputs, ("log_decay", "beta", "segment"))
     interpret = inputs.interpret
 
-    def body(*refs: Any, k_s: Any, in_s: Any, sum_s: Any, exchange: Any, ready: Any) -> None:
-        k_ref, *vector_refs, a_ref = refs
+    def body(*refs: Any, k_s: Any, in_s: Any, sum_s: Any, ready: Any, **scratch: Any) -> None:
+        k_ref, *vector_refs, high_ref, low_ref, hard_ref = refs
         b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))
         rows = pl.ds(n * C, C)
         for half in range(halves):
@@ -40,8 +39,10 @@ def chunk_inverses(inputs: Inputs) -> jax.Array:
             steps = blocks.col_vector(vectors.get("log_decay", in_s)) * blocks.LOG2E
             sum_row = blocks.cumulative(steps)
             sum_s.at[0][...] = sum_row
+        keys = [k_s.at[half] for half in range(halves)]
+        two_parts.find_hard(inputs, vectors.get("beta", in_s), keys, scratch)
         if inputs.l2norm:
-            norm = blocks.inverse_norms([k_s.at[half] for half in range(halves)])
+            norm = blocks.inverse_norms(keys)
             sum_s.at[1][...] = norm
         plgpu.commit_smem()
         row_scale = blocks.row_vector(vectors.get("beta", in_s))
@@ -61,25 +62,25 @@ def chunk_inverses(inputs: Inputs) -> jax.Array:
             lower *= jnp.exp2(jnp.minimum(blocks.by_row(sums[0]) - blocks.by_col(sums[1]), 0.0))
         if segment is not None:
             lower = jnp.where(blocks.by_row(segment[0]) == blocks.by_col(segment[1]), lower, 0.0)
-        a = inverse.unit_lower_inverse(lower, exchange, interpret=interpret)
-        blocks.store(k_s.at[0], a, interpret=interpret)  # the keys were last read two barriers ago
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_s.at[0], a_ref.at[b, head, rows])
+        out = two_parts.Inverse(high_ref, low_ref, hard_ref)  # the keys were last read two barriers before
+        tiles = k_s.at[0], k_s.at[1]
+        two_parts.store_inverse(lower, *tiles, scratch, out, (b, head, n), interpret=interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return blocks.kernel(
+    out = blocks.kernel(
         body,
         name="chunk_inverses",
         interpret=interpret,
         manual_barriers=True,
-        out_type=jax.ShapeDtypeStruct((batch, value_heads, length, C), jnp.bfloat16),
+        out_type=list(two_parts.result(batch, value_heads, length)),
         grid=(batch, value_heads, length // C),
         grid_names=("b", "h", "n"),
         scratch_types=dict(
-            k_s=blocks.smem((halves, C, C), jnp.bfloat16),
+            k_s=blocks.smem((max(halves, 2), C, C), jnp.bfloat16),
             in_s=plgpu.SMEM((len(vectors), C), F32),
             sum_s=plgpu.SMEM((2, C), F32),
-            exchange=inverse.exchange(),
             ready=plgpu.Barrier(num_arrivals=halves + len(vectors)),
+            **two_parts.scratch(),
         ),
     )(inputs.k, *vectors.arrays)
+    return two_parts.Inverse(*out)

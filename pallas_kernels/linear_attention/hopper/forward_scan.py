@@ -5,6 +5,8 @@ two prepare a chunk ahead, scores P = q.k exp(G_i - G_j) and the numbers per tok
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.gates import write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
@@ -107,7 +110,7 @@ class Scan(Wanted):
     """One compiled scan."""
 
     inputs: Inputs
-    inverses: jax.Array | None
+    inverses: two_parts.Inverse | None
     value_tile: int
 
     def __call__(self) -> Scanned:
@@ -125,7 +128,7 @@ class Scan(Wanted):
 
         stage = 2 * C * (key_dim * (1 + output) + C * (value_tiles + delta)) + 4 * C * len(vectors)
         fixed = AHEAD * (2 * C * C * output + 32 * C)
-        fixed += 2 * tiles * C * (C * output + self.keep * (key_dim + C * delta)) + 10 * 1024
+        fixed += 2 * tiles * C * (C + self.keep * (key_dim + C * delta)) + 10 * 1024
         stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
 
         results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
@@ -134,16 +137,16 @@ class Scan(Wanted):
         if self.keep and delta:
             results["gates"] = jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
         arrays = dict(q=i.q if output else None, k=i.k, v=i.v)
-        arrays |= vectors.named | dict(a=self.inverses, initial=i.state)
+        arrays |= vectors.named | two_parts.named(self.inverses) | dict(initial=i.state)
         scratch = dict(
             k=blocks.smem((stages, C, key_dim), BF16),
             q=blocks.smem((stages, C, key_dim), BF16) if output else None,
             v=blocks.smem((stages, value_tiles, C, C), BF16),
-            a=blocks.smem((stages, C, C), BF16) if delta else None,
+            high=blocks.smem((stages, C, C), BF16) if delta else None,
             vectors=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
             gates=plgpu.SMEM((AHEAD, 8, C), F32),
             scores=blocks.smem((AHEAD, C, C), BF16) if output else None,
-            o=blocks.smem((tiles, C, C), BF16) if output else None,
+            o=blocks.smem((tiles, C, C), BF16),  # before, if the chunk is hard: A's second part
             states=blocks.smem((tiles, C, key_dim), BF16) if self.keep else None,
             values=blocks.smem((tiles, C, C), BF16) if self.keep and delta else None,
             filled=plgpu.Barrier(
@@ -152,6 +155,7 @@ class Scan(Wanted):
             free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
             ready=plgpu.Barrier(num_barriers=AHEAD),
             taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
+            low=plgpu.Barrier(num_barriers=tiles) if delta else None,
             done=plgpu.Barrier(num_arrivals=roles.threads),
         )
 
@@ -201,7 +205,7 @@ class Scan(Wanted):
             if at.output:
                 plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head], smem.q.at[slot], barrier)
             if at.delta:
-                plgpu.copy_gmem_to_smem(refs.a.at[at.b, at.head, rows], smem.a.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(refs.high.at[at.b, at.head, rows], smem.high.at[slot], barrier)
             for tile in range(at.value_tiles):
                 columns = pl.ds(at.first_value + tile * C, C)
                 plgpu.copy_gmem_to_smem(
@@ -272,12 +276,15 @@ class Scan(Wanted):
             state = jnp.where(blocks.row_index(shape) + at.first_key == blocks.col_index(shape), 1.0, 0.0)
         else:
             state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
+        mine = 1 if moves else wg
 
-        def step(n: Any, state: jax.Array) -> jax.Array:
+        def step(n: Any, state: jax.Array, parts: int, hard: Any) -> jax.Array:
             slot, ahead = blocks.rem(n, at.stages), blocks.rem(n, AHEAD)
             k, gates = smem.k.at[slot], smem.gates.at[ahead]
             rows = pl.ds((at.first + n) * C, C)
             by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))
+            low = lambda: refs.low.at[at.b, at.head, rows]
+            two_parts.load_low(parts, low, smem.o.at[mine], smem.low.at[mine] if at.delta else None)
             state_lo = state.astype(BF16)
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)
@@ -290,21 +297,17 @@ class Scan(Wanted):
             if at.delta:
                 beta = blocks.by_col(blocks.col_vector(at.vectors.get("beta", smem.vectors.at[slot])))
                 value = (value - read[0] * by_token(READ_K)) * beta
-                value = blocks.matmul((value.astype(BF16), smem.a.at[slot].T, value), interpret=i.interpret)
-            written = ((value * by_token(WRITE)).astype(BF16), k, state * gates[CARRY, 0])
-            if not at.output:
-                state = blocks.matmul(written, interpret=i.interpret)
-            else:
-                value_lo = value.astype(BF16)
-                seen = (value_lo, smem.scores.at[ahead].T, read[-1] * by_token(READ_Q))
-                state = read_out(at, wg, seen, written)
+                value = times_inverse(at, mine, value, smem.high.at[slot].T, parts, hard)
+            seen = lambda: (smem.scores.at[ahead].T, read[-1] * by_token(READ_Q))
+            written = lambda: (value * by_token(WRITE), k, state * gates[CARRY, 0])
+            state = advance(at, wg, value, seen, written, parts, hard)
             plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.taken.at[ahead])
             plgpu.barrier_arrive(smem.free.at[slot])
             send(at, wg, rows, columns)
             return state
 
-        state = lax.fori_loop(0, at.count, step, state)
+        state = hold(at, step, state)
         if self.final or not at.output:
             last = refs.moves if moves else refs.final
 
@@ -315,7 +318,56 @@ class Scan(Wanted):
         plgpu.wait_smem_to_gmem(0)
 
 
-# What a warpgroup that holds state sends out of each chunk, here and in channel_scan.py.
+# What a warpgroup that holds state does with each chunk, here and in channel_scan.py.
+
+
+def hold(at: SimpleNamespace, step: Callable, state: jax.Array) -> jax.Array:
+    """The state after the piece's chunks."""
+    hardness = lambda n: at.refs.hard[at.b, at.head, at.first + n, 0]
+    return two_parts.loop(at.count, step, state, hardness if at.delta else None)
+
+
+def times_inverse(
+    at: SimpleNamespace, mine: Any, value: jax.Array, high: Any, parts: int, hard: Any
+) -> jax.Array:
+    low = at.smem.o.at[mine].T, at.smem.low.at[mine]
+    return two_parts.times_inverse(value, high, *low, parts, hard, interpret=at.interpret)
+
+
+def advance(
+    at: SimpleNamespace,
+    wg: Any,
+    value: jax.Array,
+    seen: Callable[[], tuple],
+    written: Callable[[], tuple],
+    parts: int,
+    hard: Any,
+) -> jax.Array:
+    """The state after a chunk; its outputs, and V', go where `send` takes them.
+
+    value: V'.  seen: what multiplies it for the outputs, and what they are without it.  written: V' as the
+    state gets it, what multiplies that, and what is left of the state.
+    """
+    split = functools.partial(two_parts.split, parts=parts, interpret=at.interpret)
+
+    def after() -> tuple:
+        new, keys, kept = written()
+        return [(part, keys) for part in split(new)], kept
+
+    if not at.output:
+        return sums_of_products(after(), interpret=at.interpret)[0]
+    values = split(value, hard=hard)
+
+    def outputs() -> tuple:
+        scores, read = seen()
+        return [(part, scores) for part in values], read
+
+    o, state = two_parts.products(outputs, after, parts=parts, interpret=at.interpret)
+    wait_for_last(at)
+    blocks.store(at.smem.o.at[wg], o.astype(BF16), interpret=at.interpret, transposed=True)
+    if at.keep and at.delta:
+        blocks.store(at.smem.values.at[wg], values[0], interpret=at.interpret, transposed=True)
+    return state
 
 
 def wait_for_last(at: SimpleNamespace) -> None:
@@ -328,16 +380,6 @@ def keep_state(at: SimpleNamespace, wg: Any, state: jax.Array, chunk: Any, colum
     blocks.store(at.smem.states.at[wg], state, interpret=at.interpret)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(at.smem.states.at[wg], at.refs.states.at[at.b, at.head, chunk, columns])
-
-
-def read_out(at: SimpleNamespace, wg: Any, seen: tuple[Any, ...], written: tuple[Any, ...]) -> jax.Array:
-    """The state after a chunk; its outputs, and V', the first of ``seen``, go where `send` takes them."""
-    o, state = blocks.matmul(seen, written, interpret=at.interpret)
-    wait_for_last(at)
-    blocks.store(at.smem.o.at[wg], o.astype(BF16), interpret=at.interpret, transposed=True)
-    if at.keep and at.delta:
-        blocks.store(at.smem.values.at[wg], seen[0], interpret=at.interpret, transposed=True)
-    return state
 
 
 def send(at: SimpleNamespace, wg: Any, rows: Any, columns: Any) -> None:

@@ -31,8 +31,8 @@ def exchange() -> Any:
     return plgpu.SMEM((2 * SLOTS * 4 * 32,), jnp.int32)
 
 
-def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> jax.Array:
-    """(I + L)^-1 - I in bf16, L the part of `lower` [C, C] strictly below the diagonal, by block doubling.
+def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tuple[jax.Array, jax.Array]:
+    """(I + L)^-1 - I in two bf16, L the part of `lower` [C, C] below the diagonal, by block doubling.
 
     With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
     of the blocks of size 2s is X - X B X. Each level is exact in exact arithmetic, and rounding does not grow
@@ -45,29 +45,33 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> ja
     if interpret:
         cut = lambda x: [x[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
         blocks = _inverse(_Parts(_Interpreted()), list(zip(cut(high), cut(low), strict=True)))
-        return jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)
+        join = lambda blocks: jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)
+        return join(blocks[0]), join(blocks[1])
 
     @plgpu.inline_mgpu(
         arg_types=(WGMMA, WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((C, C), BF16, layout=WGMMA),
+        return_type=(plgpu.ShapeDtypeStruct((C, C), BF16, layout=WGMMA),) * 2,
     )
     def invert(_: Any, high: Any, low: Any, memory: Any) -> Any:
         def cut(tile: Any) -> list:
             pairs = [utils.bitcast(x, _i32()) for x in tile.registers.flat]  # by 8 columns, then by 8 rows
             return [pairs[j : j + 4] for j in range(0, 16, 4)]
 
-        blocks = _inverse(_Parts(_Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
+        def join(blocks: list) -> Any:
+            registers = np.empty(high.registers.size, dtype=object)
+            registers[:] = [utils.bitcast(x, type_) for block in blocks for x in block]
+            registers = registers.reshape(high.registers.shape)
+            return mgpu.FragmentedArray(_registers=registers, _layout=high.layout, _is_signed=None)
+
         type_ = ir.VectorType.get((2,), ir.BF16Type.get())
-        registers = np.empty(high.registers.size, dtype=object)
-        registers[:] = [utils.bitcast(x, type_) for block in blocks for x in block]
-        registers = registers.reshape(high.registers.shape)
-        return mgpu.FragmentedArray(_registers=registers, _layout=high.layout, _is_signed=None)
+        blocks = _inverse(_Parts(_Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
+        return tuple(map(join, blocks))
 
     return invert(high, low, exchange)
 
 
-def _inverse(m: Any, minus: list) -> list:
-    """The blocks of X - I in the rows of each warp, bf16, from those of N = -L; m: `_Parts` of a `_Warp`.
+def _inverse(m: Any, minus: list) -> tuple[list, list]:
+    """The blocks of X - I in the rows of each warp, in two bf16, from those of N = -L; m: a `_Parts`.
 
     Blocks of 16: X_10 = X_11 N_10 X_00 in warp 1, X_32 = X_33 N_32 X_22 in warp 3. Blocks of 32, in warps
     i = 2, 3: X_i0 = Y_i0 X_00 + Y_i1 X_10 and X_i1 = Y_i1 X_11 with Y_ij = X_ii N_ij + X_i2 N_2j (i = 3).
@@ -96,10 +100,15 @@ def _inverse(m: Any, minus: list) -> list:
     first, second = m.product(y[0], m.get(X_00)), m.product(y[1], m.get(X_11))
     m.barrier()
     first = m.product(y[1], m.get(X_10), first)
-    x, z, first, second = map(m.result, (m.less_identity(x), z, first, second))
-    none = m.zeros(x)
-    columns = [x, z, first, first], [none, x, second, second], [none, none, x, z], [none, none, none, x]
-    return [m.by_warp(list(column)) for column in columns]
+    parts = zip(*map(m.results, (m.less_identity(x), z, first, second)), strict=True)
+
+    def columns(x: Any, z: Any, first: Any, second: Any) -> list:
+        none = m.zeros(x)
+        rows = [x, z, first, first], [none, x, second, second], [none, none, x, z], [none, none, none, x]
+        return [m.by_warp(list(column)) for column in rows]
+
+    high, low = (columns(*part) for part in parts)
+    return high, low
 
 
 class _Parts:
@@ -107,14 +116,13 @@ class _Parts:
 
     def __init__(self, m: Any):
         self.m = m
-        self.barrier, self.result, self.less_identity = m.barrier, m.result, m.less_identity
+        self.barrier, self.results, self.less_identity = m.barrier, m.results, m.less_identity
 
     def links(self, block: tuple, size: int) -> tuple:
         return tuple(self.m.links(part, size) for part in block)
 
     def identity_plus(self, block: tuple) -> Any:
-        high, low = block
-        return self.m.sum(self.m.identity_plus(high), self.m.widened(low))
+        return self.m.identity_plus(*block)
 
     def rounded(self, block: Any) -> tuple:
         high = self.m.rounded(block)
@@ -156,8 +164,8 @@ class _Interpreted:
         keep = (((self.row ^ self.col) & -size) == size) & (self.row > self.col)
         return jnp.where(keep, block, jnp.zeros_like(block))
 
-    def identity_plus(self, block: jax.Array) -> jax.Array:
-        return jnp.where(self.row == self.col, 1.0, block.astype(F32))
+    def identity_plus(self, high: jax.Array, low: jax.Array) -> jax.Array:
+        return jnp.where(self.row == self.col, 1.0, high.astype(F32) + low.astype(F32))
 
     def less_identity(self, block: jax.Array) -> jax.Array:
         return jnp.where(self.row == self.col, 0.0, block)
@@ -168,14 +176,12 @@ class _Interpreted:
     def widened(self, block: jax.Array) -> jax.Array:
         return block.astype(F32)
 
-    def sum(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return a + b
-
     def difference(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return a - b
 
-    def result(self, block: jax.Array) -> jax.Array:
-        return block.astype(BF16)
+    def results(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        high = lax.optimization_barrier(block.astype(BF16))
+        return high, (block - high.astype(F32)).astype(BF16)
 
     def right(self, block: jax.Array) -> jax.Array:
         return block
@@ -245,15 +251,16 @@ class _Warp:
         first, last = (arith.select(keep, block[part], self.zero) for part in (0, 3))
         return [first, self.zero, self.zero, last]
 
-    def identity_plus(self, block: list) -> list:
-        """I + the links of size 1, whose columns are even."""
+    def identity_plus(self, high: list, low: list) -> list:
+        """I + the links of size 1, whose columns are even; the pairs' other halves are of the diagonal."""
         f32 = ir.F32Type.get()
         zero, one = mgpu.c(0.0, f32), mgpu.c(1.0, f32)
         first, second = self._diagonal()
         out = [zero] * 8
         for part in (0, 3):
             ptx = "{.reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low;}"
-            link = utils.inline_ptx(ptx, block[part], result_types=f32)
+            link, rest = (utils.inline_ptx(ptx, block[part], result_types=f32) for block in (high, low))
+            link = arith.addf(link, rest)
             out[2 * part : 2 * part + 2] = [arith.select(first, one, link), arith.select(second, one, zero)]
         return out
 
@@ -278,14 +285,16 @@ class _Warp:
         f32 = ir.F32Type.get()
         return [x for pair in block for x in utils.inline_ptx(ptx, pair, result_types=[f32, f32])]
 
-    def sum(self, a: list, b: list) -> list:
-        return [arith.addf(x, y) for x, y in zip(a, b, strict=True)]
-
     def difference(self, a: list, b: list) -> list:
         return [arith.subf(x, y) for x, y in zip(a, b, strict=True)]
 
-    def result(self, block: list) -> list:
-        return self._pairs(block, "cvt.rn.bf16x2.f32 $0, $2, $1;")
+    def results(self, block: list) -> tuple[list, list]:
+        """As a sum of two bf16."""
+        round_, f32 = "cvt.rn.bf16x2.f32 $0, $2, $1;", ir.F32Type.get()
+        high = self._pairs(block, round_)
+        ptx = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        wide = [x for pair in high for x in utils.inline_ptx(ptx, pair, result_types=[f32, f32])]
+        return high, self._pairs(self.difference(block, wide), round_)
 
     def _pairs(self, block: list, ptx: str) -> list:
         return [utils.inline_ptx(ptx, *block[i : i + 2], result_types=_i32()) for i in range(0, 8, 2)]

@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.wide_scan import GATES, STAGES, buffers, launch, traced, two_roles
@@ -35,7 +36,7 @@ def wide_reverse(
     value_heads, value_dim = inputs.v.shape[2:]
     group, chunks, interpret = value_heads // heads, length // C, inputs.interpret
     stages = min(STAGES, chunks)
-    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, do=do, last=d_state, **tiles._asdict())
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, do=do, last=d_state, **tiles.named)
     results = dict(
         states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16),
         dv=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16),
@@ -45,7 +46,8 @@ def wide_reverse(
         q=blocks.smem((stages, C, key_dim), BF16),
         k=blocks.smem((stages, C, key_dim), BF16),
         do=blocks.smem((stages, C, C), BF16),
-        dv=blocks.smem((C, C), BF16),
+        dv=blocks.smem((C, C), BF16),  # before, if a chunk is hard: A's second part
+        rest=blocks.smem((C, C), BF16),  # then: second parts of what multiplies A and k
         **buffers(stages, key_dim),
     )
 
@@ -62,13 +64,14 @@ def wide_reverse(
             copy(refs["q"].at[b, rows, key_head], "q")
             copy(refs["do"].at[b, rows, head, columns], "do")
             copy(refs["scores"].at[b, head, rows], "scores")
-            copy(refs["inverses"].at[b, head, rows], "inverses")
+            copy(refs["high"].at[b, head, rows], "high")
             for place, row in enumerate(GATES):
                 source = refs["gates"].at[b, head, n, row]
                 plgpu.copy_gmem_to_smem(source, s["gates"].at[slot, place], barrier)
 
-        def step(i: Any, g: jax.Array) -> jax.Array:
+        def step(i: Any, g: jax.Array, parts: int, _: Any) -> jax.Array:
             n, slot = chunks - 1 - i, blocks.rem(i, stages)
+            two_parts.load_low(parts, lambda: refs["low"].at[b, head, pl.ds(n * C, C)], s["dv"], s["low"])
             k, do_t, gates = s["k"].at[slot], s["do"].at[slot].T, s["gates"].at[slot]
             number = lambda row: blocks.col_vector(gates.at[GATES.index(row)])
             carry = refs["gates"][b, head, n, CARRY, 0]
@@ -82,9 +85,11 @@ def wide_reverse(
                 (read_t, s["q"].at[slot], g * carry),
                 interpret=interpret,
             )
-            dx = blocks.matmul((dv.astype(BF16), s["inverses"].at[slot], dv), interpret=interpret)
             back = number(BETA) * number(READ_K) * -1.0
-            g = blocks.matmul(((dx * blocks.by_col(back)).astype(BF16), k, g), interpret=interpret)
+            room = dict(room=s["rest"], interpret=interpret)
+            dx = two_parts.times_inverse(dv, s["high"].at[slot], s["dv"], s["low"], parts, **room)
+            seen = two_parts.split(dx * blocks.by_col(back), parts, **room)
+            (g,) = sums_of_products(([(part, k) for part in seen], g), interpret=interpret)
             dv = dx * blocks.by_col(number(BETA))
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's dV has left
             blocks.store(s["dv"], dv.astype(BF16), interpret=interpret, transposed=True)
@@ -95,7 +100,7 @@ def wide_reverse(
 
         def hold_state() -> None:
             g = blocks.state(refs.get("last"), (C, key_dim), (b, head, columns))
-            g = lax.fori_loop(0, chunks, step, g)
+            g = two_parts.loop(chunks, step, g, lambda i: refs["hard"][b, head, chunks - 1 - i, 0])
             refs["first"].at[b, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
@@ -29,12 +29,13 @@ GATES = (READ_K, READ_Q, WRITE, BETA)  # the rows of `HeadTiles.gates` that a sc
 def buffers(stages: int, key_dim: int) -> dict[str, Any]:
     """What the scan and its reverse have in shared memory besides q, k and what runs over V."""
     return dict(
-        inverses=blocks.smem((stages, C, C), BF16),
+        high=blocks.smem((stages, C, C), BF16),
         scores=blocks.smem((stages, C, C), BF16),
         gates=plgpu.SMEM((stages, len(GATES), C), F32),
         state=blocks.smem((C, key_dim), BF16),
         filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
         free=plgpu.Barrier(num_barriers=stages),
+        low=plgpu.Barrier(),
         done=plgpu.Barrier(num_arrivals=2),
     )
 
@@ -72,12 +73,12 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
     if keep:
         states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
         results |= dict(states=states, values=outputs)
-    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, initial=inputs.state, **tiles._asdict())
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, v=inputs.v, initial=inputs.state, **tiles.named)
     scratch = dict(
         keys=blocks.smem((stages, 2 * C, key_dim), BF16),  # k, then q: one product reads the state for both
         v=blocks.smem((stages, C, C), BF16),
-        o=blocks.smem((C, C), BF16),
-        values=blocks.smem((C, C), BF16) if keep else None,
+        o=blocks.smem((C, C), BF16),  # before, if the chunk is hard: A's second part
+        values=blocks.smem((C, C), BF16),  # and second parts of what it multiplies, and of V'
         **buffers(stages, key_dim),
     )
 
@@ -93,13 +94,14 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             copy(refs["k"].at[b, rows, key_head], s["keys"].at[slot, pl.ds(0, C)])
             copy(refs["q"].at[b, rows, key_head], s["keys"].at[slot, pl.ds(C, C)])
             copy(refs["v"].at[b, rows, head, columns], s["v"].at[slot])
-            copy(refs["inverses"].at[b, head, rows], s["inverses"].at[slot])
+            copy(refs["high"].at[b, head, rows], s["high"].at[slot])
             copy(refs["scores"].at[b, head, rows], s["scores"].at[slot])
             for place, row in enumerate(GATES):
                 copy(refs["gates"].at[b, head, n, row], s["gates"].at[slot, place])
 
-        def step(n: Any, state: jax.Array) -> jax.Array:
+        def step(n: Any, state: jax.Array, parts: int, hard: Any) -> jax.Array:
             slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
+            two_parts.load_low(parts, lambda: refs["low"].at[b, head, rows], s["o"], s["low"])
             gates = s["gates"].at[slot]
             by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[GATES.index(row)]))
             # Not by way of shared memory, which is full to the last 1000 bytes with K = 256.
@@ -114,16 +116,28 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             read = blocks.matmul((s["state"], s["keys"].at[slot].T), interpret=interpret)
             value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(READ_K)
             value = value * by_token(BETA)
-            value = blocks.matmul((value.astype(BF16), s["inverses"].at[slot].T, value), interpret=interpret)
-            value_lo = value.astype(BF16)
-            seen = (value_lo, s["scores"].at[slot].T, read[:, C:] * by_token(READ_Q))
-            k = s["keys"].at[slot, pl.ds(0, C)]
-            written = ((value * by_token(WRITE)).astype(BF16), k, state * carry)
-            o, state = blocks.matmul(seen, written, interpret=interpret)
+            room = dict(room=s["values"], interpret=interpret)
+            pair = s["high"].at[slot].T, s["o"].T, s["low"]
+            value = two_parts.times_inverse(value, *pair, parts, hard, **room)
+            values = two_parts.split(value, parts, hard, **room)
+
+            def seen() -> tuple:
+                q_read = read[:, C:]
+                if parts == 2:  # again, for want of registers to keep it in
+                    q = s["keys"].at[slot, pl.ds(C, C)].T
+                    q_read = blocks.matmul((s["state"], q), interpret=interpret)
+                return [(part, s["scores"].at[slot].T) for part in values], q_read * by_token(READ_Q)
+
+            def written() -> tuple:
+                k = s["keys"].at[slot, pl.ds(0, C)]
+                new = two_parts.split(value * by_token(WRITE), parts, **room)
+                return [(part, k) for part in new], state * carry
+
+            o, state = two_parts.products(seen, written, parts=parts, interpret=interpret)
             plgpu.wait_smem_to_gmem(int(keep), wait_read_only=True)  # the last chunk's results have left
             blocks.store(s["o"], o.astype(BF16), interpret=interpret, transposed=True)
             if keep:
-                blocks.store(s["values"], value_lo, interpret=interpret, transposed=True)
+                blocks.store(s["values"], values[0], interpret=interpret, transposed=True)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(s["free"].at[slot])
             if keep:
@@ -134,7 +148,7 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
 
         def hold_state() -> None:
             state = blocks.state(refs.get("initial"), (C, key_dim), (b, head, columns))
-            state = lax.fori_loop(0, chunks, step, state)
+            state = two_parts.loop(chunks, step, state, lambda n: refs["hard"][b, head, n, 0])
             if final:
                 refs["final"].at[b, head, columns][...] = state
             plgpu.wait_smem_to_gmem(0)
