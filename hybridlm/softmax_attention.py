@@ -30,6 +30,10 @@ def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, sinks: Any, log_forget: Any
     ) -> tuple[jax.Array]:
         extras = {"sinks": sinks, "log_forget": log_forget} | size
+        if jax.sharding.get_abstract_mesh().manual_axes:
+            # JAX takes what depends on documents alone out of the loop over layers, with cuDNN's empty bias.
+            # An empty array from one shard_map to another ends jaxlib 0.11 with a segmentation fault.
+            q, segment_ids = jax.lax.optimization_barrier((q, segment_ids))
         if over:
             return (_of_a_piece(q, k, v, segment_ids, **extras, axis=over),)
         # Each device for its own rows and heads: how cuDNN is told of documents is for the rows to decide.
