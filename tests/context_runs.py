@@ -199,6 +199,7 @@ def resumed() -> dict:
                 losses.append(float(metrics["loss"]))
             if saves:
                 saves.save(sum(done) + steps, apart(state), {})
+                saves.wait()
         return losses
 
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as saves:
