@@ -17,7 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from eval import curves, haystack, report, runner, subject, tasks
-from hybridlm import commands, untrusted
+from hybridlm import commands, sharding, untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, private, tracking
 
@@ -52,6 +52,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--tokenizer", default="", metavar="FILE", help='"bytes" or a tokenizer.json; default: the run\'s own'
     )
     add("--batch_tokens", type=int, default=1 << 15, help="tokens of a batch (default: %(default)s)")
+    add("--context", type=int, default=1, metavar="N", help="devices that share the cache of a long context")
     return parser.parse_args(argv)
 
 
@@ -153,7 +154,12 @@ def main(argv: Sequence[str]) -> int:
     if flags.list:
         print(listing())
         return 0
-    return cli.run(lambda: evaluate(flags, console), "what was measured is kept, the same command continues")
+
+    def body() -> None:
+        with sharding.sequences_over(flags.context):
+            evaluate(flags, console)
+
+    return cli.run(body, "what was measured is kept, the same command continues")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ along a cut sequence (`hybridlm.pieces`), run under `per_shard`. All of it is in
 (`jax.set_mesh`) or on one device.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,16 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     names = tuple(n for n in MESH_AXES if n in sizes and (n != "context" or sizes[n] > 1))
     shape, types = tuple(sizes[name] for name in names), (AxisType.Auto,) * len(names)
     return jax.make_mesh(shape, names, axis_types=types, devices=devices[:total])
+
+
+def sequences_over(count: int, field: str = "--context") -> contextlib.AbstractContextManager[Any]:
+    """A mesh of the first ``count`` devices, over which sequences and caches are cut; none of one."""
+    most = len(jax.devices())
+    if not 1 <= count <= most:
+        raise ConfigError(field, count, f"must be 1 to the number of devices here, {most}")
+    if count == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(schema.Mesh(1, 1, 1, count), jax.devices()[:count]))
 
 
 def compiler_options(config: schema.Mesh, mesh: Mesh) -> dict[str, Any]:

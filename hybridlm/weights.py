@@ -27,7 +27,8 @@ class Weights(NamedTuple):
 
 
 def load(workdir: str | Path, step: int | None = None, ema: bool = False, **changes: str) -> Weights:
-    """The run in ``workdir`` at ``step`` (None: its newest checkpoint), on one device.
+    """The run in ``workdir`` at ``step`` (None: its newest checkpoint), on one device, or whole on each of
+    the mesh in context.
 
     ema: the average of its weights in place of them.
     changes: to the config, such as model__dtype="float32". ConfigError where there is no such checkpoint.
@@ -43,8 +44,10 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = False, **chan
             allowed = "there are checkpoints at steps " + (", ".join(map(str, steps)) or "(none)")
             raise ConfigError("--step", step, allowed)
         step = steps[-1] if step is None else step
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        mesh = jax.sharding.get_mesh()
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        where = one if mesh.empty else jax.NamedSharding(mesh, jax.P())
+        place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         like = jax.tree.map(place, model.canonical_shapes(definition))
         flat = saves.restore(step, {"params": like})["params"]
         if ema:

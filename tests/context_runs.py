@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hybridlm import ahead, loss, mixers, model, program, schema, sharding
+from hybridlm import ahead, generate, loss, mixers, model, program, schema, sharding
 from hybridlm import config as configs
 from hybridlm.context import Context
 from hybridlm.layers import ShortConv, convolve, elementwise
@@ -31,6 +32,7 @@ from hybridlm.softmax_attention import attend, imbalance
 from tests import tiny
 
 SEQ_LEN, HEADS = 32, {"num_heads": 4, "head_dim": 4}
+LATENT = {"num_heads": 4, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
 # Documents that end on a border of four pieces, lie over several, are shorter than a halo; padding.
 DOCUMENTS = ([8, 3, 18], [3, 2, 20, 7], [32], [15, 2, 9])
 
@@ -135,10 +137,9 @@ def config(**train: object) -> configs.Config:
     c = tiny.config("unused", model__remat="full")
     c.mixers = {
         "kda": configs.mixer("kda", **HEADS),
-        "mla": configs.mixer("mla", num_heads=4, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4,
-                             v_head_dim=4),
+        "mla": configs.mixer("mla", **LATENT),
         "product": configs.mixer("delta_product", **HEADS),
-    }  # fmt: skip
+    }
     c.mlps = {"moe": configs.mlp("moe", num_experts=4, top_k=2, hidden=8, balance_loss=0.0)}
     c.model.update(pattern="kda*2 mla/moe product", num_layers=0)
     c.train.update(batch_size=len(DOCUMENTS), seq_len=SEQ_LEN, **train)
@@ -198,11 +199,60 @@ def resumed() -> dict:
                 losses.append(float(metrics["loss"]))
             if saves:
                 saves.save(sum(done) + steps, apart(state), {})
+                saves.wait()
         return losses
 
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as saves:
         parts = [loss for context in RESUMED for loss in run(context, saves, 2)]
     return {"whole": run(1, None, 6), "resumed": parts}
+
+
+STEPS, CHUNK = 5, 4  # tokens written; tokens of a prompt at once, on each device
+
+
+def decoding() -> dict:
+    """Of caches over one device, two and four: logits [1 + STEPS, rows, V] of a prefill in chunks, of packed
+    rows among others, and of greedy steps behind it, their tokens, and arrays as long as a cache."""
+    c = tiny.config("unused", model__pattern="kda mla:c full swa fox mla@c full:a swa@a", model__num_layers=0)
+    softmax = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
+    kinds = {"full": {"sinks": True}, "swa": {"window": 6}, "fox": {"forget_gate": True}}
+    c.mixers = {name: configs.mixer("attention", **softmax, **more) for name, more in kinds.items()} | {
+        "kda": configs.mixer("kda", **HEADS), "mla": configs.mixer("mla", **LATENT),
+    }  # fmt: skip
+    definition = model.build(configs.resolve(c))
+    params = jax.jit(partial(model.init, definition))(jax.random.key(0))
+    params = {name: x * 4 if x.ndim > 3 else x for name, x in params.items()}  # or every token is alike
+    batch = packed()
+    prompts = generate.left_pad([[1] * SEQ_LEN, [1] * 9], SEQ_LEN)[1]
+    packs = Rows(batch["segment_ids"][1:3], batch["positions"][1:3])
+    rows = jax.tree.map(lambda *x: jnp.concatenate(x), packs, prompts)
+
+    @jax.jit
+    def run(params: model.Params, tokens: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+        lm = model.merge(definition, params)
+        hidden, cache = generate.prefill(lm, tokens, rows, lm.init_cache(len(tokens), SEQ_LEN + STEPS + 3))
+        head, blocks = lm.head_matrix(), lm.unstacked()
+
+        def step(carry: tuple, _: None) -> tuple[tuple, tuple]:
+            hidden, position, cache = carry
+            logits = hidden @ head
+            token = jnp.argmax(logits, axis=-1)
+            hidden, cache = lm.step(token, Rows(jnp.ones_like(position), position), cache, blocks)
+            return (hidden, position + 1, cache), (logits, token)
+
+        first = hidden, rows.positions[:, -1] + 1, cache
+        return jax.lax.scan(step, first, length=STEPS + 1)[1]
+
+    found: dict = {}
+    generate.decoding.PREFILL_CHUNK = CHUNK
+    for context in (1, 2, 4):
+        with jax.set_mesh(sharding.make_mesh(schema.Mesh(1, 1, 1, context))):
+            compiled = run.lower(params, batch["tokens"], rows).compile()
+            logits, tokens = compiled(params, batch["tokens"], rows)
+            slots = -(-(SEQ_LEN + STEPS + 3) // context) * context
+            long = set(re.findall(rf"\w+\[(?:\d+,)*{slots}(?:,\d+)*\]", compiled.as_text()))
+            found[context] = {"logits": logits.tolist(), "tokens": tokens.tolist(), "long": sorted(long)}
+    return found
 
 
 def facts() -> dict:

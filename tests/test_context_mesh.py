@@ -26,7 +26,8 @@ def eight():
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
     }
-    command = [sys.executable, "-m", "tests.context_runs", "errors", "steps", "resumed", "facts", "whole"]
+    parts = ["errors", "steps", "resumed", "facts", "whole", "decoding"]
+    command = [sys.executable, "-m", "tests.context_runs", *parts]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -58,6 +59,18 @@ def test_a_checkpoint_goes_on_over_any_number_of_pieces(eight):
     found = eight["resumed"]
     assert found["whole"][-1] < found["whole"][0]
     np.testing.assert_allclose(found["resumed"], found["whole"], rtol=2e-6)
+
+
+@pytest.mark.slow
+def test_a_cache_is_cut_and_decodes_as_a_whole_one(eight):
+    """Packed rows and single prompts, read in chunks; keys, values and latents, shared ones, windows."""
+    one, *others = eight["decoding"].values()
+    assert np.std(one["logits"]) > 1e-2
+    assert one["long"]
+    for found in others:
+        np.testing.assert_allclose(found["logits"], one["logits"], atol=1e-5)
+        assert found["tokens"] == one["tokens"]
+        assert found["long"] == []  # no device has a whole one
 
 
 @pytest.mark.slow

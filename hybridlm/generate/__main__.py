@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from hybridlm import commands, generate, untrusted, weights
+from hybridlm import commands, generate, sharding, untrusted, weights
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits, Positive, checked
 from hybridlm.generate import chat
@@ -124,11 +124,12 @@ def run(flags: argparse.Namespace) -> None:
     if flags.prompt is None and not flags.interactive:
         raise ConfigError("--prompt", "", "must be given, if --interactive is not")
     first = [] if flags.prompt is None else [message(flags.prompt)]
-    writer = Writer(flags)
-    if first:
-        writer.show(first)
-    if flags.interactive:
-        writer.talk()
+    with sharding.sequences_over(flags.context):
+        writer = Writer(flags)
+        if first:
+            writer.show(first)
+        if flags.interactive:
+            writer.talk()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("-n", type=int, default=1, help="texts (default: %(default)s)")
     add("--checkpoint", "--step", type=int, metavar="STEP", help="default: the newest")
     add("--ema", action="store_true", help="the average of the weights (optimizer.ema)")
+    add("--context", type=int, default=1, metavar="N", help="devices that share the cache of a long prompt")
     add("--raw", action="store_true", help="without the chat template, if the run has one")
     flags = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", force=__name__ == "__main__")  # to stderr

@@ -5,6 +5,7 @@ for a row depends on the seed, the row's ``sample`` and the step only, not on th
 and budgets are padded to a few lengths (`bucket`), so that few programs are compiled.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybridlm import model as lm
+from hybridlm import sharding
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.generate.sampling import GREEDY, Sampling, sample
 from hybridlm.rows import Rows
 
 SHORTEST_BUCKET = 64
-PREFILL_CHUNK = 2048  # tokens a row of a prompt that go through the stack at once
+PREFILL_CHUNK = 2048  # tokens a row of a prompt that go through the stack at once, on each of `mesh.context`
 
 
 def left_pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, Rows]:
@@ -49,7 +51,7 @@ def bucket(length: int) -> int:
 def prefill(model: lm.LM, tokens_BT: jax.Array, rows: Rows, cache: lm.Cache) -> tuple[jax.Array, lm.Cache]:
     """(final hidden state [B, D] of the last token, cache with all tokens), PREFILL_CHUNK tokens a time."""
     batch, length = tokens_BT.shape
-    chunk = min(length, PREFILL_CHUNK)
+    chunk = math.gcd(length, PREFILL_CHUNK * sharding.parts("time")) if length > PREFILL_CHUNK else length
 
     def part(cache: lm.Cache, xs: tuple[jax.Array, Rows]) -> tuple[lm.Cache, jax.Array]:
         hidden, appended = model(*xs, cache)

@@ -32,8 +32,7 @@ from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, record_largest, visible
-from hybridlm.token_cache import Held, TokenCache, hold, packed_indices, slots
-from pallas_kernels.softmax_attention import blockwise
+from hybridlm.token_cache import Held, TokenCache, attend_held, hold, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,16 +310,12 @@ class Mixer(TokenMixer):
         k, v, *then = held.tokens
         sinks = None if self.sinks is None else self.sinks[...]
         scale, window, first = self.scale, self.config.window, self.config.sink_tokens
-        if held.start is None or held.index_S is None:
+        if held.start is None:
             size: dict[str, Any] = dict(scale=scale, window=window, sink_tokens=first)
             record_largest(context, q_BTHK, k, **size)
             return attend(q_BTHK, k, v, context.rows, **size, sinks=sinks, log_forget=log_f_BTH)
-        index_T, first_BT = packed_indices(context.rows, held.start, window)
-        forgotten = dict(zip(("forgotten_BTH", "forgotten_BSH"), (*now, *then), strict=False))
-        return blockwise(
-            q_BTHK, k, v, index_T, first_BT, held.index_S,
-            scale=scale, sinks_H=sinks, first=held.first, **forgotten,
-        )  # fmt: skip
+        of_cache: dict[str, Any] = dict(scale=scale, window=window, sinks=sinks, forgotten=(*now, *then))
+        return attend_held(q_BTHK, k, v, held, context.rows, **of_cache)
 
     def _log_forget(self, x_BTD: jax.Array, context: Context) -> jax.Array:
         log_f_BTH = jax.nn.log_sigmoid(self.f_proj(x_BTD).astype(jnp.float32))

@@ -28,8 +28,7 @@ from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, record_largest, visible
-from hybridlm.token_cache import TokenCache, hold, packed_indices, slots
-from pallas_kernels.softmax_attention import blockwise
+from hybridlm.token_cache import TokenCache, attend_held, hold, slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +198,7 @@ class Mixer(TokenMixer):
         up_RHF = split_heads(self.kv_b_proj.matrix(x_BTD.dtype), nope + self.config.v_head_dim)
         up_k_RHN, up_v_RHV = up_RHF[..., :nope], up_RHF[..., nope:]
         rank = self.config.kv_lora_rank
-        if held.start is None or held.index_S is None:
+        if held.start is None:
             k_BTHN = jnp.einsum("btr,rhn->bthn", latent_BSC[..., :rank], up_k_RHN)
             v_BTHV = jnp.einsum("btr,rhv->bthv", latent_BSC[..., :rank], up_v_RHV)
             k_BT1P = latent_BSC[:, :, None, rank:]
@@ -210,11 +209,11 @@ class Mixer(TokenMixer):
             record_largest(context, q_BTHK, k_BTHK, scale=scale)
             o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
             return self.o_proj(merge_heads(o_BTHV)), None
-        index_T, first_BT = packed_indices(rows, held.start, 0)
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, up_k_RHN)
         q_BTHC = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
         k_BS1C = latent_BSC[:, :, None].astype(x_BTD.dtype)
-        o_BTHR = blockwise(q_BTHC, k_BS1C, k_BS1C[..., :rank], index_T, first_BT, held.index_S, scale=scale)
+        # Values are the keys, whole: a part of them would be copied at every step.
+        o_BTHR = attend_held(q_BTHC, k_BS1C, k_BS1C, held, rows, scale=scale)[..., :rank]
         o_BTHV = jnp.einsum("bthr,rhv->bthv", o_BTHR, up_v_RHV)
         return self.o_proj(merge_heads(o_BTHV)), cache
 
