@@ -16,7 +16,7 @@ dims; Z: the two blocks of a device, the early one first.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,12 +54,12 @@ def ring_attention(
 
     def inside(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         flat = lambda x: x.reshape(2 * batch, *x.shape[2:])
-        options: dict[str, Any] = dict(segment_ids=flat(ids), scale=scale, sinks=sinks_H, backend="xla")
-        alone = softmax_attention(*map(flat, (q, k, v)), **options)
+        alone = softmax_attention(*map(flat, (q, k, v)), segment_ids=flat(ids), scale=scale, sinks=sinks_H)
         return alone.reshape(o.shape)
 
     none = lambda q, k, v: jnp.zeros_like(o)
-    rest = jax.lax.cond(jnp.all(led_ZBC), none, inside, q, k, v)
+    # Computed again in the backward pass: what it keeps would be kept where it never runs, too.
+    rest = jax.lax.cond(jnp.all(led_ZBC), none, jax.checkpoint(inside), q, k, v)
     return unzigzag(jnp.where(led_ZBC[..., None, None], o, rest), axis)
 
 
@@ -202,16 +202,20 @@ def _forward(
         )
         return jax.lax.cond(jnp.any(queries > 0), run, none, *qkv)
 
-    def step(carry: tuple, kv: KV, source: jax.Array | None = None) -> tuple:
+    def parts(kv: KV, source: jax.Array | None = None) -> Iterator[tuple[Any, tuple]]:
         for mine, theirs, queries, keys in _pairs(found, size, axis, source):
-            new = part(queries, keys, _at(q, mine), *(_at(x, theirs) for x in kv))
+            yield mine, part(queries, keys, _at(q, mine), *(_at(x, theirs) for x in kv))
+
+    def step(carry: tuple, kv: KV, source: jax.Array) -> tuple:
+        for mine, new in parts(kv, source):
             merged = merge(*(_at(x, mine) for x in carry), *new)
             carry = tuple(_put(x, mine, one) for x, one in zip(carry, merged, strict=True))
         return carry
 
-    zeros = jnp.zeros((*q.shape[:4], v.shape[4]), jnp.promote_types(v.dtype, jnp.float32))
-    nothing = zeros, jnp.full((*q.shape[:2], q.shape[3], size), UNSEEN, jnp.float32)
-    o, log_sum = _around(step, step(nothing, (k, v)), (k, v), axis)
+    (o, log_sum), late, across = (new for _, new in parts((k, v)))
+    late = merge(*late, *across)
+    own = tuple(jnp.stack(two) for two in zip((o.astype(late[0].dtype), log_sum), late, strict=True))
+    o, log_sum = _around(step, own, (k, v), axis)
     if sinks is not None:
         whole = jnp.logaddexp(log_sum, sinks.astype(jnp.float32)[:, None])
         o, log_sum = o * jnp.moveaxis(jnp.exp(log_sum - whole), -1, 2)[..., None], whole

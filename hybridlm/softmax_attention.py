@@ -76,7 +76,7 @@ def _of_a_piece(
     size: dict[str, Any] = dict(scale=scale, window=window)
     if log_forget is None and halo < length:
         queries = jnp.pad(q_BTHK, ((0, 0), (halo, 0), (0, 0), (0, 0)))
-        o = softmax_attention(queries, keys, values, segment_ids=ids, sinks=sinks, backend="xla", **size)
+        o = softmax_attention(queries, keys, values, segment_ids=ids, sinks=sinks, **size)
         return o[:, halo:]
     index_S = jnp.arange(halo + length, dtype=jnp.int32)
     starts = document_starts(ids, (len(ids), halo + length))

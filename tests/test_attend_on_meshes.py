@@ -20,7 +20,11 @@ def empty_inputs(operation):
                 yield from empty_inputs(inner.operation)
 
 
-@pytest.mark.parametrize(("axis", "options"), [("fsdp", {})], ids=["rows"])
+@pytest.mark.parametrize(
+    ("axis", "options"),
+    [("fsdp", {}), ("context", {}), ("context", {"window": 16})],
+    ids=["rows", "ring", "windows of pieces"],
+)
 def test_nothing_empty_goes_into_a_manual_computation(axis, options, monkeypatch):
     """jaxlib 0.11 ends with a segmentation fault where something does: cuDNN's absent bias did."""
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")

@@ -156,6 +156,7 @@ def structs(dim=64, value_dim=None, dtype=jnp.bfloat16, length=4096):
         (dict(dim=240), True, H100, None),
         (dict(dim=256), False, H100, None),
         (dict(dim=256), True, H100, None),
+        (dict(dim=20), False, H100, "head dims are 20 and 20 (at most 256, multiples of 8"),
         (dict(dim=272), True, H100, "head dims are 272 and 272 (at most 256"),
         (dict(dim=128), True, Device("gpu", "8.0"), "at most 128"),
         (dict(dim=64), True, Device("gpu", "10.3"), None),

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention_part.call import Merged, PartCall
 from pallas_kernels.dispatch import Op
 
-# cuDNN's parts are right (`pytest -m gpu`), but a training step with them does not compile (docs/long.md).
-OP = Op("attention_part", __package__, ("xla",), by_name=("cudnn",))
+OP = Op("attention_part", __package__, ("cudnn", "xla"))
 
 
 def attention_part(

@@ -7,6 +7,7 @@ Three ways to tell it of them, each exact; the data choose while the step runs:
 benchmarks/documents.py times them.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -45,9 +46,10 @@ def refuses(q: jax.Array, k: jax.Array, v: jax.Array, coded: int = 0) -> str | N
         return f"its arrays are {', '.join(dtypes)} (bfloat16 or float16 only)"
     dim, value_dim = q.shape[-1], v.shape[-1]
     largest = LARGEST if _hopper() else 128
-    if dim + coded > largest or value_dim > dim:
+    if dim + coded > largest or dim % 8 or value_dim > dim:
         with_codes = f" (and {coded} channels for documents)" if coded else ""
-        return f"its head dims are {dim}{with_codes} and {value_dim} (at most {largest}, values no wider)"
+        allowed = f"at most {largest}, multiples of 8, values no wider"
+        return f"its head dims are {dim}{with_codes} and {value_dim} ({allowed})"
     return None
 
 
@@ -72,6 +74,11 @@ def self_test() -> str | None:
 
 def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`; without a T x T mask."""
+    if call.q.shape[1] % 2:  # of which JAX takes no gradients: a token more, that nobody sees
+        one = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+        longer = {name: one(getattr(call, name)) for name in ("q", "k", "v")}
+        starts = None if call.starts is None else one(call.starts)
+        return softmax_attention(dataclasses.replace(call, **longer, starts=starts))[:, :-1]
     if call.starts is None:
         return fused(call)
     rest = coded if call.q.shape[-1] + _extra(call)[1] <= LARGEST else xla.softmax_attention
