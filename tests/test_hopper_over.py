@@ -1,8 +1,10 @@
 """The Hopper kernels on pieces of a row on two devices, which take turns here, against the whole row."""
 
 import dataclasses
+import functools
 
 import hopper_aot
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ if hopper_aot.NO_KERNELS:
 import test_hopper_backward as heads
 import test_hopper_channel_backward as channels
 
+from pallas_kernels.linear_attention import hopper, xla
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
 from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
 from pallas_kernels.linear_attention.hopper.table import Choice
+from pallas_kernels.linear_attention.op import normalize
+from pallas_kernels.linear_attention.pieces import summarize
 
 AXIS = "context"
 
@@ -101,3 +106,25 @@ def test_two_devices_are_one(name, monkeypatch):
 
 def wanted(expected, field):
     return expected[2][{"log_decay": "g"}.get(field, field)]
+
+
+@pytest.mark.slow
+def test_wide_heads_are_summarised_by_the_kernels():
+    """K = 256 has no pieces of its own: what a device does to the state is the kernels' final state."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    g, beta = (jnp.asarray(rng.uniform(*ends, (1, 64, 1)), jnp.float32) for ends in ((-0.1, 0), (0, 1)))
+    ends = [jnp.asarray(rng.normal(size=(1, 1, 256, dim)), jnp.float32) for dim in (256, 64)]
+
+    def summary(final_state, k, v, g, beta):
+        call = normalize(k, k, v, log_decay=g, beta=beta, qk_l2norm=True, interpret=True)
+        return tuple(summarize(call, final_state))
+
+    def of(final_state, *arrays):
+        found, pull = jax.vjp(functools.partial(summary, final_state), *arrays)
+        return [*found, *pull(tuple(ends))]
+
+    arrays = draw(1, 64, 1, 256), draw(1, 64, 1, 64), g, beta
+    expected = of(xla.final_state, *(x.astype(jnp.float32) for x in arrays))
+    for got, wanted_ in zip(of(hopper.final_state, *arrays), expected, strict=True):
+        assert heads.relative_error(got, wanted_) < 1e-2

@@ -37,11 +37,14 @@ class Summary(NamedTuple):
     alone: jax.Array
 
 
-def summarize(call: Call) -> Summary:
-    """The summary of the tokens of ``call``; its initial state is not read. On any device."""
+def summarize(call: Call, final_state: Callable[[Call], jax.Array] = xla.final_state) -> Summary:
+    """The summary of the tokens of ``call``; its initial state is not read.
+
+    final_state: how the state after the last token is computed; `xla`'s, on any device.
+    """
     batch, _, heads, value_dim = call.v.shape
     if call.beta is None:
-        alone = xla.final_state(dataclasses.replace(call, initial_state=None))
+        alone = final_state(dataclasses.replace(call, initial_state=None))
         return Summary(_factor(call), alone)
     # Columns of the state never meet: those of M are where the identity goes when nothing is written.
     key_dim = call.q.shape[3]
@@ -52,15 +55,15 @@ def summarize(call: Call) -> Summary:
         v=jnp.concatenate([call.v, nothing], axis=-1),
         initial_state=jnp.concatenate([call.zeros((batch, heads, key_dim, value_dim)), identity], axis=-1),
     )
-    end = xla.final_state(both)
+    end = final_state(both)
     return Summary(end[..., value_dim:], end[..., :value_dim])
 
 
-def entered(call: Call) -> Call:
+def entered(call: Call, final_state: Callable[[Call], jax.Array] = xla.final_state) -> Call:
     """``call``, of a piece on each device of its axis, with the state that its piece starts from."""
     assert call.axis is not None and call.continues is not None
     alone = dataclasses.replace(call, axis=None, continues=None)
-    summary = (jax.lax.all_gather(x, call.axis) for x in summarize(alone))
+    summary = (jax.lax.all_gather(x, call.axis) for x in summarize(alone, final_state))
     states = chain(*summary, continues=list(call.continues))
     return dataclasses.replace(alone, initial_state=own(states[:-1], call.axis))
 

@@ -61,10 +61,17 @@ def per_channel(call: Call) -> bool:
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     if call.axis is not None and call.q.shape[3] // wide.parts(call)[0] > table.WIDEST_KEY:
-        call = entered(call)  # wide heads have no pieces
+        call = entered(call, final_state)  # wide heads have no pieces
     if wide.parts(call) == (1, 1):
         return _attend(call)
     return wide.join(*_attend(wide.cut(call)), call)
+
+
+def final_state(call: Call) -> jax.Array:
+    """The state after the last token, float32 [B, HV, K, V]."""
+    _, state = linear_attention(dataclasses.replace(call, output_final_state=True))
+    assert state is not None
+    return state
 
 
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
