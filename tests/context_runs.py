@@ -211,7 +211,7 @@ STEPS, CHUNK = 5, 4  # tokens written; tokens of a prompt at once, on each devic
 
 
 def decoding() -> dict:
-    """Of caches on each mesh: logits [1 + STEPS, rows, V] of a prefill in chunks, of packed rows among others,
+    """Of caches on each mesh: logits [1 + STEPS, rows, V] of a prefill in chunks, packed rows among them,
     and of greedy steps behind it, their tokens, and arrays as long as a cache."""
     c = tiny.config("unused", model__pattern="kda mla:c full swa mla@c", model__num_layers=0)
     softmax = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
