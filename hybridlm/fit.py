@@ -44,7 +44,8 @@ class Step(NamedTuple):
 def step(config: Config, definition: Definition, mesh: Mesh, trace: Callable[[Definition], Any]) -> Any:
     """The compiled training step: of what is traced for a definition, `model.remat` = "auto" decided.
 
-    Where the devices do not say how much memory they have (CPUs), everything is kept.
+    Where the devices do not say how much memory they have (CPUs), everything is kept. RunError if it finds
+    nothing that fits.
     """
     if definition.model.remat != "auto":
         return trace(definition).lower().compile()
@@ -56,15 +57,26 @@ def step(config: Config, definition: Definition, mesh: Mesh, trace: Callable[[De
     if known:
         log.info("model.remat=auto: %s, as found before%s (%s)", known, why, memo)
         return trace(settled(definition, known)).lower().compile()
-    most = lambda policy: None if policy == FASTEST_FIRST[-1] else available * mesh.size
-    compile = lambda policy: compiled(trace(settled(definition, policy)), most(policy))
+    compile = lambda policy: compiled(trace(settled(definition, policy)), available * mesh.size)
     policy, found, said = choose(compile, available)
     log.info("model.remat=auto: %s", said)
+    if found.run is None or found.needs > available:
+        raise RunError(_too_large(config, mesh, found.needs / available))
     if memo is not None:
         with contextlib.suppress(OSError):  # the next start looks again
             untrusted.write_text(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
     return found.run if agreed == policy else compiled(trace(settled(definition, agreed))).run
+
+
+def _too_large(config: Config, mesh: Mesh, times: float) -> str:
+    """What to do about a step that needs so many times the memory there is."""
+    train, rows = config.train, mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    fine = [m for m in range(train.microbatches, train.batch_size + 1) if train.batch_size % (m * rows) == 0]
+    enough = [m for m in fine if m >= times * train.microbatches]
+    parts = f"train.microbatches={enough[0]} or higher, " if enough else ""
+    said = f"the training step needs {times:.1f} times the memory of a device, though it keeps nothing for the"
+    return f"{said} backward pass ({FASTEST_FIRST[-1]}). Set {parts}fewer or shorter rows, or use more devices."
 
 
 @contextlib.contextmanager
@@ -79,7 +91,9 @@ def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
         known, _ = _noted(memo)
         later = FASTEST_FIRST[FASTEST_FIRST.index(known) + 1 :] if known else ()
         said = f"the devices ran out of memory with what model.remat=auto chose{known and f', {known}'}"
+        least = known == FASTEST_FIRST[-1]
         fix = "Set model.remat to one that keeps less (kernels, dots, full), or train.microbatches higher."
+        fix = "Set train.microbatches higher." if least else fix
         if memo is not None and later:
             with contextlib.suppress(OSError):
                 untrusted.write_text(memo, f"{later[0]}\n, since {known} ran out of memory")

@@ -159,6 +159,23 @@ def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
     assert seen == [("kernels", False)] * 3
 
 
+def test_what_cannot_fit_is_refused_before_it_runs(run, monkeypatch, tmp_path):
+    config, definition, mesh, _ = run
+    config = config.replace(train__batch_size=12, train__microbatches=2)
+    monkeypatch.setattr(fit, "_memo", lambda config, mesh: tmp_path / "memo")
+    monkeypatch.setattr(fit, "compiled", lambda traced, most: fit.Step(traced, 3 * GIB))
+    trace = lambda one: one.model.remat
+    for gib, fix in ((3, None), (1.3, "Set train.microbatches=6 or higher, fewer"), (0.1, "Set fewer or")):
+        monkeypatch.setattr(fit, "limit", lambda gib=gib: int(gib * GIB))
+        if fix is None:
+            assert fit.step(config, definition, mesh, trace) == "full"
+            (tmp_path / "memo").unlink()
+            continue
+        with pytest.raises(RunError, match=rf"needs {3 / gib:.1f} times the memory of a device.*{fix}"):
+            fit.step(config, definition, mesh, trace)
+    assert not (tmp_path / "memo").exists()
+
+
 def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     """A step that fitted by its plan and fails in the loop: one line, and the next start takes the next."""
     config, definition, mesh, _ = run
@@ -179,7 +196,7 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     with jax.set_mesh(mesh):
         fit.step(config, definition, mesh, traced(run, seen)[0])
     assert seen == [("dots", False)]
-    for then, wanted in (("goes on with full", "full"), ("chose, full. Set model.remat to one", "full")):
+    for then, wanted in (("goes on with full", "full"), ("chose, full. Set train.microbatches higher", "full")):
         with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):
             full()
         assert memo.read_text().partition("\n")[0] == wanted
