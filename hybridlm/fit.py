@@ -75,8 +75,8 @@ def _too_large(config: Config, mesh: Mesh, times: float) -> str:
     fine = [m for m in range(train.microbatches, train.batch_size + 1) if train.batch_size % (m * rows) == 0]
     enough = [m for m in fine if m >= times * train.microbatches]
     parts = f"train.microbatches={enough[0]} or higher, " if enough else ""
-    said = f"the training step needs {times:.1f} times the memory of a device, though it keeps nothing for the"
-    return f"{said} backward pass ({FASTEST_FIRST[-1]}). Set {parts}fewer or shorter rows, or use more devices."
+    said = f"the training step needs {times:.1f} times a device's memory, even with model.remat=full"
+    return f"{said}. Set {parts}fewer or shorter rows, or use more devices."
 
 
 @contextlib.contextmanager

@@ -171,7 +171,7 @@ def test_what_cannot_fit_is_refused_before_it_runs(run, monkeypatch, tmp_path):
             assert fit.step(config, definition, mesh, trace) == "full"
             (tmp_path / "memo").unlink()
             continue
-        with pytest.raises(RunError, match=rf"needs {3 / gib:.1f} times the memory of a device.*{fix}"):
+        with pytest.raises(RunError, match=rf"needs {3 / gib:.1f} times a device's memory.*{fix}"):
             fit.step(config, definition, mesh, trace)
     assert not (tmp_path / "memo").exists()
 
@@ -196,7 +196,7 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     with jax.set_mesh(mesh):
         fit.step(config, definition, mesh, traced(run, seen)[0])
     assert seen == [("dots", False)]
-    for then, wanted in (("goes on with full", "full"), ("chose, full. Set train.microbatches higher", "full")):
+    for then, wanted in (("goes on with full", "full"), ("chose, full. Set train.microbatches", "full")):
         with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):
             full()
         assert memo.read_text().partition("\n")[0] == wanted
