@@ -7,7 +7,6 @@ Three ways to tell it of them, each exact; the data choose while the step runs:
 benchmarks/documents.py times them.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -76,9 +75,9 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`; without a T x T mask."""
     if call.q.shape[1] % 2:  # of which JAX takes no gradients: a token more, that nobody sees
         one = lambda x: jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
-        longer = {name: one(getattr(call, name)) for name in ("q", "k", "v")}
         starts = None if call.starts is None else one(call.starts)
-        return softmax_attention(dataclasses.replace(call, **longer, starts=starts))[:, :-1]
+        longer = AttentionCall(one(call.q), one(call.k), one(call.v), starts, call.scale, call.window)
+        return softmax_attention(longer)[:, :-1]
     if call.starts is None:
         return fused(call)
     rest = coded if call.q.shape[-1] + _extra(call)[1] <= LARGEST else xla.softmax_attention
