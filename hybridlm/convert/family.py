@@ -18,7 +18,7 @@ from hybridlm.convert.rules import Rule, norm, same, transposed
 from hybridlm.errors import ConfigError
 
 SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
-SPARSE = "moe"
+SPARSE, NO_MLP = "moe", "none"
 
 
 class Unsayable(ConfigError):
@@ -79,8 +79,8 @@ class Family:
             found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
-            norms = self.norms(mixer_.layer_type)
-            layer = [norm(*pair) for pair in zip(("mixer_norm", "mlp_norm"), norms, strict=True)]
+            norms = zip(("mixer_norm", "mlp_norm"), self.norms(mixer_.layer_type), strict=True)
+            layer = [norm(*pair) for pair in list(norms)[: 1 if spec.mlp_kind == NO_MLP else 2]]
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
             layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
             found += [rule.under(f"layers.{index}.", f"{self.body}layers.{index}.") for rule in layer]

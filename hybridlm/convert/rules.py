@@ -126,6 +126,18 @@ def concatenated(
     )
 
 
+def divided(ours: str, theirs: Sequence[str], widths: Sequence[int], one: Callable[[str, str], Rule]) -> Rule:
+    """The reverse of `concatenated`: one parameter in several tensors."""
+    parts = [one(ours, name) for name in theirs]
+    cuts = np.cumsum(widths)[:-1]
+    return Rule(
+        parts[0].ours,
+        tuple(part.theirs[0] for part in parts),
+        lambda arrays: parts[0].inward([np.concatenate(arrays)]),
+        lambda arrays: np.split(parts[0].outward(arrays)[0], cuts),
+    )
+
+
 def interleaved(ours: Sequence[str], widths: Sequence[int], theirs: str) -> Rule:
     """Several Linears in one tensor by head: rows are [first of head 0, second of head 0, ..., of head 1].
 

@@ -8,6 +8,7 @@ Its models have no MLP: pattern "mamba2/none".
 
 import dataclasses
 import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from flax import nnx
 
 from hybridlm import linear_mixer, mixers
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, NonNegative, Positive
 from hybridlm.layers import Linear, RMSNorm, merge_heads, ones, param, uniform
@@ -76,8 +80,93 @@ class Config(mixers.Config):
         return {"dt_proj.kernel": 0.0, "dt_bias": inverse_softplus(1.0), "A_log": math.log(NEAR_NONE)}
 
 
+SAID = {"use_bias": False, "use_conv_bias": True, "rmsnorm": True}
+INFINITE: tuple[Any, ...] = (math.inf, {"__float__": "Infinity"})  # the latter is transformers'
+THEIRS = ("layer_norm_epsilon", "time_step_limit", "time_step_rank", "time_step_min")  # transformers' alone
+
+
+def fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """FLA's fields, or those of transformers, which calls its models the same and the tensors, too."""
+    for name, value in SAID.items():
+        fields.only(name, value)
+    for name in ("norm_before_gate", "D_has_hdim"):
+        fields.only(name, False)
+    fields.ignore(
+        "A_init_range", "conv_init", "dt_init_floor", "dt_max", "dt_min", "chunk_size", "residual_in_fp32",
+        "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
+    )  # fmt: skip
+    limit = "time_step_limit" if fields.get("time_step_limit") is not None else "dt_limit"
+    low, high = _limits(fields, limit)
+    head_dim, expand = fields.size("head_dim", default=64), fields.get("expand", 2.0)
+    heads = fields.part("expand", d_model * expand, head_dim)
+    fields.only("num_heads", heads)
+    return {
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "state_size": fields.size("state_size", default=128),
+        "n_groups": fields.size("n_groups", default=8 if set(THEIRS) & set(fields.values) else 1),
+        "conv_size": fields.size("conv_kernel", default=4),
+        "dt_min": low,
+        "dt_max": high,
+        "norm_eps": eps,
+    }
+
+
+def _limits(fields: Fields, name: str) -> tuple[float, float]:
+    """(least dt, largest or 0)."""
+    given = fields.get(name)
+    if given is None:
+        return 0.0, 0.0
+    number = lambda x: type(x) in (int, float) and 0 <= x < 1e300
+    if not isinstance(given, list) or len(given) != 2 or not number(given[0]):
+        raise fields.refuse(name, "must be two numbers, the second above 0 or Infinity")
+    if given[1] in INFINITE:
+        return float(given[0]), 0.0
+    if not number(given[1]) or not given[1]:
+        raise fields.refuse(name, "must be two numbers, the second above 0 or Infinity")
+    return float(given[0]), float(given[1])
+
+
+def fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    expand = config.num_heads * config.head_dim / d_model
+    limit = [config.dt_min, config.dt_max or INFINITE[1]]
+    limited = {"dt_limit": limit, "time_step_limit": limit} if config.dt_min or config.dt_max else {}
+    return limited | {
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "expand": int(expand) if expand == int(expand) else expand,
+        "state_size": config.state_size,
+        "n_groups": config.n_groups,
+        "conv_kernel": config.conv_size,
+        "residual_in_fp32": False,
+        **SAID,
+    }
+
+
+def fla_rules(
+    config: Config, d_model: int, ours: str = "", more: tuple[tuple[str, int], ...] = ()
+) -> list[Rule]:
+    """One projection [z, x, B, C, dt] and one convolution of x, B, C there; ``more`` of the former follow."""
+    heads = config.heads(d_model)
+    widths = heads.value_width, heads.key_width, heads.key_width
+    names = [f"{ours}{name}_proj" for name in ("g", "v", "k", "q", "dt")] + [name for name, _ in more]
+    sizes = heads.value_width, *widths, heads.num_v, *(size for _, size in more)
+    convs = [f"{ours}{name}_conv" for name in "vkq"]
+    return [
+        concatenated(names, sizes, "in_proj", linear),
+        concatenated(convs, widths, "conv1d", conv),
+        concatenated(convs, widths, "conv1d", bias),
+        *(same(ours + name, name) for name in ("A_log", "dt_bias", "D")),
+        norm(f"{ours}o_norm", "norm"),
+        linear(f"{ours}o_proj", "out_proj"),
+    ]
+
+
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {
+        "fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2")
+    }
     scale = 1.0
     conv_bias = True
     joined = True  # B and C are narrow: a group has state_size channels

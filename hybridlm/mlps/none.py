@@ -1,8 +1,10 @@
 """No MLP: the block is its mixer alone, with one norm (Mamba)."""
 
 import dataclasses
+from typing import ClassVar
 
 from hybridlm import mlps
+from hybridlm.convert.public import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,3 +14,4 @@ class Config(mlps.Config):
 
 class Mlp(mlps.Mlp):
     config_class = Config
+    public: ClassVar = {"fla_backbone": Format(lambda *_: {}, lambda *_: {}, lambda *_: [], "")}
