@@ -222,6 +222,20 @@ class RMSNorm(nnx.Module):
         return (y if gate is None else y * gate).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) * rsqrt(variance + eps) * scale + bias over the last axis, in float32, returned in x's dtype."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs, eps: float):
+        self.eps = eps
+        self.scale = param(rngs, (features,), (None,), ones, decay=False)
+        self.bias = param(rngs, (features,), (None,), zeros, decay=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = rms(y - y.mean(-1, keepdims=True), self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 

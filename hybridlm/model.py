@@ -120,7 +120,7 @@ def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ..
         matched |= {one for one in stripped for name in own.values() if fnmatchcase(name, one)}
         held = {name for name, whole in own.items() if froze(whole, frozen)} | {*spec.frozen}
         result.append(spec._replace(frozen=tuple(name for name in own if name in held)))
-    others = ("embedding", "final_norm.scale", "head", "shared")
+    others = ("embedding", "final_norm.scale", "final_norm.bias", "embedding_norm", "head", "shared")
     for one in stripped:
         if one not in matched and not any(fnmatchcase(n, one) or one.startswith(f"{n}.") for n in others):
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
@@ -136,6 +136,8 @@ class LM(nnx.Module):
         d_model, vocab = model.d_model, model.vocab_size
         self.definition = definition
         self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
+        if model.embedding_norm:
+            self.embedding_norm = norm(model, rngs)
         keys = jax.random.split(rngs.params(), len(definition.layers))
         self.stack = stack.Stack(model, definition.layout, keys)
         site = Site(d_model, 0, len(definition.layers))
@@ -183,10 +185,13 @@ class LM(nnx.Module):
         wanted: tuple[str, ...],
         inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Records]:
-        x = embed(self.embedding[...], tokens_BT, self.definition.dtype)
+        x = self._normed(embed(self.embedding[...], tokens_BT, self.definition.dtype))
         x = constrain(x, ("batch", "time", None))
         x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted, inputs_LBTD)
         return self.final_norm(x), cache, records
+
+    def _normed(self, x: jax.Array) -> jax.Array:
+        return self.embedding_norm(x) if self.definition.model.embedding_norm else x
 
     def _shared_rows(self) -> dict[str, jax.Array]:
         """The stack-wide parameters of each mixer that has them, one row a layer of the stack."""
@@ -207,7 +212,7 @@ class LM(nnx.Module):
 
         Layers are unrolled: their caches stay apart, so that a decode loop updates each in place.
         """
-        x = self.embedding[...][token_B].astype(self.definition.dtype)
+        x = self._normed(self.embedding[...][token_B].astype(self.definition.dtype))
         appended: list[Any] = []
         carried: dict[str, Any] = {}
         for index, ((block, row), layer_cache) in enumerate(zip(blocks, cache, strict=True)):
@@ -220,7 +225,7 @@ class LM(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
         dtype = self.definition.dtype
-        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block in self.stack.blocks())
+        return tuple(block.init_cache(batch, max_length, dtype) for block in self.stack.blocks())
 
 
 def windows(definition: Definition) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ class Model:
     vocab_size: ids of the embedding, at least those of the data.  norm_eps: of layer and final norms.
     tie_embeddings: the embedding is the output head too.
     mlp_hidden: SwiGLU width; 0: 8/3 d_model rounded up to a multiple of 256, as in FLA and Llama.
+    norm: of layers and at the end: rms, or layer (LayerNorm with a bias; RWKV).
+    embedding_norm: such a norm of the embedding, too (RWKV).
     norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
     dtype: of activations; parameters, recurrent states and the loss are float32.
@@ -46,6 +48,8 @@ class Model:
     vocab_size: Annotated[int, Limits(2, INT32)] = 32000
     mlp_hidden: Count = 0
     norm_eps: Epsilon = 1e-6
+    norm: Literal["rms", "layer"] = "rms"
+    embedding_norm: bool = False
     norm_unit_offset: bool = False
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False

@@ -14,7 +14,7 @@ from hybridlm import mixers, mlps, model, plan
 from hybridlm.block import Spec
 from hybridlm.convert.fields import MAX_LAYERS, Fields
 from hybridlm.convert.public import EVERY, Format
-from hybridlm.convert.rules import Rule, norm, same, transposed
+from hybridlm.convert.rules import Rule, bias, norm, same, transposed
 from hybridlm.errors import ConfigError
 
 SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
@@ -51,6 +51,7 @@ class Family:
         be left out: the caller reads it back and compares.
     norms: layer type -> names of a layer's two norms.
     embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
+    embedding_norm: of a family that has one.
     rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
     multimodal: model_type of a model around one of these -> model_type of its text_config.
@@ -64,6 +65,7 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     body: str = "model."
     final_norm: str = "norm"
+    embedding_norm: str = ""
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -71,16 +73,21 @@ class Family:
     def rules(self, definition: model.Definition) -> list[Rule]:
         """Every tensor."""
         d_model, name = definition.d_model, self.format
-        found = [same("embedding", self.embedding), norm("final_norm", self.body + self.final_norm)]
-        if not definition.model.tie_embeddings:
+        model = definition.model
+        normed = lambda *names: [norm(*names)] + [bias(*names)] * (model.norm == "layer")
+        found = [same("embedding", self.embedding), *normed("final_norm", self.body + self.final_norm)]
+        if model.embedding_norm:
+            found += normed("embedding_norm", self.body + self.embedding_norm)
+        if not model.tie_embeddings:
             found.append(transposed("head", "lm_head.weight"))
         for mixer, spec in {spec.mixer: spec for spec in definition.layers}.items():
             shared = mixer_format(spec, name).shared(spec.config)
             found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
-            norms = zip(("mixer_norm", "mlp_norm"), self.norms(mixer_.layer_type), strict=True)
-            layer = [norm(*pair) for pair in list(norms)[: 1 if spec.mlp_kind == NO_MLP else 2]]
+            before, after = self.norms(mixer_.layer_type)
+            layer = normed("mixer_norm", before)
+            layer += normed("mlp_norm", after) if spec.mlp_kind != NO_MLP else []
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
             layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
             found += [rule.under(f"layers.{index}.", f"{self.body}layers.{index}.") for rule in layer]
@@ -207,7 +214,8 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
 
     Settings are compared in their `explicit` form: of those that compute nothing no difference is seen.
     """
-    settings = ("d_model", "vocab_size", "norm_eps", "norm_unit_offset", "tie_embeddings", "mup_base_width")
+    settings = ("d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset")
+    settings += ("tie_embeddings", "mup_base_width")
     for field in settings:
         ours, theirs = getattr(a.model, field), getattr(b.model, field)
         if ours != theirs:

@@ -94,6 +94,12 @@ def conv(ours: str, theirs: str) -> Rule:
     )
 
 
+def low_rank(ours: str, theirs: str, biased: bool = True) -> list[Rule]:
+    """`hybridlm.rwkv.LowRank` and RWKV's in FLA."""
+    both = [transposed(f"{ours}.A", f"{theirs}.lora.0.weight"), transposed(f"{ours}.B", f"{theirs}.lora.2.weight")]
+    return both + [same(f"{ours}.bias", f"{theirs}.lora.2.bias")] * biased
+
+
 def short_convs(ours: str, theirs: str, taps: int) -> list[Rule]:
     """FLA's, by their first letters on both sides; none where there are no ``taps``."""
     pairs = zip(ours, theirs, strict=True) if taps else ()
