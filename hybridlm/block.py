@@ -86,7 +86,7 @@ class Block(nnx.Module):
         if self.has_mlp:
             self.mlp_norm = norm(model, rngs)
             self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
-        self.keeps = self.has_mlp and self.mlp.keeps
+        self.keeps = self.has_mlp and getattr(self.mlp, "keeps", False)
         linears = matrices(self)
         for linear in linears.values():
             linear.fp8 = model.matmul == "fp8" and not linear.why_not_fp8()

@@ -57,6 +57,37 @@ EXTRA = {
         "model_type": "log_linear_mamba2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
         "head_dim": 16, "n_groups": 2, "dt_limit": [0.0, float("inf")], "tie_word_embeddings": True,
     },
+    "mamba2": {
+        "model_type": "mamba2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "head_dim": 16,
+        "n_groups": 2, "dt_limit": [0.01, 2.0], "norm_eps": 1e-6, "residual_in_fp32": True,
+    },
+    "mamba2 of transformers": {
+        "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 11, "head_dim": 16,
+        "num_heads": 8, "layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, {"__float__": "Infinity"}],
+        "time_step_rank": 4, "time_step_floor": 1e-4,
+    },
+    "gated_deltaproduct": {
+        "model_type": "gated_deltaproduct", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "num_heads": 2, "head_dim": 8, "num_householder": 2, "use_forget_gate": True, "allow_neg_eigval": True,
+        "attn": {"layers": [1], "num_heads": 2},
+    },
+    "gated_deltaproduct without decay": {
+        "model_type": "gated_deltaproduct", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "num_heads": 2, "head_dim": 8, "expand_v": 1.5, "use_output_gate": False, "use_short_conv": False,
+    },
+    "mla": {
+        "model_type": "mla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
+        "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "qk_head_dim": 10,
+        "v_head_dim": 5, "rope_theta": 5e5,
+    },
+    "rwkv6": {
+        "model_type": "rwkv6", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
+        "proj_low_rank_dim": 3, "norm_first": False, "hidden_ratio": None,
+    },
+    "rwkv7": {
+        "model_type": "rwkv7", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 11, "head_dim": None,
+        "num_heads": 2, "a_low_rank_dim": None, "value_dim": [64, 64], "tie_word_embeddings": True,
+    },
     "linear_attn": {
         "model_type": "linear_attn", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
     },
@@ -99,7 +130,7 @@ def test_configs_and_rules_of(name: str) -> None:
     if name in SHAPES:
         assert planned.shapes == {key: tuple(shape) for key, shape in SHAPES[name]["shapes"].items()}
     rng, sizes = np.random.default_rng(0), model.canonical_shapes(definition)
-    for rule in planned.rules:
+    for rule in (rule for rule in planned.rules if rule.theirs):
         ours = [rng.normal(size=sizes[entry].shape) for entry in rule.ours]
         for before, after in zip(ours, rule.inward(rule.outward(ours)), strict=True):
             np.testing.assert_array_equal(before, after)
@@ -167,6 +198,16 @@ def test_layers_of_released_configs() -> None:
         ("mom", {"attn": {"layers": [1], "num_heads": 2, "qkv_bias": True}}, "attn: qkv_bias"),
         ("log_linear_mamba2", {"dt_limit": [0.0, 1.0]}, "dt_limit"),
         ("log_linear_mamba2", {"num_heads": 3}, "num_heads"),
+        ("mamba2", {"dt_limit": [1.0]}, "dt_limit"),
+        ("mamba2", {"use_conv_bias": False}, "use_conv_bias"),
+        ("mamba2 of transformers", {"num_heads": 4}, "num_heads"),
+        ("gated_deltaproduct", {"num_v_heads": 4}, "num_v_heads"),
+        ("mla", {"window_size": 5}, "window_size"),
+        ("mla", {"qk_head_dim": 12}, "qk_head_dim"),
+        ("rwkv6", {"norm_bias": False}, "norm_bias"),
+        ("rwkv6", {"expand_k": 0.3}, "expand_k"),
+        ("rwkv7", {"value_dim": 128}, "value_dim"),
+        ("rwkv7", {"attn": {"layers": [1], "num_heads": 2}}, "attn"),
         ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope"),
         ("kimi_linear", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("kimi_linear", {"num_local_experts": 8}, "num_experts"),
@@ -221,10 +262,10 @@ DEFAULTS = {
     for mixer, model_type in (
         ("deltanet", "delta_net"), ("gdn", "gated_deltanet"), ("kda", "kda"), ("gla", "gla"),
         ("hgrn", "hgrn"), ("hgrn2", "hgrn2"), ("retnet", "retnet"),
-        ("comba", "comba"),
+        ("comba", "comba"), ("gdp", "gated_deltaproduct"), ("deltaproduct", "gated_deltaproduct"),
     )
-    for ratio in ("pure", "24:1", "3:1", "1:1")
-}  # fmt: skip
+    for ratio in ("pure", "3:1")
+} | {f"configs/hybrid.py:340m,kda,{ratio}": "kda" for ratio in ("24:1", "1:1")}  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", DEFAULTS)
@@ -240,7 +281,9 @@ def test_defaults_have_a_public_format(spec: str) -> None:
 def test_what_has_none_says_so_in_a_line() -> None:
     for spec, said in (
         ("swa,3:1", "one window_size for all layers"),
-        ("mla", "exactly these kinds: mla, swiglu"),
+        ("mla", "1e-05 of the latents"),
+        ("mamba2,pure", "mlp_kind none and swiglu"),
+        ("rwkv7,pure", "MLPs of kind channel_mix, not swiglu"),
         ("mom,pure", "projections of gates, too"),
         ("loglinear,pure", "of.norm_eps 1e-06 and 1e-05"),
     ):

@@ -130,6 +130,13 @@ def types(definition: model.Definition, format: str) -> list[str]:
     return [mixer_format(spec, format).layer_type for spec in definition.layers]
 
 
+def alone(definition: model.Definition, format: str, model_type: str) -> None:
+    """ConfigError unless every layer is of this type."""
+    for spec, found in zip(definition.layers, types(definition, format), strict=True):
+        if found != model_type:
+            raise Unsayable("model.pattern", spec.name, f"has layers of {model_type} alone")
+
+
 def sparse(definition: model.Definition) -> list[bool]:
     return [spec.mlp_kind == SPARSE for spec in definition.layers]
 

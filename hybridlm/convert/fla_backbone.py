@@ -13,11 +13,11 @@ from hybridlm.convert.family import (
     SHORT,
     Architecture,
     Family,
+    alone,
     define,
     kinds,
     num_layers,
     said,
-    types,
 )
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
@@ -53,7 +53,7 @@ def read(fields: Fields) -> Architecture:
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    types(definition, FORMAT)  # refuses layers of other kinds
+    alone(definition, FORMAT, model_type)
     fields = said(definition.layers, FORMAT, definition.d_model)
     fields.pop("intermediate_size", None)
     if model_type in WITHOUT:

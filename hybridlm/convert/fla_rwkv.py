@@ -11,9 +11,10 @@ import numpy as np
 
 from hybridlm import config as configs
 from hybridlm import model
-from hybridlm.convert.family import SHORT, Architecture, Family, define, kinds, num_layers, said, types
+from hybridlm.convert.family import SHORT, Architecture, Family, alone, define, kinds, num_layers, said
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
+from hybridlm.errors import ConfigError
 from hybridlm.mlps import channel_mix
 from hybridlm.model import Definition
 
@@ -42,7 +43,10 @@ def read(fields: Fields) -> Architecture:
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    types(definition, FORMAT)  # refuses layers of other kinds
+    alone(definition, FORMAT, model_type)
+    for spec in definition.layers:
+        if spec.mlp_kind != MLP:
+            raise ConfigError("mlps", spec.name, f"has MLPs of kind {MLP}, not {spec.mlp_kind}")
     return {
         "architectures": [f"{FAMILY.classes[model_type]}ForCausalLM"],
         "model_type": model_type,

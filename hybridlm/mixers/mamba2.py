@@ -95,8 +95,7 @@ def fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         "A_init_range", "conv_init", "dt_init_floor", "dt_max", "dt_min", "chunk_size", "residual_in_fp32",
         "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
     )  # fmt: skip
-    limit = "time_step_limit" if fields.get("time_step_limit") is not None else "dt_limit"
-    low, high = _limits(fields, limit)
+    low, high = _limits(fields)
     head_dim, expand = fields.size("head_dim", default=64), fields.get("expand", 2.0)
     heads = fields.part("expand", d_model * expand, head_dim)
     fields.only("num_heads", heads)
@@ -112,19 +111,18 @@ def fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _limits(fields: Fields, name: str) -> tuple[float, float]:
+def _limits(fields: Fields) -> tuple[float, float]:
     """(least dt, largest or 0)."""
-    given = fields.get(name)
-    if given is None:
-        return 0.0, 0.0
-    number = lambda x: type(x) in (int, float) and 0 <= x < 1e300
-    if not isinstance(given, list) or len(given) != 2 or not number(given[0]):
-        raise fields.refuse(name, "must be two numbers, the second above 0 or Infinity")
-    if given[1] in INFINITE:
-        return float(given[0]), 0.0
-    if not number(given[1]) or not given[1]:
-        raise fields.refuse(name, "must be two numbers, the second above 0 or Infinity")
-    return float(given[0]), float(given[1])
+    found = [(name, fields.get(name)) for name in ("dt_limit", "time_step_limit")]
+    found = [one for one in found if one[1] is not None] or [("", [0.0, INFINITE[0]])]
+    name, given = found[0]
+    finite = lambda x: type(x) in (int, float) and 0 <= x < 1e300
+    if (
+        found[-1][1] != given or not isinstance(given, list) or len(given) != 2 or not finite(given[0])
+        or not (given[1] in INFINITE or finite(given[1]) and given[1])
+    ):  # fmt: skip
+        raise fields.refuse(name, "must be two numbers, the second above 0 or Infinity, under either name")
+    return float(given[0]), 0.0 if given[1] in INFINITE else float(given[1])
 
 
 def fla_write(config: Config, d_model: int) -> dict[str, Any]:

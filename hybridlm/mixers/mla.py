@@ -161,8 +161,11 @@ FLA_NORM_EPS = 1e-5  # of the latents there, whatever norm_eps is
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    for name in ("attn", "window_size", "rope_scaling"):
+    for name in ("attn", "window_size"):
         fields.only(name, None)
+    theta, rotated = fields.rope()
+    if rotated != 1:
+        raise fields.refuse("partial_rotary_factor", "must be 1: all shared channels rotate")
     sizes = {
         "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
         "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
@@ -174,7 +177,7 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         "q_lora_rank": fields.get("q_lora_rank", 0 if direct else 64),
         "kv_lora_rank": fields.size("kv_lora_rank", default=512),
         "v_head_dim": fields.size("v_head_dim", default=128),
-        "rope_theta": fields.get("rope_theta", 10000.0),
+        "rope_theta": theta,
         "norm_eps": FLA_NORM_EPS,
     }
 

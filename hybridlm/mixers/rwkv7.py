@@ -83,15 +83,14 @@ RANKS = {  # by FLA's field: (ours, what a missing one is, its factor of the roo
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    given = fields.values.get("head_dim", 64)
-    head_dim = fields.get("head_dim", 64)
-    if given is None:
+    fields.ignore("num_heads")  # which counts where there is no head_dim alone
+    head_dim = fields.size("head_dim", default=64)
+    if "head_dim" in fields.values and fields.values["head_dim"] is None:
         head_dim = fields.part("num_heads", d_model, fields.size("num_heads"))
+    layers = fields.size("num_hidden_layers")
+    fields.only("value_dim", d_model, [d_model] * layers)
     heads = fields.part("head_dim", d_model, head_dim)
-    fields.only("num_heads", heads)
-    layers = fields.values.get("num_hidden_layers")
-    fields.only("value_dim", d_model, [d_model] * layers if isinstance(layers, int) else None)
-    found: dict[str, Any] = {"num_heads": heads, "head_dim": head_dim, "norm_eps": head_dim * eps}
+    found: dict[str, Any] = {"num_heads": heads, "head_dim": d_model // heads, "norm_eps": head_dim * eps}
     for name, (ours, missing, factor) in RANKS.items():
         wide = 1.0 if ours == "gate_rank" else head_dim / 64
         if name in fields.values and fields.values[name] is None:
