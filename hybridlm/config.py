@@ -63,7 +63,7 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "mom": ("mom", {}),
     "sse": ("sse", {}),
 }
-STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
+STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "channel_mix": "channel_mix", "none": "none"}
 
 
 @dataclasses.dataclass(frozen=True)

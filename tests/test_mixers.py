@@ -100,7 +100,7 @@ CASES = {
     ),
     "based": ("based", dict(num_heads=3, head_dim=4)),
     "gated_delta_net2": ("gated_delta_net2", dict(num_heads=1, num_v_heads=2, head_dim=6, neg_eigval=True)),
-    "rwkv6": ("rwkv6", dict(num_heads=2, head_dim=6, mix_rank=3, decay_rank=4)),
+    "rwkv6": ("rwkv6", dict(num_heads=2, head_dim=6, v_head_dim=4, mix_rank=3, decay_rank=4)),
     "rwkv7": (
         "rwkv7",
         dict(num_heads=2, head_dim=6, decay_rank=3, rate_rank=3, gate_rank=4, value_residual=False),
