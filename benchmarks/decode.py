@@ -75,10 +75,13 @@ def cache_shapes(definition: lm.Definition, batch: int, size: int) -> Any:
     return jax.eval_shape(init, shapes(definition))
 
 
+def is_tokens(leaf: Any) -> bool:
+    return isinstance(leaf, TokenCache)
+
+
 def filled(shapes: Any, context: int) -> lm.Cache:
     """Caches of these shapes, of zeros, that hold ``context`` tokens."""
     caches = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    is_tokens = lambda leaf: isinstance(leaf, TokenCache)
     set_length = lambda leaf: leaf._replace(length=jnp.int32(context)) if is_tokens(leaf) else leaf
     return jax.tree.map(set_length, caches, is_leaf=is_tokens)
 
@@ -106,8 +109,8 @@ def compiled(definition: lm.Definition, context: int, batch: int, steps: int) ->
 def kept(cache: Any, context: int, batch: int) -> tuple[int, int]:
     """(bytes of keys, values and latents, bytes of recurrent state) of a sequence of ``context`` tokens."""
     tokens = state = 0
-    for layer in cache:
-        held = isinstance(layer, TokenCache)
+    for layer in jax.tree.leaves(cache, is_leaf=is_tokens):
+        held = is_tokens(layer)
         for leaf in jax.tree.leaves(layer.tokens if held else layer):
             size = math.prod(leaf.shape) * leaf.dtype.itemsize // batch
             tokens += size // leaf.shape[1] * min(context, leaf.shape[1]) if held else 0

@@ -59,7 +59,7 @@ class Spec(NamedTuple):
         return bool(self.leaves) or self.config.carries
 
     def cost(self, d_model: int, context: int) -> mixers.Cost:
-        """What the layer costs here beside its parameters; what a layer reuses is kept once, by the layer that left it."""
+        """What the layer costs beside parameters; what it reuses is kept once, by the layer that left it."""
         cost = self.config.cost(d_model, context)
         cost = cost._replace(state=cost.state + self.mlp_config.state(d_model))
         return cost._replace(cache=0) if self.reuses else cost

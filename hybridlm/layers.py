@@ -223,7 +223,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) * rsqrt(variance + eps) * scale + bias over the last axis, in float32, returned in x's dtype."""
+    """(x - mean) * rsqrt(variance + eps) * scale + bias over the last axis, in float32, returned as x is."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, eps: float):
         self.eps = eps

@@ -68,8 +68,8 @@ EXTRA = {
     },
     "gated_deltaproduct": {
         "model_type": "gated_deltaproduct", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
-        "num_heads": 2, "head_dim": 8, "num_householder": 2, "use_forget_gate": True, "allow_neg_eigval": True,
-        "attn": {"layers": [1], "num_heads": 2},
+        "num_heads": 2, "head_dim": 8, "num_householder": 2, "use_forget_gate": True,
+        "allow_neg_eigval": True, "attn": {"layers": [1], "num_heads": 2},
     },
     "gated_deltaproduct without decay": {
         "model_type": "gated_deltaproduct", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
@@ -77,8 +77,8 @@ EXTRA = {
     },
     "mla": {
         "model_type": "mla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
-        "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "qk_head_dim": 10,
-        "v_head_dim": 5, "rope_theta": 5e5,
+        "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+        "qk_head_dim": 10, "v_head_dim": 5, "rope_theta": 5e5,
     },
     "rwkv6": {
         "model_type": "rwkv6", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,

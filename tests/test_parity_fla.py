@@ -67,8 +67,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# Values of these are compared with golden checkpoints (tests/golden/models/README.md): in training FLA's Mom has
-# convolutions that run on from one memory's tokens into the next one's, and a sort that may shuffle them.
+# Values of these are compared with golden checkpoints (tests/golden/models/README.md): in training FLA's Mom
+# has convolutions that run on from one memory's tokens into the next one's, and a sort that may shuffle them.
+REFUSED = {"MLA": ["window_size"], "RWKV6": ["attn"], "RWKV7": ["attn"], "Mamba2": ["num_heads"]}
 SHAPES_ALONE = ["Mom", "Mamba2", "GatedDeltaProduct", "MLA", "RWKV6", "RWKV7"]
 
 
@@ -144,8 +145,8 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
         settings["use_short_conv"] = True  # else it warns, as an exception
         if settings.get("attn"):
             settings["attn"] = dict(layers=[1], num_heads=4)
-    for name in {"MLA": ["window_size"], "RWKV6": ["attn"], "RWKV7": ["attn"], "Mamba2": ["num_heads"]}.get(cls, []):
-        settings.pop(name, None)  # that are refused, or must fit the others
+    for name in REFUSED.get(cls, []):  # or it must fit the others
+        settings.pop(name, None)
     if "lower_bound" in settings or "safe_gate" in settings:
         settings |= {"lower_bound": -5, "safe_gate": True}
     config = config_class(**{**SMALL, "intermediate_size": None, "num_hidden_layers": 3} | settings)

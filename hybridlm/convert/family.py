@@ -221,9 +221,10 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
 
     Settings are compared in their `explicit` form: of those that compute nothing no difference is seen.
     """
-    settings = ("d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset")
-    settings += ("tie_embeddings", "mup_base_width")
-    for field in settings:
+    for field in (
+        "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
+        "mup_base_width",
+    ):  # fmt: skip
         ours, theirs = getattr(a.model, field), getattr(b.model, field)
         if ours != theirs:
             return f"model.{field} {ours} and {theirs}"

@@ -1,8 +1,8 @@
 """flash-linear-attention's models of the Mamba family: mamba2, log_linear_mamba2.
 
-Every layer is of one kind. Mamba-2 has no MLP; the width of the other's follows from d_model. transformers has a
-mamba2, too, with the same tensors and other names in config.json, which are read as well; an export has both.
-Source: fla 0.6.0, fla/models; transformers 5.24, models/mamba2.
+Every layer is of one kind. Mamba-2 has no MLP; the width of the other's follows from d_model. transformers
+has a mamba2, too, with the same tensors and other names in config.json, which are read as well; an export has
+both. Source: fla 0.6.0, fla/models; transformers 5.24, models/mamba2.
 """
 
 from typing import Any

@@ -96,7 +96,10 @@ def conv(ours: str, theirs: str) -> Rule:
 
 def low_rank(ours: str, theirs: str, biased: bool = True) -> list[Rule]:
     """`hybridlm.rwkv.LowRank` and RWKV's in FLA."""
-    both = [transposed(f"{ours}.A", f"{theirs}.lora.0.weight"), transposed(f"{ours}.B", f"{theirs}.lora.2.weight")]
+    both = [
+        transposed(f"{ours}.A", f"{theirs}.lora.0.weight"),
+        transposed(f"{ours}.B", f"{theirs}.lora.2.weight"),
+    ]
     return both + [same(f"{ours}.bias", f"{theirs}.lora.2.bias")] * biased
 
 

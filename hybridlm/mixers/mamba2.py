@@ -117,10 +117,8 @@ def _limits(fields: Fields) -> tuple[float, float]:
     found = [one for one in found if one[1] is not None] or [("", [0.0, INFINITE[0]])]
     name, given = found[0]
     finite = lambda x: type(x) in (int, float) and 0 <= x < 1e300
-    if (
-        found[-1][1] != given or not isinstance(given, list) or len(given) != 2 or not finite(given[0])
-        or not (given[1] in INFINITE or finite(given[1]) and given[1])
-    ):  # fmt: skip
+    pair = isinstance(given, list) and len(given) == 2 and found[-1][1] == given
+    if not (pair and finite(given[0]) and (given[1] in INFINITE or (finite(given[1]) and given[1]))):
         raise fields.refuse(name, "must be two numbers, the second above 0 or Infinity, under either name")
     return float(given[0]), 0.0 if given[1] in INFINITE else float(given[1])
 
@@ -162,9 +160,7 @@ def fla_rules(
 
 class Mixer(LinearMixer):
     config_class = Config
-    public: ClassVar = {
-        "fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2")
-    }
+    public: ClassVar = {"fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2")}
     scale = 1.0
     conv_bias = True
     joined = True  # B and C are narrow: a group has state_size channels

@@ -213,7 +213,7 @@ class Mixer(TokenMixer):
     config_class = Config
     public: ClassVar = {
         "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "mla", "MLA"),
-        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention")
+        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention"),
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

@@ -47,8 +47,8 @@ class Mlp(nnx.Module):
     """Mlp(config, site, rngs=rngs): x [..., D] -> y [..., D]; a decode step has no T axis.
 
     public: how checkpoints of each public format that has this kind say it.
-    keeps: whether y depends on tokens before, too: it is then (x [B, T, D], context, cache) -> (y, cache), as a
-        mixer is, with an `init_cache`.
+    keeps: whether y depends on tokens before, too. It is then (x [B, T, D], context, cache) -> (y, cache),
+        with an `init_cache` and a `step`, as a mixer is.
     """
 
     config_class: ClassVar[type[Config]]
@@ -61,6 +61,10 @@ class Mlp(nnx.Module):
 
     def init_cache(self, batch: int, dtype: Any) -> Any:
         """Of one that keeps anything: an empty cache for ``batch`` rows."""
+        raise NotImplementedError
+
+    def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        """Of one that keeps anything: one more token a row."""
         raise NotImplementedError
 
 

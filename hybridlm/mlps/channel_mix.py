@@ -59,7 +59,10 @@ def _rules(config: Config, d_model: int) -> list[Rule]:
     if not config.receptance:
         return [same("mix_k", "x_k"), linear("key", "key"), value]
     both = (("key", "mix_k"), ("receptance", "mix_r"))
-    return [value, *(r for name, mu in both for r in (linear(name, f"{name}.linear"), same(mu, f"{name}.mu")))]
+    return [
+        value,
+        *(r for name, mu in both for r in (linear(name, f"{name}.linear"), same(mu, f"{name}.mu"))),
+    ]
 
 
 class Mlp(mlps.Mlp):
