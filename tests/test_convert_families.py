@@ -53,6 +53,10 @@ EXTRA = {
         "head_dim": 8, "expand_v": 2.0, "num_memories": 3, "topk": 3, "shared_mem": False,
         "use_output_gate": False, "aux_loss_scale": 0.001, "attn": {"layers": [1], "num_heads": 2},
     },
+    "mom of one projection": {
+        "model_type": "mom", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "num_heads": 2,
+        "head_dim": 8, "single_kv_proj": True, "shared_mem": False,
+    },
     "log_linear_mamba2": {
         "model_type": "log_linear_mamba2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
         "head_dim": 16, "n_groups": 2, "dt_limit": [0.0, float("inf")], "tie_word_embeddings": True,
@@ -194,7 +198,7 @@ def test_layers_of_released_configs() -> None:
         ),
         ("qwen3_dense", {"hidden_size": "64"}, "hidden_size"),
         ("qwen3_next", {"layer_types": ["linear_attention"]}, "layer_types"),
-        ("mom", {"single_kv_proj": True}, "single_kv_proj"),
+        ("mom", {"use_short_conv": False}, "use_short_conv"),
         ("mom", {"attn": {"layers": [1], "num_heads": 2, "qkv_bias": True}}, "attn: qkv_bias"),
         ("log_linear_mamba2", {"dt_limit": [0.0, 1.0]}, "dt_limit"),
         ("log_linear_mamba2", {"num_heads": 3}, "num_heads"),

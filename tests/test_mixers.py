@@ -79,6 +79,7 @@ CASES = {
     "log_linear": ("log_linear", dict(of="gated_delta_net", levels=4)),
     "mom": ("mom", dict(of="gated_delta_net", memories=3)),
     "mom mamba2": ("mom", dict(of="mamba2", shared=False, single_kv=True)),
+    "mom of one": ("mom", dict(of="gated_delta_net", memories=3, single_kv=True, single_gates=True)),
     "sse": ("sse", dict(of="gla", partitions=3, top_k=2, rank=3, rows=4)),
     "sse gated_delta_net": ("sse", dict(of="gated_delta_net", partitions=2, top_k=1, rank=2)),
     "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),

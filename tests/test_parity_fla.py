@@ -117,6 +117,7 @@ OPTIONS: dict[str, list[Any]] = {
     "num_v_heads": [None, 4], "expand_v": [1.0, 2.0], "expand_k": [0.5, 1.0], "num_kv_heads": [None, 2],
     "expand_ratio": [None, 1, 2, 16], "use_lower_bound": [True, False], "qkv_bias": [True, False],
     "qk_norm": [True, False], "window_size": [None, 5], "safe_gate": [True], "lower_bound": [-5],
+    "single_kv_proj": [True, False], "shared_mem": [True, False],
     "output_gate_activation": ["swish", "silu", "sigmoid"], "num_householder": [1, 3], "n_groups": [1, 2],
     "use_forget_gate": [True, False], "state_size": [8], "conv_kernel": [2, 4], "expand": [1, 2],
     "q_lora_rank": [None, 12], "kv_lora_rank": [24], "norm_first": [True, False], "proj_low_rank_dim": [3],
