@@ -80,6 +80,7 @@ class Block(nnx.Module):
 
     def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
         self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
+        self.multiplier = model.residual_multiplier
         site = site._replace(leaves=spec.leaves, reuses=spec.reuses)
         self.mixer_norm = norm(model, rngs)
         self.mixer = mixers.load(spec.kind)(spec.config, site, rngs=rngs)
@@ -128,7 +129,8 @@ class Block(nnx.Module):
         return x if self.post_norm else norm(x)
 
     def _after(self, norm: "Norm", x: jax.Array) -> jax.Array:
-        return norm(x) if self.post_norm else x
+        x = norm(x) if self.post_norm else x
+        return x * self.multiplier if self.multiplier != 1 else x
 
 
 def matrices(block: Block) -> dict[str, Linear]:

@@ -151,9 +151,15 @@ class LM(nnx.Module):
         self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
 
     def head_matrix(self) -> jax.Array:
-        """[D, V] float32, with muP's output multiplier in it."""
+        """[D, V] float32, with the divisor of the logits in it, muP's too."""
         matrix = self.embedding[...].T if self.head is None else self.head[...]
-        return matrix / growth if (growth := mup.growth(self.definition.model)) != 1 else matrix
+        divisor = mup.growth(self.definition.model) * self.definition.model.logit_divisor
+        return matrix / divisor if divisor != 1 else matrix
+
+    def _entered(self, x: jax.Array) -> jax.Array:
+        model = self.definition.model
+        x = x * model.embedding_multiplier if model.embedding_multiplier != 1 else x
+        return self.embedding_norm(x) if model.embedding_norm else x
 
     def __call__(
         self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
@@ -185,13 +191,10 @@ class LM(nnx.Module):
         wanted: tuple[str, ...],
         inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Records]:
-        x = self._normed(embed(self.embedding[...], tokens_BT, self.definition.dtype))
+        x = self._entered(embed(self.embedding[...], tokens_BT, self.definition.dtype))
         x = constrain(x, ("batch", "time", None))
         x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted, inputs_LBTD)
         return self.final_norm(x), cache, records
-
-    def _normed(self, x: jax.Array) -> jax.Array:
-        return self.embedding_norm(x) if self.definition.model.embedding_norm else x
 
     def _shared_rows(self) -> dict[str, jax.Array]:
         """The stack-wide parameters of each mixer that has them, one row a layer of the stack."""
@@ -212,7 +215,7 @@ class LM(nnx.Module):
 
         Layers are unrolled: their caches stay apart, so that a decode loop updates each in place.
         """
-        x = self._normed(self.embedding[...][token_B].astype(self.definition.dtype))
+        x = self._entered(self.embedding[...][token_B].astype(self.definition.dtype))
         appended: list[Any] = []
         carried: dict[str, Any] = {}
         for index, ((block, row), layer_cache) in enumerate(zip(blocks, cache, strict=True)):

@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Literal
 
 from hybridlm.errors import ConfigError
-from hybridlm.fields import INT32, Count, Epsilon, Fraction, Limits, NonNegative, Positive
+from hybridlm.fields import INT32, Above, Count, Epsilon, Fraction, Limits, NonNegative, Positive
 
 FACTOR = r"(?:[0-9]{1,5}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
@@ -38,6 +38,9 @@ class Model:
     scan: False unrolls the stack: faster on a GPU where remat is not full, but compile time grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
         (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
+    embedding_multiplier: of the embedding where it enters the stack (Granite; Gemma: the root of d_model).
+    residual_multiplier: of what every mixer and MLP adds to the stream (Granite).
+    logit_divisor: what logits are divided by (Granite's logits_scaling).
     mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
         0: the standard parametrisation.
     """
@@ -58,6 +61,9 @@ class Model:
     remat: Literal["none", "full", "dots", "mixer", "kernels", "auto"] = "full"
     scan: bool = True
     lora: tuple[str, ...] = ()
+    embedding_multiplier: Above = 1.0
+    residual_multiplier: Above = 1.0
+    logit_divisor: Above = 1.0
     mup_base_width: Count = 0
 
     def check(self) -> None:

@@ -35,6 +35,8 @@ KIMI = dict(
     v_head_dim=14, linear_num_heads=3, linear_head_dim=16, num_local_experts=6, num_experts_per_tok=2,
     moe_intermediate_size=24,
 )  # fmt: skip
+MAMBA2 = dict(mamba_n_heads=6, mamba_n_groups=2, mamba_d_state=10)
+BAMBA = dict(num_attention_heads=4, num_key_value_heads=2)
 CASES = {
     "qwen3": ("Qwen3", dict(num_hidden_layers=3, **ATTENTION)),
     "qwen3 tied, sliding": (
@@ -68,6 +70,43 @@ CASES = {
         dict(
             num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, **LINEAR,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+    ),
+    "mamba": ("Mamba", dict(intermediate_size=96, num_hidden_layers=3, state_size=8)),
+    "falcon_mamba": (
+        "FalconMamba",
+        dict(intermediate_size=96, num_hidden_layers=2, state_size=8, mixer_rms_eps=1e-5),
+    ),
+    "mamba2": ("Mamba2", dict(num_hidden_layers=3, num_heads=6, head_dim=16, n_groups=2, state_size=10)),
+    "mamba2 one group, limits, tied": (
+        "Mamba2",
+        dict(
+            num_hidden_layers=2, num_heads=4, head_dim=12, expand=1, n_groups=1, state_size=16, conv_kernel=3,
+            time_step_limit=(0.3, 0.9), tie_word_embeddings=True, layer_norm_epsilon=1e-6,
+        ),
+    ),
+    "bamba": ("Bamba", dict(num_hidden_layers=4, attn_layer_indices=[1], **MAMBA2, **BAMBA)),
+    "granitemoehybrid dense, NoPE": (
+        "GraniteMoeHybrid",
+        dict(
+            num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], num_local_experts=0,
+            shared_intermediate_size=56, embedding_multiplier=12.0, residual_multiplier=0.22,
+            attention_multiplier=0.015625, logits_scaling=6.0, **MAMBA2, **BAMBA,
+        ),
+    ),
+    "granitemoehybrid experts, RoPE": (
+        "GraniteMoeHybrid",
+        dict(
+            num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], num_local_experts=4,
+            num_experts_per_tok=2, shared_intermediate_size=32, position_embedding_type="rope", **MAMBA2,
+            **BAMBA,
+        ),
+    ),
+    "jamba": (
+        "Jamba",
+        dict(
+            num_hidden_layers=5, attn_layer_period=3, attn_layer_offset=1, num_experts=4, mamba_d_state=8,
+            **BAMBA,
         ),
     ),
     "olmo_hybrid NoPE": (
@@ -111,12 +150,14 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_both_ways(name: str, tmp_path: Path) -> None:
+    """...and prints the errors of an import and of what transformers makes of a new export."""
     net = torch_model(name)
     ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, 70))
     want = torch_logits(net, ids)
     net.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
     incoming.import_hf(tmp_path / "theirs", tmp_path / "run")
     definition, params = evaluate.load(tmp_path / "run")
+    print(f"{name}: {error(evaluate.logits(definition, params, ids), want):.1e}", end=" ")
     assert error(evaluate.logits(definition, params, ids), want) < 1e-4
     for folder, options in (("again", {}), ("anew", {"model_type": net.config.model_type})):
         outgoing.export_hf(tmp_path / "run", tmp_path / folder, **options)

@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 
 from hybridlm import config as configs
 from hybridlm import model, untrusted
-from hybridlm.convert import fla, fla_backbone, fla_rwkv, kimi_linear, olmo_hybrid, qwen3, qwen3_next
+from hybridlm.convert import (
+    fla,
+    fla_backbone,
+    fla_rwkv,
+    kimi_linear,
+    mamba,
+    mamba_hybrids,
+    olmo_hybrid,
+    qwen3,
+    qwen3_next,
+)
 from hybridlm.convert.family import Family, Unsayable, same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
@@ -16,7 +26,7 @@ FAMILIES: dict[str, Family] = {
     model_type: family
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
-        kimi_linear.FAMILY, olmo_hybrid.FAMILY,
+        kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
     )
     for model_type in family.classes
 }  # fmt: skip

@@ -19,6 +19,10 @@ from hybridlm.errors import ConfigError
 
 SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
 SPARSE, NO_MLP = "moe", "none"
+SETTINGS = (
+    "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
+    "embedding_multiplier", "residual_multiplier", "logit_divisor", "mup_base_width",
+)  # fmt: skip
 
 
 class Unsayable(ConfigError):
@@ -49,7 +53,7 @@ class Family:
     read: config.json -> Architecture.
     write: (Definition, model_type) -> config.json, ConfigError where there is none. What cannot be said may
         be left out: the caller reads it back and compares.
-    norms: layer type -> names of a layer's two norms.
+    norms: layer type -> names of a layer's two norms; of a layer without an MLP the first counts.
     embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
     embedding_norm: of a family that has one.
     rename: another name that a tensor has in circulation -> its name in the rules.
@@ -163,11 +167,13 @@ def assemble(
     types: list[str],
     sparse: list[bool],
     eps: float = 1e-6,
+    hidden: str = "intermediate_size",
     **model: Any,
 ) -> Architecture:
     """What remains to be read once it is known of which type each layer is, and whether it has experts.
 
-    eps: what a missing rms_norm_eps stands for.  model: settings besides.
+    eps: what a missing rms_norm_eps stands for.  hidden: the field of a dense MLP's width.
+    model: settings besides.
     """
     fields.only("hidden_act", "silu")
     d_model, eps = fields.size("hidden_size"), fields.get("rms_norm_eps", eps)
@@ -180,7 +186,7 @@ def assemble(
     model |= {
         "d_model": d_model,
         "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": fields.size("intermediate_size", default=d_model if all(sparse) else None),
+        "mlp_hidden": fields.size(hidden, default=d_model if all(sparse) else None),
         "norm_eps": eps,
         "tie_embeddings": fields.get("tie_word_embeddings", False),
     }
@@ -221,10 +227,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
 
     Settings are compared in their `explicit` form: of those that compute nothing no difference is seen.
     """
-    for field in (
-        "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
-        "mup_base_width",
-    ):  # fmt: skip
+    for field in SETTINGS:
         ours, theirs = getattr(a.model, field), getattr(b.model, field)
         if ours != theirs:
             return f"model.{field} {ours} and {theirs}"

@@ -174,3 +174,14 @@ def experts(ours: str, theirs: str, count: int) -> Rule:
         lambda arrays: [np.stack([array.T for array in arrays])],
         lambda arrays: [array.T for array in arrays[0]],
     )
+
+
+def fused_experts(ours: Sequence[str], theirs: str) -> Rule:
+    """[experts, in, out] each here, one [experts, sum of out, in] there; equal widths."""
+    turn = lambda array: np.swapaxes(array, 1, 2)
+    return Rule(
+        tuple(ours),
+        (theirs,),
+        lambda arrays: [turn(part) for part in np.split(arrays[0], len(ours), axis=1)],
+        lambda arrays: [np.concatenate([turn(array) for array in arrays], axis=1)],
+    )

@@ -26,7 +26,7 @@ from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, linears
 from hybridlm.convert.rules import Rule, bias, interleaved, norm
 from hybridlm.errors import ConfigError
-from hybridlm.fields import Count, Epsilon, Limits, Positive, Theta
+from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, normal, param, rotate, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
@@ -53,6 +53,7 @@ class Config(mixers.Config):
     norm_eps: of qk_norm.
     forget_gate: logits decay with distance, by a gate per head and token (FoX, which has no rotation).
     sinks: a learned logit per head takes part in the softmax without a value (gpt-oss).
+    logit_scale: what q . k is multiplied by; 0: head_dim**-0.5 (Granite has a number of its own).
     sink_tokens: first tokens of each document that its window keeps in sight besides (StreamingLLM has 4).
     """
 
@@ -69,6 +70,7 @@ class Config(mixers.Config):
     norm_eps: Epsilon = 1e-6
     forget_gate: bool = False
     sinks: bool = False
+    logit_scale: NonNegative = 0.0
     sink_tokens: Annotated[int, Limits(0, 128)] = 0
 
     def heads(self, d_model: int) -> tuple[int, int]:
@@ -146,7 +148,8 @@ class Config(mixers.Config):
         if self.qk_norm == "none":
             idle = {"norm_eps": Config.norm_eps, "norm_unit_offset": False}
         idle |= {} if self.rope_theta else {"rotary_fraction": Config.rotary_fraction}
-        return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads, **idle)
+        scale = self.logit_scale or self.head_dim**-0.5
+        return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads, logit_scale=scale, **idle)
 
 
 FLA_NORM_EPS = 1e-5  # fla's layer leaves its norms at their default
@@ -180,13 +183,17 @@ def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
 
 
 def _hf(
-    heads: int | None = None, kv_heads: int | None = None, head_dim: int = 0, **fixed: Any
-) -> Format[Config]:
-    """Of transformers' models, whose defaults differ. None, 0: what Llama had. fixed: that cannot be said."""
+    heads: int | None = None, kv_heads: int | None = None, head_dim: int = 0,
+    turned: float = 1.0, **fixed: Any,
+) -> Format[Config]:  # fmt: skip
+    """Of transformers' models, whose defaults differ. None, 0: what Llama had.  turned: rotary fraction.
+
+    fixed: what cannot be said.
+    """
 
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         fields.only("attention_bias", False)
-        theta, fraction = fields.rope(fraction=0.25 if fixed.get("output_gate") else 1.0)
+        theta, fraction = fields.rope(fraction=turned)
         count = fields.size("num_attention_heads", default=heads)
         return {
             "num_heads": count,
@@ -199,15 +206,15 @@ def _hf(
 
     def write(config: Config, d_model: int) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rotary_fraction != 1:
+        if config.rotary_fraction != 1 or turned != 1:
             rope["partial_rotary_factor"] = config.rotary_fraction
         window = {"use_sliding_window": True, "sliding_window": config.window} if config.window else {}
-        return {
+        sizes = {
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
-            "rope_parameters": rope,
-        } | window
+        }
+        return sizes | window | ({} if fixed.get("rope_theta") == 0 else {"rope_parameters": rope})
 
     return Format(read, write, _rules, "self_attn.", "full_attention")
 
@@ -227,6 +234,21 @@ def _olmo_write(config: Config, d_model: int) -> dict[str, Any]:
     return values if config.rope_theta else values | {"rope_parameters": None, "rope_theta": None}
 
 
+def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    settings = _hf(heads=32).read(fields, d_model, eps)
+    fields.only("position_embedding_type", None, "nope", "rope")
+    settings["logit_scale"] = fields.get("attention_multiplier", 1.0)
+    return settings if fields.get("position_embedding_type") == "rope" else settings | {"rope_theta": 0.0}
+
+
+def _granite_write(config: Config, d_model: int) -> dict[str, Any]:
+    values = _hf().write(config, d_model)
+    if not config.rope_theta:
+        del values["rope_parameters"]
+    kind = "rope" if config.rope_theta else "nope"
+    return values | {"attention_multiplier": config.logit_scale, "position_embedding_type": kind}
+
+
 def _rules(config: Config, d_model: int) -> list[Rule]:
     found = linears("qkvo")
     if config.output_gate != "none":  # Qwen's q_proj holds [query, gate] per head
@@ -239,7 +261,7 @@ def _rules(config: Config, d_model: int) -> list[Rule]:
     return found
 
 
-GATED = {"qk_norm": "head", "norm_unit_offset": True, "output_gate": "sigmoid"}  # Qwen3-Next's
+GATED = dict(turned=0.25, qk_norm="head", norm_unit_offset=True, output_gate="sigmoid")  # Qwen3-Next's
 
 
 class Mixer(TokenMixer):
@@ -251,12 +273,15 @@ class Mixer(TokenMixer):
         "qwen3_5": _hf(heads=16, kv_heads=4, head_dim=256, **GATED),
         "qwen3_5_moe": _hf(heads=16, kv_heads=2, head_dim=256, **GATED),
         "olmo_hybrid": Format(_olmo_read, _olmo_write, _rules, "self_attn.", "full_attention"),
+        "bamba": _hf(heads=32, kv_heads=8, turned=0.5),
+        "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
+        "jamba": _hf(heads=32, kv_heads=8, rope_theta=0.0),
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config, d_model = config, site.d_model
         self.leaves, self.reuses = site.leaves, site.reuses
-        self.scale = logit_scale(config.head_dim, site.mup)
+        self.scale = config.logit_scale or logit_scale(config.head_dim, site.mup)
         heads, self.kv_heads = config.heads(d_model)
         width, kv_width = heads * config.head_dim, self.kv_heads * config.head_dim
         kv_axes = ("embed", "kv_heads")

@@ -89,8 +89,11 @@ def fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     """FLA's fields, or those of transformers, which calls its models the same and the tensors, too."""
     for name, value in SAID.items():
         fields.only(name, value)
+    if set(THEIRS) & set(fields.values):
+        fields.ignore("norm_before_gate", "rms_norm")  # which transformers reads not
     for name in ("norm_before_gate", "D_has_hdim"):
-        fields.only(name, False)
+        if name not in fields.taken:
+            fields.only(name, False)
     fields.ignore(
         "A_init_range", "conv_init", "dt_init_floor", "dt_max", "dt_min", "chunk_size", "residual_in_fp32",
         "time_step_rank", "time_step_min", "time_step_max", "time_step_floor",
@@ -158,9 +161,52 @@ def fla_rules(
     ]
 
 
+# Heads, their width, groups, state, taps, expansion, biases of projections and convolution.
+OF_HYBRIDS = ("n_heads", "d_head", "n_groups", "d_state", "d_conv", "expand", "proj_bias", "conv_bias")
+
+
+def _hybrid(heads: int, state: int) -> Format[Config]:
+    """Of transformers' hybrids, whose defaults are given."""
+    num, width, groups, size, taps, expand, *biases = (f"mamba_{name}" for name in OF_HYBRIDS)
+
+    def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+        for name, value in zip(biases, (False, True), strict=True):
+            fields.only(name, value)
+        count = fields.size(num, default=heads)
+        head_dim = fields.part(num, fields.get(expand, 2) * d_model, count)
+        fields.only(width, "auto", head_dim)
+        low, high = _limits(fields)
+        return {
+            "num_heads": count,
+            "head_dim": head_dim,
+            "n_groups": fields.size(groups, default=1),
+            "state_size": fields.size(size, default=state),
+            "conv_size": fields.size(taps, default=4),
+            "dt_min": low,
+            "dt_max": high,
+            "norm_eps": eps,
+        }
+
+    def write(config: Config, d_model: int) -> dict[str, Any]:
+        if (inner := config.num_heads * config.head_dim) % d_model:
+            problem = f"times head_dim must be a multiple of d_model = {d_model} in this format"
+            raise ConfigError("num_heads", config.num_heads, problem)
+        values = config.num_heads, config.head_dim, config.n_groups, config.state_size, config.conv_size
+        found = dict(zip((num, width, groups, size, taps), values, strict=True))
+        limits = {"time_step_limit": [config.dt_min, config.dt_max or INFINITE[1]]}
+        found |= dict(zip((expand, *biases), (inner // d_model, False, True), strict=True))
+        return found | (limits if config.dt_min or config.dt_max else {})
+
+    return Format(read, write, fla_rules, "mamba.", "linear_attention")
+
+
 class Mixer(LinearMixer):
     config_class = Config
-    public: ClassVar = {"fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2")}
+    public: ClassVar = {
+        "fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2"),
+        "bamba": _hybrid(128, 256),
+        "granitemoehybrid": _hybrid(128, 256),
+    }
     scale = 1.0
     conv_bias = True
     joined = True  # B and C are narrow: a group has state_size channels

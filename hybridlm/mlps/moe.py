@@ -32,7 +32,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative, Positive
 from hybridlm.layers import Linear, Rule, SwiGLU, matrix, param, zeros
 from hybridlm.mixers import Site
-from hybridlm.mlps.swiglu import swiglu_rules
+from hybridlm.mlps.swiglu import fused_rules, swiglu_rules
 from hybridlm.sharding import per_shard
 
 
@@ -100,7 +100,6 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[C
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         if always_normal:
             fields.only("norm_topk_prob", True)
-        weight = fields.get("router_aux_loss_coef", 0.001)
         return {
             "num_experts": fields.size("num_experts", MAX_EXPERTS, default=num_experts),
             "top_k": fields.get("num_experts_per_tok", top_k),
@@ -108,18 +107,20 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[C
             "normalize": fields.get("norm_topk_prob", True),
             "shared_hidden": fields.get("shared_expert_intermediate_size", 512),
             "shared_gate": True,
-            "balance_loss": weight if fields.get("output_router_logits", False) else 0.0,  # as transformers
+            "balance_loss": _balance(fields),
         }
 
     def write(config: Config, d_model: int) -> dict[str, Any]:
-        return ({} if always_normal else {"norm_topk_prob": config.normalize}) | {
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.top_k,
-            "moe_intermediate_size": config.hidden,
-            "shared_expert_intermediate_size": config.shared_hidden,
-            "router_aux_loss_coef": config.balance_loss or 0.001,
-            "output_router_logits": config.balance_loss > 0,
-        }
+        return (
+            ({} if always_normal else {"norm_topk_prob": config.normalize})
+            | {
+                "num_experts": config.num_experts,
+                "num_experts_per_tok": config.top_k,
+                "moe_intermediate_size": config.hidden,
+                "shared_expert_intermediate_size": config.shared_hidden,
+            }
+            | _balance_fields(config)
+        )
 
     def names(config: Config, d_model: int) -> list[rules.Rule]:
         each = [
@@ -178,6 +179,77 @@ def _kimi_rules(config: Config, d_model: int) -> list[rules.Rule]:
     return [*router, *each, *shared]
 
 
+def _balance(fields: Fields) -> float:
+    weight = fields.get("router_aux_loss_coef", 0.001)
+    return weight if fields.get("output_router_logits", False) else 0.0  # as transformers
+
+
+def _balance_fields(config: Config) -> dict[str, Any]:
+    return {
+        "router_aux_loss_coef": config.balance_loss or 0.001,
+        "output_router_logits": config.balance_loss > 0,
+    }
+
+
+def _jamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    return {
+        "num_experts": fields.size("num_experts", MAX_EXPERTS, default=16),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("intermediate_size", default=14336),
+        "normalize": False,
+        "balance_loss": _balance(fields),
+    }
+
+
+def _jamba_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "intermediate_size": config.hidden,
+    } | _balance_fields(config)
+
+
+def _jamba_rules(config: Config, d_model: int) -> list[rules.Rule]:
+    each = [
+        rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
+        for name in ("gate", "up", "down")
+    ]
+    return [rules.linear("router", "router"), *each]
+
+
+def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.ignore("num_experts_per_tok", "intermediate_size", "router_aux_loss_coef", "output_router_logits")
+    count = fields.get("num_local_experts", 8)
+    if not count:  # a dense model, which has no use for this
+        return {}
+    return {
+        "num_experts": fields.size("num_local_experts", MAX_EXPERTS, default=8),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("intermediate_size", default=11008),
+        "shared_hidden": fields.size("shared_intermediate_size", default=1024),
+        "balance_loss": _balance(fields),
+    }
+
+
+def _granite_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "intermediate_size": config.hidden,
+        "shared_intermediate_size": config.shared_hidden,
+    } | _balance_fields(config)
+
+
+def _granite_rules(config: Config, d_model: int) -> list[rules.Rule]:
+    sparse = "block_sparse_moe."
+    return [
+        rules.linear("router", f"{sparse}router.layer"),
+        rules.fused_experts(("gate", "up"), f"{sparse}input_linear.weight"),
+        rules.fused_experts(("down",), f"{sparse}output_linear.weight"),
+        *fused_rules(config.shared_hidden, "shared.", "shared_mlp."),
+    ]
+
+
 class Mlp(mlps.Mlp):
     """Records "loss.balance" and "load", the choices of each expert [E], over tokens that are not padding."""
 
@@ -186,6 +258,8 @@ class Mlp(mlps.Mlp):
         "qwen3_next": _qwen(num_experts=512, top_k=10),
         "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
         "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),
+        "jamba": Format(_jamba_read, _jamba_write, _jamba_rules, "feed_forward.", "sparse"),
+        "granitemoehybrid": Format(_granite_read, _granite_write, _granite_rules, "", "sparse"),
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

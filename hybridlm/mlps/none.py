@@ -12,6 +12,9 @@ class Config(mlps.Config):
     """A block without an MLP."""
 
 
+NOTHING: Format[Config] = Format(lambda *_: {}, lambda *_: {}, lambda *_: [], "")
+
+
 class Mlp(mlps.Mlp):
     config_class = Config
-    public: ClassVar = {"fla_backbone": Format(lambda *_: {}, lambda *_: {}, lambda *_: [], "")}
+    public: ClassVar = dict.fromkeys(("fla_backbone", "mamba", "falcon_mamba"), NOTHING)

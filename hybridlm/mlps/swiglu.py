@@ -10,7 +10,7 @@ from hybridlm import mlps
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import EVERY, Format
-from hybridlm.convert.rules import Rule, linear
+from hybridlm.convert.rules import Rule, concatenated, linear
 from hybridlm.fields import Count
 from hybridlm.layers import SwiGLU
 from hybridlm.mixers import Site
@@ -41,9 +41,30 @@ def swiglu_rules(ours: str = "", theirs: str = "") -> list[Rule]:
     return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("gate", "up", "down")]
 
 
+def fused_rules(hidden: int, ours: str = "", theirs: str = "") -> list[Rule]:
+    """Granite's: gate and up in one tensor."""
+    names = f"{ours}gate", f"{ours}up"
+    fused = concatenated(names, (hidden, hidden), f"{theirs}input_linear", linear)
+    return [fused, linear(f"{ours}down", f"{theirs}output_linear")]
+
+
+def _named(module: str) -> Format[Config]:
+    return Format(_read, _write, lambda config, d_model: swiglu_rules(), module)
+
+
 class Mlp(SwiGLU):
     config_class = Config
-    public: ClassVar = {EVERY: Format(_read, _write, lambda config, d_model: swiglu_rules(), "mlp.")}
+    public: ClassVar = {
+        EVERY: _named("mlp."),
+        "bamba": _named("feed_forward."),
+        "jamba": _named("feed_forward."),
+        "granitemoehybrid": Format(
+            lambda fields, d_model, eps: {"hidden": fields.size("shared_intermediate_size", default=1024)},
+            lambda config, d_model: {"shared_intermediate_size": config.hidden, "num_local_experts": 0},
+            lambda config, d_model: fused_rules(config.hidden),
+            "shared_mlp.",
+        ),
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(site.d_model, config.hidden, rngs=rngs)
