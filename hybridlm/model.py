@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack
+from hybridlm import fp8, lora, loss, mixers, mlps, mup, pattern, plan, schema, stack
 from hybridlm.block import Block, Spec, norm
 from hybridlm.block import abstract as abstract_block
 from hybridlm.context import Context
@@ -318,7 +318,8 @@ def logits(definition: Definition, params: Params, tokens_BT: jax.Array, rows: R
     model = merge(definition, params)
     hidden, _ = model(tokens_BT, rows)
     head = model.head_matrix().astype(hidden.dtype)
-    return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    found = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    return loss.capped(found, definition.model.logit_cap)
 
 
 # By layer.

@@ -41,6 +41,7 @@ class Model:
     embedding_multiplier: of the embedding where it enters the stack (Granite; Gemma: the root of d_model).
     residual_multiplier: of what every mixer and MLP adds to the stream (Granite).
     logit_divisor: what logits are divided by (Granite's logits_scaling).
+    logit_cap: logits stay within it, cap * tanh(logits / cap); 0: no cap (xLSTM 7B has 30).
     mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
         0: the standard parametrisation.
     """
@@ -64,6 +65,7 @@ class Model:
     embedding_multiplier: Above = 1.0
     residual_multiplier: Above = 1.0
     logit_divisor: Above = 1.0
+    logit_cap: NonNegative = 0.0
     mup_base_width: Count = 0
 
     def check(self) -> None:

@@ -35,8 +35,14 @@ KIMI = dict(
     v_head_dim=14, linear_num_heads=3, linear_head_dim=16, num_local_experts=6, num_experts_per_tok=2,
     moe_intermediate_size=24,
 )  # fmt: skip
+SSD = dict(intermediate_size=None, n_groups=1)
 MAMBA2 = dict(mamba_n_heads=6, mamba_n_groups=2, mamba_d_state=10)
 BAMBA = dict(num_attention_heads=4, num_key_value_heads=2)
+DEEPSEEK = dict(
+    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6,
+    v_head_dim=14, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
+    moe_intermediate_size=24, num_hidden_layers=3,
+)  # fmt: skip
 CASES = {
     "qwen3": ("Qwen3", dict(num_hidden_layers=3, **ATTENTION)),
     "qwen3 tied, sliding": (
@@ -77,11 +83,11 @@ CASES = {
         "FalconMamba",
         dict(intermediate_size=96, num_hidden_layers=2, state_size=8, mixer_rms_eps=1e-5),
     ),
-    "mamba2": ("Mamba2", dict(num_hidden_layers=3, num_heads=6, head_dim=16, n_groups=2, state_size=10)),
+    "mamba2": ("Mamba2", dict(SSD, num_hidden_layers=3, num_heads=6, head_dim=16, n_groups=2, state_size=10)),
     "mamba2 one group, limits, tied": (
         "Mamba2",
         dict(
-            num_hidden_layers=2, num_heads=4, head_dim=12, expand=1, n_groups=1, state_size=16, conv_kernel=3,
+            SSD, num_hidden_layers=2, num_heads=4, head_dim=12, expand=1, state_size=16, conv_kernel=3,
             time_step_limit=(0.3, 0.9), tie_word_embeddings=True, layer_norm_epsilon=1e-6,
         ),
     ),
@@ -107,6 +113,15 @@ CASES = {
         dict(
             num_hidden_layers=5, attn_layer_period=3, attn_layer_offset=1, num_experts=4, mamba_d_state=8,
             **BAMBA,
+        ),
+    ),
+    "deepseek_v3": ("DeepseekV3", dict(first_k_dense_replace=1, q_lora_rank=14, **DEEPSEEK)),
+    "deepseek_v3 direct query, no groups": (
+        "DeepseekV3",
+        dict(
+            first_k_dense_replace=0, q_lora_rank=None, n_shared_experts=2,
+            tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 5e4},
+            **DEEPSEEK | dict(n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0),
         ),
     ),
     "olmo_hybrid NoPE": (

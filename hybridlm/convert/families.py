@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from hybridlm import config as configs
 from hybridlm import model, untrusted
 from hybridlm.convert import (
+    deepseek_v3,
     fla,
     fla_backbone,
     fla_rwkv,
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
+        deepseek_v3.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

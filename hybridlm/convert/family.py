@@ -21,7 +21,7 @@ SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if no
 SPARSE, NO_MLP = "moe", "none"
 SETTINGS = (
     "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
-    "embedding_multiplier", "residual_multiplier", "logit_divisor", "mup_base_width",
+    "embedding_multiplier", "residual_multiplier", "logit_divisor", "logit_cap", "mup_base_width",
 )  # fmt: skip
 
 

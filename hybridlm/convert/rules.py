@@ -81,6 +81,17 @@ def bias(ours: str, theirs: str) -> Rule:
     return same(f"{ours}.bias", f"{theirs}.bias")
 
 
+def permuted(ours: str, theirs: str, order: np.ndarray) -> Rule:
+    """A Linear whose outputs here are those of there in another ``order``."""
+    back = np.argsort(order)
+    return Rule(
+        (f"{ours}.kernel",),
+        (f"{theirs}.weight",),
+        lambda arrays: [arrays[0][order].T],
+        lambda arrays: [arrays[0].T[back]],
+    )
+
+
 def norm(ours: str, theirs: str) -> Rule:
     return same(f"{ours}.scale", f"{theirs}.weight")
 

@@ -169,10 +169,45 @@ def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
     }
 
 
-def _kimi_rules(config: Config, d_model: int) -> list[rules.Rule]:
+def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
+        fields.only(name, value)
+    fields.ignore("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits", "router_aux_loss_coef")
+    hidden = fields.size("moe_intermediate_size", default=2048)
+    return {
+        "num_experts": fields.either("n_routed_experts", "num_local_experts", 256, MAX_EXPERTS),
+        "top_k": fields.get("num_experts_per_tok", 8),
+        "hidden": hidden,
+        "router": "sigmoid",
+        "normalize": fields.get("norm_topk_prob", True),
+        "scale": fields.get("routed_scaling_factor", 2.5),
+        "selection_bias": True,
+        "num_groups": fields.get("n_group", 8),
+        "top_groups": fields.get("topk_group", 4),
+        "shared_hidden": hidden * fields.size("n_shared_experts", default=1),
+        "balance_loss": 0.0,
+    }
+
+
+def _deepseek_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": config.hidden,
+        "n_routed_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "n_shared_experts": config.shared_hidden // config.hidden,
+        "norm_topk_prob": config.normalize,
+        "routed_scaling_factor": config.scale,
+        "n_group": config.num_groups,
+        "topk_group": config.top_groups,
+    }
+
+
+def _kimi_rules(
+    config: Config, d_model: int, names: tuple[str, str, str] = ("w1", "w3", "w2")
+) -> list[rules.Rule]:
     each = [
         rules.experts(ours, f"experts.{{}}.{theirs}.weight", config.num_experts)
-        for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        for ours, theirs in zip(("gate", "up", "down"), names, strict=True)
     ]
     router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
     shared = swiglu_rules("shared.", "shared_experts.") if config.shared_hidden else []
@@ -258,6 +293,13 @@ class Mlp(mlps.Mlp):
         "qwen3_next": _qwen(num_experts=512, top_k=10),
         "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
         "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),
+        "deepseek_v3": Format(
+            _deepseek_read,
+            _deepseek_write,
+            functools.partial(_kimi_rules, names=("gate_proj", "up_proj", "down_proj")),
+            "mlp.",
+            "sparse",
+        ),
         "jamba": Format(_jamba_read, _jamba_write, _jamba_rules, "feed_forward.", "sparse"),
         "granitemoehybrid": Format(_granite_read, _granite_write, _granite_rules, "", "sparse"),
     }

@@ -131,7 +131,10 @@ class Objective(objectives.Objective):
             hidden, records = student.forward(tokens, rows, (AUXILIARY + "*", *taps, *mixed, *wanted))
             head, targets = student.head_matrix(), batch["targets"]
             known = distillation.Teacher(seen, teacher.head_matrix())
-            weights = distillation.Weights(config.next_token, config.kl, config.temperature, config.top_k)
+            caps = self.definition.model.logit_cap, self.teacher.model.logit_cap
+            weights = distillation.Weights(
+                config.next_token, config.kl, config.temperature, config.top_k, caps
+            )
             part, (found, kl) = distillation.distilled(hidden, head, known, targets, weights)
             part, more = joined(part, found.tokens, records, targets, self.token_bytes)
             sums |= {"loss_sum": found.cross_entropy, "correct": found.correct} | more
