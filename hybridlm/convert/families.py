@@ -17,6 +17,8 @@ from hybridlm.convert import (
     olmo_hybrid,
     qwen3,
     qwen3_next,
+    recurrent_gemma,
+    xlstm,
 )
 from hybridlm.convert.family import Family, Unsayable, same_model
 from hybridlm.convert.fields import Fields
@@ -28,7 +30,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
-        deepseek_v3.FAMILY,
+        deepseek_v3.FAMILY, recurrent_gemma.FAMILY, xlstm.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

@@ -55,6 +55,7 @@ class Family:
         be left out: the caller reads it back and compares.
     norms: layer type -> names of a layer's two norms; of a layer without an MLP the first counts.
     embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
+    layers: what they are called.
     embedding_norm: of a family that has one.
     rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
@@ -69,6 +70,7 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     body: str = "model."
     final_norm: str = "norm"
+    layers: str = "layers"
     embedding_norm: str = ""
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
@@ -94,7 +96,7 @@ class Family:
             layer += normed("mlp_norm", after) if spec.mlp_kind != NO_MLP else []
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
             layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
-            found += [rule.under(f"layers.{index}.", f"{self.body}layers.{index}.") for rule in layer]
+            found += [rule.under(f"layers.{index}.", f"{self.body}{self.layers}.{index}.") for rule in layer]
         return found
 
 

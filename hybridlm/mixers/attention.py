@@ -47,6 +47,7 @@ class Config(mixers.Config):
     rotary_fraction: share of each head's channels that is rotated, the first ones (Qwen3-Next has 0.25).
     window: tokens that a query sees, its own included; 0 for the whole document.
     qkv_bias: biases of the q, k, v projections.
+    o_bias: a bias of the output projection (RecurrentGemma).
     qk_norm: "none", "head" (RMSNorm of each head, Qwen3) or "width" (of all heads together, OLMo 2).
     norm_unit_offset: qk_norm scales by 1 + its parameter (Qwen3-Next).
     output_gate: "none" or "sigmoid" (Qwen3-Next's gated attention).
@@ -64,6 +65,7 @@ class Config(mixers.Config):
     rotary_fraction: Annotated[float, Limits(0, 1, above=True)] = 1.0
     window: Count = 0
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"
     norm_unit_offset: bool = False
     output_gate: Literal["none", "sigmoid"] = "none"
@@ -249,6 +251,29 @@ def _granite_write(config: Config, d_model: int) -> dict[str, Any]:
     return values | {"attention_multiplier": config.logit_scale, "position_embedding_type": kind}
 
 
+def _gemma_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    heads = fields.size("num_attention_heads", default=10)
+    theta, fraction = fields.rope(fraction=0.5)
+    fields.only("head_dim", None, fields.part("num_attention_heads", d_model, heads))
+    return {
+        "num_heads": heads,
+        "num_kv_heads": fields.get("num_key_value_heads", heads),
+        "head_dim": d_model // heads,
+        "rope_theta": theta,
+        "rotary_fraction": fraction,
+        "window": fields.size("attention_window_size", default=2048),
+        "qkv_bias": fields.get("attention_bias", False),
+        "o_bias": True,
+    }
+
+
+def _gemma_write(config: Config, d_model: int) -> dict[str, Any]:
+    values = _hf(turned=0.5).write(config, d_model)
+    for name in ("use_sliding_window", "sliding_window"):
+        values.pop(name, None)
+    return values | {"attention_window_size": config.window, "attention_bias": config.qkv_bias}
+
+
 def _rules(config: Config, d_model: int) -> list[Rule]:
     found = linears("qkvo")
     if config.output_gate != "none":  # Qwen's q_proj holds [query, gate] per head
@@ -256,6 +281,8 @@ def _rules(config: Config, d_model: int) -> list[Rule]:
         found = [*linears("kvo"), interleaved(both, (dim, dim), "q_proj")]
     if config.qkv_bias:
         found += [bias(f"{name}_proj", f"{name}_proj") for name in "qkv"]
+    if config.o_bias:
+        found.append(bias("o_proj", "o_proj"))
     if config.qk_norm != "none":
         found += [norm(f"{name}_norm", f"{name}_norm") for name in "qk"]
     return found
@@ -275,6 +302,7 @@ class Mixer(TokenMixer):
         "olmo_hybrid": Format(_olmo_read, _olmo_write, _rules, "self_attn.", "full_attention"),
         "bamba": _hf(heads=32, kv_heads=8, turned=0.5),
         "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
+        "recurrent_gemma": Format(_gemma_read, _gemma_write, _rules, "temporal_block.", "attention"),
         "jamba": _hf(heads=32, kv_heads=8, rope_theta=0.0),
     }
 
@@ -302,7 +330,7 @@ class Mixer(TokenMixer):
         if config.forget_gate:
             self.f_proj = Linear(d_model, heads, rngs=rngs, bias=True)
         self.sinks = param(rngs, (heads,), ("heads",), normal(), decay=False) if config.sinks else None
-        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"))
+        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.o_bias)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None

@@ -8,7 +8,7 @@ from flax import nnx
 
 from hybridlm import mlps
 from hybridlm.context import Context
-from hybridlm.convert.fields import Fields
+from hybridlm.convert.fields import MAX_SIZE, Fields
 from hybridlm.convert.public import EVERY, Format
 from hybridlm.convert.rules import Rule, concatenated, linear
 from hybridlm.fields import Count
@@ -52,6 +52,21 @@ def _named(module: str) -> Format[Config]:
     return Format(_read, _write, lambda config, d_model: swiglu_rules(), module)
 
 
+XLSTM = "ffn_proj_factor", "ffn_round_up_to_multiple_of"
+
+
+def _xlstm_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    factor, step = fields.get(XLSTM[0], 2.667), fields.size(XLSTM[1], default=64)
+    if not 0 < factor * d_model <= MAX_SIZE:
+        raise fields.refuse(XLSTM[0], "must be above 0, and give no more than memory holds")
+    return {"hidden": int((factor * d_model + step - 1) // step * step)}
+
+
+def _xlstm_rules(config: Config, d_model: int) -> list[Rule]:
+    names = ("gate", "proj_up_gate"), ("up", "proj_up"), ("down", "proj_down")
+    return [linear(*pair) for pair in names]
+
+
 class Mlp(SwiGLU):
     config_class = Config
     public: ClassVar = {
@@ -63,6 +78,12 @@ class Mlp(SwiGLU):
             lambda config, d_model: {"shared_intermediate_size": config.hidden, "num_local_experts": 0},
             lambda config, d_model: fused_rules(config.hidden),
             "shared_mlp.",
+        ),
+        "xlstm": Format(
+            _xlstm_read,
+            lambda config, d_model: dict(zip(XLSTM, (config.hidden / d_model, config.hidden), strict=True)),
+            _xlstm_rules,
+            "ffn.",
         ),
     }
 
