@@ -14,8 +14,9 @@ from hybridlm.model import Definition
 
 FORMAT = "xlstm"
 IDLE = (
-    "mode", "chunkwise_kernel", "sequence_kernel", "step_kernel", "chunk_size", "norm_reduction_force_float32",
+    "mode", "chunkwise_kernel", "sequence_kernel", "step_kernel", "chunk_size",
     "autocast_kernel_dtype", "inference_state_dtype", "return_last_states", "max_inference_chunksize",
+    "norm_reduction_force_float32",
 )  # fmt: skip
 
 

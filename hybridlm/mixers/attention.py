@@ -303,6 +303,9 @@ class Mixer(TokenMixer):
         "bamba": _hf(heads=32, kv_heads=8, turned=0.5),
         "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
         "recurrent_gemma": Format(_gemma_read, _gemma_write, _rules, "temporal_block.", "attention"),
+        "nemotron_h": dataclasses.replace(
+            _hf(heads=32, kv_heads=8, head_dim=128, rope_theta=0.0), module="mixer."
+        ),
         "jamba": _hf(heads=32, kv_heads=8, rope_theta=0.0),
     }
 

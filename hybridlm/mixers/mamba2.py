@@ -200,12 +200,33 @@ def _hybrid(heads: int, state: int) -> Format[Config]:
     return Format(read, write, fla_rules, "mamba.", "linear_attention")
 
 
+NEMOTRON = {
+    "num_heads": ("mamba_num_heads", 128), "head_dim": ("mamba_head_dim", 64), "n_groups": ("n_groups", 8),
+    "state_size": ("ssm_state_size", 128), "conv_size": ("conv_kernel", 4),
+}  # fmt: skip
+
+
+def _nemotron_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """transformers holds dt above time_step_min, whatever time_step_limit says."""
+    for name, value in (("mamba_hidden_act", "silu"), ("mamba_proj_bias", False), ("use_bias", False)):
+        fields.only(name, value)
+    fields.only("use_conv_bias", True)
+    sizes = {ours: fields.size(name, default=default) for ours, (name, default) in NEMOTRON.items()}
+    return sizes | {"dt_min": fields.get("time_step_min", 0.001), "norm_eps": eps}
+
+
+def _nemotron_write(config: Config, d_model: int) -> dict[str, Any]:
+    sizes = {theirs: getattr(config, ours) for ours, (theirs, _) in NEMOTRON.items()}
+    return sizes | {"time_step_min": config.dt_min, "use_bias": False, "use_conv_bias": True}
+
+
 class Mixer(LinearMixer):
     config_class = Config
     public: ClassVar = {
         "fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2"),
         "bamba": _hybrid(128, 256),
         "granitemoehybrid": _hybrid(128, 256),
+        "nemotron_h": Format(_nemotron_read, _nemotron_write, fla_rules, "mixer.", "linear_attention"),
     }
     scale = 1.0
     conv_bias = True

@@ -32,6 +32,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative, Positive
 from hybridlm.layers import Linear, Rule, SwiGLU, matrix, param, zeros
 from hybridlm.mixers import Site
+from hybridlm.mlps.relu2 import Relu2, relu2_rules
 from hybridlm.mlps.swiglu import fused_rules, swiglu_rules
 from hybridlm.sharding import per_shard
 
@@ -43,6 +44,7 @@ class Config(mlps.Config):
     num_experts: experts to choose from.
     top_k: experts that each token goes to.
     hidden: width of each expert.
+    expert: what each of them computes: swiglu, or relu2, without a gate (Nemotron 3).
     router: "softmax" (over all experts) or "sigmoid" (each by itself).
     normalize: the weights of a token's experts sum to 1 (before ``scale``).
     scale: factor on the weights (DeepSeek-V3's routed_scaling_factor).
@@ -60,6 +62,7 @@ class Config(mlps.Config):
     num_experts: Positive = 8
     top_k: Positive = 2
     hidden: Positive = 512
+    expert: Literal["swiglu", "relu2"] = "swiglu"
     router: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: Above = 1.0
@@ -85,7 +88,8 @@ class Config(mlps.Config):
             raise ConfigError("shared_gate", True, "needs a shared expert", "Set shared_hidden.")
 
     def idle(self, d_model: int) -> int:
-        return (self.num_experts - self.top_k) * 3 * d_model * self.hidden
+        matrices = 3 if self.expert == "swiglu" else 2
+        return (self.num_experts - self.top_k) * matrices * d_model * self.hidden
 
     def explicit(self) -> "Config":
         return dataclasses.replace(self, balance_loss=0.0, bias_rate=0.0)  # of training
@@ -202,6 +206,40 @@ def _deepseek_write(config: Config, d_model: int) -> dict[str, Any]:
     }
 
 
+def _nemotron_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("moe_latent_size", None)
+    fields.ignore("n_shared_experts", "moe_shared_expert_overlap", "output_router_logits")
+    return {
+        "num_experts": fields.size("n_routed_experts", MAX_EXPERTS, default=8),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("moe_intermediate_size", default=7688),
+        "expert": "relu2",
+        "router": "sigmoid",
+        "normalize": fields.get("norm_topk_prob", True),
+        "scale": fields.get("routed_scaling_factor", 1.0),
+        "selection_bias": True,
+        "num_groups": fields.get("n_group", 1),
+        "top_groups": fields.get("topk_group", 1),
+        "shared_hidden": fields.size("moe_shared_expert_intermediate_size", default=7688),
+        "balance_loss": 0.0,
+    }
+
+
+def _nemotron_write(config: Config, d_model: int) -> dict[str, Any]:
+    return _deepseek_write(config, d_model) | {
+        "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": config.shared_hidden,
+    }
+
+
+def _nemotron_rules(config: Config, d_model: int) -> list[rules.Rule]:
+    each = [
+        rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts) for name in ("up", "down")
+    ]
+    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
+    return [*router, *each, *relu2_rules("shared.", "shared_experts.")]
+
+
 def _kimi_rules(
     config: Config, d_model: int, names: tuple[str, str, str] = ("w1", "w3", "w2")
 ) -> list[rules.Rule]:
@@ -300,6 +338,7 @@ class Mlp(mlps.Mlp):
             "mlp.",
             "sparse",
         ),
+        "nemotron_h": Format(_nemotron_read, _nemotron_write, _nemotron_rules, "mixer.", "moe"),
         "jamba": Format(_jamba_read, _jamba_write, _jamba_rules, "feed_forward.", "sparse"),
         "granitemoehybrid": Format(_granite_read, _granite_write, _granite_rules, "", "sparse"),
     }
@@ -312,11 +351,13 @@ class Mlp(mlps.Mlp):
         bias = lambda: param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
         self.selection_bias = bias() if config.selection_bias else None
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
-        self.gate = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
+        self.gated = config.expert == "swiglu"
+        if self.gated:
+            self.gate = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
         self.up = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
         self.down = param(rngs, (experts, hidden, d_model), down_axes, matrix, decay=True, cast=True)
         if config.shared_hidden:
-            self.shared = SwiGLU(d_model, config.shared_hidden, rngs=rngs)
+            self.shared = (SwiGLU if self.gated else Relu2)(d_model, config.shared_hidden, rngs=rngs)
         if config.shared_gate:
             self.shared_gate = Linear(d_model, 1, rngs=rngs, axes=("embed", None))
 
@@ -324,10 +365,11 @@ class Mlp(mlps.Mlp):
         x_BTD = x if x.ndim == 3 else x[:, None]  # a decode step has no T axis
         p_BTE = self._probabilities(x_BTD)
         choice_BTS, weight_BTS = self._choose(p_BTE)
-        weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
+        matrices = (*([self.gate] if self.gated else []), self.up, self.down)
+        weights = [w[...].astype(x.dtype) for w in matrices]
         tokens = ("batch", "time", None)
         whole = (None, None, None)  # each device has its own tokens, hence needs every expert
-        run = per_shard(_experts, (*(tokens,) * 3, *(whole,) * 3), (tokens,))
+        run = per_shard(_experts, (*(tokens,) * 3, *(whole,) * len(weights)), (tokens,))
         y_BTD = run(x_BTD, choice_BTS, weight_BTS, *weights)[0].reshape(x.shape)
         if self.config.shared_hidden:
             shared = self.shared(x)
@@ -370,15 +412,16 @@ def _experts(
     x_BTD: jax.Array, choice_BTS: jax.Array, weight_BTS: jax.Array, *kernels: jax.Array
 ) -> tuple[jax.Array]:
     """sum over s of weight_s expert_{choice_s}(x). Gathers are permutations: their gradients are, too."""
-    gate_EDF, up_EDF, down_EFD = kernels
+    *gate, up_EDF, down_EFD = kernels
     top_k = choice_BTS.shape[-1]
     flat = choice_BTS.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order)
-    sizes = jnp.bincount(flat, length=gate_EDF.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=up_EDF.shape[0]).astype(jnp.int32)
     permute = lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds")
     x = permute(jnp.repeat(x_BTD.reshape(-1, x_BTD.shape[-1]), top_k, axis=0), order)
-    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate_EDF, sizes)) * jax.lax.ragged_dot(x, up_EDF, sizes)
+    inner = [jax.lax.ragged_dot(x, kernel, sizes) for kernel in (*gate, up_EDF)]
+    hidden = jax.nn.silu(inner[0]) * inner[1] if gate else jnp.square(jax.nn.relu(inner[0]))
     y = permute(jax.lax.ragged_dot(hidden, down_EFD, sizes), back)
     y_BTSD = y.reshape(*choice_BTS.shape, -1)
     return (jnp.einsum("btsd,bts->btd", y_BTSD, weight_BTS.astype(y.dtype)),)

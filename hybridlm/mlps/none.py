@@ -17,4 +17,4 @@ NOTHING: Format[Config] = Format(lambda *_: {}, lambda *_: {}, lambda *_: [], ""
 
 class Mlp(mlps.Mlp):
     config_class = Config
-    public: ClassVar = dict.fromkeys(("fla_backbone", "mamba", "falcon_mamba"), NOTHING)
+    public: ClassVar = dict.fromkeys(("fla_backbone", "mamba", "falcon_mamba", "nemotron_h"), NOTHING)
