@@ -30,8 +30,9 @@ from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
-NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "qwen3_next")
+NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "nemotron_h", "qwen3_next")
 RUN = ("fla_gated_deltaproduct", "fla_mamba2", "fla_mla", "fla_rwkv6")  # all of these, once in a while
+OTHERS = ("deepseek_v3", "falcon_mamba", "granitemoehybrid", "recurrent_gemma", "xlstm")
 slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -58,7 +59,7 @@ def tree(directory: Path) -> dict[str, tuple]:
     return {n: (t.dtype, t.shape, folder.read(n).tobytes()) for n, t in folder.tensors.items()}
 
 
-@pytest.mark.parametrize("name", [*NAMES, *slow("fla_mom", *RUN)])
+@pytest.mark.parametrize("name", [*NAMES, *slow("fla_mom", *RUN, *OTHERS)])
 def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     run = imported(name, root)
     np.save(tmp_path / "ids.npy", run.expected["input_ids"])
