@@ -56,6 +56,7 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "based": ("based", {}),
     "comba": ("comba", {}),
     "gdn2": ("gated_delta_net2", {}),
+    "gatedconv": ("gated_conv", {}),
     "rwkv6": ("rwkv6", {}),
     "rwkv7": ("rwkv7", {}),
     "s4d": ("s4d", {}),

@@ -144,6 +144,11 @@ EXTRA = {
         "attention_bias": True, "attention_window_size": 8, "rope_theta": 10000.0,
         "partial_rotary_factor": 0.5,
     },
+    "lfm2": {
+        "model_type": "lfm2", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 11, "block_ff_dim": 48,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "full_attn_idxs": [1], "block_multiple_of": 16,
+        "tie_embedding": True, "block_dim": 32, "conv_L_cache": 4, "theta": 1e6, "rope_theta": 1e6,
+    },
     "xlstm": {
         "model_type": "xlstm", "hidden_size": 64, "embedding_dim": 64, "num_hidden_layers": 2,
         "num_blocks": 2, "num_heads": 4, "vocab_size": 11, "mode": "inference", "chunk_size": 64,
@@ -290,6 +295,8 @@ def test_layers_of_released_configs() -> None:
         ("recurrent_gemma", {"block_types": ["recurrent", "local"]}, "block_types"),
         ("recurrent_gemma", {"hidden_activation": "gelu"}, "hidden_activation"),
         ("recurrent_gemma", {"intermediate_size": 25}, "intermediate_size"),
+        ("lfm2", {"conv_bias": True}, "conv_bias"),
+        ("lfm2", {"full_attn_idxs": [3]}, "full_attn_idxs"),
         ("xlstm", {"weight_mode": "fused"}, "weight_mode"),
         ("xlstm", {"num_blocks": 3}, "num_hidden_layers"),
         ("xlstm", {"ffn_proj_factor": -1.0}, "ffn_proj_factor"),

@@ -32,7 +32,10 @@ CASES = {
             output_gate="sigmoid",
         ),
     ),
-    "attention window": ("attention", dict(num_heads=2, head_dim=8, window=4, qk_norm="width")),
+    "attention window": (
+        "attention",
+        dict(num_heads=2, head_dim=8, window=4, qk_norm="width", logit_scale=0.3, o_bias=True),
+    ),
     "attention sink tokens": ("attention", dict(num_heads=2, head_dim=8, window=3, sink_tokens=2)),
     "attention forgets": (
         "attention",
@@ -82,6 +85,7 @@ CASES = {
     "mom of one": ("mom", dict(of="gated_delta_net", memories=3, single_kv=True, single_gates=True)),
     "sse": ("sse", dict(of="gla", partitions=3, top_k=2, rank=3, rows=4)),
     "sse gated_delta_net": ("sse", dict(of="gated_delta_net", partitions=2, top_k=1, rank=2)),
+    "gated_conv": ("gated_conv", dict(conv_size=4)),
     "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),
     "mlstm": ("mlstm", dict(num_heads=2, head_dim=8, gate_cap=4.0)),
     "parallel": ("parallel", dict(branches=("gla", "attention"), multipliers=(1.0, -0.5))),

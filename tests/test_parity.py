@@ -124,6 +124,34 @@ CASES = {
             **DEEPSEEK | dict(n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0),
         ),
     ),
+    "nemotron_h": (
+        "NemotronH",
+        dict(
+            layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+            mamba_num_heads=6, mamba_head_dim=10, ssm_state_size=12, n_groups=2, n_routed_experts=6,
+            n_group=3, topk_group=2, moe_intermediate_size=24, moe_shared_expert_intermediate_size=20,
+            **ATTENTION,
+        ),
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        dict(
+            num_hidden_layers=4, lru_width=48, attention_window_size=9, num_attention_heads=4,
+            num_key_value_heads=2, attention_bias=True,
+        ),
+    ),
+    "lfm2": ("Lfm2", dict(num_hidden_layers=4, full_attn_idxs=[2], block_multiple_of=8, **BAMBA)),
+    "lfm2 as wide as it says": (
+        "Lfm2",
+        dict(
+            num_hidden_layers=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False,
+            **BAMBA,
+        ),
+    ),
+    "xlstm": (
+        "xLSTM",
+        dict(hidden_size=128, intermediate_size=None, num_hidden_layers=2, num_heads=4, gate_soft_cap=5.0),
+    ),
     "olmo_hybrid NoPE": (
         "OlmoHybrid",
         dict(num_hidden_layers=4, num_attention_heads=4, rope_parameters=None, linear_allow_neg_eigval=False),
@@ -142,7 +170,7 @@ def torch_model(name: str):
 def shaken(net):
     """With every parameter away from its initial value."""
     for key, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        if "inv_freq" in key:
+        if "inv_freq" in key or key.endswith("normalizer"):  # what is no parameter
             continue
         scale = 0.3 if tensor.ndim > 1 and "conv1d" not in key else 0.2
         if key.endswith(("A_log", "dt_bias")):

@@ -12,6 +12,7 @@ from hybridlm.convert import (
     fla_backbone,
     fla_rwkv,
     kimi_linear,
+    lfm2,
     mamba,
     mamba_hybrids,
     nemotron_h,
@@ -31,7 +32,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
-        deepseek_v3.FAMILY, nemotron_h.FAMILY, recurrent_gemma.FAMILY, xlstm.FAMILY,
+        deepseek_v3.FAMILY, lfm2.FAMILY, nemotron_h.FAMILY, recurrent_gemma.FAMILY, xlstm.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

@@ -24,7 +24,7 @@ from hybridlm import first_tokens, mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, linears
-from hybridlm.convert.rules import Rule, bias, interleaved, norm
+from hybridlm.convert.rules import Rule, bias, interleaved, linear, norm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, normal, param, rotate, scale_heads, split_heads
@@ -251,6 +251,16 @@ def _granite_write(config: Config, d_model: int) -> dict[str, Any]:
     return values | {"attention_multiplier": config.logit_scale, "position_embedding_type": kind}
 
 
+def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    theta = fields.rope(theta=1e6)[0]
+    return _hf(heads=32, kv_heads=8, qk_norm="head").read(fields, d_model, eps) | {"rope_theta": theta}
+
+
+def _lfm2_rules(config: Config, d_model: int) -> list[Rule]:
+    norms = [norm(f"{name}_norm", f"{name}_layernorm") for name in "qk"]
+    return [*linears("qkv"), linear("o_proj", "out_proj"), *norms]
+
+
 def _gemma_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     heads = fields.size("num_attention_heads", default=10)
     theta, fraction = fields.rope(fraction=0.5)
@@ -303,6 +313,7 @@ class Mixer(TokenMixer):
         "bamba": _hf(heads=32, kv_heads=8, turned=0.5),
         "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
         "recurrent_gemma": Format(_gemma_read, _gemma_write, _rules, "temporal_block.", "attention"),
+        "lfm2": Format(_lfm2_read, _hf().write, _lfm2_rules, "self_attn.", "full_attention"),
         "nemotron_h": dataclasses.replace(
             _hf(heads=32, kv_heads=8, head_dim=128, rope_theta=0.0), module="mixer."
         ),

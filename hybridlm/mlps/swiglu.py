@@ -52,6 +52,25 @@ def _named(module: str) -> Format[Config]:
     return Format(_read, _write, lambda config, d_model: swiglu_rules(), module)
 
 
+def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """What intermediate_size says is adjusted unless block_auto_adjust_ff_dim is false."""
+    hidden = fields.either("block_ff_dim", "intermediate_size", 12288)
+    factor, step = fields.get("block_ffn_dim_multiplier", 1.0), fields.size("block_multiple_of", default=256)
+    if not fields.get("block_auto_adjust_ff_dim", True):
+        return {"hidden": hidden}
+    if not 0 < factor * hidden <= MAX_SIZE:
+        raise fields.refuse("block_ffn_dim_multiplier", "must be above 0, and give no more than memory holds")
+    return {"hidden": -(-int(factor * int(2 * hidden / 3)) // step) * step}
+
+
+def _lfm2_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {"intermediate_size": config.hidden, "block_auto_adjust_ff_dim": False}
+
+
+def _lfm2_rules(config: Config, d_model: int) -> list[Rule]:
+    return [linear("gate", "w1"), linear("up", "w3"), linear("down", "w2")]
+
+
 XLSTM = "ffn_proj_factor", "ffn_round_up_to_multiple_of"
 
 
@@ -79,6 +98,7 @@ class Mlp(SwiGLU):
             lambda config, d_model: fused_rules(config.hidden),
             "shared_mlp.",
         ),
+        "lfm2": Format(_lfm2_read, _lfm2_write, _lfm2_rules, "feed_forward."),
         "xlstm": Format(
             _xlstm_read,
             lambda config, d_model: dict(zip(XLSTM, (config.hidden / d_model, config.hidden), strict=True)),
