@@ -68,7 +68,7 @@ EXTRA = {
     "mamba2 of transformers": {
         "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 11, "head_dim": 16,
         "num_heads": 8, "layer_norm_epsilon": 1e-5, "time_step_limit": [0.0, {"__float__": "Infinity"}],
-        "time_step_rank": 4, "time_step_floor": 1e-4,
+        "time_step_rank": 4, "time_step_floor": 1e-4, "norm_before_gate": True, "rms_norm": True,
     },
     "gated_deltaproduct": {
         "model_type": "gated_deltaproduct", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
@@ -183,7 +183,11 @@ EXTRA["kimi_linear, no shared expert"] = SHAPES["kimi_linear"]["config"] | {"num
 EXTRA["kimi_linear, no shared expert"].pop("n_shared_experts", None)
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *EXTRA])
+SELDOM = ("bamba", "deepseek_v3", "falcon_mamba", "jamba, dense", "lfm2", "xlstm")
+NAMES = [*SHAPES, *(pytest.param(n, marks=pytest.mark.slow) if n in SELDOM else n for n in EXTRA)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_configs_and_rules_of(name: str) -> None:
     """config.json -> definition -> config.json -> the same; rules invert; names are the published ones."""
     values = SHAPES[name]["config"] if name in SHAPES else EXTRA[name]
