@@ -85,6 +85,18 @@ def test_greedy_continuation(name: str, root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["granitemoehybrid", "recurrent_gemma"])
+def test_decoding_has_multipliers_and_caps(name: str, root: Path) -> None:
+    """Greedy tokens are the likeliest of a whole pass over them."""
+    run, length = imported(name, root), 9
+    ids = run.expected["input_ids"][:, :length]
+    with jax.default_matmul_precision("highest"):
+        got = generate.generate(run.definition, run.params, ids.tolist(), max_new_tokens=6)
+    whole = evaluate.logits(run.definition, run.params, np.concatenate([ids, got], axis=1))
+    np.testing.assert_array_equal(got, whole.argmax(-1)[:, length - 1 : -1])
+
+
+@pytest.mark.slow
 def test_gradients(root: Path) -> None:
     """Of the mean cross-entropy, for the parameters of up to 256 elements: norms, gates, biases, decays."""
     run = imported("qwen3_next", root)

@@ -94,8 +94,8 @@ EXTRA = {
     },
     "mamba": {
         "model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "expand": 3,
-        "intermediate_size": 96, "time_step_rank": "auto", "d_model": 32, "n_layer": 2, "fused_add_norm": True,
-        "conv_kernel": 3, "rms_norm": True, "ssm_cfg": {}, "tie_word_embeddings": False,
+        "intermediate_size": 96, "time_step_rank": "auto", "d_model": 32, "n_layer": 2,
+        "fused_add_norm": True, "conv_kernel": 3, "rms_norm": True, "ssm_cfg": {}, "tie_word_embeddings": False,
     },
     "falcon_mamba": {
         "model_type": "falcon_mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
