@@ -95,7 +95,8 @@ EXTRA = {
     "mamba": {
         "model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "expand": 3,
         "intermediate_size": 96, "time_step_rank": "auto", "d_model": 32, "n_layer": 2,
-        "fused_add_norm": True, "conv_kernel": 3, "rms_norm": True, "ssm_cfg": {}, "tie_word_embeddings": False,
+        "fused_add_norm": True, "conv_kernel": 3, "rms_norm": True, "ssm_cfg": {},
+        "tie_word_embeddings": False,
     },
     "falcon_mamba": {
         "model_type": "falcon_mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
@@ -131,6 +132,15 @@ EXTRA = {
         "q_lora_rank": None, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8,
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "rope_theta": 5e4,
         "n_shared_experts": 2, "moe_intermediate_size": 12, "scoring_func": "sigmoid", "seq_aux": True,
+    },
+    "falcon_h1": {
+        "model_type": "falcon_h1", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 11,
+        "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "mamba_d_ssm": 96, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_d_state": 16,
+        "mlp_multipliers": [0.88, 0.3], "ssm_multipliers": [0.3, 0.25, 0.8, 1.2, 0.6], "key_multiplier": 0.1,
+        "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.24, "attention_in_multiplier": 0.7,
+        "attention_out_multiplier": 0.94, "embedding_multiplier": 5.66, "lm_head_multiplier": 0.0195,
+        "rope_theta": 1e11, "mamba_expand": 2, "mamba_use_mlp": True,
     },
     "nemotron_h": {
         "model_type": "nemotron_h", "hidden_size": 32, "hybrid_override_pattern": "M-M*-ME", "vocab_size": 11,
@@ -291,6 +301,10 @@ def test_layers_of_released_configs() -> None:
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling: type"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("falcon_h1", {"mamba_rms_norm": True}, "mamba_norm_before_gate"),
+        ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers"),
+        ("falcon_h1", {"projectors_bias": True}, "projectors_bias"),
+        ("falcon_h1", {"lm_head_multiplier": 0}, "lm_head_multiplier"),
         ("nemotron_h", {"hybrid_override_pattern": "-M"}, "layers_block_type"),
         ("nemotron_h", {"hybrid_override_pattern": "M--"}, "layers_block_type"),
         ("nemotron_h", {"layers_block_type": ["mamba", "conv"]}, "layers_block_type"),

@@ -58,7 +58,18 @@ CASES = {
     "hgrn": ("hgrn", dict(width=20, conv_size=3)),
     "hgrn2": ("hgrn2", dict(head_dim=8, conv_size=2)),
     "retnet": ("retnet", dict(num_heads=2, head_dim=6)),
-    "mamba2": ("mamba2", dict(head_dim=8, state_size=6, n_groups=2, conv_size=3, dt_min=0.2, dt_max=2.0)),
+    "mamba2": (
+        "mamba2",
+        dict(
+            head_dim=8,
+            state_size=6,
+            n_groups=2,
+            conv_size=3,
+            dt_min=0.2,
+            dt_max=2.0,
+            multipliers=(0.5, 1.2, 0.8, 1.1, 0.9),
+        ),
+    ),
     "delta_product": ("delta_product", dict(num_heads=2, head_dim=6, num_householder=3)),
     "gated_delta_product": (
         "gated_delta_product",

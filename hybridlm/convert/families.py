@@ -8,6 +8,7 @@ from hybridlm import config as configs
 from hybridlm import model, untrusted
 from hybridlm.convert import (
     deepseek_v3,
+    falcon_h1,
     fla,
     fla_backbone,
     fla_rwkv,
@@ -32,7 +33,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
-        deepseek_v3.FAMILY, lfm2.FAMILY, nemotron_h.FAMILY, recurrent_gemma.FAMILY, xlstm.FAMILY,
+        deepseek_v3.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, nemotron_h.FAMILY, recurrent_gemma.FAMILY,
+        xlstm.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

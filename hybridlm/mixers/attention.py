@@ -23,7 +23,7 @@ from flax import nnx
 from hybridlm import first_tokens, mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, linears
+from hybridlm.convert.public import Format, linears, nearby
 from hybridlm.convert.rules import Rule, bias, interleaved, linear, norm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive, Theta
@@ -251,6 +251,19 @@ def _granite_write(config: Config, d_model: int) -> dict[str, Any]:
     return values | {"attention_multiplier": config.logit_scale, "position_embedding_type": kind}
 
 
+def _falcon_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """What multiplies its input multiplies its logits twice."""
+    settings = _hf(heads=32, kv_heads=8).read(fields, d_model, eps)
+    key = fields.get("key_multiplier", 1.0) * fields.get("attention_in_multiplier", 1.0) ** 2
+    return settings | {"logit_scale": key * settings["head_dim"] ** -0.5}
+
+
+def _falcon_write(config: Config, d_model: int) -> dict[str, Any]:
+    root = config.head_dim**-0.5
+    key = nearby(lambda key: key * root, config.logit_scale, config.logit_scale / root)
+    return _hf().write(config, d_model) | {"key_multiplier": key}
+
+
 def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     theta = fields.rope(theta=1e6)[0]
     return _hf(heads=32, kv_heads=8, qk_norm="head").read(fields, d_model, eps) | {"rope_theta": theta}
@@ -313,6 +326,7 @@ class Mixer(TokenMixer):
         "bamba": _hf(heads=32, kv_heads=8, turned=0.5),
         "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
         "recurrent_gemma": Format(_gemma_read, _gemma_write, _rules, "temporal_block.", "attention"),
+        "falcon_h1 branch": Format(_falcon_read, _falcon_write, _rules, "self_attn."),
         "lfm2": Format(_lfm2_read, _hf().write, _lfm2_rules, "self_attn.", "full_attention"),
         "nemotron_h": dataclasses.replace(
             _hf(heads=32, kv_heads=8, head_dim=128, rope_theta=0.0), module="mixer."

@@ -8,7 +8,7 @@ Its models have no MLP: pattern "mamba2/none".
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm, same
 from hybridlm.errors import ConfigError
-from hybridlm.fields import Count, Epsilon, NonNegative, Positive
+from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive
 from hybridlm.layers import Linear, RMSNorm, merge_heads, ones, param, uniform
 from hybridlm.linear_mixer import (
     NEAR_NONE,
@@ -45,7 +45,8 @@ class Config(mixers.Config):
     n_groups: groups of heads that share B and C.
     conv_size: taps of the short convolutions of x, B and C; 0 for none.
     dt_min, dt_max: between which dt is held; dt_max 0: no upper limit. Prefill and decoding alike.
-    norm_eps: of the output norm.
+    norm: whether there is an output norm (none in Falcon-H1).  norm_eps: its.
+    multipliers: of what z, x, B, C and dt are projected to; none: all 1 (Falcon-H1).
     """
 
     num_heads: Count = 0
@@ -56,7 +57,9 @@ class Config(mixers.Config):
     conv_size: Count = 4
     dt_min: NonNegative = 0.0
     dt_max: NonNegative = 0.0
+    norm: bool = True
     norm_eps: Epsilon = 1e-5
+    multipliers: tuple[Annotated[float, Limits(-1e9, 1e9)], ...] = ()
 
     def heads(self, d_model: int) -> Heads:
         num_v = self.num_heads or self.expand * d_model // self.head_dim
@@ -66,6 +69,8 @@ class Config(mixers.Config):
         mixers.whole_heads(self, self.expand * d_model, self.head_dim)
         if (heads := self.heads(d_model)).num_v % self.n_groups:
             raise ConfigError("n_groups", self.n_groups, f"must divide the number of heads, {heads.num_v}")
+        if len(self.multipliers) not in (0, 5):
+            raise ConfigError("multipliers", self.multipliers, "must be none or five, of z, x, B, C and dt")
         if self.dt_max and self.dt_max < self.dt_min:
             raise ConfigError("dt_max", self.dt_max, f"must be at least dt_min = {self.dt_min}, or 0")
 
@@ -73,7 +78,10 @@ class Config(mixers.Config):
         return linear_mixer.cost(self.heads(d_model), self.conv_size, delta=False)
 
     def explicit(self, d_model: int) -> "Config":
-        return dataclasses.replace(self, num_heads=self.heads(d_model).num_v, expand=1)
+        idle = {} if self.norm else {"norm_eps": Config.norm_eps}
+        multipliers = () if set(self.multipliers) == {1.0} else self.multipliers
+        heads = self.heads(d_model).num_v
+        return dataclasses.replace(self, num_heads=heads, expand=1, multipliers=multipliers, **idle)
 
     def near_attention(self) -> dict[str, float]:
         """dt, which also scales what is written, is 1."""
@@ -156,7 +164,7 @@ def fla_rules(
         concatenated(convs, widths, "conv1d", conv),
         concatenated(convs, widths, "conv1d", bias),
         *(same(ours + name, name) for name in ("A_log", "dt_bias", "D")),
-        norm(f"{ours}o_norm", "norm"),
+        *([norm(f"{ours}o_norm", "norm")] if config.norm else []),
         linear(f"{ours}o_proj", "out_proj"),
     ]
 
@@ -165,15 +173,19 @@ def fla_rules(
 OF_HYBRIDS = ("n_heads", "d_head", "n_groups", "d_state", "d_conv", "expand", "proj_bias", "conv_bias")
 
 
-def _hybrid(heads: int, state: int) -> Format[Config]:
-    """Of transformers' hybrids, whose defaults are given."""
+def _hybrid(heads: int, state: int, inner_width: str = "") -> Format[Config]:
+    """Of transformers' hybrids, whose defaults are given.  inner_width: a field of it, which may be null."""
     num, width, groups, size, taps, expand, *biases = (f"mamba_{name}" for name in OF_HYBRIDS)
 
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         for name, value in zip(biases, (False, True), strict=True):
             fields.only(name, value)
         count = fields.size(num, default=heads)
-        head_dim = fields.part(num, fields.get(expand, 2) * d_model, count)
+        inner = fields.get(expand, 2) * d_model
+        if inner_width and not (inner_width in fields.values and fields.values[inner_width] is None):
+            inner = fields.size(inner_width, default=1024)
+        fields.ignore(inner_width)
+        head_dim = fields.part(num, inner, count)
         fields.only(width, "auto", head_dim)
         low, high = _limits(fields)
         return {
@@ -188,18 +200,36 @@ def _hybrid(heads: int, state: int) -> Format[Config]:
         }
 
     def write(config: Config, d_model: int) -> dict[str, Any]:
-        if (inner := config.num_heads * config.head_dim) % d_model:
+        if not config.norm and not inner_width:
+            raise ConfigError("norm", False, "this format's Mamba-2 has an output norm")
+        if (inner := config.num_heads * config.head_dim) % d_model and not inner_width:
             problem = f"times head_dim must be a multiple of d_model = {d_model} in this format"
             raise ConfigError("num_heads", config.num_heads, problem)
         values = config.num_heads, config.head_dim, config.n_groups, config.state_size, config.conv_size
         found = dict(zip((num, width, groups, size, taps), values, strict=True))
         limits = {"time_step_limit": [config.dt_min, config.dt_max or INFINITE[1]]}
-        found |= dict(zip((expand, *biases), (inner // d_model, False, True), strict=True))
+        said = (inner_width or expand, *biases), (inner if inner_width else inner // d_model, False, True)
+        found |= dict(zip(*said, strict=True))
         return found | (limits if config.dt_min or config.dt_max else {})
 
     return Format(read, write, fla_rules, "mamba.", "linear_attention")
 
 
+def _falcon_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    normed, into = fields.get("mamba_rms_norm", False), fields.get("ssm_in_multiplier", 1.0)
+    if normed and fields.get("mamba_norm_before_gate", True):
+        raise fields.refuse("mamba_norm_before_gate", "must be false where mamba_rms_norm is true")
+    fields.ignore("mamba_norm_before_gate")
+    each = tuple(into * one for one in fields.numbers("ssm_multipliers", 5))
+    return FALCON.read(fields, d_model, eps) | {"norm": normed, "multipliers": each}
+
+
+def _falcon_write(config: Config, d_model: int) -> dict[str, Any]:
+    said = {"mamba_rms_norm": config.norm, "mamba_norm_before_gate": False}
+    return FALCON.write(config, d_model) | said | {"ssm_multipliers": list(config.multipliers or (1.0,) * 5)}
+
+
+FALCON = _hybrid(128, 256, "mamba_d_ssm")
 NEMOTRON = {
     "num_heads": ("mamba_num_heads", 128), "head_dim": ("mamba_head_dim", 64), "n_groups": ("n_groups", 8),
     "state_size": ("ssm_state_size", 128), "conv_size": ("conv_kernel", 4),
@@ -226,6 +256,7 @@ class Mixer(LinearMixer):
         "fla_backbone": Format(fla_read, fla_write, fla_rules, "mixer.", "mamba2", "Mamba2"),
         "bamba": _hybrid(128, 256),
         "granitemoehybrid": _hybrid(128, 256),
+        "falcon_h1 branch": Format(_falcon_read, _falcon_write, fla_rules, "mamba."),
         "nemotron_h": Format(_nemotron_read, _nemotron_write, fla_rules, "mixer.", "linear_attention"),
     }
     scale = 1.0
@@ -244,7 +275,14 @@ class Mixer(LinearMixer):
         self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(1, 16), decay=False)
         self.D = param(rngs, (heads.num_v,), ("heads",), ones, decay=False)
-        self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=heads.num)
+        for name, multiplier in zip("gvkq", config.multipliers, strict=False):
+            getattr(self, f"{name}_proj").multiplier = multiplier
+        if config.multipliers:
+            self.dt_proj.multiplier = config.multipliers[-1]
+        del self.o_norm
+        self.norm = config.norm
+        if config.norm:
+            self.o_norm = RMSNorm(width, rngs=rngs, eps=config.norm_eps, axis="heads", groups=heads.num)
         init = uniform(-bound, bound)  # PyTorch's default over the root of the depth, as in the authors' code
         self.o_proj = Linear(width, site.d_model, rngs=rngs, axes=("heads", "embed"), init=init)
 
@@ -255,7 +293,8 @@ class Mixer(LinearMixer):
 
     def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
         assert gate_BTHV is not None
-        return self.o_norm(merge_heads(o_BTHV.astype(jnp.float32) * gate_BTHV)).astype(o_BTHV.dtype)
+        o_BTF = merge_heads(o_BTHV.astype(jnp.float32) * gate_BTHV)
+        return (self.o_norm(o_BTF) if self.norm else o_BTF).astype(o_BTHV.dtype)
 
 
 def ssd(C: jax.Array, B: jax.Array, x: jax.Array, dt: jax.Array, A_log: jax.Array, D: jax.Array) -> Inputs:

@@ -1,7 +1,7 @@
 """SwiGLU (Shazeer 2020, arXiv 2002.05202): y = W_down (silu(W_gate x) * W_up x)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 from flax import nnx
@@ -11,7 +11,8 @@ from hybridlm.context import Context
 from hybridlm.convert.fields import MAX_SIZE, Fields
 from hybridlm.convert.public import EVERY, Format
 from hybridlm.convert.rules import Rule, concatenated, linear
-from hybridlm.fields import Count
+from hybridlm.errors import ConfigError
+from hybridlm.fields import Count, Limits
 from hybridlm.layers import SwiGLU
 from hybridlm.mixers import Site
 
@@ -21,9 +22,20 @@ class Config(mlps.Config):
     """SwiGLU.
 
     hidden: width between the projections; 0 is model.mlp_hidden.
+    multipliers: of the gate's projection and of what comes out; none: 1 and 1 (Falcon-H1).
     """
 
     hidden: Count = 0
+    multipliers: tuple[Annotated[float, Limits(-1e9, 1e9)], ...] = ()
+
+    def check(self, d_model: int) -> None:
+        if len(self.multipliers) not in (0, 2):
+            raise ConfigError(
+                "multipliers", self.multipliers, "must be none or two, of the gate and the output"
+            )
+
+    def explicit(self) -> "Config":
+        return dataclasses.replace(self, multipliers=self.multipliers or (1.0, 1.0))
 
     def filled(self, model_hidden: int) -> "Config":
         return dataclasses.replace(self, hidden=self.hidden or model_hidden)
@@ -50,6 +62,15 @@ def fused_rules(hidden: int, ours: str = "", theirs: str = "") -> list[Rule]:
 
 def _named(module: str) -> Format[Config]:
     return Format(_read, _write, lambda config, d_model: swiglu_rules(), module)
+
+
+def _falcon_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("mlp_bias", False)
+    return _read(fields, d_model, eps) | {"multipliers": fields.numbers("mlp_multipliers", 2)}
+
+
+def _falcon_write(config: Config, d_model: int) -> dict[str, Any]:
+    return _write(config, d_model) | {"mlp_multipliers": list(config.multipliers or (1.0, 1.0))}
 
 
 def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -91,6 +112,9 @@ class Mlp(SwiGLU):
     public: ClassVar = {
         EVERY: _named("mlp."),
         "bamba": _named("feed_forward."),
+        "falcon_h1": Format(
+            _falcon_read, _falcon_write, lambda config, d_model: swiglu_rules(), "feed_forward."
+        ),
         "jamba": _named("feed_forward."),
         "granitemoehybrid": Format(
             lambda fields, d_model, eps: {"hidden": fields.size("shared_intermediate_size", default=1024)},
@@ -109,6 +133,8 @@ class Mlp(SwiGLU):
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(site.d_model, config.hidden, rngs=rngs)
+        if config.multipliers:
+            self.gate.multiplier, self.down.multiplier = config.multipliers
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:  # type: ignore[override]
         return super().__call__(x)
