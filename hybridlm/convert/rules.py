@@ -196,3 +196,18 @@ def fused_experts(ours: Sequence[str], theirs: str) -> Rule:
         lambda arrays: [turn(part) for part in np.split(arrays[0], len(ours), axis=1)],
         lambda arrays: [np.concatenate([turn(array) for array in arrays], axis=1)],
     )
+
+
+def swiglu_rules(ours: str = "", theirs: str = "") -> list[Rule]:
+    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("gate", "up", "down")]
+
+
+def fused_rules(hidden: int, ours: str = "", theirs: str = "") -> list[Rule]:
+    """Granite's: gate and up in one tensor."""
+    names = f"{ours}gate", f"{ours}up"
+    fused = concatenated(names, (hidden, hidden), f"{theirs}input_linear", linear)
+    return [fused, linear(f"{ours}down", f"{theirs}output_linear")]
+
+
+def relu2_rules(ours: str = "", theirs: str = "") -> list[Rule]:
+    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("up", "down")]

@@ -64,7 +64,7 @@ class Config(mixers.Config):
         return Cost(state=width * self.state_size + history, flops=9 * width * self.state_size)
 
     def explicit(self, d_model: int) -> "Config":
-        idle = {"norm_eps": Config.norm_eps} if self.dbc_norm == "none" else {}
+        idle: dict[str, Any] = {"norm_eps": Config.norm_eps} if self.dbc_norm == "none" else {}
         return dataclasses.replace(self, dt_rank=self.dt_rank or -(-d_model // 16), **idle)
 
 

@@ -78,7 +78,7 @@ class Config(mixers.Config):
         return linear_mixer.cost(self.heads(d_model), self.conv_size, delta=False)
 
     def explicit(self, d_model: int) -> "Config":
-        idle = {} if self.norm else {"norm_eps": Config.norm_eps}
+        idle: dict[str, Any] = {} if self.norm else {"norm_eps": Config.norm_eps}
         multipliers = () if set(self.multipliers) == {1.0} else self.multipliers
         heads = self.heads(d_model).num_v
         return dataclasses.replace(self, num_heads=heads, expand=1, multipliers=multipliers, **idle)

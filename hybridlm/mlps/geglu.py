@@ -10,11 +10,10 @@ from hybridlm import mlps
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
-from hybridlm.convert.rules import Rule, bias
+from hybridlm.convert.rules import Rule, bias, swiglu_rules
 from hybridlm.fields import Count
 from hybridlm.layers import Linear
 from hybridlm.mixers import Site
-from hybridlm.mlps.swiglu import swiglu_rules
 
 
 @dataclasses.dataclass(frozen=True)

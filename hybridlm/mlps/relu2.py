@@ -11,7 +11,7 @@ from hybridlm import mlps
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
-from hybridlm.convert.rules import Rule, linear
+from hybridlm.convert.rules import relu2_rules
 from hybridlm.fields import Count
 from hybridlm.layers import Linear
 from hybridlm.mixers import Site
@@ -45,13 +45,9 @@ def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return {"hidden": fields.size("intermediate_size", default=21504)}
 
 
-def relu2_rules(ours: str = "", theirs: str = "") -> list[Rule]:
-    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("up", "down")]
-
-
 class Mlp(Relu2):
     config_class = Config
-    public: ClassVar = {
+    public: ClassVar[dict[str, Format[Any]]] = {
         "nemotron_h": Format(
             _read,
             lambda config, _: {"intermediate_size": config.hidden},

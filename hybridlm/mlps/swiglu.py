@@ -10,7 +10,7 @@ from hybridlm import mlps
 from hybridlm.context import Context
 from hybridlm.convert.fields import MAX_SIZE, Fields
 from hybridlm.convert.public import EVERY, Format
-from hybridlm.convert.rules import Rule, concatenated, linear
+from hybridlm.convert.rules import Rule, fused_rules, linear, swiglu_rules
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits
 from hybridlm.layers import SwiGLU
@@ -47,17 +47,6 @@ def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 
 def _write(config: Config, d_model: int) -> dict[str, Any]:
     return {"intermediate_size": config.hidden}
-
-
-def swiglu_rules(ours: str = "", theirs: str = "") -> list[Rule]:
-    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("gate", "up", "down")]
-
-
-def fused_rules(hidden: int, ours: str = "", theirs: str = "") -> list[Rule]:
-    """Granite's: gate and up in one tensor."""
-    names = f"{ours}gate", f"{ours}up"
-    fused = concatenated(names, (hidden, hidden), f"{theirs}input_linear", linear)
-    return [fused, linear(f"{ours}down", f"{theirs}output_linear")]
 
 
 def _named(module: str) -> Format[Config]:
