@@ -90,10 +90,13 @@ def noise(like: Any) -> jax.Array:
     return whole if like.sharding is None else jax.device_put(whole, like.sharding)
 
 
+def is_tokens(leaf: Any) -> bool:
+    return isinstance(leaf, TokenCache)
+
+
 def filled(shapes: Any, context: int) -> lm.Cache:
     """Caches of these shapes, of random numbers, that hold ``context`` tokens."""
     caches = jax.tree.map(noise, shapes)
-    is_tokens = lambda leaf: isinstance(leaf, TokenCache)
     set_length = lambda leaf: leaf._replace(length=jnp.int32(context)) if is_tokens(leaf) else leaf
     return jax.tree.map(set_length, caches, is_leaf=is_tokens)
 
@@ -144,8 +147,8 @@ def compiled(
 def kept(cache: Any, context: int, batch: int) -> tuple[int, int]:
     """(bytes of keys, values and latents, bytes of recurrent state) of a sequence of ``context`` tokens."""
     tokens = state = 0
-    for layer in cache:
-        held = isinstance(layer, TokenCache)
+    for layer in jax.tree.leaves(cache, is_leaf=is_tokens):
+        held = is_tokens(layer)
         for leaf in jax.tree.leaves(layer.tokens if held else layer):
             size = math.prod(leaf.shape) * leaf.dtype.itemsize // batch
             tokens += size // leaf.shape[1] * min(context, leaf.shape[1]) if held else 0

@@ -104,7 +104,7 @@ def scores(params: lm.Params, batch: Branches, definition: lm.Definition) -> tup
     # What pads a branch stands behind all that is scored, and its cache is thrown away.
     hidden, _ = model(jnp.maximum(forced, 0), Rows(jnp.ones((rows_B, size), jnp.int32), positions), cache)
     before = jnp.concatenate([last_BD[:, None], hidden[:, :-1]], axis=1)
-    return loss.per_token(before, model.head_matrix(), forced)
+    return loss.per_token(before, model.head_matrix(), forced, definition.model.logit_cap)
 
 
 @partial(jax.jit, static_argnames=("definition", "budget"))

@@ -203,7 +203,7 @@ def _token_scores(
 ) -> tuple[jax.Array, jax.Array]:
     model = lm.merge(definition, params)
     hidden, _ = model(batch["tokens"], Rows(batch["segment_ids"], batch["positions"]))
-    return loss.per_token(hidden, model.head_matrix(), batch["targets"])
+    return loss.per_token(hidden, model.head_matrix(), batch["targets"], definition.model.logit_cap)
 
 
 def load(

@@ -7,7 +7,7 @@ from flax import nnx
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
-from hybridlm.layers import Linear, RMSNorm
+from hybridlm.layers import LayerNorm, Linear, RMSNorm
 from hybridlm.mixers import Site
 
 
@@ -59,8 +59,9 @@ class Spec(NamedTuple):
         return bool(self.leaves) or self.config.carries
 
     def cost(self, d_model: int, context: int) -> mixers.Cost:
-        """What the mixer costs here; what a layer reuses is kept once, by the layer that left it."""
+        """What the layer costs beside parameters; what it reuses is kept once, by the layer that left it."""
         cost = self.config.cost(d_model, context)
+        cost = cost._replace(state=cost.state + self.mlp_config.state(d_model))
         return cost._replace(cache=0) if self.reuses else cost
 
     @property
@@ -79,12 +80,14 @@ class Block(nnx.Module):
 
     def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
         self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
+        self.multiplier = model.residual_multiplier
         site = site._replace(leaves=spec.leaves, reuses=spec.reuses)
         self.mixer_norm = norm(model, rngs)
         self.mixer = mixers.load(spec.kind)(spec.config, site, rngs=rngs)
         if self.has_mlp:
             self.mlp_norm = norm(model, rngs)
             self.mlp = mlps.load(spec.mlp_kind)(spec.mlp_config, site, rngs=rngs)
+        self.keeps = self.has_mlp and getattr(self.mlp, "keeps", False)
         linears = matrices(self)
         for linear in linears.values():
             linear.fp8 = model.matmul == "fp8" and not linear.why_not_fp8()
@@ -93,27 +96,41 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         context.record("block.input", x_BTD)
-        mixed, cache = self.mixer(self._before(self.mixer_norm, x_BTD), context, cache)
+        own, kept = cache if self.keeps and cache is not None else (cache, None)
+        mixed, own = self.mixer(self._before(self.mixer_norm, x_BTD), context, own)
         context.record("block.mixed", mixed)
-        y_BTD = self._mlp(x_BTD + self._after(self.mixer_norm, mixed), context)
+        y_BTD, kept = self._mlp(x_BTD + self._after(self.mixer_norm, mixed), context, kept)
         context.record("block.output", y_BTD)
-        return y_BTD, cache
+        return y_BTD, (own, kept) if self.keeps and cache is not None else own
 
     def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         """One more token a row: x and the context's rows without the T axis."""
-        mixed, cache = self.mixer.step(self._before(self.mixer_norm, x_BD), context, cache)
-        return self._mlp(x_BD + self._after(self.mixer_norm, mixed), context), cache
+        own, kept = cache if self.keeps else (cache, None)
+        mixed, own = self.mixer.step(self._before(self.mixer_norm, x_BD), context, own)
+        y_BD, kept = self._mlp(x_BD + self._after(self.mixer_norm, mixed), context, kept)
+        return y_BD, (own, kept) if self.keeps else own
 
-    def _mlp(self, x: jax.Array, context: Context) -> jax.Array:
+    def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
+        """The mixer's, beside it the MLP's if it keeps anything."""
+        own = self.mixer.init_cache(batch, max_length, dtype)
+        return (own, self.mlp.init_cache(batch, dtype)) if self.keeps else own
+
+    def _mlp(self, x: jax.Array, context: Context, kept: Any) -> tuple[jax.Array, Any]:
         if not self.has_mlp:
-            return x
-        return x + self._after(self.mlp_norm, self.mlp(self._before(self.mlp_norm, x), context))
+            return x, None
+        y = self._before(self.mlp_norm, x)
+        if self.keeps:
+            y, kept = (self.mlp if x.ndim == 3 else self.mlp.step)(y, context, kept)
+        else:
+            y = self.mlp(y, context)
+        return x + self._after(self.mlp_norm, y), kept
 
-    def _before(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
+    def _before(self, norm: "Norm", x: jax.Array) -> jax.Array:
         return x if self.post_norm else norm(x)
 
-    def _after(self, norm: RMSNorm, x: jax.Array) -> jax.Array:
-        return norm(x) if self.post_norm else x
+    def _after(self, norm: "Norm", x: jax.Array) -> jax.Array:
+        x = norm(x) if self.post_norm else x
+        return x * self.multiplier if self.multiplier != 1 else x
 
 
 def matrices(block: Block) -> dict[str, Linear]:
@@ -127,5 +144,10 @@ def abstract(model: schema.Model, spec: Spec) -> Block:
     return nnx.eval_shape(lambda: Block(model, spec, Site(model.d_model), rngs=nnx.Rngs(params=0)))
 
 
-def norm(model: schema.Model, rngs: nnx.Rngs) -> RMSNorm:
+Norm = RMSNorm | LayerNorm
+
+
+def norm(model: schema.Model, rngs: nnx.Rngs) -> Norm:
+    if model.norm == "layer":
+        return LayerNorm(model.d_model, rngs=rngs, eps=model.norm_eps)
     return RMSNorm(model.d_model, rngs=rngs, eps=model.norm_eps, unit_offset=model.norm_unit_offset)

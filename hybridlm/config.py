@@ -56,6 +56,7 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "based": ("based", {}),
     "comba": ("comba", {}),
     "gdn2": ("gated_delta_net2", {}),
+    "gatedconv": ("gated_conv", {}),
     "rwkv6": ("rwkv6", {}),
     "rwkv7": ("rwkv7", {}),
     "s4d": ("s4d", {}),
@@ -63,7 +64,7 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "mom": ("mom", {}),
     "sse": ("sse", {}),
 }
-STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "none": "none"}
+STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "channel_mix": "channel_mix", "none": "none"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,12 +21,14 @@ class Weights(NamedTuple):
     """Of the sum that is differentiated: of the cross-entropy, and of t^2 KL.
 
     top_k: of the teacher's logits only so many are kept, the largest, and p is over them; 0: all.
+    caps: `loss.capped` of the logits and of the teacher's.
     """
 
     cross_entropy: float
     kl: float
     temperature: float = 1.0
     top_k: int = 0
+    caps: tuple[float, float] = (0.0, 0.0)
 
 
 class Teacher(NamedTuple):
@@ -56,15 +58,17 @@ def _chunk(
     w: Weights, teacher_head: jax.Array, h: jax.Array, head: jax.Array, target: jax.Array, seen: jax.Array
 ) -> tuple[tuple[LossSums, jax.Array], Callable[[], jax.Array]]:
     """(sums, d total / d logits) of one chunk, as `loss.in_chunks` wants them."""
-    logits, log_z, is_target, sums = loss.logits_and_sums(h, head, target)
+    logits, log_z, is_target, sums = loss.logits_and_sums(h, head, target, cap=w.caps[0])
     d_entropy = lambda: w.cross_entropy * (jnp.exp(logits - log_z[..., None]) - is_target)
     if not w.kl:
-        return (sums, jnp.zeros((), jnp.float32)), d_entropy
+        return (sums, jnp.zeros((), jnp.float32)), lambda: loss.capped_slope(logits, d_entropy(), w.caps[0])
     z = jnp.einsum("btd,dv->btv", seen, teacher_head, preferred_element_type=jnp.float32)
+    z = loss.capped(z, w.caps[1])
     if w.top_k:
         z = jnp.where(z >= jax.lax.top_k(z, w.top_k)[0][..., -1:], z, -jnp.inf)
     log_p, log_q = (jax.nn.log_softmax(x / w.temperature, axis=-1) for x in (z, logits))
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     kl = jnp.where((target >= 0)[..., None] & (p > 0), p * (log_p - log_q), 0)
     d_logits = lambda: d_entropy() + w.kl * w.temperature * (q - p)
-    return (sums, w.temperature**2 * jnp.sum(kl)), d_logits
+    total = w.temperature**2 * jnp.sum(kl)
+    return (sums, total), lambda: loss.capped_slope(logits, d_logits(), w.caps[0])

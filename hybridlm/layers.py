@@ -81,6 +81,7 @@ class Linear(nnx.Module):
 
     cast: see the module docstring; False where x is float32 in a model that computes in bfloat16.
     exact: never in 8 bits: a gate or a decay.
+    multiplier: of the product (Falcon-H1), 1 unless somebody sets it.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class Linear(nnx.Module):
         self.exact, self.fp8 = exact, False
         self.kernel = param(rngs, (in_features, out_features), axes, init, decay=True, cast=cast)
         self.bias = param(rngs, (out_features,), axes[1:], zeros, decay=False, cast=cast) if bias else None
-        self.rank, self.scale = 0, 1.0
+        self.rank, self.scale, self.multiplier = 0, 1.0, 1.0
 
     def add_factors(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
         """Beside the kernel, as in `hybridlm.lora`."""
@@ -120,15 +121,16 @@ class Linear(nnx.Module):
     def matrix(self, dtype: Any) -> jax.Array:
         """The kernel [in, out] with its factors in it, for those who use it otherwise than in a call."""
         kernel = self.kernel[...].astype(dtype)
-        if not self.rank:
-            return kernel
-        return kernel + self.scale * (self.lora_a[...].astype(dtype) @ self.lora_b[...].astype(dtype))
+        if self.rank:
+            kernel += self.scale * (self.lora_a[...].astype(dtype) @ self.lora_b[...].astype(dtype))
+        return kernel if self.multiplier == 1 else kernel * self.multiplier
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         y = (scaled_matmul if self.fp8 else product)(x, kernel, self.kernel.axes)
         if self.rank:
             y += self.scale * (x @ self.lora_a[...].astype(x.dtype) @ self.lora_b[...].astype(x.dtype))
+        y = y if self.multiplier == 1 else y * self.multiplier
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -220,6 +222,20 @@ class RMSNorm(nnx.Module):
         if self.scale is not None:
             y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
         return (y if gate is None else y * gate).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) * rsqrt(variance + eps) * scale + bias over the last axis, in float32, returned as x is."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs, eps: float):
+        self.eps = eps
+        self.scale = param(rngs, (features,), (None,), ones, decay=False)
+        self.bias = param(rngs, (features,), (None,), zeros, decay=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = rms(y - y.mean(-1, keepdims=True), self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -45,13 +45,14 @@ class LossSums(NamedTuple):
 class Options(NamedTuple):
     """z_loss, tall: of `cross_entropy`.  slopes: whether gradients are wanted.
 
-    vocab: mesh axes that the ids are cut over around a call.
+    vocab: mesh axes that the ids are cut over around a call.  cap: of the logits.
     """
 
     z_loss: float
     tall: bool
     slopes: bool
     vocab: tuple[str, ...] = ()
+    cap: float = 0.0
 
 
 def cross_entropy(
@@ -61,16 +62,18 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     tall: bool = False,
+    cap: float = 0.0,
 ) -> tuple[jax.Array, LossSums]:
     """Returns (cross-entropy sum + z_loss * sum of log Z squared, the sums apart).
 
     targets: int32, negative where a token carries no loss. Gradients flow through the first result only.
     z_loss: weight of log(Z)^2 per token (PaLM, section 5).
     tall: the head is the transpose of a matrix [V, D], as a tied one is; a matter of memory only.
+    cap: see `capped`.
     """
 
     def run(hidden: jax.Array, head: jax.Array, targets: jax.Array, slopes: bool) -> tuple:
-        sums, *gradients = _on_devices(hidden, head, targets, Options(z_loss, tall, slopes))
+        sums, *gradients = _on_devices(hidden, head, targets, Options(z_loss, tall, slopes, cap=cap))
         return sums.cross_entropy + z_loss * sums.log_z_squared, sums, *gradients
 
     return differentiated(run, hidden_BTD, head_DV, targets_BT)
@@ -107,8 +110,18 @@ def _backward(run: Callable[..., tuple], residuals: tuple, cotangents: tuple) ->
 _total_of.defvjp(_forward, _backward)
 
 
+def capped(logits: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(logits / cap); cap 0: the logits (Gemma 2, xLSTM 7B)."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def capped_slope(logits: jax.Array, d_logits: jax.Array, cap: float) -> jax.Array:
+    """The gradient in the logits before `capped`, of that in those after it."""
+    return d_logits * (1 - (logits / cap) ** 2) if cap else d_logits
+
+
 def per_token(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, cap: float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """(log probability of each target, whether its logit is above all others), float32 and bool [B, T].
 
@@ -119,7 +132,7 @@ def per_token(
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, target = xs
-        _, log_z, _, target_logit, correct = _scores(h, head, target)
+        _, log_z, _, target_logit, correct = _scores(h, head, target, cap=cap)
         present = target >= 0
         return jnp.where(present, target_logit - log_z, 0), correct & present
 
@@ -165,13 +178,13 @@ def _chunk_length(batch: int, length: int, head_shape: tuple[int, ...]) -> int:
 
 
 def _scores(
-    h: jax.Array, head: jax.Array, targets: jax.Array, vocab: tuple[str, ...] = ()
+    h: jax.Array, head: jax.Array, targets: jax.Array, vocab: tuple[str, ...] = (), cap: float = 0.0
 ) -> tuple[jax.Array, ...]:
     """Logits and is_target [B, T, V]; log Z, the target's logit and whether it is above all others [B, T].
 
     vocab: mesh axes that the ids are cut over around the call; the head and [B, T, V] are of this device's.
     """
-    logits = jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32)
+    logits = capped(jnp.einsum("btd,dv->btv", h, head, preferred_element_type=jnp.float32), cap)
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
     own = targets - _first(head, vocab)
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == own[..., None]
@@ -208,9 +221,9 @@ def _sums(log_z: jax.Array, target_logit: jax.Array, correct: jax.Array, targets
 
 
 def logits_and_sums(
-    h: jax.Array, head: jax.Array, targets: jax.Array, vocab: tuple[str, ...] = ()
+    h: jax.Array, head: jax.Array, targets: jax.Array, vocab: tuple[str, ...] = (), cap: float = 0.0
 ) -> tuple[jax.Array, jax.Array, jax.Array, LossSums]:
-    logits, log_z, is_target, target_logit, correct = _scores(h, head, targets, vocab)
+    logits, log_z, is_target, target_logit, correct = _scores(h, head, targets, vocab, cap)
     return logits, log_z, is_target, _sums(log_z, target_logit, correct, targets)
 
 
@@ -252,15 +265,17 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 def _sums_of(hidden: jax.Array, head: jax.Array, targets: jax.Array, options: Options) -> tuple:
     """(sums,), with ``options.slopes`` also d hidden, and d head in float32."""
-    if options.slopes and _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
+    blocks = options.slopes and not options.cap
+    if blocks and _in_blocks(targets.size, head.shape[0], head.shape[1], hidden.dtype):
         return _in_blocks_of_ids(hidden, head, targets, options)
 
     def chunk(h: jax.Array, cast: jax.Array, target: jax.Array) -> tuple:
-        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab)
+        logits, log_z, is_target, sums = logits_and_sums(h, cast, target, options.vocab, options.cap)
 
         def d_logits() -> jax.Array:
             scale = 1 + 2 * options.z_loss * log_z
-            return jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
+            slopes = jnp.exp(logits - log_z[..., None]) * scale[..., None] - is_target
+            return capped_slope(logits, slopes, options.cap)
 
         return sums, d_logits
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import fp8, lora, mixers, mlps, mup, pattern, plan, schema, stack
+from hybridlm import fp8, lora, loss, mixers, mlps, mup, pattern, plan, schema, stack
 from hybridlm.block import Block, Spec, norm
 from hybridlm.block import abstract as abstract_block
 from hybridlm.context import Context
@@ -120,7 +120,7 @@ def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ..
         matched |= {one for one in stripped for name in own.values() if fnmatchcase(name, one)}
         held = {name for name, whole in own.items() if froze(whole, frozen)} | {*spec.frozen}
         result.append(spec._replace(frozen=tuple(name for name in own if name in held)))
-    others = ("embedding", "final_norm.scale", "head", "shared")
+    others = ("embedding", "final_norm.scale", "final_norm.bias", "embedding_norm", "head", "shared")
     for one in stripped:
         if one not in matched and not any(fnmatchcase(n, one) or one.startswith(f"{n}.") for n in others):
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
@@ -136,6 +136,8 @@ class LM(nnx.Module):
         d_model, vocab = model.d_model, model.vocab_size
         self.definition = definition
         self.embedding = param(rngs, (vocab, d_model), ("vocab", "embed"), normal(), decay=True)
+        if model.embedding_norm:
+            self.embedding_norm = norm(model, rngs)
         keys = jax.random.split(rngs.params(), len(definition.layers))
         self.stack = stack.Stack(model, definition.layout, keys)
         site = Site(d_model, 0, len(definition.layers))
@@ -149,9 +151,15 @@ class LM(nnx.Module):
         self.head = None if tied else param(rngs, (d_model, vocab), ("embed", "vocab"), normal(), decay=True)
 
     def head_matrix(self) -> jax.Array:
-        """[D, V] float32, with muP's output multiplier in it."""
+        """[D, V] float32, with the divisor of the logits in it, muP's too."""
         matrix = self.embedding[...].T if self.head is None else self.head[...]
-        return matrix / growth if (growth := mup.growth(self.definition.model)) != 1 else matrix
+        divisor = mup.growth(self.definition.model) * self.definition.model.logit_divisor
+        return matrix / divisor if divisor != 1 else matrix
+
+    def _entered(self, x: jax.Array) -> jax.Array:
+        model = self.definition.model
+        x = x * model.embedding_multiplier if model.embedding_multiplier != 1 else x
+        return self.embedding_norm(x) if model.embedding_norm else x
 
     def __call__(
         self, tokens_BT: jax.Array, rows: Rows, cache: Cache | None = None
@@ -183,7 +191,7 @@ class LM(nnx.Module):
         wanted: tuple[str, ...],
         inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, Records]:
-        x = embed(self.embedding[...], tokens_BT, self.definition.dtype)
+        x = self._entered(embed(self.embedding[...], tokens_BT, self.definition.dtype))
         x = constrain(x, ("batch", "time", None))
         x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted, inputs_LBTD)
         return self.final_norm(x), cache, records
@@ -207,7 +215,7 @@ class LM(nnx.Module):
 
         Layers are unrolled: their caches stay apart, so that a decode loop updates each in place.
         """
-        x = self.embedding[...][token_B].astype(self.definition.dtype)
+        x = self._entered(self.embedding[...][token_B].astype(self.definition.dtype))
         appended: list[Any] = []
         carried: dict[str, Any] = {}
         for index, ((block, row), layer_cache) in enumerate(zip(blocks, cache, strict=True)):
@@ -220,7 +228,7 @@ class LM(nnx.Module):
     def init_cache(self, batch: int, max_length: int) -> Cache:
         """Empty caches of every layer for ``batch`` rows of at most ``max_length`` tokens."""
         dtype = self.definition.dtype
-        return tuple(block.mixer.init_cache(batch, max_length, dtype) for block in self.stack.blocks())
+        return tuple(block.init_cache(batch, max_length, dtype) for block in self.stack.blocks())
 
 
 def windows(definition: Definition) -> tuple[int, ...]:
@@ -310,7 +318,8 @@ def logits(definition: Definition, params: Params, tokens_BT: jax.Array, rows: R
     model = merge(definition, params)
     hidden, _ = model(tokens_BT, rows)
     head = model.head_matrix().astype(hidden.dtype)
-    return jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    found = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+    return loss.capped(found, definition.model.logit_cap)
 
 
 # By layer.

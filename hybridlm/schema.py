@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Literal
 
 from hybridlm.errors import ConfigError
-from hybridlm.fields import INT32, Count, Epsilon, Fraction, Limits, NonNegative, Positive
+from hybridlm.fields import INT32, Above, Count, Epsilon, Fraction, Limits, NonNegative, Positive
 
 FACTOR = r"(?:[0-9]{1,5}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
@@ -23,6 +23,8 @@ class Model:
     vocab_size: ids of the embedding, at least those of the data.  norm_eps: of layer and final norms.
     tie_embeddings: the embedding is the output head too.
     mlp_hidden: SwiGLU width; 0: 8/3 d_model rounded up to a multiple of 256, as in FLA and Llama.
+    norm: of layers and at the end: rms, or layer (LayerNorm with a bias; RWKV).
+    embedding_norm: such a norm of the embedding, too (RWKV).
     norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
     dtype: of activations; parameters, recurrent states and the loss are float32.
@@ -36,6 +38,10 @@ class Model:
     scan: False unrolls the stack: faster on a GPU where remat is not full, but compile time grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
         (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
+    embedding_multiplier: of the embedding where it enters the stack (Granite; Gemma: the root of d_model).
+    residual_multiplier: of what every mixer and MLP adds to the stream (Granite).
+    logit_divisor: what logits are divided by (Granite's logits_scaling).
+    logit_cap: logits stay within it, cap * tanh(logits / cap); 0: no cap (xLSTM 7B has 30).
     mup_base_width: muP (`hybridlm.mup`): the ``d_model`` whose learning rate and decay serve this one too;
         0: the standard parametrisation.
     """
@@ -46,6 +52,8 @@ class Model:
     vocab_size: Annotated[int, Limits(2, INT32)] = 32000
     mlp_hidden: Count = 0
     norm_eps: Epsilon = 1e-6
+    norm: Literal["rms", "layer"] = "rms"
+    embedding_norm: bool = False
     norm_unit_offset: bool = False
     post_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
@@ -54,6 +62,10 @@ class Model:
     remat: Literal["none", "full", "dots", "mixer", "kernels", "auto"] = "full"
     scan: bool = True
     lora: tuple[str, ...] = ()
+    embedding_multiplier: Above = 1.0
+    residual_multiplier: Above = 1.0
+    logit_divisor: Above = 1.0
+    logit_cap: NonNegative = 0.0
     mup_base_width: Count = 0
 
     def check(self) -> None:

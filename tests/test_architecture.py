@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("hybridlm", "pallas_kernels", "configs", "eval", "launch")
 # What a kind says of its names in public checkpoints with; the rest of `hybridlm.convert` are converters.
-VOCABULARY = {f"hybridlm.convert.{name}" for name in ("public", "fields", "rules")}
+VOCABULARY = {
+    f"hybridlm.convert.{name}" for name in ("public", "public_attention", "public_experts", "fields", "rules")
+}
 
 
 def named(path: Path) -> str:

@@ -30,7 +30,10 @@ from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
-NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "kimi_linear", "qwen3_next")
+NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "nemotron_h", "qwen3_next")
+RUN = ("fla_gated_deltaproduct", "fla_mamba2", "fla_mla", "fla_rwkv6")  # all of these, once in a while
+OTHERS = ("deepseek_v3", "falcon_mamba", "granitemoehybrid", "recurrent_gemma", "xlstm")
+slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @functools.cache
@@ -56,7 +59,7 @@ def tree(directory: Path) -> dict[str, tuple]:
     return {n: (t.dtype, t.shape, folder.read(n).tobytes()) for n, t in folder.tensors.items()}
 
 
-@pytest.mark.parametrize("name", [*NAMES, pytest.param("fla_mom", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*NAMES, *slow("fla_mom", *RUN, *OTHERS)])
 def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     run = imported(name, root)
     np.save(tmp_path / "ids.npy", run.expected["input_ids"])
@@ -70,14 +73,27 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "config.json").read_bytes() == (GOLDEN / name / "config.json").read_bytes()
 
 
-def test_greedy_continuation(root: Path) -> None:
-    """KDA, MLA and experts, prefilled and decoded."""
-    run = imported("kimi_linear", root)
+@pytest.mark.parametrize("name", ["kimi_linear", *slow("fla_rwkv7", *RUN)])
+def test_greedy_continuation(name: str, root: Path) -> None:
+    """Prefilled and decoded: KDA, MLA and experts; an MLP that keeps a token."""
+    run = imported(name, root)
     prompts = run.expected["input_ids"][:, : int(run.expected["prompt_len"])].tolist()
     want = run.expected["greedy_tokens"]
     with jax.default_matmul_precision("highest"):
         got = generate.generate(run.definition, run.params, prompts, max_new_tokens=want.shape[1])
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["granitemoehybrid", "recurrent_gemma"])
+def test_decoding_has_multipliers_and_caps(name: str, root: Path) -> None:
+    """Greedy tokens are the likeliest of a whole pass over them."""
+    run, length = imported(name, root), 9
+    ids = run.expected["input_ids"][:, :length]
+    with jax.default_matmul_precision("highest"):
+        got = generate.generate(run.definition, run.params, ids.tolist(), max_new_tokens=6)
+    whole = evaluate.logits(run.definition, run.params, np.concatenate([ids, got], axis=1))
+    np.testing.assert_array_equal(got, whole.argmax(-1)[:, length - 1 : -1])
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from tests import tiny
 def dense(hidden, head, seen, teacher_head, targets, w):
     """The weighted sum with whole logits."""
     logits, z = hidden @ head, seen @ teacher_head
+    logits, z = (cap * jnp.tanh(x / cap) if cap else x for x, cap in zip((logits, z), w.caps, strict=True))
     if w.top_k:
         z = jnp.where(z >= jnp.sort(z, axis=-1)[..., -w.top_k, None], z, -1e30)
     p = jax.nn.softmax(z / w.temperature)
@@ -51,7 +52,8 @@ def test_distilled(monkeypatch):
     hidden, seen = (jax.random.normal(key, (2, 5, width)) for key, width in zip(keys, (3, 4), strict=False))
     head, teacher_head = jax.random.normal(keys[2], (3, 8)), jax.random.normal(keys[3], (4, 8))
     targets = jax.random.randint(keys[4], (2, 5), 0, 8).at[0, 3:].set(-1)
-    for w in (distillation.Weights(0.5, 2.0, 3.0), distillation.Weights(0.0, 1.0, 1.0, top_k=3)):
+    capped = distillation.Weights(0.5, 2.0, 3.0, caps=(1.5, 2.5))
+    for w in (capped, distillation.Weights(0.0, 1.0, 1.0, top_k=3)):
         ours = lambda h, m, w=w: distillation.distilled(
             h, m, distillation.Teacher(seen, teacher_head), targets, w
         )[0]

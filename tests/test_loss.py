@@ -8,27 +8,28 @@ import pytest
 from hybridlm import loss, loss_blocks
 
 
-def plain(hidden, head, targets, z_loss):
+def plain(hidden, head, targets, z_loss, cap=0.0):
     """Sum over targets >= 0 of -log softmax + z_loss log(Z)^2, with all logits at once."""
     logits = hidden.astype(jnp.float64) @ head.astype(jnp.float64)
+    logits = cap * jnp.tanh(logits / cap) if cap else logits
     log_z = jax.nn.logsumexp(logits, -1)
     nll = log_z - jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
     return jnp.sum(jnp.where(targets >= 0, nll + z_loss * log_z**2, 0))
 
 
 @pytest.mark.parametrize("length", [1, 7, 24])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss):
+@pytest.mark.parametrize(("z_loss", "cap"), [(0.0, 0.0), (0.1, 2.0)])
+def test_equals_plain_formula_with_many_chunks(monkeypatch, length, z_loss, cap):
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 3 * 11 * 4)  # four tokens a chunk
     rng = np.random.default_rng(length)
     hidden = rng.normal(size=(3, length, 5)).astype(np.float32)
     head = rng.normal(size=(5, 11)).astype(np.float32)
     targets = rng.integers(-1, 11, size=(3, length)).astype(np.int32)
 
-    ours = lambda h, w: loss.cross_entropy(h, w, targets, z_loss=z_loss)
+    ours = lambda h, w: loss.cross_entropy(h, w, targets, z_loss=z_loss, cap=cap)
     value, pullback, sums = jax.vjp(ours, hidden, head, has_aux=True)
     with jax.enable_x64(True):
-        of_plain = jax.jit(jax.value_and_grad(lambda h, w: plain(h, w, targets, z_loss), (0, 1)))
+        of_plain = jax.jit(jax.value_and_grad(lambda h, w: plain(h, w, targets, z_loss, cap), (0, 1)))
         expected, grads = of_plain(hidden.astype(np.float64), head.astype(np.float64))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for got, want in zip(pullback(jnp.float32(1)), grads, strict=True):

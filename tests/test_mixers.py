@@ -32,7 +32,10 @@ CASES = {
             output_gate="sigmoid",
         ),
     ),
-    "attention window": ("attention", dict(num_heads=2, head_dim=8, window=4, qk_norm="width")),
+    "attention window": (
+        "attention",
+        dict(num_heads=2, head_dim=8, window=4, qk_norm="width", logit_scale=0.3, o_bias=True),
+    ),
     "attention sink tokens": ("attention", dict(num_heads=2, head_dim=8, window=3, sink_tokens=2)),
     "attention forgets": (
         "attention",
@@ -55,7 +58,18 @@ CASES = {
     "hgrn": ("hgrn", dict(width=20, conv_size=3)),
     "hgrn2": ("hgrn2", dict(head_dim=8, conv_size=2)),
     "retnet": ("retnet", dict(num_heads=2, head_dim=6)),
-    "mamba2": ("mamba2", dict(head_dim=8, state_size=6, n_groups=2, conv_size=3, dt_min=0.2, dt_max=2.0)),
+    "mamba2": (
+        "mamba2",
+        dict(
+            head_dim=8,
+            state_size=6,
+            n_groups=2,
+            conv_size=3,
+            dt_min=0.2,
+            dt_max=2.0,
+            multipliers=(0.5, 1.2, 0.8, 1.1, 0.9),
+        ),
+    ),
     "delta_product": ("delta_product", dict(num_heads=2, head_dim=6, num_householder=3)),
     "gated_delta_product": (
         "gated_delta_product",
@@ -79,8 +93,10 @@ CASES = {
     "log_linear": ("log_linear", dict(of="gated_delta_net", levels=4)),
     "mom": ("mom", dict(of="gated_delta_net", memories=3)),
     "mom mamba2": ("mom", dict(of="mamba2", shared=False, single_kv=True)),
+    "mom of one": ("mom", dict(of="gated_delta_net", memories=3, single_kv=True, single_gates=True)),
     "sse": ("sse", dict(of="gla", partitions=3, top_k=2, rank=3, rows=4)),
     "sse gated_delta_net": ("sse", dict(of="gated_delta_net", partitions=2, top_k=1, rank=2)),
+    "gated_conv": ("gated_conv", dict(conv_size=4)),
     "rglru": ("rglru", dict(width=20, num_heads=4, conv_size=3)),
     "mlstm": ("mlstm", dict(num_heads=2, head_dim=8, gate_cap=4.0)),
     "parallel": ("parallel", dict(branches=("gla", "attention"), multipliers=(1.0, -0.5))),
@@ -100,7 +116,7 @@ CASES = {
     ),
     "based": ("based", dict(num_heads=3, head_dim=4)),
     "gated_delta_net2": ("gated_delta_net2", dict(num_heads=1, num_v_heads=2, head_dim=6, neg_eigval=True)),
-    "rwkv6": ("rwkv6", dict(num_heads=2, head_dim=6, mix_rank=3, decay_rank=4)),
+    "rwkv6": ("rwkv6", dict(num_heads=2, head_dim=6, v_head_dim=4, mix_rank=3, decay_rank=4)),
     "rwkv7": (
         "rwkv7",
         dict(num_heads=2, head_dim=6, decay_rank=3, rate_rank=3, gate_rank=4, value_residual=False),

@@ -8,7 +8,7 @@ from flax import nnx
 from test_mixers_golden import GOLDEN, close
 
 from hybridlm import mixers
-from hybridlm.context import Context, Left
+from hybridlm.context import Context
 from hybridlm.rows import single_document
 
 
@@ -22,19 +22,6 @@ def silu(x):
 
 def split(w, sizes):
     return np.split(w, np.cumsum(sizes)[:-1])
-
-
-def mamba2(w):
-    w = {name.removeprefix("mixer."): a for name, a in w.items() if name.startswith("mixer.")}
-    z, x, B, C, dt = split(w["in_proj.weight"], [128, 128, 32, 32, 8])
-    taps, bias = split(w["conv1d.weight"][:, 0], [128, 32, 32]), split(w["conv1d.bias"], [128, 32, 32])
-    own = {"A_log": w["A_log"], "D": w["D"], "dt_bias": w["dt_bias"], "o_norm.scale": w["norm.weight"]}
-    projections = zip("vkqg", (x, B, C, z), strict=True)
-    own |= {f"{name}_proj.kernel": a.T for name, a in projections}
-    own |= {"dt_proj.kernel": dt.T, "o_proj.kernel": w["out_proj.weight"].T}
-    for name, kernel, b in zip("vkq", taps, bias, strict=True):
-        own |= {f"{name}_conv.kernel": kernel.T, f"{name}_conv.bias": b}
-    return own
 
 
 def falcon_mamba(w):
@@ -107,14 +94,6 @@ def plain(w, x, mixed):
 
 # name: (kind, settings, norm before the mixer, its eps, layer of how many, weights, the rest of the block)
 CHECKPOINTS = {
-    "mamba2": (
-        "mamba2",
-        dict(head_dim=16, state_size=16, n_groups=2),
-        ("norm.weight", 0, 1e-5),
-        (1, 3),
-        mamba2,
-        plain,
-    ),
     "falcon_mamba": ("mamba", dict(dbc_norm="rms"), ("norm.weight", 0, 1e-5), (1, 2), falcon_mamba, plain),
     "recurrent_gemma": (
         "rglru",
@@ -157,35 +136,3 @@ def fill(state, values):
         assert value.shape == leaf.shape, path
         leaf.set_value(jnp.asarray(value))
     assert not values
-
-
-def test_second_layer_of_an_rwkv7_checkpoint():
-    """Its values are mixed with the first layer's; the block around has LayerNorms and its own MLP."""
-    w = dict(np.load(GOLDEN / "layers" / "rwkv7.npz"))
-    x, y, first = (w.pop(key).astype(np.float64) for key in ("x", "y", "v_first"))
-
-    def layer_norm(x, name):
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    own = {f"mix_{c}": w[f"attn.x_{c}"][0, 0] for c in "rwkvag"}
-    own |= {name: w[f"attn.{name}"].reshape(-1) for name in ("k_k", "k_a", "r_k")}
-    own |= {f"{c}_proj.kernel": w[f"attn.{c}_proj.weight"].T for c in "rkvo"}
-    own |= {"o_norm.scale": w["attn.g_norm.weight"], "o_norm.bias": w["attn.g_norm.bias"]}
-    for ours, theirs in (("w", "w"), ("a", "a"), ("value", "v"), ("g", "g")):
-        parts = {"A": "0.weight", "B": "2.weight", "bias": "2.bias"}
-        found = {part: w.get(f"attn.{theirs}_lora.lora.{name}") for part, name in parts.items()}
-        own |= {f"{ours}_proj.{part}": a.T for part, a in found.items() if a is not None}
-    settings = dict(head_dim=16, decay_rank=8, rate_rank=8, value_rank=8, gate_rank=16, norm_eps=16e-6)
-    mixer, site = mixers.load("rwkv7"), mixers.Site(64, 1, 2)
-    config = mixer.config_class(kind="rwkv7", **settings)
-    graph, state = nnx.split(nnx.eval_shape(lambda: mixer(config, site, rngs=nnx.Rngs(params=0))))
-    fill(state, own)
-    carried = {"rwkv7.values": Left(jnp.bool_(True), jnp.asarray(first[None], jnp.float32))}
-    context = Context(single_document(1, len(x)), 1, 2, carried=carried)
-    h = layer_norm(x, "attn_norm").astype(np.float32)
-    x = x + np.asarray(jax.jit(lambda state, h: nnx.merge(graph, state)(h, context)[0])(state, h[None])[0])
-    h = layer_norm(x, "ffn_norm")
-    h += (np.concatenate([0 * h[:1], h[:-1]]) - h) * w["ffn.x_k"]
-    x += np.maximum(h @ w["ffn.key.weight"].T, 0) ** 2 @ w["ffn.value.weight"].T
-    close(layer_norm(x, "norm"), y, 2e-5, "hidden states")

@@ -67,9 +67,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# In training FLA's convolutions run on from one memory's tokens into the next one's, and its sort may shuffle
-# them: values are compared with a golden checkpoint (tests/golden/models/README.md).
-SHAPES_ALONE = ["Mom"]
+# Values of these are compared with golden checkpoints (tests/golden/models/README.md): in training FLA's Mom
+# has convolutions that run on from one memory's tokens into the next one's, and a sort that may shuffle them.
+REFUSED = {"MLA": ["window_size"], "RWKV6": ["attn"], "RWKV7": ["attn"], "Mamba2": ["num_heads"]}
+SHAPES_ALONE = ["Mom", "Mamba2", "GatedDeltaProduct", "MLA", "RWKV6", "RWKV7"]
 
 
 def attention(q, k, v, causal: bool = True, window_size: tuple[int, int] = (-1, -1)):
@@ -100,8 +101,9 @@ def fla():
     )
     pytest.importorskip("fla", reason="needs flash-linear-attention")
     from fla import models
-    from fla.layers import attn
+    from fla.layers import attn, mla
 
+    mla.flash_attn_func, mla.flash_attn_varlen_func = attention, packed_attention
     attn.flash_attn_func, attn.flash_attn_varlen_func = attention, packed_attention
     return models
 
@@ -115,7 +117,11 @@ OPTIONS: dict[str, list[Any]] = {
     "num_v_heads": [None, 4], "expand_v": [1.0, 2.0], "expand_k": [0.5, 1.0], "num_kv_heads": [None, 2],
     "expand_ratio": [None, 1, 2, 16], "use_lower_bound": [True, False], "qkv_bias": [True, False],
     "qk_norm": [True, False], "window_size": [None, 5], "safe_gate": [True], "lower_bound": [-5],
-    "output_gate_activation": ["swish", "silu", "sigmoid"],
+    "single_kv_proj": [True, False], "shared_mem": [True, False],
+    "output_gate_activation": ["swish", "silu", "sigmoid"], "num_householder": [1, 3], "n_groups": [1, 2],
+    "use_forget_gate": [True, False], "state_size": [8], "conv_kernel": [2, 4], "expand": [1, 2],
+    "q_lora_rank": [None, 12], "kv_lora_rank": [24], "norm_first": [True, False], "proj_low_rank_dim": [3],
+    "gate_low_rank_dim": [7], "decay_low_rank_dim": [None, 7], "a_low_rank_dim": [None, 5],
 }  # fmt: skip
 
 
@@ -140,6 +146,8 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
         settings["use_short_conv"] = True  # else it warns, as an exception
         if settings.get("attn"):
             settings["attn"] = dict(layers=[1], num_heads=4)
+    for name in REFUSED.get(cls, []):  # or it must fit the others
+        settings.pop(name, None)
     if "lower_bound" in settings or "safe_gate" in settings:
         settings |= {"lower_bound": -5, "safe_gate": True}
     config = config_class(**{**SMALL, "intermediate_size": None, "num_hidden_layers": 3} | settings)

@@ -6,7 +6,23 @@ from typing import Any, NamedTuple
 
 from hybridlm import config as configs
 from hybridlm import model, untrusted
-from hybridlm.convert import fla, fla_backbone, kimi_linear, olmo_hybrid, qwen3, qwen3_next
+from hybridlm.convert import (
+    deepseek_v3,
+    falcon_h1,
+    fla,
+    fla_backbone,
+    fla_rwkv,
+    kimi_linear,
+    lfm2,
+    mamba,
+    mamba_hybrids,
+    nemotron_h,
+    olmo_hybrid,
+    qwen3,
+    qwen3_next,
+    recurrent_gemma,
+    xlstm,
+)
 from hybridlm.convert.family import Family, Unsayable, same_model
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
@@ -15,8 +31,10 @@ from hybridlm.errors import ConfigError, nearest, one_of
 FAMILIES: dict[str, Family] = {
     model_type: family
     for family in (
-        fla.FAMILY, fla_backbone.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(), kimi_linear.FAMILY,
-        olmo_hybrid.FAMILY,
+        fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
+        kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
+        deepseek_v3.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, nemotron_h.FAMILY, recurrent_gemma.FAMILY,
+        xlstm.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

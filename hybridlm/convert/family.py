@@ -14,11 +14,15 @@ from hybridlm import mixers, mlps, model, plan
 from hybridlm.block import Spec
 from hybridlm.convert.fields import MAX_LAYERS, Fields
 from hybridlm.convert.public import EVERY, Format
-from hybridlm.convert.rules import Rule, norm, same, transposed
+from hybridlm.convert.rules import Rule, bias, norm, same, transposed
 from hybridlm.errors import ConfigError
 
 SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
-SPARSE = "moe"
+SPARSE, NO_MLP = "moe", "none"
+SETTINGS = (
+    "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
+    "embedding_multiplier", "residual_multiplier", "logit_divisor", "logit_cap", "mup_base_width",
+)  # fmt: skip
 
 
 class Unsayable(ConfigError):
@@ -49,8 +53,10 @@ class Family:
     read: config.json -> Architecture.
     write: (Definition, model_type) -> config.json, ConfigError where there is none. What cannot be said may
         be left out: the caller reads it back and compares.
-    norms: layer type -> names of a layer's two norms.
+    norms: layer type -> names of a layer's two norms; of a layer without an MLP the first counts.
     embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
+    layers: what they are called.
+    embedding_norm: of a family that has one.
     rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
     multimodal: model_type of a model around one of these -> model_type of its text_config.
@@ -64,6 +70,8 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     body: str = "model."
     final_norm: str = "norm"
+    layers: str = "layers"
+    embedding_norm: str = ""
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -71,19 +79,24 @@ class Family:
     def rules(self, definition: model.Definition) -> list[Rule]:
         """Every tensor."""
         d_model, name = definition.d_model, self.format
-        found = [same("embedding", self.embedding), norm("final_norm", self.body + self.final_norm)]
-        if not definition.model.tie_embeddings:
+        model = definition.model
+        normed = lambda *names: [norm(*names)] + [bias(*names)] * (model.norm == "layer")
+        found = [same("embedding", self.embedding), *normed("final_norm", self.body + self.final_norm)]
+        if model.embedding_norm:
+            found += normed("embedding_norm", self.body + self.embedding_norm)
+        if not model.tie_embeddings:
             found.append(transposed("head", "lm_head.weight"))
         for mixer, spec in {spec.mixer: spec for spec in definition.layers}.items():
             shared = mixer_format(spec, name).shared(spec.config)
             found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
-            norms = self.norms(mixer_.layer_type)
-            layer = [norm(*pair) for pair in zip(("mixer_norm", "mlp_norm"), norms, strict=True)]
+            before, after = self.norms(mixer_.layer_type)
+            layer = normed("mixer_norm", before)
+            layer += normed("mlp_norm", after) if spec.mlp_kind != NO_MLP else []
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
             layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
-            found += [rule.under(f"layers.{index}.", f"{self.body}layers.{index}.") for rule in layer]
+            found += [rule.under(f"layers.{index}.", f"{self.body}{self.layers}.{index}.") for rule in layer]
         return found
 
 
@@ -123,6 +136,13 @@ def types(definition: model.Definition, format: str) -> list[str]:
     return [mixer_format(spec, format).layer_type for spec in definition.layers]
 
 
+def alone(definition: model.Definition, format: str, model_type: str) -> None:
+    """ConfigError unless every layer is of this type."""
+    for spec, found in zip(definition.layers, types(definition, format), strict=True):
+        if found != model_type:
+            raise Unsayable("model.pattern", spec.name, f"has layers of {model_type} alone")
+
+
 def sparse(definition: model.Definition) -> list[bool]:
     return [spec.mlp_kind == SPARSE for spec in definition.layers]
 
@@ -149,11 +169,13 @@ def assemble(
     types: list[str],
     sparse: list[bool],
     eps: float = 1e-6,
+    hidden: str = "intermediate_size",
     **model: Any,
 ) -> Architecture:
     """What remains to be read once it is known of which type each layer is, and whether it has experts.
 
-    eps: what a missing rms_norm_eps stands for.  model: settings besides.
+    eps: what a missing rms_norm_eps stands for.  hidden: the field of a dense MLP's width.
+    model: settings besides.
     """
     fields.only("hidden_act", "silu")
     d_model, eps = fields.size("hidden_size"), fields.get("rms_norm_eps", eps)
@@ -166,7 +188,7 @@ def assemble(
     model |= {
         "d_model": d_model,
         "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": fields.size("intermediate_size", default=d_model if all(sparse) else None),
+        "mlp_hidden": fields.size(hidden, default=d_model if all(sparse) else None),
         "norm_eps": eps,
         "tie_embeddings": fields.get("tie_word_embeddings", False),
     }
@@ -207,8 +229,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
 
     Settings are compared in their `explicit` form: of those that compute nothing no difference is seen.
     """
-    settings = ("d_model", "vocab_size", "norm_eps", "norm_unit_offset", "tie_embeddings", "mup_base_width")
-    for field in settings:
+    for field in SETTINGS:
         ours, theirs = getattr(a.model, field), getattr(b.model, field)
         if ours != theirs:
             return f"model.{field} {ours} and {theirs}"

@@ -105,6 +105,17 @@ class Fields:
             raise self.refuse(name, "must be a mapping")
         return None if value is None else Fields(value, f"{self.source}: {name}")
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """So many numbers; all 1 where the field is missing."""
+        value = self.get(name)
+        value = [1.0] * count if value is None else value
+        plain = isinstance(value, list) and all(
+            type(one) in (int, float) and abs(one) <= 1e9 for one in value
+        )
+        if not (plain and len(value) == count):
+            raise self.refuse(name, f"must be {count} numbers")
+        return tuple(map(float, value))
+
     def layers(self, name: str, kinds: Collection[str], num_layers: int) -> list[str] | None:
         """One of ``kinds`` per layer, None where the field is missing."""
         value = self.get(name)

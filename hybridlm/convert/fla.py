@@ -39,8 +39,10 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("hidden_ratio")
     hidden = fields.get("intermediate_size", 0) or -(-int(d_model * ratio * 2 / 3) // 256) * 256
     kind, own = KINDS[model_type]
+    settings = own.read(fields, d_model, eps)
+    kind = settings.pop("kind", kind)  # where one model_type has several
     name = SHORT[kind]
-    definitions = define(name, kind, own.read(fields, d_model, eps))
+    definitions = define(name, kind, settings)
     layers = [name] * layers_
     for number, (indices, definition) in enumerate(_attention(fields, d_model, layers_)):
         attention = f"attention_{number}"

@@ -1,26 +1,30 @@
-"""flash-linear-attention's models of the Mamba family that have MLPs: log_linear_mamba2.
+"""flash-linear-attention's models of the Mamba family: mamba2, log_linear_mamba2.
 
-Every layer is of one kind, and the MLP's width follows from d_model. Source: fla 0.6.0,
-fla/models/log_linear_mamba2.
+Every layer is of one kind. Mamba-2 has no MLP; the width of the other's follows from d_model. transformers
+has a mamba2, too, with the same tensors and other names in config.json, which are read as well; an export has
+both. Source: fla 0.6.0, fla/models; transformers 5.24, models/mamba2.
 """
 
 from typing import Any
 
+from hybridlm import config as configs
 from hybridlm.convert.family import (
+    NO_MLP,
     SHORT,
     Architecture,
     Family,
+    alone,
     define,
     kinds,
     num_layers,
     said,
-    types,
 )
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
 FORMAT = "fla_backbone"
 KINDS = kinds(FORMAT)
+WITHOUT = {"mamba2"}  # an MLP
 
 
 def hidden(d_model: int) -> int:
@@ -30,7 +34,8 @@ def hidden(d_model: int) -> int:
 
 def read(fields: Fields) -> Architecture:
     kind, own = KINDS[fields.values["model_type"]]
-    layers, d_model, eps = num_layers(fields), fields.size("hidden_size"), fields.get("norm_eps", 1e-5)
+    layers, d_model = num_layers(fields), fields.size("hidden_size")
+    eps = fields.either("norm_eps", "layer_norm_epsilon", 1e-5)
     fields.only("hidden_act", "silu", "swish")
     fields.only("attnres_block_size", None)
     definitions = define(SHORT[kind], kind, own.read(fields, d_model, eps))
@@ -42,13 +47,17 @@ def read(fields: Fields) -> Architecture:
         "tie_embeddings": fields.get("tie_word_embeddings", False),
     }
     fields.finish()
-    return Architecture([SHORT[kind]] * layers, definitions, {}, model)
+    bare = own.layer_type in WITHOUT
+    name = SHORT[kind] + f"/{NO_MLP}" * bare
+    return Architecture([name] * layers, definitions, {NO_MLP: configs.mlp(NO_MLP)} if bare else {}, model)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    types(definition, FORMAT)  # refuses layers of other kinds
+    alone(definition, FORMAT, model_type)
     fields = said(definition.layers, FORMAT, definition.d_model)
-    del fields["intermediate_size"]
+    fields.pop("intermediate_size", None)
+    if model_type in WITHOUT:
+        fields["layer_norm_epsilon"] = definition.model.norm_eps
     return {
         "architectures": [f"{FAMILY.classes[model_type]}ForCausalLM"],
         "model_type": model_type,
@@ -66,7 +75,7 @@ FAMILY = Family(
     {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
     read,
     write,
-    norms=lambda layer_type: ("mixer_norm", "mlp_norm"),
+    norms=lambda layer_type: ("norm" if layer_type in WITHOUT else "mixer_norm", "mlp_norm"),
     embedding="backbone.embeddings.weight",
     body="backbone.",
     final_norm="norm_f",

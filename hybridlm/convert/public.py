@@ -3,6 +3,7 @@ hold of them, so that a family here knows only the model around its layers. Impo
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -38,6 +39,13 @@ class Format(Generic[C]):
     architecture: str = ""
     shared: Callable[[C], list[Rule]] = lambda config: []
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def nearby(f: Callable[[float], float], target: float, x: float) -> float:
+    """``x``, or the number beside it of which f is exactly ``target``, if there is one."""
+    return next(
+        (one for one in (x, math.nextafter(x, 0), math.nextafter(x, math.inf)) if f(one) == target), x
+    )
 
 
 def linears(names: str) -> list[Rule]:

@@ -81,6 +81,17 @@ def bias(ours: str, theirs: str) -> Rule:
     return same(f"{ours}.bias", f"{theirs}.bias")
 
 
+def permuted(ours: str, theirs: str, order: np.ndarray) -> Rule:
+    """A Linear whose outputs here are those of there in another ``order``."""
+    back = np.argsort(order)
+    return Rule(
+        (f"{ours}.kernel",),
+        (f"{theirs}.weight",),
+        lambda arrays: [arrays[0][order].T],
+        lambda arrays: [arrays[0].T[back]],
+    )
+
+
 def norm(ours: str, theirs: str) -> Rule:
     return same(f"{ours}.scale", f"{theirs}.weight")
 
@@ -92,6 +103,15 @@ def conv(ours: str, theirs: str) -> Rule:
         lambda arrays: [array[:, 0].T for array in arrays],
         lambda arrays: [array.T[:, None] for array in arrays],
     )
+
+
+def low_rank(ours: str, theirs: str, biased: bool = True) -> list[Rule]:
+    """`hybridlm.rwkv.LowRank` and RWKV's in FLA."""
+    both = [
+        transposed(f"{ours}.A", f"{theirs}.lora.0.weight"),
+        transposed(f"{ours}.B", f"{theirs}.lora.2.weight"),
+    ]
+    return both + [same(f"{ours}.bias", f"{theirs}.lora.2.bias")] * biased
 
 
 def short_convs(ours: str, theirs: str, taps: int) -> list[Rule]:
@@ -126,6 +146,18 @@ def concatenated(
     )
 
 
+def divided(ours: str, theirs: Sequence[str], widths: Sequence[int], one: Callable[[str, str], Rule]) -> Rule:
+    """The reverse of `concatenated`: one parameter in several tensors."""
+    parts = [one(ours, name) for name in theirs]
+    cuts = np.cumsum(widths)[:-1]
+    return Rule(
+        parts[0].ours,
+        tuple(part.theirs[0] for part in parts),
+        lambda arrays: parts[0].inward([np.concatenate(arrays)]),
+        lambda arrays: np.split(parts[0].outward(arrays)[0], cuts),
+    )
+
+
 def interleaved(ours: Sequence[str], widths: Sequence[int], theirs: str) -> Rule:
     """Several Linears in one tensor by head: rows are [first of head 0, second of head 0, ..., of head 1].
 
@@ -153,3 +185,29 @@ def experts(ours: str, theirs: str, count: int) -> Rule:
         lambda arrays: [np.stack([array.T for array in arrays])],
         lambda arrays: [array.T for array in arrays[0]],
     )
+
+
+def fused_experts(ours: Sequence[str], theirs: str) -> Rule:
+    """[experts, in, out] each here, one [experts, sum of out, in] there; equal widths."""
+    turn = lambda array: np.swapaxes(array, 1, 2)
+    return Rule(
+        tuple(ours),
+        (theirs,),
+        lambda arrays: [turn(part) for part in np.split(arrays[0], len(ours), axis=1)],
+        lambda arrays: [np.concatenate([turn(array) for array in arrays], axis=1)],
+    )
+
+
+def swiglu_rules(ours: str = "", theirs: str = "") -> list[Rule]:
+    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("gate", "up", "down")]
+
+
+def fused_rules(hidden: int, ours: str = "", theirs: str = "") -> list[Rule]:
+    """Granite's: gate and up in one tensor."""
+    names = f"{ours}gate", f"{ours}up"
+    fused = concatenated(names, (hidden, hidden), f"{theirs}input_linear", linear)
+    return [fused, linear(f"{ours}down", f"{theirs}output_linear")]
+
+
+def relu2_rules(ours: str = "", theirs: str = "") -> list[Rule]:
+    return [linear(f"{ours}{name}", f"{theirs}{name}_proj") for name in ("up", "down")]

@@ -19,6 +19,7 @@ from hybridlm import sharding
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.generate.sampling import GREEDY, Sampling, sample
+from hybridlm.loss import capped
 from hybridlm.rows import Rows
 
 SHORTEST_BUCKET = 64
@@ -78,8 +79,11 @@ class Carry(NamedTuple):
     cache: Any
 
 
-def _choose(head_DV: jax.Array, hidden_BD: jax.Array, keys: jax.Array, step: Any, how: Sampling) -> jax.Array:
+def _choose(
+    model: lm.LM, head_DV: jax.Array, hidden_BD: jax.Array, keys: jax.Array, step: Any, how: Sampling
+) -> jax.Array:
     logits = jnp.einsum("bd,dv->bv", hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    logits = capped(logits, model.definition.model.logit_cap)
     return sample(logits, jax.vmap(partial(jax.random.fold_in, data=step))(keys), how)
 
 
@@ -92,7 +96,7 @@ def _begin(
     model = lm.merge(definition, weights)
     batch, length = tokens_BT.shape
     hidden_BD, cache = prefill(model, tokens_BT, rows, model.init_cache(batch, length + budget))
-    token = _choose(model.head_matrix().astype(definition.dtype), hidden_BD, keys, 0, sampling)
+    token = _choose(model, model.head_matrix().astype(definition.dtype), hidden_BD, keys, 0, sampling)
     out = jnp.full((batch, budget), -1, jnp.int32).at[:, 0].set(token)
     return Carry(jnp.int32(1), token, stops_V[token], rows.positions[:, -1] + 1, out, keys, cache)
 
@@ -112,7 +116,7 @@ def _advance(
     def advance(carry: Carry) -> Carry:
         step, token, done, position, out, keys, cache = carry
         hidden, cache = model.step(token, Rows(jnp.ones_like(position), position), cache, blocks)
-        token = _choose(head, hidden, keys, step, sampling)
+        token = _choose(model, head, hidden, keys, step, sampling)
         out = out.at[:, step].set(jnp.where(done, -1, token))
         return Carry(step + 1, token, done | stops_V[token], position + 1, out, keys, cache)
 

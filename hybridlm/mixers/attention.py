@@ -22,11 +22,9 @@ from flax import nnx
 
 from hybridlm import first_tokens, mixers
 from hybridlm.context import Context
-from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, linears
-from hybridlm.convert.rules import Rule, bias, interleaved, norm
+from hybridlm.convert.public_attention import FORMATS
 from hybridlm.errors import ConfigError
-from hybridlm.fields import Count, Epsilon, Limits, Positive, Theta
+from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, normal, param, rotate, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
@@ -46,12 +44,14 @@ class Config(mixers.Config):
     rotary_fraction: share of each head's channels that is rotated, the first ones (Qwen3-Next has 0.25).
     window: tokens that a query sees, its own included; 0 for the whole document.
     qkv_bias: biases of the q, k, v projections.
+    o_bias: a bias of the output projection (RecurrentGemma).
     qk_norm: "none", "head" (RMSNorm of each head, Qwen3) or "width" (of all heads together, OLMo 2).
     norm_unit_offset: qk_norm scales by 1 + its parameter (Qwen3-Next).
     output_gate: "none" or "sigmoid" (Qwen3-Next's gated attention).
     norm_eps: of qk_norm.
     forget_gate: logits decay with distance, by a gate per head and token (FoX, which has no rotation).
     sinks: a learned logit per head takes part in the softmax without a value (gpt-oss).
+    logit_scale: what q . k is multiplied by; 0: head_dim**-0.5 (Granite has a number of its own).
     sink_tokens: first tokens of each document that its window keeps in sight besides (StreamingLLM has 4).
     """
 
@@ -62,12 +62,14 @@ class Config(mixers.Config):
     rotary_fraction: Annotated[float, Limits(0, 1, above=True)] = 1.0
     window: Count = 0
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"
     norm_unit_offset: bool = False
     output_gate: Literal["none", "sigmoid"] = "none"
     norm_eps: Epsilon = 1e-6
     forget_gate: bool = False
     sinks: bool = False
+    logit_scale: NonNegative = 0.0
     sink_tokens: Annotated[int, Limits(0, 128)] = 0
 
     def heads(self, d_model: int) -> tuple[int, int]:
@@ -145,117 +147,18 @@ class Config(mixers.Config):
         if self.qk_norm == "none":
             idle = {"norm_eps": Config.norm_eps, "norm_unit_offset": False}
         idle |= {} if self.rope_theta else {"rotary_fraction": Config.rotary_fraction}
-        return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads, **idle)
-
-
-FLA_NORM_EPS = 1e-5  # fla's layer leaves its norms at their default
-
-
-def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    heads = fields.size("num_heads")
-    if "rope_theta" in fields.values and not fields.get("rope_theta", 0.0) > 0:
-        raise fields.refuse("rope_theta", "must be a number above 0: fla's attention always rotates")
-    return {
-        "num_heads": heads,
-        "num_kv_heads": fields.get("num_kv_heads", heads),
-        "head_dim": fields.part("num_heads", d_model, heads),
-        "rope_theta": fields.get("rope_theta", 10000.0),
-        "window": fields.get("window_size", 0),
-        "qkv_bias": fields.get("qkv_bias", False),
-        "qk_norm": "head" if fields.get("qk_norm", False) else "none",
-        "norm_eps": FLA_NORM_EPS,
-    }
-
-
-def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
-    return {
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "qkv_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm == "head",
-        "rope_theta": config.rope_theta,
-        "window_size": config.window or None,
-    }
-
-
-def _hf(
-    heads: int | None = None, kv_heads: int | None = None, head_dim: int = 0, **fixed: Any
-) -> Format[Config]:
-    """Of transformers' models, whose defaults differ. None, 0: what Llama had. fixed: that cannot be said."""
-
-    def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-        fields.only("attention_bias", False)
-        theta, fraction = fields.rope(fraction=0.25 if fixed.get("output_gate") else 1.0)
-        count = fields.size("num_attention_heads", default=heads)
-        return {
-            "num_heads": count,
-            "num_kv_heads": fields.get("num_key_value_heads", kv_heads or count),
-            "head_dim": fields.get("head_dim", head_dim or d_model // count),
-            "rope_theta": theta,
-            "rotary_fraction": fraction,
-            "norm_eps": eps,
-        } | fixed
-
-    def write(config: Config, d_model: int) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rotary_fraction != 1:
-            rope["partial_rotary_factor"] = config.rotary_fraction
-        window = {"use_sliding_window": True, "sliding_window": config.window} if config.window else {}
-        return {
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "rope_parameters": rope,
-        } | window
-
-    return Format(read, write, _rules, "self_attn.", "full_attention")
-
-
-def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    """Without a rope_theta nothing rotates; head_dim cannot be chosen."""
-    values = (fields.sub("rope_parameters") or fields).values
-    rotates = values.get("rope_theta", None if values is not fields.values else 0) is not None
-    settings = _hf(qk_norm="width").read(fields, d_model, eps)
-    fields.only("head_dim", d_model // settings["num_heads"])
-    return settings if rotates else settings | {"rope_theta": 0.0}
-
-
-def _olmo_write(config: Config, d_model: int) -> dict[str, Any]:
-    values = _hf().write(config, d_model)
-    del values["head_dim"]
-    return values if config.rope_theta else values | {"rope_parameters": None, "rope_theta": None}
-
-
-def _rules(config: Config, d_model: int) -> list[Rule]:
-    found = linears("qkvo")
-    if config.output_gate != "none":  # Qwen's q_proj holds [query, gate] per head
-        both, dim = ("q_proj", "g_proj"), config.head_dim
-        found = [*linears("kvo"), interleaved(both, (dim, dim), "q_proj")]
-    if config.qkv_bias:
-        found += [bias(f"{name}_proj", f"{name}_proj") for name in "qkv"]
-    if config.qk_norm != "none":
-        found += [norm(f"{name}_norm", f"{name}_norm") for name in "qk"]
-    return found
-
-
-GATED = {"qk_norm": "head", "norm_unit_offset": True, "output_gate": "sigmoid"}  # Qwen3-Next's
+        scale = self.logit_scale or self.head_dim**-0.5
+        return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads, logit_scale=scale, **idle)
 
 
 class Mixer(TokenMixer):
     config_class = Config
-    public: ClassVar = {
-        "fla": Format(_fla_read, _fla_write, _rules, "attn.", "transformer", "Transformer"),
-        "qwen3": _hf(heads=32, head_dim=128, qk_norm="head"),
-        "qwen3_next": _hf(heads=16, kv_heads=2, head_dim=256, **GATED),
-        "qwen3_5": _hf(heads=16, kv_heads=4, head_dim=256, **GATED),
-        "qwen3_5_moe": _hf(heads=16, kv_heads=2, head_dim=256, **GATED),
-        "olmo_hybrid": Format(_olmo_read, _olmo_write, _rules, "self_attn.", "full_attention"),
-    }
+    public: ClassVar = FORMATS
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config, d_model = config, site.d_model
         self.leaves, self.reuses = site.leaves, site.reuses
-        self.scale = logit_scale(config.head_dim, site.mup)
+        self.scale = config.logit_scale or logit_scale(config.head_dim, site.mup)
         heads, self.kv_heads = config.heads(d_model)
         width, kv_width = heads * config.head_dim, self.kv_heads * config.head_dim
         kv_axes = ("embed", "kv_heads")
@@ -276,7 +179,7 @@ class Mixer(TokenMixer):
         if config.forget_gate:
             self.f_proj = Linear(d_model, heads, rngs=rngs, bias=True)
         self.sinks = param(rngs, (heads,), ("heads",), normal(), decay=False) if config.sinks else None
-        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"))
+        self.o_proj = Linear(width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.o_bias)
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, cache: Any = None

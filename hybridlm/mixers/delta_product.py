@@ -6,13 +6,17 @@ the product of two steps is any rotation of a plane.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hybridlm import linear_mixer, mixers
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, conv_fields, grouped, linears
+from hybridlm.convert.rules import Rule, norm, same, short_convs
+from hybridlm.errors import ConfigError
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear
 from hybridlm.linear_mixer import Inputs, LinearMixer, recurrence
@@ -40,6 +44,52 @@ class Config(Steps, delta_net.Config):
     """DeltaProduct."""
 
 
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    sizes = grouped(fields, heads=6, head_dim=256, expand_v=2.0)
+    fields.only("num_v_heads", sizes["num_heads"])  # which FLA's model does not hand on
+    gated = fields.get("use_forget_gate", False)
+    if not gated:
+        del sizes["num_v_heads"]
+    return sizes | {
+        "kind": "gated_delta_product" if gated else "delta_product",
+        "output_gate": "swish" if fields.get("use_output_gate", True) else "none",
+        "num_householder": fields.size("num_householder", default=1),
+        "norm_eps": eps,
+    }
+
+
+def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
+    """Of `gated_delta_product`, too, which alone has num_v_heads."""
+    gated = config.kind == "gated_delta_product"
+    if config.heads(d_model).num_v != config.num_heads:
+        problem = f"is num_heads = {config.num_heads} in FLA's gated_deltaproduct"
+        raise ConfigError("num_v_heads", config.num_v_heads, problem)
+    if config.output_gate not in ("swish", "none"):
+        problem = "FLA's gated_deltaproduct has swish or none"
+        raise ConfigError("output_gate", config.output_gate, problem)
+    return {
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "expand_v": config.v_head_dim / config.head_dim,
+        "use_output_gate": config.output_gate != "none",
+        "use_forget_gate": gated,
+        "allow_neg_eigval": config.neg_eigval,
+        "num_householder": config.num_householder,
+    } | conv_fields(config.conv_size)
+
+
+def _fla_rules(config: Any, d_model: int) -> list[Rule]:
+    gated = config.kind == "gated_delta_product"
+    names = "qkvob" + "a" * gated + "g" * (config.output_gate != "none")
+    decay = [same(name, name) for name in ("A_log", "dt_bias")] * gated
+    return [*linears(names), *short_convs("qkv", "qkv", config.conv_size), norm("o_norm", "o_norm"), *decay]
+
+
+FLA: Format[Any] = Format(
+    _fla_read, _fla_write, _fla_rules, "attn.", "gated_deltaproduct", "GatedDeltaProduct"
+)
+
+
 class ProductMixer(LinearMixer):
     """To stand before the Mixer of the kind with one step."""
 
@@ -53,6 +103,7 @@ class ProductMixer(LinearMixer):
 
 class Mixer(ProductMixer, delta_net.Mixer):
     config_class = Config
+    public: ClassVar = {"fla": FLA}
 
 
 def product(

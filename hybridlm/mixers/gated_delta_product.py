@@ -4,10 +4,11 @@ S_{t,0} = a_t S_{t-1,n}, one decay a token, then the n steps of `delta_product`;
 """
 
 import dataclasses
+from typing import ClassVar
 
 from hybridlm.fields import Positive
 from hybridlm.mixers import gated_delta_net
-from hybridlm.mixers.delta_product import ProductMixer, Steps
+from hybridlm.mixers.delta_product import FLA, ProductMixer, Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,3 +20,4 @@ class Config(Steps, gated_delta_net.Config):
 
 class Mixer(ProductMixer, gated_delta_net.Mixer):
     config_class = Config
+    public: ClassVar = {"fla": FLA}

@@ -21,12 +21,12 @@ from hybridlm import over
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
-from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm, same
+from hybridlm.convert.rules import Rule, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Limits
 from hybridlm.layers import Linear, RecurrentCache, ones, param
 from hybridlm.linear_mixer import Inputs
-from hybridlm.mixers import Cost, Site, TokenMixer
+from hybridlm.mixers import Cost, Site, TokenMixer, mamba2
 from hybridlm.rows import Rows
 
 
@@ -46,29 +46,15 @@ class Config(over.Config):
 
 
 OF, LEVELS, CHUNK = "mamba2", 15, 64  # FLA's, which has no others
-NO_LIMIT = [0.0, float("inf")]
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    for name, value in (
-        ("use_bias", False), ("use_conv_bias", True), ("rmsnorm", True), ("norm_before_gate", False),
-        ("D_has_hdim", False), ("residual_in_fp32", False), ("chunk_size", CHUNK),
-    ):  # fmt: skip
-        fields.only(name, value)
-    fields.only("dt_limit", NO_LIMIT, [0.0, {"__float__": "Infinity"}])
-    fields.ignore("A_init_range", "conv_init", "dt_init_floor", "dt_max", "dt_min")
-    head_dim, expand = fields.size("head_dim", default=64), fields.get("expand", 2.0)
-    heads = fields.part("expand", d_model * expand, head_dim)
-    fields.only("num_heads", heads)
-    sizes = {
-        "num_heads": heads,
-        "head_dim": head_dim,
-        "state_size": fields.size("state_size", default=128),
-        "n_groups": fields.size("n_groups", default=1),
-        "conv_size": fields.size("conv_kernel", default=4),
-        "norm_eps": eps,
-    }
-    return {"of": (OF, sizes), "levels": LEVELS}
+    fields.only("residual_in_fp32", False)
+    fields.only("chunk_size", CHUNK)
+    inner = mamba2.fla_read(fields, d_model, eps)
+    if inner["dt_min"] or inner["dt_max"]:
+        raise fields.refuse("dt_limit", "is not supported here")
+    return {"of": (OF, inner), "levels": LEVELS}
 
 
 def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
@@ -77,37 +63,12 @@ def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
         raise ConfigError("of", inner.kind, f"FLA has log-linear attention over {OF} alone")
     if inner.dt_min or inner.dt_max:
         raise ConfigError("dt_max", inner.dt_max, "FLA's log_linear_mamba2 has no limits of dt")
-    return {
-        "num_heads": inner.num_heads,
-        "head_dim": inner.head_dim,
-        "expand": inner.num_heads * inner.head_dim / d_model,
-        "state_size": inner.state_size,
-        "n_groups": inner.n_groups,
-        "conv_kernel": inner.conv_size,
-        "chunk_size": CHUNK,
-        "residual_in_fp32": False,
-        "rmsnorm": True,
-        "use_bias": False,
-        "use_conv_bias": True,
-    }
+    return mamba2.fla_write(inner, d_model) | {"chunk_size": CHUNK}
 
 
 def _fla_rules(config: "Config", d_model: int) -> list[Rule]:
-    """One projection [z, x, B, C, dt, levels] and one convolution of x, B, C there."""
-    heads = config.part.heads(d_model)
-    widths = heads.value_width, heads.key_width, heads.key_width
-    names = [f"inner.{name}" for name in ("g_proj", "v_proj", "k_proj", "q_proj", "dt_proj")]
-    all_widths = (heads.value_width, *widths, heads.num_v, heads.num_v * config.levels)
-    convs = [f"inner.{name}_conv" for name in "vkq"]
-    return [
-        concatenated([*names, "l_proj"], all_widths, "in_proj", linear),
-        concatenated(convs, widths, "conv1d", conv),
-        concatenated(convs, widths, "conv1d", bias),
-        *(same(f"inner.{name}", name) for name in ("A_log", "dt_bias", "D")),
-        same("L", "L"),
-        norm("inner.o_norm", "norm"),
-        linear("inner.o_proj", "out_proj"),
-    ]
+    levels = ("l_proj", config.part.heads(d_model).num_v * config.levels)
+    return [*mamba2.fla_rules(config.part, d_model, "inner.", (levels,)), same("L", "L")]
 
 
 class Mixer(TokenMixer):

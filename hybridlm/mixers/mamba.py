@@ -7,7 +7,7 @@ pass, which makes those between anew; what it keeps of a row is linear in T.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from flax import nnx
 
 from hybridlm import mixers, pieces
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm, same
 from hybridlm.fields import Count, Epsilon, Positive
 from hybridlm.layers import (
     Linear,
@@ -61,11 +64,71 @@ class Config(mixers.Config):
         return Cost(state=width * self.state_size + history, flops=9 * width * self.state_size)
 
     def explicit(self, d_model: int) -> "Config":
-        return dataclasses.replace(self, dt_rank=self.dt_rank or -(-d_model // 16))
+        idle: dict[str, Any] = {"norm_eps": Config.norm_eps} if self.dbc_norm == "none" else {}
+        return dataclasses.replace(self, dt_rank=self.dt_rank or -(-d_model // 16), **idle)
+
+
+NAMES = dict(expand="expand", state_size="state_size", dt_rank="time_step_rank", conv_size="conv_kernel")
+JAMBA = dict(
+    expand="mamba_expand", state_size="mamba_d_state", dt_rank="mamba_dt_rank", conv_size="mamba_d_conv"
+)
+BIASES = "use_bias", "use_conv_bias"  # of the projections, of the convolution
+JAMBA_BIASES = "mamba_proj_bias", "mamba_conv_bias"
+
+
+def _hf(dbc_norm: str, eps_field: str = "", names: dict[str, str] = NAMES, biases: tuple[str, str] = BIASES,
+        module: str = "mixer.", layer_type: str = "mamba") -> Format[Config]:  # fmt: skip
+    """Of transformers' models. eps_field: that of ``dbc_norm``, "": the model's.  names: of fields."""
+
+    def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+        fields.only(biases[0], False)
+        fields.only(biases[1], True)
+        if fields.values.get(names["dt_rank"]) == "auto":
+            fields.ignore(names["dt_rank"])
+            rank = 0
+        else:
+            rank = fields.get(names["dt_rank"], 0)
+        return {
+            "expand": fields.size(names["expand"], default=2),
+            "state_size": fields.size(names["state_size"], default=16),
+            "dt_rank": rank,
+            "conv_size": fields.size(names["conv_size"], default=4),
+            "dbc_norm": dbc_norm,
+            "norm_eps": fields.get(eps_field, 1e-6) if eps_field else eps,
+        }
+
+    def write(config: Config, d_model: int) -> dict[str, Any]:
+        sizes = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+        own = {eps_field: config.norm_eps} if eps_field else {}
+        return sizes | own | {biases[0]: False, biases[1]: True}
+
+    return Format(read, write, _hf_rules, module, layer_type)
+
+
+def _hf_rules(config: Config, d_model: int) -> list[Rule]:
+    width = config.expand * d_model
+    scales = enumerate(("dt", "b", "c") if config.dbc_norm == "scaled" else ())
+    return [
+        concatenated(("x_proj", "z_proj"), (width, width), "in_proj", linear),
+        conv("x_conv", "conv1d"),
+        bias("x_conv", "conv1d"),
+        linear("dbc_proj", "x_proj"),
+        *(norm(f"dbc_norms.{index}", f"{name}_layernorm") for index, name in scales),
+        linear("dt_proj", "dt_proj"),
+        same("dt_bias", "dt_proj.bias"),
+        same("A_log", "A_log"),
+        same("D", "D"),
+        linear("o_proj", "out_proj"),
+    ]
 
 
 class Mixer(RecurrentMixer):
     config_class = Config
+    public: ClassVar = {
+        "mamba": _hf("none"),
+        "falcon_mamba": _hf("rms", "mixer_rms_eps"),
+        "jamba": _hf("scaled", "", JAMBA, JAMBA_BIASES, "mamba.", "linear_attention"),
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, state, rank = site.d_model, config.state_size, config.explicit(site.d_model).dt_rank

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
-from hybridlm.convert.rules import Rule, linear, norm
+from hybridlm.convert.rules import Rule, divided, linear, norm, permuted
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Positive, Theta
 from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, scale_heads, split_heads
@@ -155,10 +156,114 @@ def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
     ]
 
 
+FLA_NORM_EPS = 1e-5  # of the latents there, whatever norm_eps is
+
+
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    for name in ("attn", "window_size"):
+        fields.only(name, None)
+    theta, rotated = fields.rope()
+    if rotated != 1:
+        raise fields.refuse("partial_rotary_factor", "must be 1: all shared channels rotate")
+    sizes = {
+        "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
+        "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
+    }
+    fields.only("qk_head_dim", sum(sizes.values()))
+    direct = "q_lora_rank" in fields.values and fields.values["q_lora_rank"] is None
+    return sizes | {
+        "num_heads": fields.size("num_heads", default=16),
+        "q_lora_rank": fields.get("q_lora_rank", 0 if direct else 64),
+        "kv_lora_rank": fields.size("kv_lora_rank", default=512),
+        "v_head_dim": fields.size("v_head_dim", default=128),
+        "rope_theta": theta,
+        "norm_eps": FLA_NORM_EPS,
+    }
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    if config.norm_eps != FLA_NORM_EPS:
+        raise ConfigError("norm_eps", config.norm_eps, f"is {FLA_NORM_EPS} of the latents in FLA's mla")
+    return {
+        "num_heads": config.num_heads,
+        "q_lora_rank": config.q_lora_rank or None,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "qk_head_dim": config.qk_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "rope_theta": config.rope_theta,
+    }
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    latent = [linear("q_a_proj", "q_proj.0"), norm("q_a_norm", "q_proj.1"), linear("q_proj", "q_proj.2")]
+    widths = config.kv_lora_rank, config.qk_rope_head_dim
+    return [
+        *(latent if config.q_lora_rank else [linear("q_proj", "q_proj")]),
+        divided("kv_a_proj", ("kv_proj.0", "k_rope"), widths, linear),
+        norm("kv_a_norm", "kv_proj.1"),
+        linear("kv_b_proj", "kv_proj.2"),
+        linear("o_proj", "o_proj"),
+    ]
+
+
+def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("attention_bias", False)
+    fields.only("rope_interleave", True)
+    fields.ignore("head_dim", "qk_head_dim")
+    heads = fields.size("num_attention_heads", default=128)
+    fields.only("num_key_value_heads", None, heads)
+    direct = "q_lora_rank" in fields.values and fields.values["q_lora_rank"] is None
+    return {
+        "num_heads": heads,
+        "q_lora_rank": fields.get("q_lora_rank", 0 if direct else 1536),
+        "kv_lora_rank": fields.size("kv_lora_rank", default=512),
+        "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
+        "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
+        "v_head_dim": fields.size("v_head_dim", default=128),
+        "rope_theta": fields.rope()[0],
+        "norm_eps": KIMI_NORM_EPS,
+    }
+
+
+def _deepseek_write(config: Config, d_model: int) -> dict[str, Any]:
+    if not config.rope_theta:
+        raise ConfigError("rope_theta", config.rope_theta, "must be above 0: this format's layers rotate")
+    return _kimi_write(config, d_model) | {
+        "rope_interleave": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
+def _deepseek_rules(config: Config, d_model: int) -> list[Rule]:
+    """Kimi's but that neighbours turn together there, channels half the width apart here."""
+    heads, nope, rope, rank = (
+        config.num_heads,
+        config.qk_nope_head_dim,
+        config.qk_rope_head_dim,
+        config.kv_lora_rank,
+    )
+    halves = np.arange(rope).reshape(-1, 2).T.ravel()
+    of_head = np.concatenate([np.arange(nope), nope + halves])
+    order = {
+        "q_proj.kernel": (np.arange(heads)[:, None] * (nope + rope) + of_head).ravel(),
+        "kv_a_proj.kernel": np.concatenate([np.arange(rank), rank + halves]),
+    }
+    turned = lambda rule: permuted(
+        rule.ours[0].removesuffix(".kernel"), rule.theirs[0].removesuffix(".weight"), order[rule.ours[0]]
+    )
+    return [turned(rule) if rule.ours[0] in order else rule for rule in _kimi_rules(config, d_model)]
+
+
 class Mixer(TokenMixer):
     config_class = Config
     public: ClassVar = {
-        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention")
+        "deepseek_v3": Format(
+            _deepseek_read, _deepseek_write, _deepseek_rules, "self_attn.", "full_attention"
+        ),
+        "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "mla", "MLA"),
+        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "full_attention"),
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

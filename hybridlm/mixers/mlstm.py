@@ -17,6 +17,10 @@ from flax import nnx
 
 from hybridlm import linear_mixer, pieces
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, linear, norm, same
+from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, NonNegative
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, elementwise, merge_heads, normal, param, zeros
 from hybridlm.linear_mixer import (
@@ -65,8 +69,49 @@ class Config(linear_mixer.Config):
         return {"i_bias": 0.0, "f_bias": -inverse_softplus(NEAR_NONE)}
 
 
+def _hf_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    heads = fields.size("num_heads", default=8)
+    fields.only("weight_mode", "single")
+    fields.only("use_bias", False)
+    return {
+        "num_heads": heads,
+        "head_dim": fields.part("qk_dim_factor", int(d_model * fields.get("qk_dim_factor", 0.5)), heads),
+        "v_head_dim": fields.part("v_dim_factor", int(d_model * fields.get("v_dim_factor", 1.0)), heads),
+        "norm_eps": eps,
+        "gate_cap": fields.get("gate_soft_cap", 15.0),
+        "eps": fields.get("eps", 1e-6),
+    }
+
+
+def _hf_write(config: Config, d_model: int) -> dict[str, Any]:
+    if not config.gate_cap:
+        raise ConfigError("gate_cap", config.gate_cap, "must be above 0 in this format")
+    return {
+        "num_heads": config.num_heads,
+        "qk_dim_factor": config.num_heads * config.head_dim / d_model,
+        "v_dim_factor": config.num_heads * config.v_head_dim / d_model,
+        "gate_soft_cap": config.gate_cap,
+        "eps": config.eps,
+        "weight_mode": "single",
+        "use_bias": False,
+    }
+
+
+def _hf_rules(config: Config, d_model: int) -> list[Rule]:
+    gates = [(f"{one}_proj", f"{one}gate_preact") for one in "if"]
+    return [
+        *(linear(f"{one}_proj", one) for one in "qkv"),
+        linear("g_proj", "ogate_preact"),
+        *(linear(*pair) for pair in gates),
+        *(same(ours.replace("proj", "bias"), f"{theirs}.bias") for ours, theirs in gates),
+        norm("o_norm", "multihead_norm"),
+        linear("o_proj", "out_proj"),
+    ]
+
+
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {"xlstm": Format(_hf_read, _hf_write, _hf_rules, "mlstm_layer.", "mlstm")}
     silu = False
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):

@@ -37,6 +37,7 @@ class Config(over.Config):
 
     memories: to choose from.  top_k: that each token goes to.  shared: whether there is one of every token.
     single_kv: keys and values of all memories are of one projection each.
+    single_gates: with it, their gates, too: memories differ by the tokens that they get alone (FLA).
     balance_loss: weight of the load-balancing loss.
     """
 
@@ -44,11 +45,14 @@ class Config(over.Config):
     top_k: Positive = 2
     shared: bool = True
     single_kv: bool = False
+    single_gates: bool = False
     balance_loss: NonNegative = 0.01
 
     def check(self, d_model: int) -> None:
         if self.top_k > self.memories:
             raise ConfigError("top_k", self.top_k, f"must be at most memories = {self.memories}")
+        if self.single_gates and not self.single_kv:
+            raise ConfigError("single_gates", True, "goes with single_kv alone")
 
     def joined(self, known: Any) -> Any:
         joined = super().joined(known)
@@ -68,7 +72,7 @@ OF = "gated_delta_net"  # what a memory of FLA's is
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     fields.only("mom_backend", "gated_deltanet")
-    fields.only("single_kv_proj", False)  # there one of the memories' gates, too
+    single = fields.get("single_kv_proj", False)  # there one of the memories' gates, too
     fields.only("use_short_conv", True)
     fields.ignore("capacity", "use_layer_wise_balance")  # which FLA 0.6 reads nowhere
     top_k = fields.get("topk", 2)
@@ -79,6 +83,8 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         "memories": fields.get("num_memories", 4),
         "top_k": top_k,
         "shared": fields.get("shared_mem", True),
+        "single_kv": single,
+        "single_gates": single,
         # FLA's loss is not divided by the choices a token
         "balance_loss": float(f"{fields.get('aux_loss_scale', 0.01) * top_k:.12g}"),
     }
@@ -95,7 +101,7 @@ def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
     for name, value, said in (
         (
             "single_kv",
-            config.single_kv,
+            config.single_kv and not config.single_gates,
             "FLA's mom shares the projections of gates, too, where it shares these",
         ),
         ("neg_eigval", memory.neg_eigval, "FLA's mom has beta in (0, 1) alone"),
@@ -110,7 +116,7 @@ def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
         "num_memories": config.memories,
         "topk": config.top_k,
         "shared_mem": config.shared,
-        "single_kv_proj": False,
+        "single_kv_proj": config.single_kv,
         "aux_loss_scale": config.balance_loss / config.top_k,
         "mom_backend": "gated_deltanet",
     }
@@ -126,6 +132,9 @@ def _fla_rules(config: "Config", d_model: int) -> list[Rule]:
     first = "inner." if config.shared else "memories.0."
     found = [linear("router", "gate"), *(rule.under(first, "") for rule in common)]
     for one in "kvba":
+        if config.single_kv:
+            found.append(linear(f"{first}{one}_proj", f"shared_{one}"))
+            continue
         found += [linear(f"inner.{one}_proj", f"shared_{one}")] * config.shared
         found += [linear(f"memories.{m}.{one}_proj", f"{one}_proj.{m}") for m in range(config.memories)]
     return found
@@ -161,9 +170,8 @@ class Mixer(TokenMixer):
                 n: part for n, part in vars(memory).items() if isinstance(part, nnx.Module | nnx.Variable)
             }
             common = SHARED + ("k_proj", "v_proj") * config.single_kv
-            over.share(
-                memory, self._first, [n for n, p in parts.items() if n in common or type(p) is not Linear]
-            )
+            shared = [n for n, p in parts.items() if n in common or type(p) is not Linear]
+            over.share(memory, self._first, list(parts) if config.single_gates else shared)
 
     @property
     def _first(self) -> Any:

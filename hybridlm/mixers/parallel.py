@@ -11,13 +11,16 @@ f_i is a whole mixer, its output projection included; Hymba norms before a proje
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 from flax import nnx
 
 from hybridlm import mixers
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Limits, NonNegative
 from hybridlm.layers import RMSNorm, param, zeros
@@ -102,10 +105,39 @@ class Joined(Config):
         return dataclasses.replace(self, parts=tuple(part.explicit(d_model) for part in self.parts))
 
 
+FALCON = {"mamba2": "mamba2", "full": "attention"}  # the branches of Falcon-H1 by name
+
+
+def _falcon_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    attention = fields.get("attention_in_multiplier", 1.0) * fields.get("attention_out_multiplier", 1.0)
+    multipliers = fields.get("ssm_out_multiplier", 1.0), attention
+    return {"branches": tuple(FALCON), "combine": "sum", "multipliers": multipliers}
+
+
+def _falcon_write(config: Joined, d_model: int) -> dict[str, Any]:
+    if {name: part.kind for name, part in zip(config.branches, config.parts, strict=True)} != FALCON:
+        said = ", ".join(f"{name} of kind {kind}" for name, kind in FALCON.items())
+        raise ConfigError("branches", config.branches, f"must be {said} in this format")
+    ssm, full = config.multipliers or (1.0, 1.0)
+    found = {"ssm_out_multiplier": ssm, "attention_out_multiplier": full}
+    for part in config.parts:
+        found |= mixers.public(part.kind)["falcon_h1 branch"].write(part, d_model)
+    return found
+
+
+def _falcon_rules(config: Joined, d_model: int) -> list[Rule]:
+    found = []
+    for name, part in zip(config.branches, config.parts, strict=True):
+        own = mixers.public(part.kind)["falcon_h1 branch"]
+        found += [rule.under(f"branches.{name}.", own.module) for rule in own.rules(part, d_model)]
+    return found
+
+
 class Mixer(TokenMixer):
     """A branch's records are called "<branch>.<name>", but its losses, which are added up."""
 
     config_class = Config
+    public: ClassVar = {"falcon_h1": Format(_falcon_read, _falcon_write, _falcon_rules, "", "hybrid")}
 
     def __init__(self, config: Joined, site: Site, *, rngs: nnx.Rngs):
         self.names, self.combine = config.branches, config.combine

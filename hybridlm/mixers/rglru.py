@@ -6,7 +6,7 @@ W_i and W_r are block-diagonal; in RecurrentGemma W_x is linear_x, W_y linear_y,
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from flax import nnx
 
 from hybridlm import mixers
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, bias, conv, linear, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
 from hybridlm.layers import (
@@ -66,6 +69,38 @@ class Config(mixers.Config):
         return dataclasses.replace(self, width=width, num_heads=num_heads, head_dim=width // num_heads)
 
 
+def _hf_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    width, heads = fields.get("lru_width", d_model), fields.size("num_attention_heads", default=10)
+    return {
+        "width": width,
+        "num_heads": heads,
+        "head_dim": fields.part("lru_width", width, heads),
+        "conv_size": fields.size("conv1d_width", default=4),
+        "bias": True,
+    }
+
+
+def _hf_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "lru_width": config.width,
+        "num_attention_heads": config.num_heads,
+        "conv1d_width": config.conv_size,
+    }
+
+
+def _hf_rules(config: Config, d_model: int) -> list[Rule]:
+    pairs = ("x_proj", "linear_x"), ("y_proj", "linear_y"), ("o_proj", "linear_out")
+    parts = [(f"{gate}.{ours}", f"rg_lru.{gate}_{theirs}") for gate in ("input_gate", "recurrent_gate")
+             for ours, theirs in (("kernel", "weight"), ("bias", "bias"))]  # fmt: skip
+    return [
+        *(rule(*pair) for pair in pairs for rule in (linear, bias)),
+        conv("x_conv", "conv_1d"),
+        bias("x_conv", "conv_1d"),
+        *(same(*pair) for pair in parts),
+        same("recurrent_param", "rg_lru.recurrent_param"),
+    ]
+
+
 class BlockLinear(nnx.Module):
     """y = x W + bias with W block-diagonal: kernel [H, K, K], bias [H, K], x and y [..., H * K]."""
 
@@ -81,6 +116,9 @@ class BlockLinear(nnx.Module):
 
 class Mixer(RecurrentMixer):
     config_class = Config
+    public: ClassVar = {
+        "recurrent_gemma": Format(_hf_read, _hf_write, _hf_rules, "temporal_block.", "recurrent")
+    }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, sizes = site.d_model, config.explicit(site.d_model)

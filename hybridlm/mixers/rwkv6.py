@@ -8,16 +8,21 @@ have their own MLP and LayerNorms, which are not here.
 """
 
 import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
-from hybridlm.fields import Positive
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, bias, linear, low_rank, norm, reshaped, same
+from hybridlm.fields import Count, Positive
 from hybridlm.layers import Linear, param, split_heads, uniform, zeros
-from hybridlm.linear_mixer import Inputs, recurrence
+from hybridlm.linear_mixer import Heads, Inputs, recurrence
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
 from hybridlm.rwkv import LowRank, TimeMix, constant, mix, place, ratios
@@ -30,21 +35,85 @@ class Config(rwkv.Config):
     """RWKV-6.
 
     mix_rank, decay_rank: middle widths of what moves the token shift and the decay.
+    v_head_dim: channels of v per head; 0 is head_dim, those of r, k and the decay.
     """
 
     mix_rank: Positive = 32
     decay_rank: Positive = 64
+    v_head_dim: Count = 0
+
+    def heads(self, d_model: int) -> Heads:
+        heads = super().heads(d_model)
+        return heads._replace(value=self.v_head_dim or heads.value)
 
     def cost(self, d_model: int, context: int) -> Cost:
         one = linear_mixer.cost(self.heads(d_model), 0, delta=False)
         return one._replace(state=one.state + d_model)
 
     def explicit(self, d_model: int) -> "Config":
-        return dataclasses.replace(self, num_heads=self.heads(d_model).num)
+        heads = self.heads(d_model)
+        return dataclasses.replace(self, num_heads=heads.num, v_head_dim=heads.value)
+
+
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    heads = fields.size("num_heads", default=4)
+    return {
+        "num_heads": heads,
+        "head_dim": fields.part("expand_k", d_model * fields.get("expand_k", 0.5), heads),
+        "v_head_dim": fields.part("expand_v", d_model * fields.get("expand_v", 1.0), heads),
+        "mix_rank": fields.size("proj_low_rank_dim", default=32),
+        "decay_rank": fields.size("gate_low_rank_dim", default=64),
+        "norm_eps": eps,
+    }
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    return {
+        "num_heads": config.num_heads,
+        "expand_k": config.num_heads * config.head_dim / d_model,
+        "expand_v": config.num_heads * config.v_head_dim / d_model,
+        "proj_low_rank_dim": config.mix_rank,
+        "gate_low_rank_dim": config.decay_rank,
+    }
+
+
+ORDER = "rwkvg"  # of the streams in FLA
+THEIRS = [STREAMS.index(name) for name in ORDER]
+OURS = [ORDER.index(name) for name in STREAMS]
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    rank = config.mix_rank
+    low = Rule(
+        ("mix_A",),
+        ("x_proj.0.linear.weight",),
+        lambda arrays: [arrays[0].reshape(5, rank, -1)[OURS].reshape(5 * rank, -1).T],
+        lambda arrays: [arrays[0].T.reshape(5, rank, -1)[THEIRS].reshape(5 * rank, -1)],
+    )
+    up = Rule(
+        ("mix_B",),
+        ("x_proj.2.weight",),
+        lambda arrays: [arrays[0].reshape(-1, 5, rank).transpose(1, 2, 0)[OURS]],
+        lambda arrays: [arrays[0][THEIRS].transpose(2, 0, 1).reshape(-1, 5 * rank)],
+    )
+    shifts = tuple(f"mix_{name}" for name in ORDER)
+    return [
+        low,
+        up,
+        same("mix_x", "x_proj.0.mu"),
+        Rule(shifts, ("x_bias",), lambda arrays: list(arrays[0]), lambda arrays: [np.stack(arrays)]),
+        *(linear(f"{name}_proj", f"{name}_proj.linear") for name in "rkvg"),
+        *low_rank("w_proj", "w_proj.linear"),
+        reshaped("u", "bonus", lambda size: (size // config.head_dim, config.head_dim)),
+        linear("o_proj", "o_proj"),
+        norm("o_norm", "g_norm"),
+        bias("o_norm", "g_norm"),
+    ]
 
 
 class Mixer(TimeMix):
     config_class = Config
+    public: ClassVar = {"fla_rwkv": Format(_fla_read, _fla_write, _fla_rules, "attn.", "rwkv6", "RWKV6")}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, self.heads = site.d_model, config.heads(site.d_model)
@@ -67,18 +136,16 @@ class Mixer(TimeMix):
         whole, tenth = jax.nn.initializers.orthogonal(), jax.nn.initializers.orthogonal(0.1)
         self.r_proj = Linear(d_model, width, rngs=rngs, init=whole)
         self.k_proj = Linear(d_model, width, rngs=rngs, init=tenth)
-        self.v_proj = Linear(d_model, width, rngs=rngs, init=whole)
-        self.g_proj = Linear(d_model, width, rngs=rngs, init=tenth)
+        self.v_proj = Linear(d_model, self.heads.value_width, rngs=rngs, init=whole)
+        self.g_proj = Linear(d_model, self.heads.value_width, rngs=rngs, init=tenth)
         self.make_output(config, site, rngs)
 
     def time_mixed(
         self, x_BTD: jax.Array, earlier: jax.Array, context: Context, state: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         xs = self._streams(x_BTD, earlier)
-        r, k, v = (
-            split_heads(layer(xs[name]), self.heads.key)
-            for name, layer in (("r", self.r_proj), ("k", self.k_proj), ("v", self.v_proj))
-        )
+        r, k = (split_heads(y, self.heads.key) for y in (self.r_proj(xs["r"]), self.k_proj(xs["k"])))
+        v = split_heads(self.v_proj(xs["v"]), self.heads.value)
         log_decay = -jnp.exp(split_heads(self.w_proj(xs["w"]), self.heads.key))
         u_HK = split_heads(self.u[...], self.heads.key)
         o, state = wkv(r, k, v, log_decay, u_HK, context.rows, state)

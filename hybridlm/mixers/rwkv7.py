@@ -12,7 +12,7 @@ which are not here. The op is `dplr` with -kappa and a * kappa.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ from flax import nnx
 
 from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format, linears
+from hybridlm.convert.rules import Rule, bias, low_rank, norm, reshaped, same
+from hybridlm.errors import ConfigError
 from hybridlm.fields import Count
 from hybridlm.layers import Linear, param, split_heads, uniform
 from hybridlm.linear_mixer import low_rank_recurrence
@@ -70,8 +74,60 @@ class Config(rwkv.Config):
         )
 
 
+RANKS = {  # by FLA's field: (ours, what a missing one is, its factor of the root of d_model where it is null)
+    "decay_low_rank_dim": ("decay_rank", 64, 2.5),
+    "a_low_rank_dim": ("rate_rank", 64, 2.5),
+    "v_low_rank_dim": ("value_rank", 16, 1.7),
+    "gate_low_rank_dim": ("gate_rank", 128, 5.0),
+}
+
+
+def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.ignore("num_heads")  # which counts where there is no head_dim alone
+    head_dim = fields.size("head_dim", default=64)
+    if "head_dim" in fields.values and fields.values["head_dim"] is None:
+        head_dim = fields.part("num_heads", d_model, fields.size("num_heads"))
+    layers = fields.size("num_hidden_layers")
+    fields.only("value_dim", d_model, [d_model] * layers)
+    heads = fields.part("head_dim", d_model, head_dim)
+    found: dict[str, Any] = {"num_heads": heads, "head_dim": d_model // heads, "norm_eps": head_dim * eps}
+    for name, (ours, missing, factor) in RANKS.items():
+        wide = 1.0 if ours == "gate_rank" else head_dim / 64
+        if name in fields.values and fields.values[name] is None:
+            missing = max(32, 32 * round(factor * d_model**0.5 * wide / 32))
+        found[ours] = fields.size(name, default=missing)
+    return found
+
+
+def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
+    if not config.value_residual:
+        raise ConfigError("value_residual", False, "FLA's rwkv7 has it")
+    if config.num_heads * config.head_dim != d_model:
+        raise ConfigError("num_heads", config.num_heads, "times head_dim is d_model in FLA's rwkv7")
+    ranks = {name: getattr(config, ours) for name, (ours, *_) in RANKS.items()}
+    return {"num_heads": config.num_heads, "head_dim": config.head_dim} | ranks
+
+
+def _fla_rules(config: Config, d_model: int) -> list[Rule]:
+    each = lambda size: (size // config.head_dim, config.head_dim)
+    return [
+        *(reshaped(f"mix_{name}", f"x_{name}", lambda size: (1, 1, size)) for name in POWERS),
+        *low_rank("w_proj", "w_lora"),
+        *low_rank("a_proj", "a_lora"),
+        *low_rank("value_proj", "v_lora"),
+        *low_rank("g_proj", "g_lora", biased=False),
+        same("k_k", "k_k"),
+        same("k_a", "k_a"),
+        reshaped("r_k", "r_k", each),
+        *linears("rkvo"),
+        norm("o_norm", "g_norm"),
+        bias("o_norm", "g_norm"),
+    ]
+
+
 class Mixer(TimeMix):
     config_class = Config
+    public: ClassVar = {"fla_rwkv": Format(_fla_read, _fla_write, _fla_rules, "attn.", "rwkv7", "RWKV7")}
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, config = site.d_model, config.explicit(site.d_model)

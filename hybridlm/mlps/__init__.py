@@ -34,6 +34,10 @@ class Config(_kinds.Settings):
         """Parameters of one layer that a given token does not touch."""
         return 0
 
+    def state(self, d_model: int) -> int:
+        """Elements of decode state of one layer, of MLPs that keep any."""
+        return 0
+
     def explicit(self) -> Any:
         """The same settings to be compared: those that change no output are what they are by default."""
         return self
@@ -43,13 +47,24 @@ class Mlp(nnx.Module):
     """Mlp(config, site, rngs=rngs): x [..., D] -> y [..., D]; a decode step has no T axis.
 
     public: how checkpoints of each public format that has this kind say it.
+    keeps: whether y depends on tokens before, too. It is then (x [B, T, D], context, cache) -> (y, cache),
+        with an `init_cache` and a `step`, as a mixer is.
     """
 
     config_class: ClassVar[type[Config]]
+    keeps: ClassVar[bool] = False
     public: ClassVar[Mapping[str, Format[Any]]] = {}
 
     @abc.abstractmethod
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        raise NotImplementedError
+
+    def init_cache(self, batch: int, dtype: Any) -> Any:
+        """Of one that keeps anything: an empty cache for ``batch`` rows."""
+        raise NotImplementedError
+
+    def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
+        """Of one that keeps anything: one more token a row."""
         raise NotImplementedError
 
 

@@ -17,7 +17,7 @@ Shape legend: N tokens, D model width, E experts, S = top_k choices, F expert wi
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,12 @@ from flax import nnx
 
 from hybridlm import mlps
 from hybridlm.context import Context
-from hybridlm.convert import rules
-from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format
+from hybridlm.convert.public_experts import FORMATS
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative, Positive
 from hybridlm.layers import Linear, Rule, SwiGLU, matrix, param, zeros
 from hybridlm.mixers import Site
-from hybridlm.mlps.swiglu import swiglu_rules
+from hybridlm.mlps.relu2 import Relu2
 from hybridlm.sharding import per_shard
 
 
@@ -43,6 +41,7 @@ class Config(mlps.Config):
     num_experts: experts to choose from.
     top_k: experts that each token goes to.
     hidden: width of each expert.
+    expert: what each of them computes: swiglu, or relu2, without a gate (Nemotron 3).
     router: "softmax" (over all experts) or "sigmoid" (each by itself).
     normalize: the weights of a token's experts sum to 1 (before ``scale``).
     scale: factor on the weights (DeepSeek-V3's routed_scaling_factor).
@@ -60,6 +59,7 @@ class Config(mlps.Config):
     num_experts: Positive = 8
     top_k: Positive = 2
     hidden: Positive = 512
+    expert: Literal["swiglu", "relu2"] = "swiglu"
     router: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool = True
     scale: Above = 1.0
@@ -85,108 +85,18 @@ class Config(mlps.Config):
             raise ConfigError("shared_gate", True, "needs a shared expert", "Set shared_hidden.")
 
     def idle(self, d_model: int) -> int:
-        return (self.num_experts - self.top_k) * 3 * d_model * self.hidden
+        matrices = 3 if self.expert == "swiglu" else 2
+        return (self.num_experts - self.top_k) * matrices * d_model * self.hidden
 
     def explicit(self) -> "Config":
         return dataclasses.replace(self, balance_loss=0.0, bias_rate=0.0)  # of training
-
-
-MAX_EXPERTS = 1 << 16
-
-
-def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[Config]:
-    """Of Qwen3-Next and Qwen3.5, whose defaults differ. always_normal: ``normalize`` is no choice."""
-
-    def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-        if always_normal:
-            fields.only("norm_topk_prob", True)
-        weight = fields.get("router_aux_loss_coef", 0.001)
-        return {
-            "num_experts": fields.size("num_experts", MAX_EXPERTS, default=num_experts),
-            "top_k": fields.get("num_experts_per_tok", top_k),
-            "hidden": fields.get("moe_intermediate_size", 512),
-            "normalize": fields.get("norm_topk_prob", True),
-            "shared_hidden": fields.get("shared_expert_intermediate_size", 512),
-            "shared_gate": True,
-            "balance_loss": weight if fields.get("output_router_logits", False) else 0.0,  # as transformers
-        }
-
-    def write(config: Config, d_model: int) -> dict[str, Any]:
-        return ({} if always_normal else {"norm_topk_prob": config.normalize}) | {
-            "num_experts": config.num_experts,
-            "num_experts_per_tok": config.top_k,
-            "moe_intermediate_size": config.hidden,
-            "shared_expert_intermediate_size": config.shared_hidden,
-            "router_aux_loss_coef": config.balance_loss or 0.001,
-            "output_router_logits": config.balance_loss > 0,
-        }
-
-    def names(config: Config, d_model: int) -> list[rules.Rule]:
-        each = [
-            rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
-            for name in ("gate", "up", "down")
-        ]
-        shared = [
-            *swiglu_rules("shared.", "shared_expert."),
-            rules.linear("shared_gate", "shared_expert_gate"),
-        ]
-        return [rules.linear("router", "gate"), *each, *shared]
-
-    return Format(read, write, names, "mlp.", "sparse")
-
-
-def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    for name, value in (("moe_router_activation_func", "sigmoid"), ("moe_layer_freq", 1)):
-        fields.only(name, value)
-    fields.ignore("use_grouped_topk", "topk_method", "aux_loss_alpha", "seq_aux", "output_router_logits")
-    hidden = fields.get("moe_intermediate_size", 1024)
-    return {
-        "num_experts": fields.either("num_experts", "num_local_experts", 256, MAX_EXPERTS),
-        "top_k": fields.either("num_experts_per_token", "num_experts_per_tok", 8),
-        "hidden": hidden,
-        "router": "sigmoid",
-        "normalize": fields.either("moe_renormalize", "norm_topk_prob", True),
-        "scale": fields.get("routed_scaling_factor", 2.446),
-        "selection_bias": True,
-        "num_groups": fields.either("num_expert_group", "n_group", 1),
-        "top_groups": fields.get("topk_group", 1),
-        "shared_hidden": hidden * fields.either("num_shared_experts", "n_shared_experts", 1),
-        "balance_loss": 0.0,
-    }
-
-
-def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": config.hidden,
-        "num_experts": config.num_experts,
-        "num_experts_per_token": config.top_k,
-        "num_shared_experts": config.shared_hidden // config.hidden,
-        "moe_renormalize": config.normalize,
-        "routed_scaling_factor": config.scale,
-        "num_expert_group": config.num_groups,
-        "topk_group": config.top_groups,
-    }
-
-
-def _kimi_rules(config: Config, d_model: int) -> list[rules.Rule]:
-    each = [
-        rules.experts(ours, f"experts.{{}}.{theirs}.weight", config.num_experts)
-        for ours, theirs in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
-    ]
-    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
-    shared = swiglu_rules("shared.", "shared_experts.") if config.shared_hidden else []
-    return [*router, *each, *shared]
 
 
 class Mlp(mlps.Mlp):
     """Records "loss.balance" and "load", the choices of each expert [E], over tokens that are not padding."""
 
     config_class = Config
-    public: ClassVar = {
-        "qwen3_next": _qwen(num_experts=512, top_k=10),
-        "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
-        "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),
-    }
+    public: ClassVar = FORMATS
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config, d_model = config, site.d_model
@@ -196,11 +106,13 @@ class Mlp(mlps.Mlp):
         bias = lambda: param(rngs, (experts,), (None,), zeros, decay=False, rule=rule)
         self.selection_bias = bias() if config.selection_bias else None
         up_axes, down_axes = (None, "embed", "mlp"), (None, "mlp", "embed")
-        self.gate = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
+        self.gated = config.expert == "swiglu"
+        if self.gated:
+            self.gate = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
         self.up = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
         self.down = param(rngs, (experts, hidden, d_model), down_axes, matrix, decay=True, cast=True)
         if config.shared_hidden:
-            self.shared = SwiGLU(d_model, config.shared_hidden, rngs=rngs)
+            self.shared = (SwiGLU if self.gated else Relu2)(d_model, config.shared_hidden, rngs=rngs)
         if config.shared_gate:
             self.shared_gate = Linear(d_model, 1, rngs=rngs, axes=("embed", None))
 
@@ -208,10 +120,11 @@ class Mlp(mlps.Mlp):
         x_BTD = x if x.ndim == 3 else x[:, None]  # a decode step has no T axis
         p_BTE = self._probabilities(x_BTD)
         choice_BTS, weight_BTS = self._choose(p_BTE)
-        weights = [w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)]
+        matrices = (*([self.gate] if self.gated else []), self.up, self.down)
+        weights = [w[...].astype(x.dtype) for w in matrices]
         tokens = ("batch", "time", None)
         whole = (None, None, None)  # each device has its own tokens, hence needs every expert
-        run = per_shard(_experts, (*(tokens,) * 3, *(whole,) * 3), (tokens,))
+        run = per_shard(_experts, (*(tokens,) * 3, *(whole,) * len(weights)), (tokens,))
         y_BTD = run(x_BTD, choice_BTS, weight_BTS, *weights)[0].reshape(x.shape)
         if self.config.shared_hidden:
             shared = self.shared(x)
@@ -254,15 +167,16 @@ def _experts(
     x_BTD: jax.Array, choice_BTS: jax.Array, weight_BTS: jax.Array, *kernels: jax.Array
 ) -> tuple[jax.Array]:
     """sum over s of weight_s expert_{choice_s}(x). Gathers are permutations: their gradients are, too."""
-    gate_EDF, up_EDF, down_EFD = kernels
+    *gate, up_EDF, down_EFD = kernels
     top_k = choice_BTS.shape[-1]
     flat = choice_BTS.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     back = jnp.argsort(order)
-    sizes = jnp.bincount(flat, length=gate_EDF.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=up_EDF.shape[0]).astype(jnp.int32)
     permute = lambda x, index: x.at[index].get(unique_indices=True, mode="promise_in_bounds")
     x = permute(jnp.repeat(x_BTD.reshape(-1, x_BTD.shape[-1]), top_k, axis=0), order)
-    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate_EDF, sizes)) * jax.lax.ragged_dot(x, up_EDF, sizes)
+    inner = [jax.lax.ragged_dot(x, kernel, sizes) for kernel in (*gate, up_EDF)]
+    hidden = jax.nn.silu(inner[0]) * inner[1] if gate else jnp.square(jax.nn.relu(inner[0]))
     y = permute(jax.lax.ragged_dot(hidden, down_EFD, sizes), back)
     y_BTSD = y.reshape(*choice_BTS.shape, -1)
     return (jnp.einsum("btsd,bts->btd", y_BTSD, weight_BTS.astype(y.dtype)),)

@@ -131,7 +131,10 @@ class Objective(objectives.Objective):
             hidden, records = student.forward(tokens, rows, (AUXILIARY + "*", *taps, *mixed, *wanted))
             head, targets = student.head_matrix(), batch["targets"]
             known = distillation.Teacher(seen, teacher.head_matrix())
-            weights = distillation.Weights(config.next_token, config.kl, config.temperature, config.top_k)
+            caps = self.definition.model.logit_cap, self.teacher.model.logit_cap
+            weights = distillation.Weights(
+                config.next_token, config.kl, config.temperature, config.top_k, caps
+            )
             part, (found, kl) = distillation.distilled(hidden, head, known, targets, weights)
             part, more = joined(part, found.tokens, records, targets, self.token_bytes)
             sums |= {"loss_sum": found.cross_entropy, "correct": found.correct} | more
@@ -179,7 +182,7 @@ def _comparable(theirs: mixers.Config, ours: mixers.Config, d_model: int) -> boo
     """Whether both say how much each token has of each before it."""
     if not (isinstance(theirs, attention.Config) and isinstance(ours, feature_map.Config)):
         return False
-    plain = not (theirs.window or theirs.forget_gate or theirs.sinks)
+    plain = not (theirs.window or theirs.forget_gate or theirs.sinks or theirs.logit_scale)
     plain = plain and ours.feature_map not in ("identity", "elementwise_product")  # which may be negative
     return plain and ours.normalizer == "sum" and theirs.heads(d_model)[0] == ours.heads(d_model).num
 

@@ -1,6 +1,7 @@
 """Next-token prediction: cross-entropy, z-loss, and the layers' auxiliary losses."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,9 @@ class Objective(objectives.Objective):
         model, z_loss = lm.merge(self.definition, params | frozen), self.config.z_loss
         rows = Rows(batch["segment_ids"], batch["positions"])
         hidden, records = model.forward(batch["tokens"], rows, (AUXILIARY + "*", *wanted))
-        head, tall = model.head_matrix(), self.definition.model.tie_embeddings
-        total, found = loss.cross_entropy(hidden, head, batch["targets"], z_loss=z_loss, tall=tall)
+        head, said = model.head_matrix(), self.definition.model
+        how: dict[str, Any] = {"z_loss": z_loss, "tall": said.tie_embeddings, "cap": said.logit_cap}
+        total, found = loss.cross_entropy(hidden, head, batch["targets"], **how)
         sums: Sums = {"loss_sum": found.cross_entropy, "z_loss_sum": z_loss * found.log_z_squared}
         sums |= {"tokens": found.tokens, "correct": found.correct}
         total, more = joined(total, found.tokens, records, batch["targets"], self.token_bytes)

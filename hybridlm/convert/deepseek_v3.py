@@ -1,0 +1,29 @@
+"""DeepSeek-V3's form (Moonlight): MLA with rotation, first layers dense, then sigmoid-routed experts.
+
+Positions as trained: DeepSeek-V3 itself and Kimi K2 stretch theirs (YaRN), which is refused.
+Source: transformers 5.24, models/deepseek_v3.
+"""
+
+from typing import Any
+
+from hybridlm.convert.family import Architecture, Family, assemble, describe, num_layers, sparse
+from hybridlm.convert.fields import Fields
+from hybridlm.model import Definition
+
+
+def read(fields: Fields) -> Architecture:
+    layers, dense = num_layers(fields), fields.get("first_k_dense_replace", 3)
+    fields.ignore("num_nextn_predict_layers", "num_mtp_layers")
+    experts = [index >= dense for index in range(layers)]
+    found = assemble(fields, "deepseek_v3", ["full_attention"] * layers, experts)
+    fields.finish()
+    return found
+
+
+def write(definition: Definition, model_type: str) -> dict[str, Any]:
+    values = describe(definition, FAMILY, model_type)
+    del values["layer_types"]
+    return values | {"first_k_dense_replace": [*sparse(definition), True].index(True)}
+
+
+FAMILY = Family("deepseek_v3", {"deepseek_v3": "DeepseekV3"}, read, write)

@@ -1,0 +1,77 @@
+"""transformers' models of one kind of state space layer, without MLPs: Mamba, Falcon-Mamba.
+
+transformers' Mamba-2 is beside FLA's, `hybridlm.convert.fla_backbone`. Fields of precision, kernels and
+initialisation say nothing here; neither do those that only the original code (state-spaces/mamba) reads.
+Source: transformers 5.24, models/mamba and models/falcon_mamba.
+"""
+
+from typing import Any
+
+from hybridlm import config as configs
+from hybridlm.convert.family import SHORT, Architecture, Family, Unsayable, kinds, num_layers, said, types
+from hybridlm.convert.fields import Fields
+from hybridlm.model import Definition
+
+IDLE = (
+    "residual_in_fp32", "use_mambapy", "use_falcon_mambapy", "use_associative_scan",
+    "time_step_scale", "time_step_min", "time_step_max", "time_step_floor",
+    "time_step_init_scheme", "d_inner", "d_model", "n_layer", "ssm_cfg", "rms_norm", "fused_add_norm",
+    "pad_vocab_size_multiple",
+)  # fmt: skip
+
+
+def read(fields: Fields) -> Architecture:
+    family = FAMILIES[fields.values["model_type"]]
+    layers, d_model = num_layers(fields), fields.size("hidden_size")
+    fields.only("hidden_act", "silu")
+    fields.ignore(*IDLE)
+    eps = fields.get("layer_norm_epsilon", 1e-5)
+    [(kind, own)] = kinds(family.format).values()
+    fields.only("intermediate_size", None, fields.get("expand", 2) * d_model)
+    definition = configs.mixer(kind, **own.read(fields, d_model, eps))
+    model = {
+        "d_model": d_model,
+        "vocab_size": fields.size("vocab_size"),
+        "norm_eps": eps,
+        "tie_embeddings": fields.get("tie_word_embeddings", True),
+    }
+    fields.finish()
+    mlp = {"none": configs.mlp("none")}
+    return Architecture([f"{SHORT[kind]}/none"] * layers, {SHORT[kind]: definition}, mlp, model)
+
+
+def write(definition: Definition, model_type: str) -> dict[str, Any]:
+    types(definition, model_type)  # refuses layers of other kinds
+    for spec in definition.layers:
+        if spec.mlp_kind != "none":
+            raise Unsayable("mlps", spec.name, "has layers without MLPs alone")
+    return {
+        "architectures": [f"{FAMILIES[model_type].classes[model_type]}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_act": "silu",
+        "hidden_size": definition.d_model,
+        "layer_norm_epsilon": definition.model.norm_eps,
+        "num_hidden_layers": len(definition.layers),
+        "tie_word_embeddings": definition.model.tie_embeddings,
+        "vocab_size": definition.vocab_size,
+    } | said(definition.layers, model_type, definition.d_model)
+
+
+def _family(model_type: str, prefix: str) -> Family:
+    return Family(
+        model_type,
+        {model_type: prefix},
+        read,
+        write,
+        norms=lambda layer_type: ("norm", ""),
+        embedding="backbone.embeddings.weight",
+        body="backbone.",
+        final_norm="norm_f",
+        rename=lambda name: name.replace("backbone.embedding.", "backbone.embeddings."),
+    )
+
+
+FAMILIES = {
+    model_type: _family(model_type, prefix)
+    for model_type, prefix in (("mamba", "Mamba"), ("falcon_mamba", "FalconMamba"))
+}

@@ -1,0 +1,253 @@
+"""How public checkpoints say experts; ``config`` is a `hybridlm.mlps.moe.Config`."""
+
+import functools
+from typing import Any
+
+from hybridlm.convert import rules
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import fused_rules, relu2_rules, swiglu_rules
+
+MAX_EXPERTS = 1 << 16
+
+
+def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[Any]:
+    """Of Qwen3-Next and Qwen3.5, whose defaults differ. always_normal: ``normalize`` is no choice."""
+
+    def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+        if always_normal:
+            fields.only("norm_topk_prob", True)
+        return {
+            "num_experts": fields.size("num_experts", MAX_EXPERTS, default=num_experts),
+            "top_k": fields.get("num_experts_per_tok", top_k),
+            "hidden": fields.get("moe_intermediate_size", 512),
+            "normalize": fields.get("norm_topk_prob", True),
+            "shared_hidden": fields.get("shared_expert_intermediate_size", 512),
+            "shared_gate": True,
+            "balance_loss": _balance(fields),
+        }
+
+    def write(config: Any, d_model: int) -> dict[str, Any]:
+        return (
+            ({} if always_normal else {"norm_topk_prob": config.normalize})
+            | {
+                "num_experts": config.num_experts,
+                "num_experts_per_tok": config.top_k,
+                "moe_intermediate_size": config.hidden,
+                "shared_expert_intermediate_size": config.shared_hidden,
+            }
+            | _balance_fields(config)
+        )
+
+    def names(config: Any, d_model: int) -> list[rules.Rule]:
+        each = [
+            rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
+            for name in ("gate", "up", "down")
+        ]
+        shared = [
+            *swiglu_rules("shared.", "shared_expert."),
+            rules.linear("shared_gate", "shared_expert_gate"),
+        ]
+        return [rules.linear("router", "gate"), *each, *shared]
+
+    return Format(read, write, names, "mlp.", "sparse")
+
+
+def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    for name, value in (("moe_router_activation_func", "sigmoid"), ("moe_layer_freq", 1)):
+        fields.only(name, value)
+    fields.ignore("use_grouped_topk", "topk_method", "aux_loss_alpha", "seq_aux", "output_router_logits")
+    hidden = fields.get("moe_intermediate_size", 1024)
+    return {
+        "num_experts": fields.either("num_experts", "num_local_experts", 256, MAX_EXPERTS),
+        "top_k": fields.either("num_experts_per_token", "num_experts_per_tok", 8),
+        "hidden": hidden,
+        "router": "sigmoid",
+        "normalize": fields.either("moe_renormalize", "norm_topk_prob", True),
+        "scale": fields.get("routed_scaling_factor", 2.446),
+        "selection_bias": True,
+        "num_groups": fields.either("num_expert_group", "n_group", 1),
+        "top_groups": fields.get("topk_group", 1),
+        "shared_hidden": hidden * fields.either("num_shared_experts", "n_shared_experts", 1),
+        "balance_loss": 0.0,
+    }
+
+
+def _kimi_write(config: Any, d_model: int) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": config.hidden,
+        "num_experts": config.num_experts,
+        "num_experts_per_token": config.top_k,
+        "num_shared_experts": config.shared_hidden // config.hidden,
+        "moe_renormalize": config.normalize,
+        "routed_scaling_factor": config.scale,
+        "num_expert_group": config.num_groups,
+        "topk_group": config.top_groups,
+    }
+
+
+def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
+        fields.only(name, value)
+    fields.ignore("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits", "router_aux_loss_coef")
+    hidden = fields.size("moe_intermediate_size", default=2048)
+    return {
+        "num_experts": fields.either("n_routed_experts", "num_local_experts", 256, MAX_EXPERTS),
+        "top_k": fields.get("num_experts_per_tok", 8),
+        "hidden": hidden,
+        "router": "sigmoid",
+        "normalize": fields.get("norm_topk_prob", True),
+        "scale": fields.get("routed_scaling_factor", 2.5),
+        "selection_bias": True,
+        "num_groups": fields.get("n_group", 8),
+        "top_groups": fields.get("topk_group", 4),
+        "shared_hidden": hidden * fields.size("n_shared_experts", default=1),
+        "balance_loss": 0.0,
+    }
+
+
+def _deepseek_write(config: Any, d_model: int) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": config.hidden,
+        "n_routed_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "n_shared_experts": config.shared_hidden // config.hidden,
+        "norm_topk_prob": config.normalize,
+        "routed_scaling_factor": config.scale,
+        "n_group": config.num_groups,
+        "topk_group": config.top_groups,
+    }
+
+
+def _nemotron_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("moe_latent_size", None)
+    fields.ignore("n_shared_experts", "moe_shared_expert_overlap", "output_router_logits")
+    return {
+        "num_experts": fields.size("n_routed_experts", MAX_EXPERTS, default=8),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("moe_intermediate_size", default=7688),
+        "expert": "relu2",
+        "router": "sigmoid",
+        "normalize": fields.get("norm_topk_prob", True),
+        "scale": fields.get("routed_scaling_factor", 1.0),
+        "selection_bias": True,
+        "num_groups": fields.get("n_group", 1),
+        "top_groups": fields.get("topk_group", 1),
+        "shared_hidden": fields.size("moe_shared_expert_intermediate_size", default=7688),
+        "balance_loss": 0.0,
+    }
+
+
+def _nemotron_write(config: Any, d_model: int) -> dict[str, Any]:
+    return _deepseek_write(config, d_model) | {
+        "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": config.shared_hidden,
+    }
+
+
+def _nemotron_rules(config: Any, d_model: int) -> list[rules.Rule]:
+    each = [
+        rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts) for name in ("up", "down")
+    ]
+    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
+    return [*router, *each, *relu2_rules("shared.", "shared_experts.")]
+
+
+def _kimi_rules(
+    config: Any, d_model: int, names: tuple[str, str, str] = ("w1", "w3", "w2")
+) -> list[rules.Rule]:
+    each = [
+        rules.experts(ours, f"experts.{{}}.{theirs}.weight", config.num_experts)
+        for ours, theirs in zip(("gate", "up", "down"), names, strict=True)
+    ]
+    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
+    shared = swiglu_rules("shared.", "shared_experts.") if config.shared_hidden else []
+    return [*router, *each, *shared]
+
+
+def _balance(fields: Fields) -> float:
+    weight = fields.get("router_aux_loss_coef", 0.001)
+    return weight if fields.get("output_router_logits", False) else 0.0  # as transformers
+
+
+def _balance_fields(config: Any) -> dict[str, Any]:
+    return {
+        "router_aux_loss_coef": config.balance_loss or 0.001,
+        "output_router_logits": config.balance_loss > 0,
+    }
+
+
+def _jamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    return {
+        "num_experts": fields.size("num_experts", MAX_EXPERTS, default=16),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("intermediate_size", default=14336),
+        "normalize": False,
+        "balance_loss": _balance(fields),
+    }
+
+
+def _jamba_write(config: Any, d_model: int) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "intermediate_size": config.hidden,
+    } | _balance_fields(config)
+
+
+def _jamba_rules(config: Any, d_model: int) -> list[rules.Rule]:
+    each = [
+        rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
+        for name in ("gate", "up", "down")
+    ]
+    return [rules.linear("router", "router"), *each]
+
+
+def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.ignore("num_experts_per_tok", "intermediate_size", "router_aux_loss_coef", "output_router_logits")
+    count = fields.get("num_local_experts", 8)
+    if not count:  # a dense model, which has no use for this
+        return {}
+    return {
+        "num_experts": fields.size("num_local_experts", MAX_EXPERTS, default=8),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("intermediate_size", default=11008),
+        "shared_hidden": fields.size("shared_intermediate_size", default=1024),
+        "balance_loss": _balance(fields),
+    }
+
+
+def _granite_write(config: Any, d_model: int) -> dict[str, Any]:
+    return {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.top_k,
+        "intermediate_size": config.hidden,
+        "shared_intermediate_size": config.shared_hidden,
+    } | _balance_fields(config)
+
+
+def _granite_rules(config: Any, d_model: int) -> list[rules.Rule]:
+    sparse = "block_sparse_moe."
+    return [
+        rules.linear("router", f"{sparse}router.layer"),
+        rules.fused_experts(("gate", "up"), f"{sparse}input_linear.weight"),
+        rules.fused_experts(("down",), f"{sparse}output_linear.weight"),
+        *fused_rules(config.shared_hidden, "shared.", "shared_mlp."),
+    ]
+
+
+FORMATS: dict[str, Format[Any]] = {
+    "qwen3_next": _qwen(num_experts=512, top_k=10),
+    "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
+    "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),
+    "deepseek_v3": Format(
+        _deepseek_read,
+        _deepseek_write,
+        functools.partial(_kimi_rules, names=("gate_proj", "up_proj", "down_proj")),
+        "mlp.",
+        "sparse",
+    ),
+    "nemotron_h": Format(_nemotron_read, _nemotron_write, _nemotron_rules, "mixer.", "moe"),
+    "jamba": Format(_jamba_read, _jamba_write, _jamba_rules, "feed_forward.", "sparse"),
+    "granitemoehybrid": Format(_granite_read, _granite_write, _granite_rules, "", "sparse"),
+}
