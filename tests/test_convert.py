@@ -56,7 +56,14 @@ def tree(directory: Path) -> dict[str, tuple]:
     return {n: (t.dtype, t.shape, folder.read(n).tobytes()) for n, t in folder.tensors.items()}
 
 
-@pytest.mark.parametrize("name", [*NAMES, pytest.param("fla_mom", marks=pytest.mark.slow)])
+EACH = [
+    NAMES[0],
+    *(pytest.param(name, marks=pytest.mark.once) for name in NAMES[1:]),
+    pytest.param("fla_mom", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     run = imported(name, root)
     np.save(tmp_path / "ids.npy", run.expected["input_ids"])
@@ -70,6 +77,7 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "config.json").read_bytes() == (GOLDEN / name / "config.json").read_bytes()
 
 
+@pytest.mark.once
 def test_greedy_continuation(root: Path) -> None:
     """KDA, MLA and experts, prefilled and decoded."""
     run = imported("kimi_linear", root)

@@ -71,8 +71,10 @@ MLA = {
     ("pattern", "kinds"),
     [
         ("full*2", {"full": GQA}),
-        ("full swa", {"full": GQA, "swa": ("attention", GQA[1] | {"window": 9})}),
-        ("full mha", {"full": GQA, "mha": ("attention", SIZES)}),
+        pytest.param(
+            "full swa", {"full": GQA, "swa": ("attention", GQA[1] | {"window": 9})}, marks=pytest.mark.once
+        ),
+        pytest.param("full mha", {"full": GQA, "mha": ("attention", SIZES)}, marks=pytest.mark.once),
         ("mla*2", {"mla": ("mla", MLA | {"kv_lora_rank": 10, "rope_groups": G})}),
     ],
 )

@@ -75,6 +75,7 @@ def test_the_plan_has_every_feature():
     assert [segment.repeats for segment in HYBRID.layout.segments] == [1, 2, 1]
 
 
+@pytest.mark.once
 def test_scanned_stack_equals_unrolled_stack(params):
     batch = packed_batch()
     loss, grads = loss_and_grad(HYBRID, params, batch)
@@ -103,6 +104,7 @@ def test_kinds_that_read_their_layer_scan_as_they_unroll():
     assert relative_error(*logits) < 1e-5
 
 
+@pytest.mark.once
 def test_packed_documents_equal_documents_apart(params):
     """Loss and gradients of packed rows are the sums over their documents, each alone in a row."""
     batch = packed_batch()
@@ -202,6 +204,7 @@ def test_metadata_has_the_names_of_the_parameters(params):
     assert all(leaf.dtype == jnp.float32 for leaf in params.values())
 
 
+@pytest.mark.once
 def test_loss_sums_count_tokens_and_bytes(params):
     batch = packed_batch()
     token_bytes = np.arange(48, dtype=np.int32) % 3
