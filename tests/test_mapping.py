@@ -158,6 +158,7 @@ def test_gates_near_none(kind):
         pytest.param("comba", "gated_delta_net", 2e-3, marks=pytest.mark.slow),  # it decays after it reads
     ],
 )
+@pytest.mark.once
 def test_delta_rules_start_alike(kind, like, error):
     """Near attention the gates of the newer rules are those of the older: half is erased, half is written."""
     found = []

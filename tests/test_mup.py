@@ -135,6 +135,7 @@ def change(width, kinds, name="adamw", steps=STEPS):
 
 
 @pytest.mark.parametrize("kind", ["rglru", *slow(*(kind for kind in NEW + OLD if kind != "rglru"))])
+@pytest.mark.once
 def test_coordinates_of_a_kind(kind):
     """What a layer of it adds to the residual stream moves at width 256 as at 64."""
     with auto_means("reference"):  # token by token: a program that compiles in three quarters of the time
