@@ -32,6 +32,12 @@ class Kernel(NamedTuple):
     constants: int
 
 
+def on_every_jax(cases, name):
+    """The names of ``cases`` to parametrise with, ``name`` marked `every_jax`."""
+    assert name in cases, name
+    return [pytest.param(each, marks=pytest.mark.every_jax) if each == name else each for each in cases]
+
+
 def compiled(function, arguments, options=None):
     """The jitted function at ShapeDtypeStructs, compiled for one H100; skips without the compiler plugin."""
     from jax.experimental import topologies

@@ -21,7 +21,7 @@ GUIDES = {"simple_gla": (ROOT / "CONTRIBUTING.md").read_text(), "my_mixers:Movin
 SETTINGS = {"simple_gla": {"num_heads": 2, "head_dim": 8}, "my_mixers:MovingAverage": {}}
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=[pytest.param("simple_gla", marks=pytest.mark.once), "my_mixers:MovingAverage"])
 def recipe(request, tmp_path, monkeypatch) -> tuple[str, str]:
     """(kind, the guide's text on it), with the file of its step 1 where the guide wants it."""
     section = GUIDES[request.param]

@@ -59,7 +59,14 @@ def tree(directory: Path) -> dict[str, tuple]:
     return {n: (t.dtype, t.shape, folder.read(n).tobytes()) for n, t in folder.tensors.items()}
 
 
-@pytest.mark.parametrize("name", [*NAMES, *slow("fla_mom", *RUN, *OTHERS)])
+EACH = [
+    NAMES[0],
+    *(pytest.param(name, marks=pytest.mark.once) for name in NAMES[1:]),
+    *slow("fla_mom", *RUN, *OTHERS),
+]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     run = imported(name, root)
     np.save(tmp_path / "ids.npy", run.expected["input_ids"])
@@ -73,6 +80,7 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "config.json").read_bytes() == (GOLDEN / name / "config.json").read_bytes()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["kimi_linear", *slow("fla_rwkv7", *RUN)])
 def test_greedy_continuation(name: str, root: Path) -> None:
     """Prefilled and decoded: KDA, MLA and experts; an MLP that keeps a token."""

@@ -21,6 +21,7 @@ from hybridlm.data.tokenizer import Tokenizer, load
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint
 
+pytestmark = pytest.mark.once  # test_convert imports and exports on every Python
 GOLDEN = Path(__file__).parent / "golden" / "models" / "fla_deltanet"
 WORDS = {"<s>": 0, "one": 1, "two": 2, "three": 3}
 

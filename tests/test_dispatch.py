@@ -12,6 +12,7 @@ import pytest
 import pallas_kernels.dispatch
 from pallas_kernels import H100, Device, auto_means, compiled_for, explain, linear_attention, short_conv
 
+pytestmark = pytest.mark.every_jax
 HOPPER = "pallas_kernels.linear_attention.hopper"
 
 

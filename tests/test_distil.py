@@ -128,6 +128,7 @@ def whole(text, teacher, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.once
 def test_stages(text, teacher, whole):
     """What each stage trains and says; while the others are frozen they stay bit for bit."""
     config = student(text, teacher)
@@ -299,6 +300,7 @@ def test_linearise_arguments(teacher, arg):
         configs.load(f"configs/linearise.py:{arg.format(teacher)}")
 
 
+@pytest.mark.once
 def test_layer_choice(whole, capsys):
     """Ranks the one layer that was replaced, and names the pattern that keeps it."""
     layer_choice.show(whole, keep=1, batches=1)

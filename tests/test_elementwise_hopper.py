@@ -66,7 +66,7 @@ def check(name, interpret):
     return got
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "pieces, no documents"))
 def test_interpreted(name, capfd):
     check(name, True)
     assert "RACE DETECTED" not in capfd.readouterr().out
@@ -94,6 +94,7 @@ def test_nothing_crosses_a_start_and_nothing_later_is_seen():
     assert not jnp.array_equal(h, other)
 
 
+@pytest.mark.every_jax
 def test_through_the_op_and_vmapped():
     x, g, ids, state, *_ = rounded(make_case(length=64, features=128), F32, F32, jnp.int32, F32, F32, F32)[0]
     run = lambda x, g, ids, state: elementwise_recurrence(

@@ -58,6 +58,7 @@ def test_it_is_numpys(run):
                 np.testing.assert_array_equal(leaf, now[name])
 
 
+@pytest.mark.once
 def test_it_is_validated_beside_the_weights(text, run, tmp_path):
     """A run that starts from it and learns nothing has its loss, and has no average of its own."""
     last = tiny.lines(run)[-1]
@@ -85,6 +86,7 @@ def test_it_is_validated_beside_the_weights(text, run, tmp_path):
         init_from.check(f"{tmp_path}/none:ema")
 
 
+@pytest.mark.once
 def test_a_resumed_run_is_the_same(text, run, tmp_path):
     again = shutil.copytree(run, tmp_path / "again")
     for step in range(2, STEPS + 1):
@@ -96,6 +98,7 @@ def test_a_resumed_run_is_the_same(text, run, tmp_path):
         trainer.train(resolved(text, optimizer__ema=0.9), again)
 
 
+@pytest.mark.once
 def test_it_is_evaluated_beside_the_weights(run, capsys):
     command = lambda *flags: evaluate.main([f"--workdir={run}", "--tasks=parity", "--lengths=16", *flags])
     assert command("--samples=2", "--ema") == command("--samples=3") == 0

@@ -48,6 +48,7 @@ def test_states_are_those_that_decoding_reaches(tested):
     assert (measured[0][:, 1] >= 1).all() and measured[0][1, 1] <= min(state.shape[1:]) + 1e-6
 
 
+@pytest.mark.once
 def test_attention_mass(tested):
     """Against a softmax over all keys, written out; and what lies on all parts is 1."""
     tokens, span = [256, *b"one of the numbers"], (4, 9)
@@ -99,6 +100,7 @@ def wide_vocabulary(definition: lm.Definition) -> lm.Definition:
     return dataclasses.replace(definition, model=dataclasses.replace(definition.model, vocab_size=512))
 
 
+@pytest.mark.once
 def test_pictures_and_readings(tested, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "PAIRS", (1, 2))
     monkeypatch.setattr(probes, "DEPTHS", 2)

@@ -13,6 +13,8 @@ from hybridlm import model as lm
 from hybridlm.data import tokenizer
 from tests import tiny
 
+pytestmark = pytest.mark.once  # test_eval asks for the same likelihoods on every jax
+
 
 @pytest.fixture(scope="module")
 def tested():

@@ -27,6 +27,7 @@ def run():
     return config, model.build(config), mesh, batch | {"segment_ids": np.ones(shape, np.int32)}
 
 
+@pytest.mark.once
 def test_every_choice_has_the_same_step(run):
     """Loss and parameters after a step, against those of keeping everything."""
     config, definition, mesh, batch = run
@@ -176,6 +177,7 @@ def test_what_cannot_fit_is_refused_before_it_runs(run, monkeypatch, tmp_path):
     assert not (tmp_path / "memo").exists()
 
 
+@pytest.mark.once
 def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     """A step that fitted by its plan and fails in the loop: one line, and the next start takes the next."""
     config, definition, mesh, _ = run

@@ -90,6 +90,7 @@ class Run:
         return float(sums["loss_sum"] / sums["tokens"])
 
 
+@pytest.mark.once
 def test_trains_as_bf16_does(batches):
     """30 steps, with microbatches, rematerialisation and averaged weights; then one of infinities."""
     fields = {"train__microbatches": 2, "model__remat": "dots", "optimizer__ema": 0.9}

@@ -64,6 +64,7 @@ def test_what_compiling_says_comes_before_the_text(run, capsys, monkeypatch):
     assert text.startswith("runs on xla\nstate gate")
 
 
+@pytest.mark.once
 def test_several_texts(run, capsys):
     flags = [f"--workdir={run}", "--prompt=ke", "--max_new_tokens=8", "--temperature=2", "--checkpoint=2"]
     one, three = written(capsys, *flags), written(capsys, *flags, "-n=3")
@@ -93,6 +94,7 @@ def test_refusals(run, flags, part, capsys):
     assert part in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_tokens_that_stand_for_no_text(tmp_path, capsys):
     config = tiny.config("", train__steps=1)
     config.data = configs.data("mqar", num_pairs=2)
@@ -154,6 +156,7 @@ def test_a_chat_template_without_jinja_is_said(tmp_path, monkeypatch):
     assert chat.find(tmp_path / "hf", tokens) is None
 
 
+@pytest.mark.once
 def test_an_imported_model_writes(tmp_path, capsys):
     """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it."""
     folder = tmp_path / "public"

@@ -122,7 +122,7 @@ def kernel_gradients(call, kept, do, d_state, pieces):
     return backward.gradients(prepared, saved, do, d_state, choice)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta, documents, groups, ragged"))
 def test_interpreted_gradients(name, capfd):
     call, do, d_state = make_case(**CASES[name])
     _, _, want, kept = expect(call, do, d_state)

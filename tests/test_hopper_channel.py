@@ -56,7 +56,7 @@ def channel_case(options, gate):
     return dataclasses.replace(call, log_decay=log_decay(gate, shape)), do, d_state
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta, groups, pieces"))
 def test_interpreted(name, capfd):
     options, gate, choice = CASES[name]
     call = dataclasses.replace(channel_case(options, gate)[0], interpret=True)
@@ -98,6 +98,7 @@ def test_tiles_of_any_gate(gate):
     assert set(np.unique(tiles.norms[0, 0, 0, SPAN])) == {SPANS[gate]}
 
 
+@pytest.mark.every_jax
 def test_op_vmapped():
     """Through the public op: dispatch, ragged T, batching, log-decays in bf16."""
     call = channel_case(dict(tokens=70, delta=False, l2norm=False), "mild")[0]

@@ -166,7 +166,7 @@ def check(call, do, d_state, pieces=1):
     return errors
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta, documents, groups, ragged"))
 def test_interpreted_gradients(name, capfd):
     check(*make_case(**CASES[name]))
     assert "RACE DETECTED" not in capfd.readouterr().out

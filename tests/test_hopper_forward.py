@@ -50,7 +50,7 @@ def oracle(call):
     return o, final, kept
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta, documents, groups"))
 def test_interpreted(name, capfd):
     options, choice = CASES[name]
     call = dataclasses.replace(make_case(**options)[0], interpret=True)

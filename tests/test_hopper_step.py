@@ -51,7 +51,7 @@ def check(name, run):
         np.testing.assert_allclose(value, truth, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "kda"))
 def test_interpreted(name, capfd):
     check(name, lambda update, x: update(*x, interpret=True))
     assert "RACE DETECTED" not in capfd.readouterr().out

@@ -35,6 +35,7 @@ def whole(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.once
 def test_a_signal_stops_at_the_next_step_with_everything_saved(config, whole, tmp_path, number):
     before = [signal.getsignal(one) for one in interrupt.SIGNALS]
 
@@ -75,6 +76,7 @@ def test_a_time_limit_stops_a_line_that_is_due_is_written_on_resumption(config, 
     assert tiny.lines(tmp_path) == whole
 
 
+@pytest.mark.once
 def test_a_line_left_to_the_resumption_is_written_once(config, whole, tmp_path, monkeypatch):
     """Stopped before the line of step 8; the resumption wrote it, and was killed before it saved anything."""
     asked = iter([0] * 8 + [interrupt.TIME_LIMIT])  # once before the first step, then after each

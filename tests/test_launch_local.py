@@ -44,6 +44,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
+@pytest.mark.once
 def test_one_bad_run_stops_no_other(fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     command = [
         write(tmp_path / "s.py", (0, 13, 66, 1, 2), 8),
@@ -90,6 +91,7 @@ def test_killed_between_the_last_line_and_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["a b", "$(touch INTRUDER)", "a\nb", "-x", "a[/b] $_{x$", "r[1]", "ä", "*"])
+@pytest.mark.once
 def test_awkward_folders(name: str, fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     """Nothing of the name is read as more than a name; what is shown of it is text on one line."""
     monkeypatch.chdir(tmp_path)
@@ -103,6 +105,7 @@ def test_awkward_folders(name: str, fake: None, tmp_path: Path, capsys, monkeypa
     assert not list(tmp_path.rglob("INTRUDER"))
 
 
+@pytest.mark.once
 def test_home_is_in_no_file(fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     home = tmp_path / "home" / "jane"
     home.mkdir(parents=True)
@@ -125,6 +128,7 @@ def test_home_is_in_no_file(fake: None, tmp_path: Path, capsys, monkeypatch: pyt
     assert str(home) not in shown
 
 
+@pytest.mark.once
 def test_a_disk_that_is_full_or_read_only(
     fake: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
@@ -211,6 +215,7 @@ sys.exit(sweep.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.once
 def test_killed_sweep_leaves_no_orphans_and_continues(tmp_path: Path):
     """kill -9 of the sweep: its workers end, and the same command goes on from what they had written."""
     command = [write(tmp_path / "s.py", (0, 1, 2), 150), f"--workdir={tmp_path}/w", "--engine", "jobs=2"]

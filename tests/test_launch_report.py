@@ -13,6 +13,8 @@ from hybridlm.errors import ConfigError
 from launch import figures, page, report, results
 from tests.sweep_files import change, write
 
+pytestmark = pytest.mark.once  # a page and its text, made of files
+
 
 @pytest.mark.parametrize("text", [False, True])
 def test_the_page_stands_alone(text: bool, tmp_path: Path):

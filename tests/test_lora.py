@@ -14,6 +14,7 @@ from hybridlm.layers import Linear
 from hybridlm.rows import Rows
 from tests import tiny
 
+pytestmark = pytest.mark.once  # test_optimizer and test_layers have what jax does of it
 LORA = ("layers.*.mixer.[qo]_proj.kernel = 3/6", "layers.1.mlp.up.kernel=2")
 
 

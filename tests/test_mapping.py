@@ -71,8 +71,10 @@ MLA = {
     ("pattern", "kinds"),
     [
         ("full*2", {"full": GQA}),
-        ("full swa", {"full": GQA, "swa": ("attention", GQA[1] | {"window": 9})}),
-        ("full mha", {"full": GQA, "mha": ("attention", SIZES)}),
+        pytest.param(
+            "full swa", {"full": GQA, "swa": ("attention", GQA[1] | {"window": 9})}, marks=pytest.mark.once
+        ),
+        pytest.param("full mha", {"full": GQA, "mha": ("attention", SIZES)}, marks=pytest.mark.once),
         ("mla*2", {"mla": ("mla", MLA | {"kv_lora_rank": 10, "rope_groups": G})}),
     ],
 )
@@ -156,6 +158,7 @@ def test_gates_near_none(kind):
         pytest.param("comba", "gated_delta_net", 2e-3, marks=pytest.mark.slow),  # it decays after it reads
     ],
 )
+@pytest.mark.once
 def test_delta_rules_start_alike(kind, like, error):
     """Near attention the gates of the newer rules are those of the older: half is erased, half is written."""
     found = []

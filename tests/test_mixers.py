@@ -198,7 +198,9 @@ def forward_and_backward(case):
     return x, np.asarray(y), lambda dy: grad(state, x, dy)[0]
 
 
-ONE_A_KIND = [pytest.param(case, marks=pytest.mark.slow) if " " in case else case for case in CASES]
+FAMILIES = ("attention", "mla", "kda", "hgrn", "mamba2", "rwkv7", "mlstm", "mom")  # what each jax decodes
+mark = lambda case: pytest.mark.slow if " " in case else pytest.mark.once
+ONE_A_KIND = [case if case in FAMILIES else pytest.param(case, marks=mark(case)) for case in CASES]
 
 
 @pytest.mark.parametrize("case", ONE_A_KIND)

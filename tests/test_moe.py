@@ -109,6 +109,7 @@ def stack(pattern: str, **fields):
     return configs.resolve(config)
 
 
+@pytest.mark.once
 def test_in_a_stack() -> None:
     """The balance loss reaches the loss, from every segment of the plan; parameters are counted."""
     config = stack("(retnet/moe*2 retnet/narrow)*3 retnet/moe")

@@ -13,6 +13,7 @@ from hybridlm import groups, mixers, model, mup, optimizer, program, schema, sha
 from hybridlm.convert import families
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
+from pallas_kernels import auto_means
 
 BASE, STEPS, VOCAB = 64, 4, 32
 
@@ -134,9 +135,11 @@ def change(width, kinds, name="adamw", steps=STEPS):
 
 
 @pytest.mark.parametrize("kind", ["rglru", *slow(*(kind for kind in NEW + OLD if kind != "rglru"))])
+@pytest.mark.once
 def test_coordinates_of_a_kind(kind):
     """What a layer of it adds to the residual stream moves at width 256 as at 64."""
-    assert 0.67 < change(4 * BASE, [kind]) / change(BASE, [kind]) < 1.5
+    with auto_means("reference"):  # token by token: a program that compiles in three quarters of the time
+        assert 0.67 < change(4 * BASE, [kind]) / change(BASE, [kind]) < 1.5
 
 
 def test_ranks_that_grow_are_refused():

@@ -37,6 +37,7 @@ def test_six_lines(text, tmp_path, capsys):
     assert "3 to 3, resumed at step 2" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_what_cannot_be_said_at_the_start_ends_no_run(text, tmp_path, capsys, monkeypatch, caplog):
     def fail(*_):
         raise KeyError("x")
@@ -77,6 +78,7 @@ def test_kernels_that_run_are_named_once():
     assert opening.kernels(found) == "hopper: delta; cudnn: attention"
 
 
+@pytest.mark.once
 def test_a_run_stands_on_its_own(text, tmp_path):
     """Its tokenizer is found in the workdir when the file that it was trained with has gone."""
     words = ["state", "gate", "decay", "chunk", "head", "value", "key", "query"]
@@ -93,6 +95,7 @@ def test_a_run_stands_on_its_own(text, tmp_path):
     assert tokens.decode([2, 0]) == "decay state" and tokens.doc_id == 9
 
 
+@pytest.mark.once
 def test_the_tokenizer_of_an_earlier_start_does_not_stay(text, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / weights.TOKENIZER).write_text("{}")

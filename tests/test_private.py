@@ -28,6 +28,7 @@ def home(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.once
 def test_home_user_and_key_are_in_no_file_and_no_line(home, tmp_path):
     (home / "text").mkdir()
     tiny.write_text(home / "text")

@@ -32,6 +32,7 @@ def prepared(text, **fields):
 FROZEN = ("embedding", "layers.0.*", "layers.*.mlp.*")
 
 
+@pytest.mark.once
 def test_what_is_frozen_stays_and_has_no_state(text):
     """Against a run that trains everything: what is not frozen gets the same gradient in the first step."""
     fields = {"model__pattern": "retnet*3 full", "optimizer__clip_norm": 0.0}

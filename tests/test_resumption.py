@@ -13,6 +13,8 @@ from hybridlm import loop, trainer
 from hybridlm.errors import ConfigError
 from tests import tiny
 
+pytestmark = pytest.mark.once  # test_trainer and test_checkpoint resume on every jax
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

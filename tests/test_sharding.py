@@ -45,6 +45,7 @@ def test_what_does_not_divide_stays_whole_and_is_said_once(caplog):
     ]
 
 
+@pytest.mark.once
 def test_every_axis_of_every_mixer_has_a_rule():
     config = configs.default()
     config.model.update(pattern=" ".join(config.mixers), d_model=1024)
@@ -96,18 +97,18 @@ def eight(tmp_path_factory):
 def test_every_mesh_gives_the_curve_of_one_device(eight):
     one = np.array(eight["losses"]["(1, 1, 1)"])
     assert one[-1, 0] < one[0, 0]
-    assert len(eight["losses"]) == 4
+    assert len(eight["losses"]) == 3
     for mesh, losses in eight["losses"].items():
         np.testing.assert_allclose(losses, one, rtol=2e-5, err_msg=mesh)
 
 
 def test_a_checkpoint_of_one_mesh_restores_on_another(eight):
-    assert eight["restored"] == [True, True, True]
+    assert eight["restored"] == [True, True]
 
 
 def test_parameters_and_moments_are_really_cut(eight):
-    assert eight["embedding_shards"] == [[260, 16], [260, 16], [260, 4], [130, 4]]
-    assert eight["moments_alike"] == [[True, True]] * 4
+    assert eight["embedding_shards"] == [[260, 16], [260, 4], [130, 4]]
+    assert eight["moments_alike"] == [[True, True]] * 3
 
 
 @pytest.mark.parametrize(("sizes", "shard"), [("8,4", [2, 2]), ("8,3", [2, 3]), ("1,4", [1, 2])])

@@ -143,7 +143,7 @@ def test_fallback_is_logged_once(caplog):
 
 
 @kernels_only
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "3 taps, linear"))
 def test_interpreted(name, capfd):
     options, silu = CASES[name]
     run = functools.partial(short_conv, silu=silu, interpret=True)

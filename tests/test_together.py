@@ -12,6 +12,7 @@ from hybridlm.errors import Stopped
 from hybridlm.run import interrupt
 from hybridlm.run.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.once  # test_vmapped trains runs together on every jax
 SMALL = {
     "model.pattern": "full",
     "model.num_layers": "1",

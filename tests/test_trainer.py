@@ -109,6 +109,7 @@ def test_a_finished_run_resumed_only_tells_its_result(finished, capsys):
         assert part in shown
 
 
+@pytest.mark.once
 def test_microbatches_add_up_to_the_batch(text):
     """Sums are accumulated and divided once, so parts with unequal numbers of targets make no difference."""
     results = []
@@ -133,6 +134,7 @@ def test_microbatches_add_up_to_the_batch(text):
     jax.tree.map(close, one["params"], parts["params"])
 
 
+@pytest.mark.once
 def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
     config = resolved(
         text,
@@ -242,6 +244,7 @@ def test_an_imported_model_is_no_run(finished, tmp_path):
         trainer.train(config, tmp_path)
 
 
+@pytest.mark.once
 def test_looking_never_costs_a_step(text, tmp_path, monkeypatch, caplog):
     """Validation, tasks, sampling and the picture all fail; the run is that of one that did not look."""
     config = resolved(text, train__steps=4, eval__every_steps=2, eval__sample_tokens=4)

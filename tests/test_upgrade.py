@@ -44,6 +44,7 @@ def test_an_upgraded_run_goes_on_as_it_would_have(old: Path) -> None:
             assert after[name] == pytest.approx(before[name], rel=rel), (before["step"], name)
 
 
+@pytest.mark.once
 def test_a_killed_upgrade_goes_on(old: Path) -> None:
     """Killed while it wrote, and between its two renames; then there is nothing more to do."""
     (old / upgrade.WRITING / "4").mkdir(parents=True)
@@ -59,6 +60,7 @@ def test_a_killed_upgrade_goes_on(old: Path) -> None:
         upgrade.upgrade(old)
 
 
+@pytest.mark.once
 def test_every_array_is_there_and_no_other(old: Path) -> None:
     upgrade.upgrade(old)
     definition = model.build(configs.of_run(old))

@@ -23,6 +23,7 @@ def resolved(text, **sets):
     return configs.resolve(given)
 
 
+@pytest.mark.once
 def test_each_is_measured_by_its_name(text, tmp_path):
     """One that is the first has its numbers, another those of its text, and nothing else knows of them."""
     line = "state gate decay chunk head"
@@ -86,6 +87,7 @@ def test_a_set_that_cannot_be_read_is_refused_by_its_name(text, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.once
 def test_a_damaged_set_costs_its_own_numbers(text, tmp_path):
     """Neither a step, nor what other sets measure; the run is that of one without the set."""
     prepare(text, str(tmp_path / "shards"), "bytes", holdout=0.3)

@@ -48,6 +48,7 @@ def events(workdir):
     return [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.once
 def test_updates_that_are_not_finite_are_skipped_counted_and_named(text, tmp_path, monkeypatch):
     config = resolved(text, train__steps=8, checkpoint__every_steps=4)
     source = poison(monkeypatch, config, [3, 4, 6])
