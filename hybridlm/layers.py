@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pieces
 from hybridlm.rows import Rows, continued
@@ -236,19 +235,6 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = rms(y - y.mean(-1, keepdims=True), self.eps)
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
-        self.up = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
-        return self.down(jax.nn.silu(gate) * up)
 
 
 class ShortConv(nnx.Module):

@@ -28,9 +28,10 @@ from hybridlm.context import Context
 from hybridlm.convert.public_experts import FORMATS
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative, Positive
-from hybridlm.layers import Linear, Rule, SwiGLU, matrix, param, zeros
+from hybridlm.layers import Linear, Rule, matrix, param, zeros
 from hybridlm.mixers import Site
 from hybridlm.mlps.relu2 import Relu2
+from hybridlm.mlps.swiglu import SwiGLU
 from hybridlm.sharding import per_shard
 
 

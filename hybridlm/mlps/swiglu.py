@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import mlps
 from hybridlm.context import Context
@@ -13,7 +14,7 @@ from hybridlm.convert.public import EVERY, Format
 from hybridlm.convert.rules import Rule, fused_rules, linear, swiglu_rules
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits
-from hybridlm.layers import SwiGLU
+from hybridlm.layers import MLP_INNER, Linear
 from hybridlm.mixers import Site
 
 
@@ -94,6 +95,19 @@ def _xlstm_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 def _xlstm_rules(config: Config, d_model: int) -> list[Rule]:
     names = ("gate", "proj_up_gate"), ("up", "proj_up"), ("down", "proj_down")
     return [linear(*pair) for pair in names]
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
+        self.up = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Mlp(SwiGLU):
