@@ -71,12 +71,12 @@ def gated_delta_net2(x, p, w):
 
 
 def rwkv6(x, p, w):
-    heads, xx = lambda x: x.reshape(LENGTH, 2, 6), before(x) - x
+    heads, xx = lambda x: x.reshape(LENGTH, 2, -1), before(x) - x
     low = np.tanh((x + xx * w["mix_x",]) @ w["mix_A",]).reshape(LENGTH, 5, -1)
     xs = {c: x + xx * (w[f"mix_{c}",] + low[:, i] @ w["mix_B",][i]) for i, c in enumerate("wkvrg")}
     r, k, v = (heads(xs[c] @ w[f"{c}_proj", "kernel"]) for c in "rkv")
     decay = w["w_proj", "bias"] + np.tanh(xs["w"] @ w["w_proj", "A"]) @ w["w_proj", "B"]
-    a, u, S, o = np.exp(-np.exp(heads(decay))), w["u",].reshape(2, 6), np.zeros((2, 6, 6)), []
+    a, u, S, o = np.exp(-np.exp(heads(decay))), w["u",].reshape(2, 6), np.zeros((2, 6, v.shape[-1])), []
     for t in range(LENGTH):
         kv = k[t][..., None] * v[t][:, None]
         o.append(np.einsum("hk,hkv->hv", r[t], S + u[..., None] * kv))
