@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridlm import config as configs
 from hybridlm import mixers, mlps
-from hybridlm.convert.family import Architecture, Family, kinds, num_layers, said, types
+from hybridlm.convert.family import Architecture, Family, kinds, num_layers, outline, settings, types
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import nearby
 from hybridlm.mixers.parallel import FALCON
@@ -31,14 +31,8 @@ def read(fields: Fields) -> Architecture:
     [(kind, own)] = kinds(FORMAT).values()
     both = configs.mixer(kind, **own.read(fields, d_model, eps))
     mlp = configs.mlp("swiglu", **mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps))
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "norm_eps": eps,
-        "embedding_multiplier": fields.get("embedding_multiplier", 1.0),
-        "logit_divisor": _inverse(fields),
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    multiplier = fields.get("embedding_multiplier", 1.0)
+    model = settings(fields, d_model, eps, embedding_multiplier=multiplier, logit_divisor=_inverse(fields))
     fields.finish()
     return Architecture([f"{kind}/{MLP}"] * layers, parts | {kind: both}, {MLP: mlp}, model)
 
@@ -53,18 +47,11 @@ def _inverse(fields: Fields) -> float:
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     types(definition, FORMAT)  # refuses layers of other kinds
     model = definition.model
-    return {
-        "architectures": ["FalconH1ForCausalLM"],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "hidden_size": definition.d_model,
-        "num_hidden_layers": len(definition.layers),
-        "rms_norm_eps": model.norm_eps,
-        "embedding_multiplier": model.embedding_multiplier,
-        "lm_head_multiplier": nearby(lambda x: 1 / x, model.logit_divisor, 1 / model.logit_divisor),
-        "tie_word_embeddings": model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, FORMAT, definition.d_model)
+    return outline(
+        definition, FORMAT, "FalconH1", model_type, "rms_norm_eps",
+        hidden_act="silu", embedding_multiplier=model.embedding_multiplier,
+        lm_head_multiplier=nearby(lambda x: 1 / x, model.logit_divisor, 1 / model.logit_divisor),
+    )  # fmt: skip
 
 
 FAMILY = Family(

@@ -100,6 +100,15 @@ class Family:
         return found
 
 
+# Names of tensors where there is a backbone.
+BACKBONE: dict[str, Any] = dict(
+    embedding="backbone.embeddings.weight",
+    body="backbone.",
+    final_norm="norm_f",
+    rename=lambda name: name.replace("backbone.embedding.", "backbone.embeddings."),
+)
+
+
 def kinds(format: str) -> dict[str, tuple[str, Format[Any]]]:
     """layer_type -> (kind, Format) of the mixers that a format has."""
     known = {kind: mixers.public(kind).get(format) for kind in mixers.kinds()}
@@ -179,42 +188,58 @@ def assemble(
     """
     fields.only("hidden_act", "silu")
     d_model, eps = fields.size("hidden_size"), fields.get("rms_norm_eps", eps)
-    known = kinds(format)
-    definitions = {
-        SHORT[kind]: configs.mixer(kind, **one.read(fields, d_model, eps)) for kind, one in known.values()
-    }
+    known, found = kinds(format), definitions(fields, format, d_model, eps)
     experts = mlps.load(SPARSE).public.get(format)
     mlp = {SPARSE: configs.mlp(SPARSE, **experts.read(fields, d_model, eps))} if experts else {}
-    model |= {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": fields.size(hidden, default=d_model if all(sparse) else None),
-        "norm_eps": eps,
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    model["mlp_hidden"] = fields.size(hidden, default=d_model if all(sparse) else None)
     names = [SHORT[known[one][0]] if one in known else one for one in types]
     layers = [f"{name}/{SPARSE}" if has else name for name, has in zip(names, sparse, strict=True)]
-    return Architecture(layers, definitions, mlp, model)
+    return Architecture(layers, found, mlp, settings(fields, d_model, eps, **model))
 
 
 def describe(definition: model.Definition, family: Family, model_type: str) -> dict[str, Any]:
     """The inverse of `assemble`, with layer_types."""
-    return {
-        "architectures": [f"{family.classes[model_type]}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "hidden_size": definition.d_model,
-        "intermediate_size": definition.d_model,  # of a model without dense layers
-        "layer_types": types(definition, family.format),
-        "num_hidden_layers": len(definition.layers),
-        "rms_norm_eps": definition.model.norm_eps,
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, family.format, definition.d_model)
+    return outline(
+        definition, family.format, family.classes[model_type], model_type, "rms_norm_eps",
+        hidden_act="silu", layer_types=types(definition, family.format),
+        intermediate_size=definition.d_model,  # of a model without dense layers
+    )  # fmt: skip
 
 
 def num_layers(fields: Fields) -> int:
     return fields.size("num_hidden_layers", MAX_LAYERS)
+
+
+def definitions(fields: Fields, format: str, d_model: int, eps: float) -> dict[str, ConfigDict]:
+    """The mixers of a format of which a model may have all."""
+    every = kinds(format).values()
+    return {SHORT[kind]: configs.mixer(kind, **one.read(fields, d_model, eps)) for kind, one in every}
+
+
+def settings(fields: Fields, d_model: int, eps: float, tied: bool = False, **others: Any) -> dict[str, Any]:
+    """Of the model around its layers, and ``others``.  tied: what a missing tie_word_embeddings says."""
+    tied = fields.get("tie_word_embeddings", tied)
+    vocab_size = fields.size("vocab_size")
+    return {"d_model": d_model, "vocab_size": vocab_size, "norm_eps": eps, "tie_embeddings": tied} | others
+
+
+def outline(
+    definition: model.Definition, format: str, prefix: str, model_type: str,
+    eps: str = "norm_eps", specs: Iterable[Spec] | None = None, **others: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """config.json, ``others`` in it.
+
+    prefix: of the classes' names.  eps: the field of the norms'.  specs: the layers that it says, not all.
+    """
+    return {
+        "architectures": [f"{prefix}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": definition.d_model,
+        "num_hidden_layers": len(definition.layers),
+        eps: definition.model.norm_eps,
+        "tie_word_embeddings": definition.model.tie_embeddings,
+        "vocab_size": definition.vocab_size,
+    } | others | said(definition.layers if specs is None else specs, format, definition.d_model)  # fmt: skip
 
 
 def every_type(definition: model.Definition, format: str) -> None:

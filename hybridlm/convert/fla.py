@@ -18,7 +18,8 @@ from hybridlm.convert.family import (
     kinds,
     mixer_format,
     num_layers,
-    said,
+    outline,
+    settings,
 )
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
@@ -39,25 +40,19 @@ def read(fields: Fields) -> Architecture:
     fields.ignore("hidden_ratio")
     hidden = fields.get("intermediate_size", 0) or -(-int(d_model * ratio * 2 / 3) // 256) * 256
     kind, own = KINDS[model_type]
-    settings = own.read(fields, d_model, eps)
-    kind = settings.pop("kind", kind)  # where one model_type has several
+    values = own.read(fields, d_model, eps)
+    kind = values.pop("kind", kind)  # where one model_type has several
     name = SHORT[kind]
-    definitions = define(name, kind, settings)
+    definitions = define(name, kind, values)
     layers = [name] * layers_
     for number, (indices, definition) in enumerate(_attention(fields, d_model, layers_)):
         attention = f"attention_{number}"
         definitions[attention] = definition
         for index in indices:
             layers[index] = attention
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": hidden,
-        "norm_eps": eps,
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    around = settings(fields, d_model, eps, mlp_hidden=hidden)
     fields.finish()
-    return Architecture(layers, definitions, {}, model)
+    return Architecture(layers, definitions, {}, around)
 
 
 def _attention(fields: Fields, d_model: int, layers: int) -> list[tuple[list[int], ConfigDict]]:
@@ -86,16 +81,8 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     own = [s for s in definition.layers if mixer_format(s, "fla").layer_type == model_type]
     if not own:
         raise Unsayable("model.pattern", model_type, "has no layer of this kind")
-    values = {
-        "architectures": [f"{FAMILY.classes[model_type]}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_size": definition.d_model,
-        "hidden_act": "swish",
-        "num_hidden_layers": len(definition.layers),
-        "norm_eps": definition.model.norm_eps,
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    }
+    prefix = FAMILY.classes[model_type]
+    values = outline(definition, "fla", prefix, model_type, specs=own, hidden_act="swish")
     attn: list[dict[str, Any]] = []
     for index, spec in enumerate(definition.layers):
         if spec in own or mixer_format(spec, "fla").layer_type != ATTENTION:
@@ -108,7 +95,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
         same["layers"].append(index)
     if model_type != ATTENTION:
         values["attn"] = None if not attn else attn[0] if len(attn) == 1 else attn
-    return values | said(own, "fla", definition.d_model)
+    return values
 
 
 def rename(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hybridlm import config as configs
 from hybridlm.convert.family import (
+    BACKBONE,
     NO_MLP,
     SHORT,
     Architecture,
@@ -17,7 +18,8 @@ from hybridlm.convert.family import (
     define,
     kinds,
     num_layers,
-    said,
+    outline,
+    settings,
 )
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
@@ -39,13 +41,7 @@ def read(fields: Fields) -> Architecture:
     fields.only("hidden_act", "silu", "swish")
     fields.only("attnres_block_size", None)
     definitions = define(SHORT[kind], kind, own.read(fields, d_model, eps))
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": hidden(d_model),
-        "norm_eps": eps,
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    model = settings(fields, d_model, eps, mlp_hidden=hidden(d_model))
     fields.finish()
     bare = own.layer_type in WITHOUT
     name = SHORT[kind] + f"/{NO_MLP}" * bare
@@ -54,20 +50,11 @@ def read(fields: Fields) -> Architecture:
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     alone(definition, FORMAT, model_type)
-    fields = said(definition.layers, FORMAT, definition.d_model)
+    fields = outline(definition, FORMAT, FAMILY.classes[model_type], model_type, hidden_act="silu")
     fields.pop("intermediate_size", None)
     if model_type in WITHOUT:
         fields["layer_norm_epsilon"] = definition.model.norm_eps
-    return {
-        "architectures": [f"{FAMILY.classes[model_type]}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_size": definition.d_model,
-        "hidden_act": "silu",
-        "num_hidden_layers": len(definition.layers),
-        "norm_eps": definition.model.norm_eps,
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | fields
+    return fields
 
 
 FAMILY = Family(
@@ -76,8 +63,5 @@ FAMILY = Family(
     read,
     write,
     norms=lambda layer_type: ("norm" if layer_type in WITHOUT else "mixer_norm", "mlp_norm"),
-    embedding="backbone.embeddings.weight",
-    body="backbone.",
-    final_norm="norm_f",
-    rename=lambda name: name.replace("backbone.embedding.", "backbone.embeddings."),
+    **BACKBONE,
 )

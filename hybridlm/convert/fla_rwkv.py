@@ -11,7 +11,17 @@ import numpy as np
 
 from hybridlm import config as configs
 from hybridlm import model
-from hybridlm.convert.family import SHORT, Architecture, Family, alone, define, kinds, num_layers, said
+from hybridlm.convert.family import (
+    SHORT,
+    Architecture,
+    Family,
+    alone,
+    define,
+    kinds,
+    num_layers,
+    outline,
+    settings,
+)
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.errors import ConfigError
@@ -20,7 +30,7 @@ from hybridlm.model import Definition
 
 FORMAT, MLP = "fla_rwkv", "channel_mix"
 KINDS = kinds(FORMAT)
-SAID = {"hidden_act": "sqrelu", "norm_bias": True, "attn": None}
+SAID: dict[str, Any] = {"hidden_act": "sqrelu", "norm_bias": True, "attn": None}
 
 
 def read(fields: Fields) -> Architecture:
@@ -30,16 +40,10 @@ def read(fields: Fields) -> Architecture:
         fields.only(name, value)
     definitions = define(SHORT[kind], kind, own.read(fields, d_model, eps))
     mlp = {MLP: configs.mlp(MLP, **channel_mix.Mlp.public[FORMAT].read(fields, d_model, eps))}
-    said = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "norm": "layer",
-        "norm_eps": eps,
-        "embedding_norm": fields.get("norm_first", True),
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    first = fields.get("norm_first", True)
+    around = settings(fields, d_model, eps, norm="layer", embedding_norm=first)
     fields.finish()
-    return Architecture([f"{SHORT[kind]}/{MLP}"] * layers, definitions, mlp, said)
+    return Architecture([f"{SHORT[kind]}/{MLP}"] * layers, definitions, mlp, around)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
@@ -47,16 +51,9 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     for spec in definition.layers:
         if spec.mlp_kind != MLP:
             raise ConfigError("mlps", spec.name, f"has MLPs of kind {MLP}, not {spec.mlp_kind}")
-    return {
-        "architectures": [f"{FAMILY.classes[model_type]}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_size": definition.d_model,
-        "num_hidden_layers": len(definition.layers),
-        "norm_eps": definition.model.norm_eps,
-        "norm_first": definition.model.embedding_norm,
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | SAID | said(definition.layers, FORMAT, definition.d_model)  # fmt: skip
+    first = definition.model.embedding_norm
+    prefix = FAMILY.classes[model_type]
+    return outline(definition, FORMAT, prefix, model_type, norm_first=first, **SAID)
 
 
 class Rwkv(Family):

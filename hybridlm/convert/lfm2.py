@@ -5,9 +5,19 @@ Source: transformers 5.24, models/lfm2.
 
 from typing import Any
 
-from hybridlm import config as configs
 from hybridlm import mlps
-from hybridlm.convert.family import SHORT, Architecture, Family, every_type, kinds, num_layers, said, types
+from hybridlm.convert.family import (
+    SHORT,
+    Architecture,
+    Family,
+    definitions,
+    every_type,
+    kinds,
+    num_layers,
+    outline,
+    settings,
+    types,
+)
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
@@ -28,32 +38,17 @@ def read(fields: Fields) -> Architecture:
         FULL if full is None or index in full else "conv" for index in range(layers)
     ]
     fields.ignore(*IDLE)
-    definitions = {
-        SHORT[kind]: configs.mixer(kind, **one.read(fields, d_model, eps)) for kind, one in known.values()
-    }
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"],
-        "norm_eps": eps,
-        "tie_embeddings": fields.get("tie_embedding", fields.get("tie_word_embeddings", True)),
-    }
+    found = definitions(fields, FORMAT, d_model, eps)
+    hidden = mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"]
+    model = settings(fields, d_model, eps, tied=True, mlp_hidden=hidden)
+    model["tie_embeddings"] = fields.get("tie_embedding", model["tie_embeddings"])
     fields.finish()
-    return Architecture([SHORT[known[one][0]] for one in named], definitions, {}, model)
+    return Architecture([SHORT[known[one][0]] for one in named], found, {}, model)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     every_type(definition, FORMAT)
-    return {
-        "architectures": ["Lfm2ForCausalLM"],
-        "model_type": model_type,
-        "hidden_size": definition.d_model,
-        "layer_types": types(definition, FORMAT),
-        "norm_eps": definition.model.norm_eps,
-        "num_hidden_layers": len(definition.layers),
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, FORMAT, definition.d_model)
+    return outline(definition, FORMAT, "Lfm2", model_type, layer_types=types(definition, FORMAT))
 
 
 FAMILY = Family(

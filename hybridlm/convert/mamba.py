@@ -8,7 +8,18 @@ Source: transformers 5.24, models/mamba and models/falcon_mamba.
 from typing import Any
 
 from hybridlm import config as configs
-from hybridlm.convert.family import SHORT, Architecture, Family, Unsayable, kinds, num_layers, said, types
+from hybridlm.convert.family import (
+    BACKBONE,
+    SHORT,
+    Architecture,
+    Family,
+    Unsayable,
+    kinds,
+    num_layers,
+    outline,
+    settings,
+    types,
+)
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
@@ -29,12 +40,7 @@ def read(fields: Fields) -> Architecture:
     [(kind, own)] = kinds(family.format).values()
     fields.only("intermediate_size", None, fields.get("expand", 2) * d_model)
     definition = configs.mixer(kind, **own.read(fields, d_model, eps))
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "norm_eps": eps,
-        "tie_embeddings": fields.get("tie_word_embeddings", True),
-    }
+    model = settings(fields, d_model, eps, tied=True)
     fields.finish()
     mlp = {"none": configs.mlp("none")}
     return Architecture([f"{SHORT[kind]}/none"] * layers, {SHORT[kind]: definition}, mlp, model)
@@ -45,16 +51,8 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     for spec in definition.layers:
         if spec.mlp_kind != "none":
             raise Unsayable("mlps", spec.name, "has layers without MLPs alone")
-    return {
-        "architectures": [f"{FAMILIES[model_type].classes[model_type]}ForCausalLM"],
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "hidden_size": definition.d_model,
-        "layer_norm_epsilon": definition.model.norm_eps,
-        "num_hidden_layers": len(definition.layers),
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, model_type, definition.d_model)
+    prefix = FAMILIES[model_type].classes[model_type]
+    return outline(definition, model_type, prefix, model_type, "layer_norm_epsilon", hidden_act="silu")
 
 
 def _family(model_type: str, prefix: str) -> Family:
@@ -64,10 +62,7 @@ def _family(model_type: str, prefix: str) -> Family:
         read,
         write,
         norms=lambda layer_type: ("norm", ""),
-        embedding="backbone.embeddings.weight",
-        body="backbone.",
-        final_norm="norm_f",
-        rename=lambda name: name.replace("backbone.embedding.", "backbone.embeddings."),
+        **BACKBONE,
     )
 
 

@@ -10,7 +10,18 @@ from typing import Any
 
 from hybridlm import config as configs
 from hybridlm import mlps
-from hybridlm.convert.family import NO_MLP, SHORT, SPARSE, Architecture, Family, kinds, mixer_format, said
+from hybridlm.convert.family import (
+    NO_MLP,
+    SHORT,
+    SPARSE,
+    Architecture,
+    Family,
+    definitions,
+    kinds,
+    mixer_format,
+    outline,
+    settings,
+)
 from hybridlm.convert.fields import MAX_LAYERS, Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.model import Definition
@@ -42,21 +53,14 @@ def read(fields: Fields) -> Architecture:
             raise fields.refuse(
                 "layers_block_type", "must have a mixer before each MLP", "Blocks here are pairs."
             )
-    definitions = {
-        SHORT[kind]: configs.mixer(kind, **one.read(fields, d_model, eps)) for kind, one in known.values()
-    }
+    found = definitions(fields, FORMAT, d_model, eps)
     mlp = {
         kind: configs.mlp(kind, **mlps.load(kind).public[FORMAT].read(fields, d_model, eps))
         for kind in (*MLPS.values(), NO_MLP)
     }
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "norm_eps": eps,
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    model = settings(fields, d_model, eps)
     fields.finish()
-    return Architecture([one if "/" in one else f"{one}/{NO_MLP}" for one in layers], definitions, mlp, model)
+    return Architecture([one if "/" in one else f"{one}/{NO_MLP}" for one in layers], found, mlp, model)
 
 
 def _blocks(fields: Fields) -> list[str]:
@@ -78,16 +82,12 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     for spec in definition.layers:
         blocks.append(mixer_format(spec, FORMAT).layer_type)
         blocks += [by_kind[spec.mlp_kind]] if spec.mlp_kind in by_kind else []
-    return {
-        "architectures": ["NemotronHForCausalLM"],
-        "model_type": model_type,
-        "layers_block_type": blocks,
-        "hidden_size": definition.d_model,
-        "layer_norm_epsilon": definition.model.norm_eps,
-        "mlp_hidden_act": "relu2",
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, FORMAT, definition.d_model)
+    values = outline(
+        definition, FORMAT, "NemotronH", model_type, "layer_norm_epsilon",
+        layers_block_type=blocks, mlp_hidden_act="relu2",
+    )  # fmt: skip
+    del values["num_hidden_layers"]  # of blocks
+    return values
 
 
 class NemotronH(Family):

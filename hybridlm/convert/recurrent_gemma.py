@@ -10,7 +10,17 @@ import numpy as np
 
 from hybridlm import config as configs
 from hybridlm import mlps
-from hybridlm.convert.family import SHORT, Architecture, Family, kinds, num_layers, said, types
+from hybridlm.convert.family import (
+    SHORT,
+    Architecture,
+    Family,
+    definitions,
+    kinds,
+    num_layers,
+    outline,
+    settings,
+    types,
+)
 from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
@@ -32,39 +42,25 @@ def read(fields: Fields) -> Architecture:
     blocks = fields.get("block_types") or ["recurrent", "recurrent", "attention"]
     if not (isinstance(blocks, list) and all(isinstance(one, str) and one in known for one in blocks)):
         raise fields.refuse("block_types", f"must list layers, each one of {', '.join(known)}")
-    definitions = {
-        SHORT[kind]: configs.mixer(kind, **one.read(fields, d_model, eps)) for kind, one in known.values()
-    }
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "norm_eps": eps,
-        "norm_unit_offset": True,
-        "embedding_multiplier": multiplier(d_model),
-        "logit_cap": fields.get("logits_soft_cap", 30.0),
-        "tie_embeddings": fields.get("tie_word_embeddings", True),
-    }
+    found = definitions(fields, FORMAT, d_model, eps)
+    model = settings(
+        fields, d_model, eps, tied=True, norm_unit_offset=True,
+        embedding_multiplier=multiplier(d_model), logit_cap=fields.get("logits_soft_cap", 30.0),
+    )  # fmt: skip
     mlp = configs.mlp(MLP, **mlps.load(MLP).public[FORMAT].read(fields, d_model, eps))
     fields.finish()
     names = [SHORT[known[blocks[index % len(blocks)]][0]] for index in range(layers)]
-    return Architecture([f"{name}/{MLP}" for name in names], definitions, {MLP: mlp}, model)
+    return Architecture([f"{name}/{MLP}" for name in names], found, {MLP: mlp}, model)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not definition.model.logit_cap:
         raise ConfigError("model.logit_cap", 0.0, "must be above 0 in this format")
-    return {
-        "architectures": ["RecurrentGemmaForCausalLM"],
-        "model_type": model_type,
-        "block_types": types(definition, FORMAT),
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": definition.d_model,
-        "num_hidden_layers": len(definition.layers),
-        "rms_norm_eps": definition.model.norm_eps,
-        "logits_soft_cap": definition.model.logit_cap,
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, FORMAT, definition.d_model)
+    return outline(
+        definition, FORMAT, "RecurrentGemma", model_type, "rms_norm_eps",
+        block_types=types(definition, FORMAT), hidden_activation="gelu_pytorch_tanh",
+        logits_soft_cap=definition.model.logit_cap,
+    )  # fmt: skip
 
 
 FAMILY = Family(

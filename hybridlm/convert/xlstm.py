@@ -7,7 +7,7 @@ from typing import Any
 
 from hybridlm import config as configs
 from hybridlm import mlps
-from hybridlm.convert.family import Architecture, Family, kinds, said, types
+from hybridlm.convert.family import Architecture, Family, kinds, outline, settings, types
 from hybridlm.convert.fields import MAX_LAYERS, Fields
 from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
@@ -28,14 +28,9 @@ def read(fields: Fields) -> Architecture:
     fields.ignore(*IDLE)
     [(kind, own)] = kinds(FORMAT).values()
     definition = configs.mixer(kind, **own.read(fields, d_model, eps))
-    model = {
-        "d_model": d_model,
-        "vocab_size": fields.size("vocab_size"),
-        "mlp_hidden": mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"],
-        "norm_eps": eps,
-        "logit_cap": fields.get("output_logit_soft_cap", 30.0),
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-    }
+    hidden = mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"]
+    cap = fields.get("output_logit_soft_cap", 30.0)
+    model = settings(fields, d_model, eps, mlp_hidden=hidden, logit_cap=cap)
     fields.finish()
     return Architecture([kind] * layers, {kind: definition}, {}, model)
 
@@ -44,18 +39,10 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     types(definition, FORMAT)  # refuses layers of other kinds
     if not definition.model.logit_cap:
         raise ConfigError("model.logit_cap", 0.0, "must be above 0 in this format")
-    return {
-        "architectures": ["xLSTMForCausalLM"],
-        "model_type": model_type,
-        "hidden_size": definition.d_model,
-        "embedding_dim": definition.d_model,
-        "num_hidden_layers": len(definition.layers),
-        "num_blocks": len(definition.layers),
-        "norm_eps": definition.model.norm_eps,
-        "output_logit_soft_cap": definition.model.logit_cap,
-        "tie_word_embeddings": definition.model.tie_embeddings,
-        "vocab_size": definition.vocab_size,
-    } | said(definition.layers, FORMAT, definition.d_model)
+    return outline(
+        definition, FORMAT, "xLSTM", model_type, embedding_dim=definition.d_model,
+        num_blocks=len(definition.layers), output_logit_soft_cap=definition.model.logit_cap,
+    )  # fmt: skip
 
 
 FAMILY = Family(

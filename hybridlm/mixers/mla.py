@@ -133,16 +133,19 @@ def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
+def _sizes(config: Config) -> dict[str, Any]:
     return {
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_heads,
         "q_lora_rank": config.q_lora_rank or None,
         "kv_lora_rank": config.kv_lora_rank,
         "qk_nope_head_dim": config.qk_nope_head_dim,
         "qk_rope_head_dim": config.qk_rope_head_dim,
         "v_head_dim": config.v_head_dim,
     }
+
+
+def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
+    heads = {"num_attention_heads": config.num_heads, "num_key_value_heads": config.num_heads}
+    return heads | _sizes(config)
 
 
 def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
@@ -184,16 +187,8 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
     if config.norm_eps != FLA_NORM_EPS:
         raise ConfigError("norm_eps", config.norm_eps, f"is {FLA_NORM_EPS} of the latents in FLA's mla")
-    return {
-        "num_heads": config.num_heads,
-        "q_lora_rank": config.q_lora_rank or None,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_nope_head_dim": config.qk_nope_head_dim,
-        "qk_rope_head_dim": config.qk_rope_head_dim,
-        "qk_head_dim": config.qk_head_dim,
-        "v_head_dim": config.v_head_dim,
-        "rope_theta": config.rope_theta,
-    }
+    heads = {"num_heads": config.num_heads, "qk_head_dim": config.qk_head_dim}
+    return heads | _sizes(config) | {"rope_theta": config.rope_theta}
 
 
 def _fla_rules(config: Config, d_model: int) -> list[Rule]:

@@ -18,7 +18,7 @@ from flax import nnx
 from hybridlm import linear_mixer, rwkv
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format
+from hybridlm.convert.public import Format, head_fields
 from hybridlm.convert.rules import Rule, bias, linear, low_rank, norm, reshaped, same
 from hybridlm.fields import Count, Positive
 from hybridlm.layers import Linear, param, split_heads, uniform, zeros
@@ -68,13 +68,8 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 
 
 def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
-    return {
-        "num_heads": config.num_heads,
-        "expand_k": config.num_heads * config.head_dim / d_model,
-        "expand_v": config.num_heads * config.v_head_dim / d_model,
-        "proj_low_rank_dim": config.mix_rank,
-        "gate_low_rank_dim": config.decay_rank,
-    }
+    ranks = {"proj_low_rank_dim": config.mix_rank, "gate_low_rank_dim": config.decay_rank}
+    return head_fields(config, d_model) | ranks
 
 
 ORDER = "rwkvg"  # of the streams in FLA
