@@ -73,16 +73,14 @@ def multi_head(fields: Fields, d_model: int, heads: int, expand_k: float, expand
     }
 
 
-def head_fields(config: Any, d_model: int) -> dict[str, Any]:
-    return {
-        "num_heads": config.num_heads,
-        "expand_k": config.num_heads * config.head_dim / d_model,
-        "expand_v": config.num_heads * config.v_head_dim / d_model,
-    }
+def head_fields(heads: int, head_dim: int, v_head_dim: int, d_model: int) -> dict[str, Any]:
+    widths = {"expand_k": heads * head_dim / d_model, "expand_v": heads * v_head_dim / d_model}
+    return {"num_heads": heads} | widths
 
 
 def multi_head_fields(config: "linear_mixer.Config", d_model: int) -> dict[str, Any]:
-    return head_fields(config, d_model) | conv_fields(config.conv_size)
+    own = head_fields(config.num_heads, config.head_dim, config.v_head_dim, d_model)
+    return own | conv_fields(config.conv_size)
 
 
 def gated_fields(config: "linear_mixer.Config", d_model: int) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """How public checkpoints say softmax attention; ``config`` is a `hybridlm.mixers.attention.Config`."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, linears, nearby
 from hybridlm.convert.rules import Rule, bias, interleaved, linear, norm
+
+if TYPE_CHECKING:
+    from hybridlm.mixers.attention import Config
 
 FLA_NORM_EPS = 1e-5  # fla's layer leaves its norms at their default
 
@@ -26,7 +29,7 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
+def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
     return {
         "num_heads": config.num_heads,
         "num_kv_heads": config.num_kv_heads,
@@ -59,7 +62,7 @@ def _hf(
             "norm_eps": eps,
         } | fixed
 
-    def write(config: Any, d_model: int) -> dict[str, Any]:
+    def write(config: "Config", d_model: int) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
         if config.rotary_fraction != 1 or turned != 1:
             rope["partial_rotary_factor"] = config.rotary_fraction
@@ -83,7 +86,7 @@ def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return settings if rotates else settings | {"rope_theta": 0.0}
 
 
-def _olmo_write(config: Any, d_model: int) -> dict[str, Any]:
+def _olmo_write(config: "Config", d_model: int) -> dict[str, Any]:
     values = _hf().write(config, d_model)
     del values["head_dim"]
     return values if config.rope_theta else values | {"rope_parameters": None, "rope_theta": None}
@@ -96,7 +99,7 @@ def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return settings if fields.get("position_embedding_type") == "rope" else settings | {"rope_theta": 0.0}
 
 
-def _granite_write(config: Any, d_model: int) -> dict[str, Any]:
+def _granite_write(config: "Config", d_model: int) -> dict[str, Any]:
     values = _hf().write(config, d_model)
     if not config.rope_theta:
         del values["rope_parameters"]
@@ -111,7 +114,7 @@ def _falcon_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return settings | {"logit_scale": key * settings["head_dim"] ** -0.5}
 
 
-def _falcon_write(config: Any, d_model: int) -> dict[str, Any]:
+def _falcon_write(config: "Config", d_model: int) -> dict[str, Any]:
     root = config.head_dim**-0.5
     key = nearby(lambda key: key * root, config.logit_scale, config.logit_scale / root)
     return _hf().write(config, d_model) | {"key_multiplier": key}
@@ -122,7 +125,7 @@ def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return _hf(heads=32, kv_heads=8, qk_norm="head").read(fields, d_model, eps) | {"rope_theta": theta}
 
 
-def _lfm2_rules(config: Any, d_model: int) -> list[Rule]:
+def _lfm2_rules(config: "Config", d_model: int) -> list[Rule]:
     norms = [norm(f"{name}_norm", f"{name}_layernorm") for name in "qk"]
     return [*linears("qkv"), linear("o_proj", "out_proj"), *norms]
 
@@ -143,14 +146,14 @@ def _gemma_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _gemma_write(config: Any, d_model: int) -> dict[str, Any]:
+def _gemma_write(config: "Config", d_model: int) -> dict[str, Any]:
     values = _hf(turned=0.5).write(config, d_model)
     for name in ("use_sliding_window", "sliding_window"):
         values.pop(name, None)
     return values | {"attention_window_size": config.window, "attention_bias": config.qkv_bias}
 
 
-def _rules(config: Any, d_model: int) -> list[Rule]:
+def _rules(config: "Config", d_model: int) -> list[Rule]:
     found = linears("qkvo")
     if config.output_gate != "none":  # Qwen's q_proj holds [query, gate] per head
         both, dim = ("q_proj", "g_proj"), config.head_dim

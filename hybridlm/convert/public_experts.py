@@ -1,12 +1,15 @@
 """How public checkpoints say experts; ``config`` is a `hybridlm.mlps.moe.Config`."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridlm.convert import rules
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import fused_rules, relu2_rules, swiglu_rules
+
+if TYPE_CHECKING:
+    from hybridlm.mlps.moe import Config
 
 MAX_EXPERTS = 1 << 16
 
@@ -27,7 +30,7 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[A
             "balance_loss": _balance(fields),
         }
 
-    def write(config: Any, d_model: int) -> dict[str, Any]:
+    def write(config: "Config", d_model: int) -> dict[str, Any]:
         return (
             ({} if always_normal else {"norm_topk_prob": config.normalize})
             | {
@@ -39,7 +42,7 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[A
             | _balance_fields(config)
         )
 
-    def names(config: Any, d_model: int) -> list[rules.Rule]:
+    def names(config: "Config", d_model: int) -> list[rules.Rule]:
         each = [
             rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
             for name in ("gate", "up", "down")
@@ -73,7 +76,7 @@ def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _kimi_write(config: Any, d_model: int) -> dict[str, Any]:
+def _kimi_write(config: "Config", d_model: int) -> dict[str, Any]:
     return {
         "moe_intermediate_size": config.hidden,
         "num_experts": config.num_experts,
@@ -106,7 +109,7 @@ def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _deepseek_write(config: Any, d_model: int) -> dict[str, Any]:
+def _deepseek_write(config: "Config", d_model: int) -> dict[str, Any]:
     return {
         "moe_intermediate_size": config.hidden,
         "n_routed_experts": config.num_experts,
@@ -138,14 +141,14 @@ def _nemotron_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _nemotron_write(config: Any, d_model: int) -> dict[str, Any]:
+def _nemotron_write(config: "Config", d_model: int) -> dict[str, Any]:
     return _deepseek_write(config, d_model) | {
         "n_shared_experts": 1,
         "moe_shared_expert_intermediate_size": config.shared_hidden,
     }
 
 
-def _nemotron_rules(config: Any, d_model: int) -> list[rules.Rule]:
+def _nemotron_rules(config: "Config", d_model: int) -> list[rules.Rule]:
     each = [
         rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts) for name in ("up", "down")
     ]
@@ -154,7 +157,7 @@ def _nemotron_rules(config: Any, d_model: int) -> list[rules.Rule]:
 
 
 def _kimi_rules(
-    config: Any, d_model: int, names: tuple[str, str, str] = ("w1", "w3", "w2")
+    config: "Config", d_model: int, names: tuple[str, str, str] = ("w1", "w3", "w2")
 ) -> list[rules.Rule]:
     each = [
         rules.experts(ours, f"experts.{{}}.{theirs}.weight", config.num_experts)
@@ -170,7 +173,7 @@ def _balance(fields: Fields) -> float:
     return weight if fields.get("output_router_logits", False) else 0.0  # as transformers
 
 
-def _balance_fields(config: Any) -> dict[str, Any]:
+def _balance_fields(config: "Config") -> dict[str, Any]:
     return {
         "router_aux_loss_coef": config.balance_loss or 0.001,
         "output_router_logits": config.balance_loss > 0,
@@ -187,7 +190,7 @@ def _jamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _jamba_write(config: Any, d_model: int) -> dict[str, Any]:
+def _jamba_write(config: "Config", d_model: int) -> dict[str, Any]:
     return {
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.top_k,
@@ -195,7 +198,7 @@ def _jamba_write(config: Any, d_model: int) -> dict[str, Any]:
     } | _balance_fields(config)
 
 
-def _jamba_rules(config: Any, d_model: int) -> list[rules.Rule]:
+def _jamba_rules(config: "Config", d_model: int) -> list[rules.Rule]:
     each = [
         rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
         for name in ("gate", "up", "down")
@@ -217,7 +220,7 @@ def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _granite_write(config: Any, d_model: int) -> dict[str, Any]:
+def _granite_write(config: "Config", d_model: int) -> dict[str, Any]:
     return {
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.top_k,
@@ -226,7 +229,7 @@ def _granite_write(config: Any, d_model: int) -> dict[str, Any]:
     } | _balance_fields(config)
 
 
-def _granite_rules(config: Any, d_model: int) -> list[rules.Rule]:
+def _granite_rules(config: "Config", d_model: int) -> list[rules.Rule]:
     sparse = "block_sparse_moe."
     return [
         rules.linear("router", f"{sparse}router.layer"),

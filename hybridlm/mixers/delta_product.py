@@ -6,7 +6,7 @@ the product of two steps is any rotation of a plane.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from hybridlm.layers import Linear
 from hybridlm.linear_mixer import Inputs, LinearMixer, recurrence
 from hybridlm.mixers import Site, delta_net
 from hybridlm.rows import Rows
+
+if TYPE_CHECKING:
+    from hybridlm.mixers import gated_delta_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +61,13 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
+def _fla_write(config: "Config | gated_delta_product.Config", d_model: int) -> dict[str, Any]:
     """Of `gated_delta_product`, too, which alone has num_v_heads."""
     gated = config.kind == "gated_delta_product"
-    if config.heads(d_model).num_v != config.num_heads:
+    values = config.heads(d_model).num_v
+    if values != config.num_heads:
         problem = f"is num_heads = {config.num_heads} in FLA's gated_deltaproduct"
-        raise ConfigError("num_v_heads", config.num_v_heads, problem)
+        raise ConfigError("num_v_heads", values, problem)
     if config.output_gate not in ("swish", "none"):
         problem = "FLA's gated_deltaproduct has swish or none"
         raise ConfigError("output_gate", config.output_gate, problem)
@@ -78,7 +82,7 @@ def _fla_write(config: Any, d_model: int) -> dict[str, Any]:
     } | conv_fields(config.conv_size)
 
 
-def _fla_rules(config: Any, d_model: int) -> list[Rule]:
+def _fla_rules(config: "Config | gated_delta_product.Config", d_model: int) -> list[Rule]:
     gated = config.kind == "gated_delta_product"
     names = "qkvob" + "a" * gated + "g" * (config.output_gate != "none")
     decay = [same(name, name) for name in ("A_log", "dt_bias")] * gated

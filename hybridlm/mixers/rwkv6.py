@@ -69,7 +69,7 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 
 def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
     ranks = {"proj_low_rank_dim": config.mix_rank, "gate_low_rank_dim": config.decay_rank}
-    return head_fields(config, d_model) | ranks
+    return head_fields(config.num_heads, config.head_dim, config.v_head_dim, d_model) | ranks
 
 
 ORDER = "rwkvg"  # of the streams in FLA
