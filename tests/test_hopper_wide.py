@@ -168,7 +168,7 @@ SHAPES = {  # B, T, H, HV, K, V
     "128 x 256": (4, 8192, 8, 8, 128, 256),
 }
 # Bytes; the other kernels have none. The scans': in the branch for hard chunks (two_parts.py).
-# jax 0.11.2 spills up to 1752 and 480 bytes in the scan and its reverse, 0.12.0.1 768 and 48: docs/kernels.md.
+# jax 0.11.2: up to 1752 in the scan, 480 in its reverse; 0.12.0.1: 768, 48 (docs/kernels.md).
 SPILLS = dict(delta_wide_chunks=200, delta_wide_scan=1752, delta_wide_reverse=480, delta_output=320)
 
 
