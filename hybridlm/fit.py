@@ -75,7 +75,8 @@ def _too_large(config: Config, mesh: Mesh, times: float) -> str:
     fine = [m for m in range(train.microbatches, train.batch_size + 1) if train.batch_size % (m * rows) == 0]
     enough = [m for m in fine if m >= times * train.microbatches]
     parts = f"train.microbatches={enough[0]} or higher, " if enough else ""
-    said = f"the training step needs {times:.1f} times a device's memory, even with model.remat=full"
+    least = f"model.remat={FASTEST_FIRST[-1]}"
+    said = f"the training step needs {times:.1f} times a device's memory, even with {least}"
     return f"{said}. Set {parts}fewer or shorter rows, or use more devices."
 
 
@@ -91,9 +92,12 @@ def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
         known, _ = _noted(memo)
         later = FASTEST_FIRST[FASTEST_FIRST.index(known) + 1 :] if known else ()
         said = f"the devices ran out of memory with what model.remat=auto chose{known and f', {known}'}"
-        least = known == FASTEST_FIRST[-1]
-        fix = "Set model.remat to one that keeps less (kernels, dots, full), or train.microbatches higher."
-        fix = "Set train.microbatches higher." if least else fix
+        less = (
+            ""
+            if known == FASTEST_FIRST[-1]
+            else "model.remat to one that keeps less (kernels, dots, full), or "
+        )
+        fix = f"Set {less}train.microbatches higher."
         if memo is not None and later:
             with contextlib.suppress(OSError):
                 untrusted.write_text(memo, f"{later[0]}\n, since {known} ran out of memory")

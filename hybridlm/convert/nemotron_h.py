@@ -11,6 +11,7 @@ from typing import Any
 from hybridlm import config as configs
 from hybridlm import mlps
 from hybridlm.convert.family import (
+    BACKBONE,
     NO_MLP,
     SHORT,
     SPARSE,
@@ -114,9 +115,6 @@ FAMILY = NemotronH(
     read,
     write,
     norms=lambda layer_type: ("norm", "norm"),
-    embedding="backbone.embeddings.weight",
-    body="backbone.",
-    final_norm="norm_f",
-    rename=lambda name: name.replace("model.", "backbone.", 1),
     unused=("mtp.",),
+    **BACKBONE | {"rename": lambda name: name.replace("model.", "backbone.", 1)},
 )

@@ -77,16 +77,16 @@ def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 
 
 def _kimi_write(config: "Config", d_model: int) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": config.hidden,
-        "num_experts": config.num_experts,
-        "num_experts_per_token": config.top_k,
-        "num_shared_experts": config.shared_hidden // config.hidden,
-        "moe_renormalize": config.normalize,
-        "routed_scaling_factor": config.scale,
-        "num_expert_group": config.num_groups,
-        "topk_group": config.top_groups,
-    }
+    return {KIMI.get(name, name): value for name, value in _deepseek_write(config, d_model).items()}
+
+
+KIMI = {  # of DeepSeek-V3's names, which others have, those that are other words there
+    "n_routed_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+    "norm_topk_prob": "moe_renormalize",
+    "n_group": "num_expert_group",
+}
 
 
 def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
