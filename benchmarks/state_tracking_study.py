@@ -29,6 +29,7 @@ STUDY: dict[str, Layer] = {
     "gdp": ("gated_delta_product", {**HEADS, "neg_eigval": False}),
     "gdp, negative": ("gated_delta_product", HEADS),
     "rwkv7": ("rwkv7", HEADS),
+    "rwkv7, negative": ("rwkv7", {**HEADS, "neg_eigval": True}),
     "mamba2": ("mamba2", {"head_dim": 64, "state_size": 64}),
     "mlstm": ("mlstm", {**HEADS, "conv_size": 4}),
 }

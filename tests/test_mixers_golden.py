@@ -140,8 +140,9 @@ def wkv6(a, rows, meta):
 
 
 def time_mix7(a, rows, meta):
-    names = ("r", "w_raw", "k", "v", "a_raw", "k_k", "k_a", "r_k")
-    o, own, state = rwkv7.time_mix(*(a[name] for name in names), rows, a["h0"])
+    names = ("r", "w_raw", "k", "v", "rate", "k_k", "k_a", "r_k")
+    raw = a | {"rate": jax.nn.sigmoid(a["a_raw"])}
+    o, own, state = rwkv7.time_mix(*(raw[name] for name in names), rows, a["h0"])
     return {"o": o + own, "ht": state}
 
 

@@ -44,6 +44,8 @@ class Config(rwkv.Config):
     decay_rank, rate_rank, value_rank, gate_rank: middle widths of w, a, the mixing of v, and g; 0 is 2.5,
         2.5, 1.7 and 5 times the root of d_model in multiples of 32, as in the authors' code.
     value_residual: whether layers take in the values of the first one.
+    neg_eigval: a in (0, 2) instead of (0, 1), for state tracking (2411.12537): with a < 1 no eigenvalue is
+        below exp(-exp(-1/2)) - 1 = -0.45.
     """
 
     decay_rank: Count = 0
@@ -51,6 +53,7 @@ class Config(rwkv.Config):
     value_rank: Count = 0
     gate_rank: Count = 0
     value_residual: bool = True
+    neg_eigval: bool = False
 
     @property
     def carries(self) -> bool:
@@ -102,6 +105,8 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
     if not config.value_residual:
         raise ConfigError("value_residual", False, "FLA's rwkv7 has it")
+    if config.neg_eigval:
+        raise ConfigError("neg_eigval", True, "FLA's rwkv7 has a in (0, 1) alone")
     if config.num_heads * config.head_dim != d_model:
         raise ConfigError("num_heads", config.num_heads, "times head_dim is d_model in FLA's rwkv7")
     ranks = {name: getattr(config, ours) for name, (ours, *_) in RANKS.items()}
@@ -132,6 +137,7 @@ class Mixer(TimeMix):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, config = site.d_model, config.explicit(site.d_model)
         self.heads, self.value_residual = config.heads(d_model), config.value_residual
+        self.neg_eigval = config.neg_eigval
         width, (up, down) = self.heads.key_width, ratios(site.layer, site.num_layers)
         for name, power in POWERS.items():
             init = functools.partial(shift_init, power * down)
@@ -176,7 +182,7 @@ class Mixer(TimeMix):
             heads(self.w_proj(xs["w"])),
             heads(k),
             heads(v),
-            heads(self.a_proj(xs["a"])),
+            heads(linear_mixer.write_strength(self.a_proj(xs["a"]), self.neg_eigval)),
             heads(self.k_k[...]),
             heads(self.k_a[...]),
             heads(self.r_k[...]),
@@ -192,7 +198,7 @@ def time_mix(
     w: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    a: jax.Array,
+    rate: jax.Array,
     k_k: jax.Array,
     k_a: jax.Array,
     r_k: jax.Array,
@@ -201,9 +207,9 @@ def time_mix(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(o and (sum_K r k' r_k) v, [B, T, H, V]; the state after the last token or None).
 
-    r, k, v: [B, T, H, K].  w, a: before their sigmoids, float32.  k_k, k_a, r_k: [H, K].
+    r, k, v: [B, T, H, K].  w: before its sigmoid; rate: a; both float32.  k_k, k_a, r_k: [H, K].
     """
-    wide, rate = k.astype(jnp.float32), jax.nn.sigmoid(a)
+    wide = k.astype(jnp.float32)
     kappa, written = l2_normalize(wide * k_k), wide * (1 + (rate - 1) * k_a)
     own = jnp.sum(r.astype(jnp.float32) * written * r_k, axis=-1, keepdims=True) * v.astype(jnp.float32)
     log_decay = FASTEST * jax.nn.sigmoid(w.astype(jnp.float32))
