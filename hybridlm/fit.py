@@ -41,24 +41,33 @@ class Step(NamedTuple):
     needs: int
 
 
-def step(config: Config, definition: Definition, mesh: Mesh, trace: Callable[[Definition], Any]) -> Any:
+def step(
+    config: Config,
+    definition: Definition,
+    mesh: Mesh,
+    trace: Callable[[Definition], Any],
+    ready: Callable[[], object] = lambda: None,
+) -> Any:
     """The compiled training step: of what is traced for a definition, `model.remat` = "auto" decided.
+
+    ready: waits for, or refuses, what need not be there until something is compiled.
 
     Where the devices do not say how much memory they have (CPUs), everything is kept. RunError if it finds
     nothing that fits.
     """
+    finish = lambda policy: _compile(trace(settled(definition, policy)), ready)
     if definition.model.remat != "auto":
-        return trace(definition).lower().compile()
+        return _compile(trace(definition), ready)
     available = limit()
     if available is None:
-        return trace(settled(definition, "none")).lower().compile()
+        return finish("none")
     memo = _memo(config, mesh)
     known, why = _noted(memo)
     if known:
         log.info("model.remat=auto: %s, as found before%s (%s)", known, why, memo)
-        return trace(settled(definition, known)).lower().compile()
-    compile = lambda policy: compiled(trace(settled(definition, policy)), available * mesh.size)
-    policy, found, said = choose(compile, available)
+        return finish(known)
+    attempt = lambda policy: compiled(trace(settled(definition, policy)), available * mesh.size, ready)
+    policy, found, said = choose(attempt, available)
     log.info("model.remat=auto: %s", said)
     if found.run is None or found.needs > available:
         raise RunError(_too_large(config, mesh, found.needs / available))
@@ -66,7 +75,7 @@ def step(config: Config, definition: Definition, mesh: Mesh, trace: Callable[[De
         with contextlib.suppress(OSError):  # the next start looks again
             untrusted.write_text(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
-    return found.run if agreed == policy else compiled(trace(settled(definition, agreed))).run
+    return found.run if agreed == policy else finish(agreed)
 
 
 def _too_large(config: Config, mesh: Mesh, times: float) -> str:
@@ -129,6 +138,12 @@ def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]
     return policy, found, f"{policy}; of {available / 2**30:.1f} GiB a device " + ", ".join(tried)
 
 
+def _compile(traced: Any, ready: Callable[[], object], **lowering: Any) -> Any:
+    lowered = traced.lower(**lowering)
+    ready()
+    return lowered.compile()
+
+
 def settled(definition: Definition, policy: str) -> Definition:
     """``definition`` with a policy in place of `auto`."""
     scan = definition.model.scan and policy not in ("kernels", "dots")
@@ -136,16 +151,18 @@ def settled(definition: Definition, policy: str) -> Definition:
     return dataclasses.replace(definition, model=dataclasses.replace(definition.model, **settings))
 
 
-def compiled(traced: Any, most: int | None = None, **lowering: Any) -> Step:
+def compiled(
+    traced: Any, most: int | None = None, ready: Callable[[], object] = lambda: None, **lowering: Any
+) -> Step:
     """most: bytes of all devices; a step that cannot fit in them is not compiled, which takes a minute.
 
-    lowering: arguments of ``traced.lower``.
+    ready: as for `step`.  lowering: arguments of ``traced.lower``.
     """
     least = held(traced.jaxpr.jaxpr)
     if most is not None and least > (1 - BESIDE) * SHARE * most:
         devices = jax.sharding.get_abstract_mesh().size or 1
         return Step(None, least // devices)
-    run = traced.lower(**lowering).compile()
+    run = _compile(traced, ready, **lowering)
     found = run.memory_analysis()
     return Step(run, found.argument_size_in_bytes + found.temp_size_in_bytes)
 

@@ -7,10 +7,12 @@ therefore writes the same metrics as one that was not.
 Save first, then look: the checkpoint of a step is begun before the step is validated, sampled or plotted.
 """
 
+import contextvars
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any, NoReturn
@@ -58,7 +60,7 @@ class Loop:
             self.open(start)
         self.say_determinism()
         self.teacher = init_from.teacher(self.config, self.program)
-        state = self.begin(start)
+        ready = self.beginning(start)
         with ExitStack() as stack:
             for member in self.members:
                 member.begin(stack, start)
@@ -66,7 +68,7 @@ class Loop:
             if processes.agree(int(owed)):  # the run ended before this step's line was complete
                 for one in self.members:
                     one.metrics = one.saved["unwritten"]
-                self.finish(start, state, {})
+                self.finish(start, ready(), {})
             elif start == self.config.train.steps:  # finished before: only the summary is wanted
                 for one in self.members:
                     one.metrics = {
@@ -76,7 +78,7 @@ class Loop:
                 window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
                 stack.callback(window.close)
                 with fit.outgrown(self.config, self.mesh):
-                    self.loop(state, start, window)
+                    self.loop(ready, start, window)
 
     @logbook.harmless("saying what the run is")
     def open(self, start: int) -> None:
@@ -112,6 +114,24 @@ class Loop:
         if start < 0 and self.config.init_from:
             init_from.check(self.config.init_from)
         return max(start, 0)
+
+    def beginning(self, start: int) -> Callable[[], State]:
+        """What waits for `begin`'s state, made or read while the step is traced.
+
+        With several processes it is there at once: they come in one order to what they do together.
+        """
+        if jax.process_count() > 1:
+            state = self.begin(start)
+            return lambda: state
+
+        def begin() -> State:
+            with jax.set_mesh(self.mesh):  # which is a thread's own
+                return self.begin(start)
+
+        maker = ThreadPoolExecutor(1, "state")
+        made = maker.submit(contextvars.copy_context().run, begin)
+        maker.shutdown(wait=False)
+        return made.result
 
     def begin(self, start: int) -> State:
         """The state at step ``start``: where a stage begins, parameters of the one before, the rest new."""
@@ -154,9 +174,9 @@ class Loop:
     def alive(self) -> list[tuple[int, Member]]:
         return [(r, one) for r, one in enumerate(self.members) if not one.failed]
 
-    def loop(self, state: State, start: int, window: profile.Window) -> None:
+    def loop(self, ready: Callable[[], State], start: int, window: profile.Window) -> None:
         config, steps = self.config, self.config.train.steps
-        run = self.compiled(state, start)
+        run, state = self.compiled(ready, start), ready()
         if jax.process_count() == 1 and self.stop.asked():
             raise Stopped(f"stopped by {interrupt.reason(self.stop.asked())} before step {start + 1}")
         vote = interrupt.vote(self.mesh)
@@ -191,15 +211,17 @@ class Loop:
                     self.write(step, rates)
                 clock.restart()
 
-    def compiled(self, state: State, start: int) -> Callable:
+    def compiled(self, ready: Callable[[], State], start: int) -> Callable:
         began, known = time.perf_counter(), len(programs.hits)
         batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
 
+        shapes = ready() if self.several else self.program.shapes
+
         def trace(definition: Definition) -> Any:
             built = self.program if definition is self.definition else self.build(definition)
-            return built.step.trace(state, batch, *self.teacher)
+            return built.step.trace(shapes, batch, *self.teacher)
 
-        executable = fit.step(self.config, self.definition, self.mesh, trace)
+        executable = fit.step(self.config, self.definition, self.mesh, trace, ready)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
 

@@ -164,7 +164,7 @@ def test_what_cannot_fit_is_refused_before_it_runs(run, monkeypatch, tmp_path):
     config, definition, mesh, _ = run
     config = config.replace(train__batch_size=12, train__microbatches=2)
     monkeypatch.setattr(fit, "_memo", lambda config, mesh: tmp_path / "memo")
-    monkeypatch.setattr(fit, "compiled", lambda traced, most: fit.Step(traced, 3 * GIB))
+    monkeypatch.setattr(fit, "compiled", lambda traced, most, ready: fit.Step(traced, 3 * GIB))
     trace = lambda one: one.model.remat
     for gib, fix in ((3, None), (1.3, "Set train.microbatches=6 or higher, fewer"), (0.1, "Set fewer or")):
         monkeypatch.setattr(fit, "limit", lambda gib=gib: int(gib * GIB))
