@@ -42,7 +42,7 @@ def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
 
 def _hf(
     heads: int | None = None, kv_heads: int | None = None, head_dim: int = 0,
-    turned: float = 1.0, **fixed: Any,
+    turned: float = 1.0, theta: float = 10000.0, **fixed: Any,
 ) -> Format[Any]:  # fmt: skip
     """Of transformers' models, whose defaults differ. None, 0: what Llama had.  turned: rotary fraction.
 
@@ -51,13 +51,13 @@ def _hf(
 
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         fields.only("attention_bias", False)
-        theta, fraction = fields.rope(fraction=turned)
+        base, fraction = fields.rope(turned, theta)
         count = fields.size("num_attention_heads", default=heads)
         return {
             "num_heads": count,
             "num_kv_heads": fields.get("num_key_value_heads", kv_heads or count),
             "head_dim": fields.get("head_dim", head_dim or d_model // count),
-            "rope_theta": theta,
+            "rope_theta": base,
             "rotary_fraction": fraction,
             "norm_eps": eps,
         } | fixed
@@ -120,11 +120,6 @@ def _falcon_write(config: "Config", d_model: int) -> dict[str, Any]:
     return _hf().write(config, d_model) | {"key_multiplier": key}
 
 
-def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    theta = fields.rope(theta=1e6)[0]
-    return _hf(heads=32, kv_heads=8, qk_norm="head").read(fields, d_model, eps) | {"rope_theta": theta}
-
-
 def _lfm2_rules(config: "Config", d_model: int) -> list[Rule]:
     norms = [norm(f"{name}_norm", f"{name}_layernorm") for name in "qk"]
     return [*linears("qkv"), linear("o_proj", "out_proj"), *norms]
@@ -167,6 +162,22 @@ def _rules(config: "Config", d_model: int) -> list[Rule]:
     return found
 
 
+MINIMAX = _hf(heads=32, kv_heads=8, theta=1e6)
+
+
+def _minimax_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    settings = MINIMAX.read(fields, d_model, eps)
+    if settings["rotary_fraction"] != 1:
+        raise fields.refuse("partial_rotary_factor", "must be 1: all channels rotate")
+    return settings | {"window": fields.get("sliding_window", 0)}
+
+
+def _minimax_write(config: "Config", d_model: int) -> dict[str, Any]:
+    values = MINIMAX.write(config, d_model) | {"sliding_window": config.window or None}
+    values.pop("use_sliding_window", None)
+    return values
+
+
 GATED: dict[str, Any] = dict(
     turned=0.25, qk_norm="head", norm_unit_offset=True, output_gate="sigmoid"
 )  # Qwen3-Next's
@@ -182,7 +193,8 @@ FORMATS: dict[str, Format[Any]] = {
     "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
     "recurrent_gemma": Format(_gemma_read, _gemma_write, _rules, "temporal_block.", "attention"),
     "falcon_h1 branch": Format(_falcon_read, _falcon_write, _rules, "self_attn."),
-    "lfm2": Format(_lfm2_read, _hf().write, _lfm2_rules, "self_attn.", "full_attention"),
+    "lfm2": dataclasses.replace(_hf(heads=32, kv_heads=8, theta=1e6, qk_norm="head"), rules=_lfm2_rules),
+    "minimax": Format(_minimax_read, _minimax_write, _rules, "self_attn.", "full_attention"),
     "nemotron_h": dataclasses.replace(
         _hf(heads=32, kv_heads=8, head_dim=128, rope_theta=0.0), module="mixer."
     ),
