@@ -109,9 +109,13 @@ def _like(mixer: str, source: attention.Config, d_model: int) -> dict:
     }
     wanted = {
         "num_heads": heads, "head_dim": dim, "v_head_dim": dim, "rope_theta": source.rope_theta,
+        "yarn": source.yarn,
         "output_gate": "sigmoid" if kind == "kda" else "none", **standard, **own.get(kind, {}),
     }  # fmt: skip
     known = {field.name for field in dataclasses.fields(mixers.config_class(kind))}
+    if source.yarn and "rope_theta" in known and "yarn" not in known:
+        problem = f"rotates, and knows nothing of the yarn = {source.yarn} of the source's attention"
+        raise ConfigError("--config", f"linearise.py:{mixer}", problem)
     return configs.mixer(kind, **{name: value for name, value in wanted.items() if name in known}).to_dict()
 
 

@@ -16,6 +16,10 @@ from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "models" / "shapes.json").read_text())
+K2 = {
+    "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 1.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 EXTRA = {
     "gla": {
         "model_type": "gla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "fuse_norm": True,
@@ -137,6 +141,13 @@ EXTRA = {
         "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3,
         "block_size": 4, "sliding_window": 9, "rope_theta": 1e7, "full_attn_alpha_factor": 3.5565588200778455,
         "linear_attn_alpha_factor": 3.5565588200778455, "mlp_alpha_factor": 3, "mlp_beta_factor": 1e-05,
+    },
+    "kimi_k2": {
+        "model_type": "kimi_k2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "intermediate_size": 24, "first_k_dense_replace": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
+        "q_lora_rank": 6, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "rope_theta": 5e4,
+        "moe_intermediate_size": 12, "routed_scaling_factor": 2.827, "rope_scaling": K2,
     },
     "falcon_h1": {
         "model_type": "falcon_h1", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 11,
@@ -273,7 +284,7 @@ def test_layers_of_released_configs() -> None:
         ("qwen3_dense", {"attention_bias": True}, "attention_bias"),
         (
             "qwen3_dense",
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
             "rope_parameters: rope_type",
         ),
         ("qwen3_dense", {"hidden_size": "64"}, "hidden_size"),
@@ -303,7 +314,12 @@ def test_layers_of_released_configs() -> None:
         ("granitemoehybrid", {"logits_scaling": "6"}, "logits_scaling"),
         ("jamba", {"attn_layer_offset": 3}, "attn_layer_offset"),
         ("jamba", {"sliding_window": 8}, "sliding_window"),
-        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling: type"),
+        ("deepseek_v3", {"rope_scaling": {"type": "longrope", "factor": 40}}, "rope_scaling: type"),
+        ("deepseek_v3", {"rope_scaling": K2 | {"factor": 0.5}}, "rope_scaling: factor"),
+        ("deepseek_v3", {"rope_scaling": K2 | {"mscale": None}}, "rope_scaling: mscale_all_dim"),
+        ("deepseek_v3", {"rope_scaling": K2 | {"truncate": False}}, "rope_scaling: truncate"),
+        ("qwen3_dense", {"rope_parameters": K2}, "rope_parameters: mscale_all_dim"),
+        ("mla", {"rope_scaling": K2}, "rope_scaling: type"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("minimax", {"mlp_alpha_factor": 0}, "mlp_alpha_factor"),

@@ -4,12 +4,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, linears, nearby
+from hybridlm.convert.public import Format, linears, nearby, rope_fields
 from hybridlm.convert.rules import Rule, bias, interleaved, linear, norm
 
 if TYPE_CHECKING:
     from hybridlm.mixers.attention import Config
 
+UNTURNED: dict[str, Any] = {"rope_theta": 0.0, "yarn": ()}
 FLA_NORM_EPS = 1e-5  # fla's layer leaves its norms at their default
 
 
@@ -49,9 +50,11 @@ def _hf(
     fixed: what cannot be said.
     """
 
+    rotates = fixed.get("rope_theta") != 0
+
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         fields.only("attention_bias", False)
-        base, fraction = fields.rope(turned, theta)
+        base, fraction = fields.rope(turned, theta, stretched=rotates)
         count = fields.size("num_attention_heads", default=heads)
         return {
             "num_heads": count,
@@ -59,20 +62,21 @@ def _hf(
             "head_dim": fields.get("head_dim", head_dim or d_model // count),
             "rope_theta": base,
             "rotary_fraction": fraction,
+            "yarn": fields.yarn(every=False) if rotates else (),
             "norm_eps": eps,
         } | fixed
 
     def write(config: "Config", d_model: int) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rotary_fraction != 1 or turned != 1:
-            rope["partial_rotary_factor"] = config.rotary_fraction
+        rope = rope_fields(config.rope_theta, config.yarn, every=False) if rotates else {}
+        if rotates and (config.rotary_fraction != 1 or turned != 1):
+            rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
         window = {"use_sliding_window": True, "sliding_window": config.window} if config.window else {}
         sizes = {
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
         }
-        return sizes | window | ({} if fixed.get("rope_theta") == 0 else {"rope_parameters": rope})
+        return sizes | window | rope
 
     return Format(read, write, _rules, "self_attn.", "full_attention")
 
@@ -83,7 +87,7 @@ def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     rotates = values.get("rope_theta", None if values is not fields.values else 0) is not None
     settings = _hf(qk_norm="width").read(fields, d_model, eps)
     fields.only("head_dim", d_model // settings["num_heads"])
-    return settings if rotates else settings | {"rope_theta": 0.0}
+    return settings if rotates else settings | UNTURNED
 
 
 def _olmo_write(config: "Config", d_model: int) -> dict[str, Any]:
@@ -96,7 +100,7 @@ def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     settings = _hf(heads=32).read(fields, d_model, eps)
     fields.only("position_embedding_type", None, "nope", "rope")
     settings["logit_scale"] = fields.get("attention_multiplier", 1.0)
-    return settings if fields.get("position_embedding_type") == "rope" else settings | {"rope_theta": 0.0}
+    return settings if fields.get("position_embedding_type") == "rope" else settings | UNTURNED
 
 
 def _granite_write(config: "Config", d_model: int) -> dict[str, Any]:
