@@ -17,11 +17,12 @@ set stages.<name>.train.steps.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import init_from, mixers, pattern, plan, untrusted
+from hybridlm import init_from, mixers, pattern, plan, schema, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.mixers import attention
 
@@ -52,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     for section in ("model", "train", "mlps", "data", "eval", "log", "checkpoint"):
         config[section] = ConfigDict(values[section])
     config.model.pattern = str(plan.plan(new))
+    config.model.update(_norms(theirs.model, zip(names, new, strict=True)))
     own = _definitions(mixer, source, theirs.model.d_model)
     old = dict.fromkeys(pattern.split(names[i])[0] for i in full)
     pairs = {f"{name}_or_{mixer}": _pair(name, mixer, combine="gate", gate_penalty=0.1) for name in old}
@@ -81,6 +83,18 @@ def get_config(arg: str = "") -> ConfigDict:
         })  # fmt: skip
         config.stages.order = ("transfer", "choose")
     return config
+
+
+def _norms(model: schema.Model, layers: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Settings with which norms stand in layers (old name, new name) where they stood."""
+    named = dict.fromkeys(tuple(pattern.split(name)[0] for name in pair) for pair in layers)
+    streams = {
+        f"{new}.{half}": model.stream(f"{old}.{half}") for old, new in named for half in ("mixer", "mlp")
+    }
+    return {
+        "post_norm": tuple(dict.fromkeys(new for old, new in named if old in model.post_norm)),
+        "stream_norm": tuple("{}={!r}/{!r}".format(half, *both) for half, both in streams.items() if both),
+    }
 
 
 def _definitions(mixer: str, source: attention.Config, d_model: int) -> dict:
