@@ -287,6 +287,7 @@ def test_layers_of_released_configs() -> None:
             {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
             "rope_parameters: rope_type",
         ),
+        ("qwen3_dense", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("qwen3_dense", {"hidden_size": "64"}, "hidden_size"),
         ("qwen3_next", {"layer_types": ["linear_attention"]}, "layer_types"),
         ("mom", {"use_short_conv": False}, "use_short_conv"),

@@ -97,3 +97,24 @@ def test_kimi_linear_with_a_tied_head_is_none():
     assert told() == ("kimi_linear", "")
     model_type, reason = told(**{"model.tie_embeddings": True})
     assert model_type == "" and "has a head of its own" in reason
+
+
+def test_yarn_goes_out_in_the_terms_of_a_format() -> None:
+    """Where all channels turn, DeepSeek's scale of logits is the paper's."""
+    fields = {"model.pattern": "full", "mixers.full.qk_norm": "head", "mixers.full.rope_theta": "1e4"}
+    made = lambda **more: configs.resolve(
+        configs.load("configs/quickstart.py", fields | {f"mixers.full.{n}": v for n, v in more.items()})
+    )
+    assert families.public_format(made(yarn="4, 4096")) == ("qwen3", "")
+    values = families.written(model.build(made(yarn="4, 4096")))[1]
+    assert values["rope_parameters"]["factor"] == 4 and "mscale" not in values["rope_parameters"]
+    assert values["max_position_embeddings"] == 16384
+    for more, said in (
+        (
+            {"rotary_fraction": "0.5", "yarn": ""},
+            "rotary_fraction 1.0 and 0.5",
+        ),  # transformers knows all or none
+        ({"yarn": "4, 4096, 32, 1, 0.7"}, "MSCALE, MSCALE_ALL, which must be 1, 0"),
+    ):
+        found, why = families.public_format(made(**more))
+        assert not found and said in why

@@ -45,7 +45,9 @@ def _hf(
     heads: int | None = None, kv_heads: int | None = None, head_dim: int = 0,
     turned: float = 1.0, theta: float = 10000.0, **fixed: Any,
 ) -> Format[Any]:  # fmt: skip
-    """Of transformers' models, whose defaults differ. None, 0: what Llama had.  turned: rotary fraction.
+    """Of transformers' models, whose defaults differ. None, 0: what Llama had.
+
+    turned: share of the channels that turn; 1: no other is known.
 
     fixed: what cannot be said.
     """
@@ -55,6 +57,8 @@ def _hf(
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         fields.only("attention_bias", False)
         base, fraction = fields.rope(turned, theta, stretched=rotates)
+        if rotates and turned == 1 and fraction != 1:  # transformers would turn all
+            raise fields.refuse("partial_rotary_factor", "must be 1: all channels turn")
         count = fields.size("num_attention_heads", default=heads)
         return {
             "num_heads": count,
@@ -68,7 +72,7 @@ def _hf(
 
     def write(config: "Config", d_model: int) -> dict[str, Any]:
         rope = rope_fields(config.rope_theta, config.yarn, every=False) if rotates else {}
-        if rotates and (config.rotary_fraction != 1 or turned != 1):
+        if rotates and turned != 1:
             rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
         window = {"use_sliding_window": True, "sliding_window": config.window} if config.window else {}
         sizes = {
@@ -170,10 +174,7 @@ MINIMAX = _hf(heads=32, kv_heads=8, theta=1e6)
 
 
 def _minimax_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    settings = MINIMAX.read(fields, d_model, eps)
-    if settings["rotary_fraction"] != 1:
-        raise fields.refuse("partial_rotary_factor", "must be 1: all channels rotate")
-    return settings | {"window": fields.get("sliding_window", 0)}
+    return MINIMAX.read(fields, d_model, eps) | {"window": fields.get("sliding_window", 0)}
 
 
 def _minimax_write(config: "Config", d_model: int) -> dict[str, Any]:
