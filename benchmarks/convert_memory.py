@@ -32,7 +32,7 @@ def write_checkpoint(folder: Path, layers: int, d_model: int) -> dict[str, tenso
     }  # fmt: skip
     family = families.FAMILIES["qwen3"]
     definition = model.build(family.read(Fields(values)).config())
-    shapes = families.plan(definition, family).shapes
+    shapes = families.plan(definition, family, values).shapes
     planned = tensors.shards([(name, "F32", shape) for name, shape in shapes.items()], SHARD)
     rng = np.random.default_rng(0)
     tensors.write(folder, planned, lambda name: rng.standard_normal(shapes[name], np.float32))

@@ -17,11 +17,12 @@ set stages.<name>.train.steps.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import init_from, mixers, pattern, plan, untrusted
+from hybridlm import init_from, mixers, pattern, plan, schema, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.mixers import attention
 
@@ -52,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     for section in ("model", "train", "mlps", "data", "eval", "log", "checkpoint"):
         config[section] = ConfigDict(values[section])
     config.model.pattern = str(plan.plan(new))
+    config.model.update(_norms(theirs.model, zip(names, new, strict=True)))
     own = _definitions(mixer, source, theirs.model.d_model)
     old = dict.fromkeys(pattern.split(names[i])[0] for i in full)
     pairs = {f"{name}_or_{mixer}": _pair(name, mixer, combine="gate", gate_penalty=0.1) for name in old}
@@ -83,6 +85,18 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
+def _norms(model: schema.Model, layers: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    """Settings with which norms stand in layers (old name, new name) where they stood."""
+    named = dict.fromkeys(tuple(pattern.split(name)[0] for name in pair) for pair in layers)
+    streams = {
+        f"{new}.{half}": model.stream(f"{old}.{half}") for old, new in named for half in ("mixer", "mlp")
+    }
+    return {
+        "post_norm": tuple(dict.fromkeys(new for old, new in named if old in model.post_norm)),
+        "stream_norm": tuple("{}={!r}/{!r}".format(half, *both) for half, both in streams.items() if both),
+    }
+
+
 def _definitions(mixer: str, source: attention.Config, d_model: int) -> dict:
     """By name, the settings of ``mixer``, or of both and of the layer that has both."""
     found = {name: _like(name, source, d_model) for name in mixer.split("+")}
@@ -109,9 +123,13 @@ def _like(mixer: str, source: attention.Config, d_model: int) -> dict:
     }
     wanted = {
         "num_heads": heads, "head_dim": dim, "v_head_dim": dim, "rope_theta": source.rope_theta,
+        "yarn": source.yarn,
         "output_gate": "sigmoid" if kind == "kda" else "none", **standard, **own.get(kind, {}),
     }  # fmt: skip
     known = {field.name for field in dataclasses.fields(mixers.config_class(kind))}
+    if source.yarn and "rope_theta" in known and "yarn" not in known:
+        problem = f"rotates, and knows nothing of the yarn = {source.yarn} of the source's attention"
+        raise ConfigError("--config", f"linearise.py:{mixer}", problem)
     return configs.mixer(kind, **{name: value for name, value in wanted.items() if name in known}).to_dict()
 
 

@@ -152,7 +152,7 @@ def attention_mass(tested: Subject, tokens: Sequence[int], span: tuple[int, int]
     @jax.jit
     def masses(params: lm.Params, tokens_1T: jax.Array) -> dict[int, jax.Array]:
         model = lm.merge(tested.definition, params)
-        wanted = ("q", "k", "log_forget", "sinks")
+        wanted = ("q", "k", "scale", "log_forget", "sinks")
         _, taps = model.forward(tokens_1T, single_document(*tokens_1T.shape), wanted)
         found = {}
         for layer in cost.full_layers(tested.config):
@@ -162,7 +162,7 @@ def attention_mass(tested: Subject, tokens: Sequence[int], span: tuple[int, int]
             q_HK, k_TGK = taps[f"{of}q"][0, -1], taps[f"{of}k"][0]
             k_THK = jnp.repeat(k_TGK, q_HK.shape[0] // k_TGK.shape[1], axis=1)
             scores = jnp.einsum("hk,thk->ht", q_HK, k_THK, preferred_element_type=jnp.float32)
-            scores *= q_HK.shape[-1] ** -0.5
+            scores *= taps[f"{of}scale"]
             if f"{of}log_forget" in taps:
                 c_TH = jnp.cumsum(taps[f"{of}log_forget"][0], axis=0)
                 scores += (c_TH[-1] - c_TH).T

@@ -1,4 +1,4 @@
-"""One layer of the stack: a mixer and an MLP around the residual stream, normed before or after."""
+"""One layer of the stack: a mixer and an MLP around the residual stream; norms before, after or on it."""
 
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ class Spec(NamedTuple):
     """One layer: its item of the pattern, and the settings of mixer and MLP.
 
     post_norm: the block's norms stand after mixer and MLP, not before.
+    stream: of the halves that norm the stream itself, by name, the weights (of the stream, of what is added).
     frozen: names of its parameters that are not trained.
     lora: of the matrices that have factors (`hybridlm.lora`).
     """
@@ -31,6 +32,7 @@ class Spec(NamedTuple):
     config: mixers.Config
     mlp_config: mlps.Config
     post_norm: bool = False
+    stream: tuple[tuple[str, tuple[float, float]], ...] = ()
     frozen: tuple[str, ...] = ()
     lora: tuple[Factors, ...] = ()
 
@@ -75,12 +77,13 @@ class Spec(NamedTuple):
 class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); or, post-norm, x + norm(mixer(x)), then x + norm(mlp(x)).
 
+    A half that norms the stream itself (``Spec.stream``): a h + b f(h) with h = norm(x), f mixer or MLP.
     Without an MLP (kind "none") the first half is all.
     """
 
     def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
         self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
-        self.multiplier = model.residual_multiplier
+        self.multiplier, self.stream = model.residual_multiplier, dict(spec.stream)
         site = site._replace(leaves=spec.leaves, reuses=spec.reuses)
         self.mixer_norm = norm(model, rngs)
         self.mixer = mixers.load(spec.kind)(spec.config, site, rngs=rngs)
@@ -97,17 +100,19 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         context.record("block.input", x_BTD)
         own, kept = cache if self.keeps and cache is not None else (cache, None)
-        mixed, own = self.mixer(self._before(self.mixer_norm, x_BTD), context, own)
+        given = self._before("mixer", x_BTD)
+        mixed, own = self.mixer(given, context, own)
         context.record("block.mixed", mixed)
-        y_BTD, kept = self._mlp(x_BTD + self._after(self.mixer_norm, mixed), context, kept)
+        y_BTD, kept = self._mlp(self._sum("mixer", x_BTD, given, mixed), context, kept)
         context.record("block.output", y_BTD)
         return y_BTD, (own, kept) if self.keeps and cache is not None else own
 
     def step(self, x_BD: jax.Array, context: Context, cache: Any) -> tuple[jax.Array, Any]:
         """One more token a row: x and the context's rows without the T axis."""
         own, kept = cache if self.keeps else (cache, None)
-        mixed, own = self.mixer.step(self._before(self.mixer_norm, x_BD), context, own)
-        y_BD, kept = self._mlp(x_BD + self._after(self.mixer_norm, mixed), context, kept)
+        given = self._before("mixer", x_BD)
+        mixed, own = self.mixer.step(given, context, own)
+        y_BD, kept = self._mlp(self._sum("mixer", x_BD, given, mixed), context, kept)
         return y_BD, (own, kept) if self.keeps else own
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
@@ -118,19 +123,27 @@ class Block(nnx.Module):
     def _mlp(self, x: jax.Array, context: Context, kept: Any) -> tuple[jax.Array, Any]:
         if not self.has_mlp:
             return x, None
-        y = self._before(self.mlp_norm, x)
+        given = self._before("mlp", x)
         if self.keeps:
-            y, kept = (self.mlp if x.ndim == 3 else self.mlp.step)(y, context, kept)
+            y, kept = (self.mlp if x.ndim == 3 else self.mlp.step)(given, context, kept)
         else:
-            y = self.mlp(y, context)
-        return x + self._after(self.mlp_norm, y), kept
+            y = self.mlp(given, context)
+        return self._sum("mlp", x, given, y), kept
 
-    def _before(self, norm: "Norm", x: jax.Array) -> jax.Array:
-        return x if self.post_norm else norm(x)
+    def _norm(self, half: str) -> "Norm":
+        return self.mixer_norm if half == "mixer" else self.mlp_norm
 
-    def _after(self, norm: "Norm", x: jax.Array) -> jax.Array:
-        x = norm(x) if self.post_norm else x
-        return x * self.multiplier if self.multiplier != 1 else x
+    def _before(self, half: str, x: jax.Array) -> jax.Array:
+        return x if self.post_norm else self._norm(half)(x)
+
+    def _sum(self, half: str, x: jax.Array, given: jax.Array, y: jax.Array) -> jax.Array:
+        """The stream after ``half`` made y of what it was given."""
+        y = self._norm(half)(y) if self.post_norm else y
+        y = y * self.multiplier if self.multiplier != 1 else y
+        if half not in self.stream:
+            return x + y
+        of_stream, of_added = self.stream[half]
+        return of_stream * given + of_added * y
 
 
 def matrices(block: Block) -> dict[str, Linear]:

@@ -10,7 +10,8 @@ the rest, and makes the `Config` that all other code reads: nothing there asks w
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -274,13 +275,26 @@ def _move(values: dict[str, Any]) -> None:
 
 def _filled(model: schema.Model, names: tuple[str, ...], known: Mapping[str, Any]) -> schema.Model:
     """``model`` with what follows from the rest."""
+    _check_norms(model, {pattern.split(name)[0] for name in names}, known)
+    hidden = model.mlp_hidden or mlp_hidden(model.d_model)
+    layers = len(pattern.fill(names, model.num_layers))
+    return dataclasses.replace(model, num_layers=layers, mlp_hidden=hidden)
+
+
+def _check_norms(model: schema.Model, used: Collection[str], known: Collection[str]) -> None:
+    """``post_norm`` and ``stream_norm`` name what there is, and not the same. used: mixers of layers."""
     for name in model.post_norm:
         if name not in known:
             problem = f"no mixer named {name!r} in mixers"
             raise ConfigError("model.post_norm", model.post_norm, problem, nearest(name, known))
-    hidden = model.mlp_hidden or mlp_hidden(model.d_model)
-    layers = len(pattern.fill(names, model.num_layers))
-    return dataclasses.replace(model, num_layers=layers, mlp_hidden=hidden)
+    for one, *_ in model.streams():
+        named = {name for name in used for half in ("mixer", "mlp") if fnmatchcase(f"{name}.{half}", one)}
+        if not named:
+            fix = "Names are full.mixer, full.mlp ...; * stands for anything."
+            raise ConfigError("model.stream_norm", one, "is the name of no half of a block", fix)
+        if both := sorted(named.intersection(model.post_norm)):
+            problem = f"norms the stream of {both[0]}, whose blocks norm what is added (model.post_norm)"
+            raise ConfigError("model.stream_norm", one, problem, "Leave it out of one of them.")
 
 
 def mlp_hidden(d_model: int) -> int:

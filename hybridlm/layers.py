@@ -372,21 +372,3 @@ def scale_heads(value: jax.Array, factor_HK: jax.Array) -> jax.Array:
     """``value`` [..., H * K] times a factor per head and channel; [H, 1]: per head."""
     by_head = value.reshape(*value.shape[:-1], len(factor_HK), -1)
     return (by_head * factor_HK).reshape(value.shape)
-
-
-def rotate(
-    x_BTHK: jax.Array, positions_BT: jax.Array, theta: float, rotary_dim: int | None = None
-) -> jax.Array:
-    """Rotary position embedding, rotate-half form (GPT-NeoX, FLA, Llama), angles in float32.
-
-    The first ``rotary_dim`` (even; all of K when None) channels of each head turn, the rest pass.
-    """
-    rotary_dim = x_BTHK.shape[-1] if rotary_dim is None else rotary_dim
-    half = rotary_dim // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BT.astype(jnp.float32)[..., None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x = x_BTHK.astype(jnp.float32)
-    a, b = x[..., :half], x[..., half:rotary_dim]
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., rotary_dim:]], axis=-1)
-    return turned.astype(x_BTHK.dtype)

@@ -116,7 +116,9 @@ def _latent(theirs: attention.Config, ours: mla.Config, layer: Layer) -> tuple[d
     dim = theirs.head_dim
     width = groups * dim
     rotates = not theirs.rope_theta or (
-        theirs.rope_theta == ours.rope_theta and theirs.rotary_fraction == 1 and ours.rope_groups == groups
+        (theirs.rope_theta, theirs.yarn) == (ours.rope_theta, ours.yarn)
+        and theirs.rotary_fraction == 1
+        and ours.rope_groups == groups
     )
     plain = theirs.qk_norm == "none" and theirs.output_gate == "none" and not theirs.qkv_bias
     if not plain or theirs.window or theirs.forget_gate or theirs.sinks:
@@ -127,6 +129,7 @@ def _latent(theirs: attention.Config, ours: mla.Config, layer: Layer) -> tuple[d
     ):
         needs = f"num_heads={num}, v_head_dim={dim}, qk_rope_head_dim={width}, kv_lora_rank>={width}, "
         needs += f"q_lora_rank=0, latent_norm=False, rope_groups={groups}, rope_theta={theirs.rope_theta:g}"
+        needs += f", yarn={theirs.yarn}" if theirs.yarn else ""
         return {}, f"an exact MLA needs {needs}"
     q, k, v, o = (_there(layer.read, f"{name}_proj.kernel") for name in "qkvo")
     nope, rank, group = ours.qk_nope_head_dim, ours.kv_lora_rank, np.arange(num) // (num // groups)

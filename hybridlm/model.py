@@ -88,7 +88,10 @@ def build(config: "Config") -> Definition:
         mlp_config = config.mlps[mlp] if mlp else mlps.config_class(mlps.DEFAULT)(kind=mlps.DEFAULT)
         filled = mlp_config.filled(model.mlp_hidden)
         joined = config.mixers[mixer].joined(config.mixers)
-        return Spec(name, joined, filled, mixer in model.post_norm)
+        halves = ("mixer",) if filled.kind == "none" else ("mixer", "mlp")
+        found = {half: model.stream(f"{mixer}.{half}") for half in halves}
+        stream = tuple((half, weights) for half, weights in found.items() if weights)
+        return Spec(name, joined, filled, mixer in model.post_norm, stream)
 
     names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
     specs = {name: spec(name) for name in dict.fromkeys(names)}

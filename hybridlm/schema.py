@@ -7,6 +7,7 @@ and objectives describe their own settings in the same way, each in its ``Config
 
 import dataclasses
 import re
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from hybridlm.errors import ConfigError
@@ -14,6 +15,20 @@ from hybridlm.fields import INT32, Above, Count, Epsilon, Fraction, Limits, NonN
 
 FACTOR = r"(?:[0-9]{1,5}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
+
+
+def pairs(
+    field: str, given: tuple[str, ...], first: str, second: str, fix: str
+) -> list[tuple[str, float, float]]:
+    """(pattern, number, number) of each "PATTERN=FIRST" or "PATTERN=FIRST/SECOND" of a field; SECOND is 1
+    where it is not said. fix: what the error recommends."""
+    found = []
+    for text in given:
+        match = re.fullmatch(rf"([^=]+)=({FACTOR})(?:/({FACTOR}))?", text.replace(" ", ""))
+        if not match:
+            raise ConfigError(field, text, f"must be PATTERN={first} or PATTERN={first}/{second}", fix)
+        found.append((match[1], float(match[2]), float(match[3] or 1)))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +42,9 @@ class Model:
     embedding_norm: such a norm of the embedding, too (RWKV).
     norm_unit_offset: layer and final norms scale by 1 + their parameter (Qwen3-Next, Gemma).
     post_norm: names of mixers whose blocks norm what mixer and MLP return, not what they are given (OLMo 2).
+    stream_norm: "PATTERN=STREAM" or "PATTERN=STREAM/ADDED": halves of blocks that norm the stream itself, and
+        weigh it and what they add: x = norm(x), then STREAM x + ADDED f(x) (DeepNorm, MiniMax-01; *=1: the
+        post-norm of the first transformers), by patterns of full.mixer, full.mlp ...; the last match counts.
     dtype: of activations; parameters, recurrent states and the loss are float32.
     matmul: what the large products of a training step's layers are computed in: dtype, or fp8
         (`hybridlm.scaled_matmul`), for GPUs that have it. Left out: embedding, head, gates, decays, routers,
@@ -56,6 +74,7 @@ class Model:
     embedding_norm: bool = False
     norm_unit_offset: bool = False
     post_norm: tuple[str, ...] = ()
+    stream_norm: tuple[str, ...] = ()
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     matmul: Literal["dtype", "fp8"] = "dtype"
@@ -69,9 +88,23 @@ class Model:
     mup_base_width: Count = 0
 
     def check(self) -> None:
+        self.streams()
         if self.matmul == "fp8" and self.dtype != "bfloat16":
             problem = f"rounds to 8 bits what model.dtype={self.dtype} keeps"
             raise ConfigError("matmul", self.matmul, problem, "Set model.dtype=bfloat16, or matmul=dtype.")
+
+    def streams(self) -> list[tuple[str, float, float]]:
+        """(pattern, weight of the stream, of what is added) of each of ``stream_norm``."""
+        fix = "For example *=1, or *.mlp=3.5/1."
+        found = pairs("stream_norm", self.stream_norm, "STREAM", "ADDED", fix)
+        if any(not weight for _, *weights in found for weight in weights):
+            raise ConfigError("stream_norm", self.stream_norm, "must have weights above 0", fix)
+        return found
+
+    def stream(self, half: str) -> tuple[float, float] | None:
+        """The weights of a half of blocks, such as full.mlp; None where it norms no stream."""
+        hits = [weights for one, *weights in self.streams() if fnmatchcase(half, one)]
+        return (hits[-1][0], hits[-1][1]) if hits else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +149,8 @@ class Optimizer:
 
     def multipliers(self) -> list[tuple[str, float, float]]:
         """(pattern, of the learning rate, of the weight decay) of each of ``groups``."""
-        found = []
-        for text in self.groups:
-            match = re.fullmatch(rf"([^=]+)=({FACTOR})(?:/({FACTOR}))?", text.replace(" ", ""))
-            if not match:
-                fix = "For example layers.*.mlp.*=0.5, or embedding=0.1/0 for no decay."
-                raise ConfigError("groups", text, "must be PATTERN=LR or PATTERN=LR/DECAY", fix)
-            found.append((match[1], float(match[2]), float(match[3] or 1)))
-        return found
+        fix = "For example layers.*.mlp.*=0.5, or embedding=0.1/0 for no decay."
+        return pairs("groups", self.groups, "LR", "DECAY", fix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
-NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "nemotron_h", "qwen3_next")
+NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "minimax", "nemotron_h",
+         "qwen3_next")  # fmt: skip
 RUN = ("fla_gated_deltaproduct", "fla_mamba2", "fla_mla", "fla_rwkv6")  # all of these, once in a while
 OTHERS = ("deepseek_v3", "falcon_mamba", "granitemoehybrid", "recurrent_gemma", "xlstm")
 slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
@@ -81,9 +82,9 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["kimi_linear", *slow("fla_rwkv7", *RUN)])
+@pytest.mark.parametrize("name", ["kimi_linear", "minimax", *slow("fla_rwkv7", *RUN)])
 def test_greedy_continuation(name: str, root: Path) -> None:
-    """Prefilled and decoded: KDA, MLA and experts; an MLP that keeps a token."""
+    """Prefilled and decoded: KDA, MLA and experts; normed streams; an MLP that keeps a token."""
     run = imported(name, root)
     prompts = run.expected["input_ids"][:, : int(run.expected["prompt_len"])].tolist()
     want = run.expected["greedy_tokens"]
@@ -104,6 +105,27 @@ def test_decoding_has_multipliers_and_caps(name: str, root: Path) -> None:
     np.testing.assert_array_equal(got, whole.argmax(-1)[:, length - 1 : -1])
 
 
+STRETCHED = {
+    "deepseek_v3": {"rope_theta": 30.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 0.707},
+    "qwen3_next": {"rope_theta": 50.0, "partial_rotary_factor": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_yarn(name: str, tmp_path: Path) -> None:
+    """Against transformers' logits: latents, and heads that turn in part, with the scales of each."""
+    shutil.copytree(GOLDEN / name, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 2.0}
+    config["rope_parameters"] = yarn | STRETCHED[name]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    incoming.import_hf(tmp_path / "hf", tmp_path / "run")
+    definition, params = evaluate.load(tmp_path / "run")
+    ids = np.load(GOLDEN / name / "expected.npz")["input_ids"]
+    logits = evaluate.logits(definition, params, ids)
+    assert error(logits[:, 4::10], np.load(GOLDEN / "yarn.npz")[name]) < 1e-5
+
+
 @pytest.mark.slow
 def test_gradients(root: Path) -> None:
     """Of the mean cross-entropy, for the parameters of up to 256 elements: norms, gates, biases, decays."""
@@ -118,7 +140,7 @@ def test_gradients(root: Path) -> None:
     assert sums["loss_sum"] / sums["tokens"] == pytest.approx(float(run.expected["loss"]), rel=1e-5)
     flat = model.unstack(run.definition, grads)
     source = families.read_config(GOLDEN / "qwen3_next")
-    planned = families.plan(run.definition, source.family)
+    planned = families.plan(run.definition, source.family, source.values)
     compared = 0
     for rule in planned.rules:
         for theirs in rule.theirs:
@@ -141,6 +163,31 @@ def test_training_goes_on_over_a_mesh(tmp_path: Path) -> None:
     assert one[-1, 0] < one[0, 0]
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
     np.testing.assert_allclose(eight, one, rtol=5e-4)  # Adam turns rounding of small gradients into steps
+
+
+def test_tensors_that_follow_from_the_config(tmp_path: Path) -> None:
+    """MiniMax's decays: a folder may lack them but have no others; what an import kept is no parameter."""
+    shutil.copytree(GOLDEN / "minimax", tmp_path / "hf")
+    whole = tensors.Folder(GOLDEN / "minimax")
+    values = {key: whole.read(key).astype(np.float32) for key in whole.tensors}
+    decays = [key for key in values if key.endswith(("_decay", "slope_rate"))]
+    assert len(decays) == 8
+    write(tmp_path / "hf", {key: value for key, value in values.items() if key not in decays})
+    incoming.import_hf(tmp_path / "hf", tmp_path / "lacking")
+    outgoing.export_hf(tmp_path / "lacking", tmp_path / "without")
+    assert tree(tmp_path / "without") == tree(tmp_path / "hf")
+    outgoing.export_hf(tmp_path / "lacking", tmp_path / "anew", model_type="minimax")
+    assert set(tensors.Folder(tmp_path / "anew").tensors) == set(values)
+    write(tmp_path / "hf", values | {decays[0]: values[decays[0]] + 0.01})
+    with pytest.raises(ConfigError, match="not what follows from"):
+        incoming.import_hf(tmp_path / "hf", tmp_path / "other")
+    write(tmp_path / "hf", values)
+    incoming.import_hf(tmp_path / "hf", tmp_path / "run")
+    write(tmp_path / "run" / "hf", {"model.norm.weight": np.zeros(16)}, incoming.DERIVED)
+    outgoing.export_hf(tmp_path / "run", tmp_path / "out")
+    np.testing.assert_array_equal(
+        tensors.Folder(tmp_path / "out").read("model.norm.weight"), values["model.norm.weight"]
+    )
 
 
 # Damaged folders. A change gets the folder's tensors and config, and may write files itself.

@@ -1,4 +1,4 @@
-"""Families: config.json and a definition, each from the other; names and rules; what has a public format.
+"""Families: config.json and a definition, each from the other; names and rules.
 
 No model is computed. golden/models/shapes.json has the names and shapes of the tensors of eight families.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybridlm import config as configs
 from hybridlm import model
 from hybridlm.convert import families
 from hybridlm.convert.family import same_model
@@ -17,6 +16,10 @@ from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "models" / "shapes.json").read_text())
+K2 = {
+    "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 1.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 EXTRA = {
     "gla": {
         "model_type": "gla", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11, "fuse_norm": True,
@@ -133,6 +136,19 @@ EXTRA = {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "rope_theta": 5e4,
         "n_shared_experts": 2, "moe_intermediate_size": 12, "scoring_func": "sigmoid", "seq_aux": True,
     },
+    "minimax": {
+        "model_type": "minimax", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 11,
+        "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3,
+        "block_size": 4, "sliding_window": 9, "rope_theta": 1e7, "full_attn_alpha_factor": 3.5565588200778455,
+        "linear_attn_alpha_factor": 3.5565588200778455, "mlp_alpha_factor": 3, "mlp_beta_factor": 1e-05,
+    },
+    "kimi_k2": {
+        "model_type": "kimi_k2", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 11,
+        "intermediate_size": 24, "first_k_dense_replace": 1, "num_attention_heads": 2, "kv_lora_rank": 8,
+        "q_lora_rank": 6, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "rope_theta": 5e4,
+        "moe_intermediate_size": 12, "routed_scaling_factor": 2.827, "rope_scaling": K2,
+    },
     "falcon_h1": {
         "model_type": "falcon_h1", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 11,
         "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
@@ -193,7 +209,7 @@ EXTRA["kimi_linear, no shared expert"] = SHAPES["kimi_linear"]["config"] | {"num
 EXTRA["kimi_linear, no shared expert"].pop("n_shared_experts", None)
 
 
-SELDOM = ("bamba", "deepseek_v3", "falcon_mamba", "jamba, dense", "lfm2", "xlstm")
+SELDOM = ("bamba", "deepseek_v3", "falcon_mamba", "jamba, dense", "lfm2", "minimax", "xlstm")
 NAMES = [*SHAPES, *(pytest.param(n, marks=pytest.mark.slow) if n in SELDOM else n for n in EXTRA)]
 
 
@@ -205,7 +221,7 @@ def test_configs_and_rules_of(name: str) -> None:
     definition = model.build(family.read(Fields(values)).config())
     written = family.write(definition, values["model_type"])
     assert not same_model(definition, model.build(family.read(Fields(written)).config()))
-    planned = families.plan(definition, family)
+    planned = families.plan(definition, family, written)
     if name in SHAPES:
         assert planned.shapes == {key: tuple(shape) for key, shape in SHAPES[name]["shapes"].items()}
     rng, sizes = np.random.default_rng(0), model.canonical_shapes(definition)
@@ -268,9 +284,10 @@ def test_layers_of_released_configs() -> None:
         ("qwen3_dense", {"attention_bias": True}, "attention_bias"),
         (
             "qwen3_dense",
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
             "rope_parameters: rope_type",
         ),
+        ("qwen3_dense", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("qwen3_dense", {"hidden_size": "64"}, "hidden_size"),
         ("qwen3_next", {"layer_types": ["linear_attention"]}, "layer_types"),
         ("mom", {"use_short_conv": False}, "use_short_conv"),
@@ -298,9 +315,19 @@ def test_layers_of_released_configs() -> None:
         ("granitemoehybrid", {"logits_scaling": "6"}, "logits_scaling"),
         ("jamba", {"attn_layer_offset": 3}, "attn_layer_offset"),
         ("jamba", {"sliding_window": 8}, "sliding_window"),
-        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 40}}, "rope_scaling: type"),
+        ("deepseek_v3", {"rope_scaling": {"type": "longrope", "factor": 40}}, "rope_scaling: type"),
+        ("deepseek_v3", {"rope_scaling": K2 | {"factor": 0.5}}, "rope_scaling: factor"),
+        ("deepseek_v3", {"rope_scaling": K2 | {"mscale": None}}, "rope_scaling: mscale_all_dim"),
+        ("deepseek_v3", {"rope_scaling": K2 | {"truncate": False}}, "rope_scaling: truncate"),
+        ("qwen3_dense", {"rope_parameters": K2}, "rope_parameters: mscale_all_dim"),
+        ("mla", {"rope_scaling": K2}, "rope_scaling: type"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("minimax", {"mlp_alpha_factor": 0}, "mlp_alpha_factor"),
+        ("minimax", {"full_attn_beta_factor": -1.0}, "full_attn_beta_factor"),
+        ("minimax", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("minimax", {"rotary_dim": 4}, "rotary_dim"),
+        ("minimax", {"block_size": 1 << 20}, "block_size"),
         ("falcon_h1", {"mamba_rms_norm": True}, "mamba_norm_before_gate"),
         ("falcon_h1", {"ssm_multipliers": [1.0]}, "ssm_multipliers"),
         ("falcon_h1", {"projectors_bias": True}, "projectors_bias"),
@@ -356,77 +383,3 @@ def test_a_multimodal_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": None}))
     with pytest.raises(ConfigError, match="text_config"):
         families.read_config(tmp_path)
-
-
-# What of ours has a public format.
-
-DEFAULTS = {
-    "configs/quickstart.py": "kda",
-    "configs/kimi_linear.py": "kimi_linear",
-    "configs/kimi_linear.py:moe": "kimi_linear",
-    "configs/mqar.py": "kda",
-    "configs/hybrid.py:340m,full": "transformer",
-    "configs/hybrid.py:340m,mla": "deepseek_v3",
-    "configs/hybrid.py:340m,swa,pure": "transformer",
-} | {
-    f"configs/hybrid.py:340m,{mixer},{ratio}": model_type
-    for mixer, model_type in (
-        ("deltanet", "delta_net"), ("gdn", "gated_deltanet"), ("kda", "kda"), ("gla", "gla"),
-        ("hgrn", "hgrn"), ("hgrn2", "hgrn2"), ("retnet", "retnet"),
-        ("comba", "comba"), ("gdp", "gated_deltaproduct"), ("deltaproduct", "gated_deltaproduct"),
-    )
-    for ratio in ("pure", "3:1")
-} | {f"configs/hybrid.py:340m,kda,{ratio}": "kda" for ratio in ("24:1", "1:1")}  # fmt: skip
-
-
-@pytest.mark.parametrize("spec", DEFAULTS)
-def test_defaults_have_a_public_format(spec: str) -> None:
-    config = configs.resolve(configs.load(spec))
-    assert families.public_format(config) == (DEFAULTS[spec], "")
-    definition = model.build(config)
-    values = families.written(definition)[1]
-    read = families.FAMILIES[DEFAULTS[spec]].read(Fields(values)).config()
-    assert not same_model(model.build(read), definition)
-
-
-def test_what_has_none_says_so_in_a_line() -> None:
-    for spec, said in (
-        ("swa,3:1", "one window_size for all layers"),
-        ("mamba2,pure", "mlp_kind none and swiglu"),
-        ("rwkv7,pure", "MLPs of kind channel_mix, not swiglu"),
-        ("mom,pure", "projections of gates, too"),
-        ("loglinear,pure", "of.norm_eps 1e-06 and 1e-05"),
-    ):
-        found, why = families.public_format(configs.resolve(configs.load(f"configs/hybrid.py:340m,{spec}")))
-        assert not found and said in why and len(why) < 250 and "\n" not in why
-
-
-def test_settings_that_compute_nothing_are_not_compared() -> None:
-    """...and those that compute something are."""
-    config = configs.load("configs/hybrid.py:340m,kda,3:1")
-    plain = model.build(configs.resolve(config))
-    config.mixers.full.update(norm_eps=0.1, norm_unit_offset=True)
-    assert not same_model(plain, model.build(configs.resolve(config)))
-    config.mixers.full.update(qk_norm="head")
-    assert "qk_norm" in same_model(plain, model.build(configs.resolve(config)))
-    config = configs.load("configs/hybrid.py:340m,kda,3:1")
-    config.mixers.kda.norm_eps = 1e-5
-    assert "norm_eps" in same_model(plain, model.build(configs.resolve(config)))
-    config.mixers.kda.update(norm_eps=1e-6, output_gate="none")
-    ungated = model.build(configs.resolve(config))
-    config.mixers.kda.update(output_gate_bias=False, output_gate_rank=7)
-    assert not same_model(ungated, model.build(configs.resolve(config)))
-
-
-def test_kimi_linear_with_a_tied_head_is_none():
-    """transformers (5.24) ties nothing there: it would read the folder with a head at random."""
-    fields = {"model.pattern": "kda*3 mla", "mixers.kda.output_gate_bias": False, "mixers.mla.num_heads": 4}
-    fields |= {"mixers.mla.rope_theta": 0, "model.tie_embeddings": False}
-    told = lambda **more: families.public_format(
-        configs.resolve(
-            configs.load("configs/quickstart.py", {n: str(v) for n, v in (fields | more).items()})
-        )
-    )
-    assert told() == ("kimi_linear", "")
-    model_type, reason = told(**{"model.tie_embeddings": True})
-    assert model_type == "" and "has a head of its own" in reason

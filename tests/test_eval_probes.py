@@ -24,7 +24,7 @@ from tests import tiny
 def tested():
     config = tiny.config("python-stdlib:", model__pattern="retnet full", train__seq_len=512)
     config.mixers.retnet.conv_size = 0
-    config.mixers.full.rope_theta = 0.0
+    config.mixers.full.update(rope_theta=0.0, logit_scale=0.7)
     config = configs.resolve(config)
     definition = lm.build(config)
     params = jax.jit(lambda key: lm.init(definition, key))(jax.random.key(0))
@@ -67,7 +67,7 @@ def test_attention_mass(tested):
         np.asarray(x).reshape(len(tokens), 4, -1)
         for x in (second.mixer.q_proj(hidden)[0], second.mixer.k_proj(hidden)[0])
     )
-    scores = np.einsum("hk,thk->ht", q[-1], k) * tested.definition.layers[1].config.head_dim ** -0.5
+    scores = np.einsum("hk,thk->ht", q[-1], k) * 0.7
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     want = (weights / weights.sum(axis=1, keepdims=True))[:, slice(*span)].sum(axis=1)
     np.testing.assert_allclose(masses[1], want, rtol=1e-4)

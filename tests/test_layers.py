@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm.layers import Linear, RMSNorm, ShortConv, embed, param, rotate, zeros
+from hybridlm.layers import Linear, RMSNorm, ShortConv, embed, param, zeros
 from hybridlm.mlps.swiglu import SwiGLU
+from hybridlm.rotary import rotate
 from hybridlm.rows import Rows, single_document
 
 COMPONENTS = Path(__file__).parent / "golden" / "components"

@@ -30,15 +30,15 @@ GQA = ("attention", SIZES | {"num_kv_heads": G})
 
 
 @functools.cache
-def teacher():
-    definition = built("full*2", full=GQA)
+def teacher(yarn=()):
+    definition = built("full*2", full=(GQA[0], GQA[1] | {"yarn": yarn}))
     params = jax.jit(lambda: model.init(definition, jax.random.key(0)))()
     return definition, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
 
 
-def loaded(definition, gates="near"):
+def loaded(definition, gates="near", yarn=()):
     """(parameters, report) of ``definition`` started from the teacher."""
-    source, params = teacher()
+    source, params = teacher(yarn)
     arrays = {name: np.asarray(leaf) for name, leaf in model.unstack(source, params).items()}
     fresh = jax.jit(lambda: model.init(definition, jax.random.key(1)))()
     return init_from.load(init_from.Source(source, arrays, lambda path: None, None), definition, fresh, gates)
@@ -84,6 +84,19 @@ def test_exact(pattern, kinds):
     params, report = loaded(definition)
     assert not report.why and not report.new and not report.dropped
     np.testing.assert_allclose(logits(definition, params), expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_exact_where_rotations_are_stretched():
+    """Latents and keys turn and are scaled alike; an MLA of other rotations is none."""
+    yarn = (4.0, 6.0, 2.0, 1.0, 1.0, 0.5)
+    made = lambda yarn: built(
+        "mla*2", mla=("mla", MLA | {"kv_lora_rank": 10, "rope_groups": G, "yarn": yarn})
+    )
+    params, report = loaded(made(yarn), yarn=yarn)
+    assert not report.why and not report.new
+    np.testing.assert_allclose(logits(made(yarn), params), logits(*teacher(yarn)), atol=1e-5, rtol=1e-5)
+    assert np.abs(logits(*teacher(yarn)) - expected()).max() > 1e-3
+    assert "yarn=(4.0, 6.0" in loaded(made(()), yarn=yarn)[1].why["layer 0"]
 
 
 def test_fewer_key_heads():

@@ -18,6 +18,7 @@ from hybridlm.rows import Rows, single_document
 
 D, LAYERS = 24, 3
 SITE = mixers.Site(D, 1, LAYERS)
+YARN = (4.0, 8.0, 2.0, 1.0, 1.0, 0.5)
 LATENT = dict(kv_lora_rank=9, qk_nope_head_dim=6, v_head_dim=5)
 CASES = {
     "attention": ("attention", dict(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True)),
@@ -30,6 +31,7 @@ CASES = {
             norm_unit_offset=True,
             rotary_fraction=0.5,
             output_gate="sigmoid",
+            yarn=YARN,
         ),
     ),
     "attention window": (
@@ -45,7 +47,7 @@ CASES = {
         "attention",
         dict(num_heads=2, head_dim=8, sinks=True, forget_gate=True, rope_theta=0.0),
     ),
-    "mla": ("mla", dict(num_heads=2, q_lora_rank=10, qk_rope_head_dim=4, rope_groups=2, **LATENT)),
+    "mla": ("mla", dict(num_heads=2, q_lora_rank=10, qk_rope_head_dim=4, rope_groups=2, yarn=YARN, **LATENT)),
     "mla nope": ("mla", dict(num_heads=2, qk_rope_head_dim=3, rope_theta=0.0, latent_norm=False, **LATENT)),
     "delta_net": ("delta_net", dict(num_heads=2, head_dim=8, neg_eigval=True, output_gate="sigmoid")),
     "gated_delta_net": ("gated_delta_net", dict(num_heads=2, num_v_heads=4, head_dim=8)),

@@ -56,6 +56,10 @@ def test_parameters_of_the_other_kinds():
         ("attention", dict(head_dim=48), "num_heads"),  # 64 / 48
         ("attention", dict(num_heads=4, num_kv_heads=3), "num_kv_heads"),
         ("attention", dict(rotary_fraction=0.0), "rotary_fraction"),
+        ("attention", dict(yarn=(4.0,)), "yarn"),
+        ("attention", dict(yarn=(0.5, 8.0)), "yarn"),
+        ("attention", dict(yarn=(4.0, 8.0), rope_theta=0.0), "yarn"),
+        ("mla", dict(num_heads=2, yarn=(4.0, 8.0, 1.0, 2.0)), "yarn"),
         ("attention", dict(head_dim=8, rotary_fraction=0.4), "rotary_fraction"),  # 3 channels
         ("attention", dict(qk_norm="l2"), "qk_norm"),
         ("attention", dict(window=-1), "window"),

@@ -43,6 +43,9 @@ DEEPSEEK = dict(
     v_head_dim=14, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
     moe_intermediate_size=24, num_hidden_layers=3,
 )  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=50.0, factor=8.0, original_max_position_embeddings=16, beta_fast=2.0)
+STRETCHED = DEEPSEEK | dict(qk_rope_head_dim=16, first_k_dense_replace=1)
+MIXTRAL = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16, num_local_experts=5)
 CASES = {
     "qwen3": ("Qwen3", dict(num_hidden_layers=3, **ATTENTION)),
     "qwen3 tied, sliding": (
@@ -124,6 +127,41 @@ CASES = {
             **DEEPSEEK | dict(n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0),
         ),
     ),
+    "deepseek_v3 YaRN": (
+        "DeepseekV3",
+        dict(q_lora_rank=14, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.707), **STRETCHED),
+    ),
+    "deepseek_v3 YaRN, its own scales": (
+        "DeepseekV3",
+        dict(q_lora_rank=14, rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=1.0), **STRETCHED),
+    ),
+    "deepseek_v3 YaRN, betas of Kimi K2": (
+        "DeepseekV3",
+        dict(q_lora_rank=14, rope_parameters=YARN | dict(beta_fast=1.0, beta_slow=1.0), **STRETCHED),
+    ),
+    "qwen3 YaRN": ("Qwen3", dict(num_hidden_layers=2, rope_parameters=YARN, **ATTENTION)),
+    "qwen3_next YaRN": (
+        "Qwen3Next",
+        dict(
+            num_hidden_layers=2, layer_types=["full_attention", "linear_attention"],
+            rope_parameters=YARN | dict(partial_rotary_factor=0.5), **ATTENTION, **LINEAR, **QWEN_MOE,
+        ),
+    ),
+    "minimax": (
+        "MiniMax",
+        dict(
+            num_hidden_layers=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            linear_attn_alpha_factor=1.2, linear_attn_beta_factor=0.8, full_attn_alpha_factor=1.1,
+            full_attn_beta_factor=0.9, mlp_alpha_factor=3.5565588200778455, block_size=16, **MIXTRAL,
+        ),
+    ),
+    "minimax every other layer, window, tied": (
+        "MiniMax",
+        dict(
+            num_hidden_layers=3, sliding_window=9, tie_word_embeddings=True, rms_norm_eps=1e-6,
+            output_router_logits=True, rope_parameters={"rope_type": "default", "rope_theta": 1e4}, **MIXTRAL,
+        ),
+    ),
     "falcon_h1": (
         "FalconH1",
         dict(
@@ -187,7 +225,7 @@ def shaken(net):
     """With every parameter away from its initial value."""
     saved = net.state_dict()
     for key, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        if key not in saved:  # computed anew when a model is made
+        if key not in saved or key.endswith(("_decay", "slope_rate")):  # these follow from the config
             continue
         scale = 0.3 if tensor.ndim > 1 and "conv1d" not in key else 0.2
         if key.endswith(("A_log", "dt_bias")):

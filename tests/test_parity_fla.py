@@ -162,7 +162,7 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
         assert settings.get("num_kv_heads") and "num_kv_heads" in error.field, settings
         return
     definition = model.build(source.config)
-    shapes = families.plan(definition, source.family).shapes
+    shapes = families.plan(definition, source.family, source.values).shapes
     renamed = {key if key in shapes else source.family.rename(key): shape for key, shape in want.items()}
     assert shapes == renamed, settings
     written = source.family.write(definition, source.model_type)
@@ -224,7 +224,7 @@ def gradients(folder: Path, definition: model.Definition, params: model.Params, 
         grads, sums = jax.jit(jax.grad(loss, has_aux=True))(params)
     flat = model.unstack(definition, grads)
     source = families.read_config(folder)
-    planned = families.plan(definition, source.family)
+    planned = families.plan(definition, source.family, source.values)
     found = {}
     for rule in planned.rules:
         arrays = rule.outward([np.asarray(flat[name]) / sums["tokens"] for name in rule.ours])

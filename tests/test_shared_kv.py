@@ -142,6 +142,7 @@ def test_the_backward_pass_keeps_what_is_reused_once():
         ("swa:a full@a", {}, "mixers.full.window", "1 to 5"),
         ("full:a swa@a", {"swa": {"num_kv_heads": 4}}, "mixers.swa.num_kv_heads", "must be 2"),
         ("full:a swa@a", {"swa": {"rope_theta": 5.0}}, "mixers.swa.rope_theta", "must be 100"),
+        ("full:a swa@a", {"swa": {"yarn": (4.0, 8.0)}}, "mixers.swa.yarn", "must be \\(\\)"),
         ("mla:a full@a", {}, "mixers.full.kind", "of kind mla"),
         ("full:a mla@a", {}, "mixers.mla.kind", "of kind attention"),
         ("kda:a full", {}, "mixers.kda.kind", "leave and reuse no keys"),

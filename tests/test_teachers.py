@@ -100,6 +100,16 @@ def test_exact_conversions(form, mixer, tmp_path):
         assert abs(kl(config, definition, params, teacher, tokens)) < 1e-6
 
 
+def test_norms_stay_where_they_stand(tmp_path):
+    """MiniMax's softmax attention with a window that sees all: its blocks still norm the stream."""
+    spec = f"configs/linearise.py:teacher={GOLDEN / 'minimax'},swa,pure"
+    theirs, teacher, config, params, _ = started(GOLDEN / "minimax", lambda: configs.load(spec))
+    assert "swa.mixer=1.1/0.9" in config.model.stream_norm
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 32, (2, 16)))
+    expected = logits(theirs, teacher, tokens)
+    np.testing.assert_allclose(logits(model.build(config), params, tokens), expected, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_golden_teacher(tmp_path):
     """Every layer of a golden Qwen3-Next kept: public code's logits."""

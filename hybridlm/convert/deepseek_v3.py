@@ -1,6 +1,5 @@
-"""DeepSeek-V3's form (Moonlight): MLA with rotation, first layers dense, then sigmoid-routed experts.
+"""DeepSeek-V3's form (Moonlight, Kimi K2): MLA with rotation, first layers dense, then routed experts.
 
-Positions as trained: DeepSeek-V3 itself and Kimi K2 stretch theirs (YaRN), which is refused.
 Source: transformers 5.24, models/deepseek_v3.
 """
 
@@ -26,4 +25,4 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     return values | {"first_k_dense_replace": [*sparse(definition), True].index(True)}
 
 
-FAMILY = Family("deepseek_v3", {"deepseek_v3": "DeepseekV3"}, read, write)
+FAMILY = Family("deepseek_v3", {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"}, read, write)

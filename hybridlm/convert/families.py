@@ -1,6 +1,7 @@
 """The families of public checkpoints, and which of them says a model."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from hybridlm.convert import (
     lfm2,
     mamba,
     mamba_hybrids,
+    minimax,
     nemotron_h,
     olmo_hybrid,
     qwen3,
@@ -33,8 +35,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
-        deepseek_v3.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, nemotron_h.FAMILY, recurrent_gemma.FAMILY,
-        xlstm.FAMILY,
+        deepseek_v3.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, minimax.FAMILY, nemotron_h.FAMILY,
+        recurrent_gemma.FAMILY, xlstm.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip
@@ -90,9 +92,10 @@ class Plan(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
 
 
-def plan(definition: model.Definition, family: Family) -> Plan:
+def plan(definition: model.Definition, family: Family, values: Mapping[str, Any]) -> Plan:
+    """values: config.json."""
     ours = model.canonical_shapes(definition)
-    rules = family.rules(definition)
+    rules = family.rules(definition) + family.derived(definition, values)
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in rules:
         theirs = rule.their_shapes([ours[name].shape for name in rule.ours])

@@ -60,6 +60,7 @@ class Family:
     rename: another name that a tensor has in circulation -> its name in the rules.
     unused: prefixes of tensors that the language model's forward pass has no use for.
     multimodal: model_type of a model around one of these -> model_type of its text_config.
+    derived: (Definition, config.json) -> Rules of tensors that follow from these (`rules.derived`).
     """
 
     format: str
@@ -75,9 +76,10 @@ class Family:
     rename: Callable[[str], str] = lambda name: name
     unused: tuple[str, ...] = ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    derived: Callable[[model.Definition, Mapping[str, Any]], list[Rule]] = lambda definition, values: []
 
     def rules(self, definition: model.Definition) -> list[Rule]:
-        """Every tensor."""
+        """Every tensor that holds parameters."""
         d_model, name = definition.d_model, self.format
         model = definition.model
         normed = lambda *names: [norm(*names)] + [bias(*names)] * (model.norm == "layer")
@@ -261,7 +263,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
     if len(a.layers) != len(b.layers):
         return f"{len(a.layers)} and {len(b.layers)} layers"
     for index, (one, other) in enumerate(zip(a.layers, b.layers, strict=True)):
-        for what in ("kind", "mlp_kind", "post_norm"):
+        for what in ("kind", "mlp_kind", "post_norm", "stream"):
             if getattr(one, what) != getattr(other, what):
                 return f"layer {index}: {what} {getattr(one, what)} and {getattr(other, what)}"
         for x, y in (

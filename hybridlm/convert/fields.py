@@ -22,6 +22,11 @@ INERT = {
     "do_sample", "max_length", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p",
 }  # fmt: skip
 
+YARN = (
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "factor", "original_max_position_embeddings",
+    "truncate", "attention_factor",
+)  # fmt: skip
+
 
 class Fields:
     """A config.json whose fields are taken one by one; `finish` refuses what nobody took.
@@ -138,15 +143,22 @@ class Fields:
             raise self.refuse(name, f"must list layers {low} to {high}, each once")
         return value
 
-    def rope(self, fraction: float = 1.0, theta: float = 10000.0) -> tuple[float, float]:
-        """(base of the frequencies, share of the channels that turn), in either way of writing them."""
+    def rope(
+        self, fraction: float = 1.0, theta: float = 10000.0, stretched: bool = False
+    ) -> tuple[float, float]:
+        """(base of the frequencies, share of the channels that turn), in either way of writing them.
+
+        stretched: YaRN, of which `yarn` says the rest, is no problem.
+        """
         theta, fraction = self.get("rope_theta", theta), self.get("partial_rotary_factor", fraction)
         for name in ("rope_scaling", "rope_parameters"):
             nested = self.sub(name)
             if nested is None:
                 continue
-            nested.only("rope_type", "default")
-            nested.only("type", "default", "mrope")
+            known = ("yarn",) if stretched else ()
+            nested.only("rope_type", "default", *known)
+            nested.only("type", "default", "mrope", *known)
+            nested.ignore(*(YARN if nested.yarns() else ()))
             nested.ignore("mrope_section", "mrope_interleaved")  # a text token has one position on all axes
             theta = nested.get("rope_theta", theta)
             fraction = nested.get("partial_rotary_factor", fraction)
@@ -154,6 +166,34 @@ class Fields:
         if theta <= 0:
             raise self.refuse("rope_theta", "must be above 0")
         return theta, fraction
+
+    def yarns(self) -> bool:
+        """Whether this, the mapping of a rotation, asks for YaRN."""
+        return "yarn" in (self.values.get("rope_type"), self.values.get("type"))
+
+    def yarn(self, every: bool) -> tuple[float, ...]:
+        """The setting of `hybridlm.rotary`, with the defaults of transformers; (): positions as they are.
+
+        every: whether mscale_all_dim is of all logits, as in DeepSeek-V3's attention.
+        """
+        mappings = [self.sub(name) for name in ("rope_scaling", "rope_parameters")]
+        nested = next((one for one in mappings if one and one.yarns()), None)
+        if nested is None:
+            return ()
+        nested.only("truncate", True)
+        nested.only("attention_factor", None)
+        context = self.get("max_position_embeddings", 0)
+        values = [nested.get("factor", 0.0), float(nested.get("original_max_position_embeddings", context))]
+        for name, missing in zip(YARN[:2], (32.0, 1.0), strict=True):
+            values.append(nested.get(name, missing) or missing)
+        mscale, of_all = (nested.get(name, 0.0) for name in YARN[2:4])
+        if of_all and not (every and mscale):
+            problem = "needs mscale beside it" if every else "is of DeepSeek-V3's attention alone"
+            raise nested.refuse("mscale_all_dim", problem)
+        if min(values[:2]) < 1:
+            name = "factor" if values[0] < 1 else "original_max_position_embeddings"
+            raise nested.refuse(name, "must be at least 1")
+        return (*values, mscale, of_all) if of_all else (*values, 1.0, 0.0)
 
     def finish(self) -> None:
         """Refuses fields that were not taken, unless they are off."""

@@ -2,7 +2,8 @@
 
 It has config.json, layers.json, a checkpoint at step 0 with parameters only, tokenizer.json where there was
 one, and hf/: what the folder held besides weights (config.json, tokenizer), and manifest.json, how the
-tensors were stored, so that an export gives back the same bytes. Tensors pass one rule at a time, from one
+tensors were stored, so that an export gives back the same bytes; those that follow from config.json
+(`rules.derived`) are there in derived.safetensors. Tensors pass one rule at a time, from one
 disk to the other, so that memory need not hold the model. The checkpoint gets its name last: until then the
 workdir holds no model, and the same command starts anew.
 """
@@ -33,6 +34,7 @@ from hybridlm.weights import TOKENIZER
 log = logging.getLogger("hybridlm")
 
 MANIFEST, SCRATCH = "manifest.json", "importing"
+DERIVED = "derived.safetensors"
 HEAD, SHOWN = "lm_head.weight", 20
 WEIGHTS = (".bin", ".pth", ".pt", ".npz", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 
@@ -75,8 +77,11 @@ def match(folder: tensors.Folder, source: Source, planned: Plan) -> dict[str, St
 def _check(found: Mapping[str, Stored], planned: Plan, say: Callable[[str, str], None]) -> None:
     """Dtypes and shapes of the tensors that were found, and those that were not."""
     loose = {name: rule for rule in planned.rules if rule.loose for name in rule.theirs}
+    may_lack = {name for rule in planned.rules if rule.shapes for name in rule.theirs}
     size = lambda shapes: sum(int(np.prod(one)) for one in shapes)
     for name, shape in planned.shapes.items():
+        if name not in found and name in may_lack:
+            continue
         if name not in found:
             say("missing tensors", f"{name} {list(shape)}")
             continue
@@ -114,9 +119,11 @@ def fill(
 ) -> dict[str, dict[str, Any]]:
     """Reads every tensor and hands ``put`` every parameter's name and float32 array; returns the manifest."""
     folder = tensors.Folder(directory)
-    planned = plan(model.build(source.config), source.family)
+    planned = plan(model.build(source.config), source.family, source.values)
     stored = match(folder, source, planned)
     for rule in planned.rules:
+        if rule.shapes and rule.theirs[0] not in stored:
+            continue
         arrays = [folder.read(stored[name].name) for name in rule.theirs]
         arrays = regroup(arrays, [planned.shapes[name] for name in rule.theirs])
         for name, array in zip(rule.ours, rule.inward(arrays), strict=True):
@@ -186,7 +193,7 @@ def writing(flag: str, place: Path) -> Iterator[None]:
 
 
 def carry(source: Source, manifest: Mapping[str, Any], workdir: Path) -> None:
-    """What a Hugging Face folder holds besides weights, and the manifest, into ``workdir``/hf."""
+    """What a Hugging Face folder holds besides parameters, and the manifest, into ``workdir``/hf."""
     carried = workdir / CARRIED
     carried.mkdir(exist_ok=True)
     for file in sorted(source.directory.iterdir()):
@@ -197,6 +204,12 @@ def carry(source: Source, manifest: Mapping[str, Any], workdir: Path) -> None:
     if json.loads((carried / CONFIG).read_bytes()) != source.values:  # of a multimodal model
         untrusted.write_json(carried / CONFIG, source.values)
     untrusted.write_json(carried / MANIFEST, manifest)
+    rules = source.family.derived(model.build(source.config), source.values)
+    names = {name for rule in rules for name in rule.theirs}
+    kept = {name: one for name, one in manifest.items() if one["rule"] in names}
+    if kept:  # another machine's exponential may differ in the last place
+        written = {name: tensors.Planned(DERIVED, one["dtype"], one["shape"]) for name, one in kept.items()}
+        tensors.write(carried, written, tensors.Folder(source.directory).read)
 
 
 def _tokenizer(file: Path, workdir: Path, vocab_size: int) -> None:

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hybridlm import lora, model, untrusted, weights
 from hybridlm.convert import tensors, tokens
 from hybridlm.convert.families import CONFIG, FAMILIES, Plan, plan, read_config, written
 from hybridlm.convert.family import Family, same_model
-from hybridlm.convert.incoming import HEAD, MANIFEST, writing
+from hybridlm.convert.incoming import DERIVED, HEAD, MANIFEST, writing
 from hybridlm.convert.rules import regroup
 from hybridlm.errors import ConfigError
 from hybridlm.init_from import CARRIED, without_factors
@@ -68,7 +68,7 @@ def export_hf(
         definition = model.build(without_factors(config))
         carried = _carried(workdir, definition) if not model_type else None
         model_type, values = carried or written(definition, model_type)
-        planned = plan(definition, FAMILIES[model_type])
+        planned = plan(definition, FAMILIES[model_type], values)
         manifest = _manifest(workdir, planned, FAMILIES[model_type]) if carried else None
         shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
         beside.mkdir(parents=True)
@@ -76,7 +76,8 @@ def export_hf(
             files = _files(planned, manifest, dtype)
             _check_room(beside, files)
             _describe(workdir, config, beside, values, manifest is not None, files, dtype)
-            tensors.write(beside, files, _values(planned, manifest, merged))
+            kept = _kept(workdir, files) if manifest is not None else {}
+            tensors.write(beside, files, _values(planned, manifest, merged, kept))
             beside.rename(directory)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -112,9 +113,10 @@ def _manifest(workdir: Path, planned: Plan, family: Family) -> Manifest:
         if one["rule"] != (name if name in planned.shapes else family.rename(name)) and name != HEAD:
             raise refuse(f"calls the tensor {one['rule']} {untrusted.terminal(name)}, which no import would")
     shapes = {one["rule"]: tuple(one["shape"]) for one in manifest.values()}
-    if missing := sorted(set(planned.shapes) - set(shapes)):
+    rules = [rule for rule in planned.rules if not rule.shapes or rule.theirs[0] in shapes]
+    if missing := sorted({name for rule in rules for name in rule.theirs} - set(shapes)):
         raise refuse(f"lacks {missing[0]}")
-    for rule in planned.rules:
+    for rule in rules:
         ours, theirs = ([table[name] for name in rule.theirs] for table in (planned.shapes, shapes))
         if ours != theirs and not (rule.loose and sum(map(math.prod, ours)) == sum(map(math.prod, theirs))):
             raise refuse(f"has {rule.theirs[0]} of other shapes than the model")
@@ -150,7 +152,11 @@ def _describe(
     own = tokens.of(workdir, config)
     if carried:
         for file in sorted((workdir / CARRIED).iterdir()):
-            if file.name != MANIFEST and file.is_file() and not tokens.foreign(file, own, config):
+            if (
+                file.name not in (MANIFEST, DERIVED)
+                and file.is_file()
+                and not tokens.foreign(file, own, config)
+            ):
                 inside = untrusted.inside(workdir / CARRIED, file.name, "--workdir")
                 untrusted.write_bytes(folder / file.name, untrusted.read_bytes(inside, "--workdir"))
         named = "dtype" if "dtype" in values else "torch_dtype"
@@ -163,8 +169,26 @@ def _describe(
     tokens.write(folder, own, config)
 
 
-def _values(planned: Plan, manifest: Manifest | None, params: Mapping[str, Any]) -> Any:
-    """Name of a tensor -> its array, each asked for once."""
+def _kept(workdir: Path, files: Mapping[str, tensors.Planned]) -> dict[str, Callable[[], np.ndarray]]:
+    """Of the tensors that the import had besides parameters, name -> what reads it."""
+    if not (workdir / CARRIED / DERIVED).is_file():
+        return {}
+    folder = tensors.Folder(workdir / CARRIED, DERIVED)
+    fits = lambda name, held: name in files and held.shape == files[name].shape
+    return {
+        name: functools.partial(folder.read, name)
+        for name, held in folder.tensors.items()
+        if fits(name, held) and held.dtype in tensors.DTYPES
+    }
+
+
+def _values(
+    planned: Plan,
+    manifest: Manifest | None,
+    params: Mapping[str, Any],
+    kept: Mapping[str, Callable[[], np.ndarray]],
+) -> Any:
+    """Name of a tensor -> its array, each asked for once.  kept: of tensors that are no parameters."""
     by_name = {
         name: (number, at) for number, rule in enumerate(planned.rules) for at, name in enumerate(rule.theirs)
     }
@@ -179,10 +203,13 @@ def _values(planned: Plan, manifest: Manifest | None, params: Mapping[str, Any])
         return arrays
 
     # A layer's experts are three rules of many tensors each, which alternate in a file.
-    kept = functools.lru_cache(maxsize=3)(outward)
+    few = functools.lru_cache(maxsize=3)(outward)
 
     def value(name: str) -> np.ndarray:
         number, at = by_name[manifest[name]["rule"] if manifest is not None else name]
-        return (outward if len(planned.rules[number].theirs) == 1 else kept)(number)[at]
+        rule = planned.rules[number]
+        if rule.shapes and name in kept:
+            return kept[name]()
+        return (outward if len(rule.theirs) == 1 else few)(number)[at]
 
     return value

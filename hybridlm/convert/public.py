@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, linear
+from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybridlm import linear_mixer
@@ -109,6 +110,21 @@ def grouped_fields(config: "linear_mixer.GroupedConfig") -> dict[str, Any]:
         "expand_v": config.v_head_dim / config.head_dim,
         "allow_neg_eigval": config.neg_eigval,
     } | conv_fields(config.conv_size)
+
+
+def rope_fields(theta: float, yarn: tuple[float, ...], every: bool) -> dict[str, Any]:
+    """The inverse of `Fields.rope` and `Fields.yarn`.  yarn: every number of it, or none."""
+    if not yarn:
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    factor, context, fast, slow, mscale, of_all = yarn
+    said: dict[str, Any] = {"rope_type": "yarn", "rope_theta": theta, "factor": factor}
+    said |= {"original_max_position_embeddings": round(context), "beta_fast": fast, "beta_slow": slow}
+    if every and mscale and of_all:
+        said |= {"mscale": mscale, "mscale_all_dim": of_all}
+    elif (mscale, of_all) != (1, 0):
+        what = "must be above 0, or 1, 0" if every else "must be 1, 0"
+        raise ConfigError("yarn", yarn, f"ends with MSCALE, MSCALE_ALL, which {what} in this format")
+    return {"rope_parameters": said, "max_position_embeddings": round(factor * context)}
 
 
 def only_plain(fields: Fields, heads: int) -> None:

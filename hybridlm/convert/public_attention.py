@@ -4,12 +4,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, linears, nearby
+from hybridlm.convert.public import Format, linears, nearby, rope_fields
 from hybridlm.convert.rules import Rule, bias, interleaved, linear, norm
 
 if TYPE_CHECKING:
     from hybridlm.mixers.attention import Config
 
+UNTURNED: dict[str, Any] = {"rope_theta": 0.0, "yarn": ()}
 FLA_NORM_EPS = 1e-5  # fla's layer leaves its norms at their default
 
 
@@ -42,37 +43,44 @@ def _fla_write(config: "Config", d_model: int) -> dict[str, Any]:
 
 def _hf(
     heads: int | None = None, kv_heads: int | None = None, head_dim: int = 0,
-    turned: float = 1.0, **fixed: Any,
+    turned: float = 1.0, theta: float = 10000.0, **fixed: Any,
 ) -> Format[Any]:  # fmt: skip
-    """Of transformers' models, whose defaults differ. None, 0: what Llama had.  turned: rotary fraction.
+    """Of transformers' models, whose defaults differ. None, 0: what Llama had.
+
+    turned: share of the channels that turn; 1: no other is known.
 
     fixed: what cannot be said.
     """
 
+    rotates = fixed.get("rope_theta") != 0
+
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         fields.only("attention_bias", False)
-        theta, fraction = fields.rope(fraction=turned)
+        base, fraction = fields.rope(turned, theta, stretched=rotates)
+        if rotates and turned == 1 and fraction != 1:  # transformers would turn all
+            raise fields.refuse("partial_rotary_factor", "must be 1: all channels turn")
         count = fields.size("num_attention_heads", default=heads)
         return {
             "num_heads": count,
             "num_kv_heads": fields.get("num_key_value_heads", kv_heads or count),
             "head_dim": fields.get("head_dim", head_dim or d_model // count),
-            "rope_theta": theta,
+            "rope_theta": base,
             "rotary_fraction": fraction,
+            "yarn": fields.yarn(every=False) if rotates else (),
             "norm_eps": eps,
         } | fixed
 
     def write(config: "Config", d_model: int) -> dict[str, Any]:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rotary_fraction != 1 or turned != 1:
-            rope["partial_rotary_factor"] = config.rotary_fraction
+        rope = rope_fields(config.rope_theta, config.yarn, every=False) if rotates else {}
+        if rotates and turned != 1:
+            rope["rope_parameters"]["partial_rotary_factor"] = config.rotary_fraction
         window = {"use_sliding_window": True, "sliding_window": config.window} if config.window else {}
         sizes = {
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
         }
-        return sizes | window | ({} if fixed.get("rope_theta") == 0 else {"rope_parameters": rope})
+        return sizes | window | rope
 
     return Format(read, write, _rules, "self_attn.", "full_attention")
 
@@ -83,7 +91,7 @@ def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     rotates = values.get("rope_theta", None if values is not fields.values else 0) is not None
     settings = _hf(qk_norm="width").read(fields, d_model, eps)
     fields.only("head_dim", d_model // settings["num_heads"])
-    return settings if rotates else settings | {"rope_theta": 0.0}
+    return settings if rotates else settings | UNTURNED
 
 
 def _olmo_write(config: "Config", d_model: int) -> dict[str, Any]:
@@ -96,7 +104,7 @@ def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     settings = _hf(heads=32).read(fields, d_model, eps)
     fields.only("position_embedding_type", None, "nope", "rope")
     settings["logit_scale"] = fields.get("attention_multiplier", 1.0)
-    return settings if fields.get("position_embedding_type") == "rope" else settings | {"rope_theta": 0.0}
+    return settings if fields.get("position_embedding_type") == "rope" else settings | UNTURNED
 
 
 def _granite_write(config: "Config", d_model: int) -> dict[str, Any]:
@@ -118,11 +126,6 @@ def _falcon_write(config: "Config", d_model: int) -> dict[str, Any]:
     root = config.head_dim**-0.5
     key = nearby(lambda key: key * root, config.logit_scale, config.logit_scale / root)
     return _hf().write(config, d_model) | {"key_multiplier": key}
-
-
-def _lfm2_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    theta = fields.rope(theta=1e6)[0]
-    return _hf(heads=32, kv_heads=8, qk_norm="head").read(fields, d_model, eps) | {"rope_theta": theta}
 
 
 def _lfm2_rules(config: "Config", d_model: int) -> list[Rule]:
@@ -167,6 +170,19 @@ def _rules(config: "Config", d_model: int) -> list[Rule]:
     return found
 
 
+MINIMAX = _hf(heads=32, kv_heads=8, theta=1e6)
+
+
+def _minimax_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    return MINIMAX.read(fields, d_model, eps) | {"window": fields.get("sliding_window", 0)}
+
+
+def _minimax_write(config: "Config", d_model: int) -> dict[str, Any]:
+    values = MINIMAX.write(config, d_model) | {"sliding_window": config.window or None}
+    values.pop("use_sliding_window", None)
+    return values
+
+
 GATED: dict[str, Any] = dict(
     turned=0.25, qk_norm="head", norm_unit_offset=True, output_gate="sigmoid"
 )  # Qwen3-Next's
@@ -182,7 +198,8 @@ FORMATS: dict[str, Format[Any]] = {
     "granitemoehybrid": Format(_granite_read, _granite_write, _rules, "self_attn.", "full_attention"),
     "recurrent_gemma": Format(_gemma_read, _gemma_write, _rules, "temporal_block.", "attention"),
     "falcon_h1 branch": Format(_falcon_read, _falcon_write, _rules, "self_attn."),
-    "lfm2": Format(_lfm2_read, _hf().write, _lfm2_rules, "self_attn.", "full_attention"),
+    "lfm2": dataclasses.replace(_hf(heads=32, kv_heads=8, theta=1e6, qk_norm="head"), rules=_lfm2_rules),
+    "minimax": Format(_minimax_read, _minimax_write, _rules, "self_attn.", "full_attention"),
     "nemotron_h": dataclasses.replace(
         _hf(heads=32, kv_heads=8, head_dim=128, rope_theta=0.0), module="mixer."
     ),

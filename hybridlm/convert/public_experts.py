@@ -43,10 +43,7 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[A
         )
 
     def names(config: "Config", d_model: int) -> list[rules.Rule]:
-        each = [
-            rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
-            for name in ("gate", "up", "down")
-        ]
+        each = _swiglus(config, ("gate_proj", "up_proj", "down_proj"))
         shared = [
             *swiglu_rules("shared.", "shared_expert."),
             rules.linear("shared_gate", "shared_expert_gate"),
@@ -156,16 +153,21 @@ def _nemotron_rules(config: "Config", d_model: int) -> list[rules.Rule]:
     return [*router, *each, *relu2_rules("shared.", "shared_experts.")]
 
 
-def _kimi_rules(
-    config: "Config", d_model: int, names: tuple[str, str, str] = ("w1", "w3", "w2")
-) -> list[rules.Rule]:
-    each = [
+MIXTRAL = "w1", "w3", "w2"
+
+
+def _kimi_rules(config: "Config", d_model: int, names: tuple[str, str, str] = MIXTRAL) -> list[rules.Rule]:
+    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
+    shared = swiglu_rules("shared.", "shared_experts.") if config.shared_hidden else []
+    return [*router, *_swiglus(config, names), *shared]
+
+
+def _swiglus(config: "Config", names: tuple[str, str, str]) -> list[rules.Rule]:
+    """names: of gate, up and down there."""
+    return [
         rules.experts(ours, f"experts.{{}}.{theirs}.weight", config.num_experts)
         for ours, theirs in zip(("gate", "up", "down"), names, strict=True)
     ]
-    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
-    shared = swiglu_rules("shared.", "shared_experts.") if config.shared_hidden else []
-    return [*router, *each, *shared]
 
 
 def _balance(fields: Fields) -> float:
@@ -199,11 +201,26 @@ def _jamba_write(config: "Config", d_model: int) -> dict[str, Any]:
 
 
 def _jamba_rules(config: "Config", d_model: int) -> list[rules.Rule]:
-    each = [
-        rules.experts(name, f"experts.{{}}.{name}_proj.weight", config.num_experts)
-        for name in ("gate", "up", "down")
-    ]
-    return [rules.linear("router", "router"), *each]
+    return [rules.linear("router", "router"), *_swiglus(config, ("gate_proj", "up_proj", "down_proj"))]
+
+
+def _minimax_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("router_jitter_noise", 0.0)
+    return {
+        "num_experts": fields.either("num_local_experts", "num_experts", 8, MAX_EXPERTS),
+        "top_k": fields.get("num_experts_per_tok", 2),
+        "hidden": fields.size("intermediate_size", default=14336),
+        "balance_loss": _balance(fields),
+    }
+
+
+def _minimax_write(config: "Config", d_model: int) -> dict[str, Any]:
+    values = _jamba_write(config, d_model)
+    return values | {"num_local_experts": values.pop("num_experts")}
+
+
+def _minimax_rules(config: "Config", d_model: int) -> list[rules.Rule]:
+    return [rules.linear("router", "gate"), *_swiglus(config, MIXTRAL)]
 
 
 def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -252,5 +269,6 @@ FORMATS: dict[str, Format[Any]] = {
     ),
     "nemotron_h": Format(_nemotron_read, _nemotron_write, _nemotron_rules, "mixer.", "moe"),
     "jamba": Format(_jamba_read, _jamba_write, _jamba_rules, "feed_forward.", "sparse"),
+    "minimax": Format(_minimax_read, _minimax_write, _minimax_rules, "block_sparse_moe.", "sparse"),
     "granitemoehybrid": Format(_granite_read, _granite_write, _granite_rules, "", "sparse"),
 }

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hybridlm.errors import ConfigError
+
 Arrays = Sequence[np.ndarray]
 
 
@@ -23,6 +25,7 @@ class Rule:
 
     loose: other shapes of the same size are accepted too, cut along the first axis (checkpoints in
         circulation differ there); an export repeats what was imported.
+    shapes: of tensors that follow from config.json and are no parameters here (`derived`).
     """
 
     ours: tuple[str, ...]
@@ -30,6 +33,7 @@ class Rule:
     inward: Callable[[Arrays], Arrays]
     outward: Callable[[Arrays], Arrays]
     loose: bool = False
+    shapes: tuple[tuple[int, ...], ...] = ()
 
     def under(self, ours: str, theirs: str) -> "Rule":
         """The same rule with prefixes."""
@@ -40,6 +44,8 @@ class Rule:
         )
 
     def their_shapes(self, our_shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        if self.shapes:
+            return list(self.shapes)
         stand_ins = [np.broadcast_to(np.zeros((), bool), shape) for shape in our_shapes]
         return [array.shape for array in self.outward(stand_ins)]
 
@@ -55,6 +61,18 @@ def regroup(arrays: Arrays, shapes: Sequence[tuple[int, ...]]) -> list[np.ndarra
 
 def same(ours: str, theirs: str, *, loose: bool = False) -> Rule:
     return Rule((ours,), (theirs,), list, list, loose)
+
+
+def derived(theirs: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> Rule:
+    """A tensor that a checkpoint may lack; one that it has must be what ``make`` says, but for rounding."""
+
+    def inward(arrays: Arrays) -> Arrays:
+        rounding = 1e-5 if arrays[0].dtype == np.float32 else 0.02
+        if not np.allclose(arrays[0].astype(np.float32), make(), atol=rounding):
+            raise ConfigError("--hf", theirs, "is not what follows from config.json")
+        return []
+
+    return Rule((), (theirs,), inward, lambda arrays: [make()], shapes=(shape,))
 
 
 def reshaped(ours: str, theirs: str, shape: Callable[[int], tuple[int, ...]]) -> Rule:

@@ -39,9 +39,10 @@ class Folder:
     """The tensors of a checkpoint folder. ConfigError for --hf when it is not whole.
 
     Where there is an index it rules: a shard may hold the names that the index gives it, and no other.
+    single: the file, where there is none.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, single: str = SINGLE):
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise ConfigError("--hf", str(directory), "is not a directory")
@@ -51,7 +52,7 @@ class Folder:
         if index.is_file():
             path = untrusted.inside(self.directory, INDEX, "--hf")
             listed = untrusted.read_json(path, "--hf", {"weight_map": {str: str}})["weight_map"]
-        files = sorted(set(listed.values())) if listed is not None else [SINGLE]
+        files = sorted(set(listed.values())) if listed is not None else [single]
         paths = {name: untrusted.inside(self.directory, name, "--hf") for name in files}
         missing = [name for name, path in paths.items() if not path.is_file()]
         if missing:

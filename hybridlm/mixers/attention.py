@@ -25,9 +25,10 @@ from hybridlm.context import Context
 from hybridlm.convert.public_attention import FORMATS
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive, Theta
-from hybridlm.layers import Linear, RMSNorm, merge_heads, normal, param, rotate, scale_heads, split_heads
+from hybridlm.layers import Linear, RMSNorm, merge_heads, normal, param, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
+from hybridlm.rotary import rotate, yarn
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, record_largest, visible
 from hybridlm.token_cache import Held, TokenCache, attend_held, hold, slots
@@ -53,6 +54,8 @@ class Config(mixers.Config):
     sinks: a learned logit per head takes part in the softmax without a value (gpt-oss).
     logit_scale: what q . k is multiplied by; 0: head_dim**-0.5 (Granite has a number of its own).
     sink_tokens: first tokens of each document that its window keeps in sight besides (StreamingLLM has 4).
+    yarn: FACTOR, CONTEXT, BETA_FAST=32, BETA_SLOW=1, MSCALE=1, MSCALE_ALL=1: rotations stretched for contexts
+        FACTOR times as long as CONTEXT (`hybridlm.rotary`); none: as they are.
     """
 
     num_heads: Count = 0
@@ -71,6 +74,7 @@ class Config(mixers.Config):
     sinks: bool = False
     logit_scale: NonNegative = 0.0
     sink_tokens: Annotated[int, Limits(0, 128)] = 0
+    yarn: tuple[NonNegative, ...] = ()
 
     def heads(self, d_model: int) -> tuple[int, int]:
         num = self.num_heads or d_model // self.head_dim
@@ -85,6 +89,7 @@ class Config(mixers.Config):
         heads, kv_heads = self.heads(d_model)
         if heads % kv_heads:
             raise ConfigError("num_kv_heads", kv_heads, f"must divide num_heads = {heads}")
+        yarn(self.yarn, self.rope_theta)
         if self.rotary_dim % 2:
             rotated = f"head_dim = {self.head_dim} rotates {self.rotary_dim} channels"
             raise ConfigError("rotary_fraction", self.rotary_fraction, f"{rotated}, which must be even")
@@ -106,7 +111,8 @@ class Config(mixers.Config):
             raise ConfigError("sink_tokens", most, "belong to a layer's own keys: share others")
         kv_heads = [one.heads(d_model)[1] for one in (self, source)]
         pairs = {"num_kv_heads": kv_heads} | {
-            name: [getattr(one, name) for one in (self, source)] for name in ("head_dim", "rope_theta")
+            name: [getattr(one, name) for one in (self, source)]
+            for name in ("head_dim", "rope_theta", "yarn")
         }
         if self.rope_theta:
             pairs["rotary_fraction"] = [self.rotary_fraction, source.rotary_fraction]
@@ -148,6 +154,9 @@ class Config(mixers.Config):
             idle = {"norm_eps": Config.norm_eps, "norm_unit_offset": False}
         idle |= {} if self.rope_theta else {"rotary_fraction": Config.rotary_fraction}
         scale = self.logit_scale or self.head_dim**-0.5
+        if stretch := yarn(self.yarn, self.rope_theta):  # where every channel turns, the scales are one
+            stretch = stretch._replace(mscale_all=0.0) if self.rotary_dim == self.head_dim else stretch
+            idle |= {"yarn": tuple(stretch) if stretch.factor > 1 else ()}
         return dataclasses.replace(self, num_heads=heads, num_kv_heads=kv_heads, logit_scale=scale, **idle)
 
 
@@ -158,7 +167,9 @@ class Mixer(TokenMixer):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         self.config, d_model = config, site.d_model
         self.leaves, self.reuses = site.leaves, site.reuses
+        self.yarn = yarn(config.yarn, config.rope_theta)
         self.scale = config.logit_scale or logit_scale(config.head_dim, site.mup)
+        self.scale *= self.yarn.logits if self.yarn else 1.0
         heads, self.kv_heads = config.heads(d_model)
         width, kv_width = heads * config.head_dim, self.kv_heads * config.head_dim
         kv_axes = ("embed", "kv_heads")
@@ -187,6 +198,7 @@ class Mixer(TokenMixer):
         config, rows = self.config, context.rows
         q_BTHK = self._queries(x_BTD, rows)
         context.record("q", q_BTHK)
+        context.record("scale", jnp.float32(self.scale))
         log_f_BTH = self._log_forget(x_BTD, context) if config.forget_gate else None
         now = () if log_f_BTH is None or cache is None else (_forgotten(log_f_BTH, cache),)
         if self.reuses:
@@ -242,7 +254,7 @@ class Mixer(TokenMixer):
         x_BTHK = norm(x_BTHK) if norm and config.qk_norm == "head" else x_BTHK
         if not config.rope_theta:
             return x_BTHK
-        return rotate(x_BTHK, rows.positions, config.rope_theta, config.rotary_dim)
+        return rotate(x_BTHK, rows.positions, config.rope_theta, config.rotary_dim, self.yarn)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> Any:
         if self.reuses:

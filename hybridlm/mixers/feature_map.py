@@ -41,11 +41,11 @@ from hybridlm.layers import (
     elementwise,
     matrix,
     merge_heads,
-    rotate,
     split_heads,
 )
 from hybridlm.linear_mixer import Inputs, LinearMixer, recurrence
 from hybridlm.mixers import Cost, Site
+from hybridlm.rotary import rotate
 from hybridlm.rows import Rows
 
 Map = Literal[

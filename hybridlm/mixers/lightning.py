@@ -8,7 +8,7 @@ TransNormerLLM has v = W x, a linear gate and a norm without scale; its first la
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from flax import nnx
 
 from hybridlm import linear_mixer
 from hybridlm.context import Context
+from hybridlm.convert.fields import Fields
+from hybridlm.convert.public import Format
+from hybridlm.convert.rules import Rule, interleaved, linear, norm
 from hybridlm.fields import Count, Epsilon
 from hybridlm.layers import RMSNorm, merge_heads
 from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
@@ -40,8 +43,32 @@ class Config(linear_mixer.Config):
     norm_scale: bool = True
 
 
+MINIMAX_NORM_EPS = 1e-6  # of the output's norm there, whatever rms_norm_eps is
+
+
+def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    heads = fields.size("num_attention_heads", default=32)
+    head_dim = fields.get("head_dim", d_model // heads)
+    return {"num_heads": heads, "head_dim": head_dim, "norm_eps": MINIMAX_NORM_EPS}
+
+
+def _write(config: Config, d_model: int) -> dict[str, Any]:
+    return {"num_attention_heads": config.num_heads, "head_dim": config.head_dim}
+
+
+def _rules(config: Config, d_model: int) -> list[Rule]:
+    _, _, key, value = config.heads(d_model)
+    return [
+        interleaved([f"{name}_proj" for name in "qkv"], (key, key, value), "qkv_proj"),
+        linear("g_proj", "output_gate"),
+        norm("o_norm", "norm"),
+        linear("o_proj", "out_proj"),
+    ]
+
+
 class Mixer(LinearMixer):
     config_class = Config
+    public: ClassVar = {"minimax": Format(_read, _write, _rules, "self_attn.", "linear_attention")}
     scale = 1.0
     silu = False
 

@@ -20,13 +20,14 @@ from flax import nnx
 from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format
+from hybridlm.convert.public import Format, rope_fields
 from hybridlm.convert.rules import Rule, divided, linear, norm, permuted
 from hybridlm.errors import ConfigError
-from hybridlm.fields import Count, Epsilon, Positive, Theta
-from hybridlm.layers import Linear, RMSNorm, merge_heads, rotate, scale_heads, split_heads
+from hybridlm.fields import Count, Epsilon, NonNegative, Positive, Theta
+from hybridlm.layers import Linear, RMSNorm, merge_heads, scale_heads, split_heads
 from hybridlm.mixers import Cost, Site, TokenMixer, whole_heads
 from hybridlm.mup import logit_scale
+from hybridlm.rotary import rotate, yarn
 from hybridlm.rows import Rows
 from hybridlm.softmax_attention import attend, record_largest, visible
 from hybridlm.token_cache import TokenCache, attend_held, hold, slots
@@ -46,6 +47,8 @@ class Config(mixers.Config):
     norm_eps: of the latents' norms.
     latent_norm: whether the keys' and values' latent is normed; not in one that attention was turned into.
     rope_groups: parts of the shared channels that rotate each like a head of its own, as after TransMLA.
+    yarn: FACTOR, CONTEXT, BETA_FAST=32, BETA_SLOW=1, MSCALE=1, MSCALE_ALL=1: rotations stretched for contexts
+        FACTOR times as long as CONTEXT (`hybridlm.rotary`; DeepSeek-V3, Kimi K2); none: as they are.
     """
 
     num_heads: Count = 0
@@ -58,6 +61,7 @@ class Config(mixers.Config):
     norm_eps: Epsilon = 1e-6
     latent_norm: bool = True
     rope_groups: Positive = 1
+    yarn: tuple[NonNegative, ...] = ()
 
     def heads(self, d_model: int) -> int:
         return self.num_heads or d_model // self.v_head_dim
@@ -68,6 +72,7 @@ class Config(mixers.Config):
 
     def check(self, d_model: int) -> None:
         whole_heads(self, d_model, self.v_head_dim)
+        yarn(self.yarn, self.rope_theta)
         if self.rope_theta and self.qk_rope_head_dim % (2 * self.rope_groups):
             each = "" if self.rope_groups == 1 else f" in each of rope_groups = {self.rope_groups} parts"
             problem = f"must be even to be rotated{each}"
@@ -76,7 +81,7 @@ class Config(mixers.Config):
     def check_reuse(self, source: mixers.Config, d_model: int) -> None:
         if not isinstance(source, Config):
             raise ConfigError("kind", self.kind, f"cannot reuse the latents of kind {source.kind}")
-        for name in ("kv_lora_rank", "qk_rope_head_dim", "rope_theta", "rope_groups"):
+        for name in ("kv_lora_rank", "qk_rope_head_dim", "rope_theta", "rope_groups", "yarn"):
             own, theirs = getattr(self, name), getattr(source, name)
             if own != theirs:
                 problem = f"must be {theirs}, as in the layer whose latents it reuses"
@@ -106,7 +111,9 @@ class Config(mixers.Config):
         )
 
     def explicit(self, d_model: int) -> "Config":
-        return dataclasses.replace(self, num_heads=self.heads(d_model))
+        stretch = yarn(self.yarn, self.rope_theta)
+        stretched = tuple(stretch) if stretch and stretch.factor > 1 else ()
+        return dataclasses.replace(self, num_heads=self.heads(d_model), yarn=stretched)
 
 
 KIMI_NORM_EPS = 1e-6  # of the latents there, whatever rms_norm_eps is
@@ -217,7 +224,8 @@ def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
         "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
         "v_head_dim": fields.size("v_head_dim", default=128),
-        "rope_theta": fields.rope()[0],
+        "rope_theta": fields.rope(stretched=True)[0],
+        "yarn": fields.yarn(every=True),
         "norm_eps": KIMI_NORM_EPS,
     }
 
@@ -225,10 +233,8 @@ def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
 def _deepseek_write(config: Config, d_model: int) -> dict[str, Any]:
     if not config.rope_theta:
         raise ConfigError("rope_theta", config.rope_theta, "must be above 0: this format's layers rotate")
-    return _kimi_write(config, d_model) | {
-        "rope_interleave": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-    }
+    rope = rope_fields(config.rope_theta, config.yarn, every=True)
+    return _kimi_write(config, d_model) | {"rope_interleave": True} | rope
 
 
 def _deepseek_rules(config: Config, d_model: int) -> list[Rule]:
@@ -265,7 +271,8 @@ class Mixer(TokenMixer):
         d_model = site.d_model
         self.config, heads = config, config.heads(d_model)
         self.leaves, self.reuses = site.leaves, site.reuses
-        self.scale = logit_scale(config.qk_head_dim, site.mup)
+        self.yarn = yarn(config.yarn, config.rope_theta)
+        self.scale = logit_scale(config.qk_head_dim, site.mup) * (self.yarn.logits if self.yarn else 1.0)
         rank, q_rank, shared = config.kv_lora_rank, config.q_lora_rank, config.qk_rope_head_dim
         if q_rank:
             self.q_a_proj = Linear(d_model, q_rank, rngs=rngs, axes=("embed", None))
@@ -306,6 +313,7 @@ class Mixer(TokenMixer):
             q_BTHK = jnp.concatenate([q_BTHN, q_BTHP], axis=-1)
             context.record("q", q_BTHK)
             context.record("k", k_BTHK)
+            context.record("scale", jnp.float32(scale))
             record_largest(context, q_BTHK, k_BTHK, scale=scale)
             o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
             return self.o_proj(merge_heads(o_BTHV)), None
@@ -329,7 +337,8 @@ class Mixer(TokenMixer):
         if not self.config.rope_theta:
             return x_BTHP
         parts = x_BTHP.reshape(*x_BTHP.shape[:2], -1, x_BTHP.shape[-1] // self.config.rope_groups)
-        return rotate(parts, rows.positions, self.config.rope_theta).reshape(x_BTHP.shape)
+        theta, stretch = self.config.rope_theta, self.yarn
+        return rotate(parts, rows.positions, theta, stretch=stretch).reshape(x_BTHP.shape)
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> TokenCache | tuple[()]:
         if self.reuses:

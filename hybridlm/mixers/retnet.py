@@ -19,10 +19,10 @@ from hybridlm.convert.public import Format, gated_fields, multi_head, only_plain
 from hybridlm.convert.rules import Rule, short_convs
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive, Theta
-from hybridlm.layers import rotate
 from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import Site
 from hybridlm.mixers.gla import ALIASES, output_rules
+from hybridlm.rotary import rotate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,7 +182,7 @@ def _comparable(theirs: mixers.Config, ours: mixers.Config, d_model: int) -> boo
     """Whether both say how much each token has of each before it."""
     if not (isinstance(theirs, attention.Config) and isinstance(ours, feature_map.Config)):
         return False
-    plain = not (theirs.window or theirs.forget_gate or theirs.sinks or theirs.logit_scale)
+    plain = not (theirs.window or theirs.forget_gate or theirs.sinks or theirs.logit_scale or theirs.yarn)
     plain = plain and ours.feature_map not in ("identity", "elementwise_product")  # which may be negative
     return plain and ours.normalizer == "sum" and theirs.heads(d_model)[0] == ours.heads(d_model).num
 

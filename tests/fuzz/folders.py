@@ -63,7 +63,7 @@ class Cases:
         source = families.read_config(folder)
         definition = model.build(source.config)
         if len(definition.layers) <= 8 and source.config.model.d_model <= 4096:
-            families.plan(definition, source.family)
+            families.plan(definition, source.family, source.values)
             written = source.family.write(definition, source.model_type)
             source.family.read(Fields(written)).config()
 

@@ -1,0 +1,73 @@
+"""One layer: its halves around the stream, against NumPy; what `model.stream_norm` refuses."""
+
+import jax
+import numpy as np
+import pytest
+
+from hybridlm import config as configs
+from hybridlm import model
+from hybridlm.errors import ConfigError
+from hybridlm.rows import single_document
+
+QUICKSTART = "configs/quickstart.py"
+
+
+def definition(**fields) -> model.Definition:
+    config = configs.default()
+    config.mixers = {"full": configs.mixer("attention", num_heads=2)}
+    config.model.update(d_model=16, vocab_size=48, mlp_hidden=32, dtype="float32", **fields)
+    config.data = configs.data("text", path="python-stdlib:")
+    return model.build(configs.resolve(config))
+
+
+def rms(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stream_norm", "weights"),
+    [
+        (("full.mixer=2/0.5",), (2, 0.5)),
+        (("*=9", "*.mixer=1.5"), (1.5, 1)),
+        (("full.mlp=2",), None),
+        ((), None),
+    ],
+)
+def test_a_half_norms_the_stream_itself(stream_norm: tuple, weights: tuple | None) -> None:
+    """The last pattern that matches counts; a half that none matches is as ever."""
+    made = definition(pattern="full/none", stream_norm=stream_norm, residual_multiplier=0.7)
+    params = jax.jit(lambda key: model.init(made, key))(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 48, (2, 9))
+    _, records = model.merge(made, params).forward(tokens, single_document(2, 9), ("block.*",))
+    x, mixed, y = (
+        np.asarray(records[f"layers.0.block.{one}"], np.float64) for one in ("input", "mixed", "output")
+    )
+    want = x + 0.7 * mixed if weights is None else weights[0] * rms(x) + weights[1] * 0.7 * mixed
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+
+
+def test_both_halves_of_a_block() -> None:
+    """As the first transformers: with *=1 each half's sum is normed before anything sees it."""
+    made, plain = (definition(pattern="full", stream_norm=one) for one in (("*=1",), ()))
+    params = jax.jit(lambda key: model.init(made, key))(jax.random.key(0))
+    tokens, rows = np.random.default_rng(0).integers(0, 48, (1, 9)), single_document(1, 9)
+    big = params | {"embedding": params["embedding"] * 1000}
+    same = lambda which: np.allclose(
+        *(model.logits(which, one, tokens, rows) for one in (params, big)), atol=1e-2
+    )
+    assert same(made) and not same(plain)  # what enters is normed, so that its size is nothing
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"model.stream_norm": "full.mixer"}, "PATTERN=STREAM/ADDED"),
+        ({"model.stream_norm": "*=0"}, "above 0"),
+        ({"model.stream_norm": "full.attention=1"}, "no half of a block"),
+        ({"model.stream_norm": "*=1", "model.post_norm": "full"}, "model.post_norm"),
+    ],
+)
+def test_what_is_refused(values: dict[str, str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        configs.resolve(configs.load(QUICKSTART, values))
+    assert caught.value.field == "model.stream_norm"
