@@ -136,16 +136,18 @@ def settled(definition: Definition, policy: str) -> Definition:
     return dataclasses.replace(definition, model=dataclasses.replace(definition.model, **settings))
 
 
-def compiled(traced: Any, most: int | None = None, **lowering: Any) -> Step:
+def compiled(
+    traced: Any, most: int | None = None, options: dict[str, Any] | None = None, **lowering: Any
+) -> Step:
     """most: bytes of all devices; a step that cannot fit in them is not compiled, which takes a minute.
 
-    lowering: arguments of ``traced.lower``.
+    options: of the compiler, besides the step's own.  lowering: arguments of ``traced.lower``.
     """
     least = held(traced.jaxpr.jaxpr)
     if most is not None and least > (1 - BESIDE) * SHARE * most:
         devices = jax.sharding.get_abstract_mesh().size or 1
         return Step(None, least // devices)
-    run = traced.lower(**lowering).compile()
+    run = traced.lower(**lowering).compile(compiler_options=options)
     found = run.memory_analysis()
     return Step(run, found.argument_size_in_bytes + found.temp_size_in_bytes)
 

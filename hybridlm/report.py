@@ -5,7 +5,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, groups, member, model, schema
+from hybridlm import ahead, cost, data, groups, member, model
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError

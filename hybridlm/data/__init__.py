@@ -27,8 +27,9 @@ class Dataset:
     """Batches of one split, as seen by one process of a run.
 
     A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process reads
-    those of ``rows`` among them, so that the order does not depend on the number of processes. Rows that will be
-    cut over several devices, ``pieces``, have their documents in an order that is even for these (`balance`).
+    those of ``rows`` among them, so that the order does not depend on the number of processes. Rows that will
+    be cut over several devices, ``pieces``, have their documents in an order that is even for these
+    (`balance`).
 
     num_rows, vocab_size, tokenizer: of the `Source`.
     num_batches: batches in the held-out pass, the last filled up with padding rows; None when training,
