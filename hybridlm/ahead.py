@@ -29,8 +29,10 @@ NODE = 8  # GPUs of a host
 # Bytes a second that a GPU sends: NVLink 4, one direction, and its network card of 400 Gb/s.
 NVLINK, NETWORK = 450e9, 50e9
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# What XLA and ptxas do for a program's speed after its memory is assigned: of no effect on the bytes.
+# Of no effect on the bytes: what XLA and ptxas do for a program's speed after its memory is assigned, and kernels
+# that are compiled to be tried, of which none can be timed.
 QUICK = {"xla_backend_optimization_level": 0, "xla_gpu_disable_gpuasm_optimizations": True}
+UNTRIED = {"xla_gpu_autotune_level": 0}
 CALLS = "calls=", "body=", "branch_computations="
 CALLED = r"\b(calls|body|branch_computations)=(\{[^}]*\}|[%\w.\-]+)"
 
@@ -98,7 +100,7 @@ def needs(config: Config, devices: str) -> Needs:
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             traced = built.step.trace(built.shapes, batch)
             most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
-            return fit.compiled(traced, most, QUICK, lowering_platforms=("cuda",))
+            return _compiled(traced, most)
 
     given = definition.model.remat
     policy, done, _ = fit.choose(step, available) if automatic else (given, step(given), "")
