@@ -29,8 +29,8 @@ NODE = 8  # GPUs of a host
 # Bytes a second that a GPU sends: NVLink 4, one direction, and its network card of 400 Gb/s.
 NVLINK, NETWORK = 450e9, 50e9
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# Of no effect on the bytes: what XLA and ptxas do for a program's speed after its memory is assigned, and kernels
-# that are compiled to be tried, of which none can be timed.
+# Of no effect on the bytes: what XLA and ptxas do for a program's speed after its memory is assigned, and
+# kernels that are compiled to be tried, of which none can be timed.
 QUICK = {"xla_backend_optimization_level": 0, "xla_gpu_disable_gpuasm_optimizations": True}
 UNTRIED = {"xla_gpu_autotune_level": 0}
 CALLS = "calls=", "body=", "branch_computations="
@@ -108,6 +108,16 @@ def needs(config: Config, devices: str) -> Needs:
     hlo = done.run.as_text()
     seconds = sum(sent(hlo, _seconds).values())
     return Needs(policy, found.argument_size_in_bytes, found.temp_size_in_bytes, sent(hlo), seconds)
+
+
+def _compiled(traced: Any, most: int | None) -> fit.Step:
+    try:
+        return fit.compiled(traced, most, QUICK | UNTRIED, lowering_platforms=("cuda",))
+    except jax.errors.JaxRuntimeError as error:
+        if "No supported config" not in str(error):
+            raise
+        # Of some float32 products: XLA has no kernel for them but those that it tries.
+        return fit.compiled(traced, most, QUICK, lowering_platforms=("cuda",))
 
 
 def sent(
