@@ -1,9 +1,9 @@
 """A chunk of a prompt against a long cache: ms of attention at the cache's start, middle and end.
 
     python -m benchmarks.prefill [--slots 131072,1048576] [--chunk 2048] [--heads 16] [--kv_heads 4]
-        [--dim 128]
+        [--dim 128] [--dtype bfloat16]
 
-In bfloat16; medians of 3 calls. slots: `over_slots`, which a prefill takes.  all: `blockwise`, which reads
+Medians of 3 calls. slots: `over_slots`, which a prefill takes.  all: `blockwise`, which reads
 every slot for every block of queries. The largest difference of both is printed, too.
 """
 
@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--slots", default="131072,1048576")
     for name, given in (("chunk", 2048), ("heads", 16), ("kv_heads", 4), ("dim", 128)):
         parser.add_argument(f"--{name}", type=int, default=given)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     flags = parser.parse_args()
     paths = {
         name: jax.jit(functools.partial(path, scale=flags.dim**-0.5))
         for name, path in (("slots", over_slots), ("all", blockwise))
     }
-    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, flags.dtype)
     for size in map(int, flags.slots.split(",")):
         q = normal(0, 1, flags.chunk, flags.heads, flags.dim)
         k, v = (normal(seed, 1, size, flags.kv_heads, flags.dim) for seed in (1, 2))

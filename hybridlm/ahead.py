@@ -8,6 +8,7 @@ live devices, is replaced by the blockwise one.
 """
 
 import itertools
+import logging
 import math
 import os
 import re
@@ -23,6 +24,8 @@ from hybridlm import fit, model, program, sharding
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from pallas_kernels import H100, auto_means, compiled_for
+
+log = logging.getLogger("hybridlm")
 
 CARD_BYTES = 84978434048  # an H100's, as the driver says in h100.txtpb
 NODE = 8  # GPUs of a host
@@ -116,7 +119,7 @@ def _compiled(traced: Any, most: int | None) -> fit.Step:
     except jax.errors.JaxRuntimeError as error:
         if "No supported config" not in str(error):
             raise
-        # Of some float32 products: XLA has no kernel for them but those that it tries.
+        log.info("compiled once more: for some products XLA has only kernels that it tries")
         return fit.compiled(traced, most, QUICK, lowering_platforms=("cuda",))
 
 
