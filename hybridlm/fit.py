@@ -138,10 +138,12 @@ def choose(step: Callable[[str], Step], available: int) -> tuple[str, Step, str]
     return policy, found, f"{policy}; of {available / 2**30:.1f} GiB a device " + ", ".join(tried)
 
 
-def _compile(traced: Any, ready: Callable[[], object], **lowering: Any) -> Any:
+def _compile(
+    traced: Any, ready: Callable[[], object], options: dict[str, Any] | None = None, **lowering: Any
+) -> Any:
     lowered = traced.lower(**lowering)
     ready()
-    return lowered.compile()
+    return lowered.compile(compiler_options=options)
 
 
 def settled(definition: Definition, policy: str) -> Definition:
@@ -152,17 +154,22 @@ def settled(definition: Definition, policy: str) -> Definition:
 
 
 def compiled(
-    traced: Any, most: int | None = None, ready: Callable[[], object] = lambda: None, **lowering: Any
+    traced: Any,
+    most: int | None = None,
+    ready: Callable[[], object] = lambda: None,
+    options: dict[str, Any] | None = None,
+    **lowering: Any,
 ) -> Step:
     """most: bytes of all devices; a step that cannot fit in them is not compiled, which takes a minute.
 
-    ready: as for `step`.  lowering: arguments of ``traced.lower``.
+    ready: as for `step`.  options: of the compiler, besides the step's own.  lowering: arguments of
+    ``traced.lower``.
     """
     least = held(traced.jaxpr.jaxpr)
     if most is not None and least > (1 - BESIDE) * SHARE * most:
         devices = jax.sharding.get_abstract_mesh().size or 1
         return Step(None, least // devices)
-    run = _compile(traced, ready, **lowering)
+    run = _compile(traced, ready, options, **lowering)
     found = run.memory_analysis()
     return Step(run, found.argument_size_in_bytes + found.temp_size_in_bytes)
 

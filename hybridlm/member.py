@@ -237,6 +237,7 @@ def build_data(config: Config, split: str, rows: np.ndarray | None = None, name:
     """
     t = config.train
     sizes = {"batch_size": t.batch_size, "seq_len": t.seq_len, "vocab_size": config.model.vocab_size}
+    sizes |= {"pieces": config.mesh.over(jax.device_count()).get("context", 1)}
     given, prefix = (config.val[name], f"val.{name}") if name else (config.data, "data")
     return data.build(given, split=split, seed=t.seed, rows=rows, prefix=prefix, **sizes)
 

@@ -1,13 +1,11 @@
 """What is shown of a config: its layer table, and the whole of a dry run."""
 
-import math
-
 import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, groups, member, model, schema
+from hybridlm import ahead, cost, data, groups, member, model
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
@@ -60,7 +58,7 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
     ConfigError for a batch that the mesh cannot split. Missing data are reported, not refused: they may be on
     another machine.
     """
-    mesh = mesh_sizes(config.mesh, ahead.parse(devices) if devices else jax.device_count())
+    mesh = config.mesh.over(ahead.parse(devices) if devices else jax.device_count())
     configs.check_batch(config.train, mesh)
     groups.factors(model.build(config), config.optimizer)
     show.line(configs.to_yaml(config), console)
@@ -70,13 +68,6 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
     show.line(full_layers(config), console)
     for name, value in ahead.lines(ahead.needs(config, devices), devices).items() if devices else ():
         show.line(f"{name:<28} {value}", console)
-
-
-def mesh_sizes(mesh: schema.Mesh, devices: int) -> dict[str, int]:
-    """The mesh with its -1 put in for ``devices`` devices; at least 1, if it wants more than those."""
-    sizes = mesh.sizes()
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
 
 
 def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:

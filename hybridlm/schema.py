@@ -6,6 +6,7 @@ and objectives describe their own settings in the same way, each in its ``Config
 """
 
 import dataclasses
+import math
 import re
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal
@@ -207,6 +208,12 @@ class Mesh:
         """By axis; context only where sequences may be cut."""
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "context": self.context}
         return {name: size for name, size in sizes.items() if name != "context" or size != 1}
+
+    def over(self, devices: int) -> dict[str, int]:
+        """`sizes` with -1 put in for ``devices`` devices; at least 1, if the others want more than those."""
+        sizes = self.sizes()
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        return {axis: max(1, devices // fixed) if size == -1 else size for axis, size in sizes.items()}
 
     def check(self) -> None:
         sizes = self.sizes()

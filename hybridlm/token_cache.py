@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hybridlm import pieces, sharding
 from hybridlm.rows import Rows
 from hybridlm.sharding import per_shard
-from pallas_kernels.softmax_attention import blockwise
+from pallas_kernels.softmax_attention import blockwise, over_slots
 
 
 class TokenCache(NamedTuple):
@@ -101,15 +101,18 @@ def attend_held(
     forgotten: of queries and of keys, see `pallas_kernels.softmax_attention.blockwise`, or neither.
     """
     assert held.start is not None  # there is a cache
-    size = k_BSGK.shape[1]
-    over = pieces.over(size) if held.index_S is None else None
-    index_S = jnp.arange(size, dtype=jnp.int32) if held.index_S is None else held.index_S
+    size, in_order = k_BSGK.shape[1], held.index_S is None
+    over = pieces.over(size) if in_order else None
+    index_S = jnp.arange(size, dtype=jnp.int32) if in_order else held.index_S
     index_T, first_BT = packed_indices(rows, held.start, window)
 
     def op(q: jax.Array, k: jax.Array, v: jax.Array, *arrays: Any) -> tuple[jax.Array]:
         *places, sinks, now, then = arrays
-        extras: dict[str, Any] = dict(sinks_H=sinks, forgotten_BTH=now, forgotten_BSH=then, first=held.first)
-        return (blockwise(q, k, v, *places, scale=scale, axis=over, **extras),)
+        extras: dict[str, Any] = dict(scale=scale, sinks_H=sinks, forgotten_BTH=now, forgotten_BSH=then)
+        # A single token's sum over a cache is split by XLA itself, on one device.
+        if in_order and (over or q.shape[1] > 1):
+            return (over_slots(q, k, v, *places, **extras, axis=over),)
+        return (blockwise(q, k, v, *places, **extras, first=held.first),)
 
     now, then = forgotten or (None, None)
     arrays = q_BTHK, k_BSGK, v_BSGV, index_T, first_BT, index_S, sinks, now, then

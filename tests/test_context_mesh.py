@@ -120,6 +120,25 @@ def test_bytes_of_a_collective_in_the_forms_that_xla_has_written_it(line, sent):
 
 
 @pytest.mark.parametrize(
+    ("groups", "devices", "seconds"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]], 1 / 9),
+        ("source_target_pairs={{0,1},{7,8}}", [[0, 1], [7, 8]], 1),  # one of them over the network
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]], 1 / 9),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]], 1 / 9),
+        ("replica_groups=mesh['a'=1,'b'=8] {'b':(2)2}", [[0, 2], [1, 3], [4, 6], [5, 7]], 1 / 9),
+        ("replica_groups=mesh['a'=2,'b'=8] {'a','b'}", [list(range(16))], 1 / 8),  # eight cards a host
+        ("replica_groups=mesh['a'=2,'b'=8] {'a'}", [[i, i + 8] for i in range(8)], 1),
+    ],
+)
+def test_who_exchanges_and_what_the_links_take(groups, devices, seconds):
+    """50 GB, over NVLink at 450 GB/s in a host of eight and over a card of 50 GB/s a GPU between hosts."""
+    found = ahead._groups(f"%x = f32[8] all-gather(%y), {groups}, use_global_device_ids=true")
+    assert found.tolist() == devices
+    assert ahead._seconds(50e9, found) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
     ("overrides", "problem"),
     [
         ({"mesh.context": "3"}, "train.seq_len = .*multiple of 2 \\* mesh.context = 6"),

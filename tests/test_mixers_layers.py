@@ -140,7 +140,7 @@ def fill(state, values):
 
 @pytest.mark.parametrize("neg_eigval, lowest", [(False, 0), (True, -1)])
 def test_a_token_of_rwkv7_can_turn_its_state_around(neg_eigval, lowest):
-    """What it does to a state, a = 1 or 2 and no decay, has this eigenvalue, and 1 in all other directions."""
+    """What it does to a state, with a of 1 or 2, has this eigenvalue, and 1 in all other directions."""
     mixer, size = mixers.load("rwkv7"), 6
     settings = dict(num_heads=1, head_dim=size, value_residual=False, neg_eigval=neg_eigval)
     config = mixer.config_class(kind="rwkv7", **settings)
@@ -149,7 +149,8 @@ def test_a_token_of_rwkv7_can_turn_its_state_around(neg_eigval, lowest):
     layer.k_k.set_value(jnp.full_like(layer.k_k[...], 100.0))  # beside the eps of the keys' length
     layer.a_proj.bias.set_value(jnp.full_like(layer.a_proj.bias[...], 30.0))
     layer.w_proj.bias.set_value(jnp.full_like(layer.w_proj.bias[...], -30.0))
-    x, before = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 1, 8), (1, 1, size, size)]))
+    x = jax.random.normal(jax.random.key(0), (1, 1, 8))
+    before = jax.random.normal(jax.random.key(1), (1, 1, size, size))
     cache = layer.init_cache(1, 0, x.dtype)._replace(state=before)
     second = Rows(jnp.ones((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))  # of its document
     _, after = layer(x, Context(second, 0, 1), cache)

@@ -52,8 +52,8 @@ def test_layer_table_shows_the_settings_of_a_name_once() -> None:
 
 
 def test_mesh_sizes() -> None:
-    assert report.mesh_sizes(schema.Mesh(-1, 2, 2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert report.mesh_sizes(schema.Mesh(-1, 8, 1), 1) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert schema.Mesh(-1, 2, 2).over(8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert schema.Mesh(-1, 8, 1).over(1) == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 @pytest.mark.parametrize(

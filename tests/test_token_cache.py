@@ -10,6 +10,7 @@ from test_softmax_attention import POSITIONS, make_arrays, naive
 
 from hybridlm.rows import Rows
 from hybridlm.token_cache import TokenCache, attend_held, hold, slots
+from pallas_kernels.softmax_attention import over_slots, xla
 
 
 @partial(jax.jit, static_argnames="window")
@@ -42,3 +43,24 @@ def test_long_caches_are_whole_blocks():
         power = 1024 if tokens < 1 << 17 else tokens // 128
         assert size == tokens if tokens <= 65536 else tokens <= size < tokens * 65 / 64
         assert tokens <= 65536 or size & -size >= power
+
+
+@pytest.mark.parametrize("count", [14, 12, 1])
+def test_slots_in_blocks_equal_the_whole(count, monkeypatch):
+    """The last tokens over all, with sinks and forget gates, in blocks that divide neither queries nor slots;
+    blocks of slots that are empty, here of NaN, are not read."""
+    monkeypatch.setattr(xla, "MAX_BLOCK", 4)
+    monkeypatch.setattr(xla, "SCORES", 40)
+    q, k, v = make_arrays()
+    rng = np.random.default_rng(1)
+    sinks, log_forget = np.float32(rng.normal(size=6)), -np.float32(rng.exponential(size=(2, 23, 6)))
+    expected = naive(q, k, v, POSITIONS, 0.4, 0, sinks, log_forget)
+    sums, index = np.cumsum(log_forget, axis=1), np.arange(23, dtype=np.int32)
+    empty = 0 if count == 1 else np.nan  # a single query reads all
+    widths = lambda x, size: [(0, 0), (0, size), *[(0, 0)] * (x.ndim - 2)]
+    filled = [np.pad(np.pad(x, widths(x, 7)), widths(x, 23), constant_values=empty) for x in (k, v, sums)]
+    run = jax.jit(partial(over_slots, scale=0.4, sinks_H=sinks))
+    places = index[-count:], (index - POSITIONS)[:, -count:], np.arange(53, dtype=np.int32)
+    q, sums = q[:, -count:], sums[:, -count:]
+    o = run(q, *filled[:2], *places, forgotten_BTH=sums, forgotten_BSH=filled[2])
+    np.testing.assert_allclose(o, expected[:, -count:], atol=2e-6)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.data import mixture
+from hybridlm.data import balance, mixture
 from hybridlm.data.source import Batch, Config, Source, View, empty_rows
 from hybridlm.errors import ConfigError, RunError, one_of
 from hybridlm.fields import Named, mapping, under
@@ -27,7 +27,9 @@ class Dataset:
     """Batches of one split, as seen by one process of a run.
 
     A batch of ``batch_size`` rows holds rows step * batch_size onwards of the source, and a process reads
-    those of ``rows`` among them, so that the order does not depend on the number of processes.
+    those of ``rows`` among them, so that the order does not depend on the number of processes. Rows that will
+    be cut over several devices, ``pieces``, have their documents in an order that is even for these
+    (`balance`).
 
     num_rows, vocab_size, tokenizer: of the `Source`.
     num_batches: batches in the held-out pass, the last filled up with padding rows; None when training,
@@ -36,8 +38,10 @@ class Dataset:
     fingerprint: a hash of all that decides the batches; a run can resume exactly if it is unchanged.
     """
 
-    def __init__(self, source: Source, view: View, batch_size: int, rows: np.ndarray | None = None):
-        self.source, self.view, self.batch_size = source, view, batch_size
+    def __init__(
+        self, source: Source, view: View, batch_size: int, rows: np.ndarray | None = None, pieces: int = 1
+    ):
+        self.source, self.view, self.batch_size, self.pieces = source, view, batch_size, pieces
         self.local_rows = np.arange(batch_size) if rows is None else rows
         self.verifier: threading.Thread | None = None
         self.damage: RunError | None = None
@@ -63,7 +67,7 @@ class Dataset:
         index_B = step * self.batch_size + self.local_rows
         inside_B = index_B < self.end
         batch = empty_rows(len(index_B), self.view.seq_len)
-        for name, array in self.source.rows(index_B[inside_B]).items():
+        for name, array in balance.evened(self.source.rows(index_B[inside_B]), self.pieces).items():
             batch[name][inside_B] = array
         return batch
 
@@ -95,7 +99,8 @@ class Dataset:
 
     def whole_batch(self, step: int) -> Batch:
         """Training batch ``step`` with the rows of all processes."""
-        return self.source.rows(step * self.batch_size + np.arange(self.batch_size))
+        rows = self.source.rows(step * self.batch_size + np.arange(self.batch_size))
+        return balance.evened(rows, self.pieces)
 
     def sample_ids(self, step: int) -> list[str]:
         """Where each row of `whole_batch` comes from, so that a user can look at it."""
@@ -138,12 +143,14 @@ def build(
     seed: int,
     vocab_size: int,
     rows: np.ndarray | None = None,
+    pieces: int = 1,
     prefix: str = "data",
 ) -> Dataset:
     """The data that ``given`` describes, a config's or a mapping.
 
     split, seq_len, seed, vocab_size: see `View`.  batch_size: rows of a batch over all processes.
-    rows: those of each batch that this process reads; None: all.  prefix: of the fields in errors.
+    rows: those of each batch that this process reads; None: all.  pieces: devices that share a training row.
+    prefix: of the fields in errors.
     Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
     has, and for training data that do not fill one batch.
     """
@@ -161,7 +168,7 @@ def build(
     if split == "train" and source.num_rows is not None and source.num_rows < batch_size:
         allowed = f"is more than the {source.num_rows} rows of {seq_len} tokens that the training data fill"
         raise ConfigError("train.batch_size", batch_size, allowed, "Add data, or shorten batch or rows.")
-    return Dataset(source, view, batch_size, rows)
+    return Dataset(source, view, batch_size, rows, pieces if split == "train" else 1)
 
 
 def config_class(kind: str) -> type[Config]:

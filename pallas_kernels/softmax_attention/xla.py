@@ -44,7 +44,6 @@ def blockwise(
     forgotten_BTH: jax.Array | None = None,
     forgotten_BSH: jax.Array | None = None,
     first: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-    axis: str | None = None,
 ) -> jax.Array:
     """o [B, T, H, V]: softmax(scale q k^T) v over the keys s with first <= index_S[s] <= index_T[t].
 
@@ -55,8 +54,6 @@ def blockwise(
     sinks_H, forgotten_BTH, forgotten_BSH: see `AttentionCall`; forgotten of queries and of keys.
     first: keys of their own for each query: (k [B, F, G, K], v [B, F, G, V], int32 [B, T, N]: which of the F
         each query sees besides, -1 for none).
-    axis: of a mesh, within a `jax.shard_map`: each of its devices has other keys (and no ``first``) and the
-        same queries, and gets the whole o: the largest logits and then the sums travel.
     """
     length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     block = min(MAX_BLOCK, max(16, SCORES // keys), length)
@@ -92,7 +89,7 @@ def blockwise(
         bias = None if forgotten is None else (cut(forgotten[0], axis=1), forgotten[1])
         seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(low_BT, 0)[..., None])
         own = None if own is None else (*own[:2], cut(own[2], axis=1))
-        return _softmax(cut(q, axis=1), k, v, seen, scale, sinks, bias, own, axis)
+        return _softmax(cut(q, axis=1), k, v, seen, scale, sinks, bias, own)
 
     arrays = q_BTHK, k_BSGK, v_BSGV, sinks_H, forgotten, first
     if blocks == 1:
@@ -155,7 +152,6 @@ def _softmax(
     sinks_H: jax.Array | None,
     forgotten: tuple[jax.Array, jax.Array] | None,
     own: tuple[jax.Array, jax.Array, jax.Array] | None,
-    axis: str | None,
 ) -> jax.Array:
     batch, length, heads, dim = q.shape
     groups = k.shape[2]
@@ -171,8 +167,6 @@ def _softmax(
         more = jnp.einsum("btgrk,btngk->bgrtn", q, k_own, preferred_element_type=jnp.float32) * scale
         more = jnp.where((own[2] >= 0)[:, None, None], more, jnp.finfo(jnp.float32).min)
         scores = jnp.concatenate([scores, more], axis=-1)
-    if axis is not None:
-        return _over_devices(scores, v, sinks_H, axis).reshape(batch, length, heads, -1)
     if sinks_H is None:
         weights = jax.nn.softmax(scores, axis=-1)
     else:
@@ -185,21 +179,3 @@ def _softmax(
     if own is not None:
         o += jnp.einsum("bgrtn,btngv->btgrv", weights[..., keys:], v_own)
     return o.reshape(batch, length, heads, v.shape[-1])
-
-
-def _over_devices(
-    scores_BGRTS: jax.Array, v_BSGV: jax.Array, sinks_H: jax.Array | None, axis: str
-) -> jax.Array:
-    """o [B, T, G, R, V] of the keys of all devices of ``axis``."""
-    most = jax.lax.pmax(jnp.max(scores_BGRTS, axis=-1), axis)
-    if sinks_H is not None:
-        sinks = sinks_H.astype(jnp.float32).reshape(scores_BGRTS.shape[1], -1, 1)
-        most = jnp.maximum(most, sinks)
-    weights = jnp.exp(scores_BGRTS - most[..., None])
-    o = jnp.einsum(
-        "bgrts,bsgv->btgrv", weights.astype(v_BSGV.dtype), v_BSGV, preferred_element_type=jnp.float32
-    )
-    o, total = jax.lax.psum((o, jnp.sum(weights, axis=-1)), axis)
-    if sinks_H is not None:
-        total += jnp.exp(sinks - most)
-    return (o / jnp.moveaxis(total, -1, 1)[..., None]).astype(v_BSGV.dtype)
