@@ -119,21 +119,33 @@ def split(x: jax.Array, parts: int, hard: Any = None, room: Any = None, *, inter
     return [high, room]
 
 
+def hidden_zero(hard: jax.Array) -> jax.Array:
+    """0, which the compiler cannot know, of a number in `Inverse.hard`: added to an index it keeps addresses
+    from being hoisted out of a loop over chunks into registers, those of both branches."""
+    return (hard * 2.0**-10).astype(jnp.int32)
+
+
 def loop(
-    count: int, step: Callable[[Any, jax.Array, int, Any], jax.Array], state: jax.Array, hardness: Any
+    count: int,
+    step: Callable[..., jax.Array],
+    state: jax.Array,
+    hardness: Any,
+    begin: Callable[..., tuple] = lambda n, state, hard: (state,),
 ) -> jax.Array:
-    """state <- step(n, state, parts, hard), n from 0 to count - 1: of two parts in hard chunks, else of one.
+    """state <- step(n, *begin(n, state, hard), parts, hard), n from 0 to count - 1: of two parts in hard
+    chunks, else of one.
 
     hardness: n to the number in `Inverse.hard`; None: none is hard. A step is a branch as a whole, so that an
-    ordinary chunk's keeps no register for what a hard one's needs.
+    ordinary chunk's keeps no register for what a hard one's needs; `begin` is what both have in common.
     """
     if hardness is None:
-        return lax.fori_loop(0, count, lambda n, state: step(n, state, 1, None), state)
+        return lax.fori_loop(0, count, lambda n, state: step(n, *begin(n, state, None), 1, None), state)
 
     def either(n: Any, carried: tuple) -> tuple:
         state, hard = carried
         following = hardness(jnp.minimum(n + 1, count - 1))  # long before it is wanted
-        run = lambda parts: lambda: step(n, state, parts, hard)
+        begun = begin(n, state, hard)
+        run = lambda parts: lambda: step(n, *begun, parts, hard)
         return lax.cond(hard > 0.0, run(2), run(1)), following
 
     return lax.fori_loop(0, count, either, (state, hardness(0)))[0]
