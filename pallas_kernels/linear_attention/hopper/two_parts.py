@@ -151,9 +151,12 @@ def loop(
     return lax.fori_loop(0, count, either, (state, hardness(0)))[0]
 
 
-def load_low(parts: int, source: Any, target: Any, ready: Any) -> None:
-    """Starts the copy of A's second part into a tile from which results leave; see `times_inverse`."""
-    if parts == 2:
+def load_low(wanted: Any, source: Any, target: Any, ready: Any) -> None:
+    """If `wanted`, starts the copy of A's second part into a tile from which results leave; see
+    `times_inverse`."""
+
+    @pl.when(wanted)
+    def _() -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk left there has gone
         plgpu.copy_gmem_to_smem(source(), target, ready)
 
@@ -176,6 +179,19 @@ def times_inverse(
         plgpu.barrier_wait(ready)
         pairs += [(operands[1], high), (operands[0], low)]
     return sums_of_products((pairs, x), interpret=interpret)[0]
+
+
+def add_rest(out: Any, x: Any, keys: Any, parts: int, rounded: Any = None, *, interpret: Any) -> jax.Array:
+    """out [C, C] and, of two parts, what rounding x [C, K] to bf16 took off, times keys^T.
+
+    rounded: x in bf16 in shared memory, where there are no registers to keep it in.
+    """
+    for start in range(0, x.shape[1], C) if parts == 2 else ():  # not at once, for want of registers
+        part, columns = x[:, start : start + C], pl.ds(start, C)
+        high = part.astype(BF16).astype(F32) if rounded is None else blocks.tile(rounded.at[:, columns])
+        rest = (part - high).astype(BF16)
+        out = blocks.matmul((rest, keys.at[:, columns].T, out), interpret=interpret)
+    return out
 
 
 def products(*sums: Callable[[], tuple], parts: int, interpret: Any) -> tuple[jax.Array, ...]:

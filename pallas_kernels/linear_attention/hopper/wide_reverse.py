@@ -72,21 +72,21 @@ def wide_reverse(
                 plgpu.copy_gmem_to_smem(source, s["gates"].at[slot, place], barrier)
 
         def begin(i: Any, g: jax.Array, hard: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """dS^T without (e K)^T dV; dV'^T."""
+            """dS^T; (K dS)^T, of one part."""
             n, slot, zero = chunks - 1 - i, blocks.rem(i, stages), two_parts.hidden_zero(hard)
-
-            @pl.when(hard > 0.0)
-            def _() -> None:
-                low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
-                two_parts.load_low(2, low, s["dv"].at[zero], s["low"])
-
-            do_t = s["do"].at[slot].T
-            carry = refs["gates"][b, head, n, CARRY, 0]
+            low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+            two_parts.load_low(hard > 0.0, low, s["dv"].at[zero], s["low"])
             target = refs["states"].at[b, head, n, columns]
             blocks.send(s["state"].at[0], g, target, interpret=interpret)
             plgpu.barrier_wait(s["filled"].at[slot])
-            k_t = s["k"].at[slot].T
-            dv = blocks.matmul((s["state"].at[zero], k_t), interpret=interpret)
+            return g, blocks.matmul((s["state"].at[zero], s["k"].at[slot].T), interpret=interpret)
+
+        def step(i: Any, g: jax.Array, dv: jax.Array, parts: int, hard: jax.Array) -> jax.Array:
+            n, slot = chunks - 1 - i, blocks.rem(i, stages)
+            dv_s, room_s, g_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("dv", "rest", "state"))
+            do_t, room = s["do"].at[slot].T, dict(room=room_s, interpret=interpret)
+            carry = refs["gates"][b, head, n, CARRY, 0]
+            dv = two_parts.add_rest(dv, g, s["k"].at[slot], parts, g_s, interpret=interpret)
             dv = dv * blocks.by_col(number(slot, WRITE))
             read_t = (blocks.tile(do_t) * blocks.by_col(number(slot, READ_Q))).astype(BF16)
             dv, g = blocks.matmul(
@@ -94,12 +94,6 @@ def wide_reverse(
                 (read_t, s["q"].at[slot], g * carry),
                 interpret=interpret,
             )
-            return g, dv
-
-        def step(i: Any, g: jax.Array, dv: jax.Array, parts: int, hard: jax.Array) -> jax.Array:
-            n, slot = chunks - 1 - i, blocks.rem(i, stages)
-            dv_s, room_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("dv", "rest"))
-            room = dict(room=room_s, interpret=interpret)
             dx = two_parts.times_inverse(dv, s["high"].at[slot], dv_s, s["low"], parts, **room)
             back = number(slot, BETA) * number(slot, READ_K) * -1.0
             seen = two_parts.split(dx * blocks.by_col(back), parts, **room)

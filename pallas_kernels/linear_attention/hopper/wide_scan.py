@@ -108,12 +108,8 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             zero, slot = two_parts.hidden_zero(hard), blocks.rem(n, stages)
             # Not by way of shared memory, which is full to the last 1000 bytes with K = 256.
             carry = refs["gates"][b, head, n, CARRY, 0]
-
-            @pl.when(hard > 0.0)
-            def _() -> None:
-                low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
-                two_parts.load_low(2, low, s["o"].at[zero], s["low"])
-
+            low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+            two_parts.load_low(hard > 0.0, low, s["o"].at[zero], s["low"])
             if keep:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's state has left
             blocks.store(s["state"].at[0], state.astype(BF16), interpret=interpret)
