@@ -86,9 +86,9 @@ def test_equal_keys_that_undo_each_other(key_dim, beta, decay, capfd):
     call = normalize(q, k, v, **options, interpret=True)
     got, want = values_and_gradients(hopper, call), exact(call)
     error = lambda name: np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
-    limits = dict(o=6e-3, state=6e-3, dk=6e-3, dv=9e-3, dq=4e-2, dbeta=3e-2)
+    limits = dict(o=6e-3, state=6e-3, dk=6e-3, dv=4e-3, dq=4e-2, dbeta=1.2e-2)
     if decay is not None:  # the scaled copies of k are in one bf16
-        limits = dict(o=4e-2, state=4e-2, dk=6e-3, dv=4e-2, dq=4e-2, dbeta=9e-2, dlog_decay=5e-2)
+        limits = dict(o=4e-2, state=4e-2, dk=6e-3, dv=4e-2, dq=4e-2, dbeta=9e-2, dlog_decay=4.5e-2)
     assert {name: error(name) for name, limit in limits.items() if not error(name) < limit} == {}
     assert "RACE DETECTED" not in capfd.readouterr().out
 

@@ -195,7 +195,7 @@ def test_compiles_without_spills(shape):
     report = hopper_aot.compile_for_hopper(gradients, arrays, saved, struct((B, T, HV, V), BF16))
     assert report
     for kernel in report:  # the delta rule's chunk kernel is up to 10 registers over its limit, the other 3
-        allowed = {"delta_chunk_gradients": 160, "additive_gradients": 48, "delta_reverse_scan": 320}.get(
+        allowed = {"delta_chunk_gradients": 160, "additive_gradients": 48, "delta_reverse_scan": 296}.get(
             kernel.name.rsplit("_", 1)[0], 0
         )
         assert kernel.spills <= allowed, report

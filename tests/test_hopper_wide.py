@@ -167,9 +167,8 @@ SHAPES = {  # B, T, H, HV, K, V
     "256 x 128, groups": (2, 4096, 2, 4, 256, 128),
     "128 x 256": (4, 8192, 8, 8, 128, 256),
 }
-# Bytes; the other kernels have none. The scans': in the branch for hard chunks (two_parts.py).
-# jax 0.11.2: up to 1752 in the scan, 480 in its reverse; 0.12.0.1: 768, 48 (docs/kernels.md).
-SPILLS = dict(delta_wide_chunks=200, delta_wide_scan=1752, delta_wide_reverse=480, delta_output=320)
+# Bytes; the other kernels have none.
+SPILLS = dict(delta_wide_chunks=200, delta_wide_scan=16, delta_output=320)
 
 
 @pytest.mark.aot

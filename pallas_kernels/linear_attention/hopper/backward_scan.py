@@ -125,50 +125,57 @@ def reverse_scan(
             columns = pl.ds(value_block * value_tile + wg * C, C)
             g = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
 
-            def step(i: Any, g: jax.Array, parts: int, _: Any) -> jax.Array:
-                n = last - i
-                low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
-                two_parts.load_low(parts, low, s["dv_s"].at[wg], s["low"].at[wg] if delta else None)
-                slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
-                q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
-                k_s: Any = s["k_s"].at[slot] if chained else None
+            def begin(i: Any, g: jax.Array, hard: Any) -> tuple[jax.Array, Any]:
+                n, slot = last - i, blocks.rem(i, stages)
+                mine = wg + (0 if hard is None else two_parts.hidden_zero(hard))
+                if delta:
+                    low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+                    two_parts.load_low(hard > 0.0, low, s["dv_s"].at[mine], s["low"].at[mine])
                 g_lo = g.astype(bf16)
                 if output:
                     target = refs["states"].at[b, head, n, columns]
-                    blocks.send(s["g_s"].at[wg], g_lo, target, interpret=interpret)
+                    blocks.send(s["g_s"].at[mine], g_lo, target, interpret=interpret)
                 plgpu.barrier_wait(s["filled"].at[slot])
+                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T), interpret=interpret) if chained else None
+                return g, dv
+
+            def step(i: Any, g: jax.Array, dv: Any, parts: int, hard: Any) -> jax.Array:
+                n, mine = last - i, wg + (0 if hard is None else two_parts.hidden_zero(hard))
+                slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
+                q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
+                k_s: Any = s["k_s"].at[slot] if chained else None
                 if chained:
-                    dv = blocks.matmul((g_lo, k_s.T), interpret=interpret)
+                    dv = two_parts.add_rest(dv, g, k_s, parts, interpret=interpret)
                     dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[blocks.WRITE]))
                 plgpu.barrier_wait(s["p_ready"].at[ahead])
-                written = (do_s.at[wg].T, q_s, g * gate_s[blocks.CARRY, 0])
+                written = (do_s.at[mine].T, q_s, g * gate_s[blocks.CARRY, 0])
                 if chained:
                     dv, g = blocks.matmul(
-                        (do_s.at[wg].T, s["p_s"].at[ahead], dv), written, interpret=interpret
+                        (do_s.at[mine].T, s["p_s"].at[ahead], dv), written, interpret=interpret
                     )
                 else:
                     g = blocks.matmul(written, interpret=interpret)
                 if delta:
                     beta = blocks.col_vector(gate_s.at[blocks.BETA])
                     back = beta * blocks.col_vector(gate_s.at[blocks.READ_K]) * -1.0
-                    pair = s["high_s"].at[slot], s["dv_s"].at[wg], s["low"].at[wg]
+                    pair = s["high_s"].at[slot], s["dv_s"].at[mine], s["low"].at[mine]
                     dx = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
                     seen = two_parts.split(dx * blocks.by_col(back), parts, interpret=interpret)
                     (g,) = sums_of_products(([(part, k_s) for part in seen], g), interpret=interpret)
                     dv = dx * blocks.by_col(beta)
                 if output:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    blocks.store(s["dv_s"].at[wg], dv.astype(bf16), interpret=interpret, transposed=True)
+                    blocks.store(s["dv_s"].at[mine], dv.astype(bf16), interpret=interpret, transposed=True)
                 plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["p_free"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])
                 if output:
                     target = refs["dv"].at[b, pl.ds(n * C, C), head, columns]
-                    plgpu.copy_smem_to_gmem(s["dv_s"].at[wg], target)
+                    plgpu.copy_smem_to_gmem(s["dv_s"].at[mine], target)
                 return g
 
             hardness = (lambda i: refs["hard"][b, head, last - i, 0]) if delta else None
-            g = two_parts.loop(count, step, g, hardness)
+            g = two_parts.loop(count, step, g, hardness, begin)
             refs["first"].at[piece, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 

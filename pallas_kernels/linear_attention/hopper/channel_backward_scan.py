@@ -109,25 +109,31 @@ def reverse_scan(
             columns = pl.ds(value_block * value_tile + wg * C, C)
             ds = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
 
-            def step(i: Any, ds: jax.Array, parts: int, _: Any) -> jax.Array:
+            def begin(i: Any, ds: jax.Array, hard: Any) -> tuple[jax.Array, jax.Array]:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
-                low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
-                two_parts.load_low(parts, low, s["dv"].at[wg], s["low"].at[wg] if delta else None)
-                do_s = s["do"].at[slot, wg]
+                if delta:
+                    low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+                    two_parts.load_low(hard > 0.0, low, s["dv"].at[wg], s["low"].at[wg])
                 ds_lo = ds.astype(BF16)
                 if not summary:
                     target = refs["ds"].at[b, head, n, columns]
                     blocks.send(s["ds"].at[wg], ds_lo, target, interpret=interpret)
                 plgpu.barrier_wait(s["filled"].at[slot])
+                return ds, blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
+
+            def step(i: Any, ds: jax.Array, dv: jax.Array, parts: int, hard: Any) -> jax.Array:
+                n, slot = after - 1 - i, blocks.rem(i, stages)
+                mine = wg + (0 if hard is None else two_parts.hidden_zero(hard))
+                do_s = s["do"].at[slot, mine]
                 carry = blocks.by_col(blocks.col_vector(s["carry"].at[slot]), (C, key_dim))
-                dv = blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
+                dv = two_parts.add_rest(dv, ds, s["write"].at[slot], parts, interpret=interpret)
                 dv, ds = blocks.matmul(
                     (do_s.T, s["scores"].at[slot], dv),
                     (do_s.T, s["read_q"].at[slot], ds * carry),
                     interpret=interpret,
                 )
                 if delta:
-                    pair = s["high"].at[slot], s["dv"].at[wg], s["low"].at[wg]
+                    pair = s["high"].at[slot], s["dv"].at[mine], s["low"].at[mine]
                     dv = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
                     dv = dv * blocks.by_col(blocks.col_vector(s["beta"].at[slot]))
                     seen = two_parts.split(dv * -1.0, parts, interpret=interpret)
@@ -135,16 +141,16 @@ def reverse_scan(
                     (ds,) = sums_of_products((seen, ds), interpret=interpret)
                 if not summary:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    blocks.store(s["dv"].at[wg], dv.astype(BF16), interpret=interpret, transposed=True)
+                    blocks.store(s["dv"].at[mine], dv.astype(BF16), interpret=interpret, transposed=True)
                 plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["free"].at[slot])
                 if not summary:
                     target = refs["dv"].at[b, pl.ds(n * C, C), head, columns]
-                    plgpu.copy_smem_to_gmem(s["dv"].at[wg], target)
+                    plgpu.copy_smem_to_gmem(s["dv"].at[mine], target)
                 return ds
 
             hardness = (lambda i: refs["hard"][b, head, after - 1 - i, 0]) if delta else None
-            ds = two_parts.loop(count, step, ds, hardness)
+            ds = two_parts.loop(count, step, ds, hardness, begin)
             refs["first"].at[piece, head, columns][...] = ds
             plgpu.wait_smem_to_gmem(0)
 

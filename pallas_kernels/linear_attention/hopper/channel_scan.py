@@ -148,7 +148,7 @@ class ChannelScan(Wanted):
             slot = blocks.rem(n, at.stages)
             rows = pl.ds((at.first + n) * C, C)
             low = lambda: refs.low.at[at.b, at.head, rows]
-            two_parts.load_low(parts, low, smem.o.at[wg], smem.low.at[wg] if at.delta else None)
+            two_parts.load_low(parts == 2, low, smem.o.at[wg], smem.low.at[wg] if at.delta else None)
             state_lo = state.astype(BF16)
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)

@@ -284,7 +284,7 @@ class Scan(Wanted):
             rows = pl.ds((at.first + n) * C, C)
             by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[row]))
             low = lambda: refs.low.at[at.b, at.head, rows]
-            two_parts.load_low(parts, low, smem.o.at[mine], smem.low.at[mine] if at.delta else None)
+            two_parts.load_low(parts == 2, low, smem.o.at[mine], smem.low.at[mine] if at.delta else None)
             state_lo = state.astype(BF16)
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)

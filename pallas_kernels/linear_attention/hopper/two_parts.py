@@ -119,29 +119,44 @@ def split(x: jax.Array, parts: int, hard: Any = None, room: Any = None, *, inter
     return [high, room]
 
 
+def hidden_zero(hard: jax.Array) -> jax.Array:
+    """0, which the compiler cannot know, of a number in `Inverse.hard`: added to an index it keeps addresses
+    from being hoisted out of a loop over chunks into registers, those of both branches."""
+    return (hard * 2.0**-10).astype(jnp.int32)
+
+
 def loop(
-    count: int, step: Callable[[Any, jax.Array, int, Any], jax.Array], state: jax.Array, hardness: Any
+    count: int,
+    step: Callable[..., jax.Array],
+    state: jax.Array,
+    hardness: Any,
+    begin: Callable[..., tuple] = lambda n, state, hard: (state,),
 ) -> jax.Array:
-    """state <- step(n, state, parts, hard), n from 0 to count - 1: of two parts in hard chunks, else of one.
+    """state <- step(n, *begin(n, state, hard), parts, hard), n from 0 to count - 1: of two parts in hard
+    chunks, else of one.
 
     hardness: n to the number in `Inverse.hard`; None: none is hard. A step is a branch as a whole, so that an
-    ordinary chunk's keeps no register for what a hard one's needs.
+    ordinary chunk's keeps no register for what a hard one's needs; `begin` is what both have in common.
     """
     if hardness is None:
-        return lax.fori_loop(0, count, lambda n, state: step(n, state, 1, None), state)
+        return lax.fori_loop(0, count, lambda n, state: step(n, *begin(n, state, None), 1, None), state)
 
     def either(n: Any, carried: tuple) -> tuple:
         state, hard = carried
         following = hardness(jnp.minimum(n + 1, count - 1))  # long before it is wanted
-        run = lambda parts: lambda: step(n, state, parts, hard)
+        begun = begin(n, state, hard)
+        run = lambda parts: lambda: step(n, *begun, parts, hard)
         return lax.cond(hard > 0.0, run(2), run(1)), following
 
     return lax.fori_loop(0, count, either, (state, hardness(0)))[0]
 
 
-def load_low(parts: int, source: Any, target: Any, ready: Any) -> None:
-    """Starts the copy of A's second part into a tile from which results leave; see `times_inverse`."""
-    if parts == 2:
+def load_low(wanted: Any, source: Any, target: Any, ready: Any) -> None:
+    """If `wanted`, starts the copy of A's second part into a tile from which results leave; see
+    `times_inverse`."""
+
+    @pl.when(wanted)
+    def _() -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk left there has gone
         plgpu.copy_gmem_to_smem(source(), target, ready)
 
@@ -164,6 +179,19 @@ def times_inverse(
         plgpu.barrier_wait(ready)
         pairs += [(operands[1], high), (operands[0], low)]
     return sums_of_products((pairs, x), interpret=interpret)[0]
+
+
+def add_rest(out: Any, x: Any, keys: Any, parts: int, rounded: Any = None, *, interpret: Any) -> jax.Array:
+    """out [C, C] and, of two parts, what rounding x [C, K] to bf16 took off, times keys^T.
+
+    rounded: x in bf16 in shared memory, where there are no registers to keep it in.
+    """
+    for start in range(0, x.shape[1], C) if parts == 2 else ():  # not at once, for want of registers
+        part, columns = x[:, start : start + C], pl.ds(start, C)
+        high = part.astype(BF16).astype(F32) if rounded is None else blocks.tile(rounded.at[:, columns])
+        rest = (part - high).astype(BF16)
+        out = blocks.matmul((rest, keys.at[:, columns].T, out), interpret=interpret)
+    return out
 
 
 def products(*sums: Callable[[], tuple], parts: int, interpret: Any) -> tuple[jax.Array, ...]:

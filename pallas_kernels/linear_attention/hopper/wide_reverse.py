@@ -46,8 +46,8 @@ def wide_reverse(
         q=blocks.smem((stages, C, key_dim), BF16),
         k=blocks.smem((stages, C, key_dim), BF16),
         do=blocks.smem((stages, C, C), BF16),
-        dv=blocks.smem((C, C), BF16),  # before, if a chunk is hard: A's second part
-        rest=blocks.smem((C, C), BF16),  # then: second parts of what multiplies A and k
+        dv=blocks.smem((1, C, C), BF16),  # before, if a chunk is hard: A's second part
+        rest=blocks.smem((1, C, C), BF16),  # then: second parts of what multiplies A and k
         **buffers(stages, key_dim),
     )
 
@@ -55,6 +55,8 @@ def wide_reverse(
         b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
         key_head = blocks.div(head, group)
         columns = pl.ds(value_block * C, C)
+
+        number = lambda slot, row: blocks.col_vector(s["gates"].at[slot, GATES.index(row)])
 
         def fill(i: Any, slot: Any) -> None:
             n = chunks - 1 - traced(i)
@@ -69,38 +71,44 @@ def wide_reverse(
                 source = refs["gates"].at[b, head, n, row]
                 plgpu.copy_gmem_to_smem(source, s["gates"].at[slot, place], barrier)
 
-        def step(i: Any, g: jax.Array, parts: int, _: Any) -> jax.Array:
-            n, slot = chunks - 1 - i, blocks.rem(i, stages)
-            two_parts.load_low(parts, lambda: refs["low"].at[b, head, pl.ds(n * C, C)], s["dv"], s["low"])
-            k, do_t, gates = s["k"].at[slot], s["do"].at[slot].T, s["gates"].at[slot]
-            number = lambda row: blocks.col_vector(gates.at[GATES.index(row)])
-            carry = refs["gates"][b, head, n, CARRY, 0]
+        def begin(i: Any, g: jax.Array, hard: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """dS^T; (K dS)^T, of one part."""
+            n, slot, zero = chunks - 1 - i, blocks.rem(i, stages), two_parts.hidden_zero(hard)
+            low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+            two_parts.load_low(hard > 0.0, low, s["dv"].at[zero], s["low"])
             target = refs["states"].at[b, head, n, columns]
-            blocks.send(s["state"], g, target, interpret=interpret)
+            blocks.send(s["state"].at[0], g, target, interpret=interpret)
             plgpu.barrier_wait(s["filled"].at[slot])
-            dv = blocks.matmul((s["state"], k.T), interpret=interpret) * blocks.by_col(number(WRITE))
-            read_t = (blocks.tile(do_t) * blocks.by_col(number(READ_Q))).astype(BF16)
+            return g, blocks.matmul((s["state"].at[zero], s["k"].at[slot].T), interpret=interpret)
+
+        def step(i: Any, g: jax.Array, dv: jax.Array, parts: int, hard: jax.Array) -> jax.Array:
+            n, slot = chunks - 1 - i, blocks.rem(i, stages)
+            dv_s, room_s, g_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("dv", "rest", "state"))
+            do_t, room = s["do"].at[slot].T, dict(room=room_s, interpret=interpret)
+            carry = refs["gates"][b, head, n, CARRY, 0]
+            dv = two_parts.add_rest(dv, g, s["k"].at[slot], parts, g_s, interpret=interpret)
+            dv = dv * blocks.by_col(number(slot, WRITE))
+            read_t = (blocks.tile(do_t) * blocks.by_col(number(slot, READ_Q))).astype(BF16)
             dv, g = blocks.matmul(
                 (do_t, s["scores"].at[slot], dv),
                 (read_t, s["q"].at[slot], g * carry),
                 interpret=interpret,
             )
-            back = number(BETA) * number(READ_K) * -1.0
-            room = dict(room=s["rest"], interpret=interpret)
-            dx = two_parts.times_inverse(dv, s["high"].at[slot], s["dv"], s["low"], parts, **room)
+            dx = two_parts.times_inverse(dv, s["high"].at[slot], dv_s, s["low"], parts, **room)
+            back = number(slot, BETA) * number(slot, READ_K) * -1.0
             seen = two_parts.split(dx * blocks.by_col(back), parts, **room)
-            (g,) = sums_of_products(([(part, k) for part in seen], g), interpret=interpret)
-            dv = dx * blocks.by_col(number(BETA))
+            (g,) = sums_of_products(([(part, s["k"].at[slot]) for part in seen], g), interpret=interpret)
+            dv = dx * blocks.by_col(number(slot, BETA))
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's dV has left
-            blocks.store(s["dv"], dv.astype(BF16), interpret=interpret, transposed=True)
+            blocks.store(dv_s, dv.astype(BF16), interpret=interpret, transposed=True)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(s["free"].at[slot])
-            plgpu.copy_smem_to_gmem(s["dv"], refs["dv"].at[b, pl.ds(n * C, C), head, columns])
+            plgpu.copy_smem_to_gmem(dv_s, refs["dv"].at[b, pl.ds(n * C, C), head, columns])
             return g
 
         def hold_state() -> None:
             g = blocks.state(refs.get("last"), (C, key_dim), (b, head, columns))
-            g = two_parts.loop(chunks, step, g, lambda i: refs["hard"][b, head, chunks - 1 - i, 0])
+            g = two_parts.loop(chunks, step, g, lambda i: refs["hard"][b, head, chunks - 1 - i, 0], begin)
             refs["first"].at[b, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 

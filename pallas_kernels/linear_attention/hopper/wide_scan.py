@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
@@ -32,7 +33,7 @@ def buffers(stages: int, key_dim: int) -> dict[str, Any]:
         high=blocks.smem((stages, C, C), BF16),
         scores=blocks.smem((stages, C, C), BF16),
         gates=plgpu.SMEM((stages, len(GATES), C), F32),
-        state=blocks.smem((C, key_dim), BF16),
+        state=blocks.smem((1, C, key_dim), BF16),
         filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
         free=plgpu.Barrier(num_barriers=stages),
         low=plgpu.Barrier(),
@@ -77,8 +78,8 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
     scratch = dict(
         keys=blocks.smem((stages, 2 * C, key_dim), BF16),  # k, then q: one product reads the state for both
         v=blocks.smem((stages, C, C), BF16),
-        o=blocks.smem((C, C), BF16),  # before, if the chunk is hard: A's second part
-        values=blocks.smem((C, C), BF16),  # and second parts of what it multiplies, and of V'
+        o=blocks.smem((1, C, C), BF16),  # before, if the chunk is hard: A's second part
+        values=blocks.smem((1, C, C), BF16),  # and second parts of what it multiplies, and of V'
         **buffers(stages, key_dim),
     )
 
@@ -86,6 +87,9 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
         b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
         key_head = blocks.div(head, group)
         columns = pl.ds(value_block * C, C)
+
+        def by_token(slot: Any, row: int) -> jax.Array:
+            return blocks.by_col(blocks.col_vector(s["gates"].at[slot, GATES.index(row)]))
 
         def fill(n: Any, slot: Any) -> None:
             n = traced(n)
@@ -99,56 +103,60 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             for place, row in enumerate(GATES):
                 copy(refs["gates"].at[b, head, n, row], s["gates"].at[slot, place])
 
-        def step(n: Any, state: jax.Array, parts: int, hard: Any) -> jax.Array:
-            slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
-            two_parts.load_low(parts, lambda: refs["low"].at[b, head, rows], s["o"], s["low"])
-            gates = s["gates"].at[slot]
-            by_token = lambda row: blocks.by_col(blocks.col_vector(gates.at[GATES.index(row)]))
+        def begin(n: Any, state: jax.Array, hard: jax.Array) -> tuple[jax.Array, ...]:
+            """The state; X^T, X = beta (V - e K S); (scale e Q S)^T; exp(G_C)."""
+            zero, slot = two_parts.hidden_zero(hard), blocks.rem(n, stages)
             # Not by way of shared memory, which is full to the last 1000 bytes with K = 256.
             carry = refs["gates"][b, head, n, CARRY, 0]
+            low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+            two_parts.load_low(hard > 0.0, low, s["o"].at[zero], s["low"])
             if keep:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's state has left
-            blocks.store(s["state"], state.astype(BF16), interpret=interpret)
+            blocks.store(s["state"].at[0], state.astype(BF16), interpret=interpret)
             plgpu.commit_smem()
             if keep:
-                plgpu.copy_smem_to_gmem(s["state"], refs["states"].at[b, head, n, columns])
+                plgpu.copy_smem_to_gmem(s["state"].at[0], refs["states"].at[b, head, n, columns])
             plgpu.barrier_wait(s["filled"].at[slot])
-            read = blocks.matmul((s["state"], s["keys"].at[slot].T), interpret=interpret)
-            value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(READ_K)
-            value = value * by_token(BETA)
-            room = dict(room=s["values"], interpret=interpret)
-            pair = s["high"].at[slot].T, s["o"].T, s["low"]
+            read = blocks.matmul((s["state"].at[zero], s["keys"].at[slot].T), interpret=interpret)
+            value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(slot, READ_K)
+            return state, value * by_token(slot, BETA), read[:, C:] * by_token(slot, READ_Q), carry
+
+        def step(n: Any, state: Any, value: Any, read: Any, carry: Any, parts: int, hard: Any) -> jax.Array:
+            slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
+            o_s, values_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("o", "values"))
+            room = dict(room=values_s, interpret=interpret)
+            pair = s["high"].at[slot].T, o_s.T, s["low"]
             value = two_parts.times_inverse(value, *pair, parts, hard, **room)
             values = two_parts.split(value, parts, hard, **room)
-
-            def seen() -> tuple:
-                q_read = read[:, C:]
-                if parts == 2:  # again, for want of registers to keep it in
-                    q = s["keys"].at[slot, pl.ds(C, C)].T
-                    q_read = blocks.matmul((s["state"], q), interpret=interpret)
-                return [(part, s["scores"].at[slot].T) for part in values], q_read * by_token(READ_Q)
+            seen = lambda: ([(part, s["scores"].at[slot].T) for part in values], read)
 
             def written() -> tuple:
-                k = s["keys"].at[slot, pl.ds(0, C)]
-                new = two_parts.split(value * by_token(WRITE), parts, **room)
-                return [(part, k) for part in new], state * carry
+                new = two_parts.split(value * by_token(slot, WRITE), parts, **room)
+                return [(part, s["keys"].at[slot, pl.ds(0, C)]) for part in new], state * carry
 
-            o, state = two_parts.products(seen, written, parts=parts, interpret=interpret)
-            plgpu.wait_smem_to_gmem(int(keep), wait_read_only=True)  # the last chunk's results have left
-            blocks.store(s["o"], o.astype(BF16), interpret=interpret, transposed=True)
+            def leave(o: jax.Array) -> None:
+                plgpu.wait_smem_to_gmem(int(keep), wait_read_only=True)  # the last chunk's results have left
+                blocks.store(o_s, o.astype(BF16), interpret=interpret, transposed=True)
+
+            if parts == 1:
+                o, state = sums_of_products(seen(), written(), interpret=interpret)
+                leave(o)
+            else:
+                leave(*sums_of_products(seen(), interpret=interpret))
+                (state,) = sums_of_products(written(), interpret=interpret)
             if keep:
-                blocks.store(s["values"], values[0], interpret=interpret, transposed=True)
+                blocks.store(values_s, values[0], interpret=interpret, transposed=True)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(s["free"].at[slot])
             if keep:
                 values = refs["values"].at[b, rows, head, columns]
-                plgpu.copy_smem_to_gmem(s["values"], values, commit_group=False)
-            plgpu.copy_smem_to_gmem(s["o"], refs["o"].at[b, rows, head, columns])
+                plgpu.copy_smem_to_gmem(values_s, values, commit_group=False)
+            plgpu.copy_smem_to_gmem(o_s, refs["o"].at[b, rows, head, columns])
             return state
 
         def hold_state() -> None:
             state = blocks.state(refs.get("initial"), (C, key_dim), (b, head, columns))
-            state = two_parts.loop(chunks, step, state, lambda n: refs["hard"][b, head, n, 0])
+            state = two_parts.loop(chunks, step, state, lambda n: refs["hard"][b, head, n, 0], begin)
             if final:
                 refs["final"].at[b, head, columns][...] = state
             plgpu.wait_smem_to_gmem(0)
