@@ -3,10 +3,10 @@
     python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source --workdir=runs/study_lm
     python -m launch.sweep --config=configs/sweeps/study_lm.py:data/source,later --workdir=runs/study_lm_later
 
-The second line is four kinds that came later, pure and 3:1. The argument is a folder of shards that `python -m
-hybridlm.data.prepare` wrote. 14 layers of width 512, about 48M parameters, matched through the MLPs; every run
-sees the same bytes in the same order. One learning rate for all: on other text attention learned faster with
-it than with twice as much.
+The second line is four kinds that came later, pure and 3:1. The argument is a folder of shards that `python
+-m hybridlm.data.prepare` wrote. 14 layers of width 512, about 48M parameters, matched through the MLPs; every
+run sees the same bytes in the same order. One learning rate for all: on other text attention learned faster
+with it than with twice as much.
 """
 
 from launch.grid import Sweep, axis
