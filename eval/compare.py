@@ -262,8 +262,9 @@ def main(argv: Sequence[str]) -> int:
 
     def compare() -> None:
         folder = flags.out or flags.runs[0].resolve().parent
-        if not folder.is_dir():
+        if folder.exists() and not folder.is_dir():
             raise ConfigError("--out", str(folder), "is no folder")
+        folder.mkdir(parents=True, exist_ok=True)
         print(f"written: {untrusted.terminal(private.hide(str(write(flags.runs, folder))))}")
 
     return cli.run(compare)

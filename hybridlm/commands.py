@@ -16,6 +16,7 @@ COMMANDS = {
     "python -m eval": "measures recall and memory of a run",
     "python -m eval.harness": "runs tasks of lm-evaluation-harness",
     "python -m eval.compare": "compares the results of several runs",
+    "python -m eval.longppl": "perplexity of a run on what needs a long context, by a judge model",
     "python -m eval.probes": "pictures of recall, states and attention of a run",
     "python -m launch.sweep": "trains a sweep",
     "python -m launch.report": "makes a sweep's report",

@@ -1,6 +1,7 @@
 """What a config is read from: a Python file with ``get_config``, which is run, or a run's config.json."""
 
 import contextlib
+import functools
 import inspect
 import logging
 import traceback
@@ -34,11 +35,16 @@ def located(filename: str, field: str = "--config") -> Path:
     if path.is_file():
         return path
     if path.parts[:1] == ("configs",) and (root / path).is_file():
-        log.info("there is no %s here; it is that of hybridlm, in %s", filename, root)
+        _say_whose(filename, root)
         return root / path
     known = [str(file) for file in path.parent.glob("*.py") if file.stem != "__init__"]
     fix = nearest(filename, known) if known else f"It was looked for from {Path.cwd()}."
     raise ConfigError(field, filename, "no such file", fix)
+
+
+@functools.cache  # once, however often it is asked for
+def _say_whose(filename: str, root: Path) -> None:
+    log.info("there is no %s here; it is that of hybridlm, in %s", filename, root)
 
 
 def split(spec: str) -> tuple[str, str]:

@@ -31,13 +31,14 @@ def lines(
     summary, steps = cost.summary(config), config.train.steps
     (_, train), *held = datasets.items()
     held_out = "; ".join(f"{name}: {one.source.describe()}" for name, one in held)
+    begins = f"resumed at step {start:,}" if start else "a new run"
     said = {
         "devices": _devices(mesh),
         "kernels": kernels(choices(config, program, runs)),
         "model": f"{summary['parameters']:,} parameters, {summary['plan']}; {report.full_layers(config)}",
         "data": f"{report.amount(config, train)}; {held_out}",
         "workdir": private.hide(str(workdir)),
-        "steps": f"{start + 1:,} to {steps:,}, " + (f"resumed at step {start:,}" if start else "a new run"),
+        "steps": f"all {steps:,} are done" if start == steps else f"{start + 1:,} to {steps:,}, {begins}",
     }
     if config.model.matmul == "fp8":
         said["matmul"] = fp8.said(config.model, build(config).layers)

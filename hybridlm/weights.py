@@ -39,11 +39,7 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = False, **chan
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError("--workdir", str(workdir), "holds no checkpoints", "Train the run first.")
     with checkpoint.Checkpoints(workdir / "checkpoints") as saves:
-        steps = saves.steps()
-        if not steps or (step is not None and step not in steps):
-            allowed = "there are checkpoints at steps " + (", ".join(map(str, steps)) or "(none)")
-            raise ConfigError("--step", step, allowed)
-        step = steps[-1] if step is None else step
+        step = saves.chosen(step)
         mesh = jax.sharding.get_mesh()
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         where = one if mesh.empty else jax.NamedSharding(mesh, jax.P())

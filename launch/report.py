@@ -105,10 +105,11 @@ def _pictures(
     measured: Sequence[Mean], found: Sequence[Result], metric: str, pictures: dict[str, bytes]
 ) -> str:
     """The figures that there are something for; their PNGs go to ``pictures`` by file name."""
+    bands = "" if all(math.isnan(mean.low) for mean in measured) else " Bands: 95% over seeds."
     drawn = {
         "by_fraction": (
             figures.over_fraction(measured, metric),
-            "A line for each linear mixer, to attention alone where that ran. Bands: 95% over seeds.",
+            f"A line for each linear mixer, to attention alone where that ran.{bands}",
         ),
         "by_placement": (
             figures.placements(measured, metric),
@@ -146,7 +147,7 @@ def _budgets(measured: Sequence[Mean], metric: str) -> str:
         rows.append([quantity(budget, "B"), run.label, ratio, layers, value])
     head = ["budget from", "mixer", "ratio", "full layers", metric]
     note = "State and KV cache of one sequence. A row holds up to the budget of the next."
-    return f"<h2>Best under a budget of bytes</h2>{_table(head, rows)}{page.note(note)}"
+    return f"<h2>Best {metric} under a budget of bytes</h2>{_table(head, rows)}{page.note(note)}"
 
 
 def _convergence(measured: Sequence[Mean]) -> str:

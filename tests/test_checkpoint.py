@@ -57,6 +57,15 @@ def test_what_is_saved_comes_back(tmp_path):
         assert saves.record(5) == record(5)
 
 
+def test_a_place_that_is_said_by_way_of_another(tmp_path):
+    there = tmp_path / "other" / ".." / "runs"
+    save(there, {3: None})
+    with Checkpoints(there) as saves:
+        back = saves.restore(saves.chosen(None), shapes(state(0)))
+    jax.tree.map(np.testing.assert_array_equal, back, state(3))
+    assert Checkpoints(tmp_path / "runs").steps() == [3]
+
+
 def test_a_save_survives_the_donation_of_its_state(tmp_path):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
     current = state(2)

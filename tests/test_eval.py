@@ -198,7 +198,7 @@ def test_command_line(workdir, capsys):
         (["--tasks=passkey", "--samples=0"], "at least 1"),
         (["--tasks=passkey", "--haystack=none.txt"], "cannot be read"),
         (["--tasks=passkey", "--workdir=none"], "no config.json"),
-        (["--tasks=passkey", "--step=7"], "checkpoints at steps 3"),
+        (["--tasks=passkey", "--step=7"], "no checkpoint at step 7: there are checkpoints at steps 3"),
     ],
 )
 def test_bad_input(workdir, capsys, flags, message):

@@ -124,7 +124,8 @@ def test_bad_input(folders, tmp_path, capsys):
     for given, said in (([a], "two or more"), ([a, a], "twice"), ([a, str(tmp_path)], "no eval.json")):
         assert compare.main(given) == 2
         assert said in capsys.readouterr().err
-    assert compare.main([a, b, "--out", str(tmp_path / "none")]) == 2
+    (tmp_path / "file").write_text("")
+    assert compare.main([a, b, "--out", str(tmp_path / "file")]) == 2
     (folders[1] / "eval.json").write_text('{"results": {"x": {"task": 3}}}')
     assert compare.main([a, b]) == 1
     assert "not a file of results" in capsys.readouterr().err

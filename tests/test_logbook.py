@@ -237,5 +237,16 @@ def test_a_terminal_gets_a_bar_with_numbers_and_an_estimate(tmp_path, monkeypatc
         time.sleep(0.01)
         book.write(50, line(bits_per_byte=2.0, sample="def \x1b[31mf"))
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.file.getvalue())
-    assert re.search(r"50/100 loss 1\.0000  bits/byte 2\.000  tokens/s 10 \d:\d\d:\d\d", shown)
+    assert re.search(r"50/100 \d:\d\d:\d\d loss 1\.0000  bits/byte 2\.000  tokens/s 10", shown)
     assert "def \\x1b[31mf" in shown  # a sample cannot steer the terminal
+
+
+def test_eighty_columns_show_speed_and_the_time_that_is_left(monkeypatch):
+    shown = Console(file=io.StringIO(), width=80, force_terminal=True)
+    monkeypatch.setattr("rich.get_console", lambda: shown)
+    bar = logbook.Bar(0, 1000, quiet=False)
+    bar.show(100, line(loss=10.6136, bits_per_byte=15.313, mfu=0.049) | {"tokens_per_second": 21644.0})
+    with shown.capture() as capture:
+        shown.print(bar.bar.get_renderable())
+    [text] = re.sub("\x1b[^m]*m", "", capture.get()).splitlines()
+    assert re.search(r"100/1000 \S*:\S* loss 10.6136  bits/byte 15.313  tokens/s 21,644", text), text

@@ -131,7 +131,8 @@ def written(definition: model.Definition, model_type: str = "") -> tuple[str, di
             unknown.append(f"{name} ({error.allowed})")
             continue
         except ConfigError as error:
-            reasons.append(f"{name} ({error.allowed})")
+            whose = f"{error.field} " if error.allowed.startswith("must") else ""
+            reasons.append(f"{name} ({whose}{error.allowed})")
             continue
         difference = same_model(model.build(config), definition)
         if not difference:

@@ -252,27 +252,27 @@ def every_type(definition: model.Definition, format: str) -> None:
 
 
 def same_model(a: model.Definition, b: model.Definition) -> str:
-    """What two definitions compute differently, in words; "" if nothing.
+    """What ``b`` computes differently from ``a``, in words; "" if nothing.
 
     Settings are compared in their `explicit` form: of those that compute nothing no difference is seen.
     """
     for field in SETTINGS:
         ours, theirs = getattr(a.model, field), getattr(b.model, field)
         if ours != theirs:
-            return f"model.{field} {ours} and {theirs}"
+            return f"model.{field} {theirs}, not {ours}"
     if len(a.layers) != len(b.layers):
-        return f"{len(a.layers)} and {len(b.layers)} layers"
+        return f"{len(b.layers)} layers, not {len(a.layers)}"
     for index, (one, other) in enumerate(zip(a.layers, b.layers, strict=True)):
         for what in ("kind", "mlp_kind", "post_norm", "stream"):
             if getattr(one, what) != getattr(other, what):
-                return f"layer {index}: {what} {getattr(one, what)} and {getattr(other, what)}"
+                return f"layer {index}: {what} {getattr(other, what)}, not {getattr(one, what)}"
         for x, y in (
             (_settings(one.config.explicit(a.d_model)), _settings(other.config.explicit(b.d_model))),
             (vars(one.mlp_config.explicit()), vars(other.mlp_config.explicit())),
         ):
             for name, value in x.items():
                 if value != y.get(name):
-                    return f"layer {index}: {name} {value} and {y.get(name)}"
+                    return f"layer {index}: {name} {y.get(name)}, not {value}"
     return ""
 
 

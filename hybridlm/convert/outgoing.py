@@ -56,11 +56,8 @@ def export_hf(
     with writing("--hf", directory), checkpoint.Checkpoints(workdir / "checkpoints") as saves:
         if directory.exists() and any(directory.iterdir()):
             raise ConfigError("--hf", str(directory), "must be a new or empty directory")
-        steps = saves.steps()
-        if not steps or step not in (None, *steps):
-            raise ConfigError("--workdir", str(workdir), f"has checkpoints at steps {steps}")
         names = model.canonical_shapes(definition)
-        step = steps[-1] if step is None else step
+        step = saves.chosen(step)
         params = saves.open(step, "params", names)
         if ema:
             params |= saves.open(step, "ema", averaged)

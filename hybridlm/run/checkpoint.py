@@ -86,7 +86,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, last: int = 2, best: int = 1):
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).resolve()  # Orbax and tensorstore take no ".."
         self.scores: dict[int, float] = {}
         whole = lambda step: (self.directory / str(step) / COMMITTED).exists()
         self.filling: int | None = None  # the step that `create` made, which changes until the end
@@ -103,6 +103,16 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self.manager.all_steps())
+
+    def chosen(self, step: int | None) -> int:
+        """``step``, or the newest for None; ConfigError where there is no such checkpoint."""
+        steps, workdir = self.steps(), str(self.directory.parent)
+        if not steps:
+            raise ConfigError("--workdir", workdir, "holds no complete checkpoint", "Train the run first.")
+        if step not in (None, *steps):
+            problem = f"there is no checkpoint at step {step}: there are checkpoints at steps "
+            raise ConfigError("--workdir", workdir, problem + ", ".join(map(str, steps)))
+        return steps[-1] if step is None else step
 
     def save(self, step: int, state: State, record: dict[str, Any]) -> None:
         """Starts writing; returns once ``state`` may be overwritten. Waits for the previous save first.

@@ -19,6 +19,7 @@ import jax
 import rich
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from hybridlm import untrusted
 from hybridlm.config import Config
@@ -191,12 +192,13 @@ class Bar:
         self.steps = steps
         self.console = Console(quiet=True) if quiet else rich.get_console()
         columns = (
-            BarColumn(),
+            BarColumn(bar_width=6),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
+            # The last of it is what few columns cut off.
+            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True)),
         )
-        self.bar = Progress(*columns, console=self.console)
+        self.bar = Progress(*columns, console=self.console, expand=True)
         self.task = self.bar.add_task("train", total=steps, completed=start, numbers="compiling")
         self.plain_every = max(1, math.ceil(steps / PLAIN_LINES))
         self.next_plain = 0

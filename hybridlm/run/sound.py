@@ -27,7 +27,7 @@ HALF_WRITTEN = "*.orbax-checkpoint-tmp*"
 def check_place(directory: Path) -> None:
     """ConfigError for a place whose checkpoints could not be read again: Orbax takes its name for a pattern,
     and tensorstore for an address."""
-    text = str(directory)
+    text = str(directory.resolve())
     odd = [character for character in "*?[\\\0" if character in text]
     odd += ["gs:"] if re.search(r"(^|/)gs:(/|$)", text) else []
     odd += ["bytes that are no UTF-8"] if re.search("[\ud800-\udfff]", text) else []
