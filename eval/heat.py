@@ -65,6 +65,7 @@ def _map(
     axes.set_title(figures.text(title), fontsize=11)
     for side in axes.spines.values():
         side.set_visible(False)
+    label = label if len(rows) > 2 else label.replace(" ", "\n")  # beside so short a bar
     figure.colorbar(image, label=label, shrink=min(1.0, 6 / len(rows)), aspect=12)
     return figure
 
