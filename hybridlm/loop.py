@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+import rich
 from jax.sharding import Mesh
 
-from hybridlm import fit, init_from, opening, program, sharding
+from hybridlm import fit, init_from, opening, program, report, sharding
 from hybridlm.data import Dataset
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
@@ -82,7 +83,7 @@ class Loop:
 
     @logbook.harmless("saying what the run is")
     def open(self, start: int) -> None:
-        """Prints what this start of the first member is, before anything is compiled."""
+        """Prints what this start of the first member is, and its layers, before anything is compiled."""
         one = self.members[0]
         datasets = {"": one.train_data, "held out": one.val_data}
         datasets |= {f"val.{name}": dataset for name, dataset in one.val_sets.items()}
@@ -90,6 +91,7 @@ class Loop:
             one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
         )
         show.line("\n".join(said))
+        rich.print(report.layer_table(one.config))
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):

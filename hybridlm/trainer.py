@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import jax
-import rich
 from jax.sharding import Mesh
 
 from hybridlm import config as configs
-from hybridlm import cost, report, sharding, stages
+from hybridlm import cost, sharding, stages
 from hybridlm.config import Config
 from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError
@@ -125,10 +124,8 @@ def references(member: Member) -> dict[str, float]:
 
 @logbook.harmless("the summary")
 def tell(member: Member) -> None:
-    """Prints what the run came to: layers, held-out loss beside references, paths."""
+    """Prints what the run came to: held-out loss beside references, a sample, paths."""
     config, metrics, say = member.config, member.metrics, show.line
-    rich.print(report.layer_table(config))
-    say(report.full_layers(config))
     text = member.val_data.held_out_bytes(config.eval.batches)
     if "val_loss" in metrics:
         say(f"held-out loss: {metrics['val_loss']:.4f} nats per token")
