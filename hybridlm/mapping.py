@@ -120,7 +120,7 @@ def _latent(theirs: attention.Config, ours: mla.Config, layer: Layer) -> tuple[d
         and theirs.rotary_fraction == 1
         and ours.rope_groups == groups
     )
-    plain = theirs.qk_norm == "none" and theirs.output_gate == "none" and not theirs.qkv_bias
+    plain = theirs.qk_norm == theirs.output_gate == "none" and not (theirs.qkv_bias or theirs.o_bias)
     if not plain or theirs.window or theirs.forget_gate or theirs.sinks:
         return {}, "attention with qk_norm, output_gate, biases, a window, forget_gate or sinks is no MLA"
     fits = ours.heads(d_model) == num and ours.v_head_dim == dim and ours.qk_rope_head_dim == width
@@ -133,7 +133,7 @@ def _latent(theirs: attention.Config, ours: mla.Config, layer: Layer) -> tuple[d
         return {}, f"an exact MLA needs {needs}"
     q, k, v, o = (_there(layer.read, f"{name}_proj.kernel") for name in "qkvo")
     nope, rank, group = ours.qk_nope_head_dim, ours.kv_lora_rank, np.arange(num) // (num // groups)
-    q_DHK = q.reshape(d_model, num, dim) * ((nope + width) / dim) ** 0.5
+    q_DHK = q.reshape(d_model, num, dim) * (theirs.logit_scale or dim**-0.5) * (nope + width) ** 0.5
     wide = np.zeros((d_model, num, nope + width), np.float32)
     up = np.zeros((rank, num, nope + dim), np.float32)
     up[:, :, :nope] = _small((rank, num, nope))  # unread until W_q is not 0 there, and then it can learn

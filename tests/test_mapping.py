@@ -30,15 +30,15 @@ GQA = ("attention", SIZES | {"num_kv_heads": G})
 
 
 @functools.cache
-def teacher(yarn=()):
-    definition = built("full*2", full=(GQA[0], GQA[1] | {"yarn": yarn}))
+def teacher(yarn=(), logit_scale=0.0):
+    definition = built("full*2", full=(GQA[0], GQA[1] | {"yarn": yarn, "logit_scale": logit_scale}))
     params = jax.jit(lambda: model.init(definition, jax.random.key(0)))()
     return definition, jax.tree.map(lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size).reshape(x.shape)), params)
 
 
-def loaded(definition, gates="near", yarn=()):
+def loaded(definition, gates="near", **of_teacher):
     """(parameters, report) of ``definition`` started from the teacher."""
-    source, params = teacher(yarn)
+    source, params = teacher(**of_teacher)
     arrays = {name: np.asarray(leaf) for name, leaf in model.unstack(source, params).items()}
     fresh = jax.jit(lambda: model.init(definition, jax.random.key(1)))()
     return init_from.load(init_from.Source(source, arrays, lambda path: None, None), definition, fresh, gates)
@@ -86,6 +86,15 @@ def test_exact(pattern, kinds):
     np.testing.assert_allclose(logits(definition, params), expected(), atol=1e-5, rtol=1e-5)
 
 
+def test_exact_where_attention_has_a_scale_of_its_own():
+    definition = built("mla*2", mla=("mla", MLA | {"kv_lora_rank": 10, "rope_groups": G}))
+    params, report = loaded(definition, logit_scale=1.5)
+    assert not report.why and not report.new
+    want = logits(*teacher(logit_scale=1.5))
+    np.testing.assert_allclose(logits(definition, params), want, atol=1e-5, rtol=1e-5)
+    assert np.abs(want - expected()).max() > 1e-3
+
+
 def test_exact_where_rotations_are_stretched():
     """Latents and keys turn and are scaled alike; an MLA of other rotations is none."""
     yarn = (4.0, 6.0, 2.0, 1.0, 1.0, 0.5)
@@ -94,8 +103,8 @@ def test_exact_where_rotations_are_stretched():
     )
     params, report = loaded(made(yarn), yarn=yarn)
     assert not report.why and not report.new
-    np.testing.assert_allclose(logits(made(yarn), params), logits(*teacher(yarn)), atol=1e-5, rtol=1e-5)
-    assert np.abs(logits(*teacher(yarn)) - expected()).max() > 1e-3
+    np.testing.assert_allclose(logits(made(yarn), params), logits(*teacher(yarn=yarn)), atol=1e-5, rtol=1e-5)
+    assert np.abs(logits(*teacher(yarn=yarn)) - expected()).max() > 1e-3
     assert "yarn=(4.0, 6.0" in loaded(made(()), yarn=yarn)[1].why["layer 0"]
 
 
@@ -247,7 +256,7 @@ def test_what_cannot_be_mapped_is_said(kind, settings, why):
     assert not made and re.search(why, problem)
 
 
-@pytest.mark.parametrize("settings", [{"forget_gate": True}, {"sinks": True}])
+@pytest.mark.parametrize("settings", [{"forget_gate": True}, {"sinks": True}, {"o_bias": True}])
 def test_logits_that_mla_has_not_are_no_mla(settings):
     theirs = mixers.config_class("attention")(kind="attention", **SIZES, num_kv_heads=G, **settings)
     ours = mixers.config_class("mla")(kind="mla", **MLA)
