@@ -212,6 +212,6 @@ def whole_heads(config: Headed, width: int, head_dim: int) -> None:
         raise ConfigError(
             "num_heads",
             0,
-            f"0 splits a width of {width} into heads of {head_dim}, which leaves a remainder",
+            f"0 means as many heads of {head_dim} as a width of {width} holds, which leaves a remainder",
             "Set num_heads, or a head_dim that divides the width.",
         )
