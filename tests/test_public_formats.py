@@ -40,10 +40,10 @@ def test_defaults_have_a_public_format(spec: str) -> None:
 def test_what_has_none_says_so_in_a_line() -> None:
     for spec, said in (
         ("swa,3:1", "one window_size for all layers"),
-        ("mamba2,pure", "mlp_kind none, not swiglu"),
+        ("mamba2,pure", "mlp_kind swiglu, not none"),
         ("rwkv7,pure", "MLPs of kind channel_mix, not swiglu"),
         ("mom,pure", "projections of gates, too"),
-        ("loglinear,pure", "of.norm_eps 1e-06, not 1e-05"),
+        ("loglinear,pure", "of.norm_eps 1e-05, not 1e-06"),
     ):
         found, why = families.public_format(configs.resolve(configs.load(f"configs/hybrid.py:340m,{spec}")))
         assert not found and said in why and len(why) < 300 and "\n" not in why
