@@ -70,9 +70,7 @@ def test_parts_of_the_base_zips_labels_and_filters():
         [both, sized],
         keep=lambda p: p["mixer"] != "kda" or p["size"][0] == "small",
     )
-    with pytest.raises(
-        ConfigError, match=r"a width of 32 holds.* \(at mixer=kda, ratio=3:1, size=small\)"
-    ):
+    with pytest.raises(ConfigError, match=r"a width of 32 holds.* \(at mixer=kda, ratio=3:1, size=small\)"):
         grid.runs(found)
     heads = {f"mixers.{name}.num_heads": 2 for name in ("kda", "gdn", "full")}
     runs = grid.runs(Sweep(found.base, found.axes, heads, keep=found.keep))
