@@ -134,7 +134,8 @@ def _pictures(
         if figure is None:
             continue
         png = pictures[f"{metric}_{name}.png"] = figures.png(figure)
-        parts.append(page.figure(png, caption, f"{metric} {name.replace('_', ' ')}", wide=name == "curves"))
+        several = figure.get_figwidth() > figures.SIZE[0]  # panels, a mixer each
+        parts.append(page.figure(png, caption, f"{metric} {name.replace('_', ' ')}", wide=several))
     return f'<div class="pictures">{"".join(parts)}</div>'
 
 
