@@ -2,33 +2,21 @@
 
     python -m benchmarks.context [--tokens=32768] [--heads=64] [--dim=128] [--devices=1,2,4]
 
-bf16 q, k, v of [1, tokens, heads, dim], decays and beta per head. Medians of 5 groups of 10 calls; the norms
+bf16 q, k, v of [1, tokens, heads, dim], decays and beta per head. Medians of 5 groups of calls; the norms
 of o and the gradients are those of one device if the pieces are right. One JSON line a number of devices.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.peers import median_ms
 from hybridlm import schema, sharding
 from hybridlm.linear_mixer import Inputs, recurrence
 from hybridlm.rows import single_document
-
-
-def milliseconds(run: Callable[[], Any]) -> float:
-    jax.block_until_ready(run())
-    groups = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(10)][-1])
-        groups.append((time.perf_counter() - start) / 10)
-    return 1e3 * median(groups)
 
 
 def measure(tokens: int, heads: int, dim: int, devices: int) -> dict[str, Any]:
@@ -49,8 +37,8 @@ def measure(tokens: int, heads: int, dim: int, devices: int) -> dict[str, Any]:
 
         norms = [float(jnp.linalg.norm(x.astype(jnp.float32))) for x in both(do, q, k, v, g, beta)]
         times = {
-            "forward_ms": milliseconds(lambda: forward(q, k, v, g, beta)),
-            "both_ms": milliseconds(lambda: both(do, q, k, v, g, beta)),
+            "forward_ms": median_ms(lambda: forward(q, k, v, g, beta), jax.block_until_ready),
+            "both_ms": median_ms(lambda: both(do, q, k, v, g, beta), jax.block_until_ready),
         }
     return {"devices": devices} | times | {"norms": norms}
 

@@ -84,11 +84,12 @@ def names(workdirs: Sequence[Path]) -> list[str]:
 
 
 def write(workdirs: Sequence[Path], folder: Path) -> Path:
-    """compare.html and compare.csv in ``folder``; the page's path."""
+    """compare.html and compare.csv in ``folder``, which is made if need be; the page's path."""
     runs = read(workdirs)
     baseline, *others = runs
     compared = [Comparison(run, *paired.differences(run.results, baseline.results)) for run in others]
     files = {"compare.csv": table(baseline, compared), "compare.html": html(baseline, compared)}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         runner.put(folder / name, partial(untrusted.write_text, folder / name, text))
     return folder / "compare.html"
@@ -264,7 +265,6 @@ def main(argv: Sequence[str]) -> int:
         folder = flags.out or flags.runs[0].resolve().parent
         if folder.exists() and not folder.is_dir():
             raise ConfigError("--out", str(folder), "is no folder")
-        folder.mkdir(parents=True, exist_ok=True)
         print(f"written: {untrusted.terminal(private.hide(str(write(flags.runs, folder))))}")
 
     return cli.run(compare)

@@ -122,7 +122,7 @@ def test_the_page_and_the_table_say_the_same(folders, capsys):
 def test_bad_input(folders, tmp_path, capsys):
     a, b = map(str, folders)
     for given, said in (([a], "two or more"), ([a, a], "twice"), ([a, str(tmp_path)], "no eval.json")):
-        assert compare.main(given) == 2
+        assert compare.main([*given, "--out", str(tmp_path / "new")]) == 2 and not (tmp_path / "new").exists()
         assert said in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert compare.main([a, b, "--out", str(tmp_path / "file")]) == 2

@@ -24,6 +24,7 @@ TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_sta
 # Additive: v and dO are bf16 as given, pairs are in two parts: little but the rounding of results is left.
 ADDITIVE = TOLERANCE | dict(q=1.9e-3, k=2.1e-3, log_decay=2.4e-3)
 SPILLS = 600  # bytes (each counted twice) of the chunk kernel: a few registers around its loops
+REVERSE_SPILLS = 32  # likewise of the reverse scan
 CASES = {
     "delta": dict(),
     "delta, beta to 2, gates of -5": dict(decay=5.0, beta_max=2.0),
@@ -247,6 +248,5 @@ def test_compiles_without_spills(shape):
     report = hopper_aot.compile_for_hopper(gradients, arrays, saved, values)
     assert len(report) == 2 + (pieces > 1), report
     for kernel in report:
-        assert kernel.spills <= (SPILLS if "gradients" in kernel.name else 32), (
-            report
-        )  # 8 bytes, there and back
+        allowed = SPILLS if "gradients" in kernel.name else REVERSE_SPILLS if "reverse" in kernel.name else 0
+        assert kernel.spills <= allowed, report

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import train
 from hybridlm import config as configs
-from hybridlm import report, schema
+from hybridlm import report
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -49,11 +49,6 @@ def test_layer_table_shows_the_settings_of_a_name_once() -> None:
     assert shown.count("num_heads=2") == shown.count("head_dim=64") == 1
     names = [line.split()[1] for line in shown.splitlines() if "kB" in line]
     assert names == ["wide", "kda", "kda", "kda", "wide"]
-
-
-def test_mesh_sizes() -> None:
-    assert schema.Mesh(-1, 2, 2).over(8) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert schema.Mesh(-1, 8, 1).over(1) == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,8 @@ def test_the_loss_gathers_the_head_once(eight):
         assert found["error"] < 5e-6
         assert (found["all-gather outside"], found["reduce-scatter outside"]) == (1, 1)
         assert (found["all-gather inside"], found["reduce-scatter inside"]) == (0, 0)
+
+
+def test_what_is_left_of_the_devices_has_an_axis():
+    assert schema.Mesh(-1, 2, 2).over(8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert schema.Mesh(-1, 8, 1).over(1) == {"data": 1, "fsdp": 8, "tensor": 1}

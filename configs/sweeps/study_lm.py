@@ -9,6 +9,7 @@ run sees the same bytes in the same order. One learning rate for all: on other t
 with it than with twice as much.
 """
 
+from hybridlm.errors import one_of
 from launch.grid import Sweep, axis
 
 MIXERS = ("kda", "gdn", "deltanet", "gla", "hgrn2", "retnet")
@@ -17,7 +18,9 @@ HEADS = {"num_heads": 8, "head_dim": 64}
 
 
 def get_sweep(arg: str = "data/source") -> Sweep:
-    path, later = [*arg.split(","), ""][:2]
+    path, _, later = arg.partition(",")
+    if later:
+        one_of("study_lm.py:PATH,PART", later, ("later",))
     mixers = LATER if later else MIXERS
     values = [name for name in mixers if name not in ("rwkv7", "mamba2")]  # which have a v_head_dim
     more = {"mixers.mamba2.state_size": 64, "model.remat": "full"} if later else {}
