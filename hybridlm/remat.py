@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from hybridlm.layers import MLP_INNER
+from hybridlm.layers import MLP_INNER, PASSED, STREAM
 from hybridlm.scaled_matmul import SCALE
 
 # Primitives that are dear to compute again: a recurrence's kernels with what their backward pass wants, and
@@ -19,8 +19,10 @@ DEAR = ("remat_opt", "dot_product_attention_fwd", "dot_product_attention_fwd_wra
 _scales = jax.checkpoint_policies.save_only_these_names(SCALE)  # numbers, each of a pass over a tensor
 _inner = jax.checkpoint_policies.save_only_these_names(MLP_INNER, SCALE)
 _dots = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _scales
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SCALE, STREAM),
 )
+_passed = jax.checkpoint_policies.save_only_these_names(PASSED)
 
 
 def _kernels_saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
@@ -30,6 +32,7 @@ def _kernels_saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "auto": None,  # before `hybridlm.fit` has chosen: nothing is differentiated
     "none": None,  # everything is kept
+    "most": jax.checkpoint_policies.save_from_both_policies(_kernels_saveable, _passed),
     "kernels": _kernels_saveable,  # outputs of projections and of mixers' kernels, and what these keep
     "dots": _dots,  # outputs of the projections
     "mixer": _inner,  # the MLP's, before its activation
