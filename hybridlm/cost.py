@@ -151,7 +151,10 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
-    kept = {"mixer": inner, "dots": sum(work), "kernels": 1.5 * sum(work), "none": 3 * sum(work)}
+    kept = {"mixer": inner} | {
+        policy: times * sum(work)
+        for policy, times in (("dots", 1), ("kernels", 1.5), ("most", 2), ("none", 3))
+    }
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
     logits = loss.temporaries(definition.d_model, int(vocab), int(tokens))

@@ -272,7 +272,7 @@ class RMSNorm(nnx.Module):
             return (y if gate is None else y * gate).reshape(x.shape).astype(x.dtype)
         scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
         # A norm of each head adds up over tokens alone, as what stands around it does, and over heads last.
-        scale = jnp.broadcast_to(grouped(scale), grouped(x).shape[min(2, x.ndim - 1):])
+        scale = jnp.broadcast_to(grouped(scale), grouped(x).shape[min(2, x.ndim - 1) :])
         return scaled_rms(grouped(x), scale, gate, self.eps).reshape(x.shape)
 
 

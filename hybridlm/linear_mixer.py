@@ -324,9 +324,8 @@ def low_rank_recurrence(
 def softplus_decay(x: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
     """log decay = -exp(A_log) * softplus(x + dt_bias), float32 (Mamba-2's discretisation).
 
-    dt_bias: of x's last axes.  A_log: broadcast to it. The gradient reads x and its own once, and what it adds
-    up over tokens it adds up alike, so that XLA makes one kernel of it: its own takes three, and float32
-    arrays between them.
+    dt_bias: of x's last axes.  A_log: broadcast to it. The gradient's sums over tokens are alike, so that XLA
+    makes one kernel of it, which reads what it is given once: its own takes three, and float32 between them.
     """
     return -jnp.exp(A_log) * jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
 

@@ -22,17 +22,19 @@ _dots = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(SCALE, STREAM),
 )
-_passed = jax.checkpoint_policies.save_only_these_names(PASSED)
 
 
 def _kernels_saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
     return primitive.name in DEAR or _dots(primitive, *avals, **params)
 
 
+_most = jax.checkpoint_policies.save_from_both_policies(
+    _kernels_saveable, jax.checkpoint_policies.save_only_these_names(PASSED)
+)
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "auto": None,  # before `hybridlm.fit` has chosen: nothing is differentiated
     "none": None,  # everything is kept
-    "most": jax.checkpoint_policies.save_from_both_policies(_kernels_saveable, _passed),
+    "most": _most,  # and what is made of these in a pass over memory
     "kernels": _kernels_saveable,  # outputs of projections and of mixers' kernels, and what these keep
     "dots": _dots,  # outputs of the projections
     "mixer": _inner,  # the MLP's, before its activation

@@ -51,9 +51,10 @@ class Model:
         (`hybridlm.scaled_matmul`), for GPUs that have it. Left out: embedding, head, gates, decays, routers,
         experts, low ranks, recurrences, attention, and all that is not training.
     remat: what the backward pass recomputes in each layer: none, full (all of it), dots (all but matmuls),
-        kernels (all but matmuls, attention and recurrences), mixer (all but the MLP's first matmuls). What is
-        kept costs memory, what is recomputed time. auto: the fastest that fits, found by compiling; on a GPU
-        it unrolls the stack, unless it is full.
+        kernels (all but matmuls, attention and recurrences), most (next to nothing: norms, activations, short
+        convolutions and decays are kept, too), mixer (all but the MLP's first matmuls). What is kept costs
+        memory, what is recomputed time. auto: the fastest that fits, found by compiling; on a GPU it unrolls
+        the stack, unless it is full.
     scan: False unrolls the stack: faster on a GPU where remat is not full, but compile time grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
         (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
