@@ -142,18 +142,25 @@ def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...]) -> ja
     return _product(x, kernel, axes) if several and x.ndim == 3 else x @ kernel
 
 
-def side_by_side(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
-    """Each of ``linears`` of ``x``, as one product, where each device has all of them and they are plain.
+def one_product(x: jax.Array, linears: Sequence[Linear]) -> jax.Array | None:
+    """``linears`` of ``x`` side by side, or None unless each device has all of them and they are plain.
 
-    For narrow ones: their gradients in x, each as wide as x, are then one array, not one each.
+    Their gradients in x are then one array, not one each.
     """
     plain = all(one.bias is None and one.multiplier == 1 and not (one.rank or one.fp8) for one in linears)
-    if parts("heads") > 1 or not plain:
-        return [one(x) for one in linears]
+    if not plain or any(parts(one.kernel.axes[1]) > 1 for one in linears if one.kernel.axes[1]):
+        return None
     kernels = [one.kernel[...].astype(x.dtype) for one in linears]
-    x = jax.lax.optimization_barrier(x)  # else XLA joins it to a wide product of x, and cuts that by copies
-    y = product(x, jnp.concatenate(kernels, axis=1), (linears[0].kernel.axes[0], None))
-    return jnp.split(y, list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])), axis=-1)
+    x = jax.lax.optimization_barrier(x)  # else XLA joins it to another product of x, and cuts that by copies
+    return product(x, jnp.concatenate(kernels, axis=1), (linears[0].kernel.axes[0], None))
+
+
+def side_by_side(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
+    """Each of ``linears`` of ``x``, as `one_product` where that can be."""
+    y = one_product(x, linears)
+    if y is None:
+        return [one(x) for one in linears]
+    return jnp.split(y, list(itertools.accumulate(one.kernel.shape[1] for one in linears[:-1])), axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
