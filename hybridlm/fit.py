@@ -1,7 +1,7 @@
 """`model.remat=auto`: the fastest training step that fits the devices' memory, found by compiling.
 
-On a GPU the layers are unrolled where anything of them is kept (`hybridlm.remat` says why), and scanned where
-nothing is.
+On a GPU the layers are unrolled where much of them is kept (`hybridlm.remat` says why), and scanned where
+nothing is, or softmax attention's outputs alone: copying these is little beside making them for long rows.
 """
 
 import contextlib

@@ -1,14 +1,18 @@
 """`model.remat=attention`: softmax attention runs forward once a layer, whatever way it runs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AbstractMesh, AxisType
 
-from hybridlm import remat
+from hybridlm import config as configs
+from hybridlm import model, remat
 from hybridlm.ring_attention import ring_attention
-from hybridlm.rows import Rows
+from hybridlm.rows import Rows, single_document
 from hybridlm.softmax_attention import attend
 from pallas_kernels.attention_part import attention_part
 from pallas_kernels.dispatch import H100, auto_means, compiled_for
@@ -147,3 +151,30 @@ def test_a_part_is_not_differentiated():
     run = lambda q: attention_part(q, q, q, jnp.array([4]), None, scale=1.0)[0].sum()
     with pytest.raises(TypeError, match="attention_part_gradients"):
         jax.grad(run)(q)
+
+
+@pytest.mark.parametrize("pattern", ["full*3", "(full swa*2)*2"])
+def test_offloaded_inputs(pattern):
+    """Scanned by layer or by period: gradients and records are those of keeping everything; and each layer's
+    input goes to the host and comes back.
+    """
+    config = tiny.config("unused", model__pattern=pattern, model__num_layers=0)
+    config.mixers.swa = configs.mixer("attention", num_heads=2, head_dim=8, window=3)
+    kept = model.build(configs.resolve(config))
+    away = dataclasses.replace(kept, model=dataclasses.replace(kept.model, remat="offload"))
+    assert str(kept.layout) == pattern
+    params = jax.jit(lambda key: model.init(kept, key))(jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 260, (2, 12)), jnp.int32)
+
+    def gradient(definition):
+        def loss(params):
+            made = model.merge(definition, params)
+            x, records = made.forward(tokens, single_document(2, 12), ("block.input",))
+            return jnp.sum(jnp.sin(x)), records
+
+        return jax.grad(loss, has_aux=True)
+
+    found, exact = (jax.jit(gradient(one))(params) for one in (away, kept))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, exact)
+    moves = count(jax.make_jaxpr(gradient(away))(params).jaxpr, "device_put")
+    assert moves == {"full*3": 2, "(full swa*2)*2": 2 * 3}[pattern]
