@@ -151,7 +151,9 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
-    kept = {"mixer": inner, "dots": sum(work), "kernels": 1.5 * sum(work), "none": 3 * sum(work)}
+    attended = sum(row.full for row in table) * definition.d_model / mesh["tensor"]
+    kept = {"attention": attended, "mixer": inner, "dots": sum(work) + attended}
+    kept |= {"kernels": 1.5 * sum(work), "none": 3 * sum(work)}
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
     logits = loss.temporaries(definition.d_model, int(vocab), int(tokens))
