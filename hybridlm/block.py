@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
-from hybridlm.layers import LayerNorm, Linear, RMSNorm
+from hybridlm.layers import PASSED, STREAM, LayerNorm, Linear, RMSNorm
 from hybridlm.mixers import Site
 
 
@@ -103,7 +104,8 @@ class Block(nnx.Module):
         given = self._before("mixer", x_BTD)
         mixed, own = self.mixer(given, context, own)
         context.record("block.mixed", mixed)
-        y_BTD, kept = self._mlp(self._sum("mixer", x_BTD, given, mixed), context, kept)
+        between = checkpoint_name(self._sum("mixer", x_BTD, given, mixed), STREAM)
+        y_BTD, kept = self._mlp(between, context, kept)
         context.record("block.output", y_BTD)
         return y_BTD, (own, kept) if self.keeps and cache is not None else own
 
@@ -134,7 +136,7 @@ class Block(nnx.Module):
         return self.mixer_norm if half == "mixer" else self.mlp_norm
 
     def _before(self, half: str, x: jax.Array) -> jax.Array:
-        return x if self.post_norm else self._norm(half)(x)
+        return x if self.post_norm else checkpoint_name(self._norm(half)(x), PASSED)
 
     def _sum(self, half: str, x: jax.Array, given: jax.Array, y: jax.Array) -> jax.Array:
         """The stream after ``half`` made y of what it was given."""

@@ -79,7 +79,7 @@ class Model:
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     matmul: Literal["dtype", "fp8"] = "dtype"
-    remat: Literal["none", "full", "attention", "dots", "mixer", "kernels", "auto"] = "full"
+    remat: Literal["none", "full", "attention", "dots", "mixer", "kernels", "most", "auto"] = "full"
     scan: bool = True
     lora: tuple[str, ...] = ()
     embedding_multiplier: Above = 1.0
