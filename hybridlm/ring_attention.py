@@ -79,7 +79,8 @@ def _inside_forward(*args: Any) -> tuple[jax.Array, tuple]:
 
 def _inside_backward(scale: float, args: tuple, do: jax.Array) -> tuple:
     *arrays, ids = args
-    return *jax.vjp(lambda *arrays: _within_blocks(*arrays, ids, scale), *arrays)[1](do), None
+    run = lambda q, k, v, sinks: _within_blocks(q, k, v, sinks, ids, scale)
+    return *jax.vjp(run, *arrays)[1](do), None
 
 
 _inside.defvjp(_inside_forward, _inside_backward)
