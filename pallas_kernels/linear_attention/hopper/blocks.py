@@ -101,12 +101,15 @@ def launch(
     return dict(zip(results, out, strict=True))
 
 
-def refill(fill: Callable, free: Any, count: int, stages: int) -> None:
+def refill(fill: Callable, free: Any, count: Any, stages: int) -> None:
     """fill(n, slot) for n below ``count``, as soon as its slot of ``stages`` is free; ends when all are free.
 
     For a warpgroup that issues copies: it may not leave before the last have been read.
+    count: an int, or a number on the device of at least ``stages``.
     """
-    for n in range(min(stages, count)):
+    known = isinstance(count, int)
+    begun = min(stages, count) if known else stages
+    for n in range(begun):
         fill(n, n)
 
     @pl.loop(stages, count)
@@ -115,8 +118,9 @@ def refill(fill: Callable, free: Any, count: int, stages: int) -> None:
         plgpu.barrier_wait(free.at[slot])
         fill(n, slot)
 
-    for n in range(max(count - stages, 0), count):
-        plgpu.barrier_wait(free.at[n % stages])
+    for n in range(begun):
+        last = count - begun + n
+        plgpu.barrier_wait(free.at[last % stages if known else rem(last, stages)])
 
 
 def _varying(x: jax.Array) -> frozenset:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import blocks, table
+from pallas_kernels.linear_attention.hopper import blocks, table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
@@ -36,7 +36,11 @@ def channel_gradients(
     tiles, pieces = saved.tiles, 1
     if saved.moves is not None:
         pieces = saved.moves.shape[1]
-        *_, alone = reverse_scan(inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True)
+        walks = warm_up.walks(inputs, pieces)
+        *_, alone = reverse_scan(
+            inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True,
+            walk=walks and walks.first,
+        )  # fmt: skip
         d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
     state_gradients: Any
     dv: Any
