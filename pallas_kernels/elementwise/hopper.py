@@ -29,6 +29,7 @@ from pallas_kernels.elementwise.pieces import Piece, chain
 from pallas_kernels.linear_attention.hopper import blocks, requirements
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
+from pallas_kernels.padding import pad_time, round_up
 
 __all__ = ["elementwise_recurrence", "runs_on", "self_test", "supports"]
 
@@ -61,15 +62,15 @@ def elementwise_recurrence(call: Call, pieces: int | None = None) -> tuple[jax.A
     """See `pallas_kernels.elementwise_recurrence`.  pieces: as many that whole tiles are in each."""
     batch, length, features = call.x.shape
     rows = tile_rows(call)
-    padded = blocks.round_up(length, rows)
+    padded = round_up(length, rows)
     words = None
     if call.starts is not None:
-        bits = blocks.pad_time(call.starts, padded).reshape(batch, padded // rows, rows)
+        bits = pad_time(call.starts, padded).reshape(batch, padded // rows, rows)
         words = jnp.sum(bits.astype(jnp.int32) << jnp.arange(rows), axis=-1)
     if pieces is None:
         pieces = choose_pieces(batch, padded // rows, rows, features)
     # Tokens with x = 0 and no decay leave the state as it is.
-    x, log_decay = (blocks.pad_time(array, padded) for array in (call.x, call.log_decay))
+    x, log_decay = (pad_time(array, padded) for array in (call.x, call.log_decay))
     h, final = _recurrence(x, log_decay, words, call.state, rows, pieces, call.interpret)
     return h[:, :length], final
 
