@@ -248,7 +248,7 @@ def test_compiles_without_spills(shape):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("capability", triton_aot.LIMITS)
+@pytest.mark.parametrize("capability", triton_aot.TARGETS)
 @pytest.mark.parametrize("shape", [dict(), dict(tokens=100, features=384, width=3)])
 def test_the_portable_kernels_compile_without_spills(capability, shape, tmp_path):
     run = functools.partial(gradients_of_layers, "triton")

@@ -81,7 +81,7 @@ def test_traced_inside_shard_map():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("capability", triton_aot.LIMITS)
+@pytest.mark.parametrize("capability", triton_aot.TARGETS)
 @pytest.mark.parametrize(
     "decay, delta, dim", [("channel", True, 128), ("head", True, 128), ("head", False, 256)]
 )

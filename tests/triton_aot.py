@@ -19,6 +19,8 @@ KINDS = {
     "9.0": "NVIDIA H100 80GB HBM3",
     "10.0": "NVIDIA B200",
 }
+# To parametrise with: one target in every run, the others with the slow tests.
+TARGETS = [pytest.param(each, marks=[pytest.mark.slow] * (each != "8.0")) for each in LIMITS]
 
 
 class Kernel(NamedTuple):
