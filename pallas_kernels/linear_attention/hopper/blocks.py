@@ -6,7 +6,6 @@ token, so they scale the rows or columns of float32 products instead. And produc
 in registers, so a chain of products needs no trip through shared memory.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -333,14 +332,3 @@ def head_major(x: jax.Array, length: int) -> jax.Array:
     """Numbers per token [B, T, HV] as float32 [B, HV, length], 0 after T: a chunk is one contiguous row."""
     x = jnp.swapaxes(x.astype(F32), 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
-
-
-def pad_time(x: jax.Array, length: int, mode: str = "constant") -> jax.Array:
-    """x [B, T, ...] with axis 1 padded to `length` with zeros (or mode="edge")."""
-    widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, mode=mode) if length > x.shape[1] else x
-
-
-@functools.cache
-def round_up(length: int, multiple: int = C) -> int:
-    return -(-length // multiple) * multiple
