@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.call import L2NORM_EPS
+from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
@@ -54,9 +54,9 @@ def kernel(
 
     def call(*arrays: jax.Array) -> Any:
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
-        varying = frozenset().union(*map(_varying, arrays))
-        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying")
-        return jax.tree.map(cast, run(*arrays)) if varying else run(*arrays)
+        axes = frozenset().union(*map(varying, arrays))
+        cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
+        return jax.tree.map(cast, run(*arrays)) if axes else run(*arrays)
 
     return call
 
@@ -117,11 +117,6 @@ def refill(fill: Callable, free: Any, count: int, stages: int) -> None:
 
     for n in range(max(count - stages, 0), count):
         plgpu.barrier_wait(free.at[n % stages])
-
-
-def _varying(x: jax.Array) -> frozenset:
-    kind = jax.typeof(x)
-    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
 
 
 def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
