@@ -16,6 +16,7 @@ from pallas_kernels.linear_attention.hopper.backward_additive import additive_gr
 from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.hard_queries import hard_queries
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 from pallas_kernels.linear_attention.hopper.two_parts import Inverse
@@ -131,5 +132,6 @@ def _delta(
     chunks = wide_gradients if wide else functools.partial(chunk_gradients, run=CHUNK_RUN)
     given = Chunks(saved.gates, saved.states, state_gradients, saved.values, do, dv)
     dq, dk, per_token = chunks(inputs, given)
+    dq = hard_queries(inputs, saved.inverses, given, dq)
     d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
     return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.call import L2NORM_EPS
+from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
@@ -53,9 +53,9 @@ def kernel(
 
     def call(*arrays: jax.Array) -> Any:
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
-        varying = frozenset().union(*map(_varying, arrays))
-        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying")
-        return jax.tree.map(cast, run(*arrays)) if varying else run(*arrays)
+        axes = frozenset().union(*map(varying, arrays))
+        cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
+        return jax.tree.map(cast, run(*arrays)) if axes else run(*arrays)
 
     return call
 
@@ -120,11 +120,6 @@ def refill(fill: Callable, free: Any, count: Any, stages: int) -> None:
     for n in range(begun):
         last = count - begun + n
         plgpu.barrier_wait(free.at[last % stages if known else rem(last, stages)])
-
-
-def _varying(x: jax.Array) -> frozenset:
-    kind = jax.typeof(x)
-    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
 
 
 def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
