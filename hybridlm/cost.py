@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hybridlm import loss, mlps, model
+from hybridlm import loss, mixers, mlps, model
 from hybridlm.block import Spec
 from hybridlm.config import Config
 from hybridlm.kinds import Settings
@@ -40,7 +40,8 @@ class Layer(NamedTuple):
 
     settings: those that differ from the kinds' defaults, of the mixer and of an MLP other than SwiGLU.
     full: attends over the whole context (`mixers.Config.full_attention`; a sliding window does not count).
-    active_parameters: those that a token touches, fewer where it is routed to some of many experts.
+    active_parameters: those that a token touches, fewer where it is routed to some of many experts, more where
+        the layer goes through a module that layers share.
     """
 
     layer: int
@@ -72,6 +73,7 @@ def layers(config: Config) -> list[Layer]:
     """The layer table of a resolved config."""
     definition, seq_len = model.build(config), config.train.seq_len
     rows = {}
+    modules = _modules(definition)
     for spec in set(definition.layers):
         cost = spec.cost(definition.d_model, seq_len)
         parameters = _block_parameters(definition, spec)
@@ -82,7 +84,9 @@ def layers(config: Config) -> list[Layer]:
             settings=_settings(spec),
             full=spec.config.full_attention,
             parameters=parameters,
-            active_parameters=parameters - spec.mlp_config.idle(definition.d_model),
+            active_parameters=parameters
+            - spec.mlp_config.idle(definition.d_model)
+            + modules.get(spec.mixer, 0),
             state_bytes=round(STATE_BYTES * cost.state),
             cache_bytes=round(definition.dtype.itemsize * cost.cache),
         )
@@ -127,12 +131,15 @@ def active_parameters(config: Config) -> int:
 def train_flops_per_token(config: Config) -> float:
     """Forward and backward FLOPs per token at train.seq_len, rows of one document each.
 
-    2 per active parameter but the embedding (looked up), and what the mixers' own costs say: recurrences, and
-    softmax attention over the context that a causal token sees, (T + 1) / 2 on average.
+    2 per active parameter but the embedding (looked up), in each layer that uses it, and what the mixers' own
+    costs say: recurrences, and softmax attention over the context that a causal token sees, (T + 1) / 2 on
+    average.
     """
     definition, seq_len = model.build(config), config.train.seq_len
     looked_up = 0 if definition.model.tie_embeddings else definition.vocab_size * definition.d_model
-    forward = 2.0 * (active_parameters(config) - looked_up)
+    modules = _modules(definition)
+    again = sum(modules.get(spec.mixer, 0) for spec in definition.layers) - sum(modules.values())
+    forward = 2.0 * (active_parameters(config) - looked_up + again)
     forward += sum(spec.cost(definition.d_model, seq_len).flops for spec in definition.layers)
     return 3 * forward
 
@@ -183,6 +190,19 @@ def _settings(spec: Spec) -> str:
 
     mlp = [] if spec.mlp_kind == mlps.DEFAULT else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)
+
+
+@functools.lru_cache(maxsize=64)
+def _modules(definition: model.Definition) -> Mapping[str, int]:
+    """Parameters of the modules that all layers of a mixer's name go through, by that name."""
+    found = {
+        spec.mixer: f"shared.{spec.mixer}." for spec in definition.layers if mixers.shares_module(spec.kind)
+    }
+    leaves = model.canonical_shapes(definition).items()
+    return {
+        mixer: sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
+        for mixer, start in found.items()
+    }
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from hybridlm.layers import MLP_INNER
+from hybridlm.layers import MLP_INNER, PASSED, STREAM
 from hybridlm.scaled_matmul import SCALE
 from pallas_kernels.softmax_attention import KEPT
 
@@ -33,7 +33,8 @@ def _both(*policies: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _attention = _both(_names(KEPT, SCALE), _primitives(*ATTENTION))
-_dots = _both(_attention, jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+_dots = _both(_attention, _names(STREAM), jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+_kernels = _both(_dots, _primitives(*RECURRENCES))
 _away = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
     names_which_can_be_offloaded=[LAYER_INPUT],
@@ -49,7 +50,8 @@ def _offload(*args: Any, **params: Any) -> Any:
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "auto": None,  # before `hybridlm.fit` has chosen: nothing is differentiated
     "none": None,  # everything is kept
-    "kernels": _both(_dots, _primitives(*RECURRENCES)),  # and what the kernels of recurrences leave
+    "most": _both(_kernels, _names(PASSED)),  # and what is made by passing through memory once more
+    "kernels": _kernels,  # and what the kernels of recurrences leave
     "dots": _dots,  # the outputs of projections, too
     "attention": _attention,  # the outputs of softmax attention, and log-sums for its backward pass
     "offload": _offload,  # that; and each layer's input waits in the host's memory

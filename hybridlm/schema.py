@@ -81,7 +81,9 @@ class Model:
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     matmul: Literal["dtype", "fp8"] = "dtype"
-    remat: Literal["none", "full", "offload", "attention", "dots", "mixer", "kernels", "auto"] = "full"
+    remat: Literal["none", "full", "offload", "attention", "dots", "mixer", "kernels", "most", "auto"] = (
+        "full"
+    )
     scan: bool = True
     lora: tuple[str, ...] = ()
     embedding_multiplier: Above = 1.0

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import blocks, table
+from pallas_kernels.linear_attention.hopper import table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
@@ -13,6 +13,7 @@ from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.pieces import chain
+from pallas_kernels.padding import pad_time
 
 RUN = 8  # chunks a block of threads of the chunk kernel takes in turn
 
@@ -30,13 +31,17 @@ def channel_gradients(
     """
     value_tile = value_tile or table.forward(inputs.k.shape, inputs.v.shape).value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
-    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
     tiles, pieces = saved.tiles, 1
     if saved.moves is not None:
         pieces = saved.moves.shape[1]
-        *_, alone = reverse_scan(inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True)
+        walks = warm_up.walks(inputs, pieces)
+        *_, alone = reverse_scan(
+            inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True,
+            walk=walks and walks.first,
+        )  # fmt: skip
         d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
     state_gradients: Any
     dv: Any

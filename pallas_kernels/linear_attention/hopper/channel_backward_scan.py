@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, two_parts
+from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
@@ -37,11 +37,13 @@ def reverse_scan(
     value_tile: int,
     pieces: int = 1,
     summary: bool = False,
+    walk: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
     """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T at the start of each piece.
 
     do: [B, T, HV, V] bf16.  d_state: gradient of the state after each piece, transposed, float32
     [B * pieces, HV, V, K], or None (zero).  summary: only the last result, [B * pieces, HV, V, K] float32.
+    walk: None or how far for a summary: `warm_up.Walks.first`.
     """
     batch, length, _, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -54,10 +56,12 @@ def reverse_scan(
     pairs = dict(scores=tiles.scores, high=inverses["high"])
     factors, pairs = blocks.present(factors), blocks.present(pairs)
     arrays = factors | pairs | inverses | dict(do=do, carry=tiles.carry, beta=inputs.beta, last=d_state)
+    arrays |= dict(walk=walk)
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
     fixed = 2 * wide * C * (C + key_dim * (not summary))
-    stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
+    fewest = count if walk is None else warm_up.CHUNKS
+    stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
     scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
     scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}
     scratch |= dict(
@@ -81,7 +85,10 @@ def reverse_scan(
         piece, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
         wg = lax.axis_index("wg")
         b = blocks.div(piece, pieces)
-        after = (blocks.rem(piece, pieces) + 1) * count  # the chunk after the piece
+        first, steps = blocks.rem(piece, pieces) * count, count
+        if walk is not None:
+            first, steps = (refs["walk"][piece, head, n] for n in (0, 1))
+        after = first + steps  # the chunk after those walked
 
         def fill(i: Any, slot: Any) -> None:
             n = after - 1 - i
@@ -150,13 +157,13 @@ def reverse_scan(
                 return ds
 
             hardness = (lambda i: refs["hard"][b, head, after - 1 - i, 0]) if delta else None
-            ds = two_parts.loop(count, step, ds, hardness, begin)
+            ds = two_parts.loop(steps, step, ds, hardness, begin)
             refs["first"].at[piece, head, columns][...] = ds
             plgpu.wait_smem_to_gmem(0)
 
         more, fewer = REGISTERS if wide == 2 else (0, 0)
         blocks.role(wg < wide, hold_state, increase=more)
-        blocks.role(wg == wide, lambda: blocks.refill(fill, s["free"], count, stages), decrease=fewer)
+        blocks.role(wg == wide, lambda: blocks.refill(fill, s["free"], steps, stages), decrease=fewer)
         blocks.finish_together(s["done"])
 
     grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, two_parts
+from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import (
@@ -35,11 +35,15 @@ REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copi
 
 @dataclasses.dataclass(frozen=True)
 class ChannelScan(Wanted):
-    """One compiled scan; mode "transition" too: what each piece does to the state, from its identity."""
+    """One compiled scan; mode "transition" too: what each piece does to the state, from its identity.
+
+    walk: None or how far, without outputs: `warm_up.Walks.last`.
+    """
 
     inputs: Inputs
     tiles: Tiles
     value_tile: int
+    walk: jax.Array | None = None
 
     def __call__(self) -> Scanned:
         i, tiles = self.inputs, self.tiles
@@ -60,6 +64,7 @@ class ChannelScan(Wanted):
             carry=tiles.carry,
             beta=i.beta,
             initial=None if transition else i.state,
+            walk=self.walk,
         )
         results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
         keys, square, slice_ = (C, key_dim), (C, C), (slices, C, C)
@@ -71,7 +76,8 @@ class ChannelScan(Wanted):
         bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
         room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
-        stages = max(2, min(4, chunks // self.pieces, room // each))
+        fewest = chunks // self.pieces if self.walk is None else warm_up.CHUNKS
+        stages = max(2, min(4, fewest, room // each))
         scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
         scratch |= {name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
         scratch |= dict(
@@ -91,6 +97,8 @@ class ChannelScan(Wanted):
                 values=values, key_dim=key_dim,
             )  # fmt: skip
             wg, at.first_value = at.wg, at.value_block * self.value_tile
+            if self.walk is not None:
+                at.first, at.count = (at.refs.walk[at.piece, at.head, n] for n in (0, 1))
             state_registers, copy_registers = REGISTERS[slices]
 
             blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=state_registers)

@@ -126,7 +126,7 @@ def hidden_zero(hard: jax.Array) -> jax.Array:
 
 
 def loop(
-    count: int,
+    count: Any,
     step: Callable[..., jax.Array],
     state: jax.Array,
     hardness: Any,

@@ -1,0 +1,68 @@
+"""Pieces that are walked in part (hopper/warm_up.py): interpreted against float64, compiled, on a GPU."""
+
+import dataclasses
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
+
+from test_hopper_channel_backward import TOLERANCE, expect, make_case, relative_error
+
+from pallas_kernels.linear_attention import hopper
+from pallas_kernels.linear_attention.hopper import inputs, table, warm_up
+
+NAMES = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
+CASES = {
+    "delta": dict(),
+    "delta, documents, keys as they are": dict(documents=True, l2norm=False),
+    "additive": dict(delta=False, l2norm=False),
+}
+
+
+def steep_and_slow(tokens, **options):
+    """A call of two value heads, of which the first forgets and the second does not; dO, dS."""
+    call, do, d_state = make_case(tokens=tokens, value_heads=2, **options)
+    steep = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=call.log_decay.shape)))
+    slow = np.arange(2)[:, None] == 1
+    return dataclasses.replace(call, log_decay=jnp.asarray(np.where(slow, 1e-3 * steep, steep))), do, d_state
+
+
+def results(call, do, d_state):
+    """o, final state and gradients, by the names of the oracle."""
+    leaves = {field: getattr(call, field) for field in NAMES if getattr(call, field) is not None}
+    attend = lambda leaves: hopper.linear_attention(dataclasses.replace(call, **leaves))
+    (o, final), vjp = jax.vjp(attend, leaves)
+    return dict(o=o, final=final) | {NAMES[name]: x for name, x in vjp((do, d_state))[0].items()}
+
+
+def compare(got, call, do, d_state, tolerance=1):
+    o, final, want, _ = expect(call, do, d_state)
+    for name, wanted in (dict(o=o, final=final) | want).items():
+        if name in got:
+            bound = TOLERANCE.get({"g": "log_decay", "S0": "state"}.get(name, name), 6e-3) * tolerance
+            assert relative_error(got[name], wanted) < bound, name
+
+
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta"))
+def test_interpreted(name, capfd, monkeypatch):
+    """The head that forgets walks two chunks of three; the other's bits are those of whole walks."""
+    call, do, d_state = steep_and_slow(384, **CASES[name])
+    call = dataclasses.replace(call, interpret=True)
+    monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, 2))
+    monkeypatch.setattr(warm_up, "CHUNKS", 2)
+    whole = jax.jit(lambda call: hopper.linear_attention(call)[0])(call)
+    monkeypatch.setattr(table, "SHORT_WALKS", True)
+    walks = warm_up.walks(inputs.prepare(call), 2)
+    first = jnp.all(walks.forgets, axis=(0, 1)).tolist()
+    assert first[0] and (first == [True, False] or name != "delta"), walks
+    got = results(call, do, d_state)
+    compare(got, call, do, d_state)
+    if name == "delta":
+        np.testing.assert_array_equal(got["o"][:, :, 1], whole[:, :, 1])
+        assert relative_error(got["o"], np.asarray(whole, np.float64)) < 1e-5
+    assert "RACE DETECTED" not in capfd.readouterr().out
