@@ -54,7 +54,7 @@ def test_interpreted(name, capfd, monkeypatch):
     call, do, d_state = steep_and_slow(384, **CASES[name])
     call = dataclasses.replace(call, interpret=True)
     monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, 2))
-    monkeypatch.setattr(warm_up, "CHUNKS", 2)
+    monkeypatch.setattr(warm_up, "chunks", lambda run: 2)
     whole = jax.jit(lambda call: hopper.linear_attention(call)[0])(call)
     monkeypatch.setattr(table, "SHORT_WALKS", True)
     walks = warm_up.walks(inputs.prepare(call), 2)
@@ -66,3 +66,35 @@ def test_interpreted(name, capfd, monkeypatch):
         np.testing.assert_array_equal(got["o"][:, :, 1], whole[:, :, 1])
         assert relative_error(got["o"], np.asarray(whole, np.float64)) < 1e-5
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name, dim, monkeypatch):
+    call, do, d_state = steep_and_slow(1280, dim=dim, **CASES[name])
+    monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, 2))
+    monkeypatch.setattr(table, "SHORT_WALKS", True)
+    run = jax.jit(lambda *x: results(*x))
+    got, again = run(call, do, d_state), run(call, do, d_state)
+    compare(got, call, do, d_state, tolerance=2)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, again))
+
+
+def test_bound_is_never_below_the_norm():
+    """Of what stretches do to a state, for keys, beta and decays of any size; documents forget."""
+    call, _, _ = make_case(tokens=512, l2norm=False, decay=0.05, beta_max=3.0)
+    call = dataclasses.replace(call, k=call.k * 4, interpret=True)
+    given = inputs.prepare(call)
+    k, g, beta = (np.asarray(x, np.float64)[0, :, 0] for x in (call.k, call.log_decay, call.beta[..., None]))
+    for last in (True, False):
+        bound = np.asarray(warm_up._bound(given, 2, 2, last=last))[0, :, 0]
+        for piece in range(2):
+            move, begin = np.eye(k.shape[1]), 256 * piece + 128 * last
+            for t in range(begin, begin + 128):
+                move = (np.eye(len(move)) - beta[t] * np.outer(k[t], k[t])) @ (np.exp(g[t])[:, None] * move)
+            assert np.log(np.linalg.norm(move, 2)) <= bound[piece]
+    ids = jnp.asarray(np.arange(512)[None] // 200, jnp.int32)
+    given = inputs.prepare(dataclasses.replace(call, segment_ids=ids))
+    bounds = [np.isneginf(warm_up._bound(given, 2, 2, last=last))[0, :, 0] for last in (True, False)]
+    np.testing.assert_array_equal(bounds, [[True, True], [False, False]])

@@ -60,7 +60,7 @@ def reverse_scan(
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
     fixed = 2 * wide * C * (C + key_dim * (not summary))
-    fewest = count if walk is None else warm_up.CHUNKS
+    fewest = count if walk is None else warm_up.chunks(count)
     stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
     scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
     scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}

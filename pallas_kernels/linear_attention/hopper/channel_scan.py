@@ -76,7 +76,7 @@ class ChannelScan(Wanted):
         bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
         room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
-        fewest = chunks // self.pieces if self.walk is None else warm_up.CHUNKS
+        fewest = chunks // self.pieces if self.walk is None else warm_up.chunks(chunks // self.pieces)
         stages = max(2, min(4, fewest, room // each))
         scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
         scratch |= {name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
