@@ -27,7 +27,7 @@ CASES = {
 def steep_and_slow(tokens, **options):
     """A call of two value heads, of which the first forgets and the second does not; dO, dS."""
     call, do, d_state = make_case(tokens=tokens, value_heads=2, **options)
-    steep = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=call.log_decay.shape)))
+    steep = -10 / (1 + np.exp(-np.random.default_rng(2).normal(size=call.log_decay.shape)))
     slow = np.arange(2)[:, None] == 1
     return dataclasses.replace(call, log_decay=jnp.asarray(np.where(slow, 1e-3 * steep, steep))), do, d_state
 
@@ -65,6 +65,19 @@ def test_interpreted(name, capfd, monkeypatch):
     if name == "delta":
         np.testing.assert_array_equal(got["o"][:, :, 1], whole[:, :, 1])
         assert relative_error(got["o"], np.asarray(whole, np.float64)) < 1e-5
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta"))
+def test_led_interpreted(name, capfd, monkeypatch):
+    """Two runs of two chunks, of which the second walks one before it, or both."""
+    call, do, d_state = steep_and_slow(256, **CASES[name])
+    call = dataclasses.replace(call, interpret=True)
+    monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, led=2))
+    before, after = warm_up.leads(inputs.prepare(call), 2)
+    assert name == "delta, documents, keys as they are" or before.tolist() == [[0, 0], [1, 2]], before
+    assert name == "delta, documents, keys as they are" or after.tolist() == [[1, 2], [0, 0]], after
+    compare(results(call, do, d_state), call, do, d_state)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 

@@ -6,6 +6,10 @@ is below exp(LEAST) for a piece's first few chunks and for its last, what came b
 rounding of the state after them: so the short scans walk only those, and M of the piece is 0.
 The kernels read how far to walk, per piece and head, on the device; every other piece is walked whole. The
 results differ by less than float32 rounds, unless the state shrinks by e^(LEAST + 16) in so few tokens.
+
+A sequence too short for pieces, which cost two scans and a chain, is cut into runs all the same: the block of
+threads of a run walks the few chunks before it first, without outputs, or else all that is before it, which
+takes no longer than the sequence as a whole did (`leads`).
 """
 
 from typing import NamedTuple
@@ -53,6 +57,20 @@ def walks(inputs: Inputs, pieces: int) -> Walks | None:
         return jnp.stack(of, -1).astype(jnp.int32).reshape(-1, forgets.shape[2], 2)
 
     return Walks(walk(begin + (run - reach)), walk(begin), forgets)
+
+
+def leads(inputs: Inputs, runs: int) -> tuple[jax.Array, jax.Array]:
+    """How many chunks before each run, and after it (for a reverse scan), it walks first [B * runs, HV]."""
+    run = inputs.k.shape[1] // C // runs
+    reach = max(1, chunks(run))
+    count = jnp.arange(runs, dtype=jnp.int32)[None, :, None]
+
+    def lead(last: bool, all_: jax.Array) -> jax.Array:
+        short = jnp.roll(_bound(inputs, runs, reach, last=last) <= LEAST, 1 if last else -1, axis=1)
+        walked = jnp.where(short, jnp.minimum(reach, all_), all_)
+        return walked.astype(jnp.int32).reshape(-1, short.shape[2])
+
+    return lead(True, count * run), lead(False, (runs - 1 - count) * run)
 
 
 def _bound(inputs: Inputs, pieces: int, reach: int, *, last: bool) -> jax.Array:
