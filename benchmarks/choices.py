@@ -3,8 +3,8 @@
     python benchmarks/choices.py [--ops gated_deltanet,simple_gla] [--shapes 0,1,2,3,4] [--pieces 1,8]
 
 Shapes, inputs and medians of benchmarks/kernels.py; forward, then forward and backward. Everything compiles
-first, on all cores. One line a choice, the table's own marked; "walks": with a decay per key channel, pieces
-that forget walked in part (hopper/warm_up.py). Needs a Hopper GPU.
+first, on all cores. One line a choice, the table's own marked; with a decay per key channel also "walks",
+pieces that forget walked in part, and led (hopper/warm_up.py). Needs a Hopper GPU.
 """
 
 import argparse
@@ -29,8 +29,12 @@ def candidates(op: str, shape: Shape, wanted: list[int]) -> list[tuple[Choice, b
     """Choices, and whether with short walks."""
     tiles = [tile for tile in (64, 128) if shape.value_dim % tile == 0]
     pieces = [n for n in wanted if n == 1 or shape.tokens % (64 * n) == 0]
-    walks = lambda n: (False, True) if channel(op) and n > 1 else (False,)
-    return [(Choice(tile, n), short) for tile, n in itertools.product(tiles, pieces) for short in walks(n)]
+    choices = [(Choice(*choice), False) for choice in itertools.product(tiles, pieces)]
+    if channel(op):
+        cut = [choice for choice, _ in choices if choice.pieces > 1]
+        choices += [(choice, True) for choice in cut]
+        choices += [(Choice(tile, led=n), False) for tile, n, _ in cut]
+    return choices
 
 
 def additive(choice: Choice, shape: Shape) -> Choice:

@@ -82,11 +82,12 @@ def test_led_interpreted(name, capfd, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("choice", [table.Choice(64, 2), table.Choice(64, led=4)], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", CASES)
-def test_on_gpu(name, dim, monkeypatch):
+def test_on_gpu(name, dim, choice, monkeypatch):
     call, do, d_state = steep_and_slow(1280, dim=dim, **CASES[name])
-    monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, 2))
+    monkeypatch.setattr(table, "forward", lambda *shapes: choice)
     monkeypatch.setattr(table, "SHORT_WALKS", True)
     run = jax.jit(lambda *x: results(*x))
     got, again = run(call, do, d_state), run(call, do, d_state)
