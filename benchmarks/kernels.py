@@ -1,8 +1,9 @@
-"""Our kernels, jax-linear-attention and flash-linear-attention on one GPU: time, memory, accuracy.
+"""Our kernels, jax-linear-attention, flash-linear-attention and NVIDIA's on one GPU: time, memory, accuracy.
 
     python benchmarks/kernels.py [--ops gated_deltanet,gla] [--shapes 0,1] [--peers ours,jla] [--out FOLDER]
     python benchmarks/kernels.py --peers fla --ops deltanet --shapes 0 --fla_seconds 300
     python benchmarks/kernels.py --shapes more --jobs 16
+    python benchmarks/kernels.py --peers ours,nvidia --ops kda --shapes more --profile more --jobs 16
 
 Shapes 0 to 4 take every op; "more" are those of models and of other authors' tables, each for the ops that it
 belongs to: wide and grouped heads, few heads, 131,072 tokens, packed rows, slow gates (-exp(normal - 3), what
@@ -12,6 +13,8 @@ One process a peer, op and shape: they compile --jobs at a time and then, nothin
 the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key
 channel; beta sigmoid(normal); q, k normalised in the op by the delta family; no final state. A peer that is
 not installed or refuses is a row too. FLA autotunes for minutes at the first call of an op, hence its bound.
+NVIDIA's takes q, k normalised before and float32 gates (peer_nvidia.py); its host calls cost more than its
+kernels do, so compare the column of kernels (--profile).
 
 Times are medians of 5 groups of calls, a group of at least 10 ms, around block_until_ready. The floor counts
 each input read and each output written once at 3.0 TB/s: q, k, v, o (and the channel decay) forward; q, k, v,
@@ -41,6 +44,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from peer_nvidia import Nvidia
 from peers import ACCURACY_SHAPE, OPS, Fla, Jax, Shape, channel, square, truth
 
 SQUARES = [(8, 4096, 16, 128), (2, 16384, 16, 128), (1, 65536, 8, 128), (4, 2048, 16, 128), (8, 4096, 16, 64)]
@@ -63,12 +67,16 @@ MORE = [  # ops, shape
     ("gated_deltanet simple_gla gla", Shape(4, 8192, 4, 4, 256, 512, "slow")),
     ("gated_deltanet", Shape(4, 8192, 4, 4, 256, 512, "slow", document=517)),
     ("simple_gla", square(4, 8192, 24, 64, "slow")),
+    ("kda", square(1, 65536, 8, 128, "slow")),
+    ("gla gated_deltanet", square(1, 65536, 8, 128, "steep")),
+    ("kda", square(1, 131072, 16, 128, "steep")),
 ]
 SHAPES = [square(*shape) for shape in SQUARES] + [shape for _, shape in MORE]
 TAKES = [OPS] * len(SQUARES) + [tuple(ops.split()) for ops, _ in MORE]  # ops by shape
 INDICES = [str(index) for index in range(len(SHAPES))]
 NAMED = {"squares": INDICES[: len(SQUARES)], "more": INDICES[len(SQUARES) :]}
-PEERS = ("ours", "jla", "fla", "triton")
+PEERS = ("ours", "jla", "fla", "triton", "nvidia")
+TORCH: dict[str, type[Fla]] = {"fla": Fla, "nvidia": Nvidia}
 BYTES_PER_SECOND = 3.0e12
 RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta")
 
@@ -106,7 +114,7 @@ def work(role: str, op: str, what: str, lock: str, profile: bool, seconds: float
         row = heading(role, op, what)
         rows = [row]
         try:
-            peer = Fla() if role == "fla" else Jax(role)
+            peer = TORCH[role]() if role in TORCH else Jax(role)
             if what == "accuracy":
                 path = role if role != "ours" else Jax(role).path(op, ACCURACY_SHAPE)
                 want, rows = truth(op), []
@@ -176,12 +184,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    shapes = lambda text: some_of(INDICES)(",".join(NAMED.get(text, [text])))
     parser.add_argument("--ops", type=some_of(OPS), default=OPS)
-    parser.add_argument(
-        "--shapes",
-        type=lambda text: some_of(INDICES)(",".join(NAMED.get(text, [text]))),
-        default=NAMED["squares"],
-    )
+    parser.add_argument("--shapes", type=shapes, default=NAMED["squares"])
     parser.add_argument("--peers", type=some_of(PEERS), default=("ours", "jla"))
     parser.add_argument("--no_accuracy", action="store_true")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at a time")
@@ -190,7 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--fla_seconds", type=float, default=300, help="time allowed for an op of FLA")
     parser.add_argument(
-        "--profile", type=some_of(INDICES), default=(), help="shapes whose kernels are timed one by one"
+        "--profile", type=shapes, default=(), help="shapes whose kernels are timed one by one"
     )
     parser.add_argument("--out", type=pathlib.Path, help="folder for kernels.json and kernels.md")
     parser.add_argument("--role", nargs=4, help=argparse.SUPPRESS)
@@ -225,7 +230,7 @@ def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]
     environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", TF_CPP_MIN_LOG_LEVEL="2")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     peer, _, what = task
-    if peer == "fla":
+    if peer in TORCH:
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, __file__, "--role", *task, lock, *["--profile", what] * (what in args.profile)]
     command += ["--compile_seconds", str(args.compile_seconds)]

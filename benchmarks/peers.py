@@ -62,13 +62,16 @@ def shapes_of(op: str, shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def log_decay(x: Any, numpy: Any, op: str, gates: str) -> Any:
-    """Of normal numbers x: logsigmoid(x), per channel at least -5; slow -exp(x - 3), steep -5 sigmoid(x)."""
+    """Of normal numbers x: logsigmoid(x), per channel at least -5; slow -exp(x - 3), steep -5 sigmoid(x).
+
+    numpy: the module of x's array type, jax.numpy or torch.
+    """
     if gates == "slow":
         return -numpy.exp(x - 3)
     if gates == "steep":
         return -5 / (1 + numpy.exp(-x))
-    steps = -numpy.logaddexp(0, -x)
-    return numpy.maximum(steps, -5) if channel(op) else steps
+    steps = -numpy.log1p(numpy.exp(-x))
+    return numpy.clip(steps, -5, None) if channel(op) else steps
 
 
 def exact_inputs(op: str, case: str) -> dict[str, np.ndarray]:
@@ -228,6 +231,9 @@ class Jax:
 class Fla:
     """flash-linear-attention: PyTorch and Triton; its first call of an op may autotune for minutes."""
 
+    name = "fla"
+    cases: tuple[str, ...] = CASES
+
     def __init__(self) -> None:
         import torch
 
@@ -239,12 +245,11 @@ class Fla:
 
     def draw(self, op: str, shape: Shape) -> dict[str, Any]:
         torch = self.torch
-        if shape.gates != "usual" or shape.document:
-            raise ValueError("usual gates and whole rows only")
+        if shape.document:
+            raise ValueError("whole rows only")
         x = {name: torch.randn(*s, device="cuda") for name, s in shapes_of(op, shape).items()}
         if "g" in x:
-            x["g"] = torch.nn.functional.logsigmoid(x["g"])
-            x["g"] = x["g"].clamp_min(-5) if channel(op) else x["g"]
+            x["g"] = log_decay(x["g"], torch, op, shape.gates)
         if "beta" in x:
             x["beta"] = x["beta"].sigmoid()
         return self.leaves(x)
@@ -273,9 +278,9 @@ class Fla:
         return o, state
 
     def time(self, op: str, shape: Shape, alone: Callable, profile: bool) -> dict[str, Any]:
-        """Triton compiles and tunes at the first call."""
+        """The first call compiles (and Triton tunes)."""
         synchronize = self.torch.cuda.synchronize
-        row: dict[str, Any] = {"peer": "fla"}
+        row: dict[str, Any] = {"peer": self.name}
         with alone():
             x = self.draw(op, shape)
             runs = {
@@ -294,11 +299,22 @@ class Fla:
                 row[f"{name}_temp_MiB"] = (peak - max(before, self.torch.cuda.memory_allocated())) / 2**20
                 del out
                 row[f"{name}_ms"] = median_ms(run, lambda _: synchronize())
+                if profile:
+                    row[f"{name}_kernels"] = self.kernels(run)
         return row
+
+    def kernels(self, run: Callable[[], Any], calls: int = 10) -> dict[str, float]:
+        """As `Jax.kernels`."""
+        with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(calls):
+                run()
+            self.torch.cuda.synchronize()
+        times = {e.key: e.self_device_time_total / 1e3 / calls for e in profile.key_averages()}
+        return {name: ms for name, ms in times.items() if ms}
 
     def results(self, op: str, alone: Callable) -> dict[str, list[dict[str, np.ndarray]]]:
         with alone():
-            return {case: [self.result(op, case) for _ in range(2)] for case in CASES}
+            return {case: [self.result(op, case) for _ in range(2)] for case in self.cases}
 
     def result(self, op: str, case: str) -> dict[str, np.ndarray]:
         x = self.leaves({n: self.torch.tensor(v).cuda() for n, v in exact_inputs(op, case).items()})

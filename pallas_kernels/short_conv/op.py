@@ -11,7 +11,7 @@ import jax
 from pallas_kernels.dispatch import Op
 from pallas_kernels.short_conv.call import ConvCall
 
-OP = Op("short_conv", __package__, ("hopper", "xla"))
+OP = Op("short_conv", __package__, ("hopper", "xla"), by_name=("triton",))
 WHOLE = 256  # features: parts of multiples of it are written and read where they are
 
 
@@ -36,8 +36,8 @@ def short_conv(
         positions_BT: integers [B, T], each token's place in its document, from 0.
         history_BPF: the P = W - 1 inputs before the first token, oldest first; None for zeros.
         silu: apply SiLU to the sum.
-        widths: of parts of F that y comes in, arrays of their own, which kernels write and whose gradients
-            they read where they are; () for one array.
+        widths: of parts of F that y comes in, arrays of their own, which Hopper's kernels write and whose
+            gradients they read where they are; () for one array.
         backend: as in `linear_attention`; the Hopper kernels take bf16 without history.
         interpret: run the kernels in interpret mode (for tests).
 

@@ -9,12 +9,13 @@ Few heads: sequences in pieces, as in forward.py; an additive piece multiplies t
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import pieces, table
+from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.channel_scan import ChannelScan, Scanned
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
@@ -38,23 +39,30 @@ def channel_forward(
     moves = None
     if choice.pieces > 1 or inputs.over is not None:
         alone = dataclasses.replace(inputs, state=None)
-        summary = ChannelScan(alone, tiles, choice.value_tile, pieces=choice.pieces, mode="summary")().final
-        moves = _moves(alone, tiles, choice)
+        walks = warm_up.walks(inputs, choice.pieces)
+        scan = functools.partial(ChannelScan, pieces=choice.pieces, walk=walks and walks.last)
+        summary = scan(alone, tiles, choice.value_tile, mode="summary")().final
+        moves = _moves(alone, tiles, choice, walks)
         inputs = dataclasses.replace(
             inputs, state=pieces.chain(moves, summary, inputs.state, over=inputs.over)
         )
-    out = ChannelScan(inputs, tiles, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
-    if final and choice.pieces > 1:
-        out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
+    led = choice.led if inputs.over is None else 1
+    cut = choice.pieces * led
+    lead = warm_up.leads(inputs, led)[0] if led > 1 else None
+    out = ChannelScan(inputs, tiles, choice.value_tile, pieces=cut, final=final, keep=keep, lead=lead)()
+    if final and cut > 1:
+        out = out._replace(final=out.final[cut - 1 :: cut])
     return out, ChannelSaved(tiles, out.states, out.values, moves) if keep else None
 
 
-def _moves(inputs: Inputs, tiles: Tiles, choice: table.Choice) -> jax.Array:
+def _moves(inputs: Inputs, tiles: Tiles, choice: table.Choice, walks: warm_up.Walks | None) -> jax.Array:
     """What a piece does to S: M^T [B, pieces, HV, K, K], or if additive factors [B, pieces, HV, K]."""
     batch, value_heads, chunks, key_dim = tiles.carry.shape
     if tiles.inverses is None:
         carry = tiles.carry.reshape(batch, value_heads, choice.pieces, chunks // choice.pieces, key_dim)
         return jnp.swapaxes(jnp.prod(carry, axis=3), 1, 2)
     key_tile = min(choice.value_tile, key_dim)
-    moves = ChannelScan(inputs, tiles, key_tile, pieces=choice.pieces, mode="transition")().final
-    return moves.reshape(batch, choice.pieces, *moves.shape[1:])
+    scan = functools.partial(ChannelScan, pieces=choice.pieces, walk=walks and walks.last)
+    moves = scan(inputs, tiles, key_tile, mode="transition")().final
+    moves = moves.reshape(batch, choice.pieces, *moves.shape[1:])
+    return moves if walks is None else jnp.where(walks.forgets[..., None, None], 0.0, moves)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import blocks, table
+from pallas_kernels.linear_attention.hopper import table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
@@ -13,6 +13,7 @@ from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.pieces import chain
+from pallas_kernels.padding import pad_time
 
 RUN = 8  # chunks a block of threads of the chunk kernel takes in turn
 
@@ -28,20 +29,27 @@ def channel_gradients(
 
     The gradient of log_decay is [B, T, HV, K], of its dtype.
     """
-    value_tile = value_tile or table.forward(inputs.k.shape, inputs.v.shape).value_tile
+    choice = table.forward(inputs.k.shape, inputs.v.shape)
+    value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
-    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
-    tiles, pieces = saved.tiles, 1
+    tiles, pieces, lead = saved.tiles, 1, None
     if saved.moves is not None:
         pieces = saved.moves.shape[1]
-        *_, alone = reverse_scan(inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True)
+        walks = warm_up.walks(inputs, pieces)
+        *_, alone = reverse_scan(
+            inputs, tiles, do, None, value_tile=value_tile, pieces=pieces, summary=True,
+            walk=walks and walks.first,
+        )  # fmt: skip
         d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
+    elif choice.led > 1:
+        pieces, lead = choice.led, warm_up.leads(inputs, choice.led)[1]
     state_gradients: Any
     dv: Any
     state_gradients, dv, first = reverse_scan(
-        inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces
+        inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces, lead=lead
     )
     delta = tiles.inverses is not None
     dq, dk, d_log_decay, error = chunk_gradients(

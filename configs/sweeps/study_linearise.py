@@ -1,0 +1,51 @@
+"""Conversions of one Transformer: four mixers, three ratios, a fifth of the tokens that made it.
+
+    python -m launch.sweep --config=configs/sweeps/study_linearise.py:runs/teacher --workdir=runs/linearise
+    python -m launch.sweep --config=configs/sweeps/study_linearise.py:runs/teacher,seeds --workdir=runs/seeds
+
+The second line is two more seeds of Gated DeltaNet, pure and 3:1. The argument is the teacher's workdir,
+whose batches, widths and text the conversions have: 30 steps in which each new mixer learns its attention's
+outputs (Hedgehog's maps: its weights), then the KL of the logits. `gla+swa` is Liger's layer, gated linear
+attention of gates made of keys beside a window of 64; `featuremap` is Hedgehog.
+"""
+
+from hybridlm.errors import one_of
+from launch.grid import Sweep, axis, zipped
+
+STEPS, TRANSFER = 600, 30
+LIGER = {"init_gates": "keys", "mixers.swa.window": 64}
+HEDGEHOG = {
+    "mixers.featuremap.feature_map": "hedgehog",
+    "mixers.featuremap.output_norm": False,
+    "stages.transfer.objective.transfer": 0.0,
+    "stages.transfer.objective.weights": 1.0,
+    "stages.transfer.optimizer.freeze": "*, !*_maps.*",
+}
+
+
+def get_sweep(arg: str = "runs/teacher") -> Sweep:
+    teacher, _, part = arg.partition(",")
+    if part:
+        one_of("study_linearise.py:TEACHER,PART", part, ("seeds",))
+    mixers = zipped(
+        axis("mixer", "gdn", "kda", "gla+swa", "featuremap"),
+        axis("recipe", delta={}, channels={}, liger=LIGER, hedgehog=HEDGEHOG),
+    )
+    grid = [mixers, axis("ratio", "pure", "3:1", "1:1")]
+    seeds = [axis("mixer", "gdn"), axis("ratio", "pure", "3:1"), axis("seed", 1, 2)]
+    return Sweep(
+        base=f"configs/linearise.py:teacher={teacher},{{mixer}},{{ratio}}",
+        axes=seeds if part else grid,
+        fields={
+            "stages.order": "transfer,distil",
+            "stages.transfer.train.steps": TRANSFER,
+            "stages.transfer.optimizer.learning_rate": 2e-3,
+            "stages.distil.train.steps": STEPS - TRANSFER,
+            "optimizer.learning_rate": 5e-4,
+            "optimizer.warmup_steps": 10,
+            "eval.every_steps": 30,
+            "eval.batches": 8,
+            "log.every_steps": 10,
+            "checkpoint.every_steps": 0,
+        },
+    )
