@@ -68,7 +68,7 @@ SHAPES = [square(*shape) for shape in SQUARES] + [shape for _, shape in MORE]
 TAKES = [OPS] * len(SQUARES) + [tuple(ops.split()) for ops, _ in MORE]  # ops by shape
 INDICES = [str(index) for index in range(len(SHAPES))]
 NAMED = {"squares": INDICES[: len(SQUARES)], "more": INDICES[len(SQUARES) :]}
-PEERS = ("ours", "jla", "fla", "triton")
+PEERS = ("ours", "triton", "xla", "jla", "fla")
 BYTES_PER_SECOND = 3.0e12
 RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta")
 
