@@ -4,10 +4,10 @@
     python -m hybridlm.data.prepare --input text/train.jsonl --val_input text/val.jsonl --tokenizer bytes \
         --output data/source
 
-A document is a file of source, stubs, headers or documentation in UTF-8. Left out are files that were seen but
-for their spaces, files of whose longer lines half or more were seen, and files that deflate makes nine times
-smaller (tables, generated code). Which files come first, and so which of two copies stays, is decided by their
-names. Held out are whole packages, so that what is measured is code of authors that were never read.
+A document is a file of source, stubs, headers or documentation in UTF-8. Left out are files that were seen
+but for their spaces, files of whose longer lines half or more were seen, and files that deflate makes nine
+times smaller (tables, generated code). Which files come first, and so which of two copies stays, is decided
+by their names. Held out are whole packages: what is measured is code of authors that were never read.
 """
 
 import argparse

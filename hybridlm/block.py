@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
-from hybridlm.layers import LayerNorm, Linear, RMSNorm
+from hybridlm.layers import PASSED, STREAM, LayerNorm, Linear, RMSNorm
 from hybridlm.mixers import Site
 
 
@@ -78,14 +79,17 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); or, post-norm, x + norm(mixer(x)), then x + norm(mlp(x)).
 
     A half that norms the stream itself (``Spec.stream``): a h + b f(h) with h = norm(x), f mixer or MLP.
-    Without an MLP (kind "none") the first half is all.
+    Without an MLP (kind "none") the first half is all. A mixer that norms what it is given itself has no norm
+    before it.
     """
 
     def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
         self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
+        self.bare = spec.config.norms_itself
         self.multiplier, self.stream = model.residual_multiplier, dict(spec.stream)
         site = site._replace(leaves=spec.leaves, reuses=spec.reuses)
-        self.mixer_norm = norm(model, rngs)
+        if not spec.config.norms_itself:
+            self.mixer_norm = norm(model, rngs)
         self.mixer = mixers.load(spec.kind)(spec.config, site, rngs=rngs)
         if self.has_mlp:
             self.mlp_norm = norm(model, rngs)
@@ -103,7 +107,8 @@ class Block(nnx.Module):
         given = self._before("mixer", x_BTD)
         mixed, own = self.mixer(given, context, own)
         context.record("block.mixed", mixed)
-        y_BTD, kept = self._mlp(self._sum("mixer", x_BTD, given, mixed), context, kept)
+        between = checkpoint_name(self._sum("mixer", x_BTD, given, mixed), STREAM)
+        y_BTD, kept = self._mlp(between, context, kept)
         context.record("block.output", y_BTD)
         return y_BTD, (own, kept) if self.keeps and cache is not None else own
 
@@ -134,7 +139,8 @@ class Block(nnx.Module):
         return self.mixer_norm if half == "mixer" else self.mlp_norm
 
     def _before(self, half: str, x: jax.Array) -> jax.Array:
-        return x if self.post_norm else self._norm(half)(x)
+        bare = self.post_norm or (self.bare and half == "mixer")
+        return x if bare else checkpoint_name(self._norm(half)(x), PASSED)
 
     def _sum(self, half: str, x: jax.Array, given: jax.Array, y: jax.Array) -> jax.Array:
         """The stream after ``half`` made y of what it was given."""

@@ -64,6 +64,7 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "loglinear": ("log_linear", {}),
     "mom": ("mom", {}),
     "sse": ("sse", {}),
+    "sharedblock": ("shared_block", {}),
 }
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "channel_mix": "channel_mix", "none": "none"}
 
@@ -281,17 +282,23 @@ def _filled(model: schema.Model, names: tuple[str, ...], known: Mapping[str, Any
     return dataclasses.replace(model, num_layers=layers, mlp_hidden=hidden)
 
 
-def _check_norms(model: schema.Model, used: Collection[str], known: Collection[str]) -> None:
+def _check_norms(model: schema.Model, used: Collection[str], known: Mapping[str, Any]) -> None:
     """``post_norm`` and ``stream_norm`` name what there is, and not the same. used: mixers of layers."""
+    bare = {name for name in used if known[name].norms_itself}
     for name in model.post_norm:
         if name not in known:
             problem = f"no mixer named {name!r} in mixers"
             raise ConfigError("model.post_norm", model.post_norm, problem, nearest(name, known))
+        if name in bare:
+            raise ConfigError("model.post_norm", model.post_norm, f"{name} norms what it is given itself")
     for one, *_ in model.streams():
         named = {name for name in used for half in ("mixer", "mlp") if fnmatchcase(f"{name}.{half}", one)}
         if not named:
             fix = "Names are full.mixer, full.mlp ...; * stands for anything."
             raise ConfigError("model.stream_norm", one, "is the name of no half of a block", fix)
+        if own := sorted(name for name in bare if fnmatchcase(f"{name}.mixer", one)):
+            problem = f"norms the stream of {own[0]}, which norms what it is given itself"
+            raise ConfigError("model.stream_norm", one, problem, "Name the other halves.")
         if both := sorted(named.intersection(model.post_norm)):
             problem = f"norms the stream of {both[0]}, whose blocks norm what is added (model.post_norm)"
             raise ConfigError("model.stream_norm", one, problem, "Leave it out of one of them.")

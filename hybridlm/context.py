@@ -30,10 +30,12 @@ class Left(NamedTuple):
 class Context:
     """rows: documents and positions of the tokens.
     layer, num_layers: this layer's index in the stack (traced in a scan) and the stack's depth.
-    shared: this layer's row of its kind's stack-wide parameters (`mixers.TokenMixer.Shared`), or None.
+    shared: this layer's row of its kind's stack-wide parameters (`mixers.TokenMixer.shared_class`), or the
+        module itself, or None.
     carried: what earlier layers left, by name; see `leave` and `left`.
     wanted: patterns of the names of records that somebody asked for.
     records: what this layer recorded, of those.
+    entered: what the stack was given, [B, T, D]: the embedding of the tokens, also where x is another.
     """
 
     rows: Rows
@@ -43,6 +45,7 @@ class Context:
     carried: dict[str, Left] = dataclasses.field(default_factory=dict)
     wanted: tuple[str, ...] = ()
     records: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    entered: Any = None
 
     def leave(self, name: str, value: Any) -> None:
         """Leaves ``value``, a pytree of fixed shapes, to later layers; the kind's Config.carries says so."""
@@ -88,4 +91,5 @@ class Context:
     def with_time(self) -> "Context":
         """For a mixer that wants a time axis: the rows of a decode step as rows of one token."""
         rows = Rows(self.rows.segment_ids[:, None], self.rows.positions[:, None])
-        return dataclasses.replace(self, rows=rows)  # carried and records are the same dicts
+        entered = None if self.entered is None else self.entered[:, None]
+        return dataclasses.replace(self, rows=rows, entered=entered)  # carried and records: the same dicts

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hybridlm import loss, mlps, model
+from hybridlm import loss, mixers, mlps, model
 from hybridlm.block import Spec
 from hybridlm.config import Config
 from hybridlm.kinds import Settings
@@ -40,7 +40,8 @@ class Layer(NamedTuple):
 
     settings: those that differ from the kinds' defaults, of the mixer and of an MLP other than SwiGLU.
     full: attends over the whole context (`mixers.Config.full_attention`; a sliding window does not count).
-    active_parameters: those that a token touches, fewer where it is routed to some of many experts.
+    active_parameters: those that a token touches, fewer where it is routed to some of many experts, more
+        where the layer goes through a module that layers share.
     """
 
     layer: int
@@ -72,9 +73,11 @@ def layers(config: Config) -> list[Layer]:
     """The layer table of a resolved config."""
     definition, seq_len = model.build(config), config.train.seq_len
     rows = {}
+    modules = _modules(definition)
     for spec in set(definition.layers):
         cost = spec.cost(definition.d_model, seq_len)
         parameters = _block_parameters(definition, spec)
+        idle = spec.mlp_config.idle(definition.d_model)
         rows[spec] = Layer(
             layer=-1,
             name=spec.name,
@@ -82,7 +85,7 @@ def layers(config: Config) -> list[Layer]:
             settings=_settings(spec),
             full=spec.config.full_attention,
             parameters=parameters,
-            active_parameters=parameters - spec.mlp_config.idle(definition.d_model),
+            active_parameters=parameters - idle + modules.get(spec.mixer, 0),
             state_bytes=round(STATE_BYTES * cost.state),
             cache_bytes=round(definition.dtype.itemsize * cost.cache),
         )
@@ -127,12 +130,15 @@ def active_parameters(config: Config) -> int:
 def train_flops_per_token(config: Config) -> float:
     """Forward and backward FLOPs per token at train.seq_len, rows of one document each.
 
-    2 per active parameter but the embedding (looked up), and what the mixers' own costs say: recurrences, and
-    softmax attention over the context that a causal token sees, (T + 1) / 2 on average.
+    2 per active parameter but the embedding (looked up), in each layer that uses it, and what the mixers' own
+    costs say: recurrences, and softmax attention over the context that a causal token sees, (T + 1) / 2 on
+    average.
     """
     definition, seq_len = model.build(config), config.train.seq_len
     looked_up = 0 if definition.model.tie_embeddings else definition.vocab_size * definition.d_model
-    forward = 2.0 * (active_parameters(config) - looked_up)
+    modules = _modules(definition)
+    again = sum(modules.get(spec.mixer, 0) for spec in definition.layers) - sum(modules.values())
+    forward = 2.0 * (active_parameters(config) - looked_up + again)
     forward += sum(spec.cost(definition.d_model, seq_len).flops for spec in definition.layers)
     return 3 * forward
 
@@ -151,7 +157,10 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
-    kept = {"mixer": inner, "dots": sum(work), "kernels": 1.5 * sum(work), "none": 3 * sum(work)}
+    attended = sum(row.full for row in table) * definition.d_model / mesh["tensor"]
+    away = attended - len(table) * definition.d_model  # layers' inputs are on the host
+    kept = {"offload": away, "attention": attended, "mixer": inner, "dots": sum(work) + attended}
+    kept |= {"kernels": 1.5 * sum(work), "none": 3 * sum(work)}
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
     logits = loss.temporaries(definition.d_model, int(vocab), int(tokens))
@@ -180,6 +189,15 @@ def _settings(spec: Spec) -> str:
 
     mlp = [] if spec.mlp_kind == mlps.DEFAULT else [f"mlp={spec.mlp_kind}", *changed(spec.mlp_config)]
     return ", ".join(changed(spec.config) + mlp)
+
+
+@functools.lru_cache(maxsize=64)
+def _modules(definition: model.Definition) -> Mapping[str, int]:
+    """Parameters of the modules that all layers of a mixer's name go through, by that name."""
+    names = {spec.mixer for spec in definition.layers if mixers.shares_module(spec.kind)}
+    leaves = model.canonical_shapes(definition).items()
+    size = lambda start: sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
+    return {name: size(f"shared.{name}.") for name in names}
 
 
 @functools.lru_cache(maxsize=256)

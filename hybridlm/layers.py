@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pieces
 from hybridlm.rows import Rows, continued
@@ -29,6 +30,8 @@ from pallas_kernels.elementwise import piece as elementwise_piece
 
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
+STREAM = "stream"  # of the residual stream between a block's halves
+PASSED = "passed"  # of what only passes through memory once more to be made again
 LORA = ("lora_a", "lora_b")  # the factors beside a kernel
 NARROW = 8  # times as long as wide: a matrix with a few outputs a head, or a router
 INIT_STD = 0.02  # FLA and most public checkpoints: N(0, 0.02) for every matrix
@@ -139,6 +142,20 @@ def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...]) -> ja
     return _product(x, kernel, axes) if several and x.ndim == 3 else x @ kernel
 
 
+def side_by_side(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
+    """Each of ``linears`` of ``x``, as one product, where each device has all of them and they are plain.
+
+    For narrow ones: their gradients in x, each as wide as x, are then one array, not one each.
+    """
+    plain = all(one.bias is None and one.multiplier == 1 and not (one.rank or one.fp8) for one in linears)
+    if parts("heads") > 1 or not plain:
+        return [one(x) for one in linears]
+    kernels = [one.kernel[...].astype(x.dtype) for one in linears]
+    x = jax.lax.optimization_barrier(x)  # else XLA joins it to a wide product of x, and cuts that by copies
+    y = product(x, jnp.concatenate(kernels, axis=1), (linears[0].kernel.axes[0], None))
+    return jnp.split(y, list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])), axis=-1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x_BTD: jax.Array, kernel_DF: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return x_BTD @ kernel_DF
@@ -191,6 +208,38 @@ def rms(x: jax.Array, eps: float) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def scaled_rms(x: jax.Array, scale: jax.Array, gate: jax.Array | None, eps: float) -> jax.Array:
+    """rms(x) * scale * gate, computed in float32, in x's dtype. scale: of x's last axes.
+
+    The gradient reads what it is given twice, for the sums over a row, then for what needs them. XLA's own
+    reads it up to four times, and twice for what is added up over tokens.
+    """
+    y = rms(x, eps) * scale
+    return (y if gate is None else y * gate).astype(x.dtype)
+
+
+def _scaled_rms_backward(eps: float, kept: tuple, y_bar: jax.Array) -> tuple[jax.Array | None, ...]:
+    x_own, scale, gate = kept
+    x, y_bar = x_own.astype(jnp.float32), y_bar.astype(jnp.float32)
+    slope = y_bar * scale if gate is None else y_bar * scale * gate  # of rms(x)
+    r = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    along = jnp.mean(slope * x, axis=-1, keepdims=True)
+    x_bar = r * slope - (r**3 * along) * x
+    normed = x * r
+    gate_bar = None if gate is None else y_bar * scale * normed
+    scale_bar = y_bar * normed if gate is None else y_bar * gate * normed
+    tokens = tuple(range(x.ndim - scale.ndim))
+    # Not summed over heads in the same go: then its shape would not be that of the sums beside it.
+    scale_bar = jax.lax.optimization_barrier(jnp.sum(scale_bar, tokens))
+    return x_bar.astype(x_own.dtype), scale_bar, gate_bar
+
+
+scaled_rms.defvjp(
+    lambda x, scale, gate, eps: (scaled_rms(x, scale, gate, eps), (x, scale, gate)), _scaled_rms_backward
+)
+
+
 class RMSNorm(nnx.Module):
     """x * rsqrt(mean(x^2) + eps) * scale over the last axis, in float32, returned in x's dtype.
 
@@ -216,11 +265,15 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """``gate``: a float32 factor, multiplied in after the norm and before rounding to x's dtype."""
-        parts = x if self.groups == 1 else x.reshape(*x.shape[:-1], self.groups, -1)
-        y = rms(parts, self.eps).reshape(x.shape)
-        if self.scale is not None:
-            y = y * (self.scale[...] + 1 if self.unit_offset else self.scale[...])
-        return (y if gate is None else y * gate).astype(x.dtype)
+        grouped = lambda a: a if self.groups == 1 else a.reshape(*a.shape[:-1], self.groups, -1)
+        gate = None if gate is None else grouped(gate)
+        if self.scale is None:
+            y = rms(grouped(x), self.eps)
+            return (y if gate is None else y * gate).reshape(x.shape).astype(x.dtype)
+        scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
+        # A norm of each head adds up over tokens alone, as what stands around it does, and over heads last.
+        scale = jnp.broadcast_to(grouped(scale), grouped(x).shape[min(2, x.ndim - 1) :])
+        return scaled_rms(grouped(x), scale, gate, self.eps).reshape(x.shape)
 
 
 class LayerNorm(nnx.Module):
@@ -332,6 +385,7 @@ def _convolved(
     if bias_F is not None:
         y = y_BTF.astype(jnp.float32) + bias_F
         y_BTF = (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
+    y_BTF = checkpoint_name(y_BTF, PASSED)
     cuts = list(itertools.accumulate(x.shape[-1] for x in xs[:-1]))
     return jnp.split(y_BTF, cuts, axis=-1) if cuts else [y_BTF]
 

@@ -17,12 +17,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import mixers, pieces
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Positive
 from hybridlm.layers import (
+    PASSED,
     Initializer,
     Linear,
     RecurrentCache,
@@ -141,6 +143,7 @@ class Inputs(NamedTuple):
     """Arguments of the recurrence: q, k [B, T, H, K]; v [B, T, HV, V]; gates [B, T, HV(, K)] float32.
 
     skip: [B, T, HV, V], added to what the recurrence reads.
+    gate: [B, T, rank], what the first of two matrices of the output gate made, where the kind has it already.
     """
 
     q: jax.Array
@@ -149,6 +152,7 @@ class Inputs(NamedTuple):
     log_decay: jax.Array | None = None
     beta: jax.Array | None = None
     skip: jax.Array | None = None
+    gate: jax.Array | None = None
 
 
 class LinearMixer(TokenMixer):
@@ -204,7 +208,7 @@ class LinearMixer(TokenMixer):
 
     def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
         """The output norm, heads merged: [B, T, HV * V]."""
-        return merge_heads(self.o_norm(o_BTHV, gate_BTHV))
+        return checkpoint_name(merge_heads(self.o_norm(o_BTHV, gate_BTHV)), PASSED)
 
     # The skeleton.
 
@@ -231,16 +235,19 @@ class LinearMixer(TokenMixer):
         """y [B, T, D] of what was read: the skip, the gated norm and the output projection."""
         if inputs.skip is not None:
             o_BTHV += inputs.skip.astype(o_BTHV.dtype)
-        return self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD)))
+        return self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD, inputs.gate)))
 
     def _convs(self) -> tuple[ShortConv, ...]:
         return (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()
 
-    def _gate(self, x_BTD: jax.Array) -> jax.Array | None:
+    def _gate(self, x_BTD: jax.Array, low_BTR: jax.Array | None) -> jax.Array | None:
         act = OUTPUT_GATES[self.output_gate]
         if act is None:
             return None
-        logits = self.g_b_proj(self.g_a_proj(x_BTD)) if self.gate_rank else self.g_proj(x_BTD)
+        if self.gate_rank:
+            logits = self.g_b_proj(self.g_a_proj(x_BTD) if low_BTR is None else low_BTR)
+        else:
+            logits = self.g_proj(x_BTD)
         return act(split_heads(logits, self.heads.value).astype(jnp.float32))
 
     def init_cache(self, batch: int, max_length: int, dtype: Any) -> RecurrentCache:
@@ -263,6 +270,8 @@ def recurrence(
         position is not 0. Returns (o [B, T, HV, V], state after the last token or None).
     """
     over = pieces.over(inputs.q.shape[1])
+    if inputs.log_decay is not None:
+        inputs = inputs._replace(log_decay=checkpoint_name(inputs.log_decay, PASSED))
 
     def op(*arrays: Any) -> tuple[jax.Array, jax.Array | None]:
         q, k, v, log_decay, beta, segment_ids, state = arrays
@@ -286,7 +295,7 @@ def recurrence(
     if state is not None:
         state = continued(state, rows)
     token_axes, state_axes = ("batch", "time", "heads", None), ("batch", "heads", None, None)
-    args = (*inputs[:-1], rows.segment_ids, state)
+    args = (*inputs[:5], rows.segment_ids, state)
     in_axes = [None if arg is None else token_axes[: arg.ndim] for arg in args[:-1]]
     out_state = None if state is None else state_axes
     return per_shard(op, (*in_axes, out_state), (token_axes, out_state))(*args)
@@ -311,9 +320,29 @@ def low_rank_recurrence(
 # Gates that several kinds have.
 
 
+@jax.custom_vjp
 def softplus_decay(x: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
-    """log decay = -exp(A_log) * softplus(x + dt_bias), float32 (Mamba-2's discretisation)."""
+    """log decay = -exp(A_log) * softplus(x + dt_bias), float32 (Mamba-2's discretisation).
+
+    dt_bias: of x's last axes.  A_log: broadcast to it. The gradient reads x and its own once, and what it adds
+    up over tokens it adds up alike, so that XLA makes one kernel of it: its own takes three, and float32
+    arrays between them.
+    """
     return -jnp.exp(A_log) * jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
+
+
+def _softplus_decay_backward(kept: tuple, d_decay: jax.Array) -> tuple[jax.Array, ...]:
+    x, A_log, dt_bias = kept
+    z = x.astype(jnp.float32) + dt_bias
+    scaled = -jnp.exp(A_log) * d_decay
+    d_z, d_A_log = scaled * jax.nn.sigmoid(z), scaled * jax.nn.softplus(z)
+    tokens = tuple(range(x.ndim - dt_bias.ndim))
+    d_A_log = jax.lax.optimization_barrier(jnp.sum(d_A_log, tokens))  # and over channels after that
+    spread = [i for i, size in enumerate(A_log.shape) if size < dt_bias.shape[i]]
+    return d_z.astype(x.dtype), jnp.sum(d_A_log, spread, keepdims=True), jnp.sum(d_z, tokens)
+
+
+softplus_decay.defvjp(lambda *args: (softplus_decay(*args), args), _softplus_decay_backward)
 
 
 def near_none(*writes: str) -> dict[str, float]:

@@ -188,13 +188,38 @@ def _scores(
     # A masked sum, not a gather: with the vocabulary sharded it stays local.
     own = targets - _first(head, vocab)
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == own[..., None]
-    target_logit = _sum(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab)
-    best_other = _max(jnp.max(jnp.where(is_target, -jnp.inf, logits), axis=-1), vocab)
-    # Two passes over the logits, these maxima and the sum: `logsumexp` would look for the maximum again.
+    best, exps, target_logit = _of_rows(logits, is_target)
+    target_logit, best_other = _sum(target_logit, vocab), _max(best, vocab)
     top = jnp.where(targets >= 0, jnp.maximum(target_logit, best_other), best_other)
-    log_z = top + jnp.log(_sum(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1), vocab))
+    others = _sum(exps * jnp.exp(best - top), vocab)
+    log_z = top + jnp.log(others + jnp.where(targets >= 0, jnp.exp(target_logit - top), 0))
     correct = target_logit > best_other
     return logits, log_z, is_target, target_logit, correct
+
+
+def _of_rows(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(m, the largest logit but the target's; the sum of exp(logit - m) without it; the target's, or 0).
+
+    In one pass: a sum knows the maximum that it is relative to, and two of them are added relative to the
+    larger one.
+    """
+    lowest = jnp.finfo(logits.dtype).min  # -inf less itself would be nan
+
+    def joined(left: tuple, right: tuple) -> tuple:
+        (m, exps, target), (n, more, other) = left, right
+        small = jnp.exp(-jnp.abs(m - n))
+        exps = jnp.where(m > n, exps + more * small, exps * small + more)
+        return jnp.maximum(m, n), exps, target + other
+
+    parts = (
+        jnp.where(is_target, lowest, logits),
+        jnp.where(is_target, 0, 1.0),
+        jnp.where(is_target, logits, 0),
+    )
+    zeros = jnp.zeros((), logits.dtype)
+    parts = tuple(part.astype(logits.dtype) for part in parts)
+    first = jnp.asarray(lowest), zeros, zeros
+    return jax.lax.reduce(parts, first, joined, (logits.ndim - 1,))
 
 
 def _first(head: jax.Array, vocab: tuple[str, ...]) -> jax.Array | int:

@@ -143,7 +143,7 @@ class LM(nnx.Module):
             self.embedding_norm = norm(model, rngs)
         keys = jax.random.split(rngs.params(), len(definition.layers))
         self.stack = stack.Stack(model, definition.layout, keys)
-        site = Site(d_model, 0, len(definition.layers))
+        site = Site(d_model, 0, len(definition.layers), mup=bool(model.mup_base_width))
         specs = {spec.mixer: spec for spec in definition.layers}  # a layer of each mixer
         shared = {name: mixers.load(spec.kind).shared_class for name, spec in specs.items()}
         self.shared = nnx.Dict(
@@ -196,20 +196,23 @@ class LM(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, Records]:
         x = self._entered(embed(self.embedding[...], tokens_BT, self.definition.dtype))
         x = constrain(x, ("batch", "time", None))
-        x, cache, records = self.stack(x, rows, cache, self._shared_rows(), wanted, inputs_LBTD)
+        x, cache, records = self.stack(x, rows, cache, self._shared(), wanted, inputs_LBTD)
         return self.final_norm(x), cache, records
 
-    def _shared_rows(self) -> dict[str, jax.Array]:
-        """The stack-wide parameters of each mixer that has them, one row a layer of the stack."""
+    def _shared(self) -> dict[str, Any]:
+        """The stack-wide parameters of each mixer that has them: a row a layer of the stack, or a module."""
         modules: dict[str, Any] = dict(self.shared.items())
-        return {name: module.per_layer() for name, module in modules.items()}
+        return {
+            name: module.per_layer() if hasattr(module, "per_layer") else module
+            for name, module in modules.items()
+        }
 
     def unstacked(self) -> list[tuple[Block, Any]]:
-        """(Block, its row of the stack-wide parameters or None) of every layer in order, for `step`."""
-        rows = self._shared_rows()
-        mixer = [spec.mixer for spec in self.definition.layers]
-        row = lambda index: rows[mixer[index]][index] if mixer[index] in rows else None
-        return [(block, row(index)) for index, block in enumerate(self.stack.blocks())]
+        """(Block, its `Context.shared`) of every layer in order, for `step`."""
+        every = self._shared()
+        shared = [every.get(spec.mixer) for spec in self.definition.layers]
+        own = [one[i] if isinstance(one, jax.Array) else one for i, one in enumerate(shared)]
+        return list(zip(self.stack.blocks(), own, strict=True))
 
     def step(
         self, token_B: jax.Array, rows: Rows, cache: Cache, blocks: Sequence[tuple[Block, Any]]
@@ -221,8 +224,9 @@ class LM(nnx.Module):
         x = self._entered(self.embedding[...][token_B].astype(self.definition.dtype))
         appended: list[Any] = []
         carried: dict[str, Any] = {}
+        entered = x
         for index, ((block, row), layer_cache) in enumerate(zip(blocks, cache, strict=True)):
-            context = Context(rows, index, len(blocks), row, carried)
+            context = Context(rows, index, len(blocks), row, carried, entered=entered)
             x, layer_cache = block.step(x, context, layer_cache)
             carried = context.carried
             appended.append(layer_cache)
@@ -283,7 +287,8 @@ def metadata(definition: Definition) -> dict[str, Meta]:
         stacked = len(variable.get_value().shape) - len(variable.axes)
         axes = (None,) * stacked + tuple(variable.axes)
         frozen = is_frozen(definition, name)
-        found[name] = Meta(axes, variable.decay, variable.cast, variable.rule, frozen, variable.plain)
+        cast = variable.cast and not name.startswith("shared.")  # its layers' gradients add up in float32
+        found[name] = Meta(axes, variable.decay, cast, variable.rule, frozen, variable.plain)
     return found
 
 

@@ -35,7 +35,7 @@ def growth(config: schema.Model) -> float:
     return config.d_model / config.mup_base_width if config.mup_base_width else 1.0
 
 
-def logit_scale(head_dim: int, mup: bool) -> float:
+def logit_scale(head_dim: float, mup: bool) -> float:
     """What softmax attention multiplies q . k by."""
     return HEAD_DIM**0.5 / head_dim if mup else head_dim**-0.5
 

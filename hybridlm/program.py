@@ -233,6 +233,8 @@ class Gradients:
         frozen = part(weights, self.frozen) | named(*teacher)
         loss = lambda trained: self.objective.loss(trained, frozen, batch, self.wanted)
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(part(weights, self.shardings))
+        if self.microbatches == 1:
+            grads = jax.tree.map(jax.lax.optimization_barrier, grads)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return jax.lax.with_sharding_constraint(grads, self.shardings), sums
 

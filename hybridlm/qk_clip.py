@@ -29,6 +29,10 @@ def check(tau: float, known: Mapping[str, mixers.Config], d_model: int) -> None:
     if tau and not any(one.joined(known).clips(d_model, False) for one in known.values()):
         fix = "Layers of mla have, and of attention without qk_norm."
         raise ConfigError("optimizer.qk_clip", tau, "no layer has logits that could be clipped", fix)
+    for name, one in known.items():
+        if tau and one.full_attention and mixers.shares_module(one.kind):
+            problem = f"cannot scale the projections of {name} down for one of the layers that share them"
+            raise ConfigError("optimizer.qk_clip", tau, problem, "Set it to 0.")
 
 
 def clips(spec: Spec, d_model: int) -> Mapping[str, Clip]:

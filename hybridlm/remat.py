@@ -1,7 +1,7 @@
 """What the backward pass keeps of each layer, apart from its input: the choices of `model.remat`.
 
 Keeping costs memory, recomputing time. Under a scan what is kept is copied into stacks and out of them again,
-which on a GPU costs as much as computing it (docs/kernels.md, 8).
+which on a GPU costs as much as computing it (docs/kernels.md, 8), but for softmax attention over long rows.
 """
 
 from collections.abc import Callable
@@ -9,29 +9,52 @@ from typing import Any
 
 import jax
 
-from hybridlm.layers import MLP_INNER
+from hybridlm.layers import MLP_INNER, PASSED, STREAM
 from hybridlm.scaled_matmul import SCALE
+from pallas_kernels.softmax_attention import KEPT
 
-# Primitives that are dear to compute again: a recurrence's kernels with what their backward pass wants, and
-# cuDNN's attention. Short convolutions and element-wise recurrences only pass through memory once more.
-DEAR = ("remat_opt", "dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
+# Primitives that are dear to compute again, with what their backward pass wants: cuDNN's attention of whole
+# rows, and the kernels of recurrences. Short convolutions and element-wise recurrences only pass through
+# memory once more.
+ATTENTION = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
+RECURRENCES = ("remat_opt",)
+LAYER_INPUT = "layer_input"  # name of what a layer is given, which any policy keeps
 
-_scales = jax.checkpoint_policies.save_only_these_names(SCALE)  # numbers, each of a pass over a tensor
-_inner = jax.checkpoint_policies.save_only_these_names(MLP_INNER, SCALE)
-_dots = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _scales
+_names = jax.checkpoint_policies.save_only_these_names
+_scales = _names(SCALE)  # numbers, each of a pass over a tensor
+
+
+def _primitives(*names: str) -> Callable[..., Any]:
+    return lambda primitive, *avals, **params: primitive.name in names
+
+
+def _both(*policies: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **params: any(policy(*args, **params) for policy in policies)
+
+
+_attention = _both(_names(KEPT, SCALE), _primitives(*ATTENTION))
+_dots = _both(_attention, _names(STREAM), jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+_kernels = _both(_dots, _primitives(*RECURRENCES))
+_away = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
 )
 
 
-def _kernels_saveable(primitive: Any, *avals: Any, **params: Any) -> Any:
-    return primitive.name in DEAR or _dots(primitive, *avals, **params)
+def _offload(*args: Any, **params: Any) -> Any:
+    return _attention(*args, **params) or _away(*args, **params)
 
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "auto": None,  # before `hybridlm.fit` has chosen: nothing is differentiated
     "none": None,  # everything is kept
-    "kernels": _kernels_saveable,  # outputs of projections and of mixers' kernels, and what these keep
-    "dots": _dots,  # outputs of the projections
-    "mixer": _inner,  # the MLP's, before its activation
+    "most": _both(_kernels, _names(PASSED)),  # and what is made by passing through memory once more
+    "kernels": _kernels,  # and what the kernels of recurrences leave
+    "dots": _dots,  # the outputs of projections, too
+    "attention": _attention,  # the outputs of softmax attention, and log-sums for its backward pass
+    "offload": _offload,  # that; and each layer's input waits in the host's memory
+    "mixer": _names(MLP_INNER, SCALE),  # the MLP's, before its activation
     "full": _scales,  # nothing else
 }

@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pieces
 from pallas_kernels import softmax_attention
 from pallas_kernels.attention_part import UNSEEN, Merged, attention_part, attention_part_gradients, merge
+from pallas_kernels.softmax_attention import KEPT
 
 KV = tuple[jax.Array, jax.Array]
 
@@ -46,21 +48,42 @@ def ring_attention(
     sinks_H: jax.Array | None, *, scale: float, axis: str,
 ) -> jax.Array:  # fmt: skip
     """o [B, T, H, V] of a piece of an even number of tokens, within `per_shard`; see `softmax_attention`."""
-    batch, length = segment_ids.shape
+    length = segment_ids.shape[1]
     found = documents(pieces.starts(segment_ids, axis), axis)
     q, k, v, ids = (zigzag(x, axis) for x in (q_BTHK, k_BTGK, v_BTGV, segment_ids))
-    o = _ring(q, k, v, sinks_H, found, scale, axis)
-    led_ZBC = jnp.arange(length // 2) < _of_blocks(found.lead, axis)[..., None]
+    shape = *q.shape[:-1], v.shape[-1]
+    none = lambda q, k, v, *_: jnp.zeros_like(v, shape=shape)
+    inside = lambda *args: _inside(*args, scale)
+    all_led = jnp.all(_led(found, length // 2, axis))
+    rest = jax.lax.cond(all_led, none, inside, q, k, v, sinks_H, ids)
+    return _ring(q, k, v, sinks_H, rest, found, scale, axis)
 
-    def inside(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        flat = lambda x: x.reshape(2 * batch, *x.shape[2:])
-        alone = softmax_attention(*map(flat, (q, k, v)), segment_ids=flat(ids), scale=scale, sinks=sinks_H)
-        return alone.reshape(o.shape)
 
-    none = lambda q, k, v: jnp.zeros_like(o)
-    # Computed again in the backward pass: what it keeps would be kept where it never runs, too.
-    rest = jax.lax.cond(jnp.all(led_ZBC), none, jax.checkpoint(inside), q, k, v)
-    return unzigzag(jnp.where(led_ZBC[..., None, None], o, rest), axis)
+def _within_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, ids: jax.Array, scale: float
+) -> jax.Array:
+    """o [2, B, C, H, V] of blocks that see nothing of each other."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    o = softmax_attention(*map(flat, (q, k, v)), segment_ids=flat(ids), scale=scale, sinks=sinks)
+    return o.reshape(*q.shape[:-1], v.shape[-1])
+
+
+# The gradient computes it again, whatever `jax.checkpoint` is told to keep: as zeros that would be kept where
+# it never runs, too.
+_inside = jax.custom_vjp(_within_blocks, nondiff_argnums=(5,))
+
+
+def _inside_forward(*args: Any) -> tuple[jax.Array, tuple]:
+    return _inside(*args), args[:5]
+
+
+def _inside_backward(scale: float, args: tuple, do: jax.Array) -> tuple:
+    *arrays, ids = args
+    run = lambda q, k, v, sinks: _within_blocks(q, k, v, sinks, ids, scale)
+    return *jax.vjp(run, *arrays)[1](do), None
+
+
+_inside.defvjp(_inside_forward, _inside_backward)
 
 
 def order(count: int) -> np.ndarray:
@@ -117,6 +140,11 @@ def _of_blocks(x: jax.Array, axis: str, device: jax.Array | None = None) -> jax.
     return jnp.take(x, jnp.asarray(order(jax.lax.axis_size(axis)))[index], axis=1).T
 
 
+def _led(found: Documents, size: int, axis: str) -> jax.Array:
+    """Which tokens of this device's blocks lead them: bool [2, B, C]."""
+    return jnp.arange(size) < _of_blocks(found.lead, axis)[..., None]
+
+
 Pair = tuple[Any, Any, jax.Array, jax.Array | None]
 
 
@@ -169,18 +197,20 @@ def _next(tree: Any, axis: str) -> Any:
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, way), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _ring(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     sinks: jax.Array | None,
+    rest: jax.Array,
     found: Documents,
     scale: float,
     axis: str,
 ) -> jax.Array:
-    """o [2, B, C, H, V] of zigzag blocks: of the tokens that lead their blocks."""
-    return _forward(q, k, v, sinks, found, scale, axis)[0]
+    """o [B, 2C, H, V] of this device's piece, from zigzag blocks: of tokens that do not lead theirs it is
+    ``rest`` [2, B, C, H, V]."""
+    return _forward(q, k, v, sinks, rest, found, scale, axis)[0]
 
 
 def _forward(
@@ -188,6 +218,7 @@ def _forward(
     k: jax.Array,
     v: jax.Array,
     sinks: jax.Array | None,
+    rest: jax.Array,
     found: Documents,
     scale: float,
     axis: str,
@@ -219,13 +250,18 @@ def _forward(
     if sinks is not None:
         whole = jnp.logaddexp(log_sum, sinks.astype(jnp.float32)[:, None])
         o, log_sum = o * jnp.moveaxis(jnp.exp(log_sum - whole), -1, 2)[..., None], whole
-    o = o.astype(v.dtype)
+    led = _led(found, size, axis)[..., None, None]
+    o = unzigzag(jnp.where(led, o.astype(v.dtype), rest), axis)
+    o, log_sum = checkpoint_name((o, log_sum), KEPT)
     return o, (q, k, v, sinks, found, o, log_sum)
 
 
 def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple:
     q, k, v, sinks, found, o, log_sum = residuals
     size = q.shape[2]
+    o, do = zigzag(o, axis), zigzag(do, axis)
+    led = _led(found, size, axis)[..., None, None]
+    do, d_rest = jnp.where(led, do, 0), jnp.where(led, 0, do)
 
     def part(queries: jax.Array, keys: jax.Array | None, *arrays: jax.Array) -> tuple:
         def run(q: jax.Array, k: jax.Array, v: jax.Array, *merged: jax.Array) -> tuple:
@@ -255,7 +291,7 @@ def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple
         share = jnp.exp(sinks.astype(jnp.float32)[:, None] - log_sum)
         product = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
         d_sinks = -jnp.einsum("zbch,zbhc->h", product, share).astype(sinks.dtype)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, d_rest, None
 
 
 _ring.defvjp(_forward, _backward)

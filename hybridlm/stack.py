@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybridlm import plan, remat, schema, trees
@@ -61,28 +62,36 @@ class Stack(nnx.Module):
         x_BTD: jax.Array,
         rows: Rows,
         cache: Cache | None,
-        shared: Mapping[str, jax.Array],
+        shared: Mapping[str, Any],
         wanted: tuple[str, ...],
         inputs_LBTD: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
         """(x, cache with the tokens appended, what the layers recorded by canonical name).
 
-        shared: mixer's name -> [num_layers, ...], of which each layer of that name gets its row.
+        shared: mixer's name -> [num_layers, ...], of which each layer of that name gets its row; or a module,
+            which they all get.
         inputs: what each layer is given in place of x, which then comes back as it was.
         """
         carry: Carry = (x_BTD, {})
         appended: list[Any] = [None] * self.layout.num_layers
         records: dict[str, jax.Array] = {}
+        depth = self.layout.num_layers
+
+        def context(spec: Spec, index: jax.Array, row: Any, carried: Mapping[str, Any]) -> Context:
+            row = shared.get(spec.mixer) if row is None else row
+            return Context(rows, index, depth, row, dict(carried), wanted, entered=x_BTD)
+
         parts = zip(self.layout.segments, self.layout.indices(), self.segments, strict=True)
         for segment, table, blocks in parts:
             runs = []
             for run, indices, block in zip(segment.runs, table, blocks, strict=True):
-                row = shared[run.item.mixer][indices] if run.item.mixer in shared else None
+                row = shared.get(run.item.mixer)
+                row = row[indices] if isinstance(row, jax.Array) else None
                 caches = None if cache is None else _gather(cache, indices)
                 given = None if inputs_LBTD is None else inputs_LBTD[indices]
                 at = jnp.asarray(indices, jnp.int32)
                 runs.append((run.item, *nnx.split(block), row, caches, at, given))
-            carry, outputs = self._segment(carry, rows, runs, wanted)
+            carry, outputs = self._segment(carry, context, runs)
             for indices, (caches, recorded) in zip(table, outputs, strict=True):
                 for place, index in np.ndenumerate(indices):
                     if cache is not None:
@@ -91,10 +100,11 @@ class Stack(nnx.Module):
         return carry[0], None if cache is None else tuple(appended), records
 
     def _segment(
-        self, carry: Carry, rows: Rows, runs: Sequence[tuple], wanted: tuple[str, ...]
+        self, carry: Carry, context_of: Callable[..., Context], runs: Sequence[tuple]
     ) -> tuple[Carry, list[Any]]:
         """A scan over the segment's repeats of a scan over each run's layers.
 
+        context_of: (spec, index, row of the stack-wide parameters or None, what is carried) -> a layer's.
         Returns the carry and, for each run, (caches, records) stacked as its layers are.
         """
         policy = remat.POLICIES[self.model.remat]
@@ -102,8 +112,8 @@ class Stack(nnx.Module):
         def layer_of(spec: Spec, graph: Any) -> Callable:
             def layer(carry: Carry, xs: tuple) -> tuple[Carry, Any]:
                 state, row, cache, index, given = xs
-                context = Context(rows, index, self.layout.num_layers, row, dict(carry[1]), wanted)
-                x = carry[0] if given is None else given
+                context = context_of(spec, index, row, carry[1])
+                x = checkpoint_name(carry[0] if given is None else given, remat.LAYER_INPUT)
                 x, cache = nnx.merge(graph, state)(x, context, cache)
                 x = x if given is None else carry[0]
                 if not spec.carries and context.carried.keys() != carry[1].keys():
@@ -114,8 +124,9 @@ class Stack(nnx.Module):
 
             if policy is None:
                 return layer
-            # Inside a scan nothing can be shared across the loop boundary, so the CSE barrier is not needed.
-            return jax.checkpoint(layer, policy=policy, prevent_cse=not self.model.scan)
+            # Where a scan has one layer nothing can be shared across the loop boundary: no barrier is needed.
+            alone = self.model.scan and self.model.remat != "offload"
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not alone)
 
         layers = [layer_of(spec, graph) for spec, graph, *_ in runs]
         stacks = [tuple(xs) for _, _, *xs in runs]
@@ -142,6 +153,8 @@ class Stack(nnx.Module):
             later = jax.eval_shape(once, carry)[1]
             blank = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
             carry = carry[0], jax.tree.map(blank, later) | carry[1]
+        if self.model.remat == "offload":
+            return _flat(layers, carry, stacks)
         if self.model.scan:
             return jax.lax.scan(period, carry, stacks)
         return _unrolled(layers, carry, stacks)
@@ -169,6 +182,21 @@ def _unrolled(layers: Sequence[Callable], carry: Carry, stacks: Sequence[Any]) -
                 found.append(output)
     stack = lambda *leaves: jnp.stack(leaves).reshape(repeats, -1, *leaves[0].shape)
     return carry, [jax.tree.map(stack, *found) for found in outputs]
+
+
+def _flat(layers: Sequence[Callable], carry: Carry, stacks: Sequence[Any]) -> tuple[Carry, list[Any]]:
+    """The same as one scan, over repeats, or over layers where all are of one run.
+
+    For arrays that go to the host: out of a scan inside a scan XLA cannot take them, and where nothing is
+    scanned it fetches them back at once.
+    """
+    shapes = [jax.tree.leaves(xs)[0].shape[:2] for xs in stacks]
+    if len(stacks) == 1:
+        stacks = [jax.tree.map(lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:]), stacks[0])]
+    alone = lambda xs: jax.tree.map(lambda leaf: leaf[None], xs)
+    carry, outputs = jax.lax.scan(lambda carry, xs: _unrolled(layers, carry, alone(xs)), carry, stacks)
+    whole = lambda shape, found: jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[3:]), found)
+    return carry, [whole(*each) for each in zip(shapes, outputs, strict=True)]
 
 
 def _apart(xs: Any, count: int) -> list[Any]:

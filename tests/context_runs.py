@@ -133,8 +133,8 @@ def errors() -> dict[str, float]:
     return found
 
 
-def config(**train: object) -> configs.Config:
-    c = tiny.config("unused", model__remat="full")
+def config(remat: str, **train: object) -> configs.Config:
+    c = tiny.config("unused", model__remat=remat)
     c.mixers = {
         "kda": configs.mixer("kda", **HEADS),
         "mla": configs.mixer("mla", **LATENT),
@@ -146,7 +146,10 @@ def config(**train: object) -> configs.Config:
     return configs.resolve(c)
 
 
-RUNS = {"one": ((1, 1, 1, 1), 1), "fsdp 2, tensor 2, context 2": ((1, 2, 2, 2), 2)}  # sizes, microbatches
+RUNS = {  # sizes, microbatches, what is kept
+    "one": ((1, 1, 1, 1), 1, "full"),
+    "fsdp 2, tensor 2, context 2": ((1, 2, 2, 2), 2, "attention"),
+}
 
 
 def steps() -> dict:
@@ -154,8 +157,8 @@ def steps() -> dict:
     had as its parameters at the start, by layer, as a checkpoint has them."""
     found: dict = {}
     start = None
-    for name, (sizes, microbatches) in RUNS.items():
-        one, mesh = config(microbatches=microbatches), sharding.make_mesh(schema.Mesh(*sizes))
+    for name, (sizes, microbatches, remat) in RUNS.items():
+        one, mesh = config(remat, microbatches=microbatches), sharding.make_mesh(schema.Mesh(*sizes))
         definition = model.build(one)
         with jax.set_mesh(mesh):
             built = program.build(one, definition, mesh, None)

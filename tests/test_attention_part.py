@@ -189,3 +189,17 @@ def test_parts_on_a_gpu(dim, value_dim, heads, groups, queries, keys):
     )
     for one, other in zip(got, exact, strict=True):
         assert jnp.linalg.norm((one - other).ravel()) < 5e-3 * jnp.linalg.norm(other.ravel())
+
+
+@pytest.mark.parametrize("backend", [reference, xla])
+def test_the_first_keys(backend):
+    """`leading`: all of the first so many keys, as the last of the keys turned round."""
+    q, k, v = arrays((H, K), (G, K), (G, V))
+    queries, keys = jnp.asarray([T, 5]), jnp.asarray([7, 0])
+    o, log_sum = backend.attention_part(PartCall(q, k, v, queries, keys, 0.4, leading=True))
+    expected = backend.attention_part(PartCall(q, k[:, ::-1], v[:, ::-1], queries, keys, 0.4))
+    np.testing.assert_allclose(o, expected[0], atol=1e-6)
+    np.testing.assert_allclose(log_sum, expected[1], atol=1e-6)
+    logits = 0.4 * jnp.einsum("thk,shk->hts", q[0], jnp.repeat(k[0, :7], H // G, axis=1))
+    np.testing.assert_allclose(log_sum[0], jax.nn.logsumexp(logits, axis=-1), atol=1e-5)
+    assert np.all(log_sum[1] == UNSEEN) and np.all(o[1] == 0)

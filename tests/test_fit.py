@@ -101,12 +101,13 @@ def test_what_a_step_holds():
 @pytest.mark.parametrize(
     ("needs", "chosen", "compiled"),
     [
-        ((9, 5, 1), "kernels", 1),
-        ((11, 5, 1), "dots", 2),
-        ((None, 5, 1), "dots", 2),
-        ((11, 10, 1), "full", 3),
-        ((11, 11, 11), "full", 3),
-        ((-11, 5, 1), "dots", 2),
+        ((9, 5, 2, 1), "kernels", 1),
+        ((11, 5, 2, 1), "dots", 2),
+        ((None, 5, 2, 1), "dots", 2),
+        ((11, 11, 5, 1), "attention", 3),
+        ((11, 11, 10, 1), "full", 4),
+        ((11, 11, 11, 11), "full", 4),
+        ((-11, 5, 2, 1), "dots", 2),
     ],
 )
 def test_the_fastest_that_fits(needs, chosen, compiled):
@@ -198,7 +199,10 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     with jax.set_mesh(mesh):
         fit.step(config, definition, mesh, traced(run, seen)[0])
     assert seen == [("dots", False)]
-    for then, wanted in (("goes on with full", "full"), ("chose, full. Set train.microbatches", "full")):
+    last = "chose, full. Set train.microbatches"
+    for then, wanted in (
+        ("goes on with attention", "attention"), ("goes on with full", "full"), (last, "full"),
+    ):  # fmt: skip
         with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):
             full()
         assert memo.read_text().partition("\n")[0] == wanted

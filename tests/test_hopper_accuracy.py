@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 if hopper_aot.NO_KERNELS:
     pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
 
 from pallas_kernels.linear_attention import hopper, reference
+from pallas_kernels.linear_attention.hopper import backward
 from pallas_kernels.linear_attention.op import normalize
 
 FLOATS = ("q", "k", "v", "log_decay", "beta", "initial_state")
@@ -86,10 +88,45 @@ def test_equal_keys_that_undo_each_other(key_dim, beta, decay, capfd):
     call = normalize(q, k, v, **options, interpret=True)
     got, want = values_and_gradients(hopper, call), exact(call)
     error = lambda name: np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
-    limits = dict(o=6e-3, state=6e-3, dk=6e-3, dv=4e-3, dq=4e-2, dbeta=1.2e-2)
+    limits = dict(o=6e-3, state=6e-3, dk=6e-3, dv=4e-3, dq=6e-3, dbeta=1.2e-2)
     if decay is not None:  # the scaled copies of k are in one bf16
         limits = dict(o=4e-2, state=4e-2, dk=6e-3, dv=4e-2, dq=4e-2, dbeta=9e-2, dlog_decay=4.5e-2)
     assert {name: error(name) for name, limit in limits.items() if not error(name) < limit} == {}
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dims, l2norm",
+    [
+        ((64, 64), True),
+        pytest.param((128, 128), False, marks=SLOW),
+        pytest.param((256, 64), True, marks=SLOW),
+    ],
+)
+def test_queries_of_hard_chunks_alone_are_made_again(dims, l2norm, monkeypatch, capfd):
+    """An ordinary chunk and a hard one of two documents, a decay, groups of heads; along mesh axes too."""
+    rng = np.random.default_rng(0)
+    key_dim, value_dim = dims
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    q, k, v = draw(1, 100, 1, key_dim), draw(1, 1, 1, key_dim), draw(1, 100, 2, value_dim)
+    k = jnp.broadcast_to(k if l2norm else k * key_dim**-0.5, q.shape)
+    token = jnp.arange(100)[None, :, None]
+    beta = jnp.broadcast_to(jnp.where(token < 64, 0.9, 1.6), v.shape[:3])
+    options = dict(log_decay=jnp.full(beta.shape, -1e-3), segment_ids=jnp.int32(token[..., 0] > 80))
+    options |= dict(beta=beta, qk_l2norm=l2norm, output_final_state=True, interpret=True)
+    call = normalize(q, k, v, **options)
+    run, seen = backward.hard_queries, []
+    monkeypatch.setattr(backward, "hard_queries", lambda *given: seen.append(given) or run(*given))
+    got, want = values_and_gradients(hopper, call)["dq"], exact(call)["dq"]
+    *given, before = seen[0]
+    error = lambda dq: np.linalg.norm((dq - want)[:, 64:]) / np.linalg.norm(want[:, 64:])
+    assert error(got) < 4e-3 < 1e-2 < error(np.float64(before[:, :100]).sum(2, keepdims=True))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    apart = jax.shard_map(lambda dq: run(*given, dq), mesh=mesh, in_specs=P("data"), out_specs=P("data"))(
+        before
+    )
+    np.testing.assert_array_equal(np.float32(apart), np.float32(run(*given, before)))
+    np.testing.assert_array_equal(np.float32(apart)[:, :64], np.float32(before)[:, :64])
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 

@@ -15,6 +15,7 @@ if hopper_aot.NO_KERNELS:
     pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
 
 from pallas_kernels.linear_attention.hopper import backward, blocks, inputs, table, two_parts
+from pallas_kernels.padding import pad_time
 
 BF16 = jnp.bfloat16
 # Relative RMS error. Operands, A, V', dV and states are bf16; dbeta is an inner product of two of them,
@@ -115,7 +116,7 @@ def kernel_gradients(call, kept, do, d_state, pieces):
         gates=None if call.beta is None else jnp.asarray(chunk_oracle.gates(call, length), jnp.float32),
         states=jnp.asarray(np.swapaxes(kept["h"], 3, 4), BF16),
         inverses=None if call.beta is None else inverse_parts(less_identity(kept["A"])),
-        values=None if call.beta is None else blocks.pad_time(jnp.asarray(kept["u"], BF16), length),
+        values=None if call.beta is None else pad_time(jnp.asarray(kept["u"], BF16), length),
         moves=jnp.asarray(moves(call, kept, pieces), jnp.float32) if pieces > 1 else None,
     )
     choice = table.Choice(64, pieces)

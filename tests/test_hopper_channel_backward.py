@@ -16,8 +16,9 @@ if hopper_aot.NO_KERNELS:
 
 from test_hopper_backward import inverse_parts
 
-from pallas_kernels.linear_attention.hopper import blocks, channel, channel_backward, inputs, two_parts
+from pallas_kernels.linear_attention.hopper import channel, channel_backward, inputs, two_parts
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
+from pallas_kernels.padding import pad_time
 
 BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
@@ -146,9 +147,7 @@ def kernel_gradients(call, kept, do, d_state, pieces=1):
     saved = channel.ChannelSaved(
         tiles=tiles,
         states=jnp.asarray(np.swapaxes(kept["h"], 3, 4), BF16),
-        values=None
-        if call.beta is None
-        else blocks.pad_time(jnp.asarray(kept["u"], BF16), prepared.k.shape[1]),
+        values=None if call.beta is None else pad_time(jnp.asarray(kept["u"], BF16), prepared.k.shape[1]),
         moves=moves,
     )
     return channel_backward.channel_gradients(prepared, saved, do, d_state, value_tile=64)

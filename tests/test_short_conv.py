@@ -1,6 +1,7 @@
-"""The short convolution against float64: XLA, interpreted kernel, compiled ahead of time, on a GPU."""
+"""The short convolution against float64: XLA, interpreted kernels, compiled ahead of time, on a GPU."""
 
 import functools
+import importlib
 import logging
 
 import hopper_aot
@@ -8,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_aot
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import short_conv
+from pallas_kernels import Device, explain, short_conv
 from pallas_kernels.short_conv.call import ConvCall
 
 kernels_only = pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
+by_kernels = pytest.mark.parametrize("backend", [pytest.param("hopper", marks=kernels_only), "triton"])
 
 
 def make_case(tokens=100, features=256, width=4, batch=2, seed=0):
@@ -142,29 +145,31 @@ def test_fallback_is_logged_once(caplog):
     ]
 
 
-@kernels_only
+@by_kernels
 @pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "3 taps, linear"))
-def test_interpreted(name, capfd):
+def test_interpreted(name, backend, capfd):
     options, silu = CASES[name]
-    run = functools.partial(short_conv, silu=silu, interpret=True)
+    run = functools.partial(short_conv, silu=silu, interpret=True, backend=backend)
     check(run, make_case(**options), silu, KERNEL_TOLERANCE)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@kernels_only
-def test_documents_do_not_leak_what_is_not_a_number():
+@by_kernels
+def test_documents_do_not_leak_what_is_not_a_number(backend):
     x, kernel, positions, dy = make_case(tokens=20, batch=1)
     start = int(np.argmax(positions[0] == 0)) or int(np.argmax(positions[0, 1:] == 0)) + 1
     poisoned = x.at[:, :start].set(jnp.nan)
-    y, pull = jax.vjp(lambda x: short_conv(x, kernel, positions, silu=True, interpret=True), poisoned)
+    run = lambda x: short_conv(x, kernel, positions, silu=True, interpret=True, backend=backend)
+    y, pull = jax.vjp(run, poisoned)
     assert jnp.isnan(y[:, start - 1]).all() and not jnp.isnan(y[:, start:]).any()
     assert not jnp.isnan(pull(dy)[0][:, start:]).any()
 
 
-@kernels_only
-def test_vmapped():
+@by_kernels
+def test_vmapped(backend):
     x, kernel, positions, _ = make_case(tokens=20, batch=1)
-    run = functools.partial(short_conv, kernel_WF=kernel, positions_BT=positions, silu=True, interpret=True)
+    options = dict(silu=True, interpret=True, backend=backend)
+    run = functools.partial(short_conv, kernel_WF=kernel, positions_BT=positions, **options)
     together = jax.vmap(run)(jnp.stack([x, x[:, ::-1]]))
     np.testing.assert_array_equal(together[0], run(x))
     np.testing.assert_array_equal(together[1], run(x[:, ::-1]))
@@ -185,30 +190,47 @@ def test_refusals_say_why():
     assert supports(x[:0], kernel) == "an empty call"
 
 
+def test_what_the_portable_kernels_refuse():
+    x, kernel, positions, _ = make_case(tokens=4)
+    run = functools.partial(explain, short_conv, backend="triton", device=Device("gpu", "8.0"))
+    assert run(x[..., :128], kernel[:, :128], positions)[0].backend == "triton"
+    for arrays, reason in (
+        ((x[..., :96], kernel[:, :96], positions), "96 features"),
+        ((x, kernel, positions, x[:, :3]), "inputs before"),
+        (
+            (jax.ShapeDtypeStruct((65536, 4, 256), x.dtype), kernel, jnp.zeros((65536, 4), int)),
+            "65536 sequences",
+        ),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            run(*arrays)
+
+
 def structs(batch=8, tokens=4096, features=2048, width=4):
     shape = jax.ShapeDtypeStruct
     x = shape((batch, tokens, features), jnp.bfloat16)
     return x, shape((width, features), jnp.float32), shape((batch, tokens), jnp.int32)
 
 
-def gradients_of_layers(x, kernel, positions):
+def gradients_of_layers(backend, x, kernel, positions):
     """Through two checkpointed layers in a scan; the kernels directly, since dispatch looks for a GPU."""
-    from pallas_kernels.short_conv.hopper import short_conv
+    compute = importlib.import_module(f"pallas_kernels.short_conv.{backend}").short_conv
 
     def loss(x, kernel):
-        layer = lambda x, _: (short_conv(ConvCall(x, kernel, positions, silu=True)), None)
+        layer = lambda x, _: (compute(ConvCall(x, kernel, positions, silu=True)), None)
         y = jax.lax.scan(jax.checkpoint(layer), x, length=2)[0]
         return jnp.sum(y.astype(jnp.float32) ** 2)
 
     return jax.grad(loss, (0, 1))(x, kernel)
 
 
-@kernels_only
-def test_traces_under_shard_map():
+@by_kernels
+def test_traces_under_shard_map(backend):
     """With check_vma, results and gradients must vary along the mesh axes of the arguments."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = P("data"), P(), P("data")
-    sharded = jax.shard_map(gradients_of_layers, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    run = functools.partial(gradients_of_layers, backend)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[:2])
     x, kernel, positions = structs(2, 64, 256)
     dx, dkernel = jax.eval_shape(jax.jit(sharded), x, kernel, positions)
     assert (dx.shape, dkernel.shape) == (x.shape, kernel.shape)
@@ -218,21 +240,32 @@ def test_traces_under_shard_map():
 @kernels_only
 @pytest.mark.parametrize("shape", [dict(), dict(tokens=100, features=256, width=3)])
 def test_compiles_without_spills(shape):
-    kernels = hopper_aot.compile_for_hopper(gradients_of_layers, *structs(**shape))
+    run = functools.partial(gradients_of_layers, "hopper")
+    kernels = hopper_aot.compile_for_hopper(run, *structs(**shape))
     assert {k.name.rstrip("_0123456789") for k in kernels} == {"short_conv", "short_conv_gradients"}
     assert not any(kernel.spills for kernel in kernels), kernels
     assert max(kernel.registers for kernel in kernels) <= 128, kernels  # four blocks on a multiprocessor
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("capability", triton_aot.TARGETS)
+@pytest.mark.parametrize("shape", [dict(), dict(tokens=100, features=384, width=3)])
+def test_the_portable_kernels_compile_without_spills(capability, shape, tmp_path):
+    run = functools.partial(gradients_of_layers, "triton")
+    kernels = triton_aot.compile_for(capability, run, structs(**shape), tmp_path)
+    for name in ("short_conv", "short_conv_gradients"):
+        assert kernels[name].spills == kernels[name].shared == 0, kernels
+        assert kernels[name].registers <= 128, kernels  # sixteen warps on a multiprocessor
+
+
 @pytest.mark.gpu
-@kernels_only
+@by_kernels
 @pytest.mark.parametrize("features", [256, 2048])
 @pytest.mark.parametrize("name", CASES)
-def test_on_gpu(name, features, caplog):
+def test_on_gpu(name, features, backend):
     options, silu = CASES[name]
     case = make_case(**options | dict(features=features))
-    run = jax.jit(functools.partial(short_conv, silu=silu))
+    run = jax.jit(functools.partial(short_conv, silu=silu, backend=backend))
     first = check(run, case, silu, KERNEL_TOLERANCE)
-    assert not [r for r in caplog.records if "not hopper" in r.message]
     for a, b in zip(first, check(run, case, silu, KERNEL_TOLERANCE), strict=True):
         np.testing.assert_array_equal(a, b)

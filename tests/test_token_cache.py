@@ -10,7 +10,9 @@ from test_softmax_attention import POSITIONS, make_arrays, naive
 
 from hybridlm.rows import Rows
 from hybridlm.token_cache import TokenCache, attend_held, hold, slots
+from pallas_kernels import auto_means
 from pallas_kernels.softmax_attention import over_slots, xla
+from pallas_kernels.softmax_attention import slots as by_slots
 
 
 @partial(jax.jit, static_argnames="window")
@@ -64,3 +66,37 @@ def test_slots_in_blocks_equal_the_whole(count, monkeypatch):
     q, sums = q[:, -count:], sums[:, -count:]
     o = run(q, *filled[:2], *places, forgotten_BTH=sums, forgotten_BSH=filled[2])
     np.testing.assert_allclose(o, expected[:, -count:], atol=2e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_whole_blocks_of_slots_by_a_kernel(packed, monkeypatch):
+    """Of one document the two blocks before the chunk are one part, of several documents none is."""
+    monkeypatch.setattr(xla, "MAX_BLOCK", 4)
+    monkeypatch.setattr(xla, "SCORES", 16)  # blocks of 4 slots
+    monkeypatch.setattr(by_slots, "_by_kernel", lambda call: True)  # which computes it in XLA here
+    positions = POSITIONS if packed else np.broadcast_to(np.arange(23), (2, 23))
+    q, k, v = make_arrays()
+    sinks = np.float32(np.random.default_rng(1).normal(size=6))
+    index, room = np.arange(23, dtype=np.int32), [(0, 0), (0, 30), (0, 0), (0, 0)]
+    first = (index - positions)[:, -14:]
+    arrays = q[:, -14:], np.pad(k, room), np.pad(v, room)
+    o = jax.jit(partial(over_slots, scale=0.4, sinks_H=sinks))(*arrays, index[-14:], first, np.arange(53))
+    np.testing.assert_allclose(o, naive(q, k, v, positions, 0.4, 0, sinks)[:, -14:], atol=2e-6)
+    low, start = jnp.max(jnp.asarray(first), axis=1), jnp.int32(9)
+    _, blocks = by_slots._before(*arrays, low, start, jnp.arange(53), 4, 0.4)
+    assert blocks == (0 if packed else 2)
+
+
+@pytest.mark.gpu
+def test_cudnn_over_slots_equals_blocks():
+    """A chunk in the middle of a cache, in bfloat16: by cuDNN up to its own blocks, and in blocks alone."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, *s)), jnp.bfloat16) for s in ((2048, 8, 128), *[(16384, 2, 128)] * 2)
+    )
+    places = 7000 + jnp.arange(2048), jnp.zeros((2, 2048), jnp.int32), jnp.arange(16384)
+    run = lambda: jax.jit(partial(over_slots, scale=0.09))(q, k, v, *places)
+    with auto_means("xla"):
+        expected = run()
+    assert by_slots._before(q, k, v, jnp.zeros(2, jnp.int32), places[0][0], places[2], 2048, 0.09)[1] == 3
+    np.testing.assert_allclose(run().astype(jnp.float32), expected.astype(jnp.float32), atol=4e-3)

@@ -3,10 +3,10 @@
     python -m launch.sweep --config=configs/sweeps/study_linearise.py:runs/teacher --workdir=runs/linearise
     python -m launch.sweep --config=configs/sweeps/study_linearise.py:runs/teacher,seeds --workdir=runs/seeds
 
-The second line is two more seeds of Gated DeltaNet, pure and 3:1. The argument is the teacher's workdir, whose
-batches, widths and text the conversions have: 30 steps in which each new mixer learns its attention's outputs
-(Hedgehog's maps: its weights), then the KL of the logits. `gla+swa` is Liger's layer, gated linear attention
-of gates made of keys beside a window of 64; `featuremap` is Hedgehog.
+The second line is two more seeds of Gated DeltaNet, pure and 3:1. The argument is the teacher's workdir,
+whose batches, widths and text the conversions have: 30 steps in which each new mixer learns its attention's
+outputs (Hedgehog's maps: its weights), then the KL of the logits. `gla+swa` is Liger's layer, gated linear
+attention of gates made of keys beside a window of 64; `featuremap` is Hedgehog.
 """
 
 from hybridlm.errors import one_of

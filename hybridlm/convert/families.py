@@ -24,6 +24,7 @@ from hybridlm.convert import (
     qwen3_next,
     recurrent_gemma,
     xlstm,
+    zamba2,
 )
 from hybridlm.convert.family import Family, Unsayable, same_model
 from hybridlm.convert.fields import Fields
@@ -36,7 +37,7 @@ FAMILIES: dict[str, Family] = {
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
         deepseek_v3.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, minimax.FAMILY, nemotron_h.FAMILY,
-        recurrent_gemma.FAMILY, xlstm.FAMILY,
+        recurrent_gemma.FAMILY, xlstm.FAMILY, zamba2.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

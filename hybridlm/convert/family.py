@@ -89,12 +89,12 @@ class Family:
         if not model.tie_embeddings:
             found.append(transposed("head", "lm_head.weight"))
         for mixer, spec in {spec.mixer: spec for spec in definition.layers}.items():
-            shared = mixer_format(spec, name).shared(spec.config)
+            shared = mixer_format(spec, name).shared(spec.config.explicit(d_model))
             found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
             before, after = self.norms(mixer_.layer_type)
-            layer = normed("mixer_norm", before)
+            layer = [] if spec.config.norms_itself else normed("mixer_norm", before)
             layer += normed("mlp_norm", after) if spec.mlp_kind != NO_MLP else []
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
             layer += [rule.under("mlp.", mlp.module) for rule in mlp.rules(spec.mlp_config, d_model)]
@@ -266,6 +266,10 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
         for what in ("kind", "mlp_kind", "post_norm", "stream"):
             if getattr(one, what) != getattr(other, what):
                 return f"layer {index}: {what} {getattr(other, what)}, not {getattr(one, what)}"
+        if mixers.shares_module(one.kind):
+            first = [[spec.mixer for spec in each.layers].index(each.layers[index].mixer) for each in (a, b)]
+            if first[0] != first[1]:
+                return f"layer {index}: the block of layer {first[1]}, not of layer {first[0]}"
         for x, y in (
             (_settings(one.config.explicit(a.d_model)), _settings(other.config.explicit(b.d_model))),
             (vars(one.mlp_config.explicit()), vars(other.mlp_config.explicit())),

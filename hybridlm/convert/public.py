@@ -28,7 +28,8 @@ class Format(Generic[C]):
     module: what the layer's module is called in tensors' names.
     layer_type: what layers of this kind are called in config.json (layer_types; FLA: model_type).
     architecture: of FLA, where each kind has models of its own: the prefix of their classes.
-    shared: Rules of the stack-wide parameters (`TokenMixer.shared_class`), theirs relative to "model.".
+    shared: of settings in `explicit` form, Rules of the stack-wide parameters (`TokenMixer.shared_class`),
+        theirs relative to "model.".
     aliases: parts of tensors' names in circulation -> what the rules say.
     """
 

@@ -77,6 +77,11 @@ class Config(_kinds.Settings):
         """Whether the layer leaves something to later layers (`Context.leave`)."""
         return False
 
+    @property
+    def norms_itself(self) -> bool:
+        """Whether the mixer is given the stream as it is, and its block has no norm before it."""
+        return False
+
     def check(self, d_model: int) -> None:
         """ConfigError, with a field relative to the definition, for settings that do not fit together."""
 
@@ -127,7 +132,7 @@ class TokenMixer(nnx.Module):
 
     Mixer(config, site, rngs=rngs).  A kind whose parameters belong to the whole stack names a module in
     ``shared_class``, made once as shared_class(config, site, rngs=rngs); layer i finds row i of what its
-    `per_layer` returns, leading axis num_layers, in `Context.shared`.
+    `per_layer` returns, leading axis num_layers, in `Context.shared`; without `per_layer`, the module itself.
     public: how checkpoints of each public format that has this kind say it.
     """
 
@@ -177,6 +182,12 @@ def public(kind: str) -> Mapping[str, Format[Any]]:
 
 def config_class(kind: str) -> type[Config]:
     return load(kind).config_class
+
+
+def shares_module(kind: str) -> bool:
+    """Whether all layers of one name go through the same module, not each with a row of its parameters."""
+    shared = load(kind).shared_class
+    return shared is not None and not hasattr(shared, "per_layer")
 
 
 def with_parts(used: set[str], known: Mapping[str, Config]) -> set[str]:

@@ -20,7 +20,7 @@ from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format, grouped, grouped_fields, linears
 from hybridlm.convert.rules import Rule, bias, linear, norm, reshaped, same, short_convs
 from hybridlm.fields import INT32, Limits
-from hybridlm.layers import Linear, param, split_heads, zeros
+from hybridlm.layers import Linear, param, side_by_side, split_heads, zeros
 from hybridlm.linear_mixer import (
     NEAR_NONE,
     Inputs,
@@ -152,11 +152,14 @@ class Mixer(LinearMixer):
         self.dt_bias = param(rngs, (decay_width,), ("heads",), linear_mixer.dt_bias_init, decay=False)
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
-        f_BTHK = split_heads(self.f_b_proj(self.f_a_proj(x_BTD)), self.heads.key)
+        gated = self.output_gate != "none" and self.gate_rank
+        narrow = [self.f_a_proj, self.b_proj, *([self.g_a_proj] if gated else [])]
+        f_BTR, b_BTH, *g_BTR = side_by_side(x_BTD, narrow)
+        f_BTHK = split_heads(self.f_b_proj(f_BTR), self.heads.key)
         dt_bias_HK = split_heads(self.dt_bias[...], self.heads.key)
         log_decay_BTHK = channel_decay(f_BTHK, self.A_log[...], dt_bias_HK, self.lower_bound)
-        beta = linear_mixer.write_strength(self.b_proj(x_BTD), self.neg_eigval)
-        return Inputs(q, k, v, log_decay_BTHK, beta)
+        beta = linear_mixer.write_strength(b_BTH, self.neg_eigval)
+        return Inputs(q, k, v, log_decay_BTHK, beta, gate=g_BTR[0] if gated else None)
 
 
 def channel_decay(

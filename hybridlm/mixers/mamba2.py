@@ -200,11 +200,9 @@ def _hybrid(heads: int, state: int, inner_width: str = "") -> Format[Config]:
         }
 
     def write(config: Config, d_model: int) -> dict[str, Any]:
-        if not config.norm and not inner_width:
-            raise ConfigError("norm", False, "this format's Mamba-2 has an output norm")
-        if (inner := config.num_heads * config.head_dim) % d_model and not inner_width:
-            problem = f"times head_dim must be a multiple of d_model = {d_model} in this format"
-            raise ConfigError("num_heads", config.num_heads, problem)
+        inner = config.num_heads * config.head_dim
+        if not inner_width:
+            _expanded(config, d_model)
         values = config.num_heads, config.head_dim, config.n_groups, config.state_size, config.conv_size
         found = dict(zip((num, width, groups, size, taps), values, strict=True))
         limits = {"time_step_limit": [config.dt_min, config.dt_max or INFINITE[1]]}
@@ -213,6 +211,16 @@ def _hybrid(heads: int, state: int, inner_width: str = "") -> Format[Config]:
         return found | (limits if config.dt_min or config.dt_max else {})
 
     return Format(read, write, fla_rules, "mamba.", "linear_attention")
+
+
+def _expanded(config: Config, d_model: int) -> int:
+    """How many times d_model the width is, of a format that says it so and has the norm."""
+    if not config.norm:
+        raise ConfigError("norm", False, "this format's Mamba-2 has an output norm")
+    if (inner := config.num_heads * config.head_dim) % d_model:
+        problem = f"times head_dim must be a multiple of d_model = {d_model} in this format"
+        raise ConfigError("num_heads", config.num_heads, problem)
+    return inner // d_model
 
 
 def _falcon_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -250,6 +258,25 @@ def _nemotron_write(config: Config, d_model: int) -> dict[str, Any]:
     return sizes | {"time_step_min": config.dt_min, "use_bias": False, "use_conv_bias": True}
 
 
+ZAMBA = {
+    "num_heads": ("n_mamba_heads", 8), "n_groups": ("mamba_ngroups", 1), "state_size": ("mamba_d_state", 64),
+    "conv_size": ("mamba_d_conv", 4),
+}  # fmt: skip
+
+
+def _zamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """The output norm's eps is fixed there."""
+    sizes = {ours: fields.size(name, default=default) for ours, (name, default) in ZAMBA.items()}
+    width = fields.get("mamba_expand", 2) * d_model
+    sizes["head_dim"] = fields.part("n_mamba_heads", width, sizes["num_heads"])
+    return sizes | {"dt_min": fields.get("time_step_min", 0.001), "norm_eps": 1e-5}
+
+
+def _zamba_write(config: Config, d_model: int) -> dict[str, Any]:
+    sizes = {theirs: getattr(config, ours) for ours, (theirs, _) in ZAMBA.items()}
+    return sizes | {"mamba_expand": _expanded(config, d_model), "time_step_min": config.dt_min}
+
+
 class Mixer(LinearMixer):
     config_class = Config
     public: ClassVar = {
@@ -258,6 +285,7 @@ class Mixer(LinearMixer):
         "granitemoehybrid": _hybrid(128, 256),
         "falcon_h1 branch": Format(_falcon_read, _falcon_write, fla_rules, "mamba."),
         "nemotron_h": Format(_nemotron_read, _nemotron_write, fla_rules, "mixer.", "linear_attention"),
+        "zamba2": Format(_zamba_read, _zamba_write, fla_rules, "mamba.", "linear_attention"),
     }
     scale = 1.0
     conv_bias = True

@@ -200,7 +200,9 @@ class Mixer(TokenMixer):
             o, state = self.inner.recur(inputs, rows, None if own is None else own.state)
             total += over.read(inputs, o)
             shared = RecurrentCache(state, history)
-        y_BTD = self._first.finish(x_BTD, many[0]._replace(skip=None), total.astype(many[0].v.dtype))
+        y_BTD = self._first.finish(
+            x_BTD, many[0]._replace(skip=None, gate=None), total.astype(many[0].v.dtype)
+        )
         return y_BTD, None if cache is None else Cache(states, packed.last(x_BMTD), shared)
 
     def _recur(self, many: list[Inputs], packed: Packed, states: Any) -> tuple[jax.Array, Any]:

@@ -15,6 +15,9 @@ class Config(mlps.Config):
 NOTHING: Format[Config] = Format(lambda *_: {}, lambda *_: {}, lambda *_: [], "")
 
 
+FORMATS = "fla_backbone", "mamba", "falcon_mamba", "nemotron_h", "zamba2"
+
+
 class Mlp(mlps.Mlp):
     config_class = Config
-    public: ClassVar = dict.fromkeys(("fla_backbone", "mamba", "falcon_mamba", "nemotron_h"), NOTHING)
+    public: ClassVar = dict.fromkeys(FORMATS, NOTHING)

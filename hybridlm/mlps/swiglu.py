@@ -14,7 +14,7 @@ from hybridlm.convert.public import EVERY, Format
 from hybridlm.convert.rules import Rule, fused_rules, linear, swiglu_rules
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits
-from hybridlm.layers import MLP_INNER, Linear
+from hybridlm.layers import MLP_INNER, PASSED, Linear
 from hybridlm.mixers import Site
 
 
@@ -107,7 +107,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(checkpoint_name(jax.nn.silu(gate) * up, PASSED))
 
 
 class Mlp(SwiGLU):

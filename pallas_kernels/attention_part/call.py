@@ -26,6 +26,7 @@ class PartCall:
 
     queries: int32 [B], the first so many see anything.
     keys: None, and query t sees the keys s <= t (T = S); or int32 [B]: all of the last so many.
+    leading: of the first so many instead.
     merged: None, or what the gradients are of.
     """
 
@@ -36,6 +37,7 @@ class PartCall:
     keys: jax.Array | None
     scale: float
     merged: Merged | None = None
+    leading: bool = False
 
     def real(self) -> jax.Array:
         """Which queries see anything: bool [B, T]."""
@@ -47,4 +49,9 @@ class PartCall:
         index_T, index_S = (jnp.arange(x.shape[1]) for x in (self.q, self.k))
         if self.keys is None:
             return self.real()[..., None] & (index_S <= index_T[:, None])
-        return self.real()[..., None] & (index_S >= self.k.shape[1] - self.keys[:, None, None])
+        return self.real()[..., None] & self.among(self.keys[:, None, None])
+
+    def among(self, keys: jax.Array) -> jax.Array:
+        """Which keys are among the ``keys`` that are seen: bool [..., S]."""
+        index_S = jnp.arange(self.k.shape[1])
+        return index_S < keys if self.leading else index_S >= len(index_S) - keys

@@ -1,6 +1,6 @@
 """cuDNN's fused kernel with lengths of queries and keys; its backward pass takes the merged o and log_sum.
 
-cuDNN's keys end where their length says, and a part's are its last: they go in backwards, in which order is
+cuDNN's keys end where their length says; where a part's are its last they go in backwards, in which order is
 nothing but a name without a causal mask.
 """
 
@@ -27,7 +27,7 @@ def attention_part(call: PartCall) -> tuple[jax.Array, ...]:
 
     real, length = call.real(), call.q.shape[1]
     pad = lambda x: rows.padded(x, call.q)
-    turned = (lambda x: x) if call.keys is None else (lambda x: x[:, ::-1])
+    turned = (lambda x: x) if call.keys is None or call.leading else (lambda x: x[:, ::-1])
     k, v = turned(call.k), turned(pad(call.v))
     # Where nothing is seen one pair is computed, and left out below.
     some = lambda counts: jnp.maximum(counts, 1).astype(jnp.int32)

@@ -6,6 +6,8 @@ last keys there by the first queries here. (Documents that begin inside a block 
 are `softmax_attention`'s.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,9 +24,25 @@ def attention_part(
     """(o [B, T, H, V], log of the sum of exp(logits), float32 [B, H, T]) over the keys of a part.
 
     See `PartCall` for the arguments. A query that sees nothing has 0 and `call.UNSEEN`. Not differentiable:
-    parts are merged by their sums, and what is differentiated is the whole.
+    parts are merged by their sums, and what is differentiated is the whole. To `jax.checkpoint` it is one
+    operation: policies that keep what cuDNN's whole calls return do not see those inside.
     """
+    return _alone(q, k, v, queries, keys, scale, backend)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _alone(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: jax.Array, keys: jax.Array | None,
+    scale: float, backend: str,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     return OP.compute(PartCall(q, k, v, queries, keys, scale), backend)
+
+
+@_alone.defjvp
+def _refused(*_: object) -> tuple:
+    raise TypeError(
+        "attention_part is not differentiable: use attention_part_gradients once parts are merged"
+    )
 
 
 def attention_part_gradients(

@@ -62,11 +62,10 @@ def attention_part(call: PartCall) -> tuple[jax.Array, ...]:
 def _logits(call: PartCall, block: _Block) -> tuple[jax.Array, jax.Array]:
     """(scaled logits [B, G, R, C, S], which are seen, [B, 1, 1, C, S])."""
     logits = jnp.einsum("bcgrk,bsgk->bgrcs", block.q, call.k, preferred_element_type=jnp.float32) * call.scale
-    index_S = jnp.arange(call.k.shape[1])
     if call.keys is None:
-        seen = (index_S <= block.place[:, None])[None]
+        seen = (jnp.arange(call.k.shape[1]) <= block.place[:, None])[None]
     else:
-        seen = index_S >= len(index_S) - call.keys[:, None, None]
+        seen = call.among(call.keys[:, None, None])
     return logits, (seen & block.real[..., None])[:, None, None]
 
 

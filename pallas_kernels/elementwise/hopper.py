@@ -5,16 +5,12 @@ channels come by TMA through a ring in shared memory, which a second warpgroup k
 threads, too few for threads to hide the memory's latency, have enough of it in flight. Results go straight
 to memory, 128 neighbours at once. Where documents start is a bit a token, one word a tile.
 
-Where B * F channels leave the GPU idle, a sequence is cut into pieces: a walk without outputs gives what each
-piece does to the state (`Piece`), and all pieces are then walked at once from where they start.
-
 Shape legend: B batch, T time, F channels, P pieces, N tiles of a sequence.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.elementwise import reference
-from pallas_kernels.elementwise.call import Call, make
-from pallas_kernels.elementwise.pieces import Piece, chain
+from pallas_kernels.elementwise import walks
+from pallas_kernels.elementwise.call import Call
+from pallas_kernels.elementwise.walks import At, Token, Values
 from pallas_kernels.linear_attention.hopper import blocks, requirements
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
@@ -36,193 +32,45 @@ CHANNELS = 128  # of a block of threads, one a thread
 ROW = 64  # bytes that the tokens of a tile have in a channel: 32 tokens in bf16, 16 in float32
 RING = 100 * 1024  # bytes of tiles in flight: two blocks of threads share a multiprocessor
 GROUP = 8  # tokens that a thread reads at once
-FEW, FILL = 48, 128  # blocks of threads below which a sequence is cut, and how many its pieces aim at
-LEAST = 256  # tokens of a piece
-DTYPES = (jnp.bfloat16, jnp.float32)
-NAMES = ("h", "final state", "dx", "dlog_decay", "dinitial_state")
-Values = list[Any]
 
 
 def supports(call: Call) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
-    batch, length, features = call.x.shape
-    if call.x.dtype not in DTYPES or call.log_decay.dtype not in DTYPES:
-        return f"dtypes {call.x.dtype} and {call.log_decay.dtype} (bfloat16 and float32 only)"
-    if features % CHANNELS or not features:
-        return f"{features} channels (a multiple of {CHANNELS})"
-    if length < ROW:
-        return f"{length} tokens (at least {ROW})"
-    if not 0 < batch <= 65535 or length >= 2**24:
-        return f"{batch} sequences of {length} tokens (at most 65535 of 2^24)"
-    return None
+    if call.x.shape[1] < ROW:
+        return f"{call.x.shape[1]} tokens (at least {ROW})"
+    return walks.refusal(call, CHANNELS)
 
 
 def elementwise_recurrence(call: Call, pieces: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.elementwise_recurrence`.  pieces: as many that whole tiles are in each."""
-    batch, length, features = call.x.shape
-    rows = tile_rows(call)
-    padded = blocks.round_up(length, rows)
-    words = None
-    if call.starts is not None:
-        bits = blocks.pad_time(call.starts, padded).reshape(batch, padded // rows, rows)
-        words = jnp.sum(bits.astype(jnp.int32) << jnp.arange(rows), axis=-1)
-    if pieces is None:
-        pieces = choose_pieces(batch, padded // rows, rows, features)
-    # Tokens with x = 0 and no decay leave the state as it is.
-    x, log_decay = (blocks.pad_time(array, padded) for array in (call.x, call.log_decay))
-    h, final = _recurrence(x, log_decay, words, call.state, rows, pieces, call.interpret)
-    return h[:, :length], final
+    """See `walks.recurrence`."""
+    rows = ROW // max(call.x.dtype.itemsize, call.log_decay.dtype.itemsize)
+    return walks.recurrence(Walk, call, rows, rows, pieces)
 
 
 def self_test() -> str | None:
-    """See `requirements.self_test`; whole sequences and pieces, with and without documents."""
-
-    def results() -> dict[str, tuple[jax.Array, jax.Array]]:
-        draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
-        x, dh = (draw(n, 1, 128, CHANNELS).astype(jnp.bfloat16) for n in range(2))
-        log_decay, state, dfinal = -jnp.abs(draw(2, *x.shape)), draw(3, 1, CHANNELS), draw(4, 1, CHANNELS)
-        pairs: dict[str, tuple[jax.Array, jax.Array]] = {}
-        for pieces, starts in ((1, jnp.arange(128)[None] % 50 == 49), (2, None)):
-
-            def run(compute: Callable[[Call], Any], starts: Any = starts) -> list[jax.Array]:
-                arguments = x, log_decay, state
-                out, pull = jax.vjp(lambda x, g, state: compute(make(x, g, starts, state)), *arguments)
-                return [*out, *pull((dh, dfinal))]
-
-            kernels = functools.partial(elementwise_recurrence, pieces=pieces)
-            both = zip(NAMES, run(kernels), run(reference.elementwise_recurrence), strict=True)
-            pairs |= {f"{name}, {pieces} pieces": (got, want) for name, got, want in both}
-        return pairs
-
+    """See `requirements.self_test`."""
+    results = lambda: walks.trial(elementwise_recurrence, 128, CHANNELS)
     return requirements.self_test("elementwise_recurrence", results)
 
 
-def tile_rows(call: Call) -> int:
-    """Tokens of a tile."""
-    return ROW // max(call.x.dtype.itemsize, call.log_decay.dtype.itemsize)
-
-
-def choose_pieces(batch: int, tiles: int, rows: int, features: int) -> int:
-    """Into how many pieces of whole tiles a sequence is cut."""
-    pieces, walks = 1, batch * features // CHANNELS
-    while walks < FEW and 2 * pieces * walks <= FILL and tiles % (2 * pieces) == 0:
-        if tiles * rows < 2 * pieces * LEAST:
-            break
-        pieces *= 2
-    return pieces
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _recurrence(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-    return _forward(*arguments)[0]
-
-
-def _forward(
-    x: jax.Array,
-    log_decay: jax.Array,
-    words: jax.Array | None,
-    state: jax.Array,
-    rows: int,
-    pieces: int,
-    interpret: bool,
-) -> tuple[tuple[jax.Array, jax.Array], tuple]:
-    walk = Walk(words, rows, pieces, interpret)
-    start = state[:, None]
-    if pieces > 1:
-        start = chain(walk.summary(x, log_decay), state)
-    h, ends = walk.states(x, log_decay, start)
-    return (h, ends[:, -1]), (log_decay, words, state, h)
-
-
-def _backward(rows: int, pieces: int, interpret: bool, kept: tuple, cotangents: tuple) -> tuple:
-    log_decay, words, state, h = kept
-    dh, dfinal = cotangents
-    walk = Walk(words, rows, pieces, interpret, reverse=True)
-    start = dfinal[:, None]
-    if pieces > 1:
-        start = chain(walk.summary(dh, log_decay), dfinal, reverse=True)
-    dx, dlog_decay, ends = walk.gradients(dh, log_decay, h, start, state)
-    dwords = None if words is None else np.zeros(words.shape, jax.dtypes.float0)
-    return dx, dlog_decay, dwords, ends[:, 0]
-
-
-_recurrence.defvjp(_forward, _backward)
-
-
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """The walks of all sequences, pieces and channels along the tokens, from the last one with ``reverse``.
+class Walk(walks.Walk):
+    """A tile is a run of `walks.Walk`."""
 
-    words: None or int32 [B, N]: bit i of word n is whether a document starts at token i of tile n.
-    rows: tokens of a tile.  pieces: equal runs of tiles that a sequence is cut into.
-    """
+    channels: ClassVar[int] = CHANNELS
+    few: ClassVar[int] = 48
+    fill: ClassVar[int] = 128
 
-    words: jax.Array | None
-    rows: int
-    pieces: int
-    interpret: Any
-    reverse: bool = False
-
-    def states(self, x: jax.Array, log_decay: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(h [B, T, F] as x, the state after each piece [B, P, F]) from that before each, ``start``."""
-
-        def token(at: Any, values: Values, carry: Values) -> tuple[Values, Values]:
-            (x, log_decay), (state,) = values, carry
-            state = _exp(log_decay) * at.unless_start(state) + x
-            return [state], [state]
-
-        h, ends = self._run(token, "states", [x, log_decay], [x], [start])
-        return h, ends
-
-    def summary(self, x: jax.Array, log_decay: jax.Array) -> Piece:
-        """What each piece does to the state, or with ``reverse`` (x are the gradients of h) its gradient."""
-
-        def token(at: Any, values: Values, carry: Values) -> tuple[Values, Values]:
-            (x, log_decay), (state, product) = values, carry
-            decay = _exp(log_decay)
-            state = (
-                at.unless_start(decay * (state + x)) if self.reverse else decay * at.unless_start(state) + x
-            )
-            return [], [state, product * decay]
-
-        start = jnp.zeros((x.shape[0], self.pieces, x.shape[2]), F32)
-        alone, decay = self._run(token, "summary", [x, log_decay], [], [start, start + 1])
-        reset = None
-        if self.words is not None:
-            reset = jnp.any(self.words.reshape(*start.shape[:2], -1) != 0, axis=-1, keepdims=True)
-        return Piece(decay, alone, reset)
-
-    def gradients(
-        self, dh: jax.Array, log_decay: jax.Array, h: jax.Array, start: jax.Array, state: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(dx as dh, dlog_decay as log_decay, the gradient of the state before each piece [B, P, F]).
-
-        start: the gradient of the state after each piece.  state: [B, F], before the first token.
-        """
-
-        def token(at: Any, values: Values, carry: Values) -> tuple[Values, Values]:
-            (dh, log_decay, before), (later,) = values, carry
-            dx = dh + later
-            moved = _exp(log_decay) * dx
-            return [dx, at.unless_start(moved * before)], [at.unless_start(moved)]
-
-        read = [dh, log_decay, h]
-        dx, dlog_decay, ends = self._run(token, "gradients", read, [dh, log_decay], [start], before=state)
-        return dx, dlog_decay, ends
-
-    def _run(
+    def run(
         self,
-        token: Callable[[Any, Values, Values], tuple[Values, Values]],
+        token: Token,
         name: str,
         read: Sequence[jax.Array],
         like: Sequence[jax.Array],
         starts: Sequence[jax.Array],
         before: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """[arrays like ``like`` of what ``token`` returns first, then the last carries, like ``starts``].
-
-        before: [B, F]; the last array of ``read`` is then read one token late, with it for the first token.
-        """
+        """See `walks.Walk`."""
         batch, length, features = read[0].shape
         rows, tiles = self.rows, length // self.rows // self.pieces
         stages = min(tiles, RING // sum(rows * CHANNELS * array.dtype.itemsize for array in read))
@@ -274,7 +122,7 @@ class Walk:
                         if before is not None:
                             values[0][-1] = jnp.where((n == 0) & (j == 0), first, values[0][-1])
                         for i in range(GROUP)[:: -1 if self.reverse else 1]:
-                            at = _At(None if self.words is None else (word >> tokens[i]) & 1 == 1)
+                            at = At(None if self.words is None else (word >> tokens[i]) & 1 == 1)
                             out, carry = token(at, values[i], carry)
                             for ref, value in zip(out_refs, out, strict=True):
                                 ref[b, n * rows + tokens[i], columns] = value.astype(ref.dtype)
@@ -309,22 +157,8 @@ class Walk:
         return run(*read, *starts, *extra)
 
 
-@dataclasses.dataclass(frozen=True)
-class _At:
-    """A token.  starts: whether a document starts there; None if none does anywhere."""
-
-    starts: jax.Array | None
-
-    def unless_start(self, value: jax.Array) -> jax.Array:
-        return value if self.starts is None else jnp.where(self.starts, 0.0, value)
-
-
 def _load(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED((CHANNELS,), vec_size=1))
-
-
-def _exp(x: jax.Array) -> jax.Array:
-    return jnp.exp2(x * blocks.LOG2E)
 
 
 def _split(refs: Sequence[Any], sizes: Sequence[int]) -> list[Sequence[Any]]:

@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import Op
 from pallas_kernels.documents import document_starts
 from pallas_kernels.elementwise.call import make
 
-OP = Op("elementwise_recurrence", __package__, ("hopper", "xla"))
+OP = Op("elementwise_recurrence", __package__, ("hopper", "xla"), by_name=("triton",))
 
 REAL = ("bfloat16", "float16", "float32", "float64")
 DTYPES = (*REAL, "complex64", "complex128")

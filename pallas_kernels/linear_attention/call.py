@@ -85,11 +85,12 @@ def alike(call: Arrays) -> Arrays:
 
     Scans and custom gradients need equal types; a replicated argument's gradient is then summed.
     """
-    axes = frozenset().union(*(_varying(x) for x in jax.tree.leaves(call)))
-    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - _varying(x)), to="varying"), call)
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(call)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - varying(x)), to="varying"), call)
 
 
-def _varying(x: jax.Array) -> frozenset:
+def varying(x: jax.Array) -> frozenset:
+    """The mesh axes along which an array varies inside `shard_map` with check_vma."""
     return jax.typeof(x).manual_axis_type.varying
 
 

@@ -8,7 +8,7 @@ import jax
 from pallas_kernels.dispatch import Op
 from pallas_kernels.short_conv.call import ConvCall
 
-OP = Op("short_conv", __package__, ("hopper", "xla"))
+OP = Op("short_conv", __package__, ("hopper", "xla"), by_name=("triton",))
 
 
 def short_conv(

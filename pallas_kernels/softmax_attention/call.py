@@ -8,6 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+KEPT = "softmax_attention"  # name, for policies of `jax.checkpoint`, of outputs and of what their gradient
+# wants besides that is dear; cuDNN's whole calls have a primitive for it
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:

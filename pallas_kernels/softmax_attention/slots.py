@@ -3,6 +3,8 @@
 A chunk of a prompt meets a cache of which most may be empty yet, and far longer than a block of scores. So
 queries go in large blocks, and slots in turn past each, with the largest logit and the sums so far (online
 softmax, arXiv 1805.02867). How many blocks of slots are met is known only as it runs: not for gradients.
+Of a single document the blocks before the chunk are seen by all queries whole: where a kernel computes such
+a part (`pallas_kernels.attention_part`), it does, and only the blocks that are left are gone past.
 
 Shape legend: B batch, T queries, S slots, G key/value heads of R heads each (H = G R), K and V their dims.
 """
@@ -12,6 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention_part.call import PartCall
+from pallas_kernels.attention_part.op import OP
+from pallas_kernels.dispatch import KERNELS
 from pallas_kernels.softmax_attention import xla
 
 UNSEEN = -1e30  # the largest logit of none; finite, so that differences are
@@ -47,6 +52,9 @@ def over_slots(
     queries = min(xla.MAX_BLOCK, length)
     size = slots if length == 1 else min(slots, max(1, xla.SCORES // queries))
     grouped = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], groups, heads // groups), 1, 3)
+    plain = forgotten_BTH is None and length > 1 and size < slots
+    low_B = jnp.max(jnp.maximum(first_BT, 0), axis=1)
+    before = _before(q_BTHK, k_BSGK, v_BSGV, low_B, index_T[0], index_S, size, scale) if plain else None
 
     def block(start: jax.Array | int) -> jax.Array:
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, queries, axis)
@@ -77,8 +85,13 @@ def over_slots(
             low, past = jnp.min(low_BT) - index_S[0], jnp.max(place_T) + 1 - index_S[0]
             numbers = jnp.clip(low // size, 0), jnp.clip(-(-past // size), 0, -(-slots // size))
             shape = batch, groups, heads // groups, queries
-            none = Partial(jnp.full(shape, UNSEEN), jnp.zeros(shape), jnp.zeros((*shape, v_BSGV.shape[-1])))
-            found = jax.lax.fori_loop(*numbers, lambda number, before: _merged(before, part(number)), none)
+            some_seen = Partial(
+                jnp.full(shape, UNSEEN), jnp.zeros(shape), jnp.zeros((*shape, v_BSGV.shape[-1]))
+            )
+            if before is not None:
+                numbers = jnp.maximum(numbers[0], before[1]), numbers[1]
+                some_seen = jax.tree.map(lambda x: cut(x, 3), before[0])
+            found = jax.lax.fori_loop(*numbers, lambda n, found: _merged(found, part(n)), some_seen)
         return _finished(found, sinks_H, axis).reshape(batch, queries, heads, -1).astype(v_BSGV.dtype)
 
     if queries == length:
@@ -90,6 +103,34 @@ def over_slots(
         before = whole[:, :-1].reshape(batch, -1, *o.shape[3:])
         return jnp.concatenate([before, whole[:, -1, -rest:]], axis=1)
     return whole.reshape(batch, length, *o.shape[3:])
+
+
+def _before(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array,
+    low_B: jax.Array, start: jax.Array, index_S: jax.Array, size: int, scale: float,
+) -> tuple[Partial, jax.Array] | None:  # fmt: skip
+    """(of the blocks of ``size`` slots that every query sees whole, what is found; how many these are).
+
+    low_B: the place of the first token that all queries of a row see.  start: the first query's place.
+    None where no kernel computes it.
+    """
+    batch, length, heads, _ = q_BTHK.shape
+    slots, groups = k_BSGK.shape[1:3]
+    blocks = jnp.where(
+        jnp.all(low_B <= index_S[0]), jnp.clip((start - index_S[0]) // size, 0, slots // size), 0
+    )
+    same = lambda count: jnp.full(batch, count, jnp.int32)
+    call = PartCall(q_BTHK, k_BSGK, v_BSGV, same(length), same(blocks * size), scale, leading=True)
+    if not _by_kernel(call):
+        return None
+    o, log_sum = OP.compute(call)
+    apart = lambda x: x.reshape(batch, groups, heads // groups, *x.shape[2:]).astype(jnp.float32)
+    some = jnp.broadcast_to(jnp.where(blocks > 0, 1.0, 0.0), log_sum.shape)
+    return Partial(apart(log_sum), apart(some), apart(jnp.moveaxis(o, 2, 1))), blocks
+
+
+def _by_kernel(call: PartCall) -> bool:
+    return OP.choose(call).backend in KERNELS
 
 
 def _merged(one: Partial, other: Partial) -> Partial:

@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.softmax_attention.call import AttentionCall
+from pallas_kernels.softmax_attention.call import KEPT, AttentionCall
 
 MAX_BLOCK = 1024  # queries a block
 SCORES = 1 << 21  # scores a block per row and head: blocks shrink as S grows
@@ -93,10 +94,11 @@ def blockwise(
 
     arrays = q_BTHK, k_BSGK, v_BSGV, sinks_H, forgotten, first
     if blocks == 1:
-        return attend_block(jnp.int32(0), *arrays)
+        return checkpoint_name(attend_block(jnp.int32(0), *arrays), KEPT)
     starts = block * jnp.arange(blocks, dtype=jnp.int32)
     o = jax.lax.map(lambda start: attend_block(start, *arrays), starts)
-    return jnp.moveaxis(o, 0, 1).reshape(o.shape[1], blocks * block, *o.shape[3:])[:, :length]
+    o = jnp.moveaxis(o, 0, 1).reshape(o.shape[1], blocks * block, *o.shape[3:])[:, :length]
+    return checkpoint_name(o, KEPT)
 
 
 def gathered(x_BFGK: jax.Array, at: jax.Array) -> jax.Array:

@@ -11,16 +11,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import blocks, pieces, table
+from pallas_kernels.linear_attention.hopper import pieces, table
 from pallas_kernels.linear_attention.hopper.backward_additive import additive_gradients
 from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.hard_queries import hard_queries
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 from pallas_kernels.linear_attention.hopper.two_parts import Inverse
 from pallas_kernels.linear_attention.hopper.wide_backward import wide_gradients
 from pallas_kernels.linear_attention.hopper.wide_reverse import wide_reverse
+from pallas_kernels.padding import pad_time
 
 CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
 WIDEST_CHUNKS = 128  # channels and values of a head whose chunk kernel has all in shared memory at once
@@ -66,7 +68,7 @@ def gradients(
     choice = choice or table.backward(inputs.k.shape, inputs.v.shape, saved.inverses is not None)
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, tokens = inputs.v.shape[2], do.shape[1]
-    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
     if saved.inverses is None:
@@ -130,5 +132,6 @@ def _delta(
     chunks = wide_gradients if wide else functools.partial(chunk_gradients, run=CHUNK_RUN)
     given = Chunks(saved.gates, saved.states, state_gradients, saved.values, do, dv)
     dq, dk, per_token = chunks(inputs, given)
+    dq = hard_queries(inputs, saved.inverses, given, dq)
     d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
     return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

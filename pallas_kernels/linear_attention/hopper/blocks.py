@@ -6,7 +6,6 @@ token, so they scale the rows or columns of float32 products instead. And produc
 in registers, so a chain of products needs no trip through shared memory.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.call import L2NORM_EPS
+from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
@@ -54,9 +53,9 @@ def kernel(
 
     def call(*arrays: jax.Array) -> Any:
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
-        varying = frozenset().union(*map(_varying, arrays))
-        cast = lambda x: lax.pcast(x, tuple(varying - _varying(x)), to="varying")
-        return jax.tree.map(cast, run(*arrays)) if varying else run(*arrays)
+        axes = frozenset().union(*map(varying, arrays))
+        cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
+        return jax.tree.map(cast, run(*arrays)) if axes else run(*arrays)
 
     return call
 
@@ -121,11 +120,6 @@ def refill(fill: Callable, free: Any, count: Any, stages: int) -> None:
     for n in range(begun):
         last = count - begun + n
         plgpu.barrier_wait(free.at[last % stages if known else rem(last, stages)])
-
-
-def _varying(x: jax.Array) -> frozenset:
-    kind = jax.typeof(x)
-    return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", None) or frozenset()
 
 
 def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
@@ -333,14 +327,3 @@ def head_major(x: jax.Array, length: int) -> jax.Array:
     """Numbers per token [B, T, HV] as float32 [B, HV, length], 0 after T: a chunk is one contiguous row."""
     x = jnp.swapaxes(x.astype(F32), 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))
-
-
-def pad_time(x: jax.Array, length: int, mode: str = "constant") -> jax.Array:
-    """x [B, T, ...] with axis 1 padded to `length` with zeros (or mode="edge")."""
-    widths = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, mode=mode) if length > x.shape[1] else x
-
-
-@functools.cache
-def round_up(length: int, multiple: int = C) -> int:
-    return -(-length // multiple) * multiple

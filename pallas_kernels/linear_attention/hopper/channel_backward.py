@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import blocks, table, warm_up
+from pallas_kernels.linear_attention.hopper import table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
@@ -13,6 +13,7 @@ from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.pieces import chain
+from pallas_kernels.padding import pad_time
 
 RUN = 8  # chunks a block of threads of the chunk kernel takes in turn
 
@@ -31,7 +32,7 @@ def channel_gradients(
     choice = table.forward(inputs.k.shape, inputs.v.shape)
     value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
-    do = blocks.pad_time(do, length).astype(jnp.bfloat16)
+    do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
     tiles, pieces, lead = saved.tiles, 1, None

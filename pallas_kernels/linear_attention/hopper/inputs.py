@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.linear_attention.call import QKV, Call
 from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.padding import pad_time, round_up
 
 LEAST_DECAY = -104.0  # exp is 0 in float32; what is below would drown the other steps in a chunk's sums
 LEAST_BETA = 2.0**-18  # the backward pass divides by beta; a beta this small moves o by less than 4e-6
@@ -69,10 +70,10 @@ class Chunks(NamedTuple):
 
 def prepare(call: Call) -> Inputs:
     """Pads T to whole chunks (tokens with k = v = 0 and no decay change nothing) and lays vectors out."""
-    length = blocks.round_up(call.q.shape[1])
+    length = round_up(call.q.shape[1], C)
     segment = entering = None
     if call.segment_ids is not None:
-        segment = blocks.pad_time(call.segment_ids, length, "edge").astype(F32)
+        segment = pad_time(call.segment_ids, length, "edge").astype(F32)
         last = segment[:, C - 1 :: C]
         entering = jnp.repeat(jnp.concatenate([segment[:, :1], last[:, :-1]], 1), C, axis=1)
     beta = None if call.beta is None else blocks.head_major(call.beta, length)
@@ -81,13 +82,13 @@ def prepare(call: Call) -> Inputs:
     log_decay = call.log_decay
     if log_decay is not None and log_decay.ndim == 4:
         steps = log_decay if log_decay.dtype == jnp.bfloat16 else log_decay.astype(F32)
-        log_decay = blocks.pad_time(steps, length)
+        log_decay = pad_time(steps, length)
     elif log_decay is not None:
         log_decay = jnp.maximum(blocks.head_major(log_decay, length), LEAST_DECAY)
     return Inputs(
-        q=blocks.pad_time(call.q, length),
-        k=blocks.pad_time(call.k, length),
-        v=blocks.pad_time(call.v, length),
+        q=pad_time(call.q, length),
+        k=pad_time(call.k, length),
+        v=pad_time(call.v, length),
         log_decay=log_decay,
         beta=beta,
         segment=segment,

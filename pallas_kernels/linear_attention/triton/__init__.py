@@ -5,16 +5,17 @@ No decay, one decay per head or one per key channel; additive or delta. docs/ker
 
 import jax
 
-from pallas_kernels.agreement import disagreement
-from pallas_kernels.dispatch import Device, here
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
+from pallas_kernels.linear_attention.triton import requirements
 from pallas_kernels.linear_attention.triton.backward import gradients
 from pallas_kernels.linear_attention.triton.chunks import chunks
-from pallas_kernels.linear_attention.triton.inputs import pad, prepare, spec, unprepare
+from pallas_kernels.linear_attention.triton.inputs import prepare, spec, unprepare
 from pallas_kernels.linear_attention.triton.moves import moves
+from pallas_kernels.linear_attention.triton.requirements import runs_on
 from pallas_kernels.linear_attention.triton.reverse import reverse
 from pallas_kernels.linear_attention.triton.scan import Scanned, scan
+from pallas_kernels.padding import pad_time
 
 __all__ = ["linear_attention", "runs_on", "self_test", "supports"]
 
@@ -37,20 +38,9 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def runs_on(device: Device) -> str | None:
-    """None if the kernels run on ``device``, else the reason why not."""
-    if device.platform != "gpu":
-        return f"the platform is {device.platform}"
-    if device.capability is None or float(device.capability) < 8.0:
-        return f"compute capability {device.capability or 'unknown'} (NVIDIA, 8.0 or newer)"
-    return None
-
-
 def self_test() -> str | None:
-    """Why small calls of each kind differ from the token loop, if so; asked on every GPU, with every jax."""
-    device = here()
-    where = f"compute capability {device.capability} with jax {jax.__version__}"
-    return disagreement("linear_attention", where, lambda: trial.results(linear_attention))
+    """Why small calls of each kind differ from the token loop, if so."""
+    return requirements.self_test("linear_attention", lambda: trial.results(linear_attention))
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -78,7 +68,7 @@ def _backward(kept: tuple[Call, Scanned], cotangents: tuple[jax.Array, jax.Array
     call, scanned = kept
     what, inputs = spec(call), prepare(call)
     made = chunks(what, inputs, keep=True)
-    do = pad(cotangents[0], inputs.q.shape[1])
+    do = pad_time(cotangents[0], inputs.q.shape[1])
     back = reverse(what, made, do, cotangents[1])
     d = gradients(what, inputs, made, moves(what, scanned, back, do), back.values)
     return (unprepare(call, d, back.first),)

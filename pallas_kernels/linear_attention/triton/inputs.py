@@ -9,6 +9,7 @@ import numpy as np
 
 from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.triton.tiles import F32, C
+from pallas_kernels.padding import pad_time, round_up
 
 LEAST_DECAY = -104.0  # exp is 0 in float32; a larger step would drown the others in a chunk's sums
 
@@ -50,14 +51,14 @@ def spec(call: Call) -> Spec:
 
 def prepare(call: Call) -> Inputs:
     """Tokens that pad change nothing: k = v = 0, no decay, the last document's."""
-    length = -(-call.q.shape[1] // C) * C
+    length = round_up(call.q.shape[1], C)
     rows: dict[str, jax.Array] = {}
     if call.beta is not None:
         rows["beta"] = _head_major(call.beta, length)
     steps = None
     if call.log_decay is not None and call.log_decay.ndim == 4:
-        steps = pad(call.log_decay, length)
-    documents = None if call.segment_ids is None else _documents(pad(call.segment_ids, length, "edge"))
+        steps = pad_time(call.log_decay, length)
+    documents = None if call.segment_ids is None else _documents(pad_time(call.segment_ids, length, "edge"))
     if steps is None and call.log_decay is not None:
         steps_BHT = jnp.maximum(_head_major(call.log_decay, length), LEAST_DECAY)
         chunks = steps_BHT.reshape(*steps_BHT.shape[:2], -1, C)
@@ -65,7 +66,9 @@ def prepare(call: Call) -> Inputs:
         after = sums[..., -1:] - sums
         rows |= {"sum": sums, "enter": jnp.exp(sums), "leave": jnp.exp(after)}
         rows = {name: x.reshape(*x.shape[:2], -1) for name, x in rows.items()}
-    return Inputs(pad(call.q, length), pad(call.k, length), pad(call.v, length), steps, rows, documents)
+    return Inputs(
+        pad_time(call.q, length), pad_time(call.k, length), pad_time(call.v, length), steps, rows, documents
+    )
 
 
 def _documents(id_BT: jax.Array) -> dict[str, jax.Array]:
@@ -82,12 +85,7 @@ def _documents(id_BT: jax.Array) -> dict[str, jax.Array]:
 
 
 def _head_major(x_BTH: jax.Array, length: int) -> jax.Array:
-    return jnp.swapaxes(pad(x_BTH.astype(F32), length), 1, 2)
-
-
-def pad(x: Any, length: int, mode: str = "constant") -> Any:
-    missing = length - x.shape[1]
-    return x if not missing else jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)), mode=mode)
+    return jnp.swapaxes(pad_time(x_BTH.astype(F32), length), 1, 2)
 
 
 def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:

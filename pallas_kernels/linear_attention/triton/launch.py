@@ -1,6 +1,6 @@
 """How the kernels of this folder are called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ def launch(
     out_shape: dict[str, jax.ShapeDtypeStruct],
     warps: int = 4,
     stages: int = 1,
+    aliases: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> Callable[..., dict[str, jax.Array]]:
     """`pallas_call` over a grid (n, heads, batch).
 
-    The last two are one axis of the grid: a GPU has three, and `jax.vmap` adds one.
+    The last two are one axis of the grid: a GPU has three, and `jax.vmap` adds one.  aliases: the numbers of
+    arrays, of all in their order, that results are written over, by name.
     """
     heads = grid[1]
 
@@ -45,6 +47,7 @@ def launch(
             compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
             interpret=interpret,
             name=name,
+            input_output_aliases=aliases or {},
         )(*arrays)
 
     return call

@@ -1,0 +1,149 @@
+"""The portable backend: one pass over memory forward, one backward, in Pallas's Triton lowering.
+
+A block of threads takes 32 channels and, at a time, RUNS runs of `ROWS` tokens, a run a warp, a channel a
+thread: it walks every run from a state of zeros, hands the state from run to run, and walks each again from
+where it starts, with the inputs still in registers. So all tokens of a tile are read at once.
+
+Shape legend as in `walks`; a tile is RUNS runs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.elementwise import walks
+from pallas_kernels.elementwise.call import Call
+from pallas_kernels.elementwise.walks import At, Token, Values
+from pallas_kernels.linear_attention.triton import requirements
+from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.requirements import runs_on
+from pallas_kernels.linear_attention.triton.tiles import F32
+
+__all__ = ["elementwise_recurrence", "runs_on", "self_test", "supports"]
+
+CHANNELS = 32
+RUNS = 8
+ROWS = 16
+PIECES = 8  # at most
+
+
+def supports(call: Call) -> str | None:
+    """None if the kernels compute this call, else the reason why not."""
+    if call.x.shape[0] * PIECES > 65535:
+        return f"{call.x.shape[0]} sequences (at most {65535 // PIECES})"
+    return walks.refusal(call, CHANNELS)
+
+
+def elementwise_recurrence(call: Call, pieces: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """See `walks.recurrence`."""
+    return walks.recurrence(Walk, call, ROWS, RUNS * ROWS, pieces)
+
+
+def self_test() -> str | None:
+    """See `requirements.self_test`."""
+    results = lambda: walks.trial(elementwise_recurrence, 2 * RUNS * ROWS, CHANNELS)
+    return requirements.self_test("elementwise_recurrence", results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk(walks.Walk):
+    channels: ClassVar[int] = CHANNELS
+    few: ClassVar[int] = 96
+    fill: ClassVar[int] = 256
+
+    def run(
+        self,
+        token: Token,
+        name: str,
+        read: Sequence[jax.Array],
+        like: Sequence[jax.Array],
+        starts: Sequence[jax.Array],
+        before: jax.Array | None = None,
+    ) -> list[jax.Array]:
+        """See `walks.Walk`."""
+        batch, length, features = read[0].shape
+        runs = length // ROWS
+        of_tokens = pl.BlockSpec((None, runs, ROWS, CHANNELS), lambda f, p, b: (b, 0, 0, f))
+        of_runs = pl.BlockSpec((None, runs, CHANNELS), lambda f, p, b: (b, 0, f))
+        of_pieces = pl.BlockSpec((None, None, CHANNELS), lambda f, p, b: (b, p, f))
+        by_run = lambda x: x.reshape(batch, runs, ROWS, features)
+        given = {f"read{i}": by_run(x) for i, x in enumerate(read)}
+        blocks = dict.fromkeys(given, of_tokens)
+        if before is not None:  # what is read one token late has its first token of each run apart
+            last = given["read2"][:, :-1, -1].astype(F32)
+            given["before"] = jnp.concatenate([before[:, None], last], axis=1)
+            blocks["before"] = of_runs
+        if self.words is not None:
+            given["words"] = self.words[..., None]
+            blocks["words"] = pl.BlockSpec((None, runs, 1), lambda f, p, b: (b, 0, 0))
+        given |= {f"start{i}": x for i, x in enumerate(starts)}
+        blocks |= {f"start{i}": of_pieces for i in range(len(starts))}
+        out = {f"out{i}": jax.ShapeDtypeStruct(by_run(x).shape, x.dtype) for i, x in enumerate(like)}
+        ends = {f"end{i}": jax.ShapeDtypeStruct(x.shape, F32) for i, x in enumerate(starts)}
+        results = launch(
+            lambda refs, out: self._piece(token, refs, out),
+            f"elementwise_{name}",
+            grid=(features // CHANNELS, self.pieces, batch),
+            in_specs=[{what: blocks[what] for what in given}],
+            out_specs=dict.fromkeys(out, of_tokens) | dict.fromkeys(ends, of_pieces),
+            out_shape=out | ends,
+            warps=RUNS,
+            interpret=self.interpret,
+        )(given)
+        return [results[what].reshape(read[0].shape) for what in out] + [results[what] for what in ends]
+
+    def _piece(self, token: Token, refs: dict[str, Any], out: dict[str, Any]) -> None:
+        piece = pl.program_id(1) % self.pieces
+        tiles = refs["read0"].shape[0] // RUNS // self.pieces
+        carries = sum(name.startswith("start") for name in refs)
+        order = range(ROWS)[:: -1 if self.reverse else 1]
+
+        def tile(k: Any, carry: Values) -> Values:
+            first = (piece * tiles + (tiles - 1 - k if self.reverse else k)) * RUNS
+            at = pl.ds(first, RUNS)
+            tokens = [At(None)] * ROWS
+            if "words" in refs:
+                words = refs["words"][at, :]
+                tokens = [At((words >> r) & 1 == 1) for r in range(ROWS)]
+            values = [[refs[f"read{i}"][at, r, :].astype(F32) for i in range(2)] for r in range(ROWS)]
+            alone = [jnp.zeros((RUNS, CHANNELS), F32), jnp.ones((RUNS, CHANNELS), F32)]
+            for r in order:
+                alone = self.alone(tokens[r], *values[r], *alone)
+            carry, states = self._hand_over(first, refs, alone, carry)
+            if carries == 1:
+                if "before" in refs:
+                    late = [refs["before"][at, :]]
+                    late += [refs["read2"][at, r, :].astype(F32) for r in range(ROWS - 1)]
+                    values = [[*given, old] for given, old in zip(values, late, strict=True)]
+                state = [states]
+                for r in order:
+                    results, state = token(tokens[r], values[r], state)
+                    for i, result in enumerate(results):
+                        ref = out[f"out{i}"]
+                        ref[at, r, :] = result.astype(ref.dtype)
+            return carry
+
+        carry = [refs[f"start{i}"][:] for i in range(carries)]
+        carry = jax.lax.fori_loop(0, tiles, tile, carry)
+        for i, value in enumerate(carry):
+            out[f"end{i}"][:] = value
+
+    def _hand_over(
+        self, first: Any, refs: dict[str, Any], alone: Values, carry: Values
+    ) -> tuple[Values, Any]:
+        """The carry after a tile of runs, and the state before each run [RUNS, CHANNELS]."""
+        row = jax.lax.broadcasted_iota(jnp.int32, (RUNS, CHANNELS), 0)
+        states = jnp.zeros((RUNS, CHANNELS), F32)
+        state, *product = carry
+        for w in range(RUNS)[:: -1 if self.reverse else 1]:
+            states = jnp.where(row == w, state[None, :], states)
+            mine, decay = (jnp.sum(jnp.where(row == w, x, 0.0), axis=0) for x in alone)
+            after = decay * state + mine
+            if "words" in refs:
+                after = jnp.where(refs["words"][first + w, 0] != 0, mine, after)
+            state, product = after, [x * decay for x in product]
+        return [state, *product], states

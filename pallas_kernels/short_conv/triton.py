@@ -1,0 +1,97 @@
+"""The portable backend: the same walk as Hopper's, in Pallas's Triton lowering, for NVIDIA GPUs since Ampere.
+
+Shape legend: B batch, T time, F features, W taps.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.linear_attention.triton import requirements
+from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.requirements import runs_on
+from pallas_kernels.linear_attention.triton.tiles import F32
+from pallas_kernels.short_conv import kernels, walk
+from pallas_kernels.short_conv.call import ConvCall
+from pallas_kernels.short_conv.kernels import Kernels
+from pallas_kernels.short_conv.walk import RUN, Strip
+
+__all__ = ["runs_on", "self_test", "short_conv", "supports"]
+
+WARP = 128  # features of a warp: a thread's loads are four bf16 wide
+WARPS = 4  # of a block, at most
+
+
+def supports(call: ConvCall) -> str | None:
+    """None if the kernels compute this call, else the reason why not."""
+    batch, _, features = call.x.shape
+    if batch * features // WARP > 65535:
+        return f"{batch} sequences of {features} features (at most {65535 * WARP} together)"
+    return kernels.refusal(call, WARP)
+
+
+def short_conv(call: ConvCall) -> jax.Array:
+    """See `pallas_kernels.short_conv`."""
+    return kernels.short_conv(Kernels(convolve, gradients), call)
+
+
+def self_test() -> str | None:
+    """See `requirements.self_test`."""
+    return requirements.self_test("short_conv", lambda: kernels.trial(short_conv))
+
+
+def convolve(x: jax.Array, taps: jax.Array, reach: jax.Array, silu: bool, interpret: bool) -> jax.Array:
+    """See `Kernels`."""
+    return _run("short_conv", (x, taps, reach), {"y": x}, silu, interpret)["y"]
+
+
+def gradients(
+    x: jax.Array, taps: jax.Array, reach: jax.Array, dy: jax.Array, silu: bool, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """See `Kernels`."""
+    batch, length, features = x.shape
+    parts = jax.ShapeDtypeStruct((batch, length // RUN, taps.shape[0], features), F32)
+    out = _run("short_conv_gradients", (x, taps, reach, dy), {"dx": x, "dtaps": parts}, silu, interpret)
+    return out["dx"], out["dtaps"]
+
+
+def _run(
+    name: str, given: tuple[jax.Array, ...], out: dict[str, Any], silu: bool, interpret: bool
+) -> dict[str, jax.Array]:
+    """given: x, taps, reach and, for gradients, dy.  out: shapes by name."""
+    batch, length, features = given[0].shape
+    width = given[1].shape[0]
+    warps = next(n for n in (WARPS, WARPS // 2, 1) if features % (n * WARP) == 0)
+    tile = warps * WARP
+    tokens = pl.BlockSpec((None, length, tile), lambda n, f, b: (b, 0, f))
+    specs = {
+        "taps": pl.BlockSpec((width, tile), lambda n, f, b: (0, f)),
+        "reach": pl.BlockSpec((None, given[2].shape[1]), lambda n, f, b: (b, 0)),
+        "dtaps": pl.BlockSpec((None, None, width, tile), lambda n, f, b: (b, n, 0, f)),
+    }
+    step = walk.convolve if "y" in out else walk.gradients
+
+    def body(*refs: Any) -> None:
+        *read, written = refs
+        step(_strip(length), width, silu, *read, *(written[what] for what in out))
+
+    return launch(
+        body,
+        name,
+        grid=(length // RUN, features // tile, batch),
+        in_specs=[tokens, specs["taps"], specs["reach"], tokens][: len(given)],
+        out_specs={what: specs.get(what, tokens) for what in out},
+        out_shape={what: jax.ShapeDtypeStruct(x.shape, x.dtype) for what, x in out.items()},
+        warps=warps,
+        interpret=interpret,
+    )(*given)
+
+
+def _strip(length: int) -> Strip:
+    def put(ref: Any, row: Any, value: jax.Array) -> None:
+        ref[row, :] = value.astype(ref.dtype)
+
+    row = lambda ref, n: ref[n, :]
+    number = lambda ref, t: ref[t]
+    return Strip(pl.program_id(0) * RUN, length, load=row, store=put, tap=row, reach=number, put=put)
