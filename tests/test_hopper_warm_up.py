@@ -14,6 +14,7 @@ if hopper_aot.NO_KERNELS:
 from test_hopper_channel_backward import TOLERANCE, expect, make_case, relative_error
 
 from pallas_kernels.linear_attention import hopper
+from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.hopper import inputs, table, warm_up
 
 NAMES = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
@@ -22,6 +23,10 @@ CASES = {
     "delta, documents, keys as they are": dict(documents=True, l2norm=False),
     "additive": dict(delta=False, l2norm=False),
 }
+FIRST = [
+    pytest.param(name, marks=getattr(pytest.mark, "slow" if i else "every_jax"))
+    for i, name in enumerate(CASES)
+]
 
 
 def steep_and_slow(tokens, **options):
@@ -48,7 +53,7 @@ def compare(got, call, do, d_state, tolerance=1):
             assert relative_error(got[name], wanted) < bound, name
 
 
-@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta"))
+@pytest.mark.parametrize("name", FIRST)
 def test_interpreted(name, capfd, monkeypatch):
     """The head that forgets walks two chunks of three; the other's bits are those of whole walks."""
     call, do, d_state = steep_and_slow(384, **CASES[name])
@@ -68,15 +73,15 @@ def test_interpreted(name, capfd, monkeypatch):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta"))
+@pytest.mark.parametrize("name", FIRST)
 def test_led_interpreted(name, capfd, monkeypatch):
     """Two runs of two chunks, of which the second walks one before it, or both."""
     call, do, d_state = steep_and_slow(256, **CASES[name])
     call = dataclasses.replace(call, interpret=True)
     monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, led=2))
-    before, after = warm_up.leads(inputs.prepare(call), 2)
-    assert name == "delta, documents, keys as they are" or before.tolist() == [[0, 0], [1, 2]], before
-    assert name == "delta, documents, keys as they are" or after.tolist() == [[1, 2], [0, 0]], after
+    before, after = (lead.tolist() for lead in warm_up.leads(inputs.prepare(call), 2))
+    if not CASES[name].get("documents"):
+        assert before == [[0, 0], [1, 2]] and after == [[1, 2], [0, 0]]
     compare(results(call, do, d_state), call, do, d_state)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -93,6 +98,25 @@ def test_on_gpu(name, dim, choice, monkeypatch):
     got, again = run(call, do, d_state), run(call, do, d_state)
     compare(got, call, do, d_state, tolerance=2)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, got, again))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("shape", [(1, 2048, 12, 128), (1, 65536, 8, 128)], ids=["led", "walks"])
+def test_compiles_without_spills(shape, monkeypatch):
+    monkeypatch.setattr(table, "LED", True)
+    monkeypatch.setattr(table, "SHORT_WALKS", True)
+    choice = table.forward(shape, shape)
+    assert (choice.led > 1) == (shape[1] == 2048) and (choice.pieces > 1) == (shape[1] == 65536)
+    struct = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    B, T, H, K = shape
+    state = struct((B, H, K, K), jnp.float32)
+    call = Call(
+        *[struct(shape)] * 3, log_decay=struct(shape), beta=struct((B, T, H)), initial_state=state,
+        scale=1.0, qk_l2norm=True, output_final_state=True,
+    )  # fmt: skip
+    report = hopper_aot.compile_for_hopper(results, call, struct(shape), state)
+    scans = [kernel for kernel in report if "tiles" not in kernel.name and "gradients" not in kernel.name]
+    assert len(scans) == 2 + 3 * (choice.pieces > 1) and not any(scan.spills for scan in scans), report
 
 
 def test_bound_is_never_below_the_norm():
