@@ -1,4 +1,4 @@
-"""One transformer block in several layers: a parameter once, and all that follows. Values: test_convert.py."""
+"""One transformer block in several layers: a parameter once, and what follows. Values: test_convert.py."""
 
 import jax
 import jax.numpy as jnp
