@@ -84,7 +84,7 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["kimi_linear", "minimax", "zamba2", *slow("fla_rwkv7", *RUN)])
 def test_greedy_continuation(name: str, root: Path) -> None:
-    """Prefilled and decoded: KDA, MLA and experts; normed streams; a shared block; an MLP that keeps a token."""
+    """Prefilled and decoded: KDA, MLA and experts; normed streams; a shared block; an MLP with memory."""
     run = imported(name, root)
     prompts = run.expected["input_ids"][:, : int(run.expected["prompt_len"])].tolist()
     want = run.expected["greedy_tokens"]
