@@ -104,7 +104,7 @@ def test_equal_keys_that_undo_each_other(key_dim, beta, decay, capfd):
     ],
 )
 def test_queries_of_hard_chunks_alone_are_made_again(dims, l2norm, monkeypatch, capfd):
-    """An ordinary chunk and a hard one of two documents, a decay, groups of heads; along mesh axes too."""
+    """An ordinary chunk and a hard one of two documents, a decay, groups of heads; on mesh axes; vmapped."""
     rng = np.random.default_rng(0)
     key_dim, value_dim = dims
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -127,6 +127,9 @@ def test_queries_of_hard_chunks_alone_are_made_again(dims, l2norm, monkeypatch, 
     )
     np.testing.assert_array_equal(np.float32(apart), np.float32(run(*given, before)))
     np.testing.assert_array_equal(np.float32(apart)[:, :64], np.float32(before)[:, :64])
+    mapped = jax.vmap(lambda dq: run(*given, dq))(jnp.stack([before, before + 1]))
+    np.testing.assert_array_equal(np.float32(mapped[0]), np.float32(apart))
+    np.testing.assert_array_equal(np.float32(mapped[1, :, :64]), np.float32(before + 1)[:, :64])
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
