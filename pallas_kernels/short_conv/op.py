@@ -8,7 +8,7 @@ import jax
 from pallas_kernels.dispatch import Op
 from pallas_kernels.short_conv.call import ConvCall
 
-OP = Op("short_conv", __package__, ("hopper", "xla"), by_name=("triton",))
+OP = Op("short_conv", __package__, ("hopper", "triton", "xla"))
 
 
 def short_conv(
@@ -31,7 +31,7 @@ def short_conv(
         positions_BT: integers [B, T], each token's place in its document, from 0.
         history_BPF: the P = W - 1 inputs before the first token, oldest first; None for zeros.
         silu: apply SiLU to the sum.
-        backend: as in `linear_attention`; the Hopper kernels take bf16 without history.
+        backend: as in `linear_attention`; kernels take bf16 without history.
         interpret: run the kernels in interpret mode (for tests).
 
     Returns:
