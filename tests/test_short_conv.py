@@ -143,7 +143,7 @@ def test_fallback_is_logged_once(caplog):
         for _ in range(2):
             short_conv(x, kernel, positions)
     assert [r.message for r in caplog.records if "the platform is cpu" in r.message] == [
-        "short_conv runs on xla; not hopper: the platform is cpu"
+        "short_conv runs on xla; not hopper, triton: the platform is cpu"
     ]
 
 

@@ -11,7 +11,7 @@ import jax
 from pallas_kernels.dispatch import Op
 from pallas_kernels.short_conv.call import ConvCall
 
-OP = Op("short_conv", __package__, ("hopper", "xla"), by_name=("triton",))
+OP = Op("short_conv", __package__, ("hopper", "triton", "xla"))
 WHOLE = 256  # features: parts of multiples of it are written and read where they are
 
 
@@ -38,7 +38,7 @@ def short_conv(
         silu: apply SiLU to the sum.
         widths: of parts of F that y comes in, arrays of their own, which Hopper's kernels write and whose
             gradients they read where they are; () for one array.
-        backend: as in `linear_attention`; the Hopper kernels take bf16 without history.
+        backend: as in `linear_attention`; kernels take bf16 without history.
         interpret: run the kernels in interpret mode (for tests).
 
     Returns:
