@@ -40,8 +40,8 @@ class Layer(NamedTuple):
 
     settings: those that differ from the kinds' defaults, of the mixer and of an MLP other than SwiGLU.
     full: attends over the whole context (`mixers.Config.full_attention`; a sliding window does not count).
-    active_parameters: those that a token touches, fewer where it is routed to some of many experts, more where
-        the layer goes through a module that layers share.
+    active_parameters: those that a token touches, fewer where it is routed to some of many experts, more
+        where the layer goes through a module that layers share.
     """
 
     layer: int
@@ -77,6 +77,7 @@ def layers(config: Config) -> list[Layer]:
     for spec in set(definition.layers):
         cost = spec.cost(definition.d_model, seq_len)
         parameters = _block_parameters(definition, spec)
+        idle = spec.mlp_config.idle(definition.d_model)
         rows[spec] = Layer(
             layer=-1,
             name=spec.name,
@@ -84,9 +85,7 @@ def layers(config: Config) -> list[Layer]:
             settings=_settings(spec),
             full=spec.config.full_attention,
             parameters=parameters,
-            active_parameters=parameters
-            - spec.mlp_config.idle(definition.d_model)
-            + modules.get(spec.mixer, 0),
+            active_parameters=parameters - idle + modules.get(spec.mixer, 0),
             state_bytes=round(STATE_BYTES * cost.state),
             cache_bytes=round(definition.dtype.itemsize * cost.cache),
         )
@@ -160,7 +159,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
     attended = sum(row.full for row in table) * definition.d_model / mesh["tensor"]
     kept = {"attention": attended, "mixer": inner, "dots": sum(work) + attended}
-    kept |= {"kernels": 1.5 * sum(work), "none": 3 * sum(work)}
+    kept |= {"kernels": 1.5 * sum(work), "most": 2 * sum(work), "none": 3 * sum(work)}
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
     logits = loss.temporaries(definition.d_model, int(vocab), int(tokens))
@@ -194,14 +193,10 @@ def _settings(spec: Spec) -> str:
 @functools.lru_cache(maxsize=64)
 def _modules(definition: model.Definition) -> Mapping[str, int]:
     """Parameters of the modules that all layers of a mixer's name go through, by that name."""
-    found = {
-        spec.mixer: f"shared.{spec.mixer}." for spec in definition.layers if mixers.shares_module(spec.kind)
-    }
+    names = {spec.mixer for spec in definition.layers if mixers.shares_module(spec.kind)}
     leaves = model.canonical_shapes(definition).items()
-    return {
-        mixer: sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
-        for mixer, start in found.items()
-    }
+    size = lambda start: sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
+    return {name: size(f"shared.{name}.") for name in names}
 
 
 @functools.lru_cache(maxsize=256)

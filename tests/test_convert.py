@@ -31,7 +31,7 @@ from tests.flags import FAST
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
 NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "minimax", "nemotron_h",
-         "qwen3_next")  # fmt: skip
+         "qwen3_next", "zamba2")  # fmt: skip
 RUN = ("fla_gated_deltaproduct", "fla_mamba2", "fla_mla", "fla_rwkv6")  # all of these, once in a while
 OTHERS = ("deepseek_v3", "falcon_mamba", "granitemoehybrid", "recurrent_gemma", "xlstm")
 slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
@@ -82,9 +82,9 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["kimi_linear", "minimax", *slow("fla_rwkv7", *RUN)])
+@pytest.mark.parametrize("name", ["kimi_linear", "minimax", "zamba2", *slow("fla_rwkv7", *RUN)])
 def test_greedy_continuation(name: str, root: Path) -> None:
-    """Prefilled and decoded: KDA, MLA and experts; normed streams; an MLP that keeps a token."""
+    """Prefilled and decoded: KDA, MLA and experts; normed streams; a shared block; an MLP that keeps a token."""
     run = imported(name, root)
     prompts = run.expected["input_ids"][:, : int(run.expected["prompt_len"])].tolist()
     want = run.expected["greedy_tokens"]

@@ -27,7 +27,7 @@ CASES = {
 def steep_and_slow(tokens, **options):
     """A call of two value heads, of which the first forgets and the second does not; dO, dS."""
     call, do, d_state = make_case(tokens=tokens, value_heads=2, **options)
-    steep = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=call.log_decay.shape)))
+    steep = -10 / (1 + np.exp(-np.random.default_rng(2).normal(size=call.log_decay.shape)))
     slow = np.arange(2)[:, None] == 1
     return dataclasses.replace(call, log_decay=jnp.asarray(np.where(slow, 1e-3 * steep, steep))), do, d_state
 
@@ -54,7 +54,7 @@ def test_interpreted(name, capfd, monkeypatch):
     call, do, d_state = steep_and_slow(384, **CASES[name])
     call = dataclasses.replace(call, interpret=True)
     monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, 2))
-    monkeypatch.setattr(warm_up, "CHUNKS", 2)
+    monkeypatch.setattr(warm_up, "chunks", lambda run: 2)
     whole = jax.jit(lambda call: hopper.linear_attention(call)[0])(call)
     monkeypatch.setattr(table, "SHORT_WALKS", True)
     walks = warm_up.walks(inputs.prepare(call), 2)
@@ -66,3 +66,49 @@ def test_interpreted(name, capfd, monkeypatch):
         np.testing.assert_array_equal(got["o"][:, :, 1], whole[:, :, 1])
         assert relative_error(got["o"], np.asarray(whole, np.float64)) < 1e-5
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta"))
+def test_led_interpreted(name, capfd, monkeypatch):
+    """Two runs of two chunks, of which the second walks one before it, or both."""
+    call, do, d_state = steep_and_slow(256, **CASES[name])
+    call = dataclasses.replace(call, interpret=True)
+    monkeypatch.setattr(table, "forward", lambda *shapes: table.Choice(64, led=2))
+    before, after = warm_up.leads(inputs.prepare(call), 2)
+    assert name == "delta, documents, keys as they are" or before.tolist() == [[0, 0], [1, 2]], before
+    assert name == "delta, documents, keys as they are" or after.tolist() == [[1, 2], [0, 0]], after
+    compare(results(call, do, d_state), call, do, d_state)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", [table.Choice(64, 2), table.Choice(64, led=4)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name, dim, choice, monkeypatch):
+    call, do, d_state = steep_and_slow(1280, dim=dim, **CASES[name])
+    monkeypatch.setattr(table, "forward", lambda *shapes: choice)
+    monkeypatch.setattr(table, "SHORT_WALKS", True)
+    run = jax.jit(lambda *x: results(*x))
+    got, again = run(call, do, d_state), run(call, do, d_state)
+    compare(got, call, do, d_state, tolerance=2)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, again))
+
+
+def test_bound_is_never_below_the_norm():
+    """Of what stretches do to a state, for keys, beta and decays of any size; documents forget."""
+    call, _, _ = make_case(tokens=512, l2norm=False, decay=0.05, beta_max=3.0)
+    call = dataclasses.replace(call, k=call.k * 4, interpret=True)
+    given = inputs.prepare(call)
+    k, g, beta = (np.asarray(x, np.float64)[0, :, 0] for x in (call.k, call.log_decay, call.beta[..., None]))
+    for last in (True, False):
+        bound = np.asarray(warm_up._bound(given, 2, 2, last=last))[0, :, 0]
+        for piece in range(2):
+            move, begin = np.eye(k.shape[1]), 256 * piece + 128 * last
+            for t in range(begin, begin + 128):
+                move = (np.eye(len(move)) - beta[t] * np.outer(k[t], k[t])) @ (np.exp(g[t])[:, None] * move)
+            assert np.log(np.linalg.norm(move, 2)) <= bound[piece]
+    ids = jnp.asarray(np.arange(512)[None] // 200, jnp.int32)
+    given = inputs.prepare(dataclasses.replace(call, segment_ids=ids))
+    bounds = [np.isneginf(warm_up._bound(given, 2, 2, last=last))[0, :, 0] for last in (True, False)]
+    np.testing.assert_array_equal(bounds, [[True, True], [False, False]])

@@ -124,6 +124,14 @@ CASES = {
         dict(num_heads=2, head_dim=6, decay_rank=3, rate_rank=3, gate_rank=4, value_residual=False),
     ),
     "comba": ("comba", dict(num_heads=2, num_v_heads=4, head_dim=6, v_head_dim=5, conv_size=3)),
+    "shared_block": (
+        "shared_block",
+        dict(of="mamba2", num_heads=2, head_dim=8, hidden=10, adapter_rank=2, attention_adapters=True),
+    ),
+    "shared_block of gla": (
+        "shared_block",
+        dict(of="gla", num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=0.0, adapter_rank=0),
+    ),
 }
 
 
@@ -136,7 +144,7 @@ def random_like(abstract, seed):
 
 @functools.cache
 def build(case):
-    """(graph, parameters, this layer's row of the shared parameters or None, config) of a case."""
+    """(graph, parameters, what is shared with other layers or None, config) of a case."""
     kind, settings = CASES[case]
     mixer, config = mixers.load(kind), make(kind, **settings)
     config.check(D)
@@ -145,7 +153,8 @@ def build(case):
     if mixer.shared_class:
         stack = nnx.eval_shape(lambda: mixer.shared_class(config, SITE, rngs=nnx.Rngs(params=0)))
         stack_graph, stack_state = nnx.split(stack)
-        shared = nnx.merge(stack_graph, random_like(stack_state, 5)).per_layer()[1]
+        shared = nnx.merge(stack_graph, random_like(stack_state, 5))
+        shared = shared if mixers.shares_module(kind) else shared.per_layer()[1]
     return graph, random_like(state, 1), shared, config
 
 
@@ -155,8 +164,8 @@ def make(kind, **settings):
     return made.joined({name: make(CASES[name][0], **CASES[name][1]) for name in made.needs()})
 
 
-def context(rows, shared=None):
-    return Context(rows, 1, LAYERS, shared)
+def context(rows, shared=None, x=None):
+    return Context(rows, 1, LAYERS, shared, entered=None if x is None else jnp.cos(x))
 
 
 def inputs(batch, length):
@@ -193,7 +202,7 @@ def forward_and_backward(case):
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def grad(state, x, dy):
-        y, _ = nnx.merge(graph, state)(x, context(rows, shared))
+        y, _ = nnx.merge(graph, state)(x, context(rows, shared, x))
         return (y * dy).sum(), y
 
     y = grad(state, x, jnp.zeros_like(x))[1]
@@ -217,11 +226,11 @@ def test_decoding_equals_the_whole(case):
         mixer = nnx.merge(graph, state)
 
         def prefill(cache, tokens):
-            y, cache = mixer(tokens[0], context(tokens[1], shared), cache)
+            y, cache = mixer(tokens[0], context(tokens[1], shared, tokens[0]), cache)
             return cache, y
 
         def step(cache, token):
-            y, cache = mixer.step(token[0], context(token[1], shared), cache)
+            y, cache = mixer.step(token[0], context(token[1], shared, token[0]), cache)
             return cache, y
 
         split = lambda leaf: jnp.moveaxis(leaf[:, : 2 * piece].reshape(-1, 2, piece, *leaf.shape[2:]), 1, 0)

@@ -4,8 +4,8 @@
 
 x_0 is the embedding of the tokens. Attention is given 2 d_model channels, returns d_model, and scales its
 logits by (K / 2)^-1/2; nothing in the block is residual. All layers of one name in `mixers` share attention,
-GEGLU and the two norms; two blocks in turns are two names. A layer's own are its mixer with the norm before it,
-W, and adapters: terms (x A) B beside the projections into the GEGLU (one A for both) and, if
+GEGLU and the two norms; two blocks in turns are two names. A layer's own are its mixer with the norm before
+it, W, and adapters: terms (x A) B beside the projections into the GEGLU (one A for both) and, if
 ``attention_adapters``, beside those of q, k and v.
 """
 

@@ -46,9 +46,12 @@ def channel_forward(
         inputs = dataclasses.replace(
             inputs, state=pieces.chain(moves, summary, inputs.state, over=inputs.over)
         )
-    out = ChannelScan(inputs, tiles, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
-    if final and choice.pieces > 1:
-        out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
+    led = choice.led if inputs.over is None else 1
+    cut = choice.pieces * led
+    lead = warm_up.leads(inputs, led)[0] if led > 1 else None
+    out = ChannelScan(inputs, tiles, choice.value_tile, pieces=cut, final=final, keep=keep, lead=lead)()
+    if final and cut > 1:
+        out = out._replace(final=out.final[cut - 1 :: cut])
     return out, ChannelSaved(tiles, out.states, out.values, moves) if keep else None
 
 

@@ -29,12 +29,13 @@ def channel_gradients(
 
     The gradient of log_decay is [B, T, HV, K], of its dtype.
     """
-    value_tile = value_tile or table.forward(inputs.k.shape, inputs.v.shape).value_tile
+    choice = table.forward(inputs.k.shape, inputs.v.shape)
+    value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
     do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
-    tiles, pieces = saved.tiles, 1
+    tiles, pieces, lead = saved.tiles, 1, None
     if saved.moves is not None:
         pieces = saved.moves.shape[1]
         walks = warm_up.walks(inputs, pieces)
@@ -43,10 +44,12 @@ def channel_gradients(
             walk=walks and walks.first,
         )  # fmt: skip
         d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
+    elif choice.led > 1:
+        pieces, lead = choice.led, warm_up.leads(inputs, choice.led)[1]
     state_gradients: Any
     dv: Any
     state_gradients, dv, first = reverse_scan(
-        inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces
+        inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces, lead=lead
     )
     delta = tiles.inverses is not None
     dq, dk, d_log_decay, error = chunk_gradients(

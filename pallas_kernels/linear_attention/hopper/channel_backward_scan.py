@@ -10,6 +10,7 @@ the forward left it, gates, norms and masks included. The dS that enters each st
 channel_backward_chunks.py makes everything else of them, all chunks at once.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -38,12 +39,14 @@ def reverse_scan(
     pieces: int = 1,
     summary: bool = False,
     walk: jax.Array | None = None,
+    lead: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array]:
     """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T at the start of each piece.
 
     do: [B, T, HV, V] bf16.  d_state: gradient of the state after each piece, transposed, float32
     [B * pieces, HV, V, K], or None (zero).  summary: only the last result, [B * pieces, HV, V, K] float32.
-    walk: None or how far for a summary: `warm_up.Walks.first`.
+    walk: None or how far for a summary: `warm_up.Walks.first`.  lead: None or the chunks after each piece
+    that it walks before it: `warm_up.leads`; d_state is then of the state after the last piece.
     """
     batch, length, _, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -56,11 +59,11 @@ def reverse_scan(
     pairs = dict(scores=tiles.scores, high=inverses["high"])
     factors, pairs = blocks.present(factors), blocks.present(pairs)
     arrays = factors | pairs | inverses | dict(do=do, carry=tiles.carry, beta=inputs.beta, last=d_state)
-    arrays |= dict(walk=walk)
+    arrays |= dict(walk=walk, lead=lead)
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
     fixed = 2 * wide * C * (C + key_dim * (not summary))
-    fewest = count if walk is None else warm_up.CHUNKS
+    fewest = count if walk is None else warm_up.chunks(count)
     stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
     scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
     scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}
@@ -88,6 +91,10 @@ def reverse_scan(
         first, steps = blocks.rem(piece, pieces) * count, count
         if walk is not None:
             first, steps = (refs["walk"][piece, head, n] for n in (0, 1))
+        quiet: Any = 0  # steps without results
+        if lead is not None:
+            quiet = refs["lead"][piece, head]
+            steps += quiet
         after = first + steps  # the chunk after those walked
 
         def fill(i: Any, slot: Any) -> None:
@@ -114,21 +121,25 @@ def reverse_scan(
 
         def hold_state() -> None:
             columns = pl.ds(value_block * value_tile + wg * C, C)
-            ds = blocks.state(refs.get("last"), (C, key_dim), (piece, head, columns))
+            load = lambda place: blocks.state(refs.get("last"), (C, key_dim), (place, head, columns))
+            if lead is None or "last" not in refs:
+                ds = load(piece)
+            else:
+                ds = lax.cond(after == chunks, lambda: load(b), lambda: blocks.zeros((C, key_dim)))
 
-            def begin(i: Any, ds: jax.Array, hard: Any) -> tuple[jax.Array, jax.Array]:
+            def begin(silent: bool, i: Any, ds: jax.Array, hard: Any) -> tuple[jax.Array, jax.Array]:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
                 if delta:
                     low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
                     two_parts.load_low(hard > 0.0, low, s["dv"].at[wg], s["low"].at[wg])
                 ds_lo = ds.astype(BF16)
-                if not summary:
+                if not silent:
                     target = refs["ds"].at[b, head, n, columns]
                     blocks.send(s["ds"].at[wg], ds_lo, target, interpret=interpret)
                 plgpu.barrier_wait(s["filled"].at[slot])
                 return ds, blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
 
-            def step(i: Any, ds: jax.Array, dv: jax.Array, parts: int, hard: Any) -> jax.Array:
+            def step(silent: bool, i: Any, ds: jax.Array, dv: jax.Array, parts: int, hard: Any) -> jax.Array:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
                 mine = wg + (0 if hard is None else two_parts.hidden_zero(hard))
                 do_s = s["do"].at[slot, mine]
@@ -146,18 +157,20 @@ def reverse_scan(
                     seen = two_parts.split(dv * -1.0, parts, interpret=interpret)
                     seen = [(part, s["read_k"].at[slot]) for part in seen]
                     (ds,) = sums_of_products((seen, ds), interpret=interpret)
-                if not summary:
+                if not silent:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     blocks.store(s["dv"].at[mine], dv.astype(BF16), interpret=interpret, transposed=True)
                 plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["free"].at[slot])
-                if not summary:
+                if not silent:
                     target = refs["dv"].at[b, pl.ds(n * C, C), head, columns]
                     plgpu.copy_smem_to_gmem(s["dv"].at[mine], target)
                 return ds
 
             hardness = (lambda i: refs["hard"][b, head, after - 1 - i, 0]) if delta else None
-            ds = two_parts.loop(steps, step, ds, hardness, begin)
+            for silent, start, end in ((True, 0, quiet), (summary, quiet, steps))[lead is None :]:
+                each, before = functools.partial(step, silent), functools.partial(begin, silent)
+                ds = two_parts.loop(end, each, ds, hardness, before, start)
             refs["first"].at[piece, head, columns][...] = ds
             plgpu.wait_smem_to_gmem(0)
 

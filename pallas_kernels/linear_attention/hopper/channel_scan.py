@@ -5,12 +5,14 @@ S^T (64 values by K, float32, in registers) and run the chain of products; one i
 """
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -37,13 +39,15 @@ REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copi
 class ChannelScan(Wanted):
     """One compiled scan; mode "transition" too: what each piece does to the state, from its identity.
 
-    walk: None or how far, without outputs: `warm_up.Walks.last`.
+    walk: None or how far, without outputs: `warm_up.Walks.last`.  lead: None or the chunks before each piece
+    that it walks before it: `warm_up.leads`; the state in `inputs` is then that before the first piece.
     """
 
     inputs: Inputs
     tiles: Tiles
     value_tile: int
     walk: jax.Array | None = None
+    lead: jax.Array | None = None
 
     def __call__(self) -> Scanned:
         i, tiles = self.inputs, self.tiles
@@ -65,6 +69,7 @@ class ChannelScan(Wanted):
             beta=i.beta,
             initial=None if transition else i.state,
             walk=self.walk,
+            lead=self.lead,
         )
         results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
         keys, square, slice_ = (C, key_dim), (C, C), (slices, C, C)
@@ -76,7 +81,7 @@ class ChannelScan(Wanted):
         bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
         room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
-        fewest = chunks // self.pieces if self.walk is None else warm_up.CHUNKS
+        fewest = chunks // self.pieces if self.walk is None else warm_up.chunks(chunks // self.pieces)
         stages = max(2, min(4, fewest, room // each))
         scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
         scratch |= {name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
@@ -99,6 +104,9 @@ class ChannelScan(Wanted):
             wg, at.first_value = at.wg, at.value_block * self.value_tile
             if self.walk is not None:
                 at.first, at.count = (at.refs.walk[at.piece, at.head, n] for n in (0, 1))
+            if self.lead is not None:
+                at.lead = at.refs.lead[at.piece, at.head]
+                at.first, at.count = at.first - at.lead, at.count + at.lead
             state_registers, copy_registers = REGISTERS[slices]
 
             blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=state_registers)
@@ -146,13 +154,17 @@ class ChannelScan(Wanted):
         i, smem, refs = self.inputs, at.smem, at.refs
         columns = pl.ds(at.first_value + wg * C, C)
         shape = (C, at.key_dim)
+        initial = getattr(refs, "initial", None)
         if not at.values:
             row = blocks.row_index(shape) + (at.first_value + wg * C)
             state = jnp.where(row == blocks.col_index(shape), 1.0, 0.0)
+        elif self.lead is not None and initial is not None:
+            load = lambda: blocks.state(initial, shape, (at.b, at.head, columns))
+            state = lax.cond(at.first == 0, load, lambda: blocks.zeros(shape))
         else:
-            state = blocks.state(getattr(refs, "initial", None), shape, (at.piece, at.head, columns))
+            state = blocks.state(initial, shape, (at.piece, at.head, columns))
 
-        def step(n: Any, state: jax.Array, parts: int, hard: Any) -> jax.Array:
+        def step(at: SimpleNamespace, n: Any, state: jax.Array, parts: int, hard: Any) -> jax.Array:
             slot = blocks.rem(n, at.stages)
             rows = pl.ds((at.first + n) * C, C)
             low = lambda: refs.low.at[at.b, at.head, rows]
@@ -177,7 +189,12 @@ class ChannelScan(Wanted):
             send(at, wg, rows, columns)
             return state
 
-        state = hold(at, step, state)
+        start: Any = 0
+        if self.lead is not None:
+            start = at.lead
+            quiet = SimpleNamespace(**vars(at) | dict(output=False, keep=False, count=at.lead))
+            state = hold(quiet, functools.partial(step, quiet), state)
+        state = hold(at, functools.partial(step, at), state, start)
         if self.final or not at.output:
             refs.final.at[at.piece, at.head, columns][...] = state
         plgpu.wait_smem_to_gmem(0)

@@ -321,10 +321,10 @@ class Scan(Wanted):
 # What a warpgroup that holds state does with each chunk, here and in channel_scan.py.
 
 
-def hold(at: SimpleNamespace, step: Callable, state: jax.Array) -> jax.Array:
-    """The state after the piece's chunks."""
+def hold(at: SimpleNamespace, step: Callable, state: jax.Array, start: Any = 0) -> jax.Array:
+    """The state after the piece's chunks, from that before its chunk ``start``."""
     hardness = lambda n: at.refs.hard[at.b, at.head, at.first + n, 0]
-    return two_parts.loop(at.count, step, state, hardness if at.delta else None)
+    return two_parts.loop(at.count, step, state, hardness if at.delta else None, start=start)
 
 
 def times_inverse(

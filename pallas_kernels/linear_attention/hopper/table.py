@@ -5,15 +5,18 @@ from typing import NamedTuple
 WIDE = 96  # blocks of threads of 128 values from which the memory, not the chain of products, sets the pace
 FILL = 128  # blocks of threads that fill the 132 multiprocessors
 LONG = 160  # chunks from which cutting a sequence repays the extra scan and the joins
-SHORT_WALKS = False  # see warm_up.py; not timed yet
+SHORT_WALKS = LED = False  # see warm_up.py; not timed yet
 WIDEST_KEY = 128  # channels of the heads that the scans with a copy of the state in registers take
 
 
 class Choice(NamedTuple):
-    """value_tile: values (64 or 128) a block of threads works on.  pieces: runs a sequence is cut into."""
+    """value_tile: values (64 or 128) a block of threads works on.  pieces: runs a sequence is cut into.
+    led: runs of a sequence not in pieces, of which each walks what comes before it itself (warm_up.py).
+    """
 
     value_tile: int
     pieces: int = 1
+    led: int = 1
 
 
 def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice:
@@ -27,7 +30,10 @@ def forward(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice:
     pieces = 1
     while chunks >= LONG and chunks % (2 * pieces) == 0 and 4 <= FILL // blocks >= 2 * pieces and pieces < 16:
         pieces *= 2
-    return Choice(64, pieces)
+    led = 1
+    while LED and pieces == 1 and chunks % (2 * led) == 0 and chunks >= 16 * led and 2 * led * blocks <= FILL:
+        led *= 2
+    return Choice(64, pieces, led)
 
 
 def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) -> Choice:

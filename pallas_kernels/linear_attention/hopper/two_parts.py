@@ -131,15 +131,16 @@ def loop(
     state: jax.Array,
     hardness: Any,
     begin: Callable[..., tuple] = lambda n, state, hard: (state,),
+    start: Any = 0,
 ) -> jax.Array:
-    """state <- step(n, *begin(n, state, hard), parts, hard), n from 0 to count - 1: of two parts in hard
+    """state <- step(n, *begin(n, state, hard), parts, hard), n from start to count - 1: of two parts in hard
     chunks, else of one.
 
     hardness: n to the number in `Inverse.hard`; None: none is hard. A step is a branch as a whole, so that an
     ordinary chunk's keeps no register for what a hard one's needs; `begin` is what both have in common.
     """
     if hardness is None:
-        return lax.fori_loop(0, count, lambda n, state: step(n, *begin(n, state, None), 1, None), state)
+        return lax.fori_loop(start, count, lambda n, state: step(n, *begin(n, state, None), 1, None), state)
 
     def either(n: Any, carried: tuple) -> tuple:
         state, hard = carried
@@ -148,7 +149,7 @@ def loop(
         run = lambda parts: lambda: step(n, *begun, parts, hard)
         return lax.cond(hard > 0.0, run(2), run(1)), following
 
-    return lax.fori_loop(0, count, either, (state, hardness(0)))[0]
+    return lax.fori_loop(start, count, either, (state, hardness(start)))[0]
 
 
 def load_low(wanted: Any, source: Any, target: Any, ready: Any) -> None:

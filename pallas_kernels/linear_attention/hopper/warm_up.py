@@ -2,10 +2,14 @@
 
 A token's step on the state, (I - beta k k^T) Diag(exp g), has a norm of at most
 max(1, |1 - beta |k|^2|) exp(max over channels of g), and a stretch of tokens at most the product. Where that
-is below exp(LEAST) for the first CHUNKS and for the last CHUNKS chunks of a piece, what came before them is
-below the rounding of the state after them: so the short scans walk only those, and M of the piece is 0.
+is below exp(LEAST) for a piece's first few chunks and for its last, what came before them is below the
+rounding of the state after them: so the short scans walk only those, and M of the piece is 0.
 The kernels read how far to walk, per piece and head, on the device; every other piece is walked whole. The
 results differ by less than float32 rounds, unless the state shrinks by e^(LEAST + 16) in so few tokens.
+
+A sequence too short for pieces, which cost two scans and a chain, is cut into runs all the same: the block of
+threads of a run walks the few chunks before it first, without outputs, or else all that is before it, which
+takes no longer than the sequence as a whole did (`leads`).
 """
 
 from typing import NamedTuple
@@ -17,7 +21,6 @@ from pallas_kernels.linear_attention.hopper import table
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
-CHUNKS = 8
 LEAST = -32.0
 ROUNDED = 1 + 2.0**-7  # |k|^2 of the rounded copies of a normalised key is at most this
 
@@ -34,25 +37,46 @@ class Walks(NamedTuple):
     forgets: jax.Array
 
 
+def chunks(run: int) -> int:
+    """Of a short walk in a piece of ``run`` chunks."""
+    return min(8, run // 4)
+
+
 def walks(inputs: Inputs, pieces: int) -> Walks | None:
     """None where every piece is walked whole; inputs with a decay per key channel."""
     run = inputs.k.shape[1] // C // pieces
-    if not table.SHORT_WALKS or run <= CHUNKS:
+    reach = chunks(run)
+    if not table.SHORT_WALKS or reach < 2:  # the scans have at least two buffers to fill
         return None
-    forgets = (_bound(inputs, pieces, last=True) <= LEAST) & (_bound(inputs, pieces, last=False) <= LEAST)
+    first, last = (_bound(inputs, pieces, reach, last=last) <= LEAST for last in (False, True))
+    forgets = first & last
     begin = jnp.arange(pieces, dtype=jnp.int32)[None, :, None] * run
 
     def walk(short: jax.Array) -> jax.Array:
-        of = jnp.where(forgets, short, begin), jnp.where(forgets, CHUNKS, run)
+        of = jnp.where(forgets, short, begin), jnp.where(forgets, reach, run)
         return jnp.stack(of, -1).astype(jnp.int32).reshape(-1, forgets.shape[2], 2)
 
-    return Walks(walk(begin + (run - CHUNKS)), walk(begin), forgets)
+    return Walks(walk(begin + (run - reach)), walk(begin), forgets)
 
 
-def _bound(inputs: Inputs, pieces: int, *, last: bool) -> jax.Array:
-    """The logarithm of the norm of what the last or first CHUNKS chunks do to a state [B, pieces, HV]."""
+def leads(inputs: Inputs, runs: int) -> tuple[jax.Array, jax.Array]:
+    """How many chunks before each run, and after it (for a reverse scan), it walks first [B * runs, HV]."""
+    run = inputs.k.shape[1] // C // runs
+    reach = max(1, chunks(run))
+    count = jnp.arange(runs, dtype=jnp.int32)[None, :, None]
+
+    def lead(last: bool, all_: jax.Array) -> jax.Array:
+        short = jnp.roll(_bound(inputs, runs, reach, last=last) <= LEAST, 1 if last else -1, axis=1)
+        walked = jnp.where(short, jnp.minimum(reach, all_), all_)
+        return walked.astype(jnp.int32).reshape(-1, short.shape[2])
+
+    return lead(True, count * run), lead(False, (runs - 1 - count) * run)
+
+
+def _bound(inputs: Inputs, pieces: int, reach: int, *, last: bool) -> jax.Array:
+    """The logarithm of the norm of what the last or first ``reach`` chunks do to a state [B, pieces, HV]."""
     batch, length, heads, value_heads, _, _ = inputs.sizes
-    span = CHUNKS * C
+    span = reach * C
 
     def end(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [B, pieces, span, ...]
         x = x.reshape(batch, pieces, length // pieces, *x.shape[2:])
