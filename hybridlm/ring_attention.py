@@ -267,7 +267,6 @@ def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple
     o, do = zigzag(o, axis), zigzag(do, axis)
     led = _led(found, size, axis)[..., None, None]
     do, d_rest = jnp.where(led, do, 0), jnp.where(led, 0, do)
-    alone = jax.lax.axis_size(axis) == 2  # then they were used nowhere before
 
     def part(queries: jax.Array, keys: jax.Array | None, *arrays: jax.Array) -> tuple:
         def run(q: jax.Array, k: jax.Array, v: jax.Array, *merged: jax.Array) -> tuple:
@@ -278,7 +277,7 @@ def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple
 
     def step(carry: tuple, kv: KV, source: jax.Array | None = None) -> tuple:
         dq, dkv = carry[0], carry[1:]
-        if source is not None and not alone:
+        if source is not None and jax.lax.axis_size(axis) > 2:  # of two devices it was used nowhere before
             dkv = _next(dkv, axis)  # of the same keys, from where they were used before
         for mine, theirs, queries, keys in _pairs(found, size, axis, source):
             of_queries, of_keys = (lambda x, at=at: _at(x, at) for at in (mine, theirs))
