@@ -182,7 +182,7 @@ def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
 
 def _settings(spec: Spec) -> str:
     def changed(config: Settings) -> list[str]:
-        own = {name: value for name, value in vars(config).items() if name not in ("kind", "parts")}
+        own = {name: value for name, value in vars(config).items() if name not in ("kind", "part", "parts")}
         defaults = vars(type(config)())
         return [f"{name}={value}" for name, value in own.items() if value != defaults[name]]
 
