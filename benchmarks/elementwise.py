@@ -1,6 +1,6 @@
 """The element-wise recurrence on one GPU: kernels by number of pieces, and XLA, against the bytes.
 
-    python -m benchmarks.elementwise [--shapes 8,4096,1024 1,65536,1024] [--pieces 0,1,8,16] [--xla]
+    python -m benchmarks.elementwise [--shapes 8,4096,1024 1,65536,1024] [--pieces 0,8] [--backends xla]
 
 The floor reads x and g and writes h (forward), reads dh, g and h and writes dx and dg (backward), once, at
 3.0 TB/s. Documents of 300 tokens on average. A row for each shape, dtype and number of pieces (0: as the
@@ -10,6 +10,8 @@ the floor, and the largest relative RMS error of the results and gradients again
 
 import argparse
 import functools
+import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import gpu_profile
-from pallas_kernels.elementwise import hopper, xla
+from pallas_kernels.elementwise import xla
 from pallas_kernels.elementwise.call import make
 
 BYTES_PER_SECOND = 3.0e12
@@ -43,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--pieces", type=lambda s: [int(n) for n in s.split(",")], default=[0])
-    parser.add_argument("--xla", action="store_true", help="time XLA's scan, too")
+    parser.add_argument("--backends", type=lambda s: s.split(","), default=["hopper", "xla"])
     args = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     print("shape dtype pieces | forward us, % of floor | forward + backward us, % of floor | error")
@@ -58,13 +60,15 @@ def main() -> None:
             given = (*arrays, state, dh.astype(dtype))
             exact = [a.astype(jnp.float32) for a in given]
             want = [passes(xla.elementwise_recurrence, starts)[name](*exact) for name in ("forward", "both")]
-            chosen = {
-                f"{n}": functools.partial(hopper.elementwise_recurrence, pieces=n or None)
-                for n in args.pieces
-            }
-            chosen |= {"xla": xla.elementwise_recurrence} if args.xla else {}
+            chosen = {"xla": xla.elementwise_recurrence} if "xla" in args.backends else {}
+            for name, n in itertools.product(args.backends, args.pieces):
+                if name != "xla":
+                    kernels = importlib.import_module(f"pallas_kernels.elementwise.{name}")
+                    chosen[f"{name} {n}"] = functools.partial(
+                        kernels.elementwise_recurrence, pieces=n or None
+                    )
             for name, compute in chosen.items():
-                row, errors = f"{shape} {jnp.dtype(dtype).name} {name:>3}", []
+                row, errors = f"{shape} {jnp.dtype(dtype).name} {name:>9}", []
                 for (which, run), expected in zip(passes(compute, starts).items(), want, strict=True):
                     us = gpu_profile.microseconds(CALLS, functools.partial(run, *given))
                     moved = (3 if which == "forward" else 8) * arrays[0].nbytes

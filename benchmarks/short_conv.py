@@ -1,6 +1,6 @@
 """The short convolution with SiLU on one GPU: kernels and XLA against the bytes; errors against float32.
 
-    python -m benchmarks.short_conv [--shape 8,4096,2048] [--taps 4]
+    python -m benchmarks.short_conv [--shape 8,4096,2048] [--taps 4] [--backends hopper,triton,xla]
 
 The floor reads x and writes y (forward), reads x and dy and writes dx (backward), once, at 3.0 TB/s. bf16,
 documents of 300 tokens on average. One JSON line a backend: milliseconds (medians of 5 groups of calls),
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", type=lambda s: [int(n) for n in s.split(",")], default=[8, 4096, 2048])
     parser.add_argument("--taps", type=int, default=4)
+    parser.add_argument("--backends", type=lambda s: s.split(","), default=["auto", "xla"])
     args = parser.parse_args()
     batch, length, features = args.shape
     keys = jax.random.split(jax.random.key(0), 4)
@@ -47,7 +48,7 @@ def main() -> None:
     positions = at - jax.lax.cummax(starts, axis=1)
     passes = {"forward": forward, "backward": backward}
     exact = {name: jax.jit(f)(x.astype(jnp.float32), kernel, positions, dy) for name, f in passes.items()}
-    for backend in ("auto", "xla"):
+    for backend in args.backends:
         row: dict = {"shape": args.shape, "taps": args.taps, "backend": backend}
         for name, f in passes.items():
             with auto_means(backend):

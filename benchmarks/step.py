@@ -1,6 +1,6 @@
 """The single-token step of decoding on one GPU: time against the bytes of the state.
 
-    python benchmarks/step.py [--batches 1,8,32,128]
+    python -m benchmarks.step [--batches 1,8,32,128] [--backends hopper,triton,xla]
 
 --steps tokens run in one compiled loop whose state is donated, as in generation; H 16, K = V = 128, bf16 q,
 k, v, a float32 state, Gated DeltaNet and KDA (q, k normalised). The floor reads and writes the state once a
@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=lambda s: [int(b) for b in s.split(",")], default=[1, 8, 32, 128])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--backends", type=lambda s: s.split(","), default=["auto", "xla"])
     args = parser.parse_args()
     for batch in args.batches:
         keys = iter(jax.random.split(jax.random.key(0), 4))
@@ -49,7 +50,7 @@ def main() -> None:
         gate = jax.nn.log_sigmoid(normal(batch, HEADS, DIM))
         floor = 2 * 4 * batch * HEADS * DIM * DIM / BYTES_PER_SECOND * 1e6
         gates = {"gated_deltanet": gate[..., 0], "kda": gate}
-        for op, backend in itertools.product(gates, ("auto", "xla")):
+        for op, backend in itertools.product(gates, args.backends):
             times = []
             state = jnp.zeros((batch, HEADS, DIM, DIM))
             for _ in range(4):

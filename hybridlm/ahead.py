@@ -88,6 +88,16 @@ def absent(devices: str) -> list[Any]:
 
 def needs(config: Config, devices: str) -> Needs:
     """Compiles the step of a resolved config for ``devices``; minutes for large models."""
+    policy, done = compiled_step(config, devices)
+    found = done.run.memory_analysis()
+    hlo = done.run.as_text()
+    seconds = sum(sent(hlo, _seconds).values())
+    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_temp_size_in_bytes
+    return Needs(policy, *sizes, sent(hlo), seconds)
+
+
+def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
+    """(the policy of `model.remat`, the step of a resolved config compiled for ``devices``)."""
     mesh = sharding.make_mesh(config.mesh, absent(devices))
     configs.check_batch(config.train, mesh.shape)
     where, shape = sharding.batch_sharding(mesh), (config.train.batch_size, config.train.seq_len)
@@ -108,11 +118,7 @@ def needs(config: Config, devices: str) -> Needs:
 
     given = definition.model.remat
     policy, done, _ = fit.choose(step, available) if automatic else (given, step(given), "")
-    found = done.run.memory_analysis()
-    hlo = done.run.as_text()
-    seconds = sum(sent(hlo, _seconds).values())
-    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_temp_size_in_bytes
-    return Needs(policy, *sizes, sent(hlo), seconds)
+    return policy, done
 
 
 def _compiled(traced: Any, most: int | None) -> fit.Step:

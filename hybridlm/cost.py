@@ -160,7 +160,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     attended = sum(row.full for row in table) * definition.d_model / mesh["tensor"]
     away = attended - len(table) * definition.d_model  # layers' inputs are on the host
     kept = {"offload": away, "attention": attended, "mixer": inner, "dots": sum(work) + attended}
-    kept |= {"kernels": 1.5 * sum(work), "none": 3 * sum(work)}
+    kept |= {"kernels": 1.5 * sum(work), "most": 2 * sum(work), "none": 3 * sum(work)}
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
     logits = loss.temporaries(definition.d_model, int(vocab), int(tokens))

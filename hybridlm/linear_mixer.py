@@ -30,14 +30,17 @@ from hybridlm.layers import (
     RecurrentCache,
     RMSNorm,
     ShortConv,
+    apart,
     convolve,
     merge_heads,
+    one_product,
     split_heads,
 )
 from hybridlm.mixers import Cost, KeyGates, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels import dplr, linear_attention, linear_attention_step
+from pallas_kernels.short_conv import WHOLE as short_conv_whole
 
 OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu, "linear": lambda x: x}
 OutputGate = Literal["none", "sigmoid", "swish", "linear"]
@@ -225,8 +228,11 @@ class LinearMixer(TokenMixer):
     ) -> tuple[Inputs, tuple[jax.Array, ...]]:
         """(what the recurrence is given, the convolutions' history); past: theirs, None: there is none."""
         heads = self.heads
-        qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        joined = 2 * self.joined
+        linears = self.q_proj, self.k_proj, self.v_proj
+        whole = one_product(x_BTD, linears) if self._conv_takes_all() else None
+        # XLA sees that what is cut and put together again is the product, and its gradient one array.
+        qkv = [one(x_BTD) for one in linears] if whole is None else apart(whole, linears)
+        joined = 2 * self.joined if whole is None else 3
         (q, k, v), history = convolve(self._convs(), qkv, context.rows, past, silu=self.silu, joined=joined)
         q, k = split_heads(q, heads.key), split_heads(k, heads.key)
         return self.inputs(x_BTD, q, k, split_heads(v, heads.value), context), history
@@ -236,6 +242,11 @@ class LinearMixer(TokenMixer):
         if inputs.skip is not None:
             o_BTHV += inputs.skip.astype(o_BTHV.dtype)
         return self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD, inputs.gate)))
+
+    def _conv_takes_all(self) -> bool:
+        """Whether the op takes q, k and v side by side, and gives them back apart, at no cost."""
+        widths = [conv.kernel.shape[-1] for conv in self._convs()]
+        return bool(widths) and not self.conv_bias and all(width % short_conv_whole == 0 for width in widths)
 
     def _convs(self) -> tuple[ShortConv, ...]:
         return (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()
@@ -324,9 +335,8 @@ def low_rank_recurrence(
 def softplus_decay(x: jax.Array, A_log: jax.Array, dt_bias: jax.Array) -> jax.Array:
     """log decay = -exp(A_log) * softplus(x + dt_bias), float32 (Mamba-2's discretisation).
 
-    dt_bias: of x's last axes.  A_log: broadcast to it. The gradient reads x and its own once, and what it adds
-    up over tokens it adds up alike, so that XLA makes one kernel of it: its own takes three, and float32
-    arrays between them.
+    dt_bias: of x's last axes.  A_log: broadcast to it. The gradient's sums over tokens are alike, so that XLA
+    makes one kernel of it, which reads what it is given once: its own takes three, and float32 between them.
     """
     return -jnp.exp(A_log) * jax.nn.softplus(x.astype(jnp.float32) + dt_bias)
 

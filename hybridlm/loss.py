@@ -211,14 +211,10 @@ def _of_rows(logits: jax.Array, is_target: jax.Array) -> tuple[jax.Array, jax.Ar
         exps = jnp.where(m > n, exps + more * small, exps * small + more)
         return jnp.maximum(m, n), exps, target + other
 
-    parts = (
-        jnp.where(is_target, lowest, logits),
-        jnp.where(is_target, 0, 1.0),
-        jnp.where(is_target, logits, 0),
-    )
-    zeros = jnp.zeros((), logits.dtype)
-    parts = tuple(part.astype(logits.dtype) for part in parts)
-    first = jnp.asarray(lowest), zeros, zeros
+    zero = jnp.zeros((), logits.dtype)
+    found = jnp.where(is_target, logits, zero)
+    parts = jnp.where(is_target, lowest, logits), jnp.where(is_target, zero, zero + 1), found
+    first = jnp.asarray(lowest), zero, zero
     return jax.lax.reduce(parts, first, joined, (logits.ndim - 1,))
 
 

@@ -51,12 +51,13 @@ class Model:
         (`hybridlm.scaled_matmul`), for GPUs that have it. Left out: embedding, head, gates, decays, routers,
         experts, low ranks, recurrences, attention, and all that is not training.
     remat: what the backward pass recomputes in each layer: none, full (all of it), attention (all but softmax
-        attention), dots (all but that and matmuls), kernels (all but these and recurrences), mixer (all but
-        the MLP's first matmuls). What is kept costs memory, what is recomputed time. auto: the fastest of
+        attention), dots (all but that and matmuls), kernels (all but these and recurrences), most (next to
+        nothing: norms, activations, short convolutions and decays are kept, too), mixer (all but the MLP's
+        first matmuls). What is kept costs memory, what is recomputed time. auto: the fastest of most,
         kernels, dots, attention and full that fits, found by compiling; on a GPU it unrolls the stack for the
-        first two. offload: attention, with layers' inputs in the host's memory: where nothing else fits.
-    scan: False unrolls the stack: faster on a GPU where remat is kernels or dots, but compile time grows with
-        depth.
+        first three. offload: attention, with layers' inputs in the host's memory: where nothing else fits.
+    scan: False unrolls the stack: faster on a GPU where remat is most, kernels or dots, but compile time
+        grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
         (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
     embedding_multiplier: of the embedding where it enters the stack (Granite; Gemma: the root of d_model).

@@ -80,7 +80,7 @@ class Mixer(LinearMixer):
 
 def erase(inputs: Inputs, rows: Rows, state: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """The recurrence of the module docstring; beta is e, v is w * v; q and k as they are to be read."""
-    q, k, v, log_decay, e, _ = inputs
+    q, k, v, log_decay, e = inputs[:5]
     assert log_decay is not None and e is not None
     group = v.shape[2] // k.shape[2]
     q, k, log_decay, e = (jnp.repeat(x, group, axis=2) for x in (q, k, log_decay, e))

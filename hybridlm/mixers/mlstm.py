@@ -154,7 +154,7 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
 
     state: None or C [B, H, K, V], m [B, H] (0 with sigmoid gates) and, with a normaliser, n [B, H * K].
     """
-    q, k, v, log_f, log_i, _ = inputs
+    q, k, v, log_f, log_i = inputs[:5]
     assert log_f is not None and log_i is not None
     batch, _, heads, key = k.shape
     m_BH = jnp.zeros((batch, heads)) if state is None else continued(state["m"], rows)

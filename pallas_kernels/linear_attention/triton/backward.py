@@ -10,23 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_attention.triton.channels import channels, solved
 from pallas_kernels.linear_attention.triton.chunks import Chunks, block, input_blocks
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
 from pallas_kernels.linear_attention.triton.launch import launch
 from pallas_kernels.linear_attention.triton.moves import Moves
-from pallas_kernels.linear_attention.triton.tiles import (
-    BF16,
-    F32,
-    LEVELS,
-    C,
-    dot,
-    grid,
-    pairs,
-    spans,
-    split,
-    sums,
-)
-from pallas_kernels.linear_attention.triton.tokens import Tokens, clamped, ends, load, part, slices
+from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot, grid
+from pallas_kernels.linear_attention.triton.tokens import Tokens, ends, load, part, slices
 
 
 class Gradients(NamedTuple):
@@ -48,13 +38,14 @@ def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.A
     K = inputs.q.shape[3]
     row = jax.ShapeDtypeStruct((B, HV, T), F32)
     keys = jax.ShapeDtypeStruct((B, T, HV, K), BF16)
+    square = jax.ShapeDtypeStruct((B, HV, T, C), BF16)
     out: dict[str, Any] = {"q": keys, "k": keys}
+    if spec.channel:
+        out = {"dqk": square, "q_row": row, "k_row": row} | ({"dkk": square} if spec.delta else {})
     if spec.delta:
         out |= {"v": jax.ShapeDtypeStruct((B, T, HV, V), BF16), "beta": row}
     if "sum" in inputs.rows:
         out["sum"] = row
-    if spec.channel:
-        out["steps"] = jax.ShapeDtypeStruct((B, T, HV, K), F32)
     values = {f"d{name}": x for name, x in d._asdict().items() if x is not None}
     names = ("queries", "keys", "scores", "total", *(("w", "u", "inverse", "kk") if spec.delta else ()))
     values |= {name: getattr(made, name) for name in names} | ({"dvalues": dvalues} if spec.delta else {})
@@ -66,11 +57,15 @@ def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.A
             input_blocks(spec, inputs),
             {name: block(name.removeprefix("d"), x.shape) for name, x in values.items()},
         ],
-        out_specs={name: block(name, x.shape) for name, x in out.items()},
+        out_specs={name: block(name.removeprefix("d"), x.shape) for name, x in out.items()},
         out_shape=out,
-        warps=8 if spec.channel else 4,
         interpret=spec.interpret,
     )(inputs, values)
+    if spec.channel:
+        wanted = ("total", "inverse", "dqueries", "dkeys", "dtotal", "dw")
+        passed = {name: values[name] for name in wanted if name in values}
+        passed |= {name: results.pop(name) for name in ("dqk", "dkk", "q_row", "k_row") if name in results}
+        results |= channels(spec, inputs, passed)
     if not spec.delta:
         results["v"] = dvalues
     return Gradients(**results)
@@ -102,7 +97,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         if spec.delta:
             prefix = ends(refs.steps[part(n)])[0] if spec.channel else 1.0
             held = refs.k[part(n)].astype(F32) * prefix * token.reads[:, None]
-            held = jnp.sum(held * _solved(A_T, made["dw"][part(n)]), axis=1)
+            held = jnp.sum(held * solved(A_T, made["dw"][part(n)]), axis=1)
             k_row, up_to = k_row + token.beta * held, up_to + token.beta * held
             dbeta = [dbeta[0] + held]
         return q_row, k_row, up_to, after, *dbeta
@@ -118,26 +113,26 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         last = jax.lax.broadcasted_iota(jnp.int32, (C,), 0) == C - 1
         out["sum"][...] = up_to - after + jnp.where(last, total, 0.0)
 
+    # q and k without norms; those are factors of the rows and columns of the products' gradients
+    dqk = dscores * (spec.scale * token.q_unit)[:, None] * token.k_unit[None, :]
+    dkk_raw: Any = dkk * token.k_unit[:, None] * token.k_unit[None, :] if spec.delta else None
+    if spec.channel:
+        out["dqk"][...], out["q_row"][...], out["k_row"][...] = (dqk + dqk.T).astype(BF16), q_row, k_row
+        if spec.delta:
+            out["dkk"][...] = (dkk_raw + dkk_raw.T).astype(BF16)
+        return
+    if token.decay is not None:
+        dqk = dqk * token.decay
+        dkk_raw = dkk_raw * token.decay if spec.delta else None
+
     def keys(n: Any, _: None) -> None:
         dq = made["dqueries"][part(n)].astype(F32) * token.queries[:, None]
         dk = made["dkeys"][part(n)].astype(F32) * token.keys[:, None]
-        read = None
-        if spec.delta:
-            read = _solved(A_T, made["dw"][part(n)]) * (token.reads * token.beta)[:, None]
         q, k = refs.q[part(n)].astype(F32), refs.k[part(n)].astype(F32)
-        # q and k without norms; those are factors of the rows and columns of the products' gradients
-        dqk = dscores * (spec.scale * token.q_unit)[:, None] * token.k_unit[None, :]
-        dkk_raw: Any = dkk * token.k_unit[:, None] * token.k_unit[None, :] if spec.delta else None
-        if spec.channel:
-            dq, dk, dsteps = _channels(spec, refs, made, n, (dq, dk, read), dqk, dkk_raw)
-            out["steps"][part(n)] = dsteps
-        else:
-            if token.decay is not None:
-                dqk = dqk * token.decay
-            dq, dk = dq + dot(dqk, k), dk + dot(dqk, q, (0, 0))
-            if spec.delta:
-                dkk_raw = dkk_raw if token.decay is None else dkk_raw * token.decay
-                dk = dk + dot(dkk_raw + dkk_raw.T, k) + read
+        dq, dk = dq + dot(dqk, k), dk + dot(dqk, q, (0, 0))
+        if spec.delta:
+            read = solved(A_T, made["dw"][part(n)]) * (token.reads * token.beta)[:, None]
+            dk = dk + dot(dkk_raw + dkk_raw.T, k) + read
         if spec.l2norm:  # d of 1 / |q| is -q / |q|^3
             dq -= q * (q_row * token.q_unit * token.q_unit)[:, None]
             dk -= k * (k_row * token.k_unit * token.k_unit)[:, None]
@@ -152,61 +147,14 @@ def _inverse(
     """dL, of which the strictly lower part counts; dv; and the part of dbeta that comes from v."""
 
     def keys(n: Any, dL: Any) -> Any:
-        return dL - dot(_solved(A_T, made["dw"][part(n)]), made["w"][part(n)], (1, 1))
+        return dL - dot(solved(A_T, made["dw"][part(n)]), made["w"][part(n)], (1, 1))
 
     def values(n: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         dL, dbeta = carry
-        x = _solved(A_T, made["dvalues"][part(n)])
+        x = solved(A_T, made["dvalues"][part(n)])
         out["v"][part(n)] = (x * token.beta[:, None]).astype(BF16)
         dbeta += jnp.sum(x * refs.v[part(n)].astype(F32), axis=1)
         return dL - dot(x, made["u"][part(n)], (1, 1)), dbeta
 
     dL = slices(refs.q, keys, jnp.zeros((C, C), F32))
     return slices(refs.v, values, (dL, jnp.zeros((C,), F32)))
-
-
-def _solved(A_T: Any, x: Any) -> Any:
-    """A^T x with the diagonal of A, which is 1, apart."""
-    return x.astype(F32) + dot(A_T, x)
-
-
-def _channels(
-    spec: Spec, refs: Any, made: dict[str, Any], n: Any, starts: tuple[Any, Any, Any], dqk: Any, dkk: Any
-) -> tuple[Any, Any, Any]:
-    """dq, dk and the gradient of the log-decays of a slice of channels; dqk, dkk: of the decayed products."""
-    i, j = grid()
-    q, k = refs.q[part(n)], refs.k[part(n)]
-    dq, dk, read = starts
-    prefix, suffix = ends(refs.steps[part(n)])
-    dq, dk = dq * prefix, dk * suffix
-    up_to, after = q * dq, k * dk
-    if spec.delta:
-        read = read * prefix
-        dk, up_to = dk + read, up_to + k * read
-    at = part(n)[1]
-    dsteps = fine_sums(i <= j, up_to) + fine_sums(i > j, after)
-    dsteps += (made["total"][at] * made["dtotal"][at])[None, :]
-    diagonal = jnp.sum(jnp.where(i == j, dqk, 0.0), axis=1)[:, None]
-    dq, dk = dq + diagonal * k, dk + diagonal * q
-
-    def level(m: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        dq, dk, dsteps = carry
-        where, at = spans(1 << m), pairs(1 << m)
-        decay = jnp.exp(sums(where, clamped(refs.steps[part(n)])))
-        far, near = (q * decay).astype(BF16), (k * decay).astype(BF16)
-        back = jnp.where(at, dqk, 0.0).astype(BF16)
-        dfar, dnear = dot(back, near), dot(back, far, (0, 0))
-        if spec.delta:
-            back = jnp.where(at, dkk, 0.0).astype(BF16)
-            dnear += dot(back, near) + dot(back, near, (0, 0))
-        dsteps += fine_sums(where, far * dfar + near * dnear, 0)
-        return dq + dfar * decay, dk + dnear * decay, dsteps
-
-    return jax.lax.fori_loop(0, LEVELS, level, (dq, dk, dsteps))
-
-
-def fine_sums(where: Any, x: Any, over: int = 1) -> Any:
-    """Sums of rows of x ``where`` [C, C] is true, over its axis ``over``; to 2^-17."""
-    high, low = split(x)
-    ones = where.astype(F32).astype(BF16)
-    return dot(ones, high, (over, 0)) + dot(ones, low, (over, 0))

@@ -75,8 +75,8 @@ def chunks(spec: Spec, inputs: Inputs, keep: bool = False) -> Chunks:
     return Chunks(**({"u": inputs.v} | made))
 
 
-SQUARES = ("scores", "inverse", "kk")
-ROWS = ("beta", "sum", "enter", "leave")
+SQUARES = ("scores", "inverse", "kk", "qk")
+ROWS = ("beta", "sum", "enter", "leave", "q_row", "k_row")
 
 
 def block(name: str, shape: tuple[int, ...], group: int = 1) -> pl.BlockSpec:
@@ -165,7 +165,7 @@ def _per_channel(spec: Spec, refs: Any) -> tuple[Any, ...]:
     zeros = (jnp.zeros((C, C), F32),) * (1 + spec.delta)
 
     def level(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
-        where = spans(1 << n)
+        where = spans(n)
 
         def add(m: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
             decay = jnp.exp(sums(where, clamped(refs.steps[part(m)])))
@@ -173,7 +173,7 @@ def _per_channel(spec: Spec, refs: Any) -> tuple[Any, ...]:
             rows = (refs.q[part(m)] * decay, near)
             return tuple(a + dot(x, near, (1, 1)) for a, x in zip(products, rows, strict=False))
 
-        at = pairs(1 << n)
+        at = pairs(n)
         news = slices(refs.q, add, zeros)
         return tuple(jnp.where(at, new, a) for new, a in zip(news, products, strict=True))
 

@@ -17,20 +17,22 @@ def launch(
     out_shape: dict[str, jax.ShapeDtypeStruct],
     warps: int = 4,
     stages: int = 1,
+    slices: int = 1,
     aliases: Mapping[int, int] | None = None,
     interpret: bool = False,
 ) -> Callable[..., dict[str, jax.Array]]:
     """`pallas_call` over a grid (n, heads, batch).
 
     The last two are one axis of the grid: a GPU has three, and `jax.vmap` adds one.  aliases: the numbers of
-    arrays, of all in their order, that results are written over, by name.
+    arrays, of all in their order, that results are written over, by name.  slices: programs for each n, which
+    are given the same blocks.
     """
     heads = grid[1]
 
     def joined(spec: pl.BlockSpec) -> pl.BlockSpec:
         place = spec.index_map
         assert place is not None
-        return pl.BlockSpec(spec.block_shape, lambda n, row: place(n, row % heads, row // heads))
+        return pl.BlockSpec(spec.block_shape, lambda n, row: place(n // slices, row % heads, row // heads))
 
     is_spec = lambda x: isinstance(x, pl.BlockSpec)
 
@@ -40,7 +42,7 @@ def launch(
         like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
         return pl.pallas_call(
             kernel,
-            grid=(grid[0], heads * grid[2]),
+            grid=(grid[0] * slices, heads * grid[2]),
             in_specs=jax.tree.map(joined, in_specs, is_leaf=is_spec),
             out_specs=jax.tree.map(joined, out_specs, is_leaf=is_spec),
             out_shape=jax.tree.map(like, out_shape),

@@ -1,7 +1,7 @@
 """What the kernels of this folder share: products of tiles, and the levels of a chunk's pairs of tokens.
 
-Every pair (i, j), j < i, of a chunk's C tokens is of the one level s (1, 2, 4, ... C/2) at which j lies in
-a block of s tokens and i in the next block of the same pair. All tiles have C rows; masks take their parts.
+Every pair (i, j), j < i, of a chunk's C tokens is of the one level s = 2^n (1, 2, 4, ... C/2) at which j lies
+in a block of s tokens and i in the next of the same pair. All tiles have C rows; masks take their parts.
 """
 
 from typing import Any
@@ -43,10 +43,18 @@ def grid() -> tuple[Any, Any]:
     return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def pairs(s: Any) -> Any:
-    """Where (row, column) is a pair of level ``s``."""
-    i, j = grid()
-    return (i // (2 * s) == j // (2 * s)) & (i % (2 * s) >= s) & (j % (2 * s) < s)
+def pairs(n: Any) -> Any:
+    """Where (row, column) is a pair of level 2^n; made of numbers a row, which leaves registers free."""
+    i, j = _rows_and_columns()
+    first = (i >> n) - 1 << n  # of the block before the row's
+    return (j >= first) & (j < first + ((i >> n & 1) << n))
+
+
+def pairs_both_ways(n: Any) -> Any:
+    """`pairs`, or its transposed: where (row, column) are in the two blocks of a pair of blocks."""
+    i, j = _rows_and_columns()
+    first = ((i >> n) ^ 1) << n  # of the other block of the row's pair
+    return (j >= first) & (j < first + (1 << n))
 
 
 def inverse_less_one(L: Any) -> Any:
@@ -57,20 +65,32 @@ def inverse_less_one(L: Any) -> Any:
     i, j = grid()
 
     def double(n: Any, X: Any) -> Any:
-        return X - fine_dot(X, fine_dot(jnp.where(pairs(1 << n), L, 0.0), X))
+        return X - fine_dot(X, fine_dot(jnp.where(pairs(n), L, 0.0), X))
 
-    X = jnp.where(i == j, 1.0, 0.0) - jnp.where(pairs(1), L, 0.0)
+    X = jnp.where(i == j, 1.0, 0.0) - jnp.where(pairs(0), L, 0.0)
     return jnp.where(i > j, jax.lax.fori_loop(1, LEVELS, double, X), 0.0)
 
 
-def spans(s: Any) -> Any:
-    """[C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its level-s pair.
+def spans(n: Any) -> Any:
+    """[C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its level-2^n pair.
 
     For a token of the second block from the border up to and including it, of the first block after it.
     """
-    i, t = grid()
-    border = i - i % (2 * s) + s
-    return jnp.where(i >= border, (t >= border) & (t <= i), (t > i) & (t < border))
+    i, t = _rows_and_columns()
+    before = (i >> (n + 1) << (n + 1)) + (1 << n) - 1  # the last token before the border
+    return (t > jnp.minimum(i, before)) & (t <= jnp.maximum(i, before))
+
+
+def spans_transposed(n: Any) -> Any:
+    """`spans`, transposed."""
+    t, i = _rows_and_columns()
+    first = t >> n << n  # of the row's block
+    second = (t >> n & 1) == 1
+    return (i >= jnp.where(second, t, first)) & (i < jnp.where(second, first + (1 << n), t))
+
+
+def _rows_and_columns() -> tuple[Any, Any]:
+    return jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0), jax.lax.broadcasted_iota(jnp.int32, (1, C), 1)
 
 
 def sums(where: Any, steps: tuple[Any, ...]) -> Any:

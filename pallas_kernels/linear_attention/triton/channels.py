@@ -1,0 +1,109 @@
+"""Every chunk and slice of channels alone: the gradients of q, k and the log-decays, one per channel.
+
+A kernel apart from `backward`, whose [C, C] tiles would leave it too few registers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.linear_attention.triton.chunks import block, input_blocks
+from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
+from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.tiles import (
+    BF16,
+    F32,
+    LEVELS,
+    C,
+    dot,
+    grid,
+    pairs_both_ways,
+    spans,
+    spans_transposed,
+    split,
+    sums,
+)
+from pallas_kernels.linear_attention.triton.tokens import clamped, ends, load
+
+WIDTH = 32  # channels of a slice
+WARPS = 4
+
+
+def channels(spec: Spec, inputs: Inputs, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """q, k [B, T, HV, K] bf16 and steps [B, T, HV, K] float32, gradients by name.
+
+    values: of `Chunks`, total and, for the delta rule, inverse; of `Moves`, dqueries, dkeys, dtotal, dw; of
+    `backward`, dqk, dkk [B, HV, T, C] bf16, each plus its transposed, and q_row, k_row [B, HV, T] float32.
+    """
+    B, T, HV, K = inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2], inputs.q.shape[3]
+    keys = jax.ShapeDtypeStruct((B, T, HV, K), BF16)
+    out = {"q": keys, "k": keys, "steps": jax.ShapeDtypeStruct(keys.shape, F32)}
+    return launch(
+        functools.partial(_kernel, spec),
+        "channels",
+        grid=(T // C, HV, B),
+        slices=K // WIDTH,
+        in_specs=[
+            input_blocks(spec, inputs),
+            {name: block(name.removeprefix("d"), x.shape) for name, x in values.items()},
+        ],
+        out_specs={name: block(name, x.shape) for name, x in out.items()},
+        out_shape=out,
+        warps=WARPS,
+        interpret=spec.interpret,
+    )(inputs, values)
+
+
+def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) -> None:
+    i, j = grid()
+    token = load(spec, refs)
+    at = pl.ds(pl.program_id(0) % (refs.q.shape[1] // WIDTH) * WIDTH, WIDTH)
+    mine = slice(None), at
+    q, k = refs.q[mine], refs.k[mine]
+    prefix, suffix = ends(refs.steps[mine])
+    dq = made["dqueries"][mine].astype(F32) * token.queries[:, None] * prefix
+    dk = made["dkeys"][mine].astype(F32) * token.keys[:, None] * suffix
+    up_to, after = q * dq, k * dk
+    if spec.delta:
+        read = solved(made["inverse"][...].T, made["dw"][mine]) * (token.reads * token.beta)[:, None] * prefix
+        dk, up_to = dk + read, up_to + k * read
+    dsteps = fine_sums(i <= j, up_to) + fine_sums(i > j, after)
+    dsteps += (made["total"][at] * made["dtotal"][at])[None, :]
+    diagonal = 0.5 * jnp.sum(jnp.where(i == j, made["dqk"][...].astype(F32), 0.0), axis=1)[:, None]
+    dq, dk = dq + diagonal * k, dk + diagonal * q
+    tokens = jax.lax.broadcasted_iota(jnp.int32, (C, 1), 0)
+
+    def level(m: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        dq, dk, dsteps = carry
+        decay = jnp.exp(sums(spans(m), clamped(refs.steps[mine])))
+        second = (tokens >> m & 1) == 1  # of the blocks of a pair: such q meet k of the first
+        near = (refs.k[mine] * decay).astype(BF16)
+        own = jnp.where(second, (refs.q[mine] * decay).astype(BF16), near)
+        pair = pairs_both_ways(m)
+        down = dot(jnp.where(pair, made["dqk"][...], 0.0), own)
+        moved, down = own * down, down * decay
+        dq, dk = jnp.where(second, dq + down, dq), jnp.where(second, dk, dk + down)
+        if spec.delta:
+            dnear = dot(jnp.where(pair, made["dkk"][...], 0.0), near)
+            moved, dk = moved + near * dnear, dk + dnear * decay
+        return dq, dk, dsteps + fine_sums(spans_transposed(m), moved)
+
+    dq, dk, dsteps = jax.lax.fori_loop(0, LEVELS, level, (dq, dk, dsteps))
+    q, k = refs.q[mine], refs.k[mine]
+    if spec.l2norm:  # d of 1 / |q| is -q / |q|^3
+        dq -= q * (made["q_row"][...] * token.q_unit * token.q_unit)[:, None]
+        dk -= k * (made["k_row"][...] * token.k_unit * token.k_unit)[:, None]
+    out["q"][mine], out["k"][mine], out["steps"][mine] = dq.astype(BF16), dk.astype(BF16), dsteps
+
+
+def solved(A_T: Any, x: Any) -> Any:
+    """A^T x with the diagonal of A, which is 1, apart."""
+    return x.astype(F32) + dot(A_T, x)
+
+
+def fine_sums(where: Any, x: Any) -> Any:
+    """Sums of rows of x ``where`` [C, C] is true; to 2^-17."""
+    return sums(where, split(x))

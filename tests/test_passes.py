@@ -1,0 +1,141 @@
+"""Gradients written out for fewer passes over memory, against JAX's own of the same formula."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hybridlm import mixers, remat
+from hybridlm.context import Context
+from hybridlm.layers import PASSED, STREAM, Linear, RMSNorm, side_by_side
+from hybridlm.linear_mixer import LinearMixer, softplus_decay
+from hybridlm.loss import cross_entropy
+from hybridlm.mixers import Site
+from hybridlm.mlps.swiglu import SwiGLU, gated
+from hybridlm.rows import single_document
+
+normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+
+
+def agree(ours, theirs, *args, tolerance=2e-6):
+    """Value and all gradients of two functions, in a random direction; in float32."""
+    y, pull = jax.vjp(ours, *args)
+    wanted, reference = jax.vjp(theirs, *args)
+    direction = normal(99, *y.shape)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(jnp.abs(b).max()))
+    jax.tree.map(close, (y, pull(direction)), (wanted, reference(direction)))
+
+
+@pytest.mark.parametrize("channels", [(), (8,)])
+def test_a_decay_of_softplus(channels):
+    """One decay a head, or one a channel with A_log of the head."""
+
+    def plain(x, A_log, dt_bias):
+        return -jnp.exp(A_log) * jax.nn.softplus(x + dt_bias)
+
+    A_log, dt_bias = normal(1, 3, *(1 for _ in channels)), normal(2, 3, *channels)
+    agree(softplus_decay, plain, normal(0, 2, 5, 3, *channels), A_log, dt_bias)
+    agree(softplus_decay, plain, normal(0, 2, 3, *channels), A_log, dt_bias)
+
+
+def test_what_is_gated():
+    def plain(both):
+        gate, up = jnp.split(both, 2, axis=-1)
+        return jax.nn.silu(gate) * up
+
+    agree(gated, plain, 3 * normal(0, 2, 5, 24))
+
+
+def test_norms_of_groups_and_of_heads():
+    """With one scale for all heads, or its own for each channel; with a gate and without."""
+
+    def plain(x, scale, gate):
+        y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+        return y if gate is None else y * gate
+
+    def module(x, scale, gate, groups=1):
+        norm = RMSNorm(scale.size, rngs=nnx.Rngs(params=0), groups=groups)
+        norm.scale[...] = scale.reshape(-1)
+        return norm(x, gate)
+
+    x, scale, gate = normal(0, 2, 5, 3, 8), normal(1, 8), normal(2, 2, 5, 3, 8)
+    agree(module, plain, x, scale, gate)
+    agree(lambda x, scale: module(x, scale, None), lambda x, scale: plain(x, scale, None), x, scale)
+    scale = normal(1, 3, 8)
+    flat = lambda a: a.reshape(2, 5, 24)
+    grouped = lambda x, scale, gate: module(flat(x), scale, flat(gate), 3)
+    agree(grouped, lambda *args: flat(plain(*args)), x, scale, gate)
+
+
+def test_products_side_by_side():
+    """As one and each on its own, and a SwiGLU without the one product."""
+    make = lambda width, kernel: Linear(16, width, rngs=nnx.Rngs(params=0), init=lambda *_: kernel)
+    x, kernels = normal(0, 2, 5, 16), [normal(i, 16, width) for i, width in enumerate((8, 4, 1))]
+
+    def of(x, *kernels, together):
+        linears = [make(kernel.shape[1], kernel) for kernel in kernels]
+        parts = side_by_side(x, linears) if together else [linear(x) for linear in linears]
+        return jnp.concatenate(parts, axis=-1)
+
+    agree(functools.partial(of, together=True), functools.partial(of, together=False), x, *kernels)
+    mlp = SwiGLU(16, 24, rngs=nnx.Rngs(params=0))
+    agree(mlp, lambda x: mlp.down(jax.nn.silu(mlp.gate(x)) * mlp.up(x)), x)
+    doubled = [make(4, kernels[1]), make(4, kernels[1])]
+    doubled[1].multiplier = 2.0
+    once, twice = side_by_side(x, doubled)
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-5)
+
+
+def test_scores_in_one_pass_where_logits_are_far_apart():
+    """Each row's largest logit is somewhere else; one is the target's, one row has no target."""
+    logits = np.random.default_rng(0).normal(size=(6, 50)) * 1e3
+    logits[2, 7] = 9e3
+    targets = np.array([0, 3, 7, -1, 49, 20])
+    largest = logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(logits - largest).sum(-1)) + largest[:, 0]
+    wanted = (log_z - logits[np.arange(6), targets])[targets >= 0].sum()
+    run = lambda hidden: cross_entropy(hidden, jnp.eye(50), jnp.asarray(targets)[None])
+    total, sums = run(jnp.asarray(logits, jnp.float32)[None])
+    np.testing.assert_allclose(total, wanted, rtol=1e-6)
+    assert (float(sums.tokens), float(sums.correct)) == (5, (logits.argmax(-1) == targets).sum())
+    slope = jax.grad(lambda hidden: run(hidden)[0])(jnp.asarray(logits, jnp.float32)[None])[0]
+    p = np.exp(logits - log_z[:, None]) - (np.arange(50) == targets[:, None])
+    np.testing.assert_allclose(slope, p * (targets >= 0)[:, None], atol=2e-4)
+
+
+def test_what_only_passes_is_kept_by_most():
+    """How often a named cosine, the stream's sine and the tangent between are computed: once where kept."""
+
+    def layer(x, w):
+        x = jax.ad_checkpoint.checkpoint_name(jnp.sin(x @ w), STREAM)
+        return jnp.sum(jax.ad_checkpoint.checkpoint_name(jnp.cosh(x), PASSED) @ w)
+
+    found = {}
+    for policy in ("most", "kernels", "full"):
+        run = jax.checkpoint(layer, policy=remat.POLICIES[policy])
+        text = str(jax.make_jaxpr(jax.grad(run, (0, 1)))(jnp.ones((4, 4)), jnp.ones((4, 4))))
+        found[policy] = text.count("= sin "), text.count("= cosh ")
+    assert found == {"most": (1, 1), "kernels": (1, 2), "full": (2, 2)}
+
+
+@pytest.mark.parametrize("kind", ["kda", "gated_delta_net"])
+def test_a_mixer_whose_projections_are_one(kind, monkeypatch):
+    """Wide enough for one short convolution of q, k and v: against one each."""
+    found = {}
+    module = mixers.load(kind)
+    config = mixers.config_class(kind)(num_heads=2, head_dim=128)
+    for one in (True, False):
+        monkeypatch.setattr(LinearMixer, "_conv_takes_all", lambda self, one=one: one)
+        mixer = module(config, Site(16), rngs=nnx.Rngs(params=0))
+        graph, state = nnx.split(mixer)
+        context = Context(single_document(2, 12))
+
+        def loss(state, x, graph=graph, context=context):
+            return jnp.sum(nnx.merge(graph, state)(x, context)[0] ** 2)
+
+        found[one] = jax.value_and_grad(loss, (0, 1))(state, normal(0, 2, 12, 16))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+    jax.tree.map(close, found[True], found[False])
