@@ -14,7 +14,6 @@ from hybridlm.layers import PASSED, STREAM, Linear, RMSNorm, side_by_side
 from hybridlm.linear_mixer import LinearMixer, softplus_decay
 from hybridlm.loss import cross_entropy
 from hybridlm.mixers import Site
-from hybridlm.mlps.swiglu import SwiGLU, gated
 from hybridlm.rows import single_document
 
 normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
@@ -41,14 +40,6 @@ def test_a_decay_of_softplus(channels):
     agree(softplus_decay, plain, normal(0, 2, 3, *channels), A_log, dt_bias)
 
 
-def test_what_is_gated():
-    def plain(both):
-        gate, up = jnp.split(both, 2, axis=-1)
-        return jax.nn.silu(gate) * up
-
-    agree(gated, plain, 3 * normal(0, 2, 5, 24))
-
-
 def test_norms_of_groups_and_of_heads():
     """With one scale for all heads, or its own for each channel; with a gate and without."""
 
@@ -71,7 +62,7 @@ def test_norms_of_groups_and_of_heads():
 
 
 def test_products_side_by_side():
-    """As one and each on its own, and a SwiGLU without the one product."""
+    """As one and each on its own."""
     make = lambda width, kernel: Linear(16, width, rngs=nnx.Rngs(params=0), init=lambda *_: kernel)
     x, kernels = normal(0, 2, 5, 16), [normal(i, 16, width) for i, width in enumerate((8, 4, 1))]
 
@@ -81,8 +72,6 @@ def test_products_side_by_side():
         return jnp.concatenate(parts, axis=-1)
 
     agree(functools.partial(of, together=True), functools.partial(of, together=False), x, *kernels)
-    mlp = SwiGLU(16, 24, rngs=nnx.Rngs(params=0))
-    agree(mlp, lambda x: mlp.down(jax.nn.silu(mlp.gate(x)) * mlp.up(x)), x)
     doubled = [make(4, kernels[1]), make(4, kernels[1])]
     doubled[1].multiplier = 2.0
     once, twice = side_by_side(x, doubled)
