@@ -3,8 +3,8 @@
     python benchmarks/choices.py [--ops gated_deltanet,simple_gla] [--shapes 0,1,2,3,4] [--pieces 1,8]
 
 Shapes, inputs and medians of benchmarks/kernels.py; forward, then forward and backward. Everything compiles
-first, on all cores. One line a choice, the table's own marked; with a decay per key channel also "walks",
-pieces that forget walked in part, and led (hopper/warm_up.py). Needs a Hopper GPU.
+first, on all cores. One line a choice, the table's own marked; with a decay also "walks", pieces that forget
+walked in part, and per key channel led (hopper/warm_up.py). Needs a Hopper GPU.
 """
 
 import argparse
@@ -30,10 +30,9 @@ def candidates(op: str, shape: Shape, wanted: list[int]) -> list[tuple[Choice, b
     tiles = [tile for tile in (64, 128) if shape.value_dim % tile == 0]
     pieces = [n for n in wanted if n == 1 or shape.tokens % (64 * n) == 0]
     choices = [(Choice(*choice), False) for choice in itertools.product(tiles, pieces)]
-    if channel(op):
-        cut = [choice for choice, _ in choices if choice.pieces > 1]
-        choices += [(choice, True) for choice in cut]
-        choices += [(Choice(tile, led=n), False) for tile, n, _ in cut]
+    cut = [choice for choice, _ in choices if choice.pieces > 1]
+    choices += [(choice, True) for choice in cut if op != "deltanet"]
+    choices += [(Choice(tile, led=n), False) for tile, n, _ in cut if channel(op)]
     return choices
 
 

@@ -32,6 +32,7 @@ FROZEN = (
 )  # fmt: skip
 STEPS = {"transfer": 1000, "distil": 3000, "tune": 500}
 GATES, CHOOSE = "gates", 300  # steps in which the gates alone are trained
+COMPOSED = "parallel", "sharedblock"  # which take the place of no attention by themselves
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -165,8 +166,8 @@ def _parse(arg: str) -> tuple[str, str, str]:
     mixer, ratio = (one.strip() for one in rest)
     each = mixer.split("+")
     for one in each:
-        if one not in configs.STANDARD or one == "parallel":
-            known = ", ".join(name for name in configs.STANDARD if name != "parallel")
+        if one not in configs.STANDARD or one in COMPOSED:
+            known = ", ".join(name for name in configs.STANDARD if name not in COMPOSED)
             problem = f"{FORM}; mixer {one!r} is none of {known}"
             raise ConfigError("--config", f"linearise.py:{arg}", problem, nearest(one, configs.STANDARD))
     if len(each) > 2 or len(set(each)) < len(each) or (len(each) == 2 and ratio == GATES):

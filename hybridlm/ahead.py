@@ -50,7 +50,6 @@ class Needs(NamedTuple):
     remat: str
     arguments: int
     temporaries: int
-    host: int
     sent: dict[str, float]
     seconds: float
 
@@ -92,8 +91,7 @@ def needs(config: Config, devices: str) -> Needs:
     found = done.run.memory_analysis()
     hlo = done.run.as_text()
     seconds = sum(sent(hlo, _seconds).values())
-    sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, found.host_temp_size_in_bytes
-    return Needs(policy, *sizes, sent(hlo), seconds)
+    return Needs(policy, found.argument_size_in_bytes, found.temp_size_in_bytes, sent(hlo), seconds)
 
 
 def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
@@ -255,7 +253,6 @@ def lines(found: Needs, devices: str) -> dict[str, str]:
         f"NVLink at {NVLINK / 1e9:.0f} GB/s in a host, a card of {NETWORK / 1e9:.0f} GB/s a GPU between hosts"
     )
     parts = f"state and batch {gib(found.arguments)}, temporaries {gib(found.temporaries)}"
-    parts += f", in the host's memory {gib(found.host)}" if found.host else ""
     parts += f", with model.remat={found.remat}"
     return {
         f"compiled for {devices}": f"{gib(found.memory)} a device, {fits} in {gib(CARD_BYTES)}: {parts}",

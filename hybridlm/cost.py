@@ -158,8 +158,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]
     inner = 2 * len(table) * config.model.mlp_hidden / mesh["tensor"]
     attended = sum(row.full for row in table) * definition.d_model / mesh["tensor"]
-    away = attended - len(table) * definition.d_model  # layers' inputs are on the host
-    kept = {"offload": away, "attention": attended, "mixer": inner, "dots": sum(work) + attended}
+    kept = {"attention": attended, "mixer": inner, "dots": sum(work) + attended}
     kept |= {"kernels": 1.5 * sum(work), "most": 2 * sum(work), "none": 3 * sum(work)}
     elements = len(table) * definition.d_model + kept.get(definition.model.remat, 0.0)  # auto: at least
     vocab = definition.vocab_size / mesh["tensor"]
@@ -183,7 +182,7 @@ def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:
 
 def _settings(spec: Spec) -> str:
     def changed(config: Settings) -> list[str]:
-        own = {name: value for name, value in vars(config).items() if name not in ("kind", "parts")}
+        own = {name: value for name, value in vars(config).items() if name not in ("kind", "part", "parts")}
         defaults = vars(type(config)())
         return [f"{name}={value}" for name, value in own.items() if value != defaults[name]]
 

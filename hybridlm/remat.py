@@ -18,7 +18,6 @@ from pallas_kernels.softmax_attention import KEPT
 # memory once more.
 ATTENTION = ("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper")
 RECURRENCES = ("remat_opt",)
-LAYER_INPUT = "layer_input"  # name of what a layer is given, which any policy keeps
 
 _names = jax.checkpoint_policies.save_only_these_names
 _scales = _names(SCALE)  # numbers, each of a pass over a tensor
@@ -35,17 +34,6 @@ def _both(*policies: Callable[..., Any]) -> Callable[..., Any]:
 _attention = _both(_names(KEPT, SCALE), _primitives(*ATTENTION))
 _dots = _both(_attention, _names(STREAM), jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
 _kernels = _both(_dots, _primitives(*RECURRENCES))
-_away = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[],
-    names_which_can_be_offloaded=[LAYER_INPUT],
-    offload_src="device",
-    offload_dst="pinned_host",
-)
-
-
-def _offload(*args: Any, **params: Any) -> Any:
-    return _attention(*args, **params) or _away(*args, **params)
-
 
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "auto": None,  # before `hybridlm.fit` has chosen: nothing is differentiated
@@ -54,7 +42,6 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "kernels": _kernels,  # and what the kernels of recurrences leave
     "dots": _dots,  # the outputs of projections, too
     "attention": _attention,  # the outputs of softmax attention, and log-sums for its backward pass
-    "offload": _offload,  # that; and each layer's input waits in the host's memory
     "mixer": _names(MLP_INNER, SCALE),  # the MLP's, before its activation
     "full": _scales,  # nothing else
 }

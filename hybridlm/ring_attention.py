@@ -95,7 +95,7 @@ def zigzag(x: jax.Array, axis: str) -> jax.Array:
     """Of a piece [B, 2C, ...]: the two blocks that this device computes, [2, B, C, ...]."""
     routes = _routes(jax.lax.axis_size(axis))
     halves = zip(jnp.split(x, 2, axis=1), routes, strict=True)
-    came = jnp.stack([jax.lax.ppermute(half, axis, route) for half, route in halves])
+    came = jnp.stack([_moved(half, axis, route) for half, route in halves])
     return jnp.where(_swapped(axis), came[::-1], came)
 
 
@@ -103,7 +103,7 @@ def unzigzag(x: jax.Array, axis: str) -> jax.Array:
     """The inverse of `zigzag`."""
     routes = _routes(jax.lax.axis_size(axis))
     halves = zip(jnp.where(_swapped(axis), x[::-1], x), routes, strict=True)
-    back = [jax.lax.ppermute(half, axis, [(b, a) for a, b in route]) for half, route in halves]
+    back = [_moved(half, axis, [(b, a) for a, b in route]) for half, route in halves]
     return jnp.concatenate(back, axis=1)
 
 
@@ -111,6 +111,11 @@ def _routes(count: int) -> list[list[tuple[int, int]]]:
     """Of first and of second halves of pieces: (the device that has it, the device that computes it)."""
     owner = {int(block): device for device, two in enumerate(order(count)) for block in two}
     return [[(piece, owner[2 * piece + half]) for piece in range(count)] for half in range(2)]
+
+
+def _moved(x: jax.Array, axis: str, route: list[tuple[int, int]]) -> jax.Array:
+    """Sent along; of two devices the first halves stay where they are, which XLA would send to themselves."""
+    return x if all(a == b for a, b in route) else jax.lax.ppermute(x, axis, route)
 
 
 def _swapped(axis: str) -> jax.Array:
@@ -272,7 +277,7 @@ def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple
 
     def step(carry: tuple, kv: KV, source: jax.Array | None = None) -> tuple:
         dq, dkv = carry[0], carry[1:]
-        if source is not None:
+        if source is not None and jax.lax.axis_size(axis) > 2:  # of two devices it was used nowhere before
             dkv = _next(dkv, axis)  # of the same keys, from where they were used before
         for mine, theirs, queries, keys in _pairs(found, size, axis, source):
             of_queries, of_keys = (lambda x, at=at: _at(x, at) for at in (mine, theirs))
@@ -284,8 +289,9 @@ def _backward(scale: float, axis: str, residuals: tuple, do: jax.Array) -> tuple
         return dq, *dkv
 
     zeros = tuple(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k, v))
-    dq, dk, dv = _around(step, step(zeros, (k, v)), (k, v), axis)
-    dk, dv = _next((dk, dv), axis)
+    # What is of its own keys comes last on a device: those of the others travel home meanwhile.
+    dq, *dkv = _around(step, zeros, (k, v), axis)
+    dq, dk, dv = step((dq, *_next(dkv, axis)), (k, v))
     d_sinks = None
     if sinks is not None:
         share = jnp.exp(sinks.astype(jnp.float32)[:, None] - log_sum)

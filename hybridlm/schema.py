@@ -55,7 +55,7 @@ class Model:
         nothing: norms, activations, short convolutions and decays are kept, too), mixer (all but the MLP's
         first matmuls). What is kept costs memory, what is recomputed time. auto: the fastest of most,
         kernels, dots, attention and full that fits, found by compiling; on a GPU it unrolls the stack for the
-        first three. offload: attention, with layers' inputs in the host's memory: where nothing else fits.
+        first three.
     scan: False unrolls the stack: faster on a GPU where remat is most, kernels or dots, but compile time
         grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
@@ -82,9 +82,7 @@ class Model:
     tie_embeddings: bool = False
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     matmul: Literal["dtype", "fp8"] = "dtype"
-    remat: Literal["none", "full", "offload", "attention", "dots", "mixer", "kernels", "most", "auto"] = (
-        "full"
-    )
+    remat: Literal["none", "full", "attention", "dots", "mixer", "kernels", "most", "auto"] = "full"
     scan: bool = True
     lora: tuple[str, ...] = ()
     embedding_multiplier: Above = 1.0
@@ -95,9 +93,6 @@ class Model:
 
     def check(self) -> None:
         self.streams()
-        if self.remat == "offload" and not self.scan:
-            problem = "fetches at once what it sends to the host where layers are not scanned"
-            raise ConfigError("remat", self.remat, problem, "Set model.scan=True.")
         if self.matmul == "fp8" and self.dtype != "bfloat16":
             problem = f"rounds to 8 bits what model.dtype={self.dtype} keeps"
             raise ConfigError("matmul", self.matmul, problem, "Set model.dtype=bfloat16, or matmul=dtype.")

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hybridlm import plan, remat, schema, trees
@@ -113,7 +112,7 @@ class Stack(nnx.Module):
             def layer(carry: Carry, xs: tuple) -> tuple[Carry, Any]:
                 state, row, cache, index, given = xs
                 context = context_of(spec, index, row, carry[1])
-                x = checkpoint_name(carry[0] if given is None else given, remat.LAYER_INPUT)
+                x = carry[0] if given is None else given
                 x, cache = nnx.merge(graph, state)(x, context, cache)
                 x = x if given is None else carry[0]
                 if not spec.carries and context.carried.keys() != carry[1].keys():
@@ -124,9 +123,8 @@ class Stack(nnx.Module):
 
             if policy is None:
                 return layer
-            # Where a scan has one layer nothing can be shared across the loop boundary: no barrier is needed.
-            alone = self.model.scan and self.model.remat != "offload"
-            return jax.checkpoint(layer, policy=policy, prevent_cse=not alone)
+            # Inside a scan nothing can be shared across the loop boundary, so the CSE barrier is not needed.
+            return jax.checkpoint(layer, policy=policy, prevent_cse=not self.model.scan)
 
         layers = [layer_of(spec, graph) for spec, graph, *_ in runs]
         stacks = [tuple(xs) for _, _, *xs in runs]
@@ -153,8 +151,6 @@ class Stack(nnx.Module):
             later = jax.eval_shape(once, carry)[1]
             blank = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
             carry = carry[0], jax.tree.map(blank, later) | carry[1]
-        if self.model.remat == "offload":
-            return _flat(layers, carry, stacks)
         if self.model.scan:
             return jax.lax.scan(period, carry, stacks)
         return _unrolled(layers, carry, stacks)
@@ -182,21 +178,6 @@ def _unrolled(layers: Sequence[Callable], carry: Carry, stacks: Sequence[Any]) -
                 found.append(output)
     stack = lambda *leaves: jnp.stack(leaves).reshape(repeats, -1, *leaves[0].shape)
     return carry, [jax.tree.map(stack, *found) for found in outputs]
-
-
-def _flat(layers: Sequence[Callable], carry: Carry, stacks: Sequence[Any]) -> tuple[Carry, list[Any]]:
-    """The same as one scan, over repeats, or over layers where all are of one run.
-
-    For arrays that go to the host: out of a scan inside a scan XLA cannot take them, and where nothing is
-    scanned it fetches them back at once.
-    """
-    shapes = [jax.tree.leaves(xs)[0].shape[:2] for xs in stacks]
-    if len(stacks) == 1:
-        stacks = [jax.tree.map(lambda leaf: leaf.reshape(-1, 1, *leaf.shape[2:]), stacks[0])]
-    alone = lambda xs: jax.tree.map(lambda leaf: leaf[None], xs)
-    carry, outputs = jax.lax.scan(lambda carry, xs: _unrolled(layers, carry, alone(xs)), carry, stacks)
-    whole = lambda shape, found: jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[3:]), found)
-    return carry, [whole(*each) for each in zip(shapes, outputs, strict=True)]
 
 
 def _apart(xs: Any, count: int) -> list[Any]:

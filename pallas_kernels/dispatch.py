@@ -7,6 +7,7 @@ function with the op's name that computes a call, and, if it is one of `KERNELS`
     supports(call) -> str | None     why it cannot compute a call of these shapes and dtypes; needs no device
     runs_on(device) -> str | None    why it cannot run on a device
     self_test() -> str | None        why its results are wrong here; asked once a process, at first use
+    kind(call)                       may be absent; else self_test takes it, and is asked once a kind
 
 Fails closed: kernels that cannot be imported, refuse a call or fail their test are passed over.
 """
@@ -51,21 +52,20 @@ class Choice(NamedTuple):
     refused: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        reasons = "".join(f"; not {name}: {reason}" for name, reason in self.refused)
+        names: dict[str, list[str]] = {}
+        for name, reason in self.refused:
+            names.setdefault(reason, []).append(name)
+        reasons = "".join(f"; not {', '.join(who)}: {reason}" for reason, who in names.items())
         return f"{self.op} runs on {self.backend}{reasons}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """name: of the op and of the function of its backends.  package: where these are.  backends: in order.
-
-    by_name: further backends, that a call gets only by their name.
-    """
+    """name: of the op and of the function of its backends.  package: where these are.  backends: in order."""
 
     name: str
     package: str
     backends: tuple[str, ...]
-    by_name: tuple[str, ...] = ()
 
     def compute(self, call: Any, backend: str = "auto") -> Any:
         """What the op returns for ``call``, a dataclass; its field `interpret`, if any, is for kernels.
@@ -96,7 +96,7 @@ class Op:
 
     def _candidates(self, backend: str) -> list[str]:
         """The backends that ``backend`` names, in the order to try them."""
-        allowed = dict.fromkeys(("auto", "reference", "xla", "pallas", *self.backends, *self.by_name))
+        allowed = dict.fromkeys(("auto", "reference", "xla", "pallas", *self.backends))
         wanted = _auto.value if backend == "auto" else (backend,)
         meant = {"auto": self.backends, "pallas": tuple(n for n in self.backends if n in KERNELS)}
         names = [name for one in wanted if one in allowed for name in meant.get(one, (one,))]
@@ -120,7 +120,7 @@ class Op:
         if reason is None and not interpret:
             reason = module.runs_on(device)
             if reason is None and _target.value is None:
-                reason = _self_test(module)
+                reason = _self_test(module, *((module.kind(call),) if hasattr(module, "kind") else ()))
         return reason
 
     def _module(self, name: str) -> ModuleType:
@@ -201,11 +201,11 @@ def _arrays(call: Any) -> str:
 
 
 @functools.cache
-def _self_test(module: ModuleType) -> str | None:
+def _self_test(module: ModuleType, *kind: Any) -> str | None:
     # In a thread of its own: no trace, mesh or setting of the caller's reaches it.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            return pool.submit(module.self_test).result()
+            return pool.submit(module.self_test, *kind).result()
         except Exception as error:
             return f"its self-test failed ({type(error).__name__}: {error})"
 

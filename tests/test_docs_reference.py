@@ -57,6 +57,6 @@ def test_every_field_says_what_it_is_and_what_it_accepts(tables):
     assert tables["`optimizer`"]["b2"][0] == "a number, at least 0, at most 1"
     assert (
         tables["`model`"]["remat"][0]
-        == "one of `none`, `full`, `offload`, `attention`, `dots`, `mixer`, `kernels`, `most`, `auto`"
+        == "one of `none`, `full`, `attention`, `dots`, `mixer`, `kernels`, `most`, `auto`"
     )
     assert tables["Mixer `attention`"]["rotary_fraction"][0] == "a number, above 0, at most 1"

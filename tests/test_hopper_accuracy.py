@@ -104,14 +104,14 @@ def test_equal_keys_that_undo_each_other(key_dim, beta, decay, capfd):
     ],
 )
 def test_queries_of_hard_chunks_alone_are_made_again(dims, l2norm, monkeypatch, capfd):
-    """An ordinary chunk and a hard one of two documents, a decay, groups of heads; along mesh axes too."""
+    """An ordinary chunk and a hard one of two documents, a decay, groups of heads; on mesh axes; vmapped."""
     rng = np.random.default_rng(0)
     key_dim, value_dim = dims
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     q, k, v = draw(1, 100, 1, key_dim), draw(1, 1, 1, key_dim), draw(1, 100, 2, value_dim)
-    k = jnp.broadcast_to(k if l2norm else k * key_dim**-0.5, q.shape)
+    k = jnp.broadcast_to(k if l2norm else k / jnp.linalg.norm(k), q.shape)
     token = jnp.arange(100)[None, :, None]
-    beta = jnp.broadcast_to(jnp.where(token < 64, 0.9, 1.6), v.shape[:3])
+    beta = jnp.broadcast_to(jnp.where(token < 64, 0.9, 1.9), v.shape[:3])
     options = dict(log_decay=jnp.full(beta.shape, -1e-3), segment_ids=jnp.int32(token[..., 0] > 80))
     options |= dict(beta=beta, qk_l2norm=l2norm, output_final_state=True, interpret=True)
     call = normalize(q, k, v, **options)
@@ -120,13 +120,16 @@ def test_queries_of_hard_chunks_alone_are_made_again(dims, l2norm, monkeypatch, 
     got, want = values_and_gradients(hopper, call)["dq"], exact(call)["dq"]
     *given, before = seen[0]
     error = lambda dq: np.linalg.norm((dq - want)[:, 64:]) / np.linalg.norm(want[:, 64:])
-    assert error(got) < 4e-3 < 1e-2 < error(np.float64(before[:, :100]).sum(2, keepdims=True))
+    assert 2 * error(got) < 8e-3 < error(np.float64(before[:, :100]).sum(2, keepdims=True))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     apart = jax.shard_map(lambda dq: run(*given, dq), mesh=mesh, in_specs=P("data"), out_specs=P("data"))(
         before
     )
     np.testing.assert_array_equal(np.float32(apart), np.float32(run(*given, before)))
     np.testing.assert_array_equal(np.float32(apart)[:, :64], np.float32(before)[:, :64])
+    mapped = jax.vmap(lambda dq: run(*given, dq))(jnp.stack([before, before + 1]))
+    np.testing.assert_array_equal(np.float32(mapped[0]), np.float32(apart))
+    np.testing.assert_array_equal(np.float32(mapped[1, :, :64]), np.float32(before + 1)[:, :64])
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 

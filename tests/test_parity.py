@@ -206,6 +206,22 @@ CASES = {
         "xLSTM",
         dict(hidden_size=128, intermediate_size=None, num_hidden_layers=2, num_heads=4, gate_soft_cap=5.0),
     ),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            hidden_size=16, num_hidden_layers=6, mamba_d_state=10, n_mamba_heads=4, num_attention_heads=4,
+            layers_block_type=["linear_attention", "hybrid", "hybrid"] * 2,
+            num_mem_blocks=2, use_shared_attention_adapter=True, adapter_rank=5, use_mem_rope=True,
+        ),
+    ),
+    "zamba2 one block, NoPE, grouped": (
+        "Zamba2",
+        dict(
+            hidden_size=16, num_hidden_layers=3, layers_block_type=["hybrid", "mamba", "hybrid"],
+            mamba_d_state=6, mamba_ngroups=2, mamba_expand=1, n_mamba_heads=4, time_step_min=0.7,
+            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+        ),
+    ),
     "olmo_hybrid NoPE": (
         "OlmoHybrid",
         dict(num_hidden_layers=4, num_attention_heads=4, rope_parameters=None, linear_allow_neg_eigval=False),

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hybridlm import mixers, remat
-from hybridlm.context import Context
+from hybridlm import remat
 from hybridlm.layers import PASSED, STREAM, Linear, RMSNorm, side_by_side
-from hybridlm.linear_mixer import LinearMixer, softplus_decay
+from hybridlm.linear_mixer import softplus_decay
 from hybridlm.loss import cross_entropy
-from hybridlm.mixers import Site
-from hybridlm.rows import single_document
 
 normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
 
@@ -108,23 +105,3 @@ def test_what_only_passes_is_kept_by_most():
         text = str(jax.make_jaxpr(jax.grad(run, (0, 1)))(jnp.ones((4, 4)), jnp.ones((4, 4))))
         found[policy] = text.count("= sin "), text.count("= cosh ")
     assert found == {"most": (1, 1), "kernels": (1, 2), "full": (2, 2)}
-
-
-@pytest.mark.parametrize("kind", ["kda", "gated_delta_net"])
-def test_a_mixer_whose_projections_are_one(kind, monkeypatch):
-    """Wide enough for one short convolution of q, k and v: against one each."""
-    found = {}
-    module = mixers.load(kind)
-    config = mixers.config_class(kind)(num_heads=2, head_dim=128)
-    for one in (True, False):
-        monkeypatch.setattr(LinearMixer, "_conv_takes_all", lambda self, one=one: one)
-        mixer = module(config, Site(16), rngs=nnx.Rngs(params=0))
-        graph, state = nnx.split(mixer)
-        context = Context(single_document(2, 12))
-
-        def loss(state, x, graph=graph, context=context):
-            return jnp.sum(nnx.merge(graph, state)(x, context)[0] ** 2)
-
-        found[one] = jax.value_and_grad(loss, (0, 1))(state, normal(0, 2, 12, 16))
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
-    jax.tree.map(close, found[True], found[False])

@@ -1,4 +1,4 @@
-"""One transformer block in several layers: a parameter once, and all that follows. Values: test_convert.py."""
+"""One transformer block in several layers: a parameter once, and what follows. Values: test_convert.py."""
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from hybridlm import config as configs
 from hybridlm import cost, model
 from hybridlm.convert import families
 from hybridlm.convert.family import same_model
+from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 from tests.tiny import loss_fn
@@ -135,3 +136,16 @@ def test_zamba2_says_blocks_in_turns():
     assert "the block of layer 1, not of layer 2" in same_model(
         definition, build(turns.replace("other", "sharedblock"))
     )
+
+
+@pytest.mark.once
+def test_released_sizes():
+    """What transformers 5.24 counts in models as large as Zamba2-2.7B and, with more adapters, as 1.2B."""
+    hybrid = ["hybrid" if i % 6 == 5 and i < 36 else "mamba" for i in range(38)]
+    for count, values in (
+        (2662214560, dict(hidden_size=2560, num_hidden_layers=54, num_mem_blocks=2, n_mamba_heads=80)),
+        (1215064704, dict(hidden_size=2048, num_hidden_layers=38, layers_block_type=hybrid, mamba_d_state=128,
+                          n_mamba_heads=64, use_shared_attention_adapter=True)),
+    ):  # fmt: skip
+        read = families.FAMILIES["zamba2"].read(Fields({"vocab_size": 32000} | values)).config()
+        assert cost.parameters(read) == count

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import pytest
 import triton_aot
 
-from pallas_kernels import explain, linear_attention
+from pallas_kernels import dispatch, explain, linear_attention
 from pallas_kernels.dispatch import Device
-from pallas_kernels.linear_attention import reference, triton
-from pallas_kernels.linear_attention.op import normalize
+from pallas_kernels.linear_attention import reference, trial, triton
+from pallas_kernels.linear_attention.op import OP, normalize
+from pallas_kernels.linear_attention.triton import requirements
 
 B, T, H, HV, K, V = 1, 100, 1, 2, 64, 64
 FAMILIES = [(decay, delta) for decay in ("none", "head", "channel") for delta in (False, True)]
@@ -65,8 +66,36 @@ def test_what_it_refuses():
     ):
         with pytest.raises(ValueError, match=reason):
             explain(linear_attention, *arrays, **(x | {"device": Device("gpu", device)}))
-    [choice] = explain(linear_attention, *(bf16(64),) * 3, device=Device("gpu", "8.0"))
-    assert choice.backend == "xla"  # only by name
+    for capability, chosen in (("7.5", "xla"), ("8.0", "triton"), ("10.0", "triton")):
+        [choice] = explain(linear_attention, *(bf16(64),) * 3, device=Device("gpu", capability))
+        assert choice.backend == chosen
+
+
+def test_self_tests_are_asked_once_a_kind(monkeypatch):
+    """Of calls on a GPU that is not here: without decay it passes, with one it fails and XLA computes."""
+    asked = []
+
+    def self_test(kind):
+        asked.append(kind)
+        return None if kind.decay == "none" else "wrong"
+
+    dispatch._self_test.cache_clear()
+    monkeypatch.setattr(triton, "self_test", self_test)
+    monkeypatch.setattr(dispatch, "here", lambda: Device("gpu", "8.6"))
+    x = arguments("head", False)
+    plain = {name: x[name] for name in "qkv"}
+    backends = [OP.choose(normalize(**call)).backend for call in (plain, x, plain, x)]
+    dispatch._self_test.cache_clear()
+    assert backends == ["triton", "xla"] * 2
+    assert asked == [trial.Kind("none", False), trial.Kind("head", False)]
+
+
+@pytest.mark.parametrize("decay, delta", [("none", True), ("channel", True)])
+def test_the_self_test_itself_interpreted(decay, delta):
+    kind = trial.Kind(decay, delta)
+    assert trial.kind(trial.small_call(kind)) == kind and triton.supports(trial.small_call(kind)) is None
+    results = trial.compare(triton.linear_attention, kind, interpret=True)
+    assert requirements.self_test("linear_attention", lambda: results) is None
 
 
 def test_traced_inside_shard_map():

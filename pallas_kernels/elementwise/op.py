@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import Op
 from pallas_kernels.documents import document_starts
 from pallas_kernels.elementwise.call import make
 
-OP = Op("elementwise_recurrence", __package__, ("hopper", "xla"), by_name=("triton",))
+OP = Op("elementwise_recurrence", __package__, ("hopper", "triton", "xla"))
 
 REAL = ("bfloat16", "float16", "float32", "float64")
 DTYPES = (*REAL, "complex64", "complex128")
@@ -36,8 +36,8 @@ def elementwise_recurrence(
         initial_state: None (zeros) or [B, F]; it belongs to the document of the first token.
         segment_ids: None or integers [B, T]; wherever neighbours differ a document starts and the state is
             reset exactly, by a selection: not even a nan passes. Ids may be reused: only changes count.
-        backend: "reference" (token loop, the oracle), "xla" (associative scan, any device), "hopper" or
-            "pallas" (kernels) or "auto": the kernels where they can, else "xla", logged once per reason.
+        backend: "reference" (token loop, the oracle), "xla" (associative scan, any device), "hopper",
+            "triton", "pallas" (kernels) or "auto": kernels where they can, else "xla", logged once a reason.
         interpret: run the Pallas kernels in interpret mode (slow, for tests without a GPU).
 
     Returns:

@@ -10,7 +10,7 @@ from pallas_kernels.dispatch import Op
 from pallas_kernels.linear_attention.call import Call, alike
 from pallas_kernels.linear_attention.checks import count_changes, expect, floating, heads_fit, scale_of
 
-OP = Op("linear_attention", __package__, ("hopper", "xla"), by_name=("triton",))
+OP = Op("linear_attention", __package__, ("hopper", "triton", "xla"))
 
 
 def linear_attention(
@@ -58,8 +58,8 @@ def linear_attention(
             which starts from the state that those before it leave. Without initial and final states.
         continues: with ``axis``, bool [N, B]: whether each piece's first token is of the document before it.
         backend: "reference" (token loop, the oracle), "xla" (chunkwise, any device), "hopper" (kernels),
-            "pallas" (any kernels) or "auto": kernels where they support the call, else "xla", logged once per
-            reason. "triton" (kernels for NVIDIA GPUs since Ampere) by its name only.
+            "triton" (kernels for NVIDIA GPUs since Ampere), "pallas" (the first of these kernels that can) or
+            "auto": kernels where they support the call, else "xla", logged once per reason.
         interpret: run the Pallas kernels in interpret mode (slow, for tests without a GPU).
 
     Returns:

@@ -1,7 +1,8 @@
-"""A small call of each family of kernels, forward and backward, beside the token loop."""
+"""A small call of a family of kernels, forward and backward, beside the token loop."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,40 +13,58 @@ from pallas_kernels.linear_attention.call import Call
 Results = dict[str, tuple[jax.Array, jax.Array]]
 
 
-KINDS = [(per_channel, delta) for per_channel in (False, True) for delta in (False, True)]
-LENGTH, HEADS, DIM = 130, 1, 64  # T of no whole chunks
+class Kind(NamedTuple):
+    """decay: "none", one a "head" or a "channel".  delta: the update; keys, values: head dims."""
+
+    decay: str
+    delta: bool
+    keys: int = 64
+    values: int = 64
 
 
-def small_call(per_channel: bool, delta: bool) -> Call:
+KINDS = [Kind(decay, delta) for decay in ("head", "channel") for delta in (False, True)]
+LENGTH, HEADS = 130, 1  # T of no whole chunks
+
+
+def kind(call: Call) -> Kind:
+    """The kind of a call."""
+    ranks = {3: "head", 4: "channel"}
+    decay = "none" if call.log_decay is None else ranks[call.log_decay.ndim]
+    return Kind(decay, call.beta is not None, call.q.shape[3], call.v.shape[3])
+
+
+def small_call(kind: Kind) -> Call:
     """Random arguments, with two documents in a chunk."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     normal = lambda *shape: jax.random.normal(next(keys), shape, jnp.float32)
-    q, k, v = (normal(1, LENGTH, HEADS, DIM).astype(jnp.bfloat16) for _ in range(3))
-    gate = normal(1, LENGTH, HEADS, DIM) if per_channel else normal(1, LENGTH, HEADS)
+    tokens = (1, LENGTH, HEADS)
+    q, k, v = (normal(*tokens, dim).astype(jnp.bfloat16) for dim in (kind.keys, kind.keys, kind.values))
+    gate = normal(*tokens, kind.keys) if kind.decay == "channel" else normal(*tokens)
     return Call(
         q=q,
         k=k,
         v=v,
-        log_decay=-jax.nn.softplus(gate),
-        beta=jax.nn.sigmoid(normal(1, LENGTH, HEADS)) if delta else None,
-        initial_state=normal(1, HEADS, DIM, DIM),
+        log_decay=None if kind.decay == "none" else -jax.nn.softplus(gate),
+        beta=jax.nn.sigmoid(normal(*tokens)) if kind.delta else None,
+        initial_state=normal(1, HEADS, kind.keys, kind.values),
         segment_ids=(jnp.arange(LENGTH)[None] >= 70).astype(jnp.int32),
-        scale=DIM**-0.5,
+        scale=kind.keys**-0.5,
         qk_l2norm=True,
         output_final_state=True,
     )
 
 
 def results(compute: Callable) -> Results:
+    """`compare` of all kinds."""
+    return {name: pair for kind in KINDS for name, pair in compare(compute, kind).items()}
+
+
+def compare(compute: Callable, kind: Kind, interpret: bool = False) -> Results:
     """(those of a backend's function ``compute``, the reference's) outputs and gradients by name."""
-    return {name: pair for kind in KINDS for name, pair in compare(compute, *kind).items()}
-
-
-def compare(compute: Callable, per_channel: bool, delta: bool, interpret: bool = False) -> Results:
-    call = dataclasses.replace(small_call(per_channel, delta), interpret=interpret)
+    call = dataclasses.replace(small_call(kind), interpret=interpret)
     got, want = (_values_and_gradients(f, call) for f in (compute, reference.linear_attention))
-    kind = f"{'channel' if per_channel else 'head'} {'delta' if delta else 'additive'}"
-    return {f"{kind} {name}": (got[name], want[name]) for name in want}
+    family = f"{kind.decay} {'delta' if kind.delta else 'additive'}"
+    return {f"{family} {name}": (got[name], want[name]) for name in want}
 
 
 def _values_and_gradients(compute: Callable, call: Call) -> dict[str, jax.Array]:

@@ -100,8 +100,8 @@ def over_slots(
     o, rest = jax.lax.map(block, starts), length % queries
     whole = jnp.moveaxis(o, 0, 1)
     if rest:  # the last block begins where it is whole, too
-        before = whole[:, :-1].reshape(batch, -1, *o.shape[3:])
-        return jnp.concatenate([before, whole[:, -1, -rest:]], axis=1)
+        others = whole[:, :-1].reshape(batch, -1, *o.shape[3:])
+        return jnp.concatenate([others, whole[:, -1, -rest:]], axis=1)
     return whole.reshape(batch, length, *o.shape[3:])
 
 

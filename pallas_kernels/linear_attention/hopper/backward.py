@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import pieces, table
+from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.backward_additive import additive_gradients
 from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
@@ -103,7 +103,8 @@ def _additive(
     count = choice.pieces
     if count > 1 or inputs.over is not None:
         scan = functools.partial(reverse_scan, inputs, None, None, do, None)
-        *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True)
+        walks = warm_up.walks(inputs, count)
+        *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True, walk=walks and walks.first)
         d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True, over=inputs.over)
     *out, first = additive_gradients(inputs, saved.states, do, d_state, pieces=count)
     return *out, first[::count]
@@ -124,7 +125,8 @@ def _delta(
         state_gradients, dv, first = scan(d_state)
     else:
         count = saved.moves.shape[1]
-        *_, alone = scan(None, pieces=count, summary=True)
+        walks = warm_up.walks(inputs, count)
+        *_, alone = scan(None, pieces=count, summary=True, walk=walks and walks.first)
         ends = pieces.chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, two_parts
+from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.gates import write_gates
@@ -40,12 +40,13 @@ def reverse_scan(
     value_tile: int,
     pieces: int = 1,
     summary: bool = False,
+    walk: jax.Array | None = None,
 ) -> tuple[Any, Any, jax.Array]:
     """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T before each piece, float32.
 
     gates: what the forward saved; None (additive, summary) to make them here.  do: [B, T, HV, V] bf16.
     d_state: dS^T after each piece [B * pieces, HV, V, K] float32, or None.  summary: only the last result,
-    None for the others.
+    None for the others.  walk: None or how far for a summary: `warm_up.Walks.first`.
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
@@ -64,7 +65,8 @@ def reverse_scan(
 
     stage = 2 * ((1 + chained) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
     fixed = 2 * (AHEAD * C * C + tiles * C * C + tiles * C * key_dim) + 8 * 1024
-    stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
+    fewest = count if walk is None else warm_up.chunks(count)
+    stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
 
     loads = 1 + chained + tiles + delta + documents + (len(vectors) if gates is None else 1)
     scratch = dict(
@@ -88,7 +90,7 @@ def reverse_scan(
 
     arrays: dict[str, Any] = dict(q=inputs.q, do=do, gates=gates, **vectors.named)
     arrays |= dict(k=inputs.k if chained else None, **two_parts.named(inverses))
-    arrays |= dict(segment=inputs.segment if documents else None, last=d_state)
+    arrays |= dict(segment=inputs.segment if documents else None, last=d_state, walk=walk)
     states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16)
     results = dict(
         states=states if output else None,
@@ -100,7 +102,10 @@ def reverse_scan(
         piece, head, value_block = (lax.axis_index(name) for name in ("b", "h", "v"))
         wg = lax.axis_index("wg")
         key_head = blocks.div(head, group)
-        b, last = blocks.div(piece, pieces), (blocks.rem(piece, pieces) + 1) * count - 1
+        b, first, steps = blocks.div(piece, pieces), blocks.rem(piece, pieces) * count, count
+        if walk is not None:
+            first, steps = (refs["walk"][piece, head, n] for n in (0, 1))
+        last = first + steps - 1
 
         def fill(i: Any, slot: Any) -> None:
             n = last - i
@@ -175,12 +180,12 @@ def reverse_scan(
                 return g
 
             hardness = (lambda i: refs["hard"][b, head, last - i, 0]) if delta else None
-            g = two_parts.loop(count, step, g, hardness, begin)
+            g = two_parts.loop(steps, step, g, hardness, begin)
             refs["first"].at[piece, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 
         def prepare_chunk() -> None:
-            @pl.loop(0, count)
+            @pl.loop(0, steps)
             def _(i: Any) -> None:
                 slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
                 q_s, gate_s = s["q_s"].at[slot], s["gate_s"].at[slot]
@@ -213,14 +218,14 @@ def reverse_scan(
                 plgpu.barrier_arrive(s["p_ready"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])
 
-            for i in range(max(count - AHEAD, 0), count):
-                plgpu.barrier_wait(s["p_free"].at[i % AHEAD])
+            for i in blocks.last(steps, AHEAD):
+                plgpu.barrier_wait(s["p_free"].at[blocks.rem(i, AHEAD)])
 
         blocks.role(wg < tiles, hold_state, increase=registers[0])
         change = {"decrease" if tiles == 2 else "increase": registers[1]}
         blocks.role(wg == tiles, prepare_chunk, **change)
         blocks.role(
-            wg == tiles + 1, lambda: blocks.refill(fill, s["free"], count, stages), decrease=registers[2]
+            wg == tiles + 1, lambda: blocks.refill(fill, s["free"], steps, stages), decrease=registers[2]
         )
 
         blocks.finish_together(s["done"])

@@ -106,9 +106,8 @@ def refill(fill: Callable, free: Any, count: Any, stages: int) -> None:
     For a warpgroup that issues copies: it may not leave before the last have been read.
     count: an int, or a number on the device of at least ``stages``.
     """
-    known = isinstance(count, int)
-    begun = min(stages, count) if known else stages
-    for n in range(begun):
+    ending = last(count, stages)
+    for n in range(len(ending)):
         fill(n, n)
 
     @pl.loop(stages, count)
@@ -117,9 +116,13 @@ def refill(fill: Callable, free: Any, count: Any, stages: int) -> None:
         plgpu.barrier_wait(free.at[slot])
         fill(n, slot)
 
-    for n in range(begun):
-        last = count - begun + n
-        plgpu.barrier_wait(free.at[last % stages if known else rem(last, stages)])
+    for n in ending:
+        plgpu.barrier_wait(free.at[rem(n, stages)])
+
+
+def last(count: Any, most: int) -> list:
+    """The last numbers below ``count``, ``most`` of them or all; a count on the device is at least that."""
+    return [count - n for n in range(min(most, count) if isinstance(count, int) else most, 0, -1)]
 
 
 def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
@@ -192,8 +195,8 @@ def div(x: jax.Array, n: int) -> jax.Array:
     return lax.div(x, jnp.asarray(n, x.dtype))
 
 
-def rem(x: jax.Array, n: int) -> jax.Array:
-    return lax.rem(x, jnp.asarray(n, x.dtype))
+def rem(x: Any, n: int) -> Any:
+    return x % n if isinstance(x, int) else lax.rem(x, jnp.asarray(n, x.dtype))
 
 
 def row_vector(ref: Any) -> jax.Array:

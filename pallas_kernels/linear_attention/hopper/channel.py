@@ -65,4 +65,4 @@ def _moves(inputs: Inputs, tiles: Tiles, choice: table.Choice, walks: warm_up.Wa
     scan = functools.partial(ChannelScan, pieces=choice.pieces, walk=walks and walks.last)
     moves = scan(inputs, tiles, key_tile, mode="transition")().final
     moves = moves.reshape(batch, choice.pieces, *moves.shape[1:])
-    return moves if walks is None else jnp.where(walks.forgets[..., None, None], 0.0, moves)
+    return warm_up.forget(moves, walks)

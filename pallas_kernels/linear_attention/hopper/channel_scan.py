@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
+from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import (
@@ -39,14 +39,13 @@ REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copi
 class ChannelScan(Wanted):
     """One compiled scan; mode "transition" too: what each piece does to the state, from its identity.
 
-    walk: None or how far, without outputs: `warm_up.Walks.last`.  lead: None or the chunks before each piece
-    that it walks before it: `warm_up.leads`; the state in `inputs` is then that before the first piece.
+    lead: None or the chunks before each piece that it walks before it: `warm_up.leads`; the state in `inputs`
+    is then that before the first piece.
     """
 
     inputs: Inputs
     tiles: Tiles
     value_tile: int
-    walk: jax.Array | None = None
     lead: jax.Array | None = None
 
     def __call__(self) -> Scanned:
@@ -81,8 +80,7 @@ class ChannelScan(Wanted):
         bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
         room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
-        fewest = chunks // self.pieces if self.walk is None else warm_up.chunks(chunks // self.pieces)
-        stages = max(2, min(4, fewest, room // each))
+        stages = self.stages(chunks, room // each)
         scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
         scratch |= {name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
         scratch |= dict(
@@ -102,8 +100,6 @@ class ChannelScan(Wanted):
                 values=values, key_dim=key_dim,
             )  # fmt: skip
             wg, at.first_value = at.wg, at.value_block * self.value_tile
-            if self.walk is not None:
-                at.first, at.count = (at.refs.walk[at.piece, at.head, n] for n in (0, 1))
             if self.lead is not None:
                 at.lead = at.refs.lead[at.piece, at.head]
                 at.first, at.count = at.first - at.lead, at.count + at.lead

@@ -18,7 +18,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.linear_attention.hopper import pieces, table
+from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.linear_attention.hopper.forward_scan import Scan, Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import head_tiles
@@ -55,9 +55,13 @@ def forward_pass(
 def _starts(inputs: Inputs, inverses: Inverse | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:
     """What each piece does to the state, and S^T before each piece [B * pieces, HV, V, K] float32."""
     alone = dataclasses.replace(inputs, state=None)
-    summary = Scan(alone, inverses, choice.value_tile, pieces=choice.pieces, mode="summary")()
+    walks = warm_up.walks(inputs, choice.pieces)
+    summary = Scan(
+        alone, inverses, choice.value_tile, pieces=choice.pieces, mode="summary", walk=walks and walks.last
+    )()
     if inverses is None:
         moves = pieces.factors(inputs, choice.pieces)
     else:
         moves = summary.moves.reshape(inputs.k.shape[0], choice.pieces, *summary.moves.shape[1:])
+        moves = warm_up.forget(moves, walks)
     return moves, pieces.chain(moves, summary.final, inputs.state, over=inputs.over)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, two_parts
+from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.gates import write_gates
@@ -69,13 +69,20 @@ class Wanted:
 
     mode: "output"; "summary", the state after each piece alone, and with the delta rule its moves. pieces:
     every sequence is cut into so many equal runs of chunks, each with its own initial state. final: also
-    return the last states. keep: also return what the backward pass wants.
+    return the last states. keep: also return what the backward pass wants. walk: None or how far, without
+    outputs: `warm_up.Walks.last`.
     """
 
     pieces: int = 1
     mode: str = "output"
     final: bool = False
     keep: bool = False
+    walk: jax.Array | None = None
+
+    def stages(self, chunks: int, room: int) -> int:
+        """Buffers for chunks: `room`, but no more than a block of threads walks chunks."""
+        run = chunks // self.pieces
+        return max(2, min(4, run if self.walk is None else warm_up.chunks(run), room))
 
     def results(
         self, whole: tuple[int, int], heads: int, value_dim: int, key_dim: int, *, delta: bool
@@ -102,6 +109,8 @@ class Wanted:
         known |= dict(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), keep=self.keep)
         known |= dict(piece=b, b=blocks.div(b, self.pieces), head=head, value_block=value_block, wg=wg)
         known |= dict(count=count, first=blocks.rem(b, self.pieces) * count, output=self.mode == "output")
+        if self.walk is not None:
+            known |= dict(first=refs["walk"][b, head, 0], count=refs["walk"][b, head, 1])
         return SimpleNamespace(**known)
 
 
@@ -129,7 +138,7 @@ class Scan(Wanted):
         stage = 2 * C * (key_dim * (1 + output) + C * (value_tiles + delta)) + 4 * C * len(vectors)
         fixed = AHEAD * (2 * C * C * output + 32 * C)
         fixed += 2 * tiles * C * (C + self.keep * (key_dim + C * delta)) + 10 * 1024
-        stages = max(2, min(4, chunks // self.pieces, (SMEM_BYTES - fixed) // stage))
+        stages = self.stages(chunks, (SMEM_BYTES - fixed) // stage)
 
         results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
         if moves:
@@ -137,7 +146,7 @@ class Scan(Wanted):
         if self.keep and delta:
             results["gates"] = jax.ShapeDtypeStruct((batch, value_heads, chunks, 8, C), F32)
         arrays = dict(q=i.q if output else None, k=i.k, v=i.v)
-        arrays |= vectors.named | two_parts.named(self.inverses) | dict(initial=i.state)
+        arrays |= vectors.named | two_parts.named(self.inverses) | dict(initial=i.state, walk=self.walk)
         scratch = dict(
             k=blocks.smem((stages, C, key_dim), BF16),
             q=blocks.smem((stages, C, key_dim), BF16) if output else None,
@@ -244,11 +253,11 @@ class Scan(Wanted):
                         )
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        for n in range(max(at.count - AHEAD, 0), at.count):
+        for n in blocks.last(at.count, AHEAD):
 
-            @pl.when(turn == n % share)
-            def _(ahead: int = n % AHEAD) -> None:
-                plgpu.barrier_wait(smem.taken.at[ahead])
+            @pl.when(turn == blocks.rem(n, share))
+            def _(n: Any = n) -> None:
+                plgpu.barrier_wait(smem.taken.at[blocks.rem(n, AHEAD)])
 
         plgpu.wait_smem_to_gmem(0)
 

@@ -43,10 +43,10 @@ def chunks(run: int) -> int:
 
 
 def walks(inputs: Inputs, pieces: int) -> Walks | None:
-    """None where every piece is walked whole; inputs with a decay per key channel."""
+    """None where every piece is walked whole."""
     run = inputs.k.shape[1] // C // pieces
     reach = chunks(run)
-    if not table.SHORT_WALKS or reach < 2:  # the scans have at least two buffers to fill
+    if not table.SHORT_WALKS or inputs.log_decay is None or reach < 2:  # the scans have two buffers to fill
         return None
     first, last = (_bound(inputs, pieces, reach, last=last) <= LEAST for last in (False, True))
     forgets = first & last
@@ -57,6 +57,11 @@ def walks(inputs: Inputs, pieces: int) -> Walks | None:
         return jnp.stack(of, -1).astype(jnp.int32).reshape(-1, forgets.shape[2], 2)
 
     return Walks(walk(begin + (run - reach)), walk(begin), forgets)
+
+
+def forget(moves: jax.Array, walks: Walks | None) -> jax.Array:
+    """The delta rule's moves [B, pieces, HV, K, K], 0 where a piece forgets."""
+    return moves if walks is None else jnp.where(walks.forgets[..., None, None], 0.0, moves)
 
 
 def leads(inputs: Inputs, runs: int) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +88,8 @@ def _bound(inputs: Inputs, pieces: int, reach: int, *, last: bool) -> jax.Array:
         return (x[:, :, -span:] if last else x[:, :, :span]).astype(F32)
 
     assert inputs.log_decay is not None
-    steps = end(inputs.log_decay)
+    by_channel = inputs.log_decay.ndim == 4
+    steps = end(inputs.log_decay if by_channel else jnp.swapaxes(inputs.log_decay, 1, 2)[..., None])
     if inputs.beta is None:
         bound = jnp.max(jnp.sum(steps, 2), -1)
     else:

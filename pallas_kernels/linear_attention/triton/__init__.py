@@ -7,6 +7,7 @@ import jax
 
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
+from pallas_kernels.linear_attention.trial import kind
 from pallas_kernels.linear_attention.triton import requirements
 from pallas_kernels.linear_attention.triton.backward import gradients
 from pallas_kernels.linear_attention.triton.chunks import chunks
@@ -17,7 +18,7 @@ from pallas_kernels.linear_attention.triton.reverse import reverse
 from pallas_kernels.linear_attention.triton.scan import Scanned, scan
 from pallas_kernels.padding import pad_time
 
-__all__ = ["linear_attention", "runs_on", "self_test", "supports"]
+__all__ = ["kind", "linear_attention", "runs_on", "self_test", "supports"]
 
 DIMS = (64, 128, 256)
 
@@ -38,9 +39,9 @@ def supports(call: Call) -> str | None:
     return None
 
 
-def self_test() -> str | None:
-    """Why small calls of each kind differ from the token loop, if so."""
-    return requirements.self_test("linear_attention", lambda: trial.results(linear_attention))
+def self_test(kind: trial.Kind) -> str | None:
+    """Why a small call of the kind differs from the token loop, if so."""
+    return requirements.self_test("linear_attention", lambda: trial.compare(linear_attention, kind))
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
