@@ -22,6 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import pieces
+from hybridlm.rms import rms, scaled_rms
 from hybridlm.rows import Rows, continued
 from hybridlm.scaled_matmul import MULTIPLE, scaled_matmul
 from hybridlm.sharding import constrain, parts, per_shard
@@ -146,31 +147,19 @@ def product(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, ...]) -> ja
     return _product(x, kernel, axes) if several and x.ndim == 3 else x @ kernel
 
 
-def one_product(x: jax.Array, linears: Sequence[Any]) -> jax.Array | None:
-    """``linears`` of ``x`` side by side; None unless each device has all of them, they are plain, and there
-    are tokens enough to put the matrices together.
-
-    Their gradients in x are then one array, not one each.
-    """
-    several = x.size >= x.shape[-1] ** 2 and all(
-        isinstance(one, Linear) and one.is_plain() for one in linears
-    )
-    if not several or any(parts(one.kernel.axes[1]) > 1 for one in linears if one.kernel.axes[1]):
-        return None
-    kernels = [one.kernel[...].astype(x.dtype) for one in linears]
-    return product(x, jnp.concatenate(kernels, axis=1), (linears[0].kernel.axes[0], None))
-
-
-def apart(y: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
-    """What `one_product` made, by matrix."""
-    return jnp.split(y, list(itertools.accumulate(one.kernel.shape[1] for one in linears[:-1])), axis=-1)
-
-
 def side_by_side(x: jax.Array, linears: Sequence[Linear]) -> list[jax.Array]:
-    """Each of ``linears`` of ``x``, as `one_product` where that can be, apart from wider ones of ``x``: XLA
-    would join it to these, and cut what comes out by copies."""
-    y = one_product(jax.lax.optimization_barrier(x), linears)
-    return [one(x) for one in linears] if y is None else apart(y, linears)
+    """Each of ``linears`` of ``x``, as one product where each device has all of them, they are plain, and
+    there are tokens enough to put the matrices together.
+
+    For narrow ones: their gradients in x, each as wide as x, are then one array, not one each.
+    """
+    several = x.size >= x.shape[-1] ** 2 and all(one.is_plain() for one in linears)
+    if not several or any(parts(one.kernel.axes[1]) > 1 for one in linears if one.kernel.axes[1]):
+        return [one(x) for one in linears]
+    kernels = [one.kernel[...].astype(x.dtype) for one in linears]
+    x = jax.lax.optimization_barrier(x)  # else XLA joins it to a wide product of x, and cuts that by copies
+    y = product(x, jnp.concatenate(kernels, axis=1), (linears[0].kernel.axes[0], None))
+    return jnp.split(y, list(itertools.accumulate(kernel.shape[1] for kernel in kernels[:-1])), axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -217,44 +206,6 @@ def _embed_backward(dtype: jnp.dtype, residuals: tuple, x_bar: jax.Array) -> tup
 
 
 embed.defvjp(lambda table, tokens, dtype: (embed(table, tokens, dtype), (table, tokens)), _embed_backward)
-
-
-def rms(x: jax.Array, eps: float) -> jax.Array:
-    """x * rsqrt(mean(x^2) + eps) over the last axis, float32."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def scaled_rms(x: jax.Array, scale: jax.Array, gate: jax.Array | None, eps: float) -> jax.Array:
-    """rms(x) * scale * gate, computed in float32, in x's dtype. scale: of x's last axes.
-
-    The gradient reads what it is given twice, for the sums over a row, then for what needs them. XLA's own
-    reads it up to four times, and twice for what is added up over tokens.
-    """
-    y = rms(x, eps) * scale
-    return (y if gate is None else y * gate).astype(x.dtype)
-
-
-def _scaled_rms_backward(eps: float, kept: tuple, y_bar: jax.Array) -> tuple[jax.Array | None, ...]:
-    x_own, scale, gate = kept
-    x, y_bar = x_own.astype(jnp.float32), y_bar.astype(jnp.float32)
-    slope = y_bar * scale if gate is None else y_bar * scale * gate  # of rms(x)
-    r = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    along = jnp.mean(slope * x, axis=-1, keepdims=True)
-    x_bar = r * slope - (r**3 * along) * x
-    normed = x * r
-    gate_bar = None if gate is None else y_bar * scale * normed
-    scale_bar = y_bar * normed if gate is None else y_bar * gate * normed
-    tokens = tuple(range(x.ndim - scale.ndim))
-    # Not summed over heads in the same go: then its shape would not be that of the sums beside it.
-    scale_bar = jax.lax.optimization_barrier(jnp.sum(scale_bar, tokens))
-    return x_bar.astype(x_own.dtype), scale_bar, gate_bar
-
-
-scaled_rms.defvjp(
-    lambda x, scale, gate, eps: (scaled_rms(x, scale, gate, eps), (x, scale, gate)), _scaled_rms_backward
-)
 
 
 class RMSNorm(nnx.Module):
@@ -378,37 +329,31 @@ def _convolved(
     convs: Sequence[ShortConv], xs: Sequence[jax.Array], rows: Rows, history: Sequence[Any], silu: bool
 ) -> list[jax.Array]:
     """Each of ``xs`` through its convolution, as one to the op."""
-    one = lambda arrays: arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
+    one = lambda parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
     x_BTF, kernel_WF = one(xs), one([conv.kernel[...] for conv in convs])
     past = None if history[0] is None else one(history)
     biases = [conv.bias[...] for conv in convs if conv.bias is not None]
     bias_F = one(biases) if biases else None
     token_axes, over = ("batch", "time", "heads"), pieces.over(x_BTF.shape[1])
     inside = silu and bias_F is None  # the op has no bias
-    widths = [x.shape[-1] for x in xs]
-    own = widths if bias_F is None and parts("heads") == 1 else [sum(widths)]
 
     def op(x: jax.Array, kernel: jax.Array, positions: jax.Array, history: jax.Array | None) -> tuple:
-        run = functools.partial(short_conv, silu=inside, widths=own if len(own) > 1 else [x.shape[-1]])
         if not over:
-            return run(x, kernel, positions, history)
+            return (short_conv(x, kernel, positions, history, silu=inside),)
         history = pieces.before(x, len(kernel) - 1, over, history)
         first = min(len(kernel) - 1, x.shape[1])  # tokens that see history, apart: the kernels take none
+        y = short_conv(x, kernel, positions, silu=inside)
         at = lambda a: a[:, :first]
-        heads = run(at(x), kernel, at(positions), history, backend="xla")
-        put = lambda y, head: jax.lax.dynamic_update_slice_in_dim(y, head, 0, axis=1)
-        return tuple(map(put, run(x, kernel, positions), heads))
+        head = short_conv(at(x), kernel, at(positions), history, silu=inside, backend="xla")
+        return (jax.lax.dynamic_update_slice_in_dim(y, head, 0, axis=1),)
 
     past_axes = None if past is None else ("batch", None, "heads")
     in_axes = token_axes, ("taps", "heads"), ("batch", "time"), past_axes
-    ys = per_shard(op, in_axes, (token_axes,) * len(own))(x_BTF, kernel_WF, rows.positions, past)
-    ys = [checkpoint_name(y, PASSED) for y in ys]
-    if len(ys) == len(xs) and bias_F is None:
-        return ys
-    (y_BTF,) = ys
+    (y_BTF,) = per_shard(op, in_axes, (token_axes,))(x_BTF, kernel_WF, rows.positions, past)
     if bias_F is not None:
         y = y_BTF.astype(jnp.float32) + bias_F
         y_BTF = (jax.nn.silu(y) if silu else y).astype(x_BTF.dtype)
+    y_BTF = checkpoint_name(y_BTF, PASSED)
     cuts = list(itertools.accumulate(x.shape[-1] for x in xs[:-1]))
     return jnp.split(y_BTF, cuts, axis=-1) if cuts else [y_BTF]
 

@@ -30,17 +30,14 @@ from hybridlm.layers import (
     RecurrentCache,
     RMSNorm,
     ShortConv,
-    apart,
     convolve,
     merge_heads,
-    one_product,
     split_heads,
 )
 from hybridlm.mixers import Cost, KeyGates, Site, TokenMixer, whole_heads
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
 from pallas_kernels import dplr, linear_attention, linear_attention_step
-from pallas_kernels.short_conv import WHOLE as short_conv_whole
 
 OUTPUT_GATES = {"none": None, "sigmoid": jax.nn.sigmoid, "swish": jax.nn.silu, "linear": lambda x: x}
 OutputGate = Literal["none", "sigmoid", "swish", "linear"]
@@ -228,11 +225,8 @@ class LinearMixer(TokenMixer):
     ) -> tuple[Inputs, tuple[jax.Array, ...]]:
         """(what the recurrence is given, the convolutions' history); past: theirs, None: there is none."""
         heads = self.heads
-        linears = self.q_proj, self.k_proj, self.v_proj
-        whole = one_product(x_BTD, linears) if self._conv_takes_all() else None
-        # XLA sees that what is cut and put together again is the product, and its gradient one array.
-        qkv = [one(x_BTD) for one in linears] if whole is None else apart(whole, linears)
-        joined = 2 * self.joined if whole is None else 3
+        qkv = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        joined = 2 * self.joined
         (q, k, v), history = convolve(self._convs(), qkv, context.rows, past, silu=self.silu, joined=joined)
         q, k = split_heads(q, heads.key), split_heads(k, heads.key)
         return self.inputs(x_BTD, q, k, split_heads(v, heads.value), context), history
@@ -242,11 +236,6 @@ class LinearMixer(TokenMixer):
         if inputs.skip is not None:
             o_BTHV += inputs.skip.astype(o_BTHV.dtype)
         return self.o_proj(self.normalize(o_BTHV, self._gate(x_BTD, inputs.gate)))
-
-    def _conv_takes_all(self) -> bool:
-        """Whether the op takes q, k and v side by side, and gives them back apart, at no cost."""
-        widths = [conv.kernel.shape[-1] for conv in self._convs()]
-        return bool(widths) and not self.conv_bias and all(width % short_conv_whole == 0 for width in widths)
 
     def _convs(self) -> tuple[ShortConv, ...]:
         return (self.q_conv, self.k_conv, self.v_conv) if self.conv_size else ()

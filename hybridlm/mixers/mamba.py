@@ -28,12 +28,12 @@ from hybridlm.layers import (
     elementwise,
     ones,
     param,
-    rms,
     uniform,
 )
 from hybridlm.linear_mixer import dt_bias_init
 from hybridlm.mixers import Cost, Site
 from hybridlm.recurrent_mixer import RecurrentMixer, cut
+from hybridlm.rms import rms
 from hybridlm.rows import Rows, continued, joined
 from hybridlm.sharding import per_shard
 from pallas_kernels.elementwise import Piece

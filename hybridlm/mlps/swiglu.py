@@ -4,7 +4,6 @@ import dataclasses
 from typing import Annotated, Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -15,7 +14,7 @@ from hybridlm.convert.public import EVERY, Format
 from hybridlm.convert.rules import Rule, fused_rules, linear, swiglu_rules
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits
-from hybridlm.layers import MLP_INNER, PASSED, Linear, one_product
+from hybridlm.layers import MLP_INNER, PASSED, Linear
 from hybridlm.mixers import Site
 
 
@@ -107,36 +106,8 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        both = one_product(x, (self.gate, self.up))
-        if both is None:
-            gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
-            y = jax.nn.silu(gate) * up
-        else:
-            y = gated(checkpoint_name(both, MLP_INNER))
-        return self.down(checkpoint_name(y, PASSED))
-
-
-@jax.custom_vjp
-def gated(both: jax.Array) -> jax.Array:
-    """silu(gate) * up of [..., 2 F], the gates before the others.
-
-    The gradient is one array too, of which every element is computed alike: XLA would write its halves first,
-    and copy them to one place.
-    """
-    gate, up = jnp.split(both, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-def _gated_backward(both: jax.Array, y_bar: jax.Array) -> tuple[jax.Array]:
-    halves = both.reshape(*both.shape[:-1], 2, -1).astype(jnp.float32)
-    gate, up = halves[..., :1, :], halves[..., 1:, :]
-    s = jax.nn.sigmoid(gate)
-    of_gate = jax.lax.broadcasted_iota(jnp.int32, halves.shape, halves.ndim - 2) == 0
-    slope = jnp.where(of_gate, up * s * (1 + gate * (1 - s)), gate * s)
-    return ((slope * y_bar[..., None, :].astype(jnp.float32)).astype(both.dtype).reshape(both.shape),)
-
-
-gated.defvjp(lambda both: (gated(both), both), _gated_backward)
+        gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
+        return self.down(checkpoint_name(jax.nn.silu(gate) * up, PASSED))
 
 
 class Mlp(SwiGLU):

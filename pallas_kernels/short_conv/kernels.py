@@ -21,16 +21,14 @@ SMALL = (1, 100, 256), (4, 256), (1, 100, 256)  # shapes of the self-test: x, ta
 class Kernels(NamedTuple):
     """Of x [B, T, F] bf16, T a multiple of `RUN`; taps [W, F] float32; reach [B, T] int32, at most t.
 
-    convolve(x, taps, reach, widths, silu, interpret): act(sum of taps[W - 1 - back] * x[t - back] over back
-        <= reach[t]), as x, in parts of these widths.
-    gradients(x, taps, reach, dys, silu, interpret): of x, and those of the taps by run [B, T / RUN, W, F]
+    convolve(x, taps, reach, silu, interpret): act(sum of taps[W - 1 - back] * x[t - back] over back <=
+        reach[t]), as x.
+    gradients(x, taps, reach, dy, silu, interpret): of x, and those of the taps by run [B, T / RUN, W, F]
         float32; this reach has W - 1 more tokens, of -1: the row is over.
-    whole: parts of multiples of it are computed as parts, others cut from one result; 0: all are.
     """
 
-    convolve: Callable[..., tuple[jax.Array, ...]]
+    convolve: Callable[..., jax.Array]
     gradients: Callable[..., tuple[jax.Array, jax.Array]]
-    whole: int = 0
 
 
 def refusal(call: ConvCall, multiple: int) -> str | None:
@@ -51,50 +49,44 @@ def refusal(call: ConvCall, multiple: int) -> str | None:
     return None
 
 
-def short_conv(kernels: Kernels, call: ConvCall) -> tuple[jax.Array, ...]:
+def short_conv(kernels: Kernels, call: ConvCall) -> jax.Array:
     """See `pallas_kernels.short_conv`."""
     length = call.x.shape[1]
-    apart = bool(kernels.whole and call.widths) and not any(width % kernels.whole for width in call.widths)
-    widths = call.widths if apart else (call.x.shape[2],)
     reach = jnp.minimum(call.positions, jnp.arange(length, dtype=call.positions.dtype)).astype(jnp.int32)
     padded = round_up(length, RUN)
     x, taps, reach = alike((pad_time(call.x, padded), call.kernel, pad_time(reach, padded)))
-    ys = [y[:, :length] for y in _short_conv(kernels, x, taps, reach, widths, call.silu, call.interpret)]
-    return tuple(ys) if apart else call.apart(ys[0])
+    return _short_conv(kernels, x, taps, reach, call.silu, call.interpret)[:, :length]
 
 
-def trial(compute: Callable[[ConvCall], tuple[jax.Array, ...]]) -> dict[str, tuple[jax.Array, jax.Array]]:
+def trial(compute: Callable[[ConvCall], jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(a backend's, the token loop's) results and gradients of a small call, by name."""
     x, kernel, dy = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(SMALL))
     x, dy = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16)
     positions = (jnp.arange(x.shape[1]) % 50)[None]  # a document ends inside a block of threads
 
-    def run(compute: Callable[[ConvCall], tuple[jax.Array, ...]]) -> list[jax.Array]:
-        first = lambda x, kernel: compute(ConvCall(x, kernel, positions, silu=True))[0]
-        y, pull = jax.vjp(first, x, kernel)
+    def run(compute: Callable[[ConvCall], jax.Array]) -> list[jax.Array]:
+        y, pull = jax.vjp(lambda x, kernel: compute(ConvCall(x, kernel, positions, silu=True)), x, kernel)
         return [y, *pull(dy)]
 
     pairs = zip(("y", "dx", "dkernel"), run(compute), run(reference.short_conv), strict=True)
     return {name: (got, want) for name, got, want in pairs}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
 def _short_conv(
-    kernels: Kernels, x: jax.Array, taps: jax.Array, reach: jax.Array, *static: Any
-) -> tuple[jax.Array, ...]:
-    return kernels.convolve(x, taps, reach, *static)  # static: widths, silu, interpret
+    kernels: Kernels, x: jax.Array, taps: jax.Array, reach: jax.Array, silu: bool, interpret: bool
+) -> jax.Array:
+    return kernels.convolve(x, taps, reach, silu, interpret)
 
 
 def _forward(kernels: Kernels, *arguments: Any) -> tuple:
     return kernels.convolve(*arguments), arguments[:3]
 
 
-def _backward(
-    kernels: Kernels, widths: tuple[int, ...], silu: bool, interpret: bool, kept: tuple, dys: tuple
-) -> tuple:
+def _backward(kernels: Kernels, silu: bool, interpret: bool, kept: tuple, dy: jax.Array) -> tuple:
     x, taps, reach = kept
     ahead = jnp.pad(reach, ((0, 0), (0, taps.shape[0] - 1)), constant_values=-1)
-    dx, dtaps = kernels.gradients(x, taps, ahead, dys, silu, interpret)
+    dx, dtaps = kernels.gradients(x, taps, ahead, dy, silu, interpret)
     return dx, jnp.sum(dtaps, axis=(0, 1)), np.zeros(reach.shape, jax.dtypes.float0)
 
 

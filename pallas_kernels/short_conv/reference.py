@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.short_conv.call import ConvCall
 
 
-def short_conv(call: ConvCall) -> tuple[jax.Array, ...]:
+def short_conv(call: ConvCall) -> jax.Array:
     """See `pallas_kernels.short_conv`; a `lax.scan` over the T axis with the last W inputs as its state."""
     dtype = jnp.float64 if call.x.dtype == jnp.float64 else jnp.float32
     batch, _, features = call.x.shape
@@ -26,4 +26,4 @@ def short_conv(call: ConvCall) -> tuple[jax.Array, ...]:
         return jnp.roll(window, -1, axis=1), jax.nn.silu(y) if call.silu else y
 
     _, y = jax.lax.scan(token, window, (jnp.moveaxis(call.x, 1, 0), jnp.moveaxis(call.positions, 1, 0)))
-    return call.apart(jnp.moveaxis(y, 0, 1).astype(call.x.dtype))
+    return jnp.moveaxis(y, 0, 1).astype(call.x.dtype)

@@ -31,7 +31,7 @@ def supports(call: ConvCall) -> str | None:
     return kernels.refusal(call, WARP)
 
 
-def short_conv(call: ConvCall) -> tuple[jax.Array, ...]:
+def short_conv(call: ConvCall) -> jax.Array:
     """See `pallas_kernels.short_conv`."""
     return kernels.short_conv(Kernels(convolve, gradients), call)
 
@@ -41,18 +41,15 @@ def self_test() -> str | None:
     return requirements.self_test("short_conv", lambda: kernels.trial(short_conv))
 
 
-def convolve(
-    x: jax.Array, taps: jax.Array, reach: jax.Array, widths: Any, silu: bool, interpret: bool
-) -> tuple[jax.Array]:
-    """See `Kernels`; of one part."""
-    return (_run("short_conv", (x, taps, reach), {"y": x}, silu, interpret)["y"],)
+def convolve(x: jax.Array, taps: jax.Array, reach: jax.Array, silu: bool, interpret: bool) -> jax.Array:
+    """See `Kernels`."""
+    return _run("short_conv", (x, taps, reach), {"y": x}, silu, interpret)["y"]
 
 
 def gradients(
-    x: jax.Array, taps: jax.Array, reach: jax.Array, dys: tuple[jax.Array], silu: bool, interpret: bool
+    x: jax.Array, taps: jax.Array, reach: jax.Array, dy: jax.Array, silu: bool, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """See `Kernels`; of one part."""
-    (dy,) = dys
+    """See `Kernels`."""
     batch, length, features = x.shape
     parts = jax.ShapeDtypeStruct((batch, length // RUN, taps.shape[0], features), F32)
     out = _run("short_conv_gradients", (x, taps, reach, dy), {"dx": x, "dtaps": parts}, silu, interpret)
@@ -97,5 +94,4 @@ def _strip(length: int) -> Strip:
 
     row = lambda ref, n: ref[n, :]
     number = lambda ref, t: ref[t]
-    both: dict[str, Any] = {"load": row, "load_own": row, "store": put, "store_own": put}
-    return Strip(pl.program_id(0) * RUN, length, **both, tap=row, reach=number, put=put)
+    return Strip(pl.program_id(0) * RUN, length, load=row, store=put, tap=row, reach=number, put=put)

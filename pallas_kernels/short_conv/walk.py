@@ -22,8 +22,7 @@ F32 = jnp.float32
 class Strip:
     """What a block of threads works on: RUN tokens of a row of ``length`` from ``start``, some features.
 
-    load(ref, t), store(ref, t, value): these features of token t; load_own, store_own: where they are in the
-        part of the result that they belong to.  tap(ref, w): those of row w of the taps.
+    load(ref, t), store(ref, t, value): these features of token t.  tap(ref, w): those of row w of the taps.
     put(ref, w, value): as much of the block's gradient of the taps.  reach(ref, t): a number.
     """
 
@@ -31,8 +30,6 @@ class Strip:
     length: int
     load: Callable[[Any, Any], Any]
     store: Callable[[Any, Any, Any], None]
-    load_own: Callable[[Any, Any], Any]
-    store_own: Callable[[Any, Any, Any], None]
     tap: Callable[[Any, int], Any]
     reach: Callable[[Any, Any], Any]
     put: Callable[[Any, int, Any], None]
@@ -60,7 +57,7 @@ def convolve(strip: Strip, width: int, silu: bool, x: Any, taps: Any, reach: Any
         for t, x_t, reach_t in zip(tokens, xs, reaches, strict=True):
             window = (x_t.astype(F32), *before)
             total = _dot(_seen(window, reach_t), factors)
-            strip.store_own(y, t, total * _sigmoid(total) if silu else total)
+            strip.store(y, t, total * _sigmoid(total) if silu else total)
             before = window[:-1]
         return before
 
@@ -99,13 +96,13 @@ def gradients(
     state = strip.before(x, width), (zero,) * ahead, (zero,) * width
     for i in range(ahead):
         t = strip.start + i
-        x_t, dy_t = strip.load(x, t), strip.load_own(dy, t)
+        x_t, dy_t = strip.load(x, t), strip.load(dy, t)
         _, state = token(x_t, dy_t, strip.reach(reach, t), state, strip.start == 0)
 
     def group(g: jax.Array, state: tuple) -> tuple:
         tokens = [strip.start + ahead + g * GROUP_BACK + i for i in range(GROUP_BACK)]
         inside = [jnp.minimum(t, strip.length - 1) for t in tokens]
-        xs, dys = [strip.load(x, t) for t in inside], [strip.load_own(dy, t) for t in inside]
+        xs, dys = ([strip.load(ref, t) for t in inside] for ref in (x, dy))
         reaches = [strip.reach(reach, t) for t in tokens]
 
         for t, x_t, dy_t, reach_t in zip(tokens, xs, dys, reaches, strict=True):

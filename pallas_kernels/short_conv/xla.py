@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from pallas_kernels.short_conv.call import ConvCall
 
 
-def short_conv(call: ConvCall) -> tuple[jax.Array, ...]:
+def short_conv(call: ConvCall) -> jax.Array:
     """See `pallas_kernels.short_conv`."""
     if call.history is None:
         # Without the checkpoint, the backward pass would keep a float32 copy of the input for every tap.
         y = jax.checkpoint(_taps)(call.x, call.kernel, call.positions)
     else:
         y = _taps(jnp.concatenate([call.history, call.x], axis=1), call.kernel, call.positions)
-    return call.apart(jax.nn.silu(y) if call.silu else y)
+    return jax.nn.silu(y) if call.silu else y
 
 
 def _taps(x_BSF: jax.Array, kernel_WF: jax.Array, positions_BT: jax.Array) -> jax.Array:
