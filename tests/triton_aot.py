@@ -21,6 +21,11 @@ KINDS = {
 }
 # To parametrise with: one target in every run, the others with the slow tests.
 TARGETS = [pytest.param(each, marks=[pytest.mark.slow] * (each != "8.0")) for each in LIMITS]
+SCRIPT = """#!/bin/sh
+case "$*" in *" -o "*) {real} "$@" -v 2> "{folder}/$$.report" || {{ cat "{folder}/$$.report" >&2; exit 1; }};;
+  *) exec {real} "$@";;  # XLA asks for its version, and for that of PTX
+esac
+"""
 
 
 class Kernel(NamedTuple):
@@ -55,7 +60,7 @@ def compile_for(capability, function, arguments, folder):
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     (folder / "bin").mkdir()
     script = folder / "bin" / "ptxas"
-    script.write_text(f'#!/bin/sh\nexec {real} "$@" -v 2> "{folder}/$$.report"\n')
+    script.write_text(SCRIPT.format(real=real, folder=folder))
     script.chmod(0o755)
     kind = jax.sharding.AbstractDevice(device_kind=KINDS[capability], num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
-from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.launch import launch, warpgroup_products
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
     F32,
@@ -162,19 +162,21 @@ def _per_head(spec: Spec, refs: Any, decay: Any) -> tuple[Any, ...]:
 def _per_channel(spec: Spec, refs: Any) -> tuple[Any, ...]:
     """As `_per_head`; each level of pairs has its products, of factors in [0, 1] only."""
     i, j = grid()
+    width = SLICE if warpgroup_products() else SLICE // 2  # else too few registers are left
     zeros = (jnp.zeros((C, C), F32),) * (1 + spec.delta)
 
     def level(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
         where = spans(n)
 
         def add(m: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
-            decay = jnp.exp(sums(where, clamped(refs.steps[part(m)])))
-            near = (refs.k[part(m)] * decay).astype(BF16)
-            rows = (refs.q[part(m)] * decay, near)
+            mine = part(m, width)
+            decay = jnp.exp(sums(where, clamped(refs.steps[mine])))
+            near = (refs.k[mine] * decay).astype(BF16)
+            rows = (refs.q[mine] * decay, near)
             return tuple(a + dot(x, near, (1, 1)) for a, x in zip(products, rows, strict=False))
 
         at = pairs(n)
-        news = slices(refs.q, add, zeros)
+        news = slices(refs.q, add, zeros, width)
         return tuple(jnp.where(at, new, a) for new, a in zip(news, products, strict=True))
 
     def same(n: Any, total: Any) -> Any:

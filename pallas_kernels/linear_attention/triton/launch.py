@@ -7,6 +7,18 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.dispatch import here
+
+
+def warpgroup_products() -> bool:
+    """Whether the GPU has products of 64 rows to a warpgroup, which read shared memory, not registers."""
+    return here().capability in ("9.0", "10.0", "10.3")
+
+
+def warps_of_chunks() -> int:
+    """Warps for tiles of 64 rows: Hopper's products would be repeated by more than four."""
+    return 4 if here().capability == "9.0" else 8
+
 
 def launch(
     kernel: Callable[..., None],
@@ -15,7 +27,7 @@ def launch(
     in_specs: list[Any],
     out_specs: dict[str, pl.BlockSpec],
     out_shape: dict[str, jax.ShapeDtypeStruct],
-    warps: int = 4,
+    warps: int | None = None,
     stages: int = 1,
     slices: int = 1,
     aliases: Mapping[int, int] | None = None,
@@ -46,7 +58,7 @@ def launch(
             in_specs=jax.tree.map(joined, in_specs, is_leaf=is_spec),
             out_specs=jax.tree.map(joined, out_specs, is_leaf=is_spec),
             out_shape=jax.tree.map(like, out_shape),
-            compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+            compiler_params=plgpu.CompilerParams(num_warps=warps or warps_of_chunks(), num_stages=stages),
             interpret=interpret,
             name=name,
             input_output_aliases=aliases or {},

@@ -73,6 +73,7 @@ def over_chunks(
         in_specs=[{what: blocks[what] for what in given}],
         out_specs={what: blocks[what] for what in out},
         out_shape=out,
+        warps=4 if K <= 128 else 8,
         stages=stages_of(K),
         interpret=spec.interpret,
     )(given)

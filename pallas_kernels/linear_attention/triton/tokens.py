@@ -51,14 +51,14 @@ def load(spec: Spec, refs: Any) -> Tokens:
     return Tokens(visible, q_factor, enter * k_unit, leave * k_unit, carry, q_unit, k_unit, beta, decay)
 
 
-def slices(ref: Any, body: Any, start: Any) -> Any:
+def slices(ref: Any, body: Any, start: Any, width: int = SLICE) -> Any:
     """``body`` (number, carry) for each slice of the features of ``ref``."""
-    return jax.lax.fori_loop(0, ref.shape[1] // SLICE, body, start)
+    return jax.lax.fori_loop(0, ref.shape[1] // width, body, start)
 
 
-def part(n: Any) -> tuple[Any, Any]:
+def part(n: Any, width: int = SLICE) -> tuple[Any, Any]:
     """The n-th slice of features, of all tokens."""
-    return slice(None), pl.ds(n * SLICE, SLICE)
+    return slice(None), pl.ds(n * width, width)
 
 
 def clamped(steps: Any) -> tuple[Any, ...]:
