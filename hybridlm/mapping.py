@@ -124,11 +124,11 @@ def _latent(theirs: attention.Config, ours: mla.Config, layer: Layer) -> tuple[d
     if not plain or theirs.window or theirs.forget_gate or theirs.sinks:
         return {}, "attention with qk_norm, output_gate, biases, a window, forget_gate or sinks is no MLA"
     fits = ours.heads(d_model) == num and ours.v_head_dim == dim and ours.qk_rope_head_dim == width
-    if not (
-        fits and ours.kv_lora_rank >= width and rotates and not ours.latent_norm and not ours.q_lora_rank
-    ):
+    bare = not ours.latent_norm and not ours.q_lora_rank and ours.output_gate == "none"
+    if not (fits and ours.kv_lora_rank >= width and rotates and bare):
         needs = f"num_heads={num}, v_head_dim={dim}, qk_rope_head_dim={width}, kv_lora_rank>={width}, "
         needs += f"q_lora_rank=0, latent_norm=False, rope_groups={groups}, rope_theta={theirs.rope_theta:g}"
+        needs += ", output_gate=none" if ours.output_gate != "none" else ""
         needs += f", yarn={theirs.yarn}" if theirs.yarn else ""
         return {}, f"an exact MLA needs {needs}"
     q, k, v, o = (_there(layer.read, f"{name}_proj.kernel") for name in "qkvo")

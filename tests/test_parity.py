@@ -43,6 +43,11 @@ DEEPSEEK = dict(
     v_head_dim=14, n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
     moe_intermediate_size=24, num_hidden_layers=3,
 )  # fmt: skip
+LING = dict(
+    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6,
+    v_head_dim=14, head_dim=16, num_local_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
+    moe_intermediate_size=24, num_hidden_layers=4,
+)  # fmt: skip
 YARN = dict(rope_type="yarn", rope_theta=50.0, factor=8.0, original_max_position_embeddings=16, beta_fast=2.0)
 STRETCHED = DEEPSEEK | dict(qk_rope_head_dim=16, first_k_dense_replace=1)
 MIXTRAL = dict(num_attention_heads=6, num_key_value_heads=2, head_dim=16, num_local_experts=5)
@@ -138,6 +143,23 @@ CASES = {
     "deepseek_v3 YaRN, betas of Kimi K2": (
         "DeepseekV3",
         dict(q_lora_rank=14, rope_parameters=YARN | dict(beta_fast=1.0, beta_slow=1.0), **STRETCHED),
+    ),
+    "bailing_hybrid": ("BailingHybrid", dict(layer_group_size=2, first_k_dense_replace=1, **LING)),
+    "bailing_hybrid other heads, latent query, softplus": (
+        "BailingHybrid",
+        dict(
+            layer_types=["full_attention", "linear_attention", "linear_attention", "full_attention"],
+            mlp_layer_types=["sparse", "dense", "sparse", "dense"], linear_num_heads=3, linear_head_dim=10,
+            short_conv_kernel_size=3, q_lora_rank=20, n_shared_experts=2, norm_topk_prob=False,
+            kda_safe_gate=False, rms_norm_eps=1e-5, **LING,
+        ),
+    ),
+    "bailing_hybrid YaRN": (
+        "BailingHybrid",
+        dict(
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.707), layer_group_size=2,
+            **LING | dict(qk_rope_head_dim=16, num_hidden_layers=2),
+        ),
     ),
     "qwen3 YaRN": ("Qwen3", dict(num_hidden_layers=2, rope_parameters=YARN, **ATTENTION)),
     "qwen3_next YaRN": (

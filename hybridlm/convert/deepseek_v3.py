@@ -5,14 +5,23 @@ Source: transformers 5.24, models/deepseek_v3.
 
 from typing import Any
 
-from hybridlm.convert.family import Architecture, Family, assemble, describe, num_layers, sparse
+from hybridlm.convert.family import (
+    PREDICTING,
+    Architecture,
+    Family,
+    assemble,
+    describe,
+    num_layers,
+    predicting,
+    sparse,
+)
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
 
 def read(fields: Fields) -> Architecture:
     layers, dense = num_layers(fields), fields.get("first_k_dense_replace", 3)
-    fields.ignore("num_nextn_predict_layers", "num_mtp_layers")
+    fields.ignore(*PREDICTING)
     experts = [index >= dense for index in range(layers)]
     found = assemble(fields, "deepseek_v3", ["full_attention"] * layers, experts)
     fields.finish()
@@ -25,4 +34,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     return values | {"first_k_dense_replace": [*sparse(definition), True].index(True)}
 
 
-FAMILY = Family("deepseek_v3", {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"}, read, write)
+FAMILY = Family(
+    "deepseek_v3", {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"}, read, write, unused=predicting
+)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from hybridlm import config as configs
 from hybridlm import model, untrusted
 from hybridlm.convert import (
+    bailing_hybrid,
     deepseek_v3,
     falcon_h1,
     fla,
@@ -36,8 +37,8 @@ FAMILIES: dict[str, Family] = {
     for family in (
         fla.FAMILY, fla_backbone.FAMILY, fla_rwkv.FAMILY, qwen3.FAMILY, *qwen3_next.FAMILIES.values(),
         kimi_linear.FAMILY, olmo_hybrid.FAMILY, *mamba.FAMILIES.values(), *mamba_hybrids.FAMILIES,
-        deepseek_v3.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, minimax.FAMILY, nemotron_h.FAMILY,
-        recurrent_gemma.FAMILY, xlstm.FAMILY, zamba2.FAMILY,
+        deepseek_v3.FAMILY, bailing_hybrid.FAMILY, falcon_h1.FAMILY, lfm2.FAMILY, minimax.FAMILY,
+        nemotron_h.FAMILY, recurrent_gemma.FAMILY, xlstm.FAMILY, zamba2.FAMILY,
     )
     for model_type in family.classes
 }  # fmt: skip

@@ -58,7 +58,7 @@ class Family:
     layers: what they are called.
     embedding_norm: of a family that has one.
     rename: another name that a tensor has in circulation -> its name in the rules.
-    unused: prefixes of tensors that the language model's forward pass has no use for.
+    unused: config.json -> prefixes of tensors that the language model's forward pass has no use for.
     multimodal: model_type of a model around one of these -> model_type of its text_config.
     derived: (Definition, config.json) -> Rules of tensors that follow from these (`rules.derived`).
     """
@@ -74,7 +74,7 @@ class Family:
     layers: str = "layers"
     embedding_norm: str = ""
     rename: Callable[[str], str] = lambda name: name
-    unused: tuple[str, ...] = ()
+    unused: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
     derived: Callable[[model.Definition, Mapping[str, Any]], list[Rule]] = lambda definition, values: []
 
@@ -210,6 +210,38 @@ def describe(definition: model.Definition, family: Family, model_type: str) -> d
 
 def num_layers(fields: Fields) -> int:
     return fields.size("num_hidden_layers", MAX_LAYERS)
+
+
+PREDICTING = "num_nextn_predict_layers", "num_mtp_layers"
+
+
+def predicting(values: Mapping[str, Any], default: int = 0) -> tuple[str, ...]:
+    """Prefixes of layers that predict further tokens, which stand after the others and are in no pass."""
+    count = Fields(values).either(*PREDICTING, default, MAX_LAYERS)
+    first = values["num_hidden_layers"]
+    return tuple(f"model.layers.{index}." for index in range(first, first + count))
+
+
+def first_dense(fields: Fields, layers: int, default: int) -> list[bool]:
+    """Of each layer, whether it has experts, in either way of saying it; default: layers that have none."""
+    dense = fields.get("first_k_dense_replace", default)
+    named = fields.layers("mlp_layer_types", ("dense", "sparse"), layers)
+    return [one == "sparse" for one in named] if named else [index >= dense for index in range(layers)]
+
+
+def first_dense_fields(definition: model.Definition) -> dict[str, Any]:
+    experts = sparse(definition)
+    return {
+        "mlp_layer_types": ["sparse" if one else "dense" for one in experts],
+        "first_k_dense_replace": [*experts, True].index(True),
+    }
+
+
+def untied(definition: model.Definition) -> None:
+    """ConfigError where the head is the embedding: transformers would start one of its own, at random."""
+    if definition.model.tie_embeddings:
+        fix = "Train with model.tie_embeddings=False."
+        raise ConfigError("model.tie_embeddings", True, "this format has a head of its own", fix)
 
 
 def definitions(fields: Fields, format: str, d_model: int, eps: float) -> dict[str, ConfigDict]:

@@ -51,7 +51,7 @@ def match(folder: tensors.Folder, source: Source, planned: Plan) -> dict[str, St
     found: dict[str, Stored] = {}
     problems: dict[str, list[str]] = {}
     say = lambda what, line: problems.setdefault(what, []).append(untrusted.terminal(line))
-    unused = source.family.unused
+    unused = source.family.unused(source.values)
     dropped = [name for name in folder.tensors if unused and name.startswith(unused)]
     for name, tensor in folder.tensors.items():
         alias = name if name in planned.shapes else source.family.rename(name)

@@ -6,17 +6,20 @@ Sources: transformers 5.23, models/kimi_linear; the checkpoint layout is that of
 from typing import Any
 
 from hybridlm.convert.family import (
+    PREDICTING,
     Architecture,
     Family,
     assemble,
     describe,
     every_type,
+    first_dense,
+    first_dense_fields,
     kinds,
     num_layers,
-    sparse,
+    predicting,
+    untied,
 )
 from hybridlm.convert.fields import Fields
-from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -25,13 +28,8 @@ FULL, LINEAR = "full_attention", "linear_attention"
 def read(fields: Fields) -> Architecture:
     layers = num_layers(fields)
     types = _layer_types(fields, layers)
-    fields.ignore("model_max_length", "num_nextn_predict_layers", "num_mtp_layers")
-    first_dense = fields.get("first_k_dense_replace", 1)
-    mlp_types = fields.layers("mlp_layer_types", ("dense", "sparse"), layers) or [
-        "dense" if index < first_dense else "sparse" for index in range(layers)
-    ]
-    experts = [one == "sparse" for one in mlp_types]
-    found = assemble(fields, "kimi_linear", types, experts, eps=1e-5)
+    fields.ignore("model_max_length", *PREDICTING)
+    found = assemble(fields, "kimi_linear", types, first_dense(fields, layers, 1), eps=1e-5)
     fields.finish()
     return found
 
@@ -53,17 +51,11 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     every_type(definition, "kimi_linear")
-    if definition.model.tie_embeddings:  # transformers would start a head of its own, at random
-        fix = "Train with model.tie_embeddings=False."
-        raise ConfigError("model.tie_embeddings", True, "this format has a head of its own", fix)
-    experts = sparse(definition)
+    untied(definition)
     values = describe(definition, FAMILY, model_type)
     places = lambda wanted: [at + 1 for at, one in enumerate(values["layer_types"]) if one == wanted]
     values["linear_attn_config"] |= {"full_attn_layers": places(FULL), "kda_layers": places(LINEAR)}
-    return values | {
-        "mlp_layer_types": ["sparse" if one else "dense" for one in experts],
-        "first_k_dense_replace": [*experts, True].index(True),
-    }
+    return values | first_dense_fields(definition)
 
 
 def rename(name: str) -> str:
@@ -71,4 +63,4 @@ def rename(name: str) -> str:
     return name.replace(".block_sparse_moe.", ".mlp.")
 
 
-FAMILY = Family("kimi_linear", {"kimi_linear": "KimiLinear"}, read, write, rename=rename)
+FAMILY = Family("kimi_linear", {"kimi_linear": "KimiLinear"}, read, write, rename=rename, unused=predicting)

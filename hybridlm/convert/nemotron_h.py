@@ -115,6 +115,6 @@ FAMILY = NemotronH(
     read,
     write,
     norms=lambda layer_type: ("norm", "norm"),
-    unused=("mtp.",),
+    unused=lambda values: ("mtp.",),
     **BACKBONE | {"rename": lambda name: name.replace("model.", "backbone.", 1)},
 )

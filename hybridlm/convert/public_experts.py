@@ -43,7 +43,7 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[A
         )
 
     def names(config: "Config", d_model: int) -> list[rules.Rule]:
-        each = _swiglus(config, ("gate_proj", "up_proj", "down_proj"))
+        each = _swiglus(config, LLAMA)
         shared = [
             *swiglu_rules("shared.", "shared_expert."),
             rules.linear("shared_gate", "shared_expert_gate"),
@@ -53,21 +53,25 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[A
     return Format(read, write, names, "mlp.", "sparse")
 
 
-def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+def _kimi_read(
+    fields: Fields, d_model: int, eps: float,
+    num_experts: int = 256, hidden: int = 1024, scale: float = 2.446, groups: tuple[int, int] = (1, 1),
+) -> dict[str, Any]:  # fmt: skip
+    """num_experts, hidden, scale, groups: where nothing is said."""
     for name, value in (("moe_router_activation_func", "sigmoid"), ("moe_layer_freq", 1)):
         fields.only(name, value)
     fields.ignore("use_grouped_topk", "topk_method", "aux_loss_alpha", "seq_aux", "output_router_logits")
-    hidden = fields.get("moe_intermediate_size", 1024)
+    hidden = fields.get("moe_intermediate_size", hidden)
     return {
-        "num_experts": fields.either("num_experts", "num_local_experts", 256, MAX_EXPERTS),
+        "num_experts": fields.either("num_experts", "num_local_experts", num_experts, MAX_EXPERTS),
         "top_k": fields.either("num_experts_per_token", "num_experts_per_tok", 8),
         "hidden": hidden,
         "router": "sigmoid",
         "normalize": fields.either("moe_renormalize", "norm_topk_prob", True),
-        "scale": fields.get("routed_scaling_factor", 2.446),
+        "scale": fields.get("routed_scaling_factor", scale),
         "selection_bias": True,
-        "num_groups": fields.either("num_expert_group", "n_group", 1),
-        "top_groups": fields.get("topk_group", 1),
+        "num_groups": fields.either("num_expert_group", "n_group", groups[0]),
+        "top_groups": fields.get("topk_group", groups[1]),
         "shared_hidden": hidden * fields.either("num_shared_experts", "n_shared_experts", 1),
         "balance_loss": 0.0,
     }
@@ -84,6 +88,19 @@ KIMI = {  # of DeepSeek-V3's names, which others have, those that are other word
     "norm_topk_prob": "moe_renormalize",
     "n_group": "num_expert_group",
 }
+
+
+def _ling_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    for name in ("score_function", "scoring_func"):
+        fields.only(name, "sigmoid")
+    fields.only("topk_method", "noaux_tc")
+    fields.only("moe_router_enable_expert_bias", True)
+    fields.ignore("router_dtype")
+    found = _kimi_read(fields, d_model, eps, num_experts=512, hidden=768, scale=2.5, groups=(8, 4))
+    if not found["shared_hidden"]:
+        raise fields.refuse("num_shared_experts", "must be at least 1")
+    fields.only("moe_shared_expert_intermediate_size", None, found["shared_hidden"])
+    return found
 
 
 def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -154,10 +171,16 @@ def _nemotron_rules(config: "Config", d_model: int) -> list[rules.Rule]:
 
 
 MIXTRAL = "w1", "w3", "w2"
+LLAMA = "gate_proj", "up_proj", "down_proj"
 
 
-def _kimi_rules(config: "Config", d_model: int, names: tuple[str, str, str] = MIXTRAL) -> list[rules.Rule]:
-    router = [rules.linear("router", "gate"), rules.same("selection_bias", "gate.e_score_correction_bias")]
+def _kimi_rules(
+    config: "Config",
+    d_model: int,
+    names: tuple[str, str, str] = MIXTRAL,
+    bias: str = "e_score_correction_bias",
+) -> list[rules.Rule]:
+    router = [rules.linear("router", "gate"), rules.same("selection_bias", f"gate.{bias}")]
     shared = swiglu_rules("shared.", "shared_experts.") if config.shared_hidden else []
     return [*router, *_swiglus(config, names), *shared]
 
@@ -201,7 +224,7 @@ def _jamba_write(config: "Config", d_model: int) -> dict[str, Any]:
 
 
 def _jamba_rules(config: "Config", d_model: int) -> list[rules.Rule]:
-    return [rules.linear("router", "router"), *_swiglus(config, ("gate_proj", "up_proj", "down_proj"))]
+    return [rules.linear("router", "router"), *_swiglus(config, LLAMA)]
 
 
 def _minimax_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -263,7 +286,14 @@ FORMATS: dict[str, Format[Any]] = {
     "deepseek_v3": Format(
         _deepseek_read,
         _deepseek_write,
-        functools.partial(_kimi_rules, names=("gate_proj", "up_proj", "down_proj")),
+        functools.partial(_kimi_rules, names=LLAMA),
+        "mlp.",
+        "sparse",
+    ),
+    "bailing_hybrid": Format(
+        _ling_read,
+        _kimi_write,
+        functools.partial(_kimi_rules, names=LLAMA, bias="expert_bias"),
         "mlp.",
         "sparse",
     ),

@@ -58,7 +58,7 @@ def _family(format: str, model_type: str, prefix: str, **multimodal: str) -> Fam
         read,
         write,
         rename=lambda name: name.replace("model.language_model.", "model."),
-        unused=("mtp.", "model.visual."),
+        unused=lambda values: ("mtp.", "model.visual."),
         multimodal=multimodal,
     )
 

@@ -4,6 +4,7 @@ S_t = (I - beta_t k_t k_t^T) Diag(a_t) S_{t-1} + beta_t k_t v_t^T      one decay
 log a_t = -exp(A_log) softplus(f_t + dt_bias)                          or, with a lower bound b < 0,
 log a_t = b sigmoid(exp(A_log) (f_t + dt_bias)),       f_t = W_f2 W_f1 x_t,   beta_t = sigmoid(W_b x_t)
 y = W_o (rmsnorm(o) * sigmoid(W_g2 W_g1 x)),   q, k, v = silu(conv(W x)),  q and k of unit length
+Ling 3 (transformers 5.24, models/bailing_hybrid) has one matrix in place of W_f2 W_f1, and of W_g2 W_g1.
 """
 
 import dataclasses
@@ -37,11 +38,13 @@ class Config(linear_mixer.GroupedConfig):
     """Kimi Delta Attention. v_head_dim is also the middle width of the low-rank gates.
 
     lower_bound: 0 for the softplus decay gate; below 0 (FLA's safe gate has -5) the log decay stays above it.
+    decay_rank: middle width of the decay's matrices; 0 is v_head_dim, -1 one full-rank matrix (Ling 3).
     output_gate_rank: middle width of the output gate; 0 is v_head_dim, -1 one full-rank matrix (Kimi K3).
     output_gate_bias: bias of the output gate's second matrix (FLA has it, Kimi's released weights do not).
     """
 
     lower_bound: Annotated[float, Limits(-1e9, 0)] = 0.0
+    decay_rank: Annotated[int, Limits(-1, INT32)] = 0
     output_gate: OutputGate = "sigmoid"
     output_gate_rank: Annotated[int, Limits(-1, INT32)] = 0
     output_gate_bias: bool = True
@@ -53,10 +56,15 @@ class Config(linear_mixer.GroupedConfig):
         rank = 0 if same_rank or self.output_gate == "none" else self.output_gate_rank
         has_bias = self.output_gate != "none" and rank >= 0
         bias = self.output_gate_bias if has_bias else Config.output_gate_bias
-        return dataclasses.replace(explicit, output_gate_rank=rank, output_gate_bias=bias)
+        decay = 0 if self.decay_rank == explicit.v_head_dim else self.decay_rank
+        return dataclasses.replace(explicit, decay_rank=decay, output_gate_rank=rank, output_gate_bias=bias)
+
+    @property
+    def decay_matrices(self) -> tuple[str, ...]:
+        return ("f_proj.kernel",) if self.decay_rank < 0 else ("f_a_proj.kernel", "f_b_proj.kernel")
 
     def near_attention(self) -> dict[str, float]:
-        found = near_none("b_proj.kernel") | {"f_b_proj.kernel": 0.0}
+        found = near_none("b_proj.kernel") | {self.decay_matrices[-1]: 0.0}
         if bound := -self.lower_bound:
             found["dt_bias"] = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
         return found
@@ -64,7 +72,7 @@ class Config(linear_mixer.GroupedConfig):
     def gates_of_keys(self) -> KeyGates | None:
         if self.lower_bound:
             return None
-        return softplus_of_keys(("f_a_proj.kernel", "f_b_proj.kernel"), "b_proj.kernel")
+        return softplus_of_keys(self.decay_matrices, "b_proj.kernel")
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -125,9 +133,47 @@ def _kimi_rules(config: Config, d_model: int) -> list[Rule]:
     ]
 
 
+def _ling_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    """head_dim is these layers' unless linear_head_dim stands beside it, as where transformers wrote both."""
+    fields.only("no_kda_lora", True)
+    fields.only("linear_attention", "kda")
+    safe, bound = fields.get("kda_safe_gate", True), fields.get("kda_lower_bound", -5.0)
+    if safe and bound >= 0:
+        raise fields.refuse("kda_lower_bound", "must be below 0, or kda_safe_gate false")
+    heads, width = fields.size("num_attention_heads", default=32), fields.size("head_dim", default=128)
+    taps = fields.size("short_conv_kernel_size", default=4)
+    return {
+        "num_heads": fields.size("linear_num_heads", default=heads),
+        "head_dim": fields.size("linear_head_dim", default=width),
+        "conv_size": fields.size("linear_conv_kernel_dim", default=taps),
+        "lower_bound": bound if safe else 0.0,
+        "decay_rank": -1,
+        "output_gate_rank": -1,
+        "norm_eps": eps,
+    }
+
+
+def _ling_write(config: Config, d_model: int) -> dict[str, Any]:
+    sizes = {"linear_num_heads": config.num_heads, "linear_head_dim": config.head_dim}
+    taps = dict.fromkeys(("linear_conv_kernel_dim", "short_conv_kernel_size"), config.conv_size)
+    gate = {"kda_safe_gate": config.lower_bound < 0, "kda_lower_bound": config.lower_bound or -5.0}
+    return sizes | taps | gate | {"head_dim": config.head_dim}
+
+
+def _ling_rules(config: Config, d_model: int) -> list[Rule]:
+    return [
+        *linears("qkvbfg"),
+        linear("o_proj", "dense"),
+        *short_convs("qkv", "qkv", config.conv_size),
+        norm("o_norm", "o_norm"),
+        *(same(name, name, loose=True) for name in ("A_log", "dt_bias")),
+    ]
+
+
 class Mixer(LinearMixer):
     config_class = Config
     public: ClassVar = {
+        "bailing_hybrid": Format(_ling_read, _ling_write, _ling_rules, "attention.", "linear_attention"),
         "fla": Format(_fla_read, _fla_write, _fla_rules, "attn.", "kda", "KDA"),
         "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "self_attn.", "linear_attention"),
     }
@@ -144,8 +190,12 @@ class Mixer(LinearMixer):
         )
         self.neg_eigval, self.lower_bound = config.neg_eigval, config.lower_bound
         decay_width = heads.num_v * heads.key
-        self.f_a_proj = Linear(d_model, heads.value, rngs=rngs, axes=("embed", None))
-        self.f_b_proj = Linear(heads.value, decay_width, rngs=rngs, axes=(None, "heads"))
+        self.decay_rank = max(config.decay_rank or heads.value, 0)
+        if rank := self.decay_rank:
+            self.f_a_proj = Linear(d_model, rank, rngs=rngs, axes=("embed", None))
+            self.f_b_proj = Linear(rank, decay_width, rngs=rngs, axes=(None, "heads"))
+        else:
+            self.f_proj = Linear(d_model, decay_width, rngs=rngs)
         self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
         A_log_init = zeros if config.lower_bound else linear_mixer.log_uniform(1, 16)
         self.A_log = param(rngs, (heads.num_v,), ("heads",), A_log_init, decay=False)
@@ -153,13 +203,15 @@ class Mixer(LinearMixer):
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         gated = self.output_gate != "none" and self.gate_rank
-        narrow = [self.f_a_proj, self.b_proj, *([self.g_a_proj] if gated else [])]
-        f_BTR, b_BTH, *g_BTR = side_by_side(x_BTD, narrow)
-        f_BTHK = split_heads(self.f_b_proj(f_BTR), self.heads.key)
+        low = [self.f_a_proj] if self.decay_rank else []
+        narrow = [*low, self.b_proj, *([self.g_a_proj] if gated else [])]
+        made = side_by_side(x_BTD, narrow)
+        f_BTF = self.f_b_proj(made[0]) if low else self.f_proj(x_BTD)
+        f_BTHK = split_heads(f_BTF, self.heads.key)
         dt_bias_HK = split_heads(self.dt_bias[...], self.heads.key)
         log_decay_BTHK = channel_decay(f_BTHK, self.A_log[...], dt_bias_HK, self.lower_bound)
-        beta = linear_mixer.write_strength(b_BTH, self.neg_eigval)
-        return Inputs(q, k, v, log_decay_BTHK, beta, gate=g_BTR[0] if gated else None)
+        beta = linear_mixer.write_strength(made[len(low)], self.neg_eigval)
+        return Inputs(q, k, v, log_decay_BTHK, beta, gate=made[-1] if gated else None)
 
 
 def channel_decay(

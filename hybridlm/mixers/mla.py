@@ -3,6 +3,7 @@
     c_s = rmsnorm(W_kv_a x_s)        the latent, all that is cached besides the shared key channels r_s
     k_s = [W_k_b c_s, r_s],  v_s = W_v_b c_s,  r_s = rope(W_r x_s) one for all heads
     q_t = [n_t, rope(p_t)] per head,   o_t = sum_s softmax_s(q_t . k_s / sqrt(dim)) v_s
+    y_t = W_o (o_t * sigmoid(W_g x_t))      the gate is optional, one number a head (Ling 3)
 
 With a cache, W_k_b is moved onto the query and W_v_b onto the output, so that attention runs on the latents
 themselves, as if with one key/value head. A layer can reuse an earlier one's c and r (`hybridlm.pattern` has
@@ -10,7 +11,7 @@ the notation; CLLA, arXiv 2410.15252): it has its own W_k_b and W_v_b, and keeps
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ class Config(mixers.Config):
     rope_groups: parts of the shared channels that rotate each like a head of its own, as after TransMLA.
     yarn: FACTOR, CONTEXT, BETA_FAST=32, BETA_SLOW=1, MSCALE=1, MSCALE_ALL=1: rotations stretched for contexts
         FACTOR times as long as CONTEXT (`hybridlm.rotary`; DeepSeek-V3, Kimi K2); none: as they are.
+    output_gate: "none", or "head": what a head reads is scaled by a sigmoid of the layer's input.
     """
 
     num_heads: Count = 0
@@ -62,6 +64,7 @@ class Config(mixers.Config):
     latent_norm: bool = True
     rope_groups: Positive = 1
     yarn: tuple[NonNegative, ...] = ()
+    output_gate: Literal["none", "head"] = "none"
 
     def heads(self, d_model: int) -> int:
         return self.num_heads or d_model // self.v_head_dim
@@ -210,21 +213,24 @@ def _fla_rules(config: Config, d_model: int) -> list[Rule]:
     ]
 
 
-def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+def _deepseek_read(
+    fields: Fields, d_model: int, eps: float, heads: int = 128, q_rank: int = 1536, theta: float = 10000.0
+) -> dict[str, Any]:
+    """heads, q_rank, theta: where nothing is said."""
     fields.only("attention_bias", False)
     fields.only("rope_interleave", True)
     fields.ignore("head_dim", "qk_head_dim")
-    heads = fields.size("num_attention_heads", default=128)
+    heads = fields.size("num_attention_heads", default=heads)
     fields.only("num_key_value_heads", None, heads)
     direct = "q_lora_rank" in fields.values and fields.values["q_lora_rank"] is None
     return {
         "num_heads": heads,
-        "q_lora_rank": fields.get("q_lora_rank", 0 if direct else 1536),
+        "q_lora_rank": fields.get("q_lora_rank", 0 if direct else q_rank),
         "kv_lora_rank": fields.size("kv_lora_rank", default=512),
         "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
         "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
         "v_head_dim": fields.size("v_head_dim", default=128),
-        "rope_theta": fields.rope(stretched=True)[0],
+        "rope_theta": fields.rope(theta=theta, stretched=True)[0],
         "yarn": fields.yarn(every=True),
         "norm_eps": KIMI_NORM_EPS,
     }
@@ -257,9 +263,23 @@ def _deepseek_rules(config: Config, d_model: int) -> list[Rule]:
     return [turned(rule) if rule.ours[0] in order else rule for rule in _kimi_rules(config, d_model)]
 
 
+def _ling_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
+    fields.only("gated_attention_proj_granularity_type", "head_wise")
+    for name in ("use_bias", "use_qkv_bias"):
+        fields.only(name, False)
+    settings = _deepseek_read(fields, d_model, eps, heads=32, q_rank=0, theta=6e6)
+    return settings | {"output_gate": "head"}
+
+
+def _ling_rules(config: Config, d_model: int) -> list[Rule]:
+    before = [rule for rule in _deepseek_rules(config, d_model) if rule.ours != ("o_proj.kernel",)]
+    return [*before, linear("g_proj", "g_proj"), linear("o_proj", "dense")]
+
+
 class Mixer(TokenMixer):
     config_class = Config
     public: ClassVar = {
+        "bailing_hybrid": Format(_ling_read, _deepseek_write, _ling_rules, "attention.", "full_attention"),
         "deepseek_v3": Format(
             _deepseek_read, _deepseek_write, _deepseek_rules, "self_attn.", "full_attention"
         ),
@@ -285,6 +305,8 @@ class Mixer(TokenMixer):
             self.kv_a_norm = RMSNorm(rank, rngs=rngs, eps=config.norm_eps)
         up_width = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = Linear(rank, up_width, rngs=rngs, axes=(None, "heads"))
+        if config.output_gate != "none":
+            self.g_proj = Linear(d_model, heads, rngs=rngs)
         self.o_proj = Linear(heads * config.v_head_dim, d_model, rngs=rngs, axes=("heads", "embed"))
 
     def __call__(
@@ -316,14 +338,19 @@ class Mixer(TokenMixer):
             context.record("scale", jnp.float32(scale))
             record_largest(context, q_BTHK, k_BTHK, scale=scale)
             o_BTHV = attend(q_BTHK, k_BTHK, v_BTHV, rows, scale=scale)
-            return self.o_proj(merge_heads(o_BTHV)), None
+            return self._leave(x_BTD, o_BTHV), None
         q_BTHR = jnp.einsum("bthn,rhn->bthr", q_BTHN, up_k_RHN)
         q_BTHC = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
         k_BS1C = latent_BSC[:, :, None].astype(x_BTD.dtype)
         # Values are the keys, whole: a part of them would be copied at every step.
         o_BTHR = attend_held(q_BTHC, k_BS1C, k_BS1C, held, rows, scale=scale)[..., :rank]
         o_BTHV = jnp.einsum("bthr,rhv->bthv", o_BTHR, up_v_RHV)
-        return self.o_proj(merge_heads(o_BTHV)), cache
+        return self._leave(x_BTD, o_BTHV), cache
+
+    def _leave(self, x_BTD: jax.Array, o_BTHV: jax.Array) -> jax.Array:
+        if self.config.output_gate != "none":
+            o_BTHV = o_BTHV * jax.nn.sigmoid(self.g_proj(x_BTD))[..., None]
+        return self.o_proj(merge_heads(o_BTHV))
 
     def _latent(self, x_BTD: jax.Array, rows: Rows) -> jax.Array:
         """[B, T, kv_lora_rank + qk_rope_head_dim]: what one token leaves behind."""
