@@ -66,6 +66,7 @@ def compile_for(capability, function, arguments, folder):
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
     with jax.sharding.use_abstract_mesh(mesh), compiled_for(Device("gpu", capability)):
         asked = {"xla_dump_to": os.fspath(folder / "dump"), "xla_gpu_cuda_data_dir": os.fspath(folder)}
+        asked["xla_backend_optimization_level"] = 3  # the suite's own is for programs on CPUs
         jax.jit(function).trace(*placed).lower().compile(compiler_options=asked)
     [sequence] = (folder / "dump").glob("*thunk_sequence.txt")
     launches = re.findall(r"\] (\w+) grid: .*threads: \[(\d+).*shared_memory: (\d+)", sequence.read_text())
