@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).parent / "golden" / "models"
 NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "minimax", "nemotron_h",
          "qwen3_next", "zamba2")  # fmt: skip
 RUN = ("fla_gated_deltaproduct", "fla_mamba2", "fla_mla", "fla_rwkv6")  # all of these, once in a while
-OTHERS = ("deepseek_v3", "falcon_mamba", "granitemoehybrid", "recurrent_gemma", "xlstm")
+OTHERS = ("bailing_hybrid", "deepseek_v3", "falcon_mamba", "granitemoehybrid", "recurrent_gemma", "xlstm")
 slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -82,7 +82,9 @@ def test_logits_and_bytes(name: str, root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["kimi_linear", "minimax", "zamba2", *slow("fla_rwkv7", *RUN)])
+@pytest.mark.parametrize(
+    "name", ["kimi_linear", "minimax", "zamba2", *slow("bailing_hybrid", "fla_rwkv7", *RUN)]
+)
 def test_greedy_continuation(name: str, root: Path) -> None:
     """Prefilled and decoded: KDA, MLA and experts; normed streams; a shared block; an MLP with memory."""
     run = imported(name, root)
@@ -189,6 +191,28 @@ def test_tensors_that_follow_from_the_config(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         tensors.Folder(tmp_path / "out").read("model.norm.weight"), values["model.norm.weight"]
     )
+
+
+@pytest.mark.parametrize("name", ["bailing_hybrid", "deepseek_v3"])
+def test_layers_that_predict_further_tokens_are_left_out(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They stand after the others, as many as config.json says; the next one is unknown."""
+    shutil.copytree(GOLDEN / name, tmp_path / "hf")
+    whole = tensors.Folder(GOLDEN / name)
+    values = {key: whole.read(key).astype(np.float32) for key in whole.tensors}
+    config = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    after = config["num_hidden_layers"]
+    further = {f"model.layers.{after}.eh_proj.weight": np.ones((3, 2), np.float32)}
+    write(tmp_path / "hf", values | further)
+    incoming.import_hf(tmp_path / "hf", tmp_path / "run")
+    assert f"left out, no part of the language model's forward pass: {next(iter(further))}" in caplog.text
+    outgoing.export_hf(tmp_path / "run", tmp_path / "out")
+    assert set(tree(tmp_path / "out")) == set(values)
+    write(tmp_path / "hf", values | {f"model.layers.{after + 1}.eh_proj.weight": np.ones((3, 2))})
+    with pytest.raises(ConfigError, match=f"unknown tensors: model.layers.{after + 1}"):
+        incoming.import_hf(tmp_path / "hf", tmp_path / "other")
 
 
 # Damaged folders. A change gets the folder's tensors and config, and may write files itself.

@@ -249,6 +249,7 @@ def test_parallel_pair():
             "needs as many heads.*num_heads=6, head_dim=4",
         ),
         ("mla", {"v_head_dim": 4}, "needs num_heads=6, v_head_dim=4, qk_rope_head_dim=8"),
+        ("mla", {"output_gate": "head"}, "needs num_heads=6, .*, output_gate=none"),
     ],
 )
 def test_what_cannot_be_mapped_is_said(kind, settings, why):
