@@ -159,9 +159,13 @@ def test_matrix_states(kind):
     assert not problem and "each of 2 heads 3 times" in made["v_proj.kernel"].origin
 
 
-@pytest.mark.parametrize("kind", ["gated_delta_net", "kda", "gla", "comba", "gated_delta_net2"])
-def test_gates_near_none(kind):
-    config = mixers.config_class(kind)(kind=kind, **SIZES, v_head_dim=K, **LINEAR[kind])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("kda", {"decay_rank": -1})]
+    + [(kind, LINEAR[kind]) for kind in ("gated_delta_net", "kda", "gla", "comba", "gated_delta_net2")],
+)
+def test_gates_near_none(kind, more):
+    config = mixers.config_class(kind)(kind=kind, **SIZES, v_head_dim=K, **more)
     mixer = mixers.load(kind)(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
     for name, number in config.near_attention().items():
         owner, *rest = name.split(".")
@@ -191,19 +195,25 @@ def test_delta_rules_start_alike(kind, like, error):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pools"),
-    [("gla", 5), ("gla", H * K), ("kda", K), ("gated_delta_net", H), ("comba", H), ("gated_delta_net2", K)],
+    ("kind", "pools", "more"),
+    [
+        ("gla", 5, {"gate_rank": 5}),
+        ("gla", H * K, {"gate_rank": H * K}),
+        ("kda", K, {}),
+        ("kda", H * K, {"decay_rank": -1}),
+        ("gated_delta_net", H, {}),
+        ("comba", H, {}),
+        ("gated_delta_net2", K, {}),
+    ],
 )
-def test_decay_of_keys(kind, pools):
+def test_decay_of_keys(kind, pools, more):
     """Liger: logsigmoid of pooled keys, over 16; every channel or head by its own pool."""
-    settings = (
-        SIZES | {"v_head_dim": K, "output_gate": "none"} | ({"gate_rank": pools} if kind == "gla" else {})
-    )
+    settings = SIZES | {"v_head_dim": K, "output_gate": "none"} | more
     made, _, _ = mapped(kind, settings, "keys")
     config = mixers.config_class(kind)(kind=kind, **settings)
     mixer = mixers.load(kind)(config, mixers.Site(D), rngs=nnx.Rngs(params=0))
     for name, one in made.items():
-        if "_proj" not in name or name.split(".")[0] in ("f_a_proj", "f_b_proj", "a_proj"):
+        if "_proj" not in name or name.split(".")[0] in ("f_a_proj", "f_b_proj", "f_proj", "a_proj"):
             owner, *rest = name.split(".")
             (getattr(getattr(mixer, owner), rest[0]) if rest else getattr(mixer, owner)).set_value(one.value)
     x = jax.random.normal(jax.random.key(0), (1, 3, D))
@@ -249,7 +259,7 @@ def test_parallel_pair():
             "needs as many heads.*num_heads=6, head_dim=4",
         ),
         ("mla", {"v_head_dim": 4}, "needs num_heads=6, v_head_dim=4, qk_rope_head_dim=8"),
-        ("mla", {"output_gate": "head"}, "needs num_heads=6, .*, output_gate=none"),
+        ("mla", {"v_head_dim": 4, "output_gate": "head"}, "needs num_heads=6, .*, output_gate=none"),
     ],
 )
 def test_what_cannot_be_mapped_is_said(kind, settings, why):
