@@ -85,6 +85,8 @@ class Walk(walks.Walk):
 
             def fill(k: Any, slot: Any) -> None:
                 n, barrier = tile_of(k), filled.at[slot]
+                if not isinstance(k, int):  # a slot that was read: only a fence puts TMA's writes after that
+                    plgpu.commit_smem()  # here, where it does not hold up the walk
                 for ref, buffer in list(zip(read_refs, ring, strict=True))[: None if before is None else -1]:
                     source = ref.at[b, pl.ds(n * rows, rows), columns]
                     plgpu.copy_gmem_to_smem(source, buffer.at[slot], barrier)
