@@ -23,7 +23,7 @@ SPILLS = {
     ("8.9", "head"): dict(chunks=100, scan=150, reverse=50, moves=50, gradients=200),
     ("9.0", "channel"): dict(chunks=120, gradients=32, channels=112),
     ("9.0", "head"): dict(gradients=160),
-    ("10.0", "channel"): dict(scan=150, reverse=50, moves=50),
+    ("10.0", "channel"): dict(chunks=70, scan=150, reverse=50, moves=50, gradients=32),
     ("10.0", "head"): dict(chunks=50, scan=150, reverse=50, moves=50),
 }
 
