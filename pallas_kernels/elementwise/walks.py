@@ -85,7 +85,7 @@ class Walk:
         and, without ``like``, of the product of decays.  before: [B, F]; h is then read one token late, with
         it for the first token.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each backend's own: this class is what they share
 
     def alone(self, at: At, x: Any, log_decay: Any, state: Any, product: Any) -> Values:
         """What the tokens up to this one do to a state of zeros, and the product of their decays.
