@@ -45,7 +45,7 @@ NAMES = {
 
 
 class File(NamedTuple):
-    """fields: what a GGUF file says of its model.  shapes: of its tensors, [out, in].  read: one in float32."""
+    """fields: what a GGUF file says of its model.  shapes: [out, in] of tensors.  read: one in float32."""
 
     fields: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,7 +53,7 @@ class File(NamedTuple):
 
 
 def opened(path: str) -> File:
-    """The GGUF file at ``path``; ConfigError where it cannot be read, or without the package that reads it."""
+    """The GGUF file at ``path``; ConfigError where it cannot be read, or without the package gguf."""
     try:
         import gguf
     except ImportError as error:
