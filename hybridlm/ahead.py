@@ -110,7 +110,7 @@ def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
         one = fit.settled(definition, policy) if automatic else definition
         built: Any = program.build(config, one, mesh, None)
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
-            traced = built.step.trace(built.shapes, batch)
+            traced = built.step.trace(built.shapes, batch, *built.teacher)
             most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
             return _compiled(traced, most)
 

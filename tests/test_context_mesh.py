@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from hybridlm import ahead
+from hybridlm import ahead, cost
 from hybridlm import config as configs
 from hybridlm.errors import ConfigError
+from tests import tiny
 from tests.flags import FAST
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +157,18 @@ def test_what_cannot_be_cut_is_refused(overrides, problem):
 def test_devices_that_cannot_be_compiled_for(devices):
     with pytest.raises(ConfigError, match="--devices"):
         ahead.parse(devices)
+
+
+def test_a_step_with_a_teacher_is_what_is_compiled(tmp_path, monkeypatch):
+    """Traced for a device that is there: its inputs are the state, the batch and the teacher's parameters."""
+    text, teacher = tiny.write_text(tmp_path), tmp_path / "teacher"
+    attention = configs.resolve(tiny.config(text, model__pattern="full*2"))
+    (teacher / "checkpoints").mkdir(parents=True)
+    (teacher / "config.json").write_text(configs.to_json(attention))
+    student = tiny.config(text)
+    student.objective = configs.objective("distil", teacher=str(teacher))
+    monkeypatch.setattr(ahead, "absent", lambda devices: jax.devices()[:1])
+    monkeypatch.setattr(ahead, "_compiled", lambda traced, most: traced)
+    _, traced = ahead.compiled_step(configs.resolve(student), "h100:1")
+    (_, _, taught), _ = traced.in_avals
+    assert sum(leaf.size for leaf in jax.tree.leaves(taught)) == cost.parameters(attention)
