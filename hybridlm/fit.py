@@ -22,7 +22,6 @@ from hybridlm.config import Config
 from hybridlm.errors import RunError
 from hybridlm.model import Definition
 from hybridlm.run import processes, programs
-from pallas_kernels import compilation
 
 log = logging.getLogger("hybridlm")
 
@@ -144,10 +143,7 @@ def _compile(
 ) -> Any:
     lowered = traced.lower(**lowering)
     ready()
-    mesh = jax.sharding.get_mesh()
-    device = None if mesh.empty else (mesh.local_devices or mesh.devices.flat)[0]
-    with compilation.beside(lowered, device, **lowering):
-        return lowered.compile(compiler_options=options)
+    return lowered.compile(compiler_options=options)
 
 
 def settled(definition: Definition, policy: str) -> Definition:

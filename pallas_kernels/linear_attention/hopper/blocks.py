@@ -19,6 +19,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
+from pallas_kernels import compilation
 from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
@@ -52,7 +53,6 @@ def kernel(
     if interpret is True:
         interpret = plgpu.InterpretGPUParams(detect_races=True)
 
-
     def same(*refs: Any, **scratch: Any) -> None:
         unnumbered(name)
         body(*refs, **scratch)
@@ -69,7 +69,8 @@ def kernel(
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
         axes = frozenset().union(*map(varying, arrays))
         cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
-        return jax.tree.map(cast, run(*arrays)) if axes else run(*arrays)
+        results = run(*arrays) if interpret else compilation.begun(run(*arrays))
+        return jax.tree.map(cast, results) if axes else results
 
     return call
 
@@ -81,12 +82,11 @@ def unnumbered(name: str) -> None:
     same kernel would be compiled again in every program of a process, and a program never found in a cache
     unless just as many were lowered before it.
     """
-    if any(variable.startswith("MOSAIC_GPU_DUMP") for variable in os.environ):
-        return
 
     @plgpu.inline_mgpu()
     def unnumber(context: Any) -> None:
-        context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+        if not any(variable.startswith("MOSAIC_GPU_DUMP") for variable in os.environ):
+            context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
 
     unnumber()
 
