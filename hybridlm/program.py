@@ -131,9 +131,9 @@ def build(
 
 
 def drawing(init: Callable[[jax.Array], State], mesh: Mesh) -> Callable[[jax.Array], State]:
-    """``init`` whose random bits a kernel of jax's draws on a GPU: the same bits, compiled in less than half the time.
+    """``init`` whose random bits, the same, a kernel of jax's draws on a GPU: compiled in less than half the time.
 
-    On one device only: XLA would not split the kernel, and so draw whole parameters on each of several.
+    On one device only: XLA would not split the kernel, and draw whole parameters on each of several.
     """
     from jax._src.config import threefry_gpu_kernel_lowering  # for this program alone it has no public door
 

@@ -1,7 +1,7 @@
-"""Kernels compiled as soon as they are lowered, while the rest of their program is still lowered and compiled.
+"""Kernels compiled as soon as they are lowered, while the rest of their program is lowered and compiled.
 
-XLA compiles a Mosaic kernel where it comes to its call, after its own passes over the whole program, one after
-the other: seconds each. A process compiles a kernel once, whichever program it is in; so a program of its call
+XLA compiles a Mosaic kernel where it comes to its call, after its passes over the whole program, one after the
+other: seconds each. A process compiles a kernel once, whichever program it is in; so a program of its call
 alone, compiled in another thread, is enough for XLA to find it ready.
 """
 
@@ -53,7 +53,7 @@ def _lower(context: Any, *xs: Any) -> tuple[Any, ...]:
     return xs
 
 
-# Not cacheable: the rule is then called where the kernel's call is, and not in a function of its own.
+# Not cacheable: the rule is called where the kernel's call is then, and not in a function of its own.
 mlir.register_lowering(_lowered, _lower, cacheable=False)
 
 
