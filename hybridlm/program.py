@@ -131,7 +131,7 @@ def build(
 
 
 def drawing(init: Callable[[jax.Array], State], mesh: Mesh) -> Callable[[jax.Array], State]:
-    """``init`` whose random bits, the same, a kernel of jax's draws on a GPU: compiled in less than half the time.
+    """``init`` whose random bits, the same, a kernel of jax's draws on a GPU: less than half to compile.
 
     On one device only: XLA would not split the kernel, and draw whole parameters on each of several.
     """

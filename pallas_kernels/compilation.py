@@ -1,8 +1,8 @@
 """Kernels compiled as soon as they are lowered, while the rest of their program is lowered and compiled.
 
-XLA compiles a Mosaic kernel where it comes to its call, after its passes over the whole program, one after the
-other: seconds each. A process compiles a kernel once, whichever program it is in; so a program of its call
-alone, compiled in another thread, is enough for XLA to find it ready.
+XLA compiles a Mosaic kernel where it comes to its call, after its passes over the whole program, one after
+the other: seconds each. A process compiles a kernel once, whichever program it is in; so a program of its
+call alone, compiled in another thread, is enough for XLA to find it ready.
 """
 
 import concurrent.futures
@@ -63,7 +63,7 @@ def _thread() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def compile_alone(call: dict[str, Any], device: jax.Device | None = None) -> None:
-    """Compiles a program of a ``call``, `attributes`, for a ``device``, or the default; it is not to be run."""
+    """Compiles a program of a ``call`` (`attributes`) for a device, or the default one; not to be run."""
     from jax._src.config import enable_compilation_cache  # a thread's own has no public door
 
     number = jax.ShapeDtypeStruct((), jnp.float32)

@@ -26,7 +26,7 @@ def test_results_pass():
 
 @pytest.fixture
 def program(monkeypatch):
-    """(lower: (function) -> program for an absent GPU, calls of kernels that were begun, real compile_alone)."""
+    """(lower: function -> program for an absent GPU, the calls of kernels that were begun, compile_alone)."""
     from pallas_kernels import compilation
 
     device, begun, real = hopper_aot.absent(), [], compilation.compile_alone

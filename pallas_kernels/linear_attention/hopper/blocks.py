@@ -78,9 +78,9 @@ def kernel(
 def unnumbered(name: str) -> None:
     """Names what is dumped of a kernel ``name``, unless something is dumped.
 
-    jax 0.11.2 numbers kernels for that as they are lowered, and the number is part of what tells them apart: the
-    same kernel would be compiled again in every program of a process, and a program never found in a cache
-    unless just as many were lowered before it.
+    jax 0.11.2 numbers kernels for that as they are lowered, and the number is part of what tells them apart:
+    the same kernel would be compiled again in every program of a process, and a program never found in a
+    cache unless just as many were lowered before it.
     """
 
     @plgpu.inline_mgpu()
