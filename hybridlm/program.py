@@ -118,7 +118,7 @@ def build(
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     fixed = [jax.tree.map(lambda leaf: leaf.sharding, one) for one in taught]
     return Program(
-        init=jax.jit(init, out_shardings=shardings),
+        init=drawing(jax.jit(init, out_shardings=shardings), mesh),
         step=jax.jit(
             lambda state, batch, *also: step(state, batch, config.optimizer.learning_rate, *also),
             in_shardings=(shardings, rows, *fixed), out_shardings=(shardings, whole), donate_argnums=0,
@@ -128,6 +128,23 @@ def build(
         shapes=shapes,
         teacher=taught,
     )  # fmt: skip
+
+
+def drawing(init: Callable[[jax.Array], State], mesh: Mesh) -> Callable[[jax.Array], State]:
+    """``init`` whose random bits, the same, a kernel of jax's draws on a GPU: less than half to compile.
+
+    On one device only: XLA would not split the kernel, and draw whole parameters on each of several.
+    """
+    try:
+        from jax._src.config import threefry_gpu_kernel_lowering as lowering  # no public door to one program
+    except ImportError:  # a jax that has dropped it
+        return init
+
+    def drawn(key: jax.Array) -> State:
+        with lowering(True):
+            return init(key)
+
+    return drawn if mesh.size == 1 else init
 
 
 def averaged(decay: float, params: Any, state: State) -> dict[str, Any]:

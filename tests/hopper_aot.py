@@ -40,6 +40,11 @@ def on_every_jax(cases, name):
 
 def compiled(function, arguments, options=None):
     """The jitted function at ShapeDtypeStructs, compiled for one H100; skips without the compiler plugin."""
+    return lowered(function, arguments, absent(), options).compile()
+
+
+def absent():
+    """An H100 that is not there; skips without the compiler plugin."""
     from jax.experimental import topologies
 
     try:
@@ -48,10 +53,15 @@ def compiled(function, arguments, options=None):
         ).devices
     except Exception as error:
         pytest.skip(f"no CUDA compiler plugin: {str(error)[:80]}")
-    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    return devices[0]
+
+
+def lowered(function, arguments, device, options=None):
+    """The jitted function at ShapeDtypeStructs, lowered for a device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     placed = jax.tree.map(place, arguments)
-    return jax.jit(function, compiler_options=options).trace(*placed).lower().compile()
+    return jax.jit(function, compiler_options=options).trace(*placed).lower()
 
 
 def compile_for_hopper(function, *arguments):

@@ -106,3 +106,11 @@ def test_a_definition_is_built_once(text, monkeypatch):
     assert model.build(config) is model.build(configs.resolve(configs.ConfigDict(config.to_dict())))
     assert model.abstract(model.build(config))[0] is model.abstract(model.build(config))[0]
     assert jnp.dtype(model.build(config).dtype) == jnp.float32
+
+
+def test_what_draws_the_first_parameters():
+    """jax's kernel on one device, which several would not share; the setting does not outlast the call."""
+    setting = lambda key: jax.config.jax_threefry_gpu_kernel_lowering
+    meshes = [jax.sharding.AbstractMesh((size,), ("data",)) for size in (1, 2)]
+    assert [program.drawing(setting, mesh)(None) for mesh in meshes] == [True, False]
+    assert setting(None) is False

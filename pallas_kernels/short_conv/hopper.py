@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, F features, W taps.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ def self_test() -> str | None:
     return requirements.self_test("short_conv", lambda: kernels.trial(short_conv))
 
 
+# Equal calls, as of q, k and v, are then one in a program: traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("silu", "interpret"), inline=True)
 def convolve(x: jax.Array, taps: jax.Array, reach: jax.Array, silu: bool, interpret: Any) -> jax.Array:
     """See `Kernels`."""
 
@@ -49,6 +52,7 @@ def convolve(x: jax.Array, taps: jax.Array, reach: jax.Array, silu: bool, interp
     return _kernel(body, "short_conv", out_type, x.shape, interpret)(x, taps, reach)
 
 
+@functools.partial(jax.jit, static_argnames=("silu", "interpret"), inline=True)
 def gradients(
     x: jax.Array, taps: jax.Array, reach: jax.Array, dy: jax.Array, silu: bool, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:

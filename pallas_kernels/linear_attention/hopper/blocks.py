@@ -7,6 +7,7 @@ in registers, so a chain of products needs no trip through shared memory.
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 
+from pallas_kernels import compilation
 from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
@@ -49,15 +52,43 @@ def kernel(
     )
     if interpret is True:
         interpret = plgpu.InterpretGPUParams(detect_races=True)
-    run = plgpu.kernel(body, compiler_params=params, interpret=interpret or None, kernel_name=name, **options)
+
+    def same(*refs: Any, **scratch: Any) -> None:
+        unnumbered(name)
+        body(*refs, **scratch)
+
+    run = plgpu.kernel(
+        body if interpret else same,
+        compiler_params=params,
+        interpret=interpret or None,
+        kernel_name=name,
+        **options,
+    )
 
     def call(*arrays: jax.Array) -> Any:
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
         axes = frozenset().union(*map(varying, arrays))
         cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
-        return jax.tree.map(cast, run(*arrays)) if axes else run(*arrays)
+        results = run(*arrays) if interpret else compilation.begun(run(*arrays))
+        return jax.tree.map(cast, results) if axes else results
 
     return call
+
+
+def unnumbered(name: str) -> None:
+    """Names what is dumped of a kernel ``name``, unless something is dumped.
+
+    jax 0.11.2 numbers kernels for that as they are lowered, and the number is part of what tells them apart:
+    the same kernel would be compiled again in every program of a process, and a program never found in a
+    cache unless just as many were lowered before it.
+    """
+
+    @plgpu.inline_mgpu()
+    def unnumber(context: Any) -> None:
+        if not any(variable.startswith("MOSAIC_GPU_DUMP") for variable in os.environ):
+            context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
+
+    unnumber()
 
 
 def present(options: Mapping[str, Any]) -> dict[str, Any]:
