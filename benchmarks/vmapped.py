@@ -83,7 +83,7 @@ class Runs:
             keys = jax.vmap(jax.random.key)(jnp.tile(jnp.arange(seeds), len(rates)))
             shapes = jax.eval_shape(self.program.init, keys)
             chosen = jax.ShapeDtypeStruct((steps_per_call, self.config.train.batch_size), jnp.int32)
-            self.init = self.program.init.lower(keys).compile()  # type: ignore[attr-defined]
+            self.init = jax.jit(self.program.init).lower(keys).compile()
             self.call = jax.jit(self._call, donate_argnums=0).lower(shapes, chosen, train_rows).compile()
         self.keys = keys
 
