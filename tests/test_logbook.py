@@ -245,7 +245,9 @@ def test_eighty_columns_show_speed_and_the_time_that_is_left(monkeypatch):
     shown = Console(file=io.StringIO(), width=80, force_terminal=True)
     monkeypatch.setattr("rich.get_console", lambda: shown)
     bar = logbook.Bar(0, 1000, quiet=False)
-    bar.show(100, line(loss=10.6136, bits_per_byte=15.313, mfu=0.049, hfu=0.06) | {"tokens_per_second": 21644.0})
+    bar.show(
+        100, line(loss=10.6136, bits_per_byte=15.313, mfu=0.049, hfu=0.06) | {"tokens_per_second": 21644.0}
+    )
     with shown.capture() as capture:
         shown.print(bar.bar.get_renderable())
     [text] = re.sub("\x1b[^m]*m", "", capture.get()).splitlines()
