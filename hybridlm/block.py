@@ -8,9 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
-from hybridlm.layers import PASSED, LayerNorm, Linear, RMSNorm
+from hybridlm.layers import PASSED, STREAM, LayerNorm, Linear, RMSNorm
 from hybridlm.mixers import Site
-from hybridlm.rms import STREAM, told_rms
 
 
 class Factors(NamedTuple):
@@ -129,22 +128,12 @@ class Block(nnx.Module):
     def _mlp(self, x: jax.Array, context: Context, kept: Any) -> tuple[jax.Array, Any]:
         if not self.has_mlp:
             return x, None
-        told = self._told(x)
-        given = checkpoint_name(told[0], PASSED) if told else self._before("mlp", x)
+        given = self._before("mlp", x)
         if self.keeps:
             y, kept = (self.mlp if x.ndim == 3 else self.mlp.step)(given, context, kept)
-        elif told:
-            y = self.mlp(given, context, told[1])
         else:
             y = self.mlp(given, context)
         return self._sum("mlp", x, given, y), kept
-
-    def _told(self, x: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-        """`told_rms` of x, if the MLP is all that reads its norm and can tell; else None."""
-        norm, shared = self.mlp_norm, self.post_norm or "mlp" in self.stream
-        if shared or not isinstance(norm, RMSNorm) or not getattr(self.mlp, "tells", False):
-            return None
-        return told_rms(x, norm.factor(), norm.eps)
 
     def _norm(self, half: str) -> "Norm":
         return self.mixer_norm if half == "mixer" else self.mlp_norm

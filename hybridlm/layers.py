@@ -31,6 +31,7 @@ from pallas_kernels.elementwise import piece as elementwise_piece
 
 Initializer = Callable[..., jax.Array]
 MLP_INNER = "mlp_inner"  # name of what model.remat = "mixer" keeps
+STREAM = "stream"  # of the residual stream between a block's halves
 PASSED = "passed"  # of what only passes through memory once more to be made again
 LORA = ("lora_a", "lora_b")  # the factors beside a kernel
 NARROW = 8  # times as long as wide: a matrix with a few outputs a head, or a router
@@ -237,15 +238,10 @@ class RMSNorm(nnx.Module):
         if self.scale is None:
             y = rms(grouped(x), self.eps)
             return (y if gate is None else y * gate).reshape(x.shape).astype(x.dtype)
-        scale = self.factor()
+        scale = self.scale[...] + 1 if self.unit_offset else self.scale[...]
         # A norm of each head adds up over tokens alone, as what stands around it does, and over heads last.
         scale = jnp.broadcast_to(grouped(scale), grouped(x).shape[min(2, x.ndim - 1) :])
         return scaled_rms(grouped(x), scale, gate, self.eps).reshape(x.shape)
-
-    def factor(self) -> jax.Array:
-        """What the normed axis is times: of a norm that has a scale."""
-        assert self.scale is not None
-        return self.scale[...] + 1 if self.unit_offset else self.scale[...]
 
 
 class LayerNorm(nnx.Module):

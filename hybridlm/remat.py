@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from hybridlm.layers import MLP_INNER, PASSED
-from hybridlm.rms import STREAM
+from hybridlm.layers import MLP_INNER, PASSED, STREAM
 from hybridlm.scaled_matmul import SCALE
 from pallas_kernels.softmax_attention import KEPT
 

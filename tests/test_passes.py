@@ -6,18 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
-from hybridlm import config as configs
-from hybridlm import model, remat
-from hybridlm.block import Block, Factors
-from hybridlm.layers import PASSED, Linear, RMSNorm, side_by_side
+from hybridlm import remat
+from hybridlm.layers import PASSED, STREAM, Linear, RMSNorm, side_by_side
 from hybridlm.linear_mixer import softplus_decay
 from hybridlm.loss import cross_entropy
-from hybridlm.mixers import Site
-from hybridlm.mlps import swiglu
-from hybridlm.rms import STREAM, told_product, told_rms
 
 normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
 
@@ -62,71 +56,6 @@ def test_norms_of_groups_and_of_heads():
     flat = lambda a: a.reshape(2, 5, 24)
     grouped = lambda x, scale, gate: module(flat(x), scale, flat(gate), 3)
     agree(grouped, lambda *args: flat(plain(*args)), x, scale, gate)
-
-
-def normed_swiglu(x, scale, gate, up, down):
-    """In the dtype of what it is given; eps is large enough to show."""
-    y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 0.1) * scale
-    return (jax.nn.silu(y @ gate) * (y @ up)) @ down
-
-
-def test_a_norm_that_is_told_of_its_gradient():
-    """Whose sums over a row come from the products behind it: against float64."""
-
-    def ours(x, scale, gate, up, down):
-        y, told = told_rms(x, scale, 0.1)
-        return told_product(y @ gate, y @ up, told) @ down
-
-    args = normal(0, 2, 5, 16), normal(1, 16), normal(2, 16, 24), normal(3, 16, 24), normal(4, 24, 16)
-    direction = normal(99, 2, 5, 16)
-    found, pull = jax.vjp(ours, *args)
-    with jax.enable_x64(True):
-        exact, back = jax.vjp(normed_swiglu, *(np.asarray(x, np.float64) for x in args))
-        wanted = exact, *back(np.asarray(direction, np.float64))
-    for one, reference in zip((found, *pull(direction)), wanted, strict=True):
-        scale = np.abs(np.asarray(reference)).max()
-        np.testing.assert_allclose(one, reference, rtol=0, atol=2e-6 * scale)
-
-
-@pytest.mark.parametrize(
-    ("fields", "of_block", "tells"),
-    [
-        ({}, {}, True),
-        ({"model__norm_unit_offset": True}, {}, True),
-        ({}, {"post_norm": True}, False),
-        ({}, {"stream": (("mlp", (1.0, 1.0)),)}, False),
-        ({}, {"lora": (Factors("mlp.up", 2, 1.0),)}, False),
-        ({"model__norm": "layer"}, {}, False),
-        ({"model__dtype": "bfloat16", "model__matmul": "fp8"}, {}, False),
-    ],
-)
-def test_blocks_whose_mlp_tells(fields, of_block, tells, monkeypatch):
-    """With the same gradients as where it does not; the norm's factor is kept where the stream is."""
-    settings = {"model__pattern": "retnet", "model__d_model": 128, "model__mlp_hidden": 256}
-    config = configs.resolve(tiny.config("unused", **settings, **fields))
-    definition = model.in_training(model.build(config), config)
-    spec = definition.layers[0]._replace(**of_block)
-    block = Block(definition.model, spec, Site(128), rngs=nnx.Rngs(params=0))
-    assert (block._told(jnp.ones((1, 2, 128))) is not None) == tells
-    if not tells:
-        return
-    graph, params = nnx.split(block)
-    params = jax.tree.map(lambda x: x + 0.1 * normal(7, *x.shape), params)
-
-    def half(policy):
-        run = lambda params, x: nnx.merge(graph, params)._mlp(x, None, None)[0]
-        return jax.checkpoint(run, policy=remat.POLICIES[policy])
-
-    for policy, factors in (("most", 1), ("kernels", 1), ("full", 2)):
-        pull = lambda params, x, policy=policy: jax.vjp(half(policy), params, x)[1](x)
-        assert str(jax.make_jaxpr(pull)(params, jnp.ones((1, 2, 128)))).count("= rsqrt ") == factors
-
-    def plain(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(swiglu.Mlp, "tells", False)
-            return half("full")(*args)
-
-    agree(half("most"), plain, params, normal(0, 2, 5, 128))
 
 
 def test_products_side_by_side():

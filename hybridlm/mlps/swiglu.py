@@ -16,7 +16,6 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Limits
 from hybridlm.layers import MLP_INNER, PASSED, Linear
 from hybridlm.mixers import Site
-from hybridlm.rms import told_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +105,9 @@ class SwiGLU(nnx.Module):
         self.up = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
         self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
 
-    def __call__(self, x: jax.Array, told: jax.Array | None = None) -> jax.Array:
-        """told: of the norm that x comes from alone (`told_rms`)."""
+    def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
-        y = jax.nn.silu(gate) * up if told is None else told_product(gate, up, told)
-        return self.down(checkpoint_name(y, PASSED))
+        return self.down(checkpoint_name(jax.nn.silu(gate) * up, PASSED))
 
 
 class Mlp(SwiGLU):
@@ -142,10 +139,5 @@ class Mlp(SwiGLU):
         if config.multipliers:
             self.gate.multiplier, self.down.multiplier = config.multipliers
 
-    @property
-    def tells(self) -> bool:
-        """Whether it takes ``told``."""
-        return self.gate.is_plain() and self.up.is_plain()
-
-    def __call__(self, x: jax.Array, context: Context, told: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
-        return super().__call__(x, told)
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:  # type: ignore[override]
+        return super().__call__(x)
