@@ -215,14 +215,15 @@ def wait() -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    heads = "mesh", "devices", "tokens/s", "of linear", "MFU", "planned", "peak", "communication", "loss"
+    heads = "mesh", "devices", "tokens/s", "of linear", "MFU, HFU", "planned", "peak", "communication", "loss"
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["mesh"], str(row["devices"])]
         if "error" in row:
             cells += [row["error"], *[""] * (len(heads) - 3)]
         else:
-            cells += [f"{row['tokens_per_second']:,.0f}", f"{row['of_linear']:.1%}", f"{row['mfu']:.1%}"]
+            cells += [f"{row['tokens_per_second']:,.0f}", f"{row['of_linear']:.1%}"]
+            cells += [f"{row['mfu']:.1%}, {row['hfu']:.1%}"]
             cells += [f"{row['planned_gib']:.2f} GiB", f"{row['peak_gib']:.2f} GiB"]
             cells += [f"{row['communication']:.1%}, {row['exposed']:.1%}"]
             cells += [f"{row['loss_difference']:.1e}" if "loss_difference" in row else ""]

@@ -1,4 +1,4 @@
-"""Seconds of one train step, tokens/s and MFU of a config on this device, per backend of the recurrence.
+"""Seconds of one train step, tokens/s, MFU and HFU of a config on this device, per backend of the recurrence.
 
     python -m benchmarks.train_step --config=configs/hybrid.py:340m,gdn,3:1 --batch_size=8 --seq_len=4096 \
         [--microbatches=1] [--backends=auto,xla] [--steps=8] [--profile] [--config.section.field=value ...]
@@ -58,7 +58,12 @@ def measure(
         build: Any = lambda definition: program.build(config, definition, mesh, None)
         where, built = sharding.batch_sharding(mesh), build(definition)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
-        trace = lambda definition: build(definition).step.trace(built.shapes, rows)
+        traced: list[Any] = []  # the last is the one that runs
+
+        def trace(definition: Any) -> Any:
+            traced.append(build(definition).step.trace(built.shapes, rows))
+            return traced[-1]
+
         lower = lambda definition: trace(definition).lower()
         if config.model.remat == "auto":
             from hybridlm import fit  # which an older checkout has not, or has with lowered steps
@@ -90,14 +95,16 @@ def measure(
     tokens = batch["tokens"].size
     step = median(seconds)
     device = jax.devices()[0]
-    flops = (cost.peak_flops(device.device_kind) or float("nan")) * mesh.size
+    peak = (cost.peak_flops(device.device_kind) or float("nan")) * mesh.size
+    flops = cost.train_flops_per_token(config) * tokens
     stats, compiled_memory = device.memory_stats() or {}, run.memory_analysis()
     temporaries = compiled_memory.temp_size_in_bytes
     return {
         "step_s": step,
         "spread_s": max(seconds) - min(seconds),
         "tokens_per_second": tokens / step,
-        "mfu": cost.train_flops_per_token(config) * tokens / step / flops,
+        "mfu": flops / step / peak,
+        "hfu": (flops + _again(traced[-1], config)) / step / peak,
         "first_step_s": compiled + initialised + first,
         "temp_gib": temporaries / 2**30,
         "planned_gib": (compiled_memory.argument_size_in_bytes + temporaries) / 2**30,
@@ -105,6 +112,14 @@ def measure(
         "loss": losses[-1],
         "losses": losses,
     }
+
+
+def _again(traced: Any, config: "Config") -> float:
+    try:
+        from hybridlm import recomputation
+    except ImportError:  # an older checkout
+        return float("nan")
+    return recomputation.flops(traced.jaxpr.jaxpr, config)
 
 
 def random_batch(rows: int, seq_len: int, vocab_size: int) -> dict[str, Any]:
@@ -146,7 +161,9 @@ def compare(args: argparse.Namespace, rest: list[str]) -> None:
     """Both trees, in turns."""
     trees = {"old": Path(args.old).resolve(), "new": HERE.parents[1]}
     given = [f"--{name}={getattr(args, name)}" for name in ("batch_size", "seq_len", "microbatches", "steps")]
-    lines = ["| config | code | tokens/s, median (least to most) | MFU | first step | peak | loss | of old |"]
+    lines = [
+        "| config | code | tokens/s, median (least to most) | MFU, HFU | first step | peak | loss | of old |"
+    ]
     lines.append("|" + "---|" * 8)
     for config in args.configs:
         spec = config if ".py" in config else f"configs/hybrid.py:{config}"
@@ -162,7 +179,8 @@ def compare(args: argparse.Namespace, rest: list[str]) -> None:
         for name, rows in found.items():
             speed, first = speeds[name], rows[0]
             cells = [config, name, f"{median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f})"]
-            cells += [f"{median(row['mfu'] for row in rows):.1%}", f"{first['first_step_s']:.1f} s"]
+            shares = [median(row[kind] for row in rows) for kind in ("mfu", "hfu")]
+            cells += [", ".join(f"{share:.1%}" for share in shares), f"{first['first_step_s']:.1f} s"]
             cells += [f"{first['peak_gib']:.1f} GiB", f"{first['loss']:.5f}"]
             cells += [f"{median(speed) / median(speeds['old']):.4f}"]
             lines.append("| " + " | ".join(cells) + " |")

@@ -2,8 +2,8 @@
 
 Parameters are counted exactly, from the shapes of the model itself. State and cache are those of
 decoding one sequence of train.seq_len tokens. FLOPs count a multiply-add as two; a training step is three
-forward passes (one forward, two backward), recomputation not counted, as usual for MFU. Memory per device is
-an estimate, good to tens of percent: the compiler decides.
+forward passes (one forward, two backward), recomputation not counted, as usual for MFU (HFU counts it, too:
+`hybridlm.recomputation`). Memory per device is an estimate, good to tens of percent: the compiler decides.
 """
 
 import functools

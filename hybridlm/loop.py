@@ -22,7 +22,7 @@ import numpy as np
 import rich
 from jax.sharding import Mesh
 
-from hybridlm import fit, init_from, opening, program, report, sharding
+from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
 from hybridlm.data import Dataset
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
@@ -51,6 +51,7 @@ class Loop:
         )
         self.program = self.build(self.definition)
         self.teacher: tuple[Any, ...] = ()
+        self.again = 0.0  # FLOPs that the step computes a second time
         self.apart, self.join, self.like = program.by_layer(self.definition, self.program)
 
     def train(self, resume: str) -> None:
@@ -182,7 +183,7 @@ class Loop:
         if jax.process_count() == 1 and self.stop.asked():
             raise Stopped(f"stopped by {interrupt.reason(self.stop.asked())} before step {start + 1}")
         vote = interrupt.vote(self.mesh)
-        self.clock = clock = Clock(config, self.mesh.size, len(self.members))
+        self.clock = clock = Clock(config, self.mesh.size, len(self.members), self.again)
         batches = self.batches(start)
         behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
@@ -221,7 +222,10 @@ class Loop:
 
         def trace(definition: Definition) -> Any:
             built = self.program if definition is self.definition else self.build(definition)
-            return built.step.trace(shapes, batch, *self.teacher)
+            traced = built.step.trace(shapes, batch, *self.teacher)
+            # The last that is traced is the one that runs.
+            self.again = recomputation.flops(traced.jaxpr.jaxpr, self.config, len(self.members))
+            return traced
 
         executable = fit.step(self.config, self.definition, self.mesh, trace, ready)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))

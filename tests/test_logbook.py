@@ -137,8 +137,8 @@ def test_plain_output_is_few_lines(tmp_path, capsys):
 
 def test_progress_says_what_is_left_and_the_share_of_the_peak(tmp_path, capsys):
     with logbook.Logbook(tmp_path, config(steps=20_000), start=0) as book:
-        book.write(10_000, line(mfu=0.4321))
-    assert capsys.readouterr().out.splitlines()[0].endswith("MFU 43.2%  83 min left")
+        book.write(10_000, line(mfu=0.4321, hfu=0.5))
+    assert capsys.readouterr().out.splitlines()[0].endswith("MFU 43.2%  HFU 50.0%  83 min left")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,9 @@ def test_eighty_columns_show_speed_and_the_time_that_is_left(monkeypatch):
     shown = Console(file=io.StringIO(), width=80, force_terminal=True)
     monkeypatch.setattr("rich.get_console", lambda: shown)
     bar = logbook.Bar(0, 1000, quiet=False)
-    bar.show(100, line(loss=10.6136, bits_per_byte=15.313, mfu=0.049) | {"tokens_per_second": 21644.0})
+    bar.show(
+        100, line(loss=10.6136, bits_per_byte=15.313, mfu=0.049, hfu=0.06) | {"tokens_per_second": 21644.0}
+    )
     with shown.capture() as capture:
         shown.print(bar.bar.get_renderable())
     [text] = re.sub("\x1b[^m]*m", "", capture.get()).splitlines()

@@ -10,7 +10,7 @@ from hybridlm import config as configs
 from hybridlm.objectives import next_token
 from hybridlm.run import logbook
 
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "mfu")
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds", "compute_seconds", "mfu", "hfu")
 
 
 def write_text(folder: Path) -> str:

@@ -16,13 +16,16 @@ class Clock:
     tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches,
     which are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are left out.
     runs: that share the step; tokens are those of all, and their number stands beside the rates.
+    again: FLOPs of a step that it computes a second time (`hybridlm.recomputation`), which hfu counts, too.
     """
 
-    def __init__(self, config: Config, devices: int, runs: int = 1):
+    def __init__(self, config: Config, devices: int, runs: int = 1, again: float = 0):
         self.tokens = runs * config.train.batch_size * config.train.seq_len
         self.packed = {"packed": runs} if runs > 1 else {}
         peak = cost.peak_flops(jax.devices()[0].device_kind)
-        self.mfu_of_rate = cost.train_flops_per_token(config) / (peak * devices) if peak else None
+        flops = cost.train_flops_per_token(config)
+        counted = {"mfu": flops, "hfu": flops + again / self.tokens}
+        self.of_rate = {name: n / (peak * devices) for name, n in counted.items()} if peak else {}
         self.steps, self.total, self.waited = 0, 0.0, 0.0
         self.restart()
 
@@ -46,6 +49,6 @@ class Clock:
         seconds, waited = self.total / self.steps, self.waited / self.steps
         self.steps, self.total, self.waited = 0, 0.0, 0.0
         rate = self.tokens / seconds
-        mfu = {} if self.mfu_of_rate is None else {"mfu": rate * self.mfu_of_rate}
+        of_peak = {name: rate * share for name, share in self.of_rate.items()}
         times = {"step_seconds": seconds, "data_seconds": waited, "compute_seconds": seconds - waited}
-        return {"tokens_per_second": rate, **times, **mfu, **self.packed}
+        return {"tokens_per_second": rate, **times, **of_peak, **self.packed}

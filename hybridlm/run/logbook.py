@@ -37,6 +37,7 @@ SHOWN = {  # metric -> its name and format there
     "val_accuracy": ("val accuracy", ".3f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
     "mfu": ("MFU", ".1%"),
+    "hfu": ("HFU", ".1%"),
 }
 
 Metrics = dict[str, Any]
