@@ -44,7 +44,7 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tu
     low = (minus - high.astype(F32)).astype(F16)
     if interpret:
         cut = lambda x: [x[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
-        blocks = _inverse(_Parts(_Interpreted()), list(zip(cut(high), cut(low), strict=True)))
+        blocks = _inverse(Parts(Interpreted()), list(zip(cut(high), cut(low), strict=True)))
         join = lambda blocks: jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)
         return join(blocks[0]), join(blocks[1])
 
@@ -64,24 +64,20 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tu
             return mgpu.FragmentedArray(_registers=registers, _layout=high.layout, _is_signed=None)
 
         type_ = ir.VectorType.get((2,), ir.BF16Type.get())
-        blocks = _inverse(_Parts(_Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
+        blocks = _inverse(Parts(Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
         return tuple(map(join, blocks))
 
     return invert(high, low, exchange)
 
 
 def _inverse(m: Any, minus: list) -> tuple[list, list]:
-    """The blocks of X - I in the rows of each warp, in two bf16, from those of N = -L; m: a `_Parts`.
+    """The blocks of X - I in the rows of each warp, in two bf16, from those of N = -L; m: a `Parts`.
 
     Blocks of 16: X_10 = X_11 N_10 X_00 in warp 1, X_32 = X_33 N_32 X_22 in warp 3. Blocks of 32, in warps
     i = 2, 3: X_i0 = Y_i0 X_00 + Y_i1 X_10 and X_i1 = Y_i1 X_11 with Y_ij = X_ii N_ij + X_i2 N_2j (i = 3).
     """
     own = m.by_warp(minus)
-    x = m.identity_plus(m.links(own, 1))
-    for size in (2, 4, 8):
-        left = m.rounded(x)
-        y = m.rounded(m.product(left, m.right(m.links(own, size))))
-        x = m.product(y, m.right(left), x)
+    x = diagonal(m, own)
     left = m.rounded(x)
     right = m.right(left)
     below = [m.right(minus[0]), m.right(minus[1])]
@@ -111,7 +107,17 @@ def _inverse(m: Any, minus: list) -> tuple[list, list]:
     return high, low
 
 
-class _Parts:
+def diagonal(m: Any, minus: tuple) -> Any:
+    """The inverse X of the block of 16 of each warp, from N = -L; m: a `Parts`."""
+    x = m.identity_plus(m.links(minus, 1))
+    for size in (2, 4, 8):
+        left = m.rounded(x)
+        y = m.rounded(m.product(left, m.right(m.links(minus, size))))
+        x = m.product(y, m.right(left), x)
+    return x
+
+
+class Parts:
     """Blocks of 16 bits in two parts, (high, low), on a machine ``m`` for blocks in one."""
 
     def __init__(self, m: Any):
@@ -152,7 +158,7 @@ class _Parts:
         return tuple(self.m.get(*(slot + part * SLOTS for slot in slots)) for part in range(2))
 
 
-class _Interpreted:
+class Interpreted:
     """A block is an array [4 warps, 16, 16]."""
 
     def __init__(self) -> None:
@@ -221,7 +227,7 @@ def _below(a: Any, n: int) -> Any:
     return arith.cmpi(arith.CmpIPredicate.ult, a, _int(n))
 
 
-class _Warp:
+class Warp:
     """What a thread does. It holds of a block the rows r and r + 8 in the columns 2c, 2c + 1, 2c + 8, 2c + 9.
 
     A block is a list of registers: of its 8 x 8 parts (0, 0), (1, 0), (0, 1), (1, 1) in turn, one with a
@@ -304,11 +310,11 @@ class _Warp:
         turn = lambda x: utils.inline_ptx(ptx, x, result_types=_i32(), convergent=True)
         return [x if x is self.zero else turn(x) for x in block]
 
-    def product(self, a: list, b: list, start: list | None = None) -> list:
+    def product(self, a: list, b: list, start: list | None = None, kind: str = "f16") -> list:
         f32 = ir.F32Type.get()
         start = start or [mgpu.c(0.0, f32)] * 8
         ptx = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
         out: list = []

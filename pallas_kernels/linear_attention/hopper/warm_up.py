@@ -64,10 +64,13 @@ def forget(moves: jax.Array, walks: Walks | None) -> jax.Array:
     return moves if walks is None else jnp.where(walks.forgets[..., None, None], 0.0, moves)
 
 
-def leads(inputs: Inputs, runs: int) -> tuple[jax.Array, jax.Array]:
-    """How many chunks before each run, and after it (for a reverse scan), it walks first [B * runs, HV]."""
+def leads(inputs: Inputs, runs: int, reach: int = 0) -> tuple[jax.Array, jax.Array]:
+    """How many chunks before each run, and after it (for a reverse scan), it walks first [B * runs, HV].
+
+    reach: of a short walk, if not as in pieces.
+    """
     run = inputs.k.shape[1] // C // runs
-    reach = max(1, chunks(run))
+    reach = reach or max(1, chunks(run))
     count = jnp.arange(runs, dtype=jnp.int32)[None, :, None]
 
     def lead(last: bool, all_: jax.Array) -> jax.Array:

@@ -1,0 +1,269 @@
+"""What the warps of a warpgroup do with chunks of 16 tokens, a warp each: one_pass.py's pairs of tokens.
+
+A tile of 64 tokens is four such chunks; the rows of a WGMMA tile that a warp holds are one of them. k and q
+lie one behind the other by 8 tokens (`stack`), so that one product reads the state for both.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.linear_attention.hopper import blocks, inverse
+from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
+from pallas_kernels.linear_attention.hopper.inverse import ROWS
+
+BF16 = jnp.bfloat16
+KEYS, QUERIES = range(2)  # in a stack
+INVERSE, SCORES = range(2)  # in a chunk's pairs
+TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+THIN = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))  # right operands of 16 tokens
+
+
+def pairs(stages: int) -> Any:
+    """Shared memory for A - I and the scores of the chunks of `stages` tiles, as right operands."""
+    return plgpu.SMEM((stages, C // ROWS, 2 * 4 * 32), jnp.int32)
+
+
+def stack(ref: Any, value: jax.Array, which: int, *, interpret: Any) -> None:
+    """Stores [64, 64] bf16 as the `which` part of a stack [128, 64]: its rows 8 i to 8 i + 7 at 16 i + 8 which."""
+    if interpret:
+        for i in range(0, C, 8):
+            ref[2 * i + 8 * which : 2 * i + 8 * which + 8] = value[i : i + 8]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(TILE)))
+    def write(_: Any, registers: Any, tile: Any) -> None:
+        part = utils.memref_slice(
+            utils.memref_unfold(tile, 0, (None, 2)), (slice(None), which)
+        )
+        registers.store_tiled(part, swizzle=128)
+
+    write(value, ref)
+
+
+def last_rows(ref: Any, value: jax.Array, *, interpret: Any) -> None:
+    """ref [4, 64] = the last row of each chunk of a tile [64, 64] float32."""
+    if interpret:
+        ref[...] = value[ROWS - 1 :: ROWS]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()))
+    def write(_: Any, tile: Any, memory: Any) -> None:
+        m = Warp(memory)
+        stride = ir.MemRefType(memory.type).get_strides_and_offset()[0][0]
+        address = arith.addi(m.base, arith.muli(m.warp, inverse._int(4 * stride)))
+        address = arith.addi(address, arith.muli(m.c, inverse._int(8)))
+        last = inverse._equal(m.r, inverse._int(7))
+        ptx = "st.shared.v2.f32 [$0], {$1, $2};"
+        for column, pair in enumerate(tile.registers.flat[1::2]):
+            place = arith.addi(address, inverse._int(32 * column))
+            utils.inline_ptx(ptx, place, *_numbers(pair), predicate=last)
+
+    write(value, ref)
+
+
+def store_pairs(stacks: Any, inverses: Any, beta: Any, out: Any, *, interpret: Any) -> None:
+    """Of each chunk of a tile A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j for j < i, and the scores z_i.y_j.
+
+    stacks: [2, 128, 64], of x and z, by halves of the channels.  inverses: y [2, 64, 64].  beta: [64].
+    out: of `pairs` [4, 256].
+    """
+    if interpret:
+        cut = lambda ref: jnp.concatenate([ref[0], ref[1]], axis=1).astype(F32)
+        x, z = jnp.moveaxis(cut(stacks).reshape(4, 2, 2, 8, -1), 2, 0).reshape(2, 4, ROWS, -1)
+        y = cut(inverses).reshape(4, ROWS, -1)
+        product = lambda a: jnp.einsum("wic,wjc->wij", a, y, precision=lax.Precision.HIGHEST)
+        lower = jnp.tril(jnp.ones((ROWS, ROWS), F32))
+        minus = -beta[...].reshape(4, ROWS, 1) * jnp.where(lower - jnp.eye(ROWS) > 0, product(x), 0.0)
+        m = inverse.Parts(inverse.Interpreted())
+        high = lax.optimization_barrier(minus.astype(jnp.float16))
+        low = (minus - high.astype(F32)).astype(jnp.float16)
+        high, _ = m.results(m.less_identity(inverse.diagonal(m, (high, low))))
+        scores = jnp.where(lower > 0, product(z), 0.0).astype(BF16)
+        packed = [_packed(block).reshape(4, 128) for block in (high, scores)]
+        out[...] = jnp.concatenate(packed, axis=1)
+        return
+
+    refs = (plgpu.RefType(TILE), plgpu.RefType(THIN), plgpu.RefType(), plgpu.RefType())
+
+    @plgpu.inline_mgpu(arg_types=refs)
+    def run(_: Any, stacks: Any, inverses: Any, beta: Any, out: Any) -> None:
+        m = Warp(out)
+        own = [[mgpu.c(0.0, ir.F32Type.get())] * 8 for _ in range(2)]
+        for step in range(8):
+            x, z, y = m.operands(stacks, inverses, step)
+            right = m.turned(y)
+            own = [m.product(a, right, start, kind="bf16") for a, start in zip((x, z), own, strict=True)]
+        lower, scores = own
+        beta_first, beta_second = m.numbers_of_rows(beta)
+        negative = [arith.mulf(x, b) for x, b in zip(lower, _by_row(beta_first, beta_second), strict=True)]
+        minus = m.keep_lower([arith.negf(x) for x in negative], strict=True)
+        parts = inverse.Parts(m)
+        x = parts.less_identity(inverse.diagonal(parts, parts.rounded(minus)))
+        m.put_own(INVERSE, m.in_bf16(x))
+        m.put_own(SCORES, m.in_bf16(m.keep_lower(scores, strict=False)))
+
+    run(stacks, inverses, beta, out)
+
+
+def finish(
+    read: jax.Array, value: jax.Array, beta: jax.Array, pairs: Any, *, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """V'^T = (beta (V - K S))^T A^T in bf16 and o^T = (Q S + P V')^T of a chunk, [64 values, 16 tokens].
+
+    read: (K S)^T and (Q S)^T as stacked [64, 32].  value: V^T, beta: by column, both [64, 16] float32.
+    pairs: [256], of the chunk.
+    """
+    if interpret:
+        by_eight = read.reshape(C, 2, 2, 8)
+        read_k, read_q = by_eight[:, :, 0].reshape(C, ROWS), by_eight[:, :, 1].reshape(C, ROWS)
+        lower, scores = _unpacked(pairs[...].reshape(2, 128))
+        x = (value - read_k) * beta
+        times = lambda a, b: jnp.matmul(a.astype(F32), b.T.astype(F32), precision=lax.Precision.HIGHEST)
+        x = x + times(x.astype(BF16), lower)
+        values = x.astype(BF16)
+        return values, (read_q + times(values, scores)).astype(BF16)
+
+    result = plgpu.ShapeDtypeStruct((C, ROWS), BF16, layout=WGMMA)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, WGMMA, WGMMA, plgpu.RefType()), return_type=(result, result)
+    )
+    def run(_: Any, read: Any, value: Any, beta: Any, pairs: Any) -> Any:
+        m = Warp(pairs)
+        flat = read.registers.flat
+        read_k, read_q = (
+            [x for i in (2 * which, 2 * which + 1, 2 * which + 4, 2 * which + 5) for x in _numbers(flat[i])]
+            for which in (KEYS, QUERIES)
+        )
+        of = lambda tile: [x for pair in tile.registers.flat for x in _numbers(pair)]
+        x = [
+            arith.mulf(arith.subf(v, r), b) for v, r, b in zip(of(value), read_k, of(beta), strict=True)
+        ]
+        x = m.product(m.in_bf16(x), m.turned(m.get(INVERSE)), x, kind="bf16")
+        values = m.in_bf16(x)
+        o = m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read_q, kind="bf16"))
+        return _array(values), _array(o)
+
+    return run(read, value, beta, pairs)
+
+
+def _packed(blocks_: jax.Array) -> jax.Array:
+    """[..., 16, 16] bf16 as [..., 16, 8] int32."""
+    return lax.bitcast_convert_type(blocks_.reshape(*blocks_.shape[:-1], 8, 2), jnp.int32)
+
+
+def _unpacked(words: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(words, BF16).reshape(-1, ROWS, ROWS)
+
+
+def _numbers(pair: Any) -> list:
+    return [llvm.extractelement(pair, inverse._int(i)) for i in range(2)]
+
+
+def _array(block: list) -> Any:
+    """A block in pairs of bf16 as a tile [64, 16]."""
+    type_ = ir.VectorType.get((2,), ir.BF16Type.get())
+    layout = WGMMA.to_mgpu()
+    registers = np.empty(4, dtype=object)
+    registers[:] = [utils.bitcast(x, type_) for x in block]
+    registers = registers.reshape(layout.registers_shape((C, ROWS)))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _by_row(first: Any, second: Any) -> list:
+    """Numbers of a thread's two rows for the eight of a block that it holds."""
+    return [first, first, second, second] * 2
+
+
+class Warp(inverse.Warp):
+    """Blocks of 16 by 16 as in inverse.py, of a warp's own chunk."""
+
+    def __init__(self, memory: Any):
+        super().__init__(memory)
+        self.lane = arith.andi(utils.thread_idx(), inverse._int(31))
+        self.base = _address(memory)
+
+    def turned(self, block: list) -> list:
+        """The right operand that is the transpose of a block."""
+        return [block[0], block[2], block[1], block[3]]
+
+    def in_bf16(self, block: list) -> list:
+        return self._pairs(block, "cvt.rn.bf16x2.f32 $0, $2, $1;")
+
+    def put_own(self, slot: int, block: list) -> None:
+        offset = arith.addi(arith.muli(self.warp, inverse._int(1024)), inverse._int(slot * 512))
+        ptx = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+        utils.inline_ptx(ptx, arith.addi(self.address, offset), *block)
+
+    def keep_lower(self, block: list, *, strict: bool) -> list:
+        """Of a block of float32, the places (i, j) with j < i, or j <= i."""
+        zero = mgpu.c(0.0, ir.F32Type.get())
+        than = arith.CmpIPredicate.ugt if strict else arith.CmpIPredicate.uge
+        first = arith.muli(self.c, inverse._int(2))
+        keep = [arith.cmpi(than, self.r, arith.addi(first, inverse._int(i))) for i in range(2)]
+        out = list(block)
+        for part in (0, 3):
+            out[2 * part : 2 * part + 2] = [
+                arith.select(flag, x, zero)
+                for flag, x in zip(keep, block[2 * part : 2 * part + 2], strict=True)
+            ]
+        out[4:6] = [zero, zero]
+        return out
+
+    def numbers_of_rows(self, memory: Any) -> list:
+        """Those of a thread's two rows, of float32 numbers [64]."""
+        row = arith.addi(arith.muli(self.warp, inverse._int(ROWS)), self.r)
+        address = arith.addi(_address(memory), arith.muli(row, inverse._int(4)))
+        load = lambda at: utils.inline_ptx(
+            "ld.shared.f32 $0, [$1];", at, result_types=ir.F32Type.get(), has_side_effects=True
+        )
+        return [load(address), load(arith.addi(address, inverse._int(32)))]
+
+    def operands(self, stacks: Any, inverses: Any, step: int) -> list:
+        """x, z and y of channels 16 step to 16 step + 15 as left operands."""
+        half, column = divmod(step, 4)
+        # Matrices in turn: tokens 0-7, 8-15 of the first 8 channels, of the next 8; a lane addresses a row.
+        eight = arith.andi(arith.shrui(self.lane, inverse._int(3)), inverse._int(1))
+        row, piece = arith.andi(self.lane, inverse._int(7)), arith.shrui(self.lane, inverse._int(4))
+        tile = arith.addi(arith.muli(self.warp, inverse._int(2)), eight)
+
+        def load(memory: Any, *offsets: Any) -> list:
+            address = _address(memory)
+            for offset in offsets:
+                address = arith.addi(address, offset)
+            ptx = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
+            types = [inverse._i32()] * 4
+            return list(
+                utils.inline_ptx(ptx, address, result_types=types, has_side_effects=True, convergent=True)
+            )
+
+        def swizzled(piece: Any, bits: Any, width: int) -> tuple:
+            place = arith.muli(arith.xori(piece, bits), inverse._int(16))
+            return place, arith.muli(row, inverse._int(width))
+
+        inner = swizzled(arith.addi(piece, inverse._int(2 * column)), row, 128)
+        x, z = (
+            load(
+                stacks,
+                *inner,
+                arith.muli(tile, inverse._int(2048)),
+                inverse._int(half * 16384 + which * 1024),
+            )
+            for which in (KEYS, QUERIES)
+        )
+        inner = swizzled(piece, arith.shrui(row, inverse._int(2)), 32)
+        offset = arith.muli(tile, inverse._int(1024)), inverse._int(half * 8192 + column * 256)
+        return [x, z, load(inverses, *inner, *offset)]
+
+
+def _address(memory: Any) -> Any:
+    return llvm.ptrtoint(inverse._i32(), utils.memref_ptr(memory))
