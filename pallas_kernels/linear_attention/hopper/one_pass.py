@@ -6,12 +6,11 @@ G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) (S + (k exp -G)^T V')
 A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while no
-|G| exceeds `channel_math.RANGE`; beyond that, and for hard tokens (two_parts.py), `first` says from where on.
+|G| exceeds `channel_math.RANGE`; beyond that, and for hard tokens (two_parts.py), `first_wrong` says from where on.
 """
 
 import dataclasses
 import functools
-import math
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -30,9 +29,8 @@ from pallas_kernels.linear_attention.hopper.inverse import ROWS
 from pallas_kernels.linear_attention.hopper.one_pass_tiles import KEYS, QUERIES
 
 BF16 = jnp.bfloat16
-STATE, PREPARE, COPY = range(3)
-PREPARING = 1  # warpgroups
-REGISTERS = {1: (152, 176, 24), 2: (144, 96, 24)}  # by PREPARING, of each kind: 65,536 in all, in steps of 8
+STATE, PREPARE, COPY = 152, 176, 24  # registers a thread: 65,536 in all, in steps of 8; no spills
+STAGES = 2  # tiles
 HOLDING, HALVES = 2, 2  # warpgroups with 64 values each; halves of the 128 channels
 NEVER = 2.0**30
 LEAST = channel_math.LEAST / blocks.LOG2E
@@ -41,18 +39,18 @@ LEAST = channel_math.LEAST / blocks.LOG2E
 class OnePassed(NamedTuple):
     """o: [B, T, HV, V] bf16.  final: S^T after each run [B * pieces, HV, V, K] float32 or None.
 
-    first: [B * pieces, HV, 64 or more] float32, the least of which is the first token of the run, counted from
-    the run's start, from which on o and final are not to be used; `NEVER` if all are right.
+    first_wrong: [B * pieces, HV, C] float32, the least of which is the first token of the sequence from which on o and
+    final are not to be used; `NEVER` or more if all are right.
     """
 
-    o: jax.Array
-    first: jax.Array
+    o: Any
+    first_wrong: jax.Array
     final: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class OnePass(Wanted):
-    """One compiled pass; lead: as of `ChannelScan`."""
+    """One compiled pass; lead, and mode "transition": as of `ChannelScan`; mode "summary": final only."""
 
     inputs: Inputs
     lead: jax.Array | None = None
@@ -64,51 +62,60 @@ class OnePass(Wanted):
         assert i.log_decay is not None and i.log_decay.dtype == BF16
         chunks = length // C
         vectors = Vectors(i, ("beta",))
-        arrays = dict(q=i.q, k=i.k, v=i.v, g=i.log_decay, **vectors.named, initial=i.state, lead=self.lead)
+        output, transition = self.mode == "output", self.mode == "transition"
+        arrays = dict(
+            q=i.q if output else None,
+            k=i.k,
+            v=None if transition else i.v,
+            g=i.log_decay,
+            **vectors.named,
+            initial=None if transition else i.state,
+            walk=self.walk,
+            lead=self.lead,
+        )
         results = {
             name: shape
             for name, shape in self.results((batch, length), value_heads, value_dim, key_dim, delta=True).items()
             if name in ("o", "final")
         }
-        results["first"] = jax.ShapeDtypeStruct((batch * self.pieces, value_heads, PREPARING, C), F32)
-        stages = 2
-        tiles = stages, HALVES, C, C
+        results["first_wrong"] = jax.ShapeDtypeStruct((batch * self.pieces, value_heads, C), F32)
+        tiles = STAGES, HALVES, C, C
         scratch = dict(
-            qk=blocks.smem((stages, HALVES, 2 * C, C), BF16),  # k, below it q; then stacked
-            v=blocks.smem(tiles, BF16),
+            qk=blocks.smem((STAGES, HALVES, 2 * C, C), BF16),  # k, below it q; then stacked
+            v=None if transition else blocks.smem(tiles, BF16),
             g=blocks.smem(tiles, BF16),
             inverses=blocks.smem(tiles, BF16, width=ROWS),  # k exp -G
-            carry=plgpu.SMEM((stages, C // ROWS, key_dim), F32),
-            pairs=one_pass_tiles.pairs(stages),
-            vectors=plgpu.SMEM((stages, len(vectors), C), F32),
+            carry=plgpu.SMEM((STAGES, C // ROWS, key_dim), F32),
+            pairs=one_pass_tiles.pairs(STAGES),
+            vectors=plgpu.SMEM((STAGES, len(vectors), C), F32),
             o=blocks.smem((HOLDING, C, C), BF16),
-            filled=plgpu.Barrier(num_arrivals=3 * HALVES + HOLDING + len(vectors), num_barriers=stages),
-            ready=plgpu.Barrier(num_barriers=stages),
-            free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=stages),
-            done=plgpu.Barrier(num_arrivals=HOLDING + PREPARING + 1),
+            filled=plgpu.Barrier(num_arrivals=HALVES * (3 + output - transition) + len(vectors), num_barriers=STAGES),
+            ready=plgpu.Barrier(num_barriers=STAGES),
+            free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=STAGES),
+            done=plgpu.Barrier(num_arrivals=HOLDING + 2),
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
-            at = self.place(refs, smem, chunks, stages=stages, vectors=vectors, interpret=i.interpret)
+            at = self.place(
+                refs, smem, chunks, vectors=vectors, interpret=i.interpret,
+                values=not transition,
+            )  # fmt: skip
             at.key_head = blocks.div(at.head, value_heads // heads)
             if self.lead is not None:
                 at.lead = at.refs.lead[at.piece, at.head]
                 at.first, at.count = at.first - at.lead, at.count + at.lead
-            registers = REGISTERS[PREPARING]
-            wg, copying = at.wg, HOLDING + PREPARING
-            preparing = (wg >= HOLDING) & (wg < copying)
-            blocks.role(wg < HOLDING, lambda: self.hold_state(at, wg), increase=registers[STATE])
-            changed = dict(increase=registers[PREPARE]) if PREPARING == 1 else dict(decrease=registers[PREPARE])
-            blocks.role(preparing, lambda: self.prepare_tiles(at, wg - HOLDING), **changed)
-            blocks.role(wg == copying, lambda: self.issue_copies(at), decrease=registers[COPY])
+            wg = at.wg
+            blocks.role(wg < HOLDING, lambda: self.hold_state(at, wg), increase=STATE)
+            blocks.role(wg == HOLDING, lambda: self.prepare_tiles(at), increase=PREPARE)
+            blocks.role(wg == HOLDING + 1, lambda: self.issue_copies(at), decrease=COPY)
             blocks.finish_together(at.smem.done)
 
         grid = dict(b=batch * self.pieces, h=value_heads, v=1)
         out = blocks.launch(
-            "delta_channel_one_pass", body, arrays, results, scratch, grid,
-            threads=HOLDING + PREPARING + 1, interpret=i.interpret,
+            "delta_channel_one_pass_" + self.mode, body, arrays, results, scratch, grid,
+            threads=HOLDING + 2, interpret=i.interpret,
         )  # fmt: skip
-        return OnePassed(**out | dict(first=out["first"].reshape(batch * self.pieces, value_heads, -1)))
+        return OnePassed(**out)
 
     def issue_copies(self, at: SimpleNamespace) -> None:
         smem, refs = at.smem, at.refs
@@ -121,69 +128,67 @@ class OnePass(Wanted):
                 keys, queries = raw.at[pl.ds(0, C)], raw.at[pl.ds(C, C)]
                 plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head, columns], smem.g.at[slot, half], barrier)
                 plgpu.copy_gmem_to_smem(refs.k.at[at.b, rows, at.key_head, columns], keys, barrier)
-                plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head, columns], queries, barrier)
-                plgpu.copy_gmem_to_smem(refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, half], barrier)
+                if at.output:
+                    plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head, columns], queries, barrier)
+                if at.values:
+                    values = refs.v.at[at.b, rows, at.head, columns]
+                    plgpu.copy_gmem_to_smem(values, smem.v.at[slot, half], barrier)
             at.vectors.copy(vars(refs), smem.vectors.at[slot], barrier, at.b, at.head, rows)
 
-        blocks.refill(fill, smem.free, at.count, at.stages)
+        blocks.refill(fill, smem.free, at.count, STAGES)
 
-    def prepare_tiles(self, at: SimpleNamespace, turn: Any) -> None:
-        """Tiles n with n % PREPARING == turn."""
+    def prepare_tiles(self, at: SimpleNamespace) -> None:
         smem = at.smem
 
         def step(n: Any, first: jax.Array) -> jax.Array:
-            slot = blocks.rem(n, at.stages)
+            slot = blocks.rem(n, STAGES)
             plgpu.barrier_wait(smem.filled.at[slot])
-
-            def mine() -> jax.Array:
-                wrong = self.prepare_tile(at, turn, slot)
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(smem.ready.at[slot])
-                token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + n * C
-                return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
-
-            return mine() if PREPARING == 1 else lax.cond(blocks.rem(n, PREPARING) == turn, mine, lambda: first)
+            wrong = self.prepare_tile(at, slot)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(smem.ready.at[slot])
+            token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + (at.first + n) * C
+            return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
 
         never = plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
-        first = lax.fori_loop(0, at.count, step, never)
-        at.refs.first.at[at.piece, at.head, turn][...] = first
+        at.refs.first_wrong.at[at.piece, at.head][...] = lax.fori_loop(0, at.count, step, never)
 
-    def prepare_tile(self, at: SimpleNamespace, turn: Any, slot: Any) -> jax.Array:
+    def prepare_tile(self, at: SimpleNamespace, slot: Any) -> jax.Array:
         """Which tokens are beyond what one anchor can do, or hard."""
         i, smem = self.inputs, at.smem
         store = functools.partial(blocks.store, interpret=i.interpret)
         beta = at.vectors.get("beta", smem.vectors.at[slot])
         raw = lambda which, half: smem.qk.at[slot, half].at[pl.ds(which * C, C)]
+        stacked = (KEYS, QUERIES) if at.output else (KEYS,)
         squares: list[Any] = [0.0, 0.0]
         for half in range(HALVES):
             g = smem.g.at[slot, half]
             store(g, jnp.maximum(blocks.tile(g, BF16), jnp.asarray(LEAST, BF16)))
-            for which in (KEYS, QUERIES) if i.l2norm else (KEYS,):
+            for which in stacked if i.l2norm else (KEYS,):
                 x = blocks.tile(raw(which, half))
                 squares[which] += jnp.sum(x * x, axis=1)
-        scales: list[Any] = [None, i.scale]
-        if i.l2norm:
-            norm_k, norm_q = (lax.rsqrt(x + blocks.L2NORM_EPS) for x in squares)
-            scales = [norm_k, norm_q * i.scale]
+        norms: list[Any] = [lax.rsqrt(x + blocks.L2NORM_EPS) if i.l2norm else None for x in squares]
+
+        def normal(x: jax.Array, which: int) -> jax.Array:
+            x = x.astype(F32)
+            return x * blocks.by_row(norms[which]) if i.l2norm else x
+
         plgpu.commit_smem()
         size = blocks.row_vector(beta) * (1.0 if i.l2norm else squares[KEYS])
         wrong = size > two_parts.LARGEST
         for half in range(HALVES):
             total = blocks.matmul((self.within(beta), smem.g.at[slot, half]), interpret=i.interpret)
             total *= blocks.LOG2E
-            k, q = (blocks.tile(raw(which, half), BF16) for which in (KEYS, QUERIES))
+            rows = [blocks.tile(raw(which, half), BF16) for which in stacked]
             wrong = wrong | (jnp.min(total, axis=1) < -channel_math.RANGE)
             plgpu.commit_smem()  # all have read what is overwritten now
-            scaled = lambda x, which: x.astype(F32) * blocks.by_row(scales[which]) if i.l2norm else x.astype(F32)
-            grown = scaled(k, KEYS) * jnp.exp2(jnp.minimum(-total, channel_math.RANGE))
+            grown = normal(rows[KEYS], KEYS) * jnp.exp2(jnp.minimum(-total, channel_math.RANGE))
             store(smem.inverses.at[slot, half], grown.astype(BF16), width=ROWS)
             decay = jnp.exp2(total)
-            one_pass_tiles.last_rows(
-                smem.carry.at[slot, :, pl.ds(half * C, C)], decay, interpret=i.interpret
-            )
-            stack = functools.partial(one_pass_tiles.stack, smem.qk.at[slot, half], interpret=i.interpret)
-            stack((scaled(k, KEYS) * decay).astype(BF16), KEYS)
-            stack((scaled(q, QUERIES) * decay * (1.0 if i.l2norm else i.scale)).astype(BF16), QUERIES)
+            ends = smem.carry.at[slot, :, pl.ds(half * C, C)]
+            one_pass_tiles.last_rows(ends, decay, interpret=i.interpret)
+            for which in stacked:
+                x = normal(rows[which], which) * decay * (i.scale if which == QUERIES else 1.0)
+                one_pass_tiles.stack(smem.qk.at[slot, half], x.astype(BF16), which, interpret=i.interpret)
         plgpu.commit_smem()
         one_pass_tiles.store_pairs(
             smem.qk.at[slot], smem.inverses.at[slot], beta, smem.pairs.at[slot], interpret=i.interpret
@@ -203,6 +208,9 @@ class OnePass(Wanted):
         halves = [pl.ds(half * C, C) for half in range(HALVES)]
 
         def load(row: Any) -> tuple:
+            if not at.values:
+                index = blocks.row_index() + wg * C, blocks.col_index()
+                return tuple(jnp.where(index[0] == index[1] + half * C, 1.0, 0.0) for half in range(HALVES))
             return tuple(blocks.state(initial, (C, C), (row, at.head, columns, half)) for half in halves)
 
         if self.lead is not None and initial is not None:
@@ -212,7 +220,7 @@ class OnePass(Wanted):
             state = load(at.piece)
 
         def step(n: Any, state: tuple, output: bool) -> tuple:
-            slot = blocks.rem(n, at.stages)
+            slot = blocks.rem(n, STAGES)
             plgpu.barrier_wait(smem.filled.at[slot])
             plgpu.barrier_wait(smem.ready.at[slot])
             if output:
@@ -230,8 +238,8 @@ class OnePass(Wanted):
         if self.lead is not None:
             start = at.lead
             state = lax.fori_loop(0, start, lambda n, state: step(n, state, False), state)
-        state = lax.fori_loop(start, at.count, lambda n, state: step(n, state, True), state)
-        if self.final:
+        state = lax.fori_loop(start, at.count, lambda n, state: step(n, state, at.output), state)
+        if self.final or not at.output:
             for half, part in zip(halves, state, strict=True):
                 blocks.write(refs.final.at[at.piece, at.head, columns, half], part, interpret=i.interpret)
         plgpu.wait_smem_to_gmem(0)
@@ -244,7 +252,9 @@ class OnePass(Wanted):
         stacked = [smem.qk.at[slot, half].at[pl.ds(2 * chunk * ROWS, 2 * ROWS)].T for half in range(HALVES)]
         pairs = list(zip((part.astype(BF16) for part in state), stacked, strict=True))
         (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
-        value = blocks.tile(smem.v.at[slot, wg].at[tokens].T)
+        value = blocks.zeros((C, ROWS))
+        if at.values:
+            value = blocks.tile(smem.v.at[slot, wg].at[tokens].T)
         beta = at.vectors.get("beta", smem.vectors.at[slot]).at[tokens]
         beta = blocks.by_col(blocks.col_vector(beta), (C, ROWS))
         values, o = one_pass_tiles.finish(read, value, beta, smem.pairs.at[slot, chunk], interpret=i.interpret)

@@ -42,11 +42,12 @@ def chunks(run: int) -> int:
     return min(8, run // 4)
 
 
-def walks(inputs: Inputs, pieces: int) -> Walks | None:
-    """None where every piece is walked whole."""
+def walks(inputs: Inputs, pieces: int, *, wanted: bool | None = None) -> Walks | None:
+    """None where every piece is walked whole.  wanted: whether there are any, `table.SHORT_WALKS` if not said."""
     run = inputs.k.shape[1] // C // pieces
     reach = chunks(run)
-    if not table.SHORT_WALKS or inputs.log_decay is None or reach < 2:  # the scans have two buffers to fill
+    wanted = table.SHORT_WALKS if wanted is None else wanted
+    if not wanted or inputs.log_decay is None or reach < 2:  # the scans have two buffers to fill
         return None
     first, last = (_bound(inputs, pieces, reach, last=last) <= LEAST for last in (False, True))
     forgets = first & last
