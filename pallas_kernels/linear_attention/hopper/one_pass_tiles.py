@@ -96,22 +96,22 @@ def store_pairs(stacks: Any, inverses: Any, beta: Any, out: Any, *, interpret: A
 
     @plgpu.inline_mgpu(arg_types=refs)
     def run(_: Any, stacks: Any, inverses: Any, beta: Any, out: Any) -> None:
-        m = Warp(out)
-        own = [[mgpu.c(0.0, ir.F32Type.get())] * 8 for _ in range(2)]
-        for step in range(8):
-            x, z, y = m.operands(stacks, inverses, step)
-            right = m.turned(y)
-            own = [m.product(a, right, start, kind="bf16") for a, start in zip((x, z), own, strict=True)]
-        lower, scores = own
-        beta_first, beta_second = m.numbers_of_rows(beta)
-        negative = [arith.mulf(x, b) for x, b in zip(lower, _by_row(beta_first, beta_second), strict=True)]
-        minus = m.keep_lower([arith.negf(x) for x in negative], strict=True)
-        parts = inverse.Parts(m)
-        x = parts.less_identity(inverse.diagonal(parts, parts.rounded(minus)))
-        m.put_own(INVERSE, m.in_bf16(x))
-        m.put_own(SCORES, m.in_bf16(m.keep_lower(scores, strict=False)))
+        _store_pairs(Warp(out), stacks, inverses, beta)
 
     run(stacks, inverses, beta, out)
+
+
+def _store_pairs(m: Any, stacks: Any, inverses: Any, beta: Any) -> None:
+    lower = scores = [mgpu.c(0.0, ir.F32Type.get())] * 8
+    for step in range(8):
+        x, z, y = m.operands(stacks, inverses, step)
+        lower = m.product(x, m.turned(y), lower, kind="bf16")
+        scores = m.product(z, m.turned(y), scores, kind="bf16")
+    minus = [arith.mulf(x, b) for x, b in zip(lower, m.minus_by_row(beta), strict=True)]
+    parts = inverse.Parts(m)
+    x = inverse.diagonal(parts, parts.rounded(m.keep_lower(minus, strict=True)))
+    m.put_own(INVERSE, m.in_bf16(m.less_identity(x)))
+    m.put_own(SCORES, m.in_bf16(m.keep_lower(scores, strict=False)))
 
 
 def finish(
@@ -138,22 +138,20 @@ def finish(
         arg_types=(WGMMA, WGMMA, WGMMA, plgpu.RefType()), return_type=(result, result)
     )
     def run(_: Any, read: Any, value: Any, beta: Any, pairs: Any) -> Any:
-        m = Warp(pairs)
-        flat = read.registers.flat
-        read_k, read_q = (
-            [x for i in (2 * which, 2 * which + 1, 2 * which + 4, 2 * which + 5) for x in _numbers(flat[i])]
-            for which in (KEYS, QUERIES)
-        )
-        of = lambda tile: [x for pair in tile.registers.flat for x in _numbers(pair)]
-        x = [
-            arith.mulf(arith.subf(v, r), b) for v, r, b in zip(of(value), read_k, of(beta), strict=True)
-        ]
-        x = m.product(m.in_bf16(x), m.turned(m.get(INVERSE)), x, kind="bf16")
-        values = m.in_bf16(x)
-        o = m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read_q, kind="bf16"))
-        return _array(values), _array(o)
+        numbers = [[x for pair in tile.registers.flat for x in _numbers(pair)] for tile in (read, value, beta)]
+        return tuple(map(_array, _finish(Warp(pairs), *numbers)))
 
     return run(read, value, beta, pairs)
+
+
+def _finish(m: Any, read: list, value: list, beta: list) -> tuple[list, list]:
+    """In pairs of bf16; read and the others: numbers in turn of a thread's columns, rows r and r + 8."""
+    parts = [read[i : i + 4] for i in range(0, 16, 4)]
+    read_k, read_q = (parts[which] + parts[2 + which] for which in (KEYS, QUERIES))
+    x = [arith.mulf(arith.subf(v, r), b) for v, r, b in zip(value, read_k, beta, strict=True)]
+    x = m.product(m.in_bf16(x), m.turned(m.get(INVERSE)), x, kind="bf16")
+    values = m.in_bf16(x)
+    return values, m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read_q, kind="bf16"))
 
 
 def _packed(blocks_: jax.Array) -> jax.Array:
@@ -177,11 +175,6 @@ def _array(block: list) -> Any:
     registers[:] = [utils.bitcast(x, type_) for x in block]
     registers = registers.reshape(layout.registers_shape((C, ROWS)))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _by_row(first: Any, second: Any) -> list:
-    """Numbers of a thread's two rows for the eight of a block that it holds."""
-    return [first, first, second, second] * 2
 
 
 class Warp(inverse.Warp):
@@ -219,14 +212,16 @@ class Warp(inverse.Warp):
         out[4:6] = [zero, zero]
         return out
 
-    def numbers_of_rows(self, memory: Any) -> list:
-        """Those of a thread's two rows, of float32 numbers [64]."""
+    def minus_by_row(self, memory: Any) -> list:
+        """What the numbers [64] float32 of a block's rows are, times -1, for the eight places of a thread."""
         row = arith.addi(arith.muli(self.warp, inverse._int(ROWS)), self.r)
         address = arith.addi(_address(memory), arith.muli(row, inverse._int(4)))
-        load = lambda at: utils.inline_ptx(
-            "ld.shared.f32 $0, [$1];", at, result_types=ir.F32Type.get(), has_side_effects=True
+        f32, ptx = ir.F32Type.get(), "ld.shared.f32 $0, [$1];"
+        first, second = (
+            arith.subf(mgpu.c(0.0, f32), utils.inline_ptx(ptx, at, result_types=f32, has_side_effects=True))
+            for at in (address, arith.addi(address, inverse._int(32)))
         )
-        return [load(address), load(arith.addi(address, inverse._int(32)))]
+        return [first, first, second, second] * 2
 
     def operands(self, stacks: Any, inverses: Any, step: int) -> list:
         """x, z and y of channels 16 step to 16 step + 15 as left operands."""

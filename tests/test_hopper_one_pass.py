@@ -1,0 +1,114 @@
+"""The forward of KDA in one pass (hopper/one_pass.py) against float64: interpreted, thread by thread, on a GPU."""
+
+import dataclasses
+import functools
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
+
+import warp_emulator
+from test_hopper_channel import channel_case
+from test_hopper_forward import TOLERANCE, oracle, relative_error
+from test_hopper_warm_up import quick
+
+from pallas_kernels.linear_attention.hopper import inverse, one_pass_tiles, table
+from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.inputs import prepare
+from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward
+
+BF16 = ml_dtypes.bfloat16
+
+
+def swizzled(tiles, width):
+    """[rows, columns] bf16 as in shared memory: tiles of 8 rows and `width` bytes, pieces of 16 bytes exchanged."""
+    rows, columns = tiles.shape
+    across = width // 2
+    out = tiles.reshape(rows // 8, 8, columns // across, across // 8, 8).transpose(0, 2, 1, 3, 4).copy()
+    for row in range(8):
+        out[:, :, row] = out[:, :, row, np.arange(across // 8) ^ (row * width // 128)]
+    return out
+
+
+def test_thread_by_thread(monkeypatch):
+    """The pairs of tokens of four chunks, and what a chunk's outputs are made of them."""
+    rng = np.random.default_rng(0)
+    x, y, z = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
+    x, y = ((a.astype(np.float32) * 0.2).astype(BF16) for a in (x, y))
+    beta = rng.uniform(size=64).astype(np.float32)
+    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles)
+    stacks, inverses, numbers, pairs = 0, 1 << 15, 3 << 14, (3 << 14) + 256
+    for half in range(2):
+        columns = slice(64 * half, 64 * half + 64)
+        stacked = np.stack([a.reshape(8, 8, 128) for a in (x, z)], 1).reshape(128, 128)
+        memory.fill(stacks + half * 16384, swizzled(stacked[:, columns], 128))
+        memory.fill(inverses + half * 8192, swizzled(y[:, columns], 32))
+    memory.fill(numbers, beta)
+    one_pass_tiles._store_pairs(one_pass_tiles.Warp(pairs), stacks, inverses, numbers)
+
+    read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
+    group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
+    places = lambda columns: [
+        (group + row, pair + column + i) for column in range(0, columns, 8) for row in (0, 8) for i in range(2)
+    ]
+    registers = lambda tile: [np.float32(tile[place]) for place in places(tile.shape[1])]
+    to_64 = lambda a: a.astype(np.float64)
+    for chunk in range(4):
+        tokens = slice(16 * chunk, 16 * chunk + 16)
+        by_column = np.broadcast_to(beta[tokens], (64, 16))
+        operands = map(registers, (read, value, by_column))
+        values, o = one_pass_tiles._finish(one_pass_tiles.Warp(pairs + 1024 * chunk), *operands)
+        lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
+        scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T)
+        apart = read.reshape(64, 2, 2, 8)
+        want = beta[tokens] * (value - apart[:, :, 0].reshape(64, 16)) @ np.linalg.inv(np.eye(16) + lower).T
+        got = np.zeros((2, 64, 16))
+        for tile, block in zip(got, (values, o), strict=True):
+            numbers_of = [number for register in block for number in warp_emulator.bf16(register)]
+            for place, number in zip(places(16), numbers_of, strict=True):
+                tile[place] = number
+        assert relative_error(got[0], want) < 4e-3
+        assert relative_error(got[1], apart[:, :, 1].reshape(64, 16) + want @ scores.T) < 4e-3
+
+
+def one_pass_case(gate, steep_from=None, **options):
+    """A call with log-decays in bf16; steep_from: the token of the first value head from which they are -10."""
+    call = channel_case(dict(dim=128) | options, gate)[0]
+    log_decay = np.array(call.log_decay)
+    if steep_from is not None:
+        log_decay[:, steep_from:, 0] = -10.0
+    return dataclasses.replace(call, log_decay=jnp.asarray(log_decay, jnp.bfloat16))
+
+
+def check(call, choice=None, tolerance=TOLERANCE):
+    given = prepare(call)
+    otherwise = lambda: channel_forward(given, final=True, keep=False, choice=table.Choice(128))[0]
+    out = one_pass_forward(given, final=True, otherwise=otherwise, choice=choice)
+    o, final, _ = oracle(call)
+    assert relative_error(out.o[:, : call.q.shape[1]], o) < tolerance
+    assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < tolerance
+    return out
+
+
+CASES = {
+    "whole": (dict(gate="slow", tokens=100), None),
+    "whole, keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), None),
+    "led": (dict(gate="bound -5", steep_from=None, tokens=256), table.Choice(128, led=2)),
+    "led, a run walks all before it": (dict(gate="slow", tokens=256), table.Choice(128, led=2)),
+    "in pieces": (dict(gate="slow", tokens=256), table.Choice(128, pieces=2)),
+    "steep from the middle of a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), None),
+    "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), None),
+}
+
+
+@pytest.mark.parametrize("name", quick(CASES))
+def test_interpreted(name, capfd):
+    options, choice = CASES[name]
+    check(dataclasses.replace(one_pass_case(**options), interpret=True), choice)
+    assert "RACE DETECTED" not in capfd.readouterr().out
