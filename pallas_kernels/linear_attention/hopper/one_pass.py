@@ -37,14 +37,14 @@ LEAST = channel_math.LEAST / blocks.LOG2E
 
 
 class OnePassed(NamedTuple):
-    """o: [B, T, HV, V] bf16.  final: S^T after each run [B * pieces, HV, V, K] float32 or None.
+    """o: [B, T, HV, V] bf16.  final: S^T after each run [B * pieces, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B * pieces, HV, C] float32, the least of which is the first token of the sequence from which on o and
-    final are not to be used; `NEVER` or more if all are right.
+    first_wrong: [B * pieces, HV, C] float32, the least of which is the first token of the sequence from which on
+    the others are not to be used; `NEVER` if all are right.
     """
 
-    o: Any
     first_wrong: jax.Array
+    o: Any = None
     final: Any = None
 
 
