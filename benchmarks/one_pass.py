@@ -49,7 +49,9 @@ def one(call, choice=None):
     """Without what computes again where a token is wrong."""
     state = lambda: jnp.zeros((call.q.shape[0], call.q.shape[2], 128, 128))
     nothing = lambda: Scanned(o=jnp.zeros_like(call.v), final=state())
-    out = one_pass_forward.one_pass_forward(inputs.prepare(call), final=True, otherwise=nothing, choice=choice)
+    out = one_pass_forward.one_pass_forward(
+        inputs.prepare(call), final=True, otherwise=nothing, choice=choice
+    )
     return out.o, jnp.swapaxes(out.final, 2, 3)
 
 
@@ -65,7 +67,9 @@ def part(call, without):
         pass
 
     if without == "prepare":
-        Part.prepare_tile = lambda self, at, slot: one_pass.blocks.row_vector(at.smem.vectors.at[slot, 0]) > 2.0
+        Part.prepare_tile = lambda self, at, slot: (
+            one_pass.blocks.row_vector(at.smem.vectors.at[slot, 0]) > 2.0
+        )
     else:
         Part.advance = lambda self, at, wg, slot, chunk, state, output: state
     return Part(inputs.prepare(call), final=False)().o
@@ -91,7 +95,11 @@ def case(how, arguments, state=False, l2norm=True):
 
 
 def expected(call):
-    given = {f.name: np.asarray(getattr(call, f.name)) for f in dataclasses.fields(Call) if f.name in ("q", "k", "v")}
+    given = {
+        f.name: np.asarray(getattr(call, f.name))
+        for f in dataclasses.fields(Call)
+        if f.name in ("q", "k", "v")
+    }
     to_64 = lambda x: np.asarray(x, np.float64)
     S = np.zeros((2, 2, 128, 128)) if call.initial_state is None else to_64(call.initial_state)
     q, k, v = (to_64(given[name]) for name in "qkv")
@@ -113,7 +121,9 @@ def main():
     calls = {(shape, gates): draw(*shape, gates) for shape in SHAPES for gates in ("steep", "slow")}
     say("drawn")
     with ThreadPoolExecutor(16) as pool:
-        rights = [pool.submit(compiled, functools.partial(one, choice=choice), call) for _, call, choice in cases]
+        rights = [
+            pool.submit(compiled, functools.partial(one, choice=choice), call) for _, call, choice in cases
+        ]
         jobs = {
             (shape, name): pool.submit(compiled, run, calls[shape, "steep"])
             for name, run in (("one pass", one), ("today", today))

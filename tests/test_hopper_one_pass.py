@@ -1,4 +1,4 @@
-"""The forward of KDA in one pass (hopper/one_pass.py) against float64: interpreted, thread by thread, on a GPU."""
+"""KDA's forward in one pass (hopper/one_pass.py) against float64: interpreted, by threads, AOT, on a GPU."""
 
 import dataclasses
 import functools
@@ -18,16 +18,18 @@ from test_hopper_channel import channel_case
 from test_hopper_forward import TOLERANCE, oracle, relative_error
 from test_hopper_warm_up import quick
 
+from pallas_kernels.linear_attention.call import Call
 from pallas_kernels.linear_attention.hopper import inverse, one_pass_tiles, table
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import prepare
-from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward
+from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward, serves
 
 BF16 = ml_dtypes.bfloat16
 
 
 def swizzled(tiles, width):
-    """[rows, columns] bf16 as in shared memory: tiles of 8 rows and `width` bytes, pieces of 16 bytes exchanged."""
+    """[rows, columns] bf16 as in shared memory: tiles of 8 rows of `width` bytes, pieces swapped."""
     rows, columns = tiles.shape
     across = width // 2
     out = tiles.reshape(rows // 8, 8, columns // across, across // 8, 8).transpose(0, 2, 1, 3, 4).copy()
@@ -55,7 +57,10 @@ def test_thread_by_thread(monkeypatch):
     read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
     places = lambda columns: [
-        (group + row, pair + column + i) for column in range(0, columns, 8) for row in (0, 8) for i in range(2)
+        (group + row, pair + column + i)
+        for column in range(0, columns, 8)
+        for row in (0, 8)
+        for i in range(2)
     ]
     registers = lambda tile: [np.float32(tile[place]) for place in places(tile.shape[1])]
     to_64 = lambda a: a.astype(np.float64)
@@ -78,37 +83,107 @@ def test_thread_by_thread(monkeypatch):
 
 
 def one_pass_case(gate, steep_from=None, **options):
-    """A call with log-decays in bf16; steep_from: the token of the first value head from which they are -10."""
-    call = channel_case(dict(dim=128) | options, gate)[0]
+    """A call with log-decays in bf16; steep_from: the first head has -10 from this token on."""
+    call = channel_case(dict(dim=128) | options, "none" if gate == "steep" else gate)[0]
     log_decay = np.array(call.log_decay)
+    if gate == "steep":
+        log_decay = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=log_decay.shape)))
     if steep_from is not None:
         log_decay[:, steep_from:, 0] = -10.0
     return dataclasses.replace(call, log_decay=jnp.asarray(log_decay, jnp.bfloat16))
 
 
-def check(call, choice=None, tolerance=TOLERANCE):
+def forward(call, choice, spoilt):
+    """spoilt: whether today's kernels are wanted; else they give zeros."""
     given = prepare(call)
-    otherwise = lambda: channel_forward(given, final=True, keep=False, choice=table.Choice(128))[0]
-    out = one_pass_forward(given, final=True, otherwise=otherwise, choice=choice)
+
+    def otherwise():
+        if spoilt:
+            return channel_forward(given, final=True, keep=False, choice=table.Choice(128))[0]
+        return Scanned(o=jnp.zeros_like(given.v), final=jnp.zeros((*call.v.shape[:3:2], 128, 128)))
+
+    return one_pass_forward(given, final=True, otherwise=otherwise, choice=choice)
+
+
+def check(call, choice=None, spoilt=False):
+    out = jax.jit(functools.partial(forward, choice=choice, spoilt=spoilt))(call)
     o, final, _ = oracle(call)
-    assert relative_error(out.o[:, : call.q.shape[1]], o) < tolerance
-    assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < tolerance
+    assert relative_error(out.o[:, : call.q.shape[1]], o) < TOLERANCE
+    assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE
     return out
 
 
-CASES = {
-    "whole": (dict(gate="slow", tokens=100), None),
-    "whole, keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), None),
-    "led": (dict(gate="bound -5", steep_from=None, tokens=256), table.Choice(128, led=2)),
-    "led, a run walks all before it": (dict(gate="slow", tokens=256), table.Choice(128, led=2)),
-    "in pieces": (dict(gate="slow", tokens=256), table.Choice(128, pieces=2)),
-    "steep from the middle of a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), None),
-    "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), None),
+CASES = {  # options, choice, whether tokens are left to today's kernels
+    "whole": (dict(gate="slow", tokens=100), None, False),
+    "led": (dict(gate="steep", tokens=384), table.Choice(128, led=3), False),
+    "led, a run walks all before it": (dict(gate="slow", tokens=256), table.Choice(128, led=2), False),
+    "in pieces": (dict(gate="slow", tokens=256, value_heads=2), table.Choice(128, pieces=2), False),
+    "keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), None, True),
+    "steep within a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), None, True),
+    "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), None, True),
 }
 
 
 @pytest.mark.parametrize("name", quick(CASES))
 def test_interpreted(name, capfd):
-    options, choice = CASES[name]
-    check(dataclasses.replace(one_pass_case(**options), interpret=True), choice)
+    options, choice, spoilt = CASES[name]
+    check(dataclasses.replace(one_pass_case(**options), interpret=True), choice, spoilt)
     assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_later_tokens_move_nothing():
+    """In no bit, though a steep one has all that follows it computed by other kernels."""
+    outputs = [
+        check(
+            dataclasses.replace(one_pass_case("slow", steep_from, tokens=128), interpret=True), spoilt=True
+        ).o
+        for steep_from in (None, 40)
+    ]
+    np.testing.assert_array_equal(*(o[:, :40] for o in outputs))
+    assert (outputs[0][:, 40:] != outputs[1][:, 40:]).any()
+
+
+def test_what_is_served(monkeypatch):
+    monkeypatch.setattr(table, "ONE_PASS", True)
+    call = one_pass_case("slow", tokens=128)
+    assert serves(prepare(call))
+    documents = jnp.zeros(call.q.shape[:2], jnp.int32)
+    others = (
+        dict(segment_ids=documents),
+        dict(log_decay=call.log_decay.astype(jnp.float32)),
+        dict(beta=None),
+        dict(q=call.q[..., :64], k=call.k[..., :64], log_decay=call.log_decay[..., :64]),
+    )
+    assert not any(serves(prepare(dataclasses.replace(call, **other))) for other in others)
+
+
+@pytest.mark.parametrize(
+    "batch, tokens, heads, pieces, led",
+    [(1, 65536, 8, 16, 1), (1, 8192, 32, 1, 4), (1, 2048, 12, 1, 8), (8, 4096, 16, 1, 1)],
+)
+def test_choices(batch, tokens, heads, pieces, led):
+    shape = batch, tokens, heads, 128
+    assert table.one_pass(shape, shape) == table.Choice(128, pieces, led)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("shape", [(1, 2048, 12, 128), (1, 65536, 8, 128)], ids=["led", "in pieces"])
+def test_compiles_without_spills(shape):
+    struct = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    call = Call(
+        *[struct(shape)] * 3, log_decay=struct(shape), beta=struct(shape[:3]), initial_state=None, scale=1.0,
+        qk_l2norm=True, output_final_state=True,
+    )  # fmt: skip
+    run = functools.partial(forward, choice=None, spoilt=False)
+    kernels = hopper_aot.compile_for_hopper(run, call)
+    assert len(kernels) == (3 if shape[1] == 65536 else 1)
+    assert not any(kernel.spills for kernel in kernels), kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name):
+    options, choice, spoilt = CASES[name]
+    call = one_pass_case(**options | dict(tokens=1000 if choice is None else 4 * options["tokens"]))
+    got, again = check(call, choice, spoilt), check(call, choice, spoilt)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, again))

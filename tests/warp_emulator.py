@@ -1,4 +1,4 @@
-"""The PTX of `linear_attention.hopper.inverse`, `one_pass_tiles` in numpy: a register is an array of a warpgroup's threads."""
+"""The PTX of `hopper.inverse` and `hopper.one_pass_tiles` in numpy: a register is an array of 128 threads."""
 
 import functools
 import itertools
@@ -62,7 +62,9 @@ def _multiply(*registers, numbers=halves):
     out = np.zeros((4, 128), np.float32)
     for warp in WARPS:
         left = _matrix(a, warp, [(0, 0), (1, 0), (0, 1), (1, 1)], numbers)
-        right = _matrix(b, warp, [(0, 0), (0, 1)], numbers)[:8].T  # its columns are spread like the rows of the left
+        right = _matrix(b, warp, [(0, 0), (0, 1)], numbers)[
+            :8
+        ].T  # its columns are spread like the rows of the left
         product = left @ right
         for i in range(4):
             out[i, warp] = c[i][warp] + product[8 * (i // 2) + GROUP, PAIR + i % 2]
@@ -92,7 +94,7 @@ class Memory:
         return self.words[address // 4].view(np.float32)
 
     def load_matrices(self, address):
-        """ldmatrix: lane 8 m + r has the address of row r of matrix m; thread t gets pair t % 4 of row t // 4."""
+        """Lane 8 m + r has the address of row r of matrix m; lane t gets pair t % 4 of row t // 4."""
         out = np.zeros((4, 128), np.uint32)
         for warp in WARPS:
             for matrix in range(4):
@@ -102,7 +104,7 @@ class Memory:
 
 
 def patch(monkeypatch, *modules):
-    """Makes the modules' MLIR builders compute at once; the `Memory` that they use, references are addresses."""
+    """Makes the modules' MLIR builders compute at once. Returns their `Memory`; references are addresses."""
     memory = Memory()
     instructions = {
         "cvt.rn.f16x2.f32": pair,

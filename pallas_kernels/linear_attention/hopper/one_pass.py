@@ -6,7 +6,8 @@ G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) (S + (k exp -G)^T V')
 A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while no
-|G| exceeds `channel_math.RANGE`; beyond that, and for hard tokens (two_parts.py), `first_wrong` says from where on.
+|G| exceeds `channel_math.RANGE`. From the first token on that does, or is hard (two_parts.py), results are wrong;
+`first_wrong` says which it is.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ LEAST = channel_math.LEAST / blocks.LOG2E
 class OnePassed(NamedTuple):
     """o: [B, T, HV, V] bf16.  final: S^T after each run [B * pieces, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B * pieces, HV, C] float32, the least of which is the first token of the sequence from which on
-    the others are not to be used; `NEVER` if all are right.
+    first_wrong: [B * pieces, HV, C] float32, the least of which is the token of the sequence from which on the
+    others are not to be used; `NEVER` if all are right.
     """
 
     first_wrong: jax.Array
@@ -75,7 +76,9 @@ class OnePass(Wanted):
         )
         results = {
             name: shape
-            for name, shape in self.results((batch, length), value_heads, value_dim, key_dim, delta=True).items()
+            for name, shape in self.results(
+                (batch, length), value_heads, value_dim, key_dim, delta=True
+            ).items()
             if name in ("o", "final")
         }
         results["first_wrong"] = jax.ShapeDtypeStruct((batch * self.pieces, value_heads, C), F32)
@@ -89,7 +92,9 @@ class OnePass(Wanted):
             pairs=one_pass_tiles.pairs(STAGES),
             vectors=plgpu.SMEM((STAGES, len(vectors), C), F32),
             o=blocks.smem((HOLDING, C, C), BF16),
-            filled=plgpu.Barrier(num_arrivals=HALVES * (3 + output - transition) + len(vectors), num_barriers=STAGES),
+            filled=plgpu.Barrier(
+                num_arrivals=HALVES * (3 + output - transition) + len(vectors), num_barriers=STAGES
+            ),
             ready=plgpu.Barrier(num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=STAGES),
             done=plgpu.Barrier(num_arrivals=HOLDING + 2),
@@ -126,7 +131,9 @@ class OnePass(Wanted):
                 columns = pl.ds(half * C, C)
                 raw = smem.qk.at[slot, half]
                 keys, queries = raw.at[pl.ds(0, C)], raw.at[pl.ds(C, C)]
-                plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head, columns], smem.g.at[slot, half], barrier)
+                plgpu.copy_gmem_to_smem(
+                    refs.g.at[at.b, rows, at.head, columns], smem.g.at[slot, half], barrier
+                )
                 plgpu.copy_gmem_to_smem(refs.k.at[at.b, rows, at.key_head, columns], keys, barrier)
                 if at.output:
                     plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head, columns], queries, barrier)
@@ -257,7 +264,9 @@ class OnePass(Wanted):
             value = blocks.tile(smem.v.at[slot, wg].at[tokens].T)
         beta = at.vectors.get("beta", smem.vectors.at[slot]).at[tokens]
         beta = blocks.by_col(blocks.col_vector(beta), (C, ROWS))
-        values, o = one_pass_tiles.finish(read, value, beta, smem.pairs.at[slot, chunk], interpret=i.interpret)
+        values, o = one_pass_tiles.finish(
+            read, value, beta, smem.pairs.at[slot, chunk], interpret=i.interpret
+        )
         keys = [smem.inverses.at[slot, half].at[tokens] for half in range(HALVES)]
         sums = [([(values, key)], part) for key, part in zip(keys, state, strict=True)]
         state = sums_of_products(*sums, interpret=i.interpret)

@@ -1,13 +1,14 @@
-"""The forward without gradients in one kernel (one_pass.py), where it is exact; else today's two (channel.py).
+"""The forward without gradients in one kernel (one_pass.py) where it is exact; else the two of channel.py.
 
-Which tokens one pass gets right is known to the device when it is done: all before the first that is hard
-(two_parts.py) or that an anchor at its chunk's start does not reach. What comes from there on is computed
-again by the two kernels; nothing is if no token is wrong. So outputs do not depend on later tokens, in no bit.
+Which tokens one pass gets right is known to the device when it is done: all of a head before the first that is
+hard (two_parts.py) or that an anchor at its chunk's start does not reach. Only if there is such a token the two
+kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +40,13 @@ def one_pass_forward(
     elif runs > 1:
         lead = warm_up.leads(inputs, runs, max(2, min(8, inputs.k.shape[1] // 64 // runs // 8)))[0]
     out = OnePass(inputs, lead, pieces=runs, final=final)()
-    last = out.final[runs - 1 :: runs] if final else None
+    last: Any = out.final[runs - 1 :: runs] if final else None
 
     batch, length, _, heads, _, _ = inputs.sizes
     wrong = jnp.min(out.first_wrong.reshape(batch, runs, heads, -1), (1, 3))  # [B, HV]
     token = lax.broadcasted_iota(jnp.int32, (1, length, 1), 1).astype(wrong.dtype)
 
-    def again() -> tuple[jax.Array, jax.Array | None]:
+    def again() -> tuple:
         exact = otherwise()
         o = jnp.where((token >= wrong[:, None])[..., None], exact.o, out.o)
         spoilt = (wrong < length)[..., None, None]

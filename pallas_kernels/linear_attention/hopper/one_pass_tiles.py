@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.linear_attention.hopper import blocks, inverse
+from pallas_kernels.linear_attention.hopper import inverse
 from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
 
@@ -33,7 +33,7 @@ def pairs(stages: int) -> Any:
 
 
 def stack(ref: Any, value: jax.Array, which: int, *, interpret: Any) -> None:
-    """Stores [64, 64] bf16 as the `which` part of a stack [128, 64]: its rows 8 i to 8 i + 7 at 16 i + 8 which."""
+    """Stores [64, 64] bf16 as a part of a stack [128, 64]: rows 8 i to 8 i + 7 from row 16 i + 8 which on."""
     if interpret:
         for i in range(0, C, 8):
             ref[2 * i + 8 * which : 2 * i + 8 * which + 8] = value[i : i + 8]
@@ -41,9 +41,7 @@ def stack(ref: Any, value: jax.Array, which: int, *, interpret: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(TILE)))
     def write(_: Any, registers: Any, tile: Any) -> None:
-        part = utils.memref_slice(
-            utils.memref_unfold(tile, 0, (None, 2)), (slice(None), which)
-        )
+        part = utils.memref_slice(utils.memref_unfold(tile, 0, (None, 2)), (slice(None), which))
         registers.store_tiled(part, swizzle=128)
 
     write(value, ref)
@@ -134,11 +132,11 @@ def finish(
 
     result = plgpu.ShapeDtypeStruct((C, ROWS), BF16, layout=WGMMA)
 
-    @plgpu.inline_mgpu(
-        arg_types=(WGMMA, WGMMA, WGMMA, plgpu.RefType()), return_type=(result, result)
-    )
+    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, WGMMA, plgpu.RefType()), return_type=(result, result))
     def run(_: Any, read: Any, value: Any, beta: Any, pairs: Any) -> Any:
-        numbers = [[x for pair in tile.registers.flat for x in _numbers(pair)] for tile in (read, value, beta)]
+        numbers = [
+            [x for pair in tile.registers.flat for x in _numbers(pair)] for tile in (read, value, beta)
+        ]
         return tuple(map(_array, _finish(Warp(pairs), *numbers)))
 
     return run(read, value, beta, pairs)

@@ -43,7 +43,7 @@ def chunks(run: int) -> int:
 
 
 def walks(inputs: Inputs, pieces: int, *, wanted: bool | None = None) -> Walks | None:
-    """None where every piece is walked whole.  wanted: whether there are any, `table.SHORT_WALKS` if not said."""
+    """None where every piece is walked whole.  wanted: if there may be any; None: `table.SHORT_WALKS`."""
     run = inputs.k.shape[1] // C // pieces
     reach = chunks(run)
     wanted = table.SHORT_WALKS if wanted is None else wanted
