@@ -5,9 +5,9 @@ tiles of 64 tokens, one prepares their chunks a tile or two ahead and two hold S
 G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) (S + (k exp -G)^T V')
-A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while no
-|G| exceeds `channel_math.RANGE`. From the first token on that does, or is hard (two_parts.py), results are wrong;
-`first_wrong` says which it is.
+A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while
+no |G| exceeds `channel_math.RANGE`. From the first token on that does, or is hard (two_parts.py), results are
+wrong; `first_wrong` says which it is.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ LEAST = channel_math.LEAST / blocks.LOG2E
 class OnePassed(NamedTuple):
     """o: [B, T, HV, V] bf16.  final: S^T after each run [B * pieces, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B * pieces, HV, C] float32, the least of which is the token of the sequence from which on the
-    others are not to be used; `NEVER` if all are right.
+    first_wrong: [B * pieces, HV, C] float32, the least of which is the token of the sequence from which on
+    the others are not to be used; `NEVER` if all are right.
     """
 
     first_wrong: jax.Array
