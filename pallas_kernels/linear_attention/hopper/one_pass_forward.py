@@ -1,8 +1,8 @@
 """The forward without gradients in one kernel (one_pass.py) where it is exact; else the two of channel.py.
 
 Which tokens one pass gets right is known to the device when it is done: all of a head before the first that
-is hard (two_parts.py) or that an anchor at its chunk's start does not reach. Only if there is such a token the
-two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit.
+is hard (two_parts.py) or that an anchor at its chunk's start does not reach. Only if there is such a token
+the two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit.
 """
 
 import dataclasses
