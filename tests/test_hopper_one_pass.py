@@ -45,14 +45,15 @@ def test_thread_by_thread(monkeypatch):
     x, y = ((a.astype(np.float32) * 0.2).astype(BF16) for a in (x, y))
     beta = rng.uniform(size=64).astype(np.float32)
     memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles)
-    stacks, inverses, numbers, pairs = 0, 1 << 15, 3 << 14, (3 << 14) + 256
+    diagonal = rng.normal(size=64).astype(np.float32)
+    stacks, inverses, numbers, pairs = 0, 1 << 15, 3 << 14, (3 << 14) + 512
     for half in range(2):
         columns = slice(64 * half, 64 * half + 64)
         stacked = np.stack([a.reshape(8, 8, 128) for a in (x, z)], 1).reshape(128, 128)
         memory.fill(stacks + half * 16384, swizzled(stacked[:, columns], 128))
         memory.fill(inverses + half * 8192, swizzled(y[:, columns], 32))
-    memory.fill(numbers, beta)
-    one_pass_tiles._store_pairs(one_pass_tiles.Warp(pairs), stacks, inverses, numbers)
+    memory.fill(numbers, np.concatenate([beta, diagonal]))
+    one_pass_tiles._store_pairs(one_pass_tiles.Warp(pairs), stacks, inverses, numbers, numbers + 256)
 
     read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
@@ -70,7 +71,7 @@ def test_thread_by_thread(monkeypatch):
         operands = map(registers, (read, value, by_column))
         values, o = one_pass_tiles._finish(one_pass_tiles.Warp(pairs + 1024 * chunk), *operands)
         lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
-        scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T)
+        scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T, -1) + np.diag(diagonal[tokens])
         apart = read.reshape(64, 2, 2, 8)
         want = beta[tokens] * (value - apart[:, :, 0].reshape(64, 16)) @ np.linalg.inv(np.eye(16) + lower).T
         got = np.zeros((2, 64, 16))

@@ -91,6 +91,7 @@ class OnePass(Wanted):
             carry=plgpu.SMEM((STAGES, C // ROWS, key_dim), F32),
             pairs=one_pass_tiles.pairs(STAGES),
             vectors=plgpu.SMEM((STAGES, len(vectors), C), F32),
+            diagonal=plgpu.SMEM((C,), F32),
             o=blocks.smem((HOLDING, C, C), BF16),
             filled=plgpu.Barrier(
                 num_arrivals=HALVES * (3 + output - transition) + len(vectors), num_barriers=STAGES
@@ -167,18 +168,25 @@ class OnePass(Wanted):
         raw = lambda which, half: smem.qk.at[slot, half].at[pl.ds(which * C, C)]
         stacked = (KEYS, QUERIES) if at.output else (KEYS,)
         squares: list[Any] = [0.0, 0.0]
+        diagonal: Any = 0.0
         for half in range(HALVES):
             g = smem.g.at[slot, half]
             store(g, jnp.maximum(blocks.tile(g, BF16), jnp.asarray(LEAST, BF16)))
-            for which in stacked if i.l2norm else (KEYS,):
-                x = blocks.tile(raw(which, half))
+            tiles = [blocks.tile(raw(which, half)) for which in stacked]
+            for which, x in enumerate(tiles if i.l2norm else tiles[:1]):
                 squares[which] += jnp.sum(x * x, axis=1)
+            if at.output:
+                diagonal += jnp.sum(tiles[KEYS] * tiles[QUERIES], axis=1)
         norms: list[Any] = [lax.rsqrt(x + blocks.L2NORM_EPS) if i.l2norm else None for x in squares]
 
         def normal(x: jax.Array, which: int) -> jax.Array:
             x = x.astype(F32)
             return x * blocks.by_row(norms[which]) if i.l2norm else x
 
+        if at.output:  # the largest scores where gates are steep: not of rounded factors
+            if i.l2norm:
+                diagonal *= norms[KEYS] * norms[QUERIES]
+            smem.diagonal[...] = diagonal * i.scale
         plgpu.commit_smem()
         size = blocks.row_vector(beta) * (1.0 if i.l2norm else squares[KEYS])
         wrong = size > two_parts.LARGEST
@@ -197,9 +205,8 @@ class OnePass(Wanted):
                 x = normal(rows[which], which) * decay * (i.scale if which == QUERIES else 1.0)
                 one_pass_tiles.stack(smem.qk.at[slot, half], x.astype(BF16), which, interpret=i.interpret)
         plgpu.commit_smem()
-        one_pass_tiles.store_pairs(
-            smem.qk.at[slot], smem.inverses.at[slot], beta, smem.pairs.at[slot], interpret=i.interpret
-        )
+        factors = smem.qk.at[slot], smem.inverses.at[slot], beta, smem.diagonal
+        one_pass_tiles.store_pairs(*factors, smem.pairs.at[slot], interpret=i.interpret)
         return wrong
 
     def within(self, beta: Any) -> jax.Array:

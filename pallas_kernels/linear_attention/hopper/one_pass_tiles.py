@@ -68,10 +68,12 @@ def last_rows(ref: Any, value: jax.Array, *, interpret: Any) -> None:
     write(value, ref)
 
 
-def store_pairs(stacks: Any, inverses: Any, beta: Any, out: Any, *, interpret: Any) -> None:
-    """Of each chunk of a tile A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j for j < i, and the scores z_i.y_j.
+def store_pairs(stacks: Any, inverses: Any, beta: Any, diagonal: Any, out: Any, *, interpret: Any) -> None:
+    """Of each chunk of a tile A - I, A = (I + L)^-1, and the scores.
 
-    stacks: [2, 128, 64], of x and z, by halves of the channels.  inverses: y [2, 64, 64].  beta: [64].
+    L_ij = beta_i x_i.y_j and the scores z_i.y_j for j < i; the diagonal of the scores is given.
+
+    stacks: [2, 128, 64], of x and z, by halves of the channels.  inverses: y [2, 64, 64].  beta, diagonal: [64].
     out: of `pairs` [4, 256].
     """
     if interpret:
@@ -79,37 +81,40 @@ def store_pairs(stacks: Any, inverses: Any, beta: Any, out: Any, *, interpret: A
         x, z = jnp.moveaxis(cut(stacks).reshape(4, 2, 2, 8, -1), 2, 0).reshape(2, 4, ROWS, -1)
         y = cut(inverses).reshape(4, ROWS, -1)
         product = lambda a: jnp.einsum("wic,wjc->wij", a, y, precision=lax.Precision.HIGHEST)
-        lower = jnp.tril(jnp.ones((ROWS, ROWS), F32))
-        minus = -beta[...].reshape(4, ROWS, 1) * jnp.where(lower - jnp.eye(ROWS) > 0, product(x), 0.0)
+        below = jnp.tril(jnp.ones((ROWS, ROWS), F32), -1) > 0
+        minus = -beta[...].reshape(4, ROWS, 1) * jnp.where(below, product(x), 0.0)
         m = inverse.Parts(inverse.Interpreted())
         high = lax.optimization_barrier(minus.astype(jnp.float16))
         low = (minus - high.astype(F32)).astype(jnp.float16)
         high, _ = m.results(m.less_identity(inverse.diagonal(m, (high, low))))
-        scores = jnp.where(lower > 0, product(z), 0.0).astype(BF16)
+        own = jnp.eye(ROWS) * diagonal[...].reshape(4, ROWS, 1)
+        scores = jnp.where(below, product(z), own).astype(BF16)
         packed = [_packed(block).reshape(4, 128) for block in (high, scores)]
         out[...] = jnp.concatenate(packed, axis=1)
         return
 
-    refs = (plgpu.RefType(TILE), plgpu.RefType(THIN), plgpu.RefType(), plgpu.RefType())
+    refs = (plgpu.RefType(TILE), plgpu.RefType(THIN)) + (plgpu.RefType(),) * 3
 
     @plgpu.inline_mgpu(arg_types=refs)
-    def run(_: Any, stacks: Any, inverses: Any, beta: Any, out: Any) -> None:
-        _store_pairs(Warp(out), stacks, inverses, beta)
+    def run(_: Any, stacks: Any, inverses: Any, beta: Any, diagonal: Any, out: Any) -> None:
+        _store_pairs(Warp(out), stacks, inverses, beta, diagonal)
 
-    run(stacks, inverses, beta, out)
+    run(stacks, inverses, beta, diagonal, out)
 
 
-def _store_pairs(m: Any, stacks: Any, inverses: Any, beta: Any) -> None:
+def _store_pairs(m: Any, stacks: Any, inverses: Any, beta: Any, diagonal: Any) -> None:
     lower = scores = [mgpu.c(0.0, ir.F32Type.get())] * 8
     for step in range(8):
         x, z, y = m.operands(stacks, inverses, step)
         lower = m.product(x, m.turned(y), lower, kind="bf16")
         scores = m.product(z, m.turned(y), scores, kind="bf16")
-    minus = [arith.mulf(x, b) for x, b in zip(lower, m.minus_by_row(beta), strict=True)]
+    zero = mgpu.c(0.0, ir.F32Type.get())
+    minus = [arith.subf(zero, arith.mulf(x, b)) for x, b in zip(lower, m.by_row(beta), strict=True)]
     parts = inverse.Parts(m)
-    x = inverse.diagonal(parts, parts.rounded(m.keep_lower(minus, strict=True)))
+    x = inverse.diagonal(parts, parts.rounded(m.below(minus)))
     m.put_own(INVERSE, m.in_bf16(m.less_identity(x)))
-    m.put_own(SCORES, m.in_bf16(m.keep_lower(scores, strict=False)))
+    scores = m.with_diagonal(m.below(scores), m.by_row(diagonal))
+    m.put_own(SCORES, m.in_bf16(scores))
 
 
 def finish(
@@ -195,11 +200,10 @@ class Warp(inverse.Warp):
         ptx = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
         utils.inline_ptx(ptx, arith.addi(self.address, offset), *block)
 
-    def keep_lower(self, block: list, *, strict: bool) -> list:
-        """Of a block of float32, the places (i, j) with j < i, or j <= i."""
-        zero = mgpu.c(0.0, ir.F32Type.get())
-        than = arith.CmpIPredicate.ugt if strict else arith.CmpIPredicate.uge
-        first = arith.muli(self.c, inverse._int(2))
+    def below(self, block: list) -> list:
+        """Of a block of float32, what is below its diagonal."""
+        zero, first = mgpu.c(0.0, ir.F32Type.get()), arith.muli(self.c, inverse._int(2))
+        than = arith.CmpIPredicate.ugt
         keep = [arith.cmpi(than, self.r, arith.addi(first, inverse._int(i))) for i in range(2)]
         out = list(block)
         for part in (0, 3):
@@ -210,13 +214,20 @@ class Warp(inverse.Warp):
         out[4:6] = [zero, zero]
         return out
 
-    def minus_by_row(self, memory: Any) -> list:
-        """What the numbers [64] float32 of a block's rows are, times -1, for the eight places of a thread."""
+    def with_diagonal(self, block: list, numbers: list) -> list:
+        out, flags = list(block), self._diagonal()
+        for part in (0, 3):
+            for i in (2 * part, 2 * part + 1):
+                out[i] = arith.select(flags[i % 2], numbers[i], block[i])
+        return out
+
+    def by_row(self, memory: Any) -> list:
+        """Numbers [64] float32, of a block's rows, for the eight places that a thread has."""
         row = arith.addi(arith.muli(self.warp, inverse._int(ROWS)), self.r)
         address = arith.addi(_address(memory), arith.muli(row, inverse._int(4)))
         f32, ptx = ir.F32Type.get(), "ld.shared.f32 $0, [$1];"
         first, second = (
-            arith.subf(mgpu.c(0.0, f32), utils.inline_ptx(ptx, at, result_types=f32, has_side_effects=True))
+            utils.inline_ptx(ptx, at, result_types=f32, has_side_effects=True)
             for at in (address, arith.addi(address, inverse._int(32)))
         )
         return [first, first, second, second] * 2
