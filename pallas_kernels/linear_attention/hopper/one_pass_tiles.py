@@ -73,7 +73,7 @@ def store_pairs(stacks: Any, inverses: Any, beta: Any, diagonal: Any, out: Any, 
 
     L_ij = beta_i x_i.y_j and the scores z_i.y_j for j < i; the diagonal of the scores is given.
 
-    stacks: [2, 128, 64], of x and z, by halves of the channels.  inverses: y [2, 64, 64].  beta, diagonal: [64].
+    stacks: [2, 128, 64], of x and z, by halves of the channels.  inverses: y [2, 64, 64].  Others: [64].
     out: of `pairs` [4, 256].
     """
     if interpret:
