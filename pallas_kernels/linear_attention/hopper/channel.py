@@ -36,8 +36,8 @@ def channel_forward(
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
     if choice is None and not keep and serves(inputs):
-        here = table.forward(inputs.k.shape, inputs.v.shape)
-        otherwise = lambda: channel_forward(inputs, final=final, keep=False, choice=here)[0]
+        two = table.forward(inputs.k.shape, inputs.v.shape)
+        otherwise = lambda: channel_forward(inputs, final=final, keep=False, choice=two)[0]
         return one_pass_forward(inputs, final=final, otherwise=otherwise), None
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     tiles = channel_tiles(inputs, keep=keep)

@@ -42,12 +42,11 @@ def chunks(run: int) -> int:
     return min(8, run // 4)
 
 
-def walks(inputs: Inputs, pieces: int, *, wanted: bool | None = None) -> Walks | None:
-    """None where every piece is walked whole.  wanted: if there may be any; None: `table.SHORT_WALKS`."""
+def walks(inputs: Inputs, pieces: int) -> Walks | None:
+    """None where every piece is walked whole."""
     run = inputs.k.shape[1] // C // pieces
     reach = chunks(run)
-    wanted = table.SHORT_WALKS if wanted is None else wanted
-    if not wanted or inputs.log_decay is None or reach < 2:  # the scans have two buffers to fill
+    if not table.SHORT_WALKS or inputs.log_decay is None or reach < 2:  # the scans have two buffers to fill
         return None
     first, last = (_bound(inputs, pieces, reach, last=last) <= LEAST for last in (False, True))
     forgets = first & last
@@ -65,13 +64,10 @@ def forget(moves: jax.Array, walks: Walks | None) -> jax.Array:
     return moves if walks is None else jnp.where(walks.forgets[..., None, None], 0.0, moves)
 
 
-def leads(inputs: Inputs, runs: int, reach: int = 0) -> tuple[jax.Array, jax.Array]:
-    """How many chunks before each run, and after it (for a reverse scan), it walks first [B * runs, HV].
-
-    reach: of a short walk, if not as in pieces.
-    """
+def leads(inputs: Inputs, runs: int) -> tuple[jax.Array, jax.Array]:
+    """How many chunks before each run, and after it (for a reverse scan), it walks first [B * runs, HV]."""
     run = inputs.k.shape[1] // C // runs
-    reach = reach or max(1, chunks(run))
+    reach = max(1, chunks(run))
     count = jnp.arange(runs, dtype=jnp.int32)[None, :, None]
 
     def lead(last: bool, all_: jax.Array) -> jax.Array:
