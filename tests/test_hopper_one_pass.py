@@ -14,6 +14,7 @@ if hopper_aot.NO_KERNELS:
     pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
 
 import warp_emulator
+from jax.sharding import PartitionSpec as P
 from test_hopper_channel import channel_case
 from test_hopper_forward import TOLERANCE, oracle, relative_error
 from test_hopper_warm_up import quick
@@ -169,15 +170,30 @@ def test_heads_that_fill_the_gpu(heads, served, monkeypatch):
     assert table.one_pass(shape, shape) == served
 
 
-@pytest.mark.aot
-def test_compiles_without_spills():
-    shape = 8, 4096, 16, 128
+def struct_call(batch, tokens, heads):
+    shape = batch, tokens, heads, 128
     struct = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    call = Call(
+    return Call(
         *[struct(shape)] * 3, log_decay=struct(shape), beta=struct(shape[:3]), initial_state=None, scale=1.0,
         qk_l2norm=True, output_final_state=True,
     )  # fmt: skip
-    (kernel,) = hopper_aot.compile_for_hopper(functools.partial(forward, spoilt=False), call)
+
+
+def test_traces_under_shard_map_and_vmap():
+    """The loop that computes wrong tokens again carries what varies along the mesh axes of the arguments."""
+    call = struct_call(2, 128, 1)
+    attend = functools.partial(forward, spoilt=True)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(lambda call: attend(call)[:2], mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert jax.eval_shape(jax.jit(sharded), call)[0].shape == call.v.shape
+    twice = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), call)
+    assert jax.eval_shape(jax.vmap(attend), twice).o.shape == (3, *call.v.shape)
+
+
+@pytest.mark.aot
+def test_compiles_without_spills():
+    attend = functools.partial(forward, spoilt=False)
+    (kernel,) = hopper_aot.compile_for_hopper(attend, struct_call(8, 4096, 16))
     assert kernel.spills == 0
 
 

@@ -39,7 +39,7 @@ def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Sca
         o = jnp.where((token >= wrong[:, None])[..., None], exact.o, o)
         if final:
             last = jnp.where((wrong < length)[..., None, None], exact.final, last)
-        return jnp.zeros_like(carried[0]), o, last
+        return carried[0] & False, o, last
 
     # At most once; a loop, since what a `lax.cond` hands on is copied.
     some: Any = jnp.min(wrong) < length
