@@ -18,7 +18,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.linear_attention.hopper import inverse
 from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
-from pallas_kernels.linear_attention.hopper.inverse import ROWS
+from pallas_kernels.linear_attention.hopper.inverse import ROWS, equal, i32, integer
 
 BF16 = jnp.bfloat16
 KEYS, QUERIES = range(2)  # in a stack
@@ -57,12 +57,12 @@ def last_rows(ref: Any, value: jax.Array, *, interpret: Any) -> None:
     def write(_: Any, tile: Any, memory: Any) -> None:
         m = Warp(memory)
         stride = ir.MemRefType(memory.type).get_strides_and_offset()[0][0]
-        address = arith.addi(m.base, arith.muli(m.warp, inverse._int(4 * stride)))
-        address = arith.addi(address, arith.muli(m.c, inverse._int(8)))
-        last = inverse._equal(m.r, inverse._int(7))
+        address = arith.addi(m.base, arith.muli(m.warp, integer(4 * stride)))
+        address = arith.addi(address, arith.muli(m.c, integer(8)))
+        last = equal(m.r, integer(7))
         ptx = "st.shared.v2.f32 [$0], {$1, $2};"
         for column, pair in enumerate(tile.registers.flat[1::2]):
-            place = arith.addi(address, inverse._int(32 * column))
+            place = arith.addi(address, integer(32 * column))
             utils.inline_ptx(ptx, place, *_numbers(pair), predicate=last)
 
     write(value, ref)
@@ -167,7 +167,7 @@ def _unpacked(words: jax.Array) -> jax.Array:
 
 
 def _numbers(pair: Any) -> list:
-    return [llvm.extractelement(pair, inverse._int(i)) for i in range(2)]
+    return [llvm.extractelement(pair, integer(i)) for i in range(2)]
 
 
 def _array(block: list) -> Any:
@@ -185,7 +185,7 @@ class Warp(inverse.Warp):
 
     def __init__(self, memory: Any):
         super().__init__(memory)
-        self.lane = arith.andi(utils.thread_idx(), inverse._int(31))
+        self.lane = arith.andi(utils.thread_idx(), integer(31))
         self.base = _address(memory)
 
     def turned(self, block: list) -> list:
@@ -196,15 +196,15 @@ class Warp(inverse.Warp):
         return self._pairs(block, "cvt.rn.bf16x2.f32 $0, $2, $1;")
 
     def put_own(self, slot: int, block: list) -> None:
-        offset = arith.addi(arith.muli(self.warp, inverse._int(1024)), inverse._int(slot * 512))
+        offset = arith.addi(arith.muli(self.warp, integer(1024)), integer(slot * 512))
         ptx = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
         utils.inline_ptx(ptx, arith.addi(self.address, offset), *block)
 
     def below(self, block: list) -> list:
         """Of a block of float32, what is below its diagonal."""
-        zero, first = mgpu.c(0.0, ir.F32Type.get()), arith.muli(self.c, inverse._int(2))
+        zero, first = mgpu.c(0.0, ir.F32Type.get()), arith.muli(self.c, integer(2))
         than = arith.CmpIPredicate.ugt
-        keep = [arith.cmpi(than, self.r, arith.addi(first, inverse._int(i))) for i in range(2)]
+        keep = [arith.cmpi(than, self.r, arith.addi(first, integer(i))) for i in range(2)]
         out = list(block)
         for part in (0, 3):
             out[2 * part : 2 * part + 2] = [
@@ -223,12 +223,12 @@ class Warp(inverse.Warp):
 
     def by_row(self, memory: Any) -> list:
         """Numbers [64] float32, of a block's rows, for the eight places that a thread has."""
-        row = arith.addi(arith.muli(self.warp, inverse._int(ROWS)), self.r)
-        address = arith.addi(_address(memory), arith.muli(row, inverse._int(4)))
+        row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
+        address = arith.addi(_address(memory), arith.muli(row, integer(4)))
         f32, ptx = ir.F32Type.get(), "ld.shared.f32 $0, [$1];"
         first, second = (
             utils.inline_ptx(ptx, at, result_types=f32, has_side_effects=True)
-            for at in (address, arith.addi(address, inverse._int(32)))
+            for at in (address, arith.addi(address, integer(32)))
         )
         return [first, first, second, second] * 2
 
@@ -236,38 +236,38 @@ class Warp(inverse.Warp):
         """x, z and y of channels 16 step to 16 step + 15 as left operands."""
         half, column = divmod(step, 4)
         # Matrices in turn: tokens 0-7, 8-15 of the first 8 channels, of the next 8; a lane addresses a row.
-        eight = arith.andi(arith.shrui(self.lane, inverse._int(3)), inverse._int(1))
-        row, piece = arith.andi(self.lane, inverse._int(7)), arith.shrui(self.lane, inverse._int(4))
-        tile = arith.addi(arith.muli(self.warp, inverse._int(2)), eight)
+        eight = arith.andi(arith.shrui(self.lane, integer(3)), integer(1))
+        row, piece = arith.andi(self.lane, integer(7)), arith.shrui(self.lane, integer(4))
+        tile = arith.addi(arith.muli(self.warp, integer(2)), eight)
 
         def load(memory: Any, *offsets: Any) -> list:
             address = _address(memory)
             for offset in offsets:
                 address = arith.addi(address, offset)
             ptx = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-            types = [inverse._i32()] * 4
+            types = [i32()] * 4
             return list(
                 utils.inline_ptx(ptx, address, result_types=types, has_side_effects=True, convergent=True)
             )
 
         def swizzled(piece: Any, bits: Any, width: int) -> tuple:
-            place = arith.muli(arith.xori(piece, bits), inverse._int(16))
-            return place, arith.muli(row, inverse._int(width))
+            place = arith.muli(arith.xori(piece, bits), integer(16))
+            return place, arith.muli(row, integer(width))
 
-        inner = swizzled(arith.addi(piece, inverse._int(2 * column)), row, 128)
+        inner = swizzled(arith.addi(piece, integer(2 * column)), row, 128)
         x, z = (
             load(
                 stacks,
                 *inner,
-                arith.muli(tile, inverse._int(2048)),
-                inverse._int(half * 16384 + which * 1024),
+                arith.muli(tile, integer(2048)),
+                integer(half * 16384 + which * 1024),
             )
             for which in (KEYS, QUERIES)
         )
-        inner = swizzled(piece, arith.shrui(row, inverse._int(2)), 32)
-        offset = arith.muli(tile, inverse._int(1024)), inverse._int(half * 8192 + column * 256)
+        inner = swizzled(piece, arith.shrui(row, integer(2)), 32)
+        offset = arith.muli(tile, integer(1024)), integer(half * 8192 + column * 256)
         return [x, z, load(inverses, *inner, *offset)]
 
 
 def _address(memory: Any) -> Any:
-    return llvm.ptrtoint(inverse._i32(), utils.memref_ptr(memory))
+    return llvm.ptrtoint(i32(), utils.memref_ptr(memory))
