@@ -108,7 +108,7 @@ def test_inverse_thread_by_thread(cosine, beta, monkeypatch):
         for part in (high, np.float16(-lower - high))
     ]
     blocks = [tuple(part[j : j + 4] for part in registers) for j in range(0, 16, 4)]
-    parts = inverse._inverse(inverse._Parts(inverse._Warp(None)), blocks)
+    parts = inverse._inverse(inverse.Parts(inverse.Warp(None)), blocks)
     got = np.zeros((2, 64, 64), np.float32)
     for part, blocks in zip(got, parts, strict=True):
         for (r, c), register in zip(places, itertools.chain(*blocks), strict=True):

@@ -1,5 +1,7 @@
-"""The PTX of `linear_attention.hopper.inverse` in numpy: a register is an array of a warpgroup's threads."""
+"""The PTX of `hopper.inverse` and `hopper.one_pass_tiles` in numpy: a register is an array of 128 threads."""
 
+import functools
+import itertools
 import types
 
 import numpy as np
@@ -24,6 +26,10 @@ def pair(low, high):
     return low | high << 16
 
 
+def bf16(register):
+    return [(register << shift & np.uint32(0xFFFF0000)).view(np.float32) for shift in (16, 0)]
+
+
 def halves(register):
     return [(register >> shift).astype(np.uint16).view(np.float16) for shift in (0, 16)]
 
@@ -34,11 +40,11 @@ def _bf16_pair(low, high):
     return low | high << 16
 
 
-def _matrix(registers, warp, order):
+def _matrix(registers, warp, order, numbers=halves):
     """The 8 x 8 parts at `order`, [(row, column)], that a warp holds in pairs."""
     out = np.zeros((16, 16))
     for register, (i, j) in zip(registers, order, strict=True):
-        for e, x in enumerate(halves(register)):
+        for e, x in enumerate(numbers(register)):
             out[8 * i + GROUP, 8 * j + PAIR + e] = x[warp]
     return out
 
@@ -51,33 +57,55 @@ def _transpose(register):
     return pair(*out)
 
 
-def _multiply(*registers):
+def _multiply(*registers, numbers=halves):
     a, b, c = registers[:4], registers[4:6], registers[6:]
     out = np.zeros((4, 128), np.float32)
     for warp in WARPS:
-        left = _matrix(a, warp, [(0, 0), (1, 0), (0, 1), (1, 1)])
-        right = _matrix(b, warp, [(0, 0), (0, 1)])[:8].T  # its columns are spread like the rows of the left
+        left = _matrix(a, warp, [(0, 0), (1, 0), (0, 1), (1, 1)], numbers)
+        right = _matrix(b, warp, [(0, 0), (0, 1)], numbers)[
+            :8
+        ].T  # its columns are spread like the rows of the left
         product = left @ right
         for i in range(4):
             out[i, warp] = c[i][warp] + product[8 * (i // 2) + GROUP, PAIR + i % 2]
     return list(out)
 
 
-class _Memory:
-    def __init__(self):
-        self.words = {}
+class Memory:
+    """Shared memory: words of 32 bits by address."""
 
-    def store(self, address, *block, predicate):
-        for thread in np.flatnonzero(predicate):
-            self.words[int(address[thread])] = [x[thread] for x in block]
+    def __init__(self):
+        self.words = np.zeros(1 << 15, np.uint32)
+
+    def fill(self, address, values):
+        """Puts a numpy array of 16 or 32 bits there."""
+        words = np.ascontiguousarray(values).view(np.uint32).ravel()
+        self.words[address // 4 : address // 4 + words.size] = words
+
+    def store(self, address, *block, predicate=True):
+        for thread in np.flatnonzero(np.broadcast_to(predicate, 128)):
+            start = address[thread] // 4
+            self.words[start : start + len(block)] = [x[thread] for x in block]
 
     def load(self, address):
-        return list(np.array([self.words[int(a)] for a in address], np.uint32).T)
+        return [self.words[address // 4 + i] for i in range(4)]
+
+    def load_number(self, address):
+        return self.words[address // 4].view(np.float32)
+
+    def load_matrices(self, address):
+        """Lane 8 m + r has the address of row r of matrix m; lane t gets pair t % 4 of row t // 4."""
+        out = np.zeros((4, 128), np.uint32)
+        for warp in WARPS:
+            for matrix in range(4):
+                rows = address[warp][8 * matrix + np.arange(32) // 4]
+                out[matrix, warp] = self.words[rows // 4 + np.arange(32) % 4]
+        return list(out)
 
 
-def patch(monkeypatch, module):
-    """Makes the module's MLIR builders compute at once."""
-    memory = _Memory()
+def patch(monkeypatch, *modules):
+    """Makes the modules' MLIR builders compute at once. Returns their `Memory`; references are addresses."""
+    memory = Memory()
     instructions = {
         "cvt.rn.f16x2.f32": pair,
         "cvt.rn.bf16x2.f32": _bf16_pair,
@@ -88,6 +116,9 @@ def patch(monkeypatch, module):
         "{.reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16": lambda x: map(np.float32, halves(x)),
         "movmatrix.sync.aligned.m8n8.trans.b16": _transpose,
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": _multiply,
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": functools.partial(_multiply, numbers=bf16),
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16": memory.load_matrices,
+        "ld.shared.f32": memory.load_number,
         "st.shared.v4.b32": memory.store,
         "ld.shared.v4.b32": memory.load,
     }
@@ -108,19 +139,22 @@ def patch(monkeypatch, module):
             shrui=np.right_shift,
             addf=np.add,
             subf=np.subtract,
+            mulf=np.multiply,
+            xori=np.bitwise_xor,
             select=np.where,
             cmpi=lambda compare, a, b: compare(a, b),
-            CmpIPredicate=names(eq=np.equal, ult=np.less, uge=np.greater_equal),
+            CmpIPredicate=names(eq=np.equal, ult=np.less, uge=np.greater_equal, ugt=np.greater),
         ),
         llvm=names(ptrtoint=lambda kind, pointer: pointer),
         mgpu=names(c=number),
         utils=names(
             thread_idx=lambda: THREADS.astype(np.uint32),
             warp_idx=lambda: (THREADS // 32).astype(np.uint32),
-            memref_ptr=lambda memory: number(0, "i32"),
+            memref_ptr=lambda memory: number(memory or 0, "i32"),
             warpgroup_barrier=lambda: None,
             inline_ptx=inline_ptx,
         ),
     )
-    for name, replacement in replacements.items():
+    for module, (name, replacement) in itertools.product(modules, replacements.items()):
         monkeypatch.setattr(module, name, replacement)
+    return memory

@@ -19,6 +19,7 @@ from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.channel_scan import ChannelScan, Scanned
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward, serves
 
 
 class ChannelSaved(NamedTuple):
@@ -34,6 +35,10 @@ def channel_forward(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
+    if choice is None and not keep and serves(inputs):
+        two = table.forward(inputs.k.shape, inputs.v.shape)
+        otherwise = lambda: channel_forward(inputs, final=final, keep=False, choice=two)[0]
+        return one_pass_forward(inputs, final=final, otherwise=otherwise), None
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     tiles = channel_tiles(inputs, keep=keep)
     moves = None

@@ -44,7 +44,7 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tu
     low = (minus - high.astype(F32)).astype(F16)
     if interpret:
         cut = lambda x: [x[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
-        blocks = _inverse(_Parts(_Interpreted()), list(zip(cut(high), cut(low), strict=True)))
+        blocks = _inverse(Parts(Interpreted()), list(zip(cut(high), cut(low), strict=True)))
         join = lambda blocks: jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)
         return join(blocks[0]), join(blocks[1])
 
@@ -54,7 +54,7 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tu
     )
     def invert(_: Any, high: Any, low: Any, memory: Any) -> Any:
         def cut(tile: Any) -> list:
-            pairs = [utils.bitcast(x, _i32()) for x in tile.registers.flat]  # by 8 columns, then by 8 rows
+            pairs = [utils.bitcast(x, i32()) for x in tile.registers.flat]  # by 8 columns, then by 8 rows
             return [pairs[j : j + 4] for j in range(0, 16, 4)]
 
         def join(blocks: list) -> Any:
@@ -64,24 +64,20 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tu
             return mgpu.FragmentedArray(_registers=registers, _layout=high.layout, _is_signed=None)
 
         type_ = ir.VectorType.get((2,), ir.BF16Type.get())
-        blocks = _inverse(_Parts(_Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
+        blocks = _inverse(Parts(Warp(memory)), list(zip(cut(high), cut(low), strict=True)))
         return tuple(map(join, blocks))
 
     return invert(high, low, exchange)
 
 
 def _inverse(m: Any, minus: list) -> tuple[list, list]:
-    """The blocks of X - I in the rows of each warp, in two bf16, from those of N = -L; m: a `_Parts`.
+    """The blocks of X - I in the rows of each warp, in two bf16, from those of N = -L; m: a `Parts`.
 
     Blocks of 16: X_10 = X_11 N_10 X_00 in warp 1, X_32 = X_33 N_32 X_22 in warp 3. Blocks of 32, in warps
     i = 2, 3: X_i0 = Y_i0 X_00 + Y_i1 X_10 and X_i1 = Y_i1 X_11 with Y_ij = X_ii N_ij + X_i2 N_2j (i = 3).
     """
     own = m.by_warp(minus)
-    x = m.identity_plus(m.links(own, 1))
-    for size in (2, 4, 8):
-        left = m.rounded(x)
-        y = m.rounded(m.product(left, m.right(m.links(own, size))))
-        x = m.product(y, m.right(left), x)
+    x = diagonal(m, own)
     left = m.rounded(x)
     right = m.right(left)
     below = [m.right(minus[0]), m.right(minus[1])]
@@ -111,7 +107,17 @@ def _inverse(m: Any, minus: list) -> tuple[list, list]:
     return high, low
 
 
-class _Parts:
+def diagonal(m: Any, minus: tuple) -> Any:
+    """The inverse X of the block of 16 of each warp, from N = -L; m: a `Parts`."""
+    x = m.identity_plus(m.links(minus, 1))
+    for size in (2, 4, 8):
+        left = m.rounded(x)
+        y = m.rounded(m.product(left, m.right(m.links(minus, size))))
+        x = m.product(y, m.right(left), x)
+    return x
+
+
+class Parts:
     """Blocks of 16 bits in two parts, (high, low), on a machine ``m`` for blocks in one."""
 
     def __init__(self, m: Any):
@@ -152,7 +158,7 @@ class _Parts:
         return tuple(self.m.get(*(slot + part * SLOTS for slot in slots)) for part in range(2))
 
 
-class _Interpreted:
+class Interpreted:
     """A block is an array [4 warps, 16, 16]."""
 
     def __init__(self) -> None:
@@ -205,23 +211,23 @@ class _Interpreted:
         pass
 
 
-def _i32() -> Any:
+def i32() -> Any:
     return ir.IntegerType.get_signless(32)
 
 
-def _int(n: int) -> Any:
-    return mgpu.c(n, _i32())
+def integer(n: int) -> Any:
+    return mgpu.c(n, i32())
 
 
-def _equal(a: Any, b: Any) -> Any:
+def equal(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.eq, a, b)
 
 
 def _below(a: Any, n: int) -> Any:
-    return arith.cmpi(arith.CmpIPredicate.ult, a, _int(n))
+    return arith.cmpi(arith.CmpIPredicate.ult, a, integer(n))
 
 
-class _Warp:
+class Warp:
     """What a thread does. It holds of a block the rows r and r + 8 in the columns 2c, 2c + 1, 2c + 8, 2c + 9.
 
     A block is a list of registers: of its 8 x 8 parts (0, 0), (1, 0), (0, 1), (1, 1) in turn, one with a
@@ -229,25 +235,25 @@ class _Warp:
     """
 
     def __init__(self, memory: Any):
-        lane = arith.andi(utils.thread_idx(), _int(31))
-        self.warp = arith.andi(utils.warp_idx(), _int(3))
-        self.r, self.c = arith.shrui(lane, _int(2)), arith.andi(lane, _int(3))
-        base = llvm.ptrtoint(_i32(), utils.memref_ptr(memory))
-        self.address = arith.addi(base, arith.muli(lane, _int(16)))
-        self.zero = _int(0)
+        lane = arith.andi(utils.thread_idx(), integer(31))
+        self.warp = arith.andi(utils.warp_idx(), integer(3))
+        self.r, self.c = arith.shrui(lane, integer(2)), arith.andi(lane, integer(3))
+        base = llvm.ptrtoint(i32(), utils.memref_ptr(memory))
+        self.address = arith.addi(base, arith.muli(lane, integer(16)))
+        self.zero = integer(0)
 
     def links(self, block: list, size: int) -> list:
         """Of a block, what links an odd block of this size to the even one before it; the rest is 0."""
         if size == 8:
             return [self.zero, block[1], self.zero, self.zero]
-        half = arith.shrui(self.r, _int(1))
+        half = arith.shrui(self.r, integer(1))
         if size == 1:
-            keep = arith.andi(_equal(half, self.c), _equal(arith.andi(self.r, _int(1)), _int(1)))
+            keep = arith.andi(equal(half, self.c), equal(arith.andi(self.r, integer(1)), integer(1)))
         elif size == 2:
-            even = _equal(arith.andi(self.c, _int(1)), _int(0))
-            keep = arith.andi(_equal(half, arith.addi(self.c, _int(1))), even)
+            even = equal(arith.andi(self.c, integer(1)), integer(0))
+            keep = arith.andi(equal(half, arith.addi(self.c, integer(1))), even)
         else:
-            keep = arith.andi(arith.cmpi(arith.CmpIPredicate.uge, self.r, _int(4)), _below(self.c, 2))
+            keep = arith.andi(arith.cmpi(arith.CmpIPredicate.uge, self.r, integer(4)), _below(self.c, 2))
         first, last = (arith.select(keep, block[part], self.zero) for part in (0, 3))
         return [first, self.zero, self.zero, last]
 
@@ -274,8 +280,8 @@ class _Warp:
 
     def _diagonal(self) -> tuple:
         """Whether it meets the thread's first, its second column in an 8 x 8 part."""
-        first = _equal(self.r, arith.muli(self.c, _int(2)))
-        return first, _equal(self.r, arith.addi(arith.muli(self.c, _int(2)), _int(1)))
+        first = equal(self.r, arith.muli(self.c, integer(2)))
+        return first, equal(self.r, arith.addi(arith.muli(self.c, integer(2)), integer(1)))
 
     def rounded(self, block: list) -> list:
         return self._pairs(block, "cvt.rn.f16x2.f32 $0, $2, $1;")
@@ -297,18 +303,18 @@ class _Warp:
         return high, self._pairs(self.difference(block, wide), round_)
 
     def _pairs(self, block: list, ptx: str) -> list:
-        return [utils.inline_ptx(ptx, *block[i : i + 2], result_types=_i32()) for i in range(0, 8, 2)]
+        return [utils.inline_ptx(ptx, *block[i : i + 2], result_types=i32()) for i in range(0, 8, 2)]
 
     def right(self, block: list) -> list:
         ptx = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-        turn = lambda x: utils.inline_ptx(ptx, x, result_types=_i32(), convergent=True)
+        turn = lambda x: utils.inline_ptx(ptx, x, result_types=i32(), convergent=True)
         return [x if x is self.zero else turn(x) for x in block]
 
-    def product(self, a: list, b: list, start: list | None = None) -> list:
+    def product(self, a: list, b: list, start: list | None = None, kind: str = "f16") -> list:
         f32 = ir.F32Type.get()
         start = start or [mgpu.c(0.0, f32)] * 8
         ptx = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
         out: list = []
@@ -331,18 +337,20 @@ class _Warp:
 
     def put(self, slot: int, block: list, warp: int) -> None:
         """Stores a warp's block for the others, after the next barrier."""
-        address = arith.addi(self.address, _int(slot * 512))
+        address = arith.addi(self.address, integer(slot * 512))
         ptx = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
-        utils.inline_ptx(ptx, address, *block, predicate=_equal(self.warp, _int(warp)))
+        utils.inline_ptx(ptx, address, *block, predicate=equal(self.warp, integer(warp)))
 
     def get(self, *slots: int) -> list:
         """The block of a slot, or of the slot of this warp."""
         (offset,) = (
-            self.by_warp([[_int(slot * 512)] for slot in slots]) if len(slots) > 1 else [_int(512 * slots[0])]
+            self.by_warp([[integer(slot * 512)] for slot in slots])
+            if len(slots) > 1
+            else [integer(512 * slots[0])]
         )
         ptx = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
         address = arith.addi(self.address, offset)
-        return list(utils.inline_ptx(ptx, address, result_types=[_i32()] * 4, has_side_effects=True))
+        return list(utils.inline_ptx(ptx, address, result_types=[i32()] * 4, has_side_effects=True))
 
     def barrier(self) -> None:
         utils.warpgroup_barrier()

@@ -6,6 +6,7 @@ WIDE = 96  # blocks of threads of 128 values from which the memory, not the chai
 FILL = 128  # blocks of threads that fill the 132 multiprocessors
 LONG = 160  # chunks from which cutting a sequence repays the extra scan and the joins
 SHORT_WALKS = LED = True  # see warm_up.py
+ONE_PASS = False  # see one_pass_forward.py; faster, but its tests have not run on a GPU
 WIDEST_KEY = 128  # channels of the heads that the scans with a copy of the state in registers take
 
 
@@ -47,3 +48,10 @@ def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) ->
     while chunks >= LONG and chunks % (2 * pieces) == 0 and 2 * pieces * blocks <= FILL and pieces < 16:
         pieces *= 2
     return Choice(v_shape[3], pieces)
+
+
+def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> bool:
+    """Whether KDA's forward without gradients is one pass: where a block of threads a head fills the GPU."""
+    blocks, each = k_shape[0] * v_shape[2], 132
+    fits = (k_shape[3], v_shape[3]) == (128, 128) and k_shape[1] >= 1024
+    return ONE_PASS and fits and blocks >= WIDE * -(-blocks // each)

@@ -1,0 +1,206 @@
+"""KDA's forward in one pass (hopper/one_pass.py) against float64: interpreted, by threads, AOT, on a GPU."""
+
+import dataclasses
+import functools
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+if hopper_aot.NO_KERNELS:
+    pytest.skip(hopper_aot.NO_KERNELS, allow_module_level=True)
+
+import warp_emulator
+from jax.sharding import PartitionSpec as P
+from test_hopper_channel import channel_case
+from test_hopper_forward import TOLERANCE, oracle, relative_error
+from test_hopper_warm_up import quick
+
+from pallas_kernels.linear_attention import hopper
+from pallas_kernels.linear_attention.call import Call
+from pallas_kernels.linear_attention.hopper import inverse, one_pass_tiles, table
+from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
+from pallas_kernels.linear_attention.hopper.inputs import prepare
+from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward, serves
+
+BF16 = ml_dtypes.bfloat16
+
+
+def swizzled(tiles, width):
+    """[rows, columns] bf16 as in shared memory: tiles of 8 rows of `width` bytes, pieces swapped."""
+    rows, columns = tiles.shape
+    across = width // 2
+    out = tiles.reshape(rows // 8, 8, columns // across, across // 8, 8).transpose(0, 2, 1, 3, 4).copy()
+    for row in range(8):
+        out[:, :, row] = out[:, :, row, np.arange(across // 8) ^ (row * width // 128)]
+    return out
+
+
+def test_thread_by_thread(monkeypatch):
+    """The pairs of tokens of four chunks, and what a chunk's outputs are made of them."""
+    rng = np.random.default_rng(0)
+    x, y, z = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
+    x, y = ((a.astype(np.float32) * 0.2).astype(BF16) for a in (x, y))
+    beta = rng.uniform(size=64).astype(np.float32)
+    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles)
+    diagonal = rng.normal(size=64).astype(np.float32)
+    stacks, inverses, numbers, pairs = 0, 1 << 15, 3 << 14, (3 << 14) + 512
+    for half in range(2):
+        columns = slice(64 * half, 64 * half + 64)
+        stacked = np.stack([a.reshape(8, 8, 128) for a in (x, z)], 1).reshape(128, 128)
+        memory.fill(stacks + half * 16384, swizzled(stacked[:, columns], 128))
+        memory.fill(inverses + half * 8192, swizzled(y[:, columns], 32))
+    memory.fill(numbers, np.concatenate([beta, diagonal]))
+    one_pass_tiles._store_pairs(one_pass_tiles.Warp(pairs), stacks, inverses, numbers, numbers + 256)
+
+    read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
+    group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
+    places = lambda columns: [
+        (group + row, pair + column + i)
+        for column in range(0, columns, 8)
+        for row in (0, 8)
+        for i in range(2)
+    ]
+    registers = lambda tile: [np.float32(tile[place]) for place in places(tile.shape[1])]
+    to_64 = lambda a: a.astype(np.float64)
+    for chunk in range(4):
+        tokens = slice(16 * chunk, 16 * chunk + 16)
+        by_column = np.broadcast_to(beta[tokens], (64, 16))
+        operands = map(registers, (read, value, by_column))
+        values, o = one_pass_tiles._finish(one_pass_tiles.Warp(pairs + 1024 * chunk), *operands)
+        lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
+        scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T, -1) + np.diag(diagonal[tokens])
+        apart = read.reshape(64, 2, 2, 8)
+        want = beta[tokens] * (value - apart[:, :, 0].reshape(64, 16)) @ np.linalg.inv(np.eye(16) + lower).T
+        got = np.zeros((2, 64, 16))
+        for tile, block in zip(got, (values, o), strict=True):
+            numbers_of = [number for register in block for number in warp_emulator.bf16(register)]
+            for place, number in zip(places(16), numbers_of, strict=True):
+                tile[place] = number
+        assert relative_error(got[0], want) < 4e-3
+        assert relative_error(got[1], apart[:, :, 1].reshape(64, 16) + want @ scores.T) < 4e-3
+
+
+def one_pass_case(gate, steep_from=None, **options):
+    """A call with log-decays in bf16; steep_from: the first head has -10 from this token on."""
+    call = channel_case(dict(dim=128) | options, "none" if gate == "steep" else gate)[0]
+    log_decay = np.array(call.log_decay)
+    if gate == "steep":
+        log_decay = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=log_decay.shape)))
+    if steep_from is not None:
+        log_decay[:, steep_from:, 0] = -10.0
+    return dataclasses.replace(call, log_decay=jnp.asarray(log_decay, jnp.bfloat16))
+
+
+def forward(call, spoilt):
+    """spoilt: whether today's kernels are wanted; else they give zeros."""
+    given = prepare(call)
+
+    def otherwise():
+        if spoilt:
+            return channel_forward(given, final=True, keep=False, choice=table.Choice(128))[0]
+        return Scanned(o=jnp.zeros_like(given.v), final=jnp.zeros((*call.v.shape[:3:2], 128, 128)))
+
+    return one_pass_forward(given, final=True, otherwise=otherwise)
+
+
+def check(call, spoilt):
+    out = jax.jit(functools.partial(forward, spoilt=spoilt))(call)
+    o, final, _ = oracle(call)
+    assert relative_error(out.o[:, : call.q.shape[1]], o) < TOLERANCE
+    assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE
+    return out
+
+
+CASES = {  # options, whether tokens are left to today's kernels
+    "slow": (dict(gate="slow", tokens=100), False),
+    "steep": (dict(gate="steep", tokens=192), False),
+    "keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), True),
+    "too steep within a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), True),
+    "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), True),
+}
+
+
+@pytest.mark.parametrize("name", quick(CASES))
+def test_interpreted(name, capfd):
+    options, spoilt = CASES[name]
+    check(dataclasses.replace(one_pass_case(**options), interpret=True), spoilt)
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_later_tokens_move_nothing():
+    """In no bit, though a steep one has all that follows it computed by other kernels."""
+    outputs = [
+        check(
+            dataclasses.replace(one_pass_case("slow", steep_from, tokens=128), interpret=True), spoilt=True
+        ).o
+        for steep_from in (None, 40)
+    ]
+    np.testing.assert_array_equal(*(o[:, :40] for o in outputs))
+    assert (outputs[0][:, 40:] != outputs[1][:, 40:]).any()
+
+
+def test_what_is_served(monkeypatch):
+    """Through the backend: the same as by the two kernels but for rounding; other calls are theirs."""
+    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: k_shape[3] == 128)
+    call = dataclasses.replace(one_pass_case("slow", tokens=70), interpret=True)
+    o, final = hopper.linear_attention(call)
+    want = oracle(call)
+    assert serves(prepare(call)) and o.shape == call.v.shape
+    assert relative_error(o, want[0]) < TOLERANCE and relative_error(final, want[1]) < TOLERANCE
+    others = (
+        dict(segment_ids=jnp.zeros(call.q.shape[:2], jnp.int32)),
+        dict(log_decay=call.log_decay.astype(jnp.float32)),
+        dict(beta=None),
+        dict(q=call.q[..., :64], k=call.k[..., :64], log_decay=call.log_decay[..., :64]),
+    )
+    assert not any(serves(prepare(dataclasses.replace(call, **other))) for other in others)
+
+
+@pytest.mark.parametrize("heads, served", [(8, False), (64, False), (128, True), (144, False), (256, True)])
+def test_heads_that_fill_the_gpu(heads, served, monkeypatch):
+    shape = 1, 4096, heads, 128
+    assert not table.one_pass(shape, shape)
+    monkeypatch.setattr(table, "ONE_PASS", True)
+    assert table.one_pass(shape, shape) == served
+
+
+def struct_call(batch, tokens, heads):
+    shape = batch, tokens, heads, 128
+    struct = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    return Call(
+        *[struct(shape)] * 3, log_decay=struct(shape), beta=struct(shape[:3]), initial_state=None, scale=1.0,
+        qk_l2norm=True, output_final_state=True,
+    )  # fmt: skip
+
+
+def test_traces_under_shard_map_and_vmap():
+    """The loop that computes wrong tokens again carries what varies along the mesh axes of the arguments."""
+    call = struct_call(2, 128, 1)
+    attend = functools.partial(forward, spoilt=True)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(lambda call: attend(call)[:2], mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert jax.eval_shape(jax.jit(sharded), call)[0].shape == call.v.shape
+    twice = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), call)
+    assert jax.eval_shape(jax.vmap(attend), twice).o.shape == (3, *call.v.shape)
+
+
+@pytest.mark.aot
+def test_compiles_without_spills():
+    attend = functools.partial(forward, spoilt=False)
+    (kernel,) = hopper_aot.compile_for_hopper(attend, struct_call(8, 4096, 16))
+    assert kernel.spills == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_gpu(name):
+    options, spoilt = CASES[name]
+    call = one_pass_case(**options | dict(tokens=1000))
+    got, again = check(call, spoilt), check(call, spoilt)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, got, again))
