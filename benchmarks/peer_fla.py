@@ -22,7 +22,7 @@ from peers import ACCURACY_SHAPE, OPS, Fla, FlaUnchecked
 
 
 def compile_slice(number: int, slices: int) -> None:
-    """From here on Triton's autotuner runs every ``slices``-th configuration once, the others if those fail."""
+    """From here on Triton's autotuner runs every ``slices``-th configuration, and others if those fail."""
     from triton.runtime.autotuner import Autotuner
 
     prune, bench = Autotuner.prune_configs, Autotuner._bench

@@ -13,8 +13,8 @@ the code here, in turns, each time in a process of its own; a table at the end. 
 its programs in a compilation cache, so first_step_s is the first round's. A config that names no file is an
 argument of configs/hybrid.py.
 
-A backend may be several: --backends=triton+cudnn+xla,cudnn+xla is Hopper's kernels off, and all but attention's,
-each op taking the first that can.
+A backend may be several, of which an op takes the first that can: --backends=triton+cudnn+xla,cudnn+xla is
+Hopper's kernels off, and then all but attention's.
 """
 
 import argparse
