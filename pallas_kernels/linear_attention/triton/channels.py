@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import block, input_blocks
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
@@ -76,6 +77,8 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
 
     def level(m: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         dq, dk, dsteps = carry
+        if not spec.interpret:
+            plgpu.debug_barrier()
         decay = jnp.exp(sums(spans(m), clamped(refs.steps[mine])))
         second = (tokens >> m & 1) == 1  # of the blocks of a pair: such q meet k of the first
         near = (refs.k[mine] * decay).astype(BF16)
