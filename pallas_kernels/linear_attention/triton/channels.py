@@ -20,6 +20,7 @@ from pallas_kernels.linear_attention.triton.tiles import (
     LEVELS,
     C,
     dot,
+    exp,
     grid,
     pairs_both_ways,
     spans,
@@ -62,7 +63,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
     at = pl.ds(pl.program_id(0) % (refs.q.shape[1] // WIDTH) * WIDTH, WIDTH)
     mine = slice(None), at
     q, k = refs.q[mine], refs.k[mine]
-    prefix, suffix = ends(refs.steps[mine])
+    prefix, suffix = ends(refs.steps[mine], spec.interpret)
     dq = made["dqueries"][mine].astype(F32) * token.queries[:, None] * prefix
     dk = made["dkeys"][mine].astype(F32) * token.keys[:, None] * suffix
     up_to, after = q * dq, k * dk
@@ -79,7 +80,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         dq, dk, dsteps = carry
         if not spec.interpret:
             plgpu.debug_barrier()
-        decay = jnp.exp(sums(spans(m), clamped(refs.steps[mine])))
+        decay = exp(sums(spans(m), clamped(refs.steps[mine])), spec.interpret)
         second = (tokens >> m & 1) == 1  # of the blocks of a pair: such q meet k of the first
         near = (refs.k[mine] * decay).astype(BF16)
         own = jnp.where(second, (refs.q[mine] * decay).astype(BF16), near)

@@ -4,12 +4,15 @@ Every pair (i, j), j < i, of a chunk's C tokens is of the one level s = 2^n (1, 
 in a block of s tokens and i in the next of the same pair. All tiles have C rows; masks take their parts.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import here
+from pallas_kernels.linear_attention.triton.launch import warpgroup_products
 
 C = 64
 LEVELS = (C - 1).bit_length()
@@ -35,6 +38,24 @@ def fine_dot(a: Any, b: Any) -> Any:
     """a @ b with operands of two bf16 each: relative error 2^-16."""
     (a_high, a_low), (b_high, b_low) = split(a), split(b)
     return dot(a_low, b_high) + dot(a_high, b_low) + dot(a_high, b_high)
+
+
+def exp(x: Any, interpret: bool) -> Any:
+    """Two instructions, of which `jnp.exp` is eight and `jnp.exp2` five; below 2^-126 it is 0.
+
+    Where products take registers `jnp.exp2` has to do: with the former ptxas spills more.
+    """
+    exponent = x * math.log2(math.e)
+    if interpret or not warpgroup_products():
+        return jnp.exp2(exponent)
+    [result] = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[exponent],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, F32)],
+    )
+    return result
 
 
 def grid() -> tuple[Any, Any]:
