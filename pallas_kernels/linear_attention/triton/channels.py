@@ -23,8 +23,6 @@ from pallas_kernels.linear_attention.triton.tiles import (
     exp,
     grid,
     pairs_both_ways,
-    spans,
-    spans_transposed,
     split,
     sums,
 )
@@ -80,7 +78,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         dq, dk, dsteps = carry
         if not spec.interpret:
             plgpu.debug_barrier()
-        decay = exp(sums(spans(m), clamped(refs.steps[mine])), spec.interpret)
+        decay = exp(sums(refs.spans[0, m], clamped(refs.steps[mine])), spec.interpret)
         second = (tokens >> m & 1) == 1  # of the blocks of a pair: such q meet k of the first
         near = (refs.k[mine] * decay).astype(BF16)
         own = jnp.where(second, (refs.q[mine] * decay).astype(BF16), near)
@@ -91,7 +89,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         if spec.delta:
             dnear = dot(jnp.where(pair, made["dkk"][...], 0.0), near)
             moved, dk = moved + near * dnear, dk + dnear * decay
-        return dq, dk, dsteps + fine_sums(spans_transposed(m), moved)
+        return dq, dk, dsteps + fine_sums(refs.spans[1, m], moved)
 
     dq, dk, dsteps = jax.lax.fori_loop(0, LEVELS, level, (dq, dk, dsteps))
     q, k = refs.q[mine], refs.k[mine]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import here
@@ -92,22 +93,16 @@ def inverse_less_one(L: Any) -> Any:
     return jnp.where(i > j, jax.lax.fori_loop(1, LEVELS, double, X), 0.0)
 
 
-def spans(n: Any) -> Any:
-    """[C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its level-2^n pair.
+def spans() -> np.ndarray:
+    """[2, LEVELS, C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its pair.
 
     For a token of the second block from the border up to and including it, of the first block after it.
+    The other half of them is transposed. Kernels read them: making one takes 350 instructions a thread.
     """
-    i, t = _rows_and_columns()
+    n, i, t = np.ogrid[:LEVELS, :C, :C]
     before = (i >> (n + 1) << (n + 1)) + (1 << n) - 1  # the last token before the border
-    return (t > jnp.minimum(i, before)) & (t <= jnp.maximum(i, before))
-
-
-def spans_transposed(n: Any) -> Any:
-    """`spans`, transposed."""
-    t, i = _rows_and_columns()
-    first = t >> n << n  # of the row's block
-    second = (t >> n & 1) == 1
-    return (i >= jnp.where(second, t, first)) & (i < jnp.where(second, first + (1 << n), t))
+    which = (t > np.minimum(i, before)) & (t <= np.maximum(i, before))
+    return np.stack([which, which.swapaxes(1, 2)])
 
 
 def _rows_and_columns() -> tuple[Any, Any]:
@@ -116,7 +111,7 @@ def _rows_and_columns() -> tuple[Any, Any]:
 
 def sums(where: Any, steps: tuple[Any, ...]) -> Any:
     """Sums over the tokens ``where`` [C, C] of steps given as a sum of bf16 tiles [C, K]."""
-    ones = where.astype(F32).astype(BF16)
+    ones = where if where.dtype == BF16 else where.astype(F32).astype(BF16)
     total = dot(ones, steps[0])
     for rest in steps[1:]:
         total += dot(ones, rest)
