@@ -22,7 +22,6 @@ from pallas_kernels.linear_attention.triton.tiles import (
     dot,
     exp,
     grid,
-    pairs_both_ways,
     split,
     sums,
 )
@@ -78,18 +77,18 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         dq, dk, dsteps = carry
         if not spec.interpret:
             plgpu.debug_barrier()
-        decay = exp(sums(refs.spans[0, m], clamped(refs.steps[mine])), spec.interpret)
+        decay = exp(sums(refs.masks[0, m], clamped(refs.steps[mine])), spec.interpret)
         second = (tokens >> m & 1) == 1  # of the blocks of a pair: such q meet k of the first
         near = (refs.k[mine] * decay).astype(BF16)
         own = jnp.where(second, (refs.q[mine] * decay).astype(BF16), near)
-        pair = pairs_both_ways(m)
-        down = dot(jnp.where(pair, made["dqk"][...], 0.0), own)
+        pair = refs.masks[2, m]
+        down = dot(pair * made["dqk"][...], own)
         moved, down = own * down, down * decay
         dq, dk = jnp.where(second, dq + down, dq), jnp.where(second, dk, dk + down)
         if spec.delta:
-            dnear = dot(jnp.where(pair, made["dkk"][...], 0.0), near)
+            dnear = dot(pair * made["dkk"][...], near)
             moved, dk = moved + near * dnear, dk + dnear * decay
-        return dq, dk, dsteps + fine_sums(refs.spans[1, m], moved)
+        return dq, dk, dsteps + fine_sums(refs.masks[1, m], moved)
 
     dq, dk, dsteps = jax.lax.fori_loop(0, LEVELS, level, (dq, dk, dsteps))
     q, k = refs.q[mine], refs.k[mine]

@@ -108,7 +108,7 @@ def input_blocks(spec: Spec, inputs: Inputs) -> Inputs:
         steps=None if inputs.steps is None else block("steps", inputs.steps.shape),
         rows={name: block(name, x.shape) for name, x in inputs.rows.items()},
         documents=documents,
-        spans=inputs.spans if inputs.spans is None else pl.BlockSpec(inputs.spans.shape, lambda *_: (0,) * 4),
+        masks=inputs.masks if inputs.masks is None else pl.BlockSpec(inputs.masks.shape, lambda *_: (0,) * 4),
     )
 
 
@@ -167,7 +167,7 @@ def _per_channel(spec: Spec, refs: Any) -> tuple[Any, ...]:
     zeros = (jnp.zeros((C, C), F32),) * (1 + spec.delta)
 
     def level(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
-        where = refs.spans[0, n]
+        where = refs.masks[0, n]
 
         def add(m: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
             mine = part(m, width)

@@ -72,13 +72,6 @@ def pairs(n: Any) -> Any:
     return (j >= first) & (j < first + ((i >> n & 1) << n))
 
 
-def pairs_both_ways(n: Any) -> Any:
-    """`pairs`, or its transposed: where (row, column) are in the two blocks of a pair of blocks."""
-    i, j = _rows_and_columns()
-    first = ((i >> n) ^ 1) << n  # of the other block of the row's pair
-    return (j >= first) & (j < first + (1 << n))
-
-
 def inverse_less_one(L: Any) -> Any:
     """(I + L)^-1 - I for a strictly lower L, by doubling of inverted diagonal blocks: X - X B X.
 
@@ -93,16 +86,17 @@ def inverse_less_one(L: Any) -> Any:
     return jnp.where(i > j, jax.lax.fori_loop(1, LEVELS, double, X), 0.0)
 
 
-def spans() -> np.ndarray:
-    """[2, LEVELS, C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its pair.
+def masks() -> np.ndarray:
+    """[3, LEVELS, C, C] of 0 and 1, which kernels read: making one takes hundreds of instructions a thread.
 
-    For a token of the second block from the border up to and including it, of the first block after it.
-    The other half of them is transposed. Kernels read them: making one takes 350 instructions a thread.
+    0: S, such that S @ g are the sums of steps between a token and the border of its pair of blocks: of the
+    second block from the border up to and including it, of the first block after it.  1: S transposed.
+    2: `pairs`, or its transposed.
     """
     n, i, t = np.ogrid[:LEVELS, :C, :C]
     before = (i >> (n + 1) << (n + 1)) + (1 << n) - 1  # the last token before the border
     which = (t > np.minimum(i, before)) & (t <= np.maximum(i, before))
-    return np.stack([which, which.swapaxes(1, 2)])
+    return np.stack([which, which.swapaxes(1, 2), (i >> n ^ 1) == t >> n])
 
 
 def _rows_and_columns() -> tuple[Any, Any]:
