@@ -12,7 +12,8 @@ initialisers give) and steep ones (-5 sigmoid(normal)).
 One process a peer, op and shape: they compile --jobs at a time and then, nothing else running, take turns on
 the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key
 channel; beta sigmoid(normal); q, k normalised in the op by the delta family; no final state. A peer that is
-not installed or refuses is a row too. FLA autotunes for minutes at the first call of an op, hence its bound.
+not installed or refuses is a row too. FLA autotunes for minutes at the first call of an op, hence its bound;
+peer_fla.py compiles before, and fla_unchecked runs what FLA refuses (peers.FlaUnchecked).
 NVIDIA's takes q, k normalised before and float32 gates (peer_nvidia.py); its host calls cost more than its
 kernels do, so compare the column of kernels (--profile).
 
@@ -45,7 +46,7 @@ from typing import Any
 
 import numpy as np
 from peer_nvidia import Nvidia
-from peers import ACCURACY_SHAPE, OPS, Fla, Jax, Shape, channel, square, truth
+from peers import ACCURACY_SHAPE, OPS, Fla, FlaUnchecked, Jax, Shape, channel, square, truth
 
 SQUARES = [(8, 4096, 16, 128), (2, 16384, 16, 128), (1, 65536, 8, 128), (4, 2048, 16, 128), (8, 4096, 16, 64)]
 MORE = [  # ops, shape
@@ -75,8 +76,9 @@ SHAPES = [square(*shape) for shape in SQUARES] + [shape for _, shape in MORE]
 TAKES = [OPS] * len(SQUARES) + [tuple(ops.split()) for ops, _ in MORE]  # ops by shape
 INDICES = [str(index) for index in range(len(SHAPES))]
 NAMED = {"squares": INDICES[: len(SQUARES)], "more": INDICES[len(SQUARES) :]}
-PEERS = ("ours", "triton", "xla", "jla", "fla", "nvidia")
-TORCH: dict[str, type[Fla]] = {"fla": Fla, "nvidia": Nvidia}
+PEERS = ("ours", "triton", "xla", "jla", "fla", "fla_unchecked", "nvidia")
+TORCH: dict[str, type[Fla]] = {"fla": Fla, "fla_unchecked": FlaUnchecked, "nvidia": Nvidia}
+TUNES = ("fla", "fla_unchecked")  # minutes, each in a process alone
 BYTES_PER_SECOND = 3.0e12
 RESULTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta")
 
@@ -211,9 +213,9 @@ def main() -> None:
         tasks += [(peer, op, "accuracy") for op in args.ops for peer in args.peers]
     with tempfile.TemporaryDirectory() as folder:
         start = functools.partial(start_worker, args, f"{folder}/lock")
-        together = [task for task in tasks if task[0] != "fla"]
+        together = [task for task in tasks if task[0] not in TUNES]
         groups = [together[i : i + args.jobs] for i in range(0, len(together), args.jobs)]
-        groups += [[task] for task in tasks if task[0] == "fla"]
+        groups += [[task] for task in tasks if task[0] in TUNES]
         for group in groups:
             with ThreadPoolExecutor(len(group)) as pool:
                 rows += itertools.chain(*pool.map(start, group))
@@ -234,7 +236,7 @@ def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]
         environment["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, __file__, "--role", *task, lock, *["--profile", what] * (what in args.profile)]
     command += ["--compile_seconds", str(args.compile_seconds)]
-    limit = args.fla_seconds if peer == "fla" else None
+    limit = args.fla_seconds if peer in TUNES else None
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=limit

@@ -1,6 +1,6 @@
 """The single-token step of decoding on one GPU: time against the bytes of the state.
 
-    python -m benchmarks.step [--batches 1,8,32,128] [--backends hopper,triton,xla]
+    python -m benchmarks.step [--batches 1,8,32,128] [--backends triton,xla]
 
 --steps tokens run in one compiled loop whose state is donated, as in generation; H 16, K = V = 128, bf16 q,
 k, v, a float32 state, Gated DeltaNet and KDA (q, k normalised). The floor reads and writes the state once a

@@ -12,6 +12,9 @@ held at most. Prints one JSON line a backend, and with --profile the GPU time of
 the code here, in turns, each time in a process of its own; a table at the end. A round after the first finds
 its programs in a compilation cache, so first_step_s is the first round's. A config that names no file is an
 argument of configs/hybrid.py.
+
+A backend may be several, of which an op takes the first that can: --backends=triton+cudnn+xla,cudnn+xla is
+Hopper's kernels off, and then all but attention's.
 """
 
 import argparse
@@ -148,7 +151,7 @@ def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     look = lambda run: print(gpu_profile.table(gpu_profile.kernels(run)))
     rows = {}
     for backend in args.backends.split(","):
-        with pallas_kernels.auto_means(backend):
+        with pallas_kernels.auto_means(*backend.split("+")):
             rows[backend] = measure(config, batch, args.steps, look if args.profile else None)
         print(json.dumps({"config": args.config, "backend": backend} | rows[backend]), flush=True)
         gc.collect()

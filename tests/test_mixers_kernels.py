@@ -46,7 +46,7 @@ def backends(name: str, op: str, step: bool = False) -> set[str]:
 @pytest.mark.parametrize("name", MATRIX_STATE)
 def test_matrix_states_are_the_kernels(name):
     assert backends(name, "linear_attention") == {"hopper"}
-    step = {"xla" if name in STEP_ON_XLA else "hopper"}
+    step = {"xla" if name in STEP_ON_XLA else "triton"}
     assert backends(name, "linear_attention_step", step=True) == step
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.elementwise import walks
 from pallas_kernels.elementwise.call import Call
@@ -84,13 +85,15 @@ class Walk(walks.Walk):
         blocks |= {f"start{i}": of_pieces for i in range(len(starts))}
         out = {f"out{i}": jax.ShapeDtypeStruct(by_run(x).shape, x.dtype) for i, x in enumerate(like)}
         ends = {f"end{i}": jax.ShapeDtypeStruct(x.shape, F32) for i, x in enumerate(starts)}
+        handed = jax.ShapeDtypeStruct((batch, self.pieces, 2, 2, RUNS, features), F32)
+        of_blocks = pl.BlockSpec((None, None, 2, 2, RUNS, CHANNELS), lambda f, p, b: (b, p, 0, 0, 0, f))
         results = launch(
             lambda refs, out: self._piece(token, refs, out),
             f"elementwise_{name}",
             grid=(features // CHANNELS, self.pieces, batch),
             in_specs=[{what: blocks[what] for what in given}],
-            out_specs=dict.fromkeys(out, of_tokens) | dict.fromkeys(ends, of_pieces),
-            out_shape=out | ends,
+            out_specs=dict.fromkeys(out, of_tokens) | dict.fromkeys(ends, of_pieces) | {"handed": of_blocks},
+            out_shape=out | ends | {"handed": handed},
             warps=RUNS,
             interpret=self.interpret,
         )(given)
@@ -105,20 +108,21 @@ class Walk(walks.Walk):
         def tile(k: Any, carry: Values) -> Values:
             first = (piece * tiles + (tiles - 1 - k if self.reverse else k)) * RUNS
             at = pl.ds(first, RUNS)
-            tokens = [At(None)] * ROWS
+            tokens, starts = [At(None)] * ROWS, None
             if "words" in refs:
                 words = refs["words"][at, :]
                 tokens = [At((words >> r) & 1 == 1) for r in range(ROWS)]
+                starts = words != 0
             values = [[refs[f"read{i}"][at, r, :].astype(F32) for i in range(2)] for r in range(ROWS)]
+            if "before" in refs:  # before the barrier, as all that is read
+                late = [refs["before"][at, :]]
+                late += [refs["read2"][at, r, :].astype(F32) for r in range(ROWS - 1)]
+                values = [[*given, old] for given, old in zip(values, late, strict=True)]
             alone = [jnp.zeros((RUNS, CHANNELS), F32), jnp.ones((RUNS, CHANNELS), F32)]
             for r in order:
-                alone = self.alone(tokens[r], *values[r], *alone)
-            carry, states = self._hand_over(first, refs, alone, carry)
+                alone = self.alone(tokens[r], *values[r][:2], *alone)
+            carry, states = self._hand_over(out["handed"], k & 1, starts, alone, carry)
             if carries == 1:
-                if "before" in refs:
-                    late = [refs["before"][at, :]]
-                    late += [refs["read2"][at, r, :].astype(F32) for r in range(ROWS - 1)]
-                    values = [[*given, old] for given, old in zip(values, late, strict=True)]
                 state = [states]
                 for r in order:
                     results, state = token(tokens[r], values[r], state)
@@ -127,23 +131,35 @@ class Walk(walks.Walk):
                         ref[at, r, :] = result.astype(ref.dtype)
             return carry
 
-        carry = [refs[f"start{i}"][:] for i in range(carries)]
+        # A row for each run, all the same: then nothing moves between threads.
+        carry = [jnp.broadcast_to(refs[f"start{i}"][:][None], (RUNS, CHANNELS)) for i in range(carries)]
         carry = jax.lax.fori_loop(0, tiles, tile, carry)
         for i, value in enumerate(carry):
-            out[f"end{i}"][:] = value
+            out[f"end{i}"][:] = jnp.sum(jnp.where(_places(0) == 0, value, 0.0), axis=0)
 
     def _hand_over(
-        self, first: Any, refs: dict[str, Any], alone: Values, carry: Values
+        self, handed: Any, slot: Any, starts: Any, alone: Values, carry: Values
     ) -> tuple[Values, Any]:
-        """The carry after a tile of runs, and the state before each run [RUNS, CHANNELS]."""
-        row = jax.lax.broadcasted_iota(jnp.int32, (RUNS, CHANNELS), 0)
-        states = jnp.zeros((RUNS, CHANNELS), F32)
+        """The carry after a tile of runs, and the state before each run, both [RUNS, CHANNELS].
+
+        What each run does goes through memory, which the caches answer: one barrier, where sums over warps
+        would need two for each run. handed: [2, RUNS, CHANNELS], not that of the tile before, which
+        others may still read. starts: whether a document starts in each run.
+        """
+        row, column = _places(0), _places(1)
+        handed[slot, 0] = alone[0]
+        handed[slot, 1] = alone[1] if starts is None else jnp.where(starts, -1.0, alone[1])
+        if not self.interpret:
+            plgpu.debug_barrier()
         state, *product = carry
+        states = state
         for w in range(RUNS)[:: -1 if self.reverse else 1]:
-            states = jnp.where(row == w, state[None, :], states)
-            mine, decay = (jnp.sum(jnp.where(row == w, x, 0.0), axis=0) for x in alone)
+            states = jnp.where(row == w, state, states)
+            mine, decay = (handed[slot, i, jnp.full_like(row, w), column] for i in range(2))
             after = decay * state + mine
-            if "words" in refs:
-                after = jnp.where(refs["words"][first + w, 0] != 0, mine, after)
-            state, product = after, [x * decay for x in product]
+            state, product = jnp.where(decay < 0, mine, after), [x * decay for x in product]
         return [state, *product], states
+
+
+def _places(axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, (RUNS, CHANNELS), axis)

@@ -7,7 +7,7 @@ from pallas_kernels.dispatch import Op
 from pallas_kernels.linear_attention.checks import expect, floating, heads_fit, scale_of
 from pallas_kernels.linear_attention_step.call import StepCall
 
-OP = Op("linear_attention_step", __package__, ("hopper", "triton", "xla"))
+OP = Op("linear_attention_step", __package__, ("triton", "xla"))
 
 
 def linear_attention_step(

@@ -10,7 +10,7 @@ from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.trial import kind
 from pallas_kernels.linear_attention.triton import requirements
 from pallas_kernels.linear_attention.triton.backward import gradients
-from pallas_kernels.linear_attention.triton.chunks import chunks
+from pallas_kernels.linear_attention.triton.chunks import Chunks, chunks
 from pallas_kernels.linear_attention.triton.inputs import prepare, spec, unprepare
 from pallas_kernels.linear_attention.triton.moves import moves
 from pallas_kernels.linear_attention.triton.requirements import runs_on
@@ -48,27 +48,30 @@ def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
     return _attend(call)
 
 
+Kept = tuple[Call, Chunks, Scanned]
+
+
 def _primal(call: Call) -> tuple[jax.Array, jax.Array | None]:
     return _run(call, keep=False)[0]
 
 
-def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call, Scanned]]:
-    out, scanned = _run(call, keep=True)
-    return out, (call, scanned)
+def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], Kept]:
+    out, made, scanned = _run(call, keep=True)
+    return out, (call, made, scanned)
 
 
-def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Scanned]:
+def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], Chunks, Scanned]:
     what = spec(call)
-    out = scan(what, chunks(what, prepare(call)), call.initial_state, keep)
+    made = chunks(what, prepare(call), keep)
+    out = scan(what, made, call.initial_state, keep)
     assert out.o is not None
     o = out.o[:, : call.q.shape[1]]
-    return (o, out.final if call.output_final_state else None), out._replace(o=None, final=None)
+    return (o, out.final if call.output_final_state else None), made, out._replace(o=None, final=None)
 
 
-def _backward(kept: tuple[Call, Scanned], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
-    call, scanned = kept
+def _backward(kept: Kept, cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
+    call, made, scanned = kept
     what, inputs = spec(call), prepare(call)
-    made = chunks(what, inputs, keep=True)
     do = pad_time(cotangents[0], inputs.q.shape[1])
     back = reverse(what, made, do, cotangents[1])
     d = gradients(what, inputs, made, moves(what, scanned, back, do), back.values)

@@ -95,7 +95,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         written = jnp.sum(made["keys"][part(n)].astype(F32) * made["dkeys"][part(n)].astype(F32), axis=1)
         q_row, k_row, up_to, after = q_row + read, k_row + written, up_to + read, after + written
         if spec.delta:
-            prefix = ends(refs.steps[part(n)])[0] if spec.channel else 1.0
+            prefix = ends(refs.steps[part(n)], spec.interpret)[0] if spec.channel else 1.0
             held = refs.k[part(n)].astype(F32) * prefix * token.reads[:, None]
             held = jnp.sum(held * solved(A_T, made["dw"][part(n)]), axis=1)
             k_row, up_to = k_row + token.beta * held, up_to + token.beta * held

@@ -9,20 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.linear_attention.triton.chunks import block, input_blocks
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
-from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.launch import launch, warpgroup_products
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
     F32,
     LEVELS,
     C,
     dot,
+    exp,
     grid,
-    pairs_both_ways,
-    spans,
-    spans_transposed,
     split,
     sums,
 )
@@ -61,7 +60,7 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
     at = pl.ds(pl.program_id(0) % (refs.q.shape[1] // WIDTH) * WIDTH, WIDTH)
     mine = slice(None), at
     q, k = refs.q[mine], refs.k[mine]
-    prefix, suffix = ends(refs.steps[mine])
+    prefix, suffix = ends(refs.steps[mine], spec.interpret)
     dq = made["dqueries"][mine].astype(F32) * token.queries[:, None] * prefix
     dk = made["dkeys"][mine].astype(F32) * token.keys[:, None] * suffix
     up_to, after = q * dq, k * dk
@@ -76,18 +75,21 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
 
     def level(m: Any, carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         dq, dk, dsteps = carry
-        decay = jnp.exp(sums(spans(m), clamped(refs.steps[mine])))
+        # Keeps the loads here: fewer spills before 9.0, where it costs more than they do.
+        if not (spec.interpret or warpgroup_products()):
+            plgpu.debug_barrier()
+        decay = exp(sums(refs.masks[0, m], clamped(refs.steps[mine])), spec.interpret)
         second = (tokens >> m & 1) == 1  # of the blocks of a pair: such q meet k of the first
         near = (refs.k[mine] * decay).astype(BF16)
         own = jnp.where(second, (refs.q[mine] * decay).astype(BF16), near)
-        pair = pairs_both_ways(m)
-        down = dot(jnp.where(pair, made["dqk"][...], 0.0), own)
+        pair = refs.masks[2, m]
+        down = dot(pair * made["dqk"][...], own)
         moved, down = own * down, down * decay
         dq, dk = jnp.where(second, dq + down, dq), jnp.where(second, dk, dk + down)
         if spec.delta:
-            dnear = dot(jnp.where(pair, made["dkk"][...], 0.0), near)
+            dnear = dot(pair * made["dkk"][...], near)
             moved, dk = moved + near * dnear, dk + dnear * decay
-        return dq, dk, dsteps + fine_sums(spans_transposed(m), moved)
+        return dq, dk, dsteps + fine_sums(refs.masks[1, m], moved)
 
     dq, dk, dsteps = jax.lax.fori_loop(0, LEVELS, level, (dq, dk, dsteps))
     q, k = refs.q[mine], refs.k[mine]

@@ -23,10 +23,10 @@ from pallas_kernels.linear_attention.triton.tiles import (
     LEVELS,
     C,
     dot,
+    exp,
     grid,
     inverse_less_one,
     pairs,
-    spans,
     sums,
 )
 from pallas_kernels.linear_attention.triton.tokens import SLICE, clamped, ends, load, part, slices
@@ -108,6 +108,7 @@ def input_blocks(spec: Spec, inputs: Inputs) -> Inputs:
         steps=None if inputs.steps is None else block("steps", inputs.steps.shape),
         rows={name: block(name, x.shape) for name, x in inputs.rows.items()},
         documents=documents,
+        masks=inputs.masks if inputs.masks is None else pl.BlockSpec(inputs.masks.shape, lambda *_: (0,) * 4),
     )
 
 
@@ -129,7 +130,7 @@ def _kernel(spec: Spec, refs: Any, out: dict[str, Any]) -> None:
         q, k = refs.q[part(n)].astype(F32), refs.k[part(n)].astype(F32)
         read, total = k, jnp.full((SLICE,), 1.0, F32)
         if spec.channel:
-            prefix, suffix = ends(refs.steps[part(n)])
+            prefix, suffix = ends(refs.steps[part(n)], spec.interpret)
             q, read, k, total = q * prefix, k * prefix, k * suffix, jnp.min(prefix, axis=0)
         out["queries"][part(n)] = (q * token.queries[:, None]).astype(BF16)
         out["keys"][part(n)] = (k * token.keys[:, None]).astype(BF16)
@@ -166,11 +167,11 @@ def _per_channel(spec: Spec, refs: Any) -> tuple[Any, ...]:
     zeros = (jnp.zeros((C, C), F32),) * (1 + spec.delta)
 
     def level(n: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
-        where = spans(n)
+        where = refs.masks[0, n]
 
         def add(m: Any, products: tuple[Any, ...]) -> tuple[Any, ...]:
             mine = part(m, width)
-            decay = jnp.exp(sums(where, clamped(refs.steps[mine])))
+            decay = exp(sums(where, clamped(refs.steps[mine])), spec.interpret)
             near = (refs.k[mine] * decay).astype(BF16)
             rows = (refs.q[mine] * decay, near)
             return tuple(a + dot(x, near, (1, 1)) for a, x in zip(products, rows, strict=False))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.linear_attention.call import Call
-from pallas_kernels.linear_attention.triton.tiles import F32, C
+from pallas_kernels.linear_attention.call import Call, alike
+from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, masks
 from pallas_kernels.padding import pad_time, round_up
 
 LEAST_DECAY = -104.0  # exp is 0 in float32; a larger step would drown the others in a chunk's sums
@@ -33,6 +33,7 @@ class Inputs(NamedTuple):
     from the chunk's start, `enter` and `leave`, the decay from the chunk's start and to its end.
     documents: None, or by name `id` [B, T] int32; `enter`, `leave` [B, T], 1 where a token is of the document
     that enters or leaves its chunk, else 0; `carry` [B, T/C], whether that is one document.
+    masks: of `tiles.masks`, bf16 (per channel only).
     """
 
     q: jax.Array
@@ -41,6 +42,7 @@ class Inputs(NamedTuple):
     steps: jax.Array | None
     rows: dict[str, jax.Array]
     documents: dict[str, jax.Array] | None
+    masks: jax.Array | None = None
 
 
 def spec(call: Call) -> Spec:
@@ -66,9 +68,9 @@ def prepare(call: Call) -> Inputs:
         after = sums[..., -1:] - sums
         rows |= {"sum": sums, "enter": jnp.exp(sums), "leave": jnp.exp(after)}
         rows = {name: x.reshape(*x.shape[:2], -1) for name, x in rows.items()}
-    return Inputs(
-        pad_time(call.q, length), pad_time(call.k, length), pad_time(call.v, length), steps, rows, documents
-    )
+    between = None if steps is None else jnp.asarray(masks(), BF16)
+    q, k, v = (pad_time(x, length) for x in (call.q, call.k, call.v))
+    return alike(Inputs(q, k, v, steps, rows, documents, between))
 
 
 def _documents(id_BT: jax.Array) -> dict[str, jax.Array]:

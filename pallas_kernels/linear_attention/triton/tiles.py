@@ -4,12 +4,16 @@ Every pair (i, j), j < i, of a chunk's C tokens is of the one level s = 2^n (1, 
 in a block of s tokens and i in the next of the same pair. All tiles have C rows; masks take their parts.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import here
+from pallas_kernels.linear_attention.triton.launch import warpgroup_products
 
 C = 64
 LEVELS = (C - 1).bit_length()
@@ -37,6 +41,24 @@ def fine_dot(a: Any, b: Any) -> Any:
     return dot(a_low, b_high) + dot(a_high, b_low) + dot(a_high, b_high)
 
 
+def exp(x: Any, interpret: bool) -> Any:
+    """Two instructions, of which `jnp.exp` is eight and `jnp.exp2` five; below 2^-126 it is 0.
+
+    Where products take registers `jnp.exp2` has to do: with the former ptxas spills more.
+    """
+    exponent = x * math.log2(math.e)
+    if interpret or not warpgroup_products():
+        return jnp.exp2(exponent)
+    [result] = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[exponent],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, F32)],
+    )
+    return result
+
+
 def grid() -> tuple[Any, Any]:
     """The row and the column of every place of a C by C tile."""
     shape = (C, C)
@@ -48,13 +70,6 @@ def pairs(n: Any) -> Any:
     i, j = _rows_and_columns()
     first = (i >> n) - 1 << n  # of the block before the row's
     return (j >= first) & (j < first + ((i >> n & 1) << n))
-
-
-def pairs_both_ways(n: Any) -> Any:
-    """`pairs`, or its transposed: where (row, column) are in the two blocks of a pair of blocks."""
-    i, j = _rows_and_columns()
-    first = ((i >> n) ^ 1) << n  # of the other block of the row's pair
-    return (j >= first) & (j < first + (1 << n))
 
 
 def inverse_less_one(L: Any) -> Any:
@@ -71,22 +86,17 @@ def inverse_less_one(L: Any) -> Any:
     return jnp.where(i > j, jax.lax.fori_loop(1, LEVELS, double, X), 0.0)
 
 
-def spans(n: Any) -> Any:
-    """[C, C] of 0 and 1: S @ g are the sums of steps between a token and the border of its level-2^n pair.
+def masks() -> np.ndarray:
+    """[3, LEVELS, C, C] of 0 and 1, which kernels read: making one takes hundreds of instructions a thread.
 
-    For a token of the second block from the border up to and including it, of the first block after it.
+    0: S, such that S @ g are the sums of steps between a token and the border of its pair of blocks: of the
+    second block from the border up to and including it, of the first block after it.  1: S transposed.
+    2: `pairs`, or its transposed.
     """
-    i, t = _rows_and_columns()
+    n, i, t = np.ogrid[:LEVELS, :C, :C]
     before = (i >> (n + 1) << (n + 1)) + (1 << n) - 1  # the last token before the border
-    return (t > jnp.minimum(i, before)) & (t <= jnp.maximum(i, before))
-
-
-def spans_transposed(n: Any) -> Any:
-    """`spans`, transposed."""
-    t, i = _rows_and_columns()
-    first = t >> n << n  # of the row's block
-    second = (t >> n & 1) == 1
-    return (i >= jnp.where(second, t, first)) & (i < jnp.where(second, first + (1 << n), t))
+    which = (t > np.minimum(i, before)) & (t <= np.maximum(i, before))
+    return np.stack([which, which.swapaxes(1, 2), (i >> n ^ 1) == t >> n])
 
 
 def _rows_and_columns() -> tuple[Any, Any]:
@@ -95,7 +105,7 @@ def _rows_and_columns() -> tuple[Any, Any]:
 
 def sums(where: Any, steps: tuple[Any, ...]) -> Any:
     """Sums over the tokens ``where`` [C, C] of steps given as a sum of bf16 tiles [C, K]."""
-    ones = where.astype(F32).astype(BF16)
+    ones = where if where.dtype == BF16 else where.astype(F32).astype(BF16)
     total = dot(ones, steps[0])
     for rest in steps[1:]:
         total += dot(ones, rest)

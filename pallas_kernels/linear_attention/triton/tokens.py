@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.linear_attention.call import L2NORM_EPS
 from pallas_kernels.linear_attention.triton.inputs import LEAST_DECAY, Spec
-from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, grid, split, sums
+from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, exp, grid, split, sums
 
 SLICE = 64  # of the features, taken at a time
 
@@ -67,11 +67,11 @@ def clamped(steps: Any) -> tuple[Any, ...]:
     return (at_least.astype(BF16),) if steps.dtype == BF16 else split(at_least)
 
 
-def ends(steps: Any) -> tuple[Any, Any]:
+def ends(steps: Any, interpret: bool) -> tuple[Any, Any]:
     """The decays per channel from the chunk's start up to each token, and after it to the chunk's end."""
     i, j = grid()
     clear = clamped(steps)
-    return jnp.exp(sums(i >= j, clear)), jnp.exp(sums(i < j, clear))
+    return exp(sums(i >= j, clear), interpret), exp(sums(i < j, clear), interpret)
 
 
 def _unit_rows(ref: Any) -> Any:
