@@ -5,11 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import table, warm_up
+from pallas_kernels.linear_attention.hopper import (
+    channel_backward_chunks,
+    channel_backward_columns,
+    table,
+    warm_up,
+)
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
-from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.pieces import chain
@@ -52,7 +56,8 @@ def channel_gradients(
         inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces, lead=lead
     )
     delta = tiles.inverses is not None
-    dq, dk, d_log_decay, error = chunk_gradients(
+    kernel = channel_backward_columns if table.CHANNELS_AS_ROWS else channel_backward_chunks
+    dq, dk, d_log_decay, error = kernel.chunk_gradients(
         inputs,
         tiles.norms,
         tiles.carry,
@@ -79,7 +84,7 @@ def channel_gradients(
         added(dq, heads),
         added(dk, heads),
         dv[:, :tokens],
-        added(d_log_decay, value_heads),
+        added(d_log_decay, value_heads).astype(inputs.log_decay.dtype),
         d_beta,
         jnp.swapaxes(first[::pieces], 2, 3),
     )
