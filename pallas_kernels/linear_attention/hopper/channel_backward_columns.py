@@ -13,6 +13,7 @@ through the buffers that q, k and (bfloat16) log-decays came in.
 """
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,10 @@ from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q,
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16, F16 = jnp.bfloat16, jnp.float16
-REGISTERS = (232, 40)  # a thread that works, that copies, with two warpgroups at work
+REGISTERS = (240, 24)  # a thread that works, that copies, with two warpgroups at work
 TILE = (C, C)
 ONES = 8  # columns of the least product
+HALF = C // 2  # tokens of a half: gradients are kept as two halves, for fewer registers in flight
 
 
 def chunk_gradients(
@@ -104,10 +106,10 @@ def buffers(*, workers: int, blocks_v: int, delta: bool, documents: bool, direct
         d=blocks.smem((1 + delta, blocks_v, C, C), BF16),  # dO, dV
         h=blocks.smem((workers, blocks_v, C, C), BF16),
         g=blocks.smem((workers, blocks_v, C, C), BF16),
-        pairs=blocks.smem((2, C, C), BF16),  # E and F, additive the two parts of E
+        pairs=blocks.smem((2, C, C), BF16, HALF),  # E and F, additive the two parts of E
         # offsets from the middle = middle @ steps: of the whole chunk, of a finer level
         middle=blocks.smem((2, C, C), F16),
-        later=blocks.smem(TILE, BF16),
+        later=blocks.smem(TILE, BF16, HALF),
         ones=blocks.smem((ONES, C), BF16),
         norms=plgpu.SMEM((2, 3, C), F32),
         carry=plgpu.SMEM((2, workers * C), F32),
@@ -206,7 +208,7 @@ class Worker:
         @pl.when(at.wg == 0)
         def _() -> None:
             self.store(s["middle"].at[0], channel_math.middle_of(row, col, jnp.int32(C)))
-            self.store(s["later"], jnp.where(row >= col, 1.0, 0.0).astype(BF16))
+            self.store(s["later"], jnp.where(row >= col, 1.0, 0.0).astype(BF16), width=HALF)
             self.store(s["ones"], (blocks.zeros((C, ONES)) + 1.0).astype(BF16), transposed=True)
 
         if at.direct:
@@ -239,10 +241,10 @@ class Worker:
             pl.when(last)(lambda: plgpu.copy_smem_to_gmem(s["rows"].at[1], target))
         sums, end = self.with_states()
         span = self.norms[SPAN, 0].astype(jnp.int32)
-        _, *sums = lax.while_loop(
+        _, sums = lax.while_loop(
             lambda carried: (carried[0] >= span) & (carried[0] > 1),
             functools.partial(self.level, span),
-            (jnp.int32(C), *sums),
+            (jnp.int32(C), sums),
         )
         self.finish(*sums, end)
 
@@ -309,14 +311,15 @@ class Worker:
         x = jnp.where(keep, raw * blocks.by_row(of_row) * self.by_token(self.norms.at[NORM_K]), 0.0)
         if not at.delta:
             x = x - rounded(x).astype(F32) * second
-        self.store(s["pairs"].at[which], x.astype(BF16))
+        self.store(s["pairs"].at[which], x.astype(BF16), width=HALF)
 
     def halve(self, size: Any) -> None:
         """E and F without the pairs, `middle` for blocks of `size` tokens."""
         row, col = blocks.row_index() + self.zero(), blocks.col_index()
         for which in self.own_pairs():
             ref = self.s["pairs"].at[which]
-            self.store(ref, jnp.where((row ^ col) < size, blocks.tile(ref), 0.0).astype(BF16))
+            left = jnp.where((row ^ col) < size, blocks.tile(ref), 0.0).astype(BF16)
+            self.store(ref, left, width=HALF)
         middle = self.s["middle"].at[1]
         pl.when(self.at.wg == 0)(lambda: self.store(middle, channel_math.middle_of(row, col, size)))
         plgpu.commit_smem()
@@ -368,36 +371,57 @@ class Worker:
         plgpu.barrier_wait(s["qk_filled"])
         k = blocks.tile(self.own("k").T)
         end = end + jnp.sum(jnp.where(blocks.col_index() < C - 1, k * written, 0.0), axis=1)
-        return (pinned(dq), pinned(seen), written), pinned(end)
+        return tuple(pinned(halves(x)) for x in (dq, seen, written)), pinned(end)
+
+    def half(self, name: str, half: int, dtype: Any = F32) -> jax.Array:
+        """q or k of half of the tokens, [channel, token]."""
+        return blocks.tile(self.own(name).at[pl.ds(half * HALF, HALF)].T, dtype)
 
     def level(self, span: Any, carried: tuple) -> tuple:
         """The pairs across the middles of blocks of some size, or (finest) all that are left in them."""
-        size, dq, dk_row, dk_col = carried
+        size, (dq, dk_row, dk_col) = carried
         delta, which = self.at.delta, (size < C).astype(jnp.int32)
         (offset,) = self.multiply(self.offsets(self.steps(), which))
+        offset = halves(offset)
         finest = (size == span) & (size > 2)  # blocks of 2 have one pair
-        late = ((blocks.col_index() + self.zero()) & (size >> 1)) != 0
-        up = lambda: jnp.exp2(jnp.where(finest | late, pinned(offset), -jnp.inf))
-        down = lambda: jnp.exp2(jnp.where(finest | ~late, pinned(offset) * -1.0, -jnp.inf))
-        tile = lambda name: blocks.tile(self.own(name).T)
-        pair = lambda: [self.s["pairs"].at[self.zero() + n] for n in range(2)]
+        late = [((col + self.zero()) & (size >> 1)) != 0 for col in halves(blocks.col_index())]
+        up = lambda i: jnp.exp2(jnp.where(finest | late[i], pinned(offset[i]), -jnp.inf))
+        down = lambda i: jnp.exp2(jnp.where(finest | ~late[i], pinned(offset[i]) * -1.0, -jnp.inf))
 
-        def times(parts: list, matrices: list) -> list:
+        def pair(which: int, i: int, j: int) -> Any:
+            """E or F (additive: a part of E) of tokens of half i with tokens of half j."""
+            at = [pl.ds(half * HALF, HALF) for half in (i, j)]
+            return self.s["pairs"].at[which + self.zero(), *at]
+
+        def times(parts: list, which: int, matrix: Callable) -> list:
             """Operands of a tile in two parts times E or F; additive: times the two parts of E."""
             if delta:
-                return [(x, matrices[0]) for x in parts]
-            return [(parts[0], matrices[0]), (parts[1], matrices[0]), (parts[0], matrices[1])]
+                return [(x, matrix(which)) for x in parts]
+            return [(parts[0], matrix(0)), (parts[1], matrix(0)), (parts[0], matrix(1))]
 
-        parts = two_parts(tile("k") * down())
-        (found,) = self.multiply((times(parts, [x.T for x in pair()]), TILE))
-        dq = pinned(dq + up() * found)
-        if delta:
-            (found,) = self.multiply((times(parts, [pair()[1].T]), TILE))
-            dk_row = pinned(dk_row + up() * found)
-        (found,) = self.multiply((times(two_parts(tile("q") * up()), pair()), TILE))
-        if delta:
-            (found,) = self.multiply((times(two_parts(tile("k") * up()), pair()[1:]), found))
-        dk_col = pinned(dk_col + down() * found)
+        k_down: list = []
+        dq, dk_row, dk_col = list(dq), list(dk_row), list(dk_col)
+        for i in (0, 1):
+            k_down.append(two_parts(self.half("k", i) * down(i)))
+            found = self.multiply(*[
+                (sum([times(k_down[j], m, lambda n, j=j: pair(n, i, j).T) for j in range(i + 1)], []), (C, HALF))
+                for m in range(1 + delta)
+            ])
+            dq[i] = pinned(dq[i] + up(i) * found[0])
+            if delta:
+                dk_row[i] = pinned(dk_row[i] + up(i) * found[1])
+        q_up: list = [None, None]
+        k_up: list = [None, None]
+        for j in (1, 0):
+            q_up[j] = two_parts(self.half("q", j) * up(j))
+            found = (C, HALF)
+            found = sum([times(q_up[i], 0, lambda n, i=i: pair(n, i, j)) for i in range(j, 2)], []), found
+            (found,) = self.multiply(found)
+            if delta:
+                k_up[j] = two_parts(self.half("k", j) * up(j))
+                found = sum([times(k_up[i], 1, lambda n, i=i: pair(n, i, j)) for i in range(j, 2)], []), found
+                (found,) = self.multiply(found)
+            dk_col[j] = pinned(dk_col[j] + down(j) * found)
 
         @pl.when(~finest & (size > 2))
         def _() -> None:  # only pairs within half a block are left
@@ -405,52 +429,66 @@ class Worker:
             self.halve(size >> 1)
             self.sync()
 
-        return size >> 1, dq, dk_row, dk_col
+        return size >> 1, (tuple(dq), tuple(dk_row), tuple(dk_col))
 
-    def finish(self, dq: jax.Array, dk_row: jax.Array, dk_col: jax.Array, end: jax.Array) -> None:
+    def finish(self, dq: tuple, dk_row: tuple, dk_col: tuple, end: jax.Array) -> None:
         """dlog_decay, the pairs of a token with itself, l2norm; results leave."""
         s, at, refs = self.s, self.at, self.refs
-        following = self.load_decay(jnp.minimum(self.i + 1, at.steps - 1)) if at.direct else None
         q_s, k_s = self.own("q"), self.own("k")
-        tile = lambda name: blocks.tile(self.own(name).T)
-        lost = jnp.where(blocks.col_index() + self.zero() < C - 1, dk_col, 0.0)
-        d_sum = tile("q") * dq + tile("k") * (dk_row - lost)
-        d_decay = [(x, s["later"]) for x in two_parts(pinned(d_sum))], blocks.by_row(end)
-        own = lambda: self.by_token(s["rows"].at[self.zero()])
-        dk = pinned(dk_row + dk_col + own() * tile("q"))
-        dq = pinned(dq + own() * tile("k"))
-        (d_decay,) = self.multiply(d_decay)
+        half_of = lambda ref, i: ref.at[pl.ds(i * HALF, HALF)]
+        parts, found = [], []
+        for i in (0, 1):
+            lost = dk_col[i]
+            if i == 1:  # the last token's write does not decay
+                lost = jnp.where(halves(blocks.col_index())[i] + self.zero() < C - 1, lost, 0.0)
+            d_sum = self.half("q", i) * dq[i] + self.half("k", i) * (dk_row[i] - lost)
+            parts.append(two_parts(pinned(d_sum)))
+            own = lambda: blocks.by_col(blocks.col_vector(s["rows"].at[self.zero(), pl.ds(i * HALF, HALF)]), (C, HALF))
+            dk = pinned(dk_row[i] + dk_col[i] + own() * self.half("q", i))
+            found.append((pinned(dq[i] + own() * self.half("k", i)), dk))
+        later = [(x, half_of(s["later"], i)) for i in (0, 1) for x in parts[i]]
+        (d_decay,) = self.multiply((later, blocks.by_row(end)))
         d_decay = rounded(d_decay)
-        q, k = (rounded(blocks.tile(x.T, BF16)) for x in (q_s, k_s))
+        q, k = ([rounded(self.half(name, i, BF16)) for i in (0, 1)] for name in "qk")
         if at.inputs.l2norm:
             plgpu.commit_smem()  # all have read q and k
-            for ref, x, d in ((q_s, q, dq), (k_s, k, dk)):
-                self.store(ref, (pinned(x).astype(F32) * d).astype(BF16), transposed=True)
+            for i in (0, 1):
+                for ref, x, d in zip((q_s, k_s), (q, k), found[i], strict=True):
+                    self.store(half_of(ref, i), (pinned(x[i]).astype(F32) * d).astype(BF16), transposed=True)
             plgpu.commit_smem()
             along = self.multiply(*[([(x, s["ones"].T)], (C, ONES)) for x in (q_s, k_s)])
             for n, x in enumerate(along):
                 s["rows"].at[2 + n * at.workers + at.wg][...] = jnp.sum(x, axis=1) * (1.0 / ONES)
         plgpu.commit_smem()
         self.sync()  # E, F and their diagonal may be overwritten, and the inner products are there
-        if at.inputs.l2norm:
-            dq = dq - pinned(q).astype(F32) * self.along(0, NORM_Q, 1 / at.inputs.scale)
-            dk = dk - pinned(k).astype(F32) * self.along(1, NORM_K, 1.0)
-        if at.direct:
-            self.store_steps(following)
+        for i in (0, 1):
+            dq, dk = found[i]
+            if at.inputs.l2norm:
+                dq = dq - pinned(q[i]).astype(F32) * self.along(i, 0, NORM_Q, 1 / at.inputs.scale)
+                dk = dk - pinned(k[i]).astype(F32) * self.along(i, 1, NORM_K, 1.0)
+            for ref, x in ((q_s, dq), (k_s, dk)):
+                self.store(half_of(ref, i), x.astype(BF16), transposed=True)
         d_s = self.own("d_decay") if at.direct else self.own("decay", self.slot)
-        for name, ref, x in (("dq", q_s, dq), ("dk", k_s, dk), ("d_decay", d_s, d_decay)):
-            self.store(ref, x.astype(BF16), transposed=True)
+        self.store(d_s, d_decay, transposed=True)
+        if at.direct:
+            self.store_steps(self.load_decay(jnp.minimum(self.i + 1, at.steps - 1)))
         plgpu.commit_smem()
         columns = pl.ds(at.wg * C, C)
         for name, ref in (("dq", q_s), ("dk", k_s), ("d_decay", d_s)):
             plgpu.copy_smem_to_gmem(ref, refs[name].at[at.b, self.rows(), at.summand, columns])
 
-    def along(self, which: int, norm: int, factor: float) -> jax.Array:
-        """x.dx / |x|^2 of each token's q or k; factor / |x| are the norms."""
-        row = 2 + which * self.at.workers
-        norm = blocks.col_vector(self.norms.at[norm]) * factor
-        total = sum(blocks.col_vector(self.s["rows"].at[row + w]) for w in range(self.at.workers))
-        return blocks.by_col(total * norm * norm, TILE)
+    def along(self, half: int, which: int, norm: int, factor: float) -> jax.Array:
+        """x.dx / |x|^2 of q or k of half of the tokens; factor / |x| are the norms."""
+        tokens = pl.ds(half * HALF, HALF)
+        of = lambda w: self.s["rows"].at[2 + which * self.at.workers + w + self.zero(), tokens]
+        norm = blocks.col_vector(self.norms.at[norm, tokens]) * factor
+        total = sum(blocks.col_vector(of(w)) for w in range(self.at.workers))
+        return blocks.by_col(total * norm * norm, (C, HALF))
+
+
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first and the second half of the tokens of a tile [channel, token]."""
+    return x[:, :HALF], x[:, HALF:]
 
 
 def pinned(x: jax.Array) -> jax.Array:
