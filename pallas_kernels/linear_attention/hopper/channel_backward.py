@@ -5,21 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import (
-    channel_backward_chunks,
-    channel_backward_columns,
-    table,
-    warm_up,
-)
+from pallas_kernels.linear_attention.hopper import table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
-from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
+from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients, value_slices
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.pieces import chain
 from pallas_kernels.padding import pad_time
 
-RUN = 8  # chunks a block of threads of the chunk kernel takes in turn
+RUN = 8  # chunks a block of threads of the chunk kernel takes in turn, where there are enough for all
 
 
 def channel_gradients(
@@ -56,8 +52,8 @@ def channel_gradients(
         inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces, lead=lead
     )
     delta = tiles.inverses is not None
-    kernel = channel_backward_columns if table.CHANNELS_AS_ROWS else channel_backward_chunks
-    dq, dk, d_log_decay, error = kernel.chunk_gradients(
+    blocks = batch * value_heads * value_slices(inputs.v.shape[3]) * (length // C)  # of one chunk each
+    dq, dk, d_log_decay, error = chunk_gradients(
         inputs,
         tiles.norms,
         tiles.carry,
@@ -66,7 +62,7 @@ def channel_gradients(
         inputs.v if saved.values is None else saved.values,
         do,
         dv if delta else None,
-        run=RUN,
+        run=min(RUN, -(-blocks // table.FILL)),
     )
 
     def added(x: jax.Array, heads: int) -> jax.Array:
