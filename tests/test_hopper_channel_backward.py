@@ -24,7 +24,8 @@ BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
 # Additive: v and dO are bf16 as given, pairs are in two parts: little but the rounding of results is left.
 ADDITIVE = TOLERANCE | dict(q=1.9e-3, k=2.1e-3, log_decay=2.4e-3)
-SPILLS = 1200  # bytes (each counted twice) of the chunk kernel: a few registers around its loops
+# Bytes (each counted twice) of the chunk kernel, 1104 and 272 on jax 0.11.2.
+SPILLS = dict(delta_channel_gradients=1700, additive_channel_gradients=600)
 REVERSE_SPILLS = 32  # likewise of the reverse scan
 CASES = {
     "delta": dict(),
@@ -251,5 +252,6 @@ def test_compiles_without_spills(shape):
     report = hopper_aot.compile_for_hopper(gradients, arrays, saved, values)
     assert len(report) == 2 + (pieces > 1), report
     for kernel in report:
-        allowed = SPILLS if "gradients" in kernel.name else REVERSE_SPILLS if "reverse" in kernel.name else 0
+        reverse = REVERSE_SPILLS if "reverse" in kernel.name else 0
+        allowed = SPILLS.get(kernel.name.rsplit("_", 1)[0], reverse)
         assert kernel.spills <= allowed, report
