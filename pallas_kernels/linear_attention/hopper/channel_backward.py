@@ -32,6 +32,7 @@ def channel_gradients(
     choice = table.forward(inputs.k.shape, inputs.v.shape)
     value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
+    log_decay: Any = inputs.log_decay
     do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
@@ -80,7 +81,7 @@ def channel_gradients(
         added(dq, heads),
         added(dk, heads),
         dv[:, :tokens],
-        added(d_log_decay, value_heads).astype(inputs.log_decay.dtype),
+        added(d_log_decay, value_heads).astype(log_decay.dtype),
         d_beta,
         jnp.swapaxes(first[::pieces], 2, 3),
     )

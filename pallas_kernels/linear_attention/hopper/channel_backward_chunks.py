@@ -93,10 +93,10 @@ def chunk_gradients(
     direct = arrays["decay"].dtype != BF16  # log-decays go through registers
 
     keys = jax.ShapeDtypeStruct((batch, length, value_heads * slices, key_dim), BF16)
-    results = dict(dq=keys, dk=keys, d_decay=keys)
+    results: dict[str, Any] = dict(dq=keys, dk=keys, d_decay=keys)
     results["error"] = jax.ShapeDtypeStruct((batch, value_heads * slices, length), F32) if delta else None
-    flags = dict(delta=delta, documents=documents, direct=direct)
-    sizes = dict(workers=workers, blocks_v=blocks_v)
+    flags: dict[str, Any] = dict(delta=delta, documents=documents, direct=direct)
+    sizes: dict[str, Any] = dict(workers=workers, blocks_v=blocks_v)
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         summand, first = lax.axis_index("h"), lax.axis_index("n") * run
@@ -169,6 +169,7 @@ class Worker(Pairs):
             target = self.refs["error"].at[at.b, at.summand, self.rows()]
             last = at.wg == at.workers - 1
             pl.when(last)(lambda: plgpu.copy_smem_to_gmem(s["rows"].at[1], target))
+        sums: tuple
         sums, end = self.with_states()
         span = self.norms[SPAN, 0].astype(jnp.int32)
         _, sums = lax.while_loop(
@@ -176,7 +177,7 @@ class Worker(Pairs):
             functools.partial(self.level, span),
             (jnp.int32(C), sums),
         )
-        self.finish(*sums, end)
+        self.finish(sums, end)
 
     def rows(self) -> Any:
         return pl.ds((self.at.first + self.i) * C, C)
@@ -203,7 +204,7 @@ class Worker(Pairs):
         d = [[s["d"].at[zero + which, j].T for j in over] for which in range(1 + at.delta)]
         u = [s["u"].at[zero + j].T for j in over]
         product = lambda x, y: ([(a.T, b) for a, b in zip(x, y, strict=True)], TILE)
-        offset, dq, written, *seen = self.multiply(
+        offset, read, written, *rest = self.multiply(
             self.offsets(steps, 0), product(h, d[0]), product(g, u), *[product(h, x) for x in d[1:]]
         )
         plgpu.commit_smem()  # all have read the values and the states
@@ -227,32 +228,32 @@ class Worker(Pairs):
 
         entering = s["segment"][self.slot, 1, 0] if at.documents else None
         leaving = s["segment"][self.slot, 0, C - 1] if at.documents else None
-        read = jnp.exp2(offset + blocks.by_row(early))
-        dq = dq * (read * norm(NORM_Q, entering))
-        seen = seen[0] * (read * norm(NORM_K, entering)) * -1.0 if at.delta else blocks.zeros(TILE)
+        decay = jnp.exp2(offset + blocks.by_row(early))
+        read = read * (decay * norm(NORM_Q, entering))
+        seen = rest[0] * (decay * norm(NORM_K, entering)) * -1.0 if at.delta else blocks.zeros(TILE)
         written = written * (jnp.exp2(blocks.by_row(late) - offset) * norm(NORM_K, leaving))
         plgpu.barrier_wait(s["qk_filled"])
         k = blocks.tile(self.own("k").T)
         end = end + jnp.sum(jnp.where(blocks.col_index() < C - 1, k * written, 0.0), axis=1)
-        return tuple(pinned(halves(x)) for x in (dq, seen, written)), pinned(end)
+        return tuple(pinned(halves(x)) for x in (read, seen, written)), pinned(end)
 
-    def finish(self, dq: tuple, dk_row: tuple, dk_col: tuple, end: jax.Array) -> None:
+    def finish(self, sums: tuple, end: jax.Array) -> None:
         """dlog_decay, the pairs of a token with itself, l2norm; results leave."""
+        q_sum, row_sum, column_sum = sums
         s, at, refs = self.s, self.at, self.refs
         q_s, k_s = self.own("q"), self.own("k")
         half_of = lambda ref, i: ref.at[pl.ds(i * HALF, HALF)]
         parts, found = [], []
         for i in (0, 1):
-            lost = dk_col[i]
+            lost = column_sum[i]
             if i == 1:  # the last token's write does not decay
                 lost = jnp.where(halves(blocks.col_index())[i] + self.zero() < C - 1, lost, 0.0)
-            d_sum = self.half("q", i) * dq[i] + self.half("k", i) * (dk_row[i] - lost)
+            d_sum = self.half("q", i) * q_sum[i] + self.half("k", i) * (row_sum[i] - lost)
             parts.append(two_parts(pinned(d_sum)))
-            dk = pinned(dk_row[i] + dk_col[i] + self.diagonal(i) * self.half("q", i))
-            found.append((pinned(dq[i] + self.diagonal(i) * self.half("k", i)), dk))
+            dk = pinned(row_sum[i] + column_sum[i] + self.diagonal(i) * self.half("q", i))
+            found.append((pinned(q_sum[i] + self.diagonal(i) * self.half("k", i)), dk))
         later = [(x, half_of(s["later"], i)) for i in (0, 1) for x in parts[i]]
-        (d_decay,) = self.multiply((later, blocks.by_row(end)))
-        d_decay = rounded(d_decay)
+        d_decay = rounded(self.multiply((later, blocks.by_row(end)))[0])
         q, k = ([rounded(self.half(name, i, BF16)) for i in (0, 1)] for name in "qk")
         if at.inputs.l2norm:
             plgpu.commit_smem()  # all have read q and k
@@ -290,6 +291,6 @@ class Worker(Pairs):
         """x.dx / |x|^2 of q or k of half of the tokens; factor / |x| are the norms."""
         tokens = pl.ds(half * HALF, HALF)
         of = lambda w: self.s["rows"].at[2 + which * self.at.workers + w + self.zero(), tokens]
-        norm = blocks.col_vector(self.norms.at[norm, tokens]) * factor
-        total = sum(blocks.col_vector(of(w)) for w in range(self.at.workers))
-        return blocks.by_col(total * norm * norm, HALF_TILE)
+        inverse = blocks.col_vector(self.norms.at[norm, tokens]) * factor
+        total: Any = sum(blocks.col_vector(of(w)) for w in range(self.at.workers))
+        return blocks.by_col(total * inverse * inverse, HALF_TILE)

@@ -109,9 +109,8 @@ class Pairs:
     def level(self, span: Any, carried: tuple) -> tuple:
         """The pairs across the middles of blocks of some size, or (finest) all that are left in them."""
         size, (dq, dk_row, dk_col) = carried
-        delta, which_level = self.at.delta, (size < C).astype(jnp.int32)
-        (offset,) = self.multiply(self.offsets(self.steps(), which_level))
-        offset = halves(offset)
+        delta, finer = self.at.delta, (size < C).astype(jnp.int32)
+        offset = halves(self.multiply(self.offsets(self.steps(), finer))[0])
         finest = (size == span) & (size > 2)  # blocks of 2 have one pair
         late = [((col + self.zero()) & (size >> 1)) != 0 for col in halves(blocks.col_index())]
         up = lambda i: jnp.exp2(jnp.where(finest | late[i], pinned(offset[i]), -jnp.inf))
@@ -168,7 +167,7 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x[:, :HALF], x[:, HALF:]
 
 
-def pinned(x: jax.Array) -> jax.Array:
+def pinned(x: Any) -> Any:
     """x, which the compiler makes here and of which it forgets the origin: else it makes sums where they are
     used and keeps their summands, or keeps both a factor and its inverse."""
     return lax.optimization_barrier(x)
