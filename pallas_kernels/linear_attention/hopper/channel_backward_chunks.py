@@ -262,8 +262,8 @@ class Worker(Pairs):
                     self.store(half_of(ref, i), (pinned(x[i]).astype(F32) * d).astype(BF16), transposed=True)
             plgpu.commit_smem()
             along = self.multiply(*[([(x, s["ones"].T)], (C, ONES)) for x in (q_s, k_s)])
-            for n, x in enumerate(along):
-                s["rows"].at[2 + n * at.workers + at.wg][...] = jnp.sum(x, axis=1) * (1.0 / ONES)
+            for n, inner in enumerate(along):
+                s["rows"].at[2 + n * at.workers + at.wg][...] = jnp.sum(inner, axis=1) * (1.0 / ONES)
         plgpu.commit_smem()
         self.sync()  # E, F and their diagonal may be overwritten, and the inner products are there
         for i in (0, 1):
