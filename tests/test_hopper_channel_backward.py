@@ -24,7 +24,7 @@ BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
 # Additive: v and dO are bf16 as given, pairs are in two parts: little but the rounding of results is left.
 ADDITIVE = TOLERANCE | dict(q=1.9e-3, k=2.1e-3, log_decay=2.4e-3)
-# Bytes (each counted twice) of the chunk kernel, 1104 and 272 on jax 0.11.2.
+# Bytes (each counted twice) of the chunk kernel; delta: 1072 on jax 0.11.2, 1608 on 0.12.0.1.
 SPILLS = dict(delta_channel_gradients=1700, additive_channel_gradients=600)
 REVERSE_SPILLS = 32  # likewise of the reverse scan
 CASES = {
@@ -194,9 +194,11 @@ def test_finest_is_what_the_forward_finds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_on_gpu(name, dim):
+def test_gradients_on_gpu(name, dim, monkeypatch):
     from pallas_kernels.linear_attention import hopper
 
+    if dim == 128:  # chunks of a head in one block of threads; else each in its own
+        monkeypatch.setattr(table, "FILL", 1)
     call, do, d_state = make_case(**{"tokens": 512} | CASES[name] | {"dim": dim})
     _, _, want, _ = expect(call, do, d_state)
     names = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
@@ -211,7 +213,7 @@ def test_gradients_on_gpu(name, dim):
 
 SHAPES = {  # B, T, H, HV, K, V, delta, documents, pieces, dtype of log-decays
     "kda": (8, 4096, 16, 16, 128, 128, True, False, 1, BF16),
-    "kda, documents": (8, 4096, 16, 16, 128, 128, True, True, 1, jnp.float32),
+    "kda, documents": (4, 4096, 16, 16, 128, 128, True, True, 1, jnp.float32),
     "gla": (8, 4096, 16, 16, 128, 128, False, False, 1, BF16),
     "gla, in pieces": (1, 65536, 4, 8, 64, 128, False, True, 8, jnp.float32),
 }
