@@ -11,11 +11,14 @@ by their names. Held out are whole packages: what is measured is code of authors
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ENDINGS = (".py", ".pyi", ".pyx", ".pxd", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".md", ".rst", ".js")
 HELD_OUT = "click,dateutil,einops,fsspec,httpx,jinja2,networkx,rich,tqdm"
@@ -24,26 +27,45 @@ LONGER = 24  # characters of a line that tells texts apart
 SMALLER = 9.0  # times, by deflate
 
 
+class Document(NamedTuple):
+    package: str
+    text: str
+    same: bytes  # equal for texts that differ in spaces alone
+    lines: frozenset[bytes]  # of its longer lines
+
+
+def digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def document(site: Path, path: Path) -> Document | None:
+    """What lies in ``path``, or None where that is no text that a study reads."""
+    data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return None
+    if len(data) not in SIZES or len(data) > SMALLER * len(zlib.compress(data, 1)):
+        return None
+    lines = frozenset(digest(line) for line in map(str.strip, text.splitlines()) if len(line) >= LONGER)
+    package = path.relative_to(site).parts[0].removesuffix(".py")
+    return Document(package, text, digest("".join(text.split())), lines)
+
+
 def documents(site: Path) -> Iterator[tuple[str, str]]:
-    """(package, text) of the files that stay, in the order of their names."""
-    whole, lines_seen = set(), set()
-    for path in sorted(site.rglob("*")):
-        if path.suffix not in ENDINGS or path.is_symlink() or not path.is_file():
-            continue
-        data = path.read_bytes()
-        try:
-            text = data.decode()
-        except UnicodeDecodeError:
-            continue
-        if len(data) not in SIZES or len(data) > SMALLER * len(zlib.compress(data, 1)):
-            continue
-        same = hashlib.md5("".join(text.split()).encode(), usedforsecurity=False).digest()
-        lines = {hash(line) for line in map(str.strip, text.splitlines()) if len(line) >= LONGER}
-        if same in whole or 2 * len(lines & lines_seen) >= max(1, len(lines)):
-            continue
-        whole.add(same)
-        lines_seen |= lines
-        yield path.relative_to(site).parts[0].removesuffix(".py"), text
+    """(package, text) of the files that stay, in the order of their names; files are read by all cores."""
+    paths = [p for p in sorted(site.rglob("*")) if p.suffix in ENDINGS and not p.is_symlink() and p.is_file()]
+    whole: set[bytes] = set()
+    lines_seen: set[bytes] = set()
+    with ProcessPoolExecutor() as pool:
+        for found in pool.map(functools.partial(document, site), paths, chunksize=32):
+            if found is None or found.same in whole:
+                continue
+            if 2 * len(found.lines & lines_seen) >= max(1, len(found.lines)):
+                continue
+            whole.add(found.same)
+            lines_seen |= found.lines
+            yield found.package, found.text
 
 
 def main() -> None:

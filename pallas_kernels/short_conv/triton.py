@@ -3,6 +3,7 @@
 Shape legend: B batch, T time, F features, W taps.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -19,16 +20,16 @@ from pallas_kernels.short_conv.walk import RUN, Strip
 
 __all__ = ["runs_on", "self_test", "short_conv", "supports"]
 
-WARP = 128  # features of a warp: a thread's loads are four bf16 wide
-WARPS = 4  # of a block, at most
+LEAST, MOST = 64, 512  # features of a block, a power of two
+WARP = 128  # features of a warp, or LEAST: a thread's loads are four bf16 wide, or two
 
 
 def supports(call: ConvCall) -> str | None:
     """None if the kernels compute this call, else the reason why not."""
     batch, _, features = call.x.shape
-    if batch * features // WARP > 65535:
-        return f"{batch} sequences of {features} features (at most {65535 * WARP} together)"
-    return kernels.refusal(call, WARP)
+    if features and batch * features // _tile(features) > 65535:
+        return f"{batch} sequences of {features} features (at most 65535 blocks of {_tile(features)})"
+    return kernels.refusal(call, LEAST)
 
 
 def short_conv(call: ConvCall) -> jax.Array:
@@ -62,8 +63,7 @@ def _run(
     """given: x, taps, reach and, for gradients, dy.  out: shapes by name."""
     batch, length, features = given[0].shape
     width = given[1].shape[0]
-    warps = next(n for n in (WARPS, WARPS // 2, 1) if features % (n * WARP) == 0)
-    tile = warps * WARP
+    tile = _tile(features)
     tokens = pl.BlockSpec((None, length, tile), lambda n, f, b: (b, 0, f))
     specs = {
         "taps": pl.BlockSpec((width, tile), lambda n, f, b: (0, f)),
@@ -83,9 +83,14 @@ def _run(
         in_specs=[tokens, specs["taps"], specs["reach"], tokens][: len(given)],
         out_specs={what: specs.get(what, tokens) for what in out},
         out_shape={what: jax.ShapeDtypeStruct(x.shape, x.dtype) for what, x in out.items()},
-        warps=warps,
+        warps=max(1, tile // WARP),
         interpret=interpret,
     )(*given)
+
+
+def _tile(features: int) -> int:
+    """Features of a block."""
+    return math.gcd(features, MOST)
 
 
 def _strip(length: int) -> Strip:

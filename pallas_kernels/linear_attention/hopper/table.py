@@ -5,7 +5,7 @@ from typing import NamedTuple
 WIDE = 96  # blocks of threads of 128 values from which the memory, not the chain of products, sets the pace
 FILL = 128  # blocks of threads that fill the 132 multiprocessors
 LONG = 160  # chunks from which cutting a sequence repays the extra scan and the joins
-SHORT_WALKS = LED = False  # see warm_up.py; faster, but its tests have not run on a GPU
+SHORT_WALKS = LED = True  # see warm_up.py
 WIDEST_KEY = 128  # channels of the heads that the scans with a copy of the state in registers take
 
 
