@@ -16,7 +16,7 @@ if hopper_aot.NO_KERNELS:
 
 from test_hopper_backward import inverse_parts
 
-from pallas_kernels.linear_attention.hopper import channel, channel_backward, inputs, two_parts
+from pallas_kernels.linear_attention.hopper import channel, channel_backward, inputs, table, two_parts
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 from pallas_kernels.padding import pad_time
 
@@ -24,13 +24,15 @@ BF16 = jnp.bfloat16
 TOLERANCE = dict(q=6e-3, k=6e-3, v=6e-3, log_decay=6e-3, state=6e-3, initial_state=6e-3, beta=3e-2)
 # Additive: v and dO are bf16 as given, pairs are in two parts: little but the rounding of results is left.
 ADDITIVE = TOLERANCE | dict(q=1.9e-3, k=2.1e-3, log_decay=2.4e-3)
-SPILLS = 600  # bytes (each counted twice) of the chunk kernel: a few registers around its loops
+# Bytes (each counted twice) of the chunk kernel; delta: 1072 on jax 0.11.2, 1608 on 0.12.0.1.
+SPILLS = dict(delta_channel_gradients=1700, additive_channel_gradients=600)
 REVERSE_SPILLS = 32  # likewise of the reverse scan
 CASES = {
     "delta": dict(),
     "delta, beta to 2, gates of -5": dict(decay=5.0, beta_max=2.0),
     "delta, gates of -1e4, zero decay": dict(decay="extreme"),
     "delta, documents, groups, ragged": dict(documents=True, value_heads=2, tokens=150),
+    "delta, two warpgroups, gates in bf16": dict(dim=128, gates=BF16, decay=2.0),
     "additive": dict(delta=False, l2norm=False),
     "additive, documents, gates of -20 in bf16": dict(
         delta=False, l2norm=False, documents=True, decay=20.0, gates=BF16
@@ -167,7 +169,8 @@ def check(call, do, d_state, pieces=1):
 
 
 @pytest.mark.parametrize("name", hopper_aot.on_every_jax(CASES, "delta, documents, groups, ragged"))
-def test_interpreted_gradients(name, capfd):
+def test_interpreted_gradients(name, capfd, monkeypatch):
+    monkeypatch.setattr(table, "FILL", 1)  # all chunks of a head in one block of threads
     check(*make_case(**CASES[name]))
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -191,9 +194,11 @@ def test_finest_is_what_the_forward_finds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_on_gpu(name, dim):
+def test_gradients_on_gpu(name, dim, monkeypatch):
     from pallas_kernels.linear_attention import hopper
 
+    if dim == 128:  # chunks of a head in one block of threads; else each in its own
+        monkeypatch.setattr(table, "FILL", 1)
     call, do, d_state = make_case(**{"tokens": 512} | CASES[name] | {"dim": dim})
     _, _, want, _ = expect(call, do, d_state)
     names = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
@@ -206,16 +211,18 @@ def test_gradients_on_gpu(name, dim):
         assert jnp.array_equal(got[field], again[field]), field
 
 
-SHAPES = {  # B, T, H, HV, K, V, delta, documents, pieces
-    "kda": (8, 4096, 16, 16, 128, 128, True, False, 1),
-    "gla, in pieces": (1, 65536, 4, 8, 64, 128, False, True, 8),
+SHAPES = {  # B, T, H, HV, K, V, delta, documents, pieces, dtype of log-decays
+    "kda": (8, 4096, 16, 16, 128, 128, True, False, 1, BF16),
+    "kda, documents": (4, 4096, 16, 16, 128, 128, True, True, 1, jnp.float32),
+    "gla": (8, 4096, 16, 16, 128, 128, False, False, 1, BF16),
+    "gla, in pieces": (1, 65536, 4, 8, 64, 128, False, True, 8, jnp.float32),
 }
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("shape", SHAPES)
 def test_compiles_without_spills(shape):
-    B, T, H, HV, K, V, delta, documents, pieces = SHAPES[shape]
+    B, T, H, HV, K, V, delta, documents, pieces, gates = SHAPES[shape]
     f32, n = jnp.float32, T // 64
     struct = jax.ShapeDtypeStruct
     keys, square = struct((B, T, HV, K), BF16), struct((B, HV, T, 64), BF16)
@@ -223,7 +230,7 @@ def test_compiles_without_spills(shape):
         q=struct((B, T, H, K), BF16),
         k=struct((B, T, H, K), BF16),
         v=struct((B, T, HV, V), BF16),
-        log_decay=struct((B, T, HV, K), f32),
+        log_decay=struct((B, T, HV, K), gates),
         beta=struct((B, HV, T), f32) if delta else None,
         segment=struct((B, T), f32) if documents else None,
         entering=struct((B, T), f32) if documents else None,
@@ -247,5 +254,6 @@ def test_compiles_without_spills(shape):
     report = hopper_aot.compile_for_hopper(gradients, arrays, saved, values)
     assert len(report) == 2 + (pieces > 1), report
     for kernel in report:
-        allowed = SPILLS if "gradients" in kernel.name else REVERSE_SPILLS if "reverse" in kernel.name else 0
+        reverse = REVERSE_SPILLS if "reverse" in kernel.name else 0
+        allowed = SPILLS.get(kernel.name.rsplit("_", 1)[0], reverse)
         assert kernel.spills <= allowed, report

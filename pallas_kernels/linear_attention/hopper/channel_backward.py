@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.linear_attention.hopper import table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
-from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
-from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients
+from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients, value_slices
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.pieces import chain
 from pallas_kernels.padding import pad_time
 
-RUN = 8  # chunks a block of threads of the chunk kernel takes in turn
+RUN = 8  # chunks a block of threads of the chunk kernel takes in turn, where there are enough for all
 
 
 def channel_gradients(
@@ -32,6 +32,7 @@ def channel_gradients(
     choice = table.forward(inputs.k.shape, inputs.v.shape)
     value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
+    log_decay: Any = inputs.log_decay
     do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
@@ -52,6 +53,7 @@ def channel_gradients(
         inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces, lead=lead
     )
     delta = tiles.inverses is not None
+    blocks = batch * value_heads * value_slices(inputs.v.shape[3]) * (length // C)  # of one chunk each
     dq, dk, d_log_decay, error = chunk_gradients(
         inputs,
         tiles.norms,
@@ -61,7 +63,7 @@ def channel_gradients(
         inputs.v if saved.values is None else saved.values,
         do,
         dv if delta else None,
-        run=RUN,
+        run=min(RUN, -(-blocks // table.FILL)),
     )
 
     def added(x: jax.Array, heads: int) -> jax.Array:
@@ -79,7 +81,7 @@ def channel_gradients(
         added(dq, heads),
         added(dk, heads),
         dv[:, :tokens],
-        added(d_log_decay, value_heads),
+        added(d_log_decay, value_heads).astype(log_decay.dtype),
         d_beta,
         jnp.swapaxes(first[::pieces], 2, 3),
     )

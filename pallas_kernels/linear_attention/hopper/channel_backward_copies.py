@@ -1,8 +1,8 @@
 """Shared memory of the kernel in channel_backward_chunks.py, and a warpgroup that copies into it.
 
 Buffers become free at different times of a chunk, and each is filled with the next chunk's as soon as it is:
-q, k; what depends on values (V', dO, dV); what depends on states (S, dS), in as many turns as the
-warpgroups at work take. The few numbers of a chunk have two slots.
+what depends on values (V', dO, dV) and on states (S, dS) early, q and k when their gradients, which leave
+from there, have gone. The few numbers of a chunk and its log-decays have two slots.
 """
 
 from types import SimpleNamespace
@@ -16,107 +16,106 @@ from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 
 BF16, F16 = jnp.bfloat16, jnp.float16
-WIDTH = 32  # channels at work in a warpgroup
-WORKERS = 2  # warpgroups at work
+ONES = 8  # columns of the least product
+HALF = C // 2  # tokens of a half: gradients are kept as two halves, for fewer registers in flight
 
 
-def buffers(parts: int, turns: int, blocks_v: int, *, delta: bool, documents: bool) -> dict[str, Any]:
+def buffers(*, workers: int, blocks_v: int, delta: bool, documents: bool, direct: bool) -> dict[str, Any]:
     """Buffers and barriers by name.
 
-    parts: of `WIDTH` channels of a key.  turns: parts a warpgroup takes, one after the other.  blocks_v: of C
-    channels of a value.
+    workers: of C channels of a key each.  blocks_v: of C channels of a value.  direct: log-decays are not
+    bf16, and workers load them and leave them here in base 2 and float16.
     """
+    keys = (workers, C, C)
     return dict(
-        q=blocks.smem((parts, C, WIDTH), BF16),
-        k=blocks.smem((parts, C, WIDTH), BF16),
-        u=blocks.smem((blocks_v, C, C), BF16, WIDTH),
-        d=blocks.smem((1 + delta, blocks_v, C, C), BF16, WIDTH),  # dO, dV
-        h=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
-        g=blocks.smem((parts, blocks_v, C, WIDTH), BF16),
-        # E and F, additive the two parts of E; of all pairs and of those left at a level
-        pairs=blocks.smem((2, 2, C, C), BF16, WIDTH),
-        middle=blocks.smem((2, C, C), F16, WIDTH),  # the same for: offsets from the middle = middle @ steps
-        steps=blocks.smem((WORKERS, C, WIDTH), F16),
-        tiles=blocks.smem((WORKERS, 2, C, WIDTH), BF16),
+        q=blocks.smem(keys, BF16),
+        k=blocks.smem(keys, BF16),
+        decay=blocks.smem((1, *keys) if direct else (2, *keys), F16 if direct else BF16),
+        d_decay=blocks.smem(keys, BF16) if direct else None,
+        u=blocks.smem((blocks_v, C, C), BF16),
+        d=blocks.smem((1 + delta, blocks_v, C, C), BF16),  # dO, dV
+        h=blocks.smem((workers, blocks_v, C, C), BF16),
+        g=blocks.smem((workers, blocks_v, C, C), BF16),
+        pairs=blocks.smem((2, C, C), BF16, HALF),  # E and F, additive the two parts of E
+        # offsets from the middle = middle @ steps: of the whole chunk, of a finer level
+        middle=blocks.smem((2, C, C), F16),
+        later=blocks.smem((C, C), BF16, HALF),
+        ones=blocks.smem((ONES, C), BF16),
         norms=plgpu.SMEM((2, 3, C), F32),
-        carry=plgpu.SMEM((2, parts * WIDTH), F32),
+        carry=plgpu.SMEM((2, workers * C), F32),
         segment=plgpu.SMEM((2, 2, C), F32) if documents else None,
-        rows=plgpu.SMEM((2 + 2 * WORKERS, C), F32),  # diagonals of dO U^T, dV U^T; q.dq, k.dk by warpgroup
+        rows=plgpu.SMEM((2 + 2 * workers, C), F32),  # diagonals of E', dV U^T; q.dq, k.dk by warpgroup
         numbers_filled=plgpu.Barrier(num_arrivals=2 + 2 * documents, num_barriers=2),
-        qk_filled=plgpu.Barrier(num_arrivals=2 * parts),
-        qk_free=plgpu.Barrier(num_arrivals=WORKERS),
+        qk_filled=plgpu.Barrier(num_arrivals=2 * workers),
+        decay_filled=None if direct else plgpu.Barrier(num_arrivals=workers, num_barriers=2),
+        left=plgpu.Barrier(num_arrivals=workers),  # results have left the buffers of q, k, log-decays
         v_filled=plgpu.Barrier(num_arrivals=(2 + delta) * blocks_v),
-        v_free=plgpu.Barrier(num_arrivals=WORKERS),
-        h_filled=plgpu.Barrier(num_arrivals=2 * WORKERS * blocks_v, num_barriers=turns),
-        h_free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=turns),
-        both=plgpu.Barrier(num_arrivals=WORKERS),
-        done=plgpu.Barrier(num_arrivals=WORKERS + 1),
+        v_free=plgpu.Barrier(num_arrivals=workers),
+        h_filled=plgpu.Barrier(num_arrivals=2 * workers * blocks_v),
+        h_free=plgpu.Barrier(num_arrivals=workers),
+        both=plgpu.Barrier(num_arrivals=workers),
+        done=plgpu.Barrier(num_arrivals=workers + 1),
     )
 
 
 def issue_copies(refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -> None:
-    """refs, s: the kernel's arrays and its buffers and barriers, by name.
-
-    at: b, head, key_head, first (chunk), steps (chunks), parts (of `WIDTH` channels), turns, blocks_v (of C,
-    from first_value).
-    """
+    """Fills each buffer as soon as it is free; refs, s: arrays and buffers by name."""
     copy = plgpu.copy_gmem_to_smem
+    rows = lambda i: pl.ds((at.first + i) * C, C)
+    columns = lambda w: pl.ds(w * C, C)
 
     def fill_numbers(i: Any) -> None:
         slot, n = blocks.rem(i, 2), at.first + i
         barrier = s["numbers_filled"].at[slot]
         copy(refs["norms"].at[at.b, at.head, n], s["norms"].at[slot], barrier)
         copy(refs["carry"].at[at.b, at.head, n], s["carry"].at[slot], barrier)
-        if "segment" in refs:
+        if at.documents:
             for which, name in enumerate(("segment", "entering")):
-                copy(refs[name].at[at.b, pl.ds(n * C, C)], s["segment"].at[slot, which], barrier)
+                copy(refs[name].at[at.b, rows(i)], s["segment"].at[slot, which], barrier)
 
     def fill_keys(i: Any) -> None:
-        rows = pl.ds((at.first + i) * C, C)
-        for part in range(at.parts):
-            source = (at.b, rows, at.key_head, pl.ds(part * WIDTH, WIDTH))
-            copy(refs["q"].at[source], s["q"].at[part], s["qk_filled"])
-            copy(refs["k"].at[source], s["k"].at[part], s["qk_filled"])
+        for w in range(at.workers):
+            for name in "qk":
+                source = refs[name].at[at.b, rows(i), at.key_head, columns(w)]
+                copy(source, s[name].at[w], s["qk_filled"])
+
+    def fill_decay(i: Any) -> None:
+        slot = blocks.rem(i, 2)
+        for w in range(0 if at.direct else at.workers):
+            source = refs["decay"].at[at.b, rows(i), at.head, columns(w)]
+            copy(source, s["decay"].at[slot, w], s["decay_filled"].at[slot])
 
     def fill_values(i: Any) -> None:
-        rows = pl.ds((at.first + i) * C, C)
         for block in range(at.blocks_v):
-            source = (at.b, rows, at.head, pl.ds(at.first_value + block * C, C))
+            source = (at.b, rows(i), at.head, pl.ds(at.first_value + block * C, C))
             copy(refs["u"].at[source], s["u"].at[block], s["v_filled"])
             copy(refs["do"].at[source], s["d"].at[0, block], s["v_filled"])
-            if "dv" in refs:
+            if at.delta:
                 copy(refs["dv"].at[source], s["d"].at[1, block], s["v_filled"])
 
-    def fill_states(i: Any, turn: int) -> None:
-        barrier = s["h_filled"].at[turn]
-        for part in range(turn, at.parts, at.turns):
-            columns = pl.ds(part * WIDTH, WIDTH)
+    def fill_states(i: Any) -> None:
+        for w in range(at.workers):
             for block in range(at.blocks_v):
                 values = pl.ds(at.first_value + block * C, C)
-                source = (at.b, at.head, at.first + i, values, columns)
-                copy(refs["h"].at[source], s["h"].at[part, block], barrier)
-                copy(refs["g"].at[source], s["g"].at[part, block], barrier)
+                source = (at.b, at.head, at.first + i, values, columns(w))
+                copy(refs["h"].at[source], s["h"].at[w, block], s["h_filled"])
+                copy(refs["g"].at[source], s["g"].at[w, block], s["h_filled"])
 
     start = jnp.int32(0)
-    fill_numbers(start)
-    fill_values(start)
-    for turn in range(at.turns):
-        fill_states(start, turn)
-    fill_keys(start)
+    for fill in (fill_numbers, fill_values, fill_decay, fill_states, fill_keys):
+        fill(start)
+    pl.when(at.steps > 1)(lambda: fill_decay(start + 1))
 
     @pl.loop(1, at.steps)
     def _(i: Any) -> None:
         fill_numbers(i)
-        for turn in range(at.turns):  # in the order in which buffers become free
-            if turn == at.turns - 1:
-                plgpu.barrier_wait(s["v_free"])
-                fill_values(i)
-            plgpu.barrier_wait(s["h_free"].at[turn])
-            fill_states(i, turn)
-        plgpu.barrier_wait(s["qk_free"])
+        plgpu.barrier_wait(s["v_free"])
+        fill_values(i)
+        plgpu.barrier_wait(s["h_free"])
+        fill_states(i)
+        plgpu.barrier_wait(s["left"])
         fill_keys(i)
+        pl.when(i + 1 < at.steps)(lambda: fill_decay(i + 1))
 
-    for turn in range(at.turns):
-        plgpu.barrier_wait(s["h_free"].at[turn])
-    plgpu.barrier_wait(s["v_free"])
-    plgpu.barrier_wait(s["qk_free"])
+    for name in ("v_free", "h_free", "left"):
+        plgpu.barrier_wait(s[name])
