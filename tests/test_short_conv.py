@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 import logging
 
 import hopper_aot
@@ -240,6 +241,18 @@ def test_traces_under_shard_map(backend):
     x, kernel, positions = structs(2, 64, 256)
     dx, dkernel = jax.eval_shape(jax.jit(sharded), x, kernel, positions)
     assert (dx.shape, dkernel.shape) == (x.shape, kernel.shape)
+
+
+@pytest.mark.aot
+@kernels_only
+def test_a_kernel_is_the_same_in_every_program():
+    """Else each program compiles its own: jax 0.11.2 numbers what it lowers (`blocks.unnumbered`)."""
+    run = functools.partial(gradients_of_layers, "hopper")
+    known = []
+    for function in (run, lambda *arrays: jax.tree.map(jnp.sin, run(*arrays))):
+        program = hopper_aot.lowered(function, structs(tokens=96, features=256), hopper_aot.absent())
+        known.append(set(re.findall(r'kernel_hash = "([^"]+)"', program.as_text())))
+    assert known[0] == known[1] and len(known[0]) == 2
 
 
 @pytest.mark.aot
