@@ -22,7 +22,8 @@ def flops(jaxpr: Any, config: Config, runs: int = 1) -> float:
 
     Products are counted one by one, a loop of unknown length as one turn, of branches the dearest. Where
     kernels of recurrences or of softmax attention run again, it is what the mixers with states, or with
-    caches of keys and values, say that they cost. Not taken off: what XLA finds twice and does once.
+    caches of keys and values, say that they cost (a layer with both counts as attention). Not taken off: what
+    XLA finds twice and does once.
     """
     total, again = _count(jaxpr, False)
     definition, train = model.build(config), config.train
@@ -78,6 +79,7 @@ def _jaxprs(one: Any) -> Iterator[Any]:
 def _times(one: Any) -> int:
     """How often it runs: turns of a loop, devices where each has its part."""
     if one.primitive.name == "shard_map":
-        axes = next(axes for name, axes in one.params.items() if name.endswith("manual_axes"))  # of any jax
+        named = (axes for name, axes in one.params.items() if name.endswith("manual_axes"))  # of any jax
+        axes = next(named, ())
         return math.prod(one.params["mesh"].shape[axis] for axis in axes)
     return one.params["length"] if one.primitive.name == "scan" else 1

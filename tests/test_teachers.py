@@ -1,6 +1,7 @@
 """Public checkpoints as teachers: exact conversions give the teacher's logits before any training."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import init_from, model, objectives
 from hybridlm.convert.tensors import shards, write
+from hybridlm.errors import ConfigError
 from hybridlm.objectives import TEACHER
 from hybridlm.rows import Rows
+from launch import grid
 
 GOLDEN = Path(__file__).parent / "golden" / "models"
 D, H, G, K, F, V = 32, 4, 2, 8, 48, 64
@@ -127,3 +130,20 @@ def test_golden_teacher(tmp_path):
     definition = model.build(config)
     found = logits(definition, params, tokens)[:, ::3]
     assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("part", ["", ",seeds", ",0+1"])
+def test_the_study_trains_a_fifth_of_the_teachers_steps(part, monkeypatch):
+    teacher = init_from.described(GOLDEN / "minimax").replace(train__steps=200)
+    monkeypatch.setattr(init_from, "described", lambda _: teacher)
+    found = grid.load(f"configs/sweeps/study_linearise.py:teacher{part}").fields
+    steps = [found[f"stages.{stage}.train.steps"] for stage in ("transfer", "distil")]
+    assert steps == [2, 38]
+
+
+@pytest.mark.parametrize("part, steps, problem", [(",seed", 200, "such as 0+1+7"), ("", 99, "at least 20")])
+def test_what_the_study_refuses(part, steps, problem, monkeypatch):
+    teacher = init_from.described(GOLDEN / "minimax").replace(train__steps=steps)
+    monkeypatch.setattr(init_from, "described", lambda _: teacher)
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        grid.load(f"configs/sweeps/study_linearise.py:teacher{part}")

@@ -13,6 +13,7 @@ the logits. `gla+swa` is Liger's layer, gated linear attention of gates made of 
 """
 
 from hybridlm import init_from
+from hybridlm.errors import ConfigError
 from launch.grid import Sweep, axis, zipped
 
 LIGER = {"init_gates": "keys", "mixers.swa.window": 64}
@@ -27,8 +28,14 @@ HEDGEHOG = {
 
 def get_sweep(arg: str = "runs/teacher") -> Sweep:
     teacher, _, part = arg.partition(",")
+    if part not in ("", "seeds") and not all(one.isdigit() for one in part.split("+")):
+        problem = "the part after the teacher is none, seeds, or indices of layers to keep such as 0+1+7"
+        raise ConfigError("--config", f"study_linearise.py:{arg}", problem)
     steps = init_from.described(teacher).train.steps // 5
-    transfer = max(1, steps // 20)
+    if steps < 20:
+        problem = f"a fifth of the teacher's steps is {steps}; at least 20 are one for the transfer and 19 for the KL"
+        raise ConfigError("--config", f"study_linearise.py:{arg}", problem)
+    transfer = steps // 20
     mixers = zipped(
         axis("mixer", "gdn", "kda", "gla+swa", "featuremap"),
         axis("recipe", delta={}, channels={}, liger=LIGER, hedgehog=HEDGEHOG),
