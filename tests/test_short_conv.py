@@ -2,8 +2,8 @@
 
 import functools
 import importlib
-import re
 import logging
+import re
 
 import hopper_aot
 import jax

@@ -33,7 +33,7 @@ def get_sweep(arg: str = "runs/teacher") -> Sweep:
         raise ConfigError("--config", f"study_linearise.py:{arg}", problem)
     steps = init_from.described(teacher).train.steps // 5
     if steps < 20:
-        problem = f"a fifth of the teacher's steps is {steps}; at least 20 are one for the transfer and 19 for the KL"
+        problem = f"a fifth of the teacher's steps is {steps}; at least 20 are needed, one in 20 for transfer"
         raise ConfigError("--config", f"study_linearise.py:{arg}", problem)
     transfer = steps // 20
     mixers = zipped(
