@@ -97,6 +97,7 @@ def unlike_others(mark):
 
         set_mark()
 
+    jax.clear_caches()  # of kernels traced with another mark
     with mock.patch.object(blocks, "unnumbered", marked):
         yield
 
