@@ -277,13 +277,14 @@ def test_the_portable_kernels_compile_without_spills(capability, shape, tmp_path
         assert kernels[name].registers <= 128, kernels  # sixteen warps on a multiprocessor
 
 
+ON_GPU = [pytest.param("hopper", n, marks=kernels_only) for n in (256, 2048)]
+ON_GPU += [("triton", n) for n in (256, 576, 2048)]
+
+
 @pytest.mark.gpu
-@by_kernels
-@pytest.mark.parametrize("features", [256, 576, 2048])
+@pytest.mark.parametrize("backend, features", ON_GPU)
 @pytest.mark.parametrize("name", CASES)
-def test_on_gpu(name, features, backend):
-    if features == 576 and backend == "hopper":
-        pytest.skip("a multiple of 256 there")
+def test_on_gpu(name, backend, features):
     options, silu = CASES[name]
     case = make_case(**options | dict(features=features))
     run = jax.jit(functools.partial(short_conv, silu=silu, backend=backend))
