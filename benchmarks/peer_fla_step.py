@@ -26,7 +26,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -207,36 +206,28 @@ def fill(spec: str, number: int, args: argparse.Namespace, fields: dict[str, str
         step(tokens)
 
 
-def warm(args: argparse.Namespace, rest: list[str], caches: dict[str, str]) -> None:
+def warm(args: argparse.Namespace, caches: dict[str, str]) -> None:
     """Every program of the timed processes into its cache, side by side."""
-    env = os.environ | {"FLA_CACHE_RESULTS": "0", "JAX_PLATFORMS": "cpu"}
-    tasks = [(spec, number) for spec in args.configs for number in range(args.slices)]
-    start = time.monotonic()
-    command = [sys.executable, *sys.argv, "--fill"]
-    running = [(task, subprocess.Popen([*command, *map(str, task)], env=env)) for task in tasks]
-    one_step = [thread(ours, spec, args, rest, caches[spec], 1) for spec in args.configs]
+    fills = [("--fill", spec, str(number)) for spec in args.configs for number in range(args.slices)]
+    envs = {"--fill": {"FLA_CACHE_RESULTS": "0", "JAX_PLATFORMS": "cpu"}}
+    running, start = [], time.monotonic()
+    for task in [*(("--build", spec) for spec in args.configs), *fills]:
+        env = os.environ | envs.get(task[0], {"JAX_COMPILATION_CACHE_DIR": caches[task[1]]})
+        running.append((task, subprocess.Popen([sys.executable, *sys.argv, *task], env=env)))
     for task, process in running:
         try:
             status: Any = process.wait(max(0.1, args.seconds - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
             process.kill()
             status = "killed"
-        print(f"{task[0]} {task[1]}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
-    for one in one_step:
-        one.join()
+        print(f"{' '.join(task)}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def thread(function: Callable[..., Any], *arguments: Any) -> threading.Thread:
-    started = threading.Thread(target=function, args=arguments)
-    started.start()
-    return started
-
-
-def ours(spec: str, args: argparse.Namespace, rest: list[str], cache: str, steps: int) -> list[Row]:
+def ours(spec: str, args: argparse.Namespace, rest: list[str], cache: str) -> list[Row]:
     """The row of `train_step.py`."""
     file = spec if ".py" in spec else f"configs/hybrid.py:{spec}"
     given = [f"--{name}={getattr(args, name)}" for name in SHAPE]
-    options = [f"--config={file}", "--backends=auto", f"--steps={steps}", *given, *rest]
+    options = [f"--config={file}", "--backends=auto", f"--steps={args.steps}", *given, *rest]
     said = {"config": spec, "code": "ours"}
     try:
         row = train_step.in_tree(ROOT, options, cache) | said
@@ -293,6 +284,7 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--fill", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--build", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args()
     if wrong := [word for word in rest if not (word.startswith("--config.") and "=" in word)]:
@@ -308,6 +300,10 @@ def main() -> None:
     if args.fill:
         fill(args.fill[0], int(args.fill[1]), args, fields)
         return
+    if args.build:
+        config = resolved(args.build, fields)
+        batch = train_step.random_batch(args.batch_size, args.seq_len, config.model.vocab_size)
+        train_step.measure(config, batch, args.steps, ready=sys.exit)
     if args.one:
         for row in attempts(args.one, args, fields):
             print(json.dumps(row), flush=True)
@@ -316,10 +312,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         caches = {spec: f"{folder}/{number}" for number, spec in enumerate(args.configs)}
         if args.slices:
-            warm(args, rest, caches)
+            warm(args, caches)
         for turn in range(args.rounds):
             for spec in args.configs:
-                mine = functools.partial(ours, spec, args, rest, caches[spec], args.steps)
+                mine = functools.partial(ours, spec, args, rest, caches[spec])
                 for run in (functools.partial(theirs, spec), mine)[:: 1 if turn % 2 == 0 else -1]:
                     rows += run()
     print(table(rows))
