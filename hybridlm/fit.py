@@ -25,8 +25,10 @@ from hybridlm.run import processes, programs
 
 log = logging.getLogger("hybridlm")
 
-# `none` keeps float32 arrays, too, and takes 2.5 times as long to compile; `mixer` is slower than `dots`.
-FASTEST_FIRST = ("most", "kernels", "dots", "attention", "full")
+# `none` keeps float32 arrays, too, and takes 2.5 times as long to compile.
+FASTEST_FIRST = ("most", "kernels", "dots", "mixer", "attention", "full")
+UNROLLED = ("most", "kernels", "dots", "mixer")
+LITTLE = ("mixer", "attention", "full")  # most of a layer is computed twice
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
 BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
 
@@ -68,7 +70,9 @@ def step(
         return finish(known)
     attempt = lambda policy: compiled(trace(settled(definition, policy)), available * mesh.size, ready)
     policy, found, said = choose(attempt, available)
-    log.info("model.remat=auto: %s", said)
+    finer = _finer(config, mesh)
+    more = f"; train.microbatches={finer[0]} would leave room to keep more" if policy in LITTLE and finer else ""
+    log.info("model.remat=auto: %s%s", said, more)
     if found.run is None or found.needs > available:
         raise RunError(_too_large(config, mesh, found.needs / available))
     if memo is not None:
@@ -78,11 +82,16 @@ def step(
     return found.run if agreed == policy else finish(agreed)
 
 
+def _finer(config: Config, mesh: Mesh) -> list[int]:
+    """More microbatches than there are, that divide a step's rows."""
+    train, rows = config.train, mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    more = range(train.microbatches + 1, train.batch_size + 1)
+    return [m for m in more if train.batch_size % (m * rows) == 0]
+
+
 def _too_large(config: Config, mesh: Mesh, times: float) -> str:
     """What to do about a step that needs so many times the memory there is."""
-    train, rows = config.train, mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
-    fine = [m for m in range(train.microbatches, train.batch_size + 1) if train.batch_size % (m * rows) == 0]
-    enough = [m for m in fine if m >= times * train.microbatches]
+    enough = [m for m in _finer(config, mesh) if m >= times * config.train.microbatches]
     parts = f"train.microbatches={enough[0]} or higher, " if enough else ""
     least = f"model.remat={FASTEST_FIRST[-1]}"
     said = f"the training step needs {times:.1f} times a device's memory, even with {least}"
@@ -104,7 +113,7 @@ def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
         less = (
             ""
             if known == FASTEST_FIRST[-1]
-            else "model.remat to one that keeps less (kernels, dots, attention, full), or "
+            else f"model.remat to one that keeps less ({', '.join(FASTEST_FIRST[1:])}), or "
         )
         fix = f"Set {less}train.microbatches higher."
         if memo is not None and later:
@@ -148,7 +157,7 @@ def _compile(
 
 def settled(definition: Definition, policy: str) -> Definition:
     """``definition`` with a policy in place of `auto`."""
-    scan = definition.model.scan and policy not in ("most", "kernels", "dots")
+    scan = definition.model.scan and policy not in UNROLLED
     settings: dict[str, Any] = {"remat": policy, "scan": scan}
     return dataclasses.replace(definition, model=dataclasses.replace(definition.model, **settings))
 

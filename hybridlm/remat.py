@@ -41,7 +41,7 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "most": _both(_kernels, _names(PASSED)),  # and what is made by passing through memory once more
     "kernels": _kernels,  # and what the kernels of recurrences leave
     "dots": _dots,  # the outputs of projections, too
+    "mixer": _both(_attention, _names(MLP_INNER)),  # the MLP's first products and
     "attention": _attention,  # the outputs of softmax attention, and log-sums for its backward pass
-    "mixer": _names(MLP_INNER, SCALE),  # the MLP's, before its activation
     "full": _scales,  # nothing else
 }

@@ -52,11 +52,11 @@ class Model:
         experts, low ranks, recurrences, attention, and all that is not training.
     remat: what the backward pass recomputes in each layer: none, full (all of it), attention (all but softmax
         attention), dots (all but that and matmuls), kernels (all but these and recurrences), most (next to
-        nothing: norms, activations, short convolutions and decays are kept, too), mixer (all but the MLP's
-        first matmuls). What is kept costs memory, what is recomputed time. auto: the fastest of most,
-        kernels, dots, attention and full that fits, found by compiling; on a GPU it unrolls the stack for the
-        first three.
-    scan: False unrolls the stack: faster on a GPU where remat is most, kernels or dots, but compile time
+        nothing: norms, activations, short convolutions and decays are kept, too), mixer (all but softmax
+        attention and the MLP's first matmuls). What is kept costs memory, what is recomputed time. auto: the
+        fastest of most, kernels, dots, mixer, attention and full that fits, found by compiling; on a GPU it
+        unrolls the stack for the first four.
+    scan: False unrolls the stack: faster on a GPU where remat is most, kernels, dots or mixer, but compile time
         grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
         (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.

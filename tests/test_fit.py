@@ -101,14 +101,15 @@ def test_what_a_step_holds():
 @pytest.mark.parametrize(
     ("needs", "chosen", "compiled"),
     [
-        ((9, 8, 5, 2, 1), "most", 1),
-        ((11, 5, 3, 2, 1), "kernels", 2),
-        ((None, 5, 3, 2, 1), "kernels", 2),
-        ((11, 10, 5, 2, 1), "dots", 3),
-        ((11, 11, 11, 5, 1), "attention", 4),
-        ((11, 11, 11, 10, 1), "full", 5),
-        ((11, 11, 11, 11, 11), "full", 5),
-        ((-11, 5, 3, 2, 1), "kernels", 2),
+        ((9, 8, 5, 4, 2, 1), "most", 1),
+        ((11, 5, 3, 3, 2, 1), "kernels", 2),
+        ((None, 5, 3, 3, 2, 1), "kernels", 2),
+        ((11, 10, 5, 4, 2, 1), "dots", 3),
+        ((11, 11, 11, 6, 5, 1), "mixer", 4),
+        ((11, 11, 11, 11, 5, 1), "attention", 5),
+        ((11, 11, 11, 11, 10, 1), "full", 6),
+        ((11, 11, 11, 11, 11, 11), "full", 6),
+        ((-11, 5, 3, 3, 2, 1), "kernels", 2),
     ],
 )
 def test_the_fastest_that_fits(needs, chosen, compiled):
@@ -202,7 +203,7 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     assert seen == [("dots", False)]
     last = "chose, full. Set train.microbatches"
     for then, wanted in (
-        ("goes on with attention", "attention"), ("goes on with full", "full"), (last, "full"),
+        ("with mixer", "mixer"), ("with attention", "attention"), ("with full", "full"), (last, "full"),
     ):  # fmt: skip
         with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):
             full()

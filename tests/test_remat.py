@@ -76,12 +76,12 @@ def cudnn(monkeypatch):
 @pytest.mark.usefixtures("cudnn")
 def test_cudnn_runs_forward_once(axis, dims, options, once, again):
     found = {}
-    for policy in ("attention", "dots", "kernels", "full"):
+    for policy in ("attention", "mixer", "dots", "kernels", "full"):
         jaxpr = traced(policy, axis, dims, options)
         forward, backward = (count(jaxpr, f"dot_product_attention_{way}_wrapper") for way in ("fwd", "bwd"))
         assert backward == (5 + 3 if once > 3 else 3)
         found[policy] = forward
-    assert found == dict.fromkeys(("attention", "dots", "kernels"), once) | {"full": once + again}
+    assert found == dict.fromkeys(("attention", "mixer", "dots", "kernels"), once) | {"full": once + again}
 
 
 @pytest.mark.parametrize(("axis", "window"), [("fsdp", 0), ("context", 0), ("context", 16)])
