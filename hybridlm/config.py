@@ -202,10 +202,7 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
         described = fields(SECTIONS.get(section) or _class(section, target))
     if name not in described or name == "components":
         raise ConfigError(field, text, "no such field", nearest(name, described))
-    try:
-        target[name] = parse(described[name], text)
-    except ValueError as error:
-        raise ConfigError(field, text, str(error)) from None
+    target[name] = checked(field, described[name], text, parse)
 
 
 # Checking.
