@@ -194,14 +194,16 @@ def _settings(spec: Spec) -> str:
 def _modules(definition: model.Definition) -> Mapping[str, int]:
     """Parameters of the modules that all layers of a mixer's name go through, by that name."""
     names = {spec.mixer for spec in definition.layers if mixers.shares_module(spec.kind)}
-    leaves = model.canonical_shapes(definition).items()
-    size = lambda start: sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
-    return {name: size(f"shared.{name}.") for name in names}
+    return {name: _below(definition, f"shared.{name}.") for name in names}
 
 
 @functools.lru_cache(maxsize=256)
 def _block_parameters(definition: model.Definition, spec: Spec) -> int:
     """Mixer, MLP and their norms."""
-    index = definition.layers.index(spec)
+    return _below(definition, f"layers.{definition.layers.index(spec)}.")
+
+
+def _below(definition: model.Definition, start: str) -> int:
+    """Parameters whose names begin so."""
     leaves = model.canonical_shapes(definition).items()
-    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(f"layers.{index}."))
+    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
