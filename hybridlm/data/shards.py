@@ -104,6 +104,7 @@ class Writer:
         self.shards: list[dict] = []
         self.documents = self.text_bytes = self.begun = 0
         self.file: IO[bytes] | None = None
+        self._begin()
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
         """One document, its separator first, that stands for ``text_bytes`` bytes of text."""
@@ -157,6 +158,9 @@ class Writer:
         os.fsync(self.file.fileno())  # the rename that follows must not overtake the bytes
         self.file.close()
         self.file = None
+        if len(self.offsets) == 1:  # nothing came: only the first shard of an empty split
+            os.remove(self.directory / f"{self.name}.tokens")
+            return
         self.shards.append(self._finished(self.name, np.array(self.offsets), self.digest.hexdigest()))
 
     def _begin(self) -> None:
