@@ -115,7 +115,7 @@ class Loop:
         for one in self.members if start > 0 else ():
             one.read_record(start)
         if start < 0 and self.config.init_from:
-            init_from.check(self.config.init_from)
+            init_from.described(self.config.init_from)  # refuses what is none
         return max(start, 0)
 
     def beginning(self, start: int) -> Callable[[], State]:
