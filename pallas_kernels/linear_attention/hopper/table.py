@@ -6,7 +6,6 @@ WIDE = 96  # blocks of threads of 128 values from which the memory, not the chai
 FILL = 128  # blocks of threads that fill the 132 multiprocessors
 LONG = 160  # chunks from which cutting a sequence repays the extra scan and the joins
 SHORT_WALKS = LED = True  # see warm_up.py
-ONE_PASS = False  # see one_pass_forward.py; faster, but its tests have not run on a GPU
 WIDEST_KEY = 128  # channels of the heads that the scans with a copy of the state in registers take
 
 
@@ -54,4 +53,4 @@ def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> bool:
     """Whether KDA's forward without gradients is one pass: where a block of threads a head fills the GPU."""
     blocks, each = k_shape[0] * v_shape[2], 132
     fits = (k_shape[3], v_shape[3]) == (128, 128) and k_shape[1] >= 1024
-    return ONE_PASS and fits and blocks >= WIDE * -(-blocks // each)
+    return fits and blocks >= WIDE * -(-blocks // each)
