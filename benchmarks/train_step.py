@@ -4,6 +4,10 @@
         [--microbatches=1] [--backends=auto,xla] [--steps=8] [--profile] [--config.section.field=value ...]
     python benchmarks/train_step.py --old .old --configs 340m,kda,3:1 1.3b,kda,3:1 340m,full [--rounds=2] ...
 
+Of a config with stages it is a step of the first of `stages.order`, with its teacher where it has one:
+--config=configs/linearise.py:teacher=runs/x,gdn,3:1 --config.stages.order=distil beside
+--config.stages.order=tune is what the teacher costs.
+
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
 end of the first step: initialisation, tracing, compilation, one step. peak_gib is what the device's allocator
 held at most. Prints one JSON line a backend, and with --profile the GPU time of one step by kernel.
@@ -60,11 +64,12 @@ def measure(
     with jax.set_mesh(mesh):
         build: Any = lambda definition: program.build(config, definition, mesh, None)
         where, built = sharding.batch_sharding(mesh), build(definition)
+        teacher = _teacher(config, built)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
         def trace(definition: Any) -> Any:
-            traced.append(build(definition).step.trace(built.shapes, rows))
+            traced.append(build(definition).step.trace(built.shapes, rows, *teacher))
             return traced[-1]
 
         lower = lambda definition: trace(definition).lower()
@@ -81,20 +86,20 @@ def measure(
         on_device = sharding.put_batch(batch, mesh)
         initialised = time.perf_counter() - began
         start = time.perf_counter()
-        state, metrics = run(state, on_device)
+        state, metrics = run(state, on_device, *teacher)
         losses, seconds = [float(metrics["loss"])], []
         first = time.perf_counter() - start
-        state, behind = run(state, on_device)
+        state, behind = run(state, on_device, *teacher)
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = run(state, on_device)
+            state, metrics = run(state, on_device, *teacher)
             losses.append(float(behind["loss"]))
             behind, now = metrics, time.perf_counter()
             seconds.append(now - start)
             start = now
         losses.append(float(behind["loss"]))
         if look:
-            look(lambda: run(state, on_device))
+            look(lambda: run(state, on_device, *teacher))
     tokens = batch["tokens"].size
     step = median(seconds)
     device = jax.devices()[0]
@@ -115,6 +120,14 @@ def measure(
         "loss": losses[-1],
         "losses": losses,
     }
+
+
+def _teacher(config: "Config", built: Any) -> tuple[Any, ...]:
+    if not getattr(built, "teacher", ()):
+        return ()
+    from hybridlm import init_from
+
+    return init_from.teacher(config, built)
 
 
 def _again(traced: Any, config: "Config") -> float:
@@ -147,6 +160,10 @@ def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from hybridlm import config as configs
 
     config = configs.resolve(configs.load(args.config, overrides))
+    if getattr(config, "stages", None):  # an older checkout knows none
+        from hybridlm import stages
+
+        config = stages.split(config, configs.resolve)[0][1]
     batch = random_batch(args.batch_size, args.seq_len, config.model.vocab_size)
     look = lambda run: print(gpu_profile.table(gpu_profile.kernels(run)))
     rows = {}

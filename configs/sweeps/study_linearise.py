@@ -51,6 +51,7 @@ def get_sweep(arg: str = "runs/teacher") -> Sweep:
             "stages.transfer.train.steps": transfer,
             "stages.transfer.optimizer.learning_rate": 2e-3,
             "stages.distil.train.steps": steps - transfer,
+            "model.remat": "most",  # 15 GiB of an H100 for 3:1, so that several share one
             "optimizer.learning_rate": 5e-4,
             "optimizer.warmup_steps": 10,
             "eval.every_steps": transfer,
