@@ -30,6 +30,7 @@ LAYERS = {"mixers": mixers, "mlps": mlps}  # sections of definitions by name, an
 NAMED = LAYERS | {"val": data_kinds}
 ONE = {"data": data_kinds, "objective": objectives}  # sections that are one definition
 KNOWN = (*SECTIONS, *NAMED, *ONE)
+ALONE = ("init_from", "init_gates")  # in no section
 MOVED = {"train.z_loss": "objective.z_loss"}  # since 0.1.0
 
 # Mixers that every config has from `default`, so that any pattern can be tried from the command line.
@@ -173,7 +174,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
 
 
 def _override(config: dict[str, Any], field: str, text: str) -> None:
-    if field in ("init_from", "init_gates"):
+    if field in ALONE:
         config[field] = text
         return
     if field.startswith("stages."):
@@ -202,10 +203,7 @@ def _override(config: dict[str, Any], field: str, text: str) -> None:
         described = fields(SECTIONS.get(section) or _class(section, target))
     if name not in described or name == "components":
         raise ConfigError(field, text, "no such field", nearest(name, described))
-    try:
-        target[name] = parse(described[name], text)
-    except ValueError as error:
-        raise ConfigError(field, text, str(error)) from None
+    target[name] = checked(field, described[name], text, parse)
 
 
 # Checking.
@@ -221,8 +219,8 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         return given
     values = given.to_dict()
     _move(values)
-    init_from = checked("init_from", str, values.pop("init_from", ""))
-    init_gates = checked("init_gates", Literal["near", "keys"], values.pop("init_gates", "near"))
+    known = fields(Config)
+    alone = {name: checked(name, known[name], values.pop(name)) for name in ALONE if name in values}
     parts = values.pop("stages", {})
     mapping(parts, "stages")
     for name, section in values.items():
@@ -261,8 +259,7 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
         with under(section):
             sections[section].check()
     sections |= {"model": model, "val": Named(definitions["val"])}
-    whole = Config(**sections, init_from=init_from, init_gates=init_gates)
-    return stages.complete(whole, parts, resolve)
+    return stages.complete(Config(**sections, **alone), parts, resolve)
 
 
 def _move(values: dict[str, Any]) -> None:

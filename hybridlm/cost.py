@@ -76,7 +76,7 @@ def layers(config: Config) -> list[Layer]:
     modules = _modules(definition)
     for spec in set(definition.layers):
         cost = spec.cost(definition.d_model, seq_len)
-        parameters = _block_parameters(definition, spec)
+        parameters = _size(definition, f"layers.{definition.layers.index(spec)}.")
         idle = spec.mlp_config.idle(definition.d_model)
         rows[spec] = Layer(
             layer=-1,
@@ -190,18 +190,14 @@ def _settings(spec: Spec) -> str:
     return ", ".join(changed(spec.config) + mlp)
 
 
-@functools.lru_cache(maxsize=64)
 def _modules(definition: model.Definition) -> Mapping[str, int]:
     """Parameters of the modules that all layers of a mixer's name go through, by that name."""
     names = {spec.mixer for spec in definition.layers if mixers.shares_module(spec.kind)}
-    leaves = model.canonical_shapes(definition).items()
-    size = lambda start: sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))
-    return {name: size(f"shared.{name}.") for name in names}
+    return {name: _size(definition, f"shared.{name}.") for name in names}
 
 
 @functools.lru_cache(maxsize=256)
-def _block_parameters(definition: model.Definition, spec: Spec) -> int:
-    """Mixer, MLP and their norms."""
-    index = definition.layers.index(spec)
+def _size(definition: model.Definition, start: str) -> int:
+    """Parameters whose names begin so."""
     leaves = model.canonical_shapes(definition).items()
-    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(f"layers.{index}."))
+    return sum(math.prod(leaf.shape) for name, leaf in leaves if name.startswith(start))

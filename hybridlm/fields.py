@@ -18,6 +18,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_ar
 from hybridlm.errors import ConfigError, nearest
 
 T = TypeVar("T")
+Read = Callable[[Any, Any], Any]  # `convert` or `parse`
 
 
 class Limits(NamedTuple):
@@ -105,14 +106,6 @@ def mapping(values: Any, prefix: str) -> None:
         raise ConfigError(prefix, values, "must be a section with fields, not a value")
 
 
-def checked(name: str, kind: Any, value: Any) -> Any:
-    """`convert`, with a ConfigError for the field ``name``."""
-    try:
-        return convert(kind, value)
-    except ValueError as error:
-        raise ConfigError(name, value, str(error)) from None
-
-
 def describe(kind: Any) -> str:
     """What a field of annotation ``kind`` accepts, in words."""
     origin, args = get_origin(kind), get_args(kind)
@@ -168,6 +161,14 @@ def parse(kind: Any, text: str) -> Any:
     return convert(kind, _meant(kind, text))
 
 
+def checked(name: str, kind: Any, value: Any, read: Read = convert) -> Any:
+    """``read`` (`parse` for text) with a ConfigError for the field ``name``."""
+    try:
+        return read(kind, value)
+    except ValueError as error:
+        raise ConfigError(name, value, str(error)) from None
+
+
 def _meant(kind: Any, text: str) -> Any:
     """What ``text`` spells where ``kind`` is wanted, limits aside; itself if nothing."""
     origin, args = get_origin(kind), get_args(kind)
@@ -192,7 +193,7 @@ def _meant(kind: Any, text: str) -> Any:
     return text
 
 
-def _alternative(read: Callable[[Any, Any], Any], union: Any, value: Any) -> Any:
+def _alternative(read: Read, union: Any, value: Any) -> Any:
     """What the first of the union's kinds that takes ``value`` makes of it."""
     for kind in get_args(union):
         with suppress(ValueError):

@@ -94,13 +94,8 @@ def split(path: str | Path) -> tuple[Path, bool]:
     return Path(text.removesuffix(EMA) if ema else text), ema
 
 
-def check(path: str | Path, field: str = "init_from") -> None:
-    """ConfigError, of ``field``, unless there is a model at ``path``, its config readable; opens no array."""
-    _described(path, field)
-
-
 def described(path: str | Path, field: str = "init_from") -> configs.Config:
-    """The config of the model at ``path``, which ``field`` named; opens no array."""
+    """The config of the model at ``path``; ConfigError, of ``field``, if none is readable. Opens no array."""
     return without_factors(_described(path, field)[0])
 
 

@@ -11,7 +11,7 @@ import contextvars
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache, partial
@@ -115,7 +115,7 @@ class Loop:
         for one in self.members if start > 0 else ():
             one.read_record(start)
         if start < 0 and self.config.init_from:
-            init_from.check(self.config.init_from)
+            init_from.described(self.config.init_from)  # refuses what is none
         return max(start, 0)
 
     def beginning(self, start: int) -> Callable[[], State]:
@@ -184,7 +184,8 @@ class Loop:
             raise Stopped(f"stopped by {interrupt.reason(self.stop.asked())} before step {start + 1}")
         vote = interrupt.vote(self.mesh)
         self.clock = clock = Clock(config, self.mesh.size, len(self.members), self.again)
-        batches = self.batches(start)
+        each = (one.train_data.iterate(start) for one in self.members)
+        batches = map(self.stacked, zip(*each, strict=False))
         behind: tuple[int, dict, Running] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
             window.before(step, state)
@@ -230,10 +231,6 @@ class Loop:
         executable = fit.step(self.config, self.definition, self.mesh, trace, ready)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
-
-    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-        for batches in zip(*(one.train_data.iterate(start) for one in self.members), strict=False):
-            yield self.stacked(batches)
 
     def stacked(self, ofs: Sequence[Any]) -> Any:
         """What each member has, as the program takes it."""

@@ -72,8 +72,7 @@ def sources(layers: Sequence[str]) -> dict[int, int]:
         if reuses:
             if reuses not in last:
                 problem = f"layer {index} reuses keys and values, but no earlier layer leaves {reuses!r}"
-                fix = nearest(reuses, last) or f"A layer before it leaves them, called name:{reuses}."
-                raise ConfigError(FIELD, layer, problem, fix)
+                raise ConfigError(FIELD, layer, problem, nearest(reuses, last))
             found[index] = last[reuses]
         elif leaves:
             last[leaves] = index

@@ -139,10 +139,10 @@ def documents(starts: jax.Array, axis: str) -> Documents:
     return Documents(begin, lead)
 
 
-def _of_blocks(x: jax.Array, axis: str, device: jax.Array | None = None) -> jax.Array:
-    """Of x [B, 2N], what is of the two blocks of a device, or of this one: [2, B]."""
-    index = jax.lax.axis_index(axis) if device is None else device
-    return jnp.take(x, jnp.asarray(order(jax.lax.axis_size(axis)))[index], axis=1).T
+def _of_blocks(x: jax.Array, axis: str) -> jax.Array:
+    """Of x [B, 2N], what is of the two blocks of this device: [2, B]."""
+    blocks = jnp.asarray(order(jax.lax.axis_size(axis)))[jax.lax.axis_index(axis)]
+    return jnp.take(x, blocks, axis=1).T
 
 
 def _led(found: Documents, size: int, axis: str) -> jax.Array:
@@ -203,19 +203,10 @@ def _next(tree: Any, axis: str) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _ring(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    sinks: jax.Array | None,
-    rest: jax.Array,
-    found: Documents,
-    scale: float,
-    axis: str,
-) -> jax.Array:
+def _ring(*args: Any) -> jax.Array:
     """o [B, 2C, H, V] of this device's piece, from zigzag blocks: of tokens that do not lead theirs it is
-    ``rest`` [2, B, C, H, V]."""
-    return _forward(q, k, v, sinks, rest, found, scale, axis)[0]
+    ``rest`` [2, B, C, H, V]. Arguments: of `_forward`."""
+    return _forward(*args)[0]
 
 
 def _forward(

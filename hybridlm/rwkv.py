@@ -19,6 +19,7 @@ from hybridlm.layers import Initializer, Linear, RecurrentCache, merge_heads, on
 from hybridlm.linear_mixer import Heads
 from hybridlm.mixers import Site, whole_heads
 from hybridlm.recurrent_mixer import RecurrentMixer
+from hybridlm.rms import rms
 from hybridlm.rows import Rows, continued
 
 
@@ -125,8 +126,7 @@ class HeadNorm(nnx.Module):
 
     def __call__(self, o_BTHV: jax.Array) -> jax.Array:
         o = o_BTHV.astype(jnp.float32)
-        o -= o.mean(-1, keepdims=True)
-        o *= jax.lax.rsqrt(jnp.mean(o * o, axis=-1, keepdims=True) + self.eps)
+        o = rms(o - o.mean(-1, keepdims=True), self.eps)
         return merge_heads(o) * self.scale[...] + self.bias[...]
 
 

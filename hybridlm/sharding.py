@@ -78,11 +78,11 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     return jax.make_mesh(shape, names, axis_types=types, devices=devices[:total])
 
 
-def sequences_over(count: int, field: str = "--context") -> contextlib.AbstractContextManager[Any]:
+def sequences_over(count: int) -> contextlib.AbstractContextManager[Any]:
     """A mesh of the first ``count`` devices, over which sequences and caches are cut; none of one."""
     most = len(jax.devices())
     if not 1 <= count <= most:
-        raise ConfigError(field, count, f"must be 1 to the number of devices here, {most}")
+        raise ConfigError("--context", count, f"must be 1 to the number of devices here, {most}")
     if count == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(make_mesh(schema.Mesh(1, 1, 1, count), jax.devices()[:count]))

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from hybridlm import objectives, schema
 from hybridlm.errors import ConfigError, nearest
-from hybridlm.fields import Named, fields, parse, under
+from hybridlm.fields import Named, checked, fields, mapping, parse, under
 
 if TYPE_CHECKING:
     from hybridlm.config import Config
@@ -62,8 +62,7 @@ def _laid_over(config: "Config", name: str, overlay: Mapping[str, Any], resolve:
         for section, fields in overlay.items():
             if section not in SECTIONS:
                 raise ConfigError(section, fields, "a stage has other " + ", ".join(SECTIONS) + " at most")
-            if not isinstance(fields, Mapping):
-                raise ConfigError(section, fields, "must be a section with fields, not a value")
+            mapping(fields, section)
             replaced = section == "objective" and "kind" in fields
             values[section] = dict(fields) if replaced else values[section] | dict(fields)
         if "steps" not in overlay.get("train", {}):
@@ -90,11 +89,7 @@ def override(config: dict[str, Any], field: str, text: str) -> None:
         described = fields(schema.SECTIONS.get(section) or objectives.config_class(str(kind.get("kind"))))
         if last not in described:
             raise ConfigError(field, text, "no such field", nearest(last, described))
-        with under(field.rsplit(".", 1)[0]):
-            try:
-                values[last] = parse(described[last], text)
-            except ValueError as error:
-                raise ConfigError(last, text, str(error)) from None
+        values[last] = checked(field, described[last], text, parse)
 
 
 def split(config: "Config", resolve: Resolve) -> list[tuple[int, "Config"]]:

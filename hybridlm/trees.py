@@ -1,14 +1,14 @@
 """Nested trees as flat dicts of dotted names, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Leaves by dotted path: {"0.mu.embedding": array, ...}; a bare leaf is named "value"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
     return {jax.tree_util.keystr(path, simple=True, separator=".") or "value": leaf for path, leaf in leaves}
 
 

@@ -62,13 +62,13 @@ def read_bytes(path: str | Path, what: str, limit: int = MAX_BYTES) -> bytes:
     return content
 
 
-def read_json(path: str | Path, what: str, shape: Any = ANY, limit: int = MAX_BYTES) -> Any:
+def read_json(path: str | Path, what: str, shape: Any = ANY) -> Any:
     """The value of the JSON file ``path``, of ``shape`` (see `check_shape`).
 
     what: the field or flag that the ConfigError names, with the file as its value. Refused besides what is no
     JSON: nesting beyond MAX_DEPTH, an object that gives a name twice, text that has no UTF-8.
     """
-    content = read_bytes(path, what, limit)
+    content = read_bytes(path, what)
     try:
         value = parse(content)
         check_shape(value, shape)

@@ -85,6 +85,6 @@ def keep_tokenizer(workdir: Path, used: Tokenizer | None) -> None:
         (workdir / TOKENIZER).unlink(missing_ok=True)
 
 
-def check_fits(found: Tokenizer, vocab_size: int, field: str = "--tokenizer") -> None:
+def check_fits(found: Tokenizer, vocab_size: int) -> None:
     if found.vocab_size > vocab_size:
-        raise ConfigError(field, found.name, f"has {found.vocab_size} ids, the model {vocab_size}")
+        raise ConfigError("--tokenizer", found.name, f"has {found.vocab_size} ids, the model {vocab_size}")

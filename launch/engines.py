@@ -23,10 +23,7 @@ def settings(engine: type, given: Sequence[str]) -> Any:
         if not equals or key not in known:
             allowed = "must be KEY=VALUE with a setting of the launcher"
             raise ConfigError("--engine", text, allowed, nearest(key, known))
-        try:
-            values[key] = fields.parse(known[key], value)
-        except ValueError as error:
-            raise ConfigError(f"--engine {key}", value, str(error)) from None
+        values[key] = fields.checked(f"--engine {key}", known[key], value, fields.parse)
     for field in dataclasses.fields(engine):
         if field.name not in values and field.default is dataclasses.MISSING:
             raise ConfigError(f"--engine {field.name}", "", "must be given", f"--engine {field.name}=...")

@@ -350,4 +350,4 @@ def test_init_from(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after["layers.1.mlp.up.kernel"], want)
     assert (tmp_path / "hf" / "manifest.json").is_file()
     with pytest.raises(ConfigError, match="neither a workdir with checkpoints nor a Hugging Face folder"):
-        init_from.check(tmp_path / "nowhere")
+        init_from.described(tmp_path / "nowhere")

@@ -380,7 +380,7 @@ def test_what_is_wrong_with_a_teacher_is_said_of_it(teacher, text, tmp_path):
         with pytest.raises(ConfigError, match=rf"^objective\.teacher = '{path}"):
             distil.Objective(distil.Config(kind="distil", teacher=str(path)), definition)
         with pytest.raises(ConfigError, match=rf"^init_from = '{path}"):
-            init_from.check(path)
+            init_from.described(path)
 
 
 def test_a_layer_that_breaks_the_model_stays():

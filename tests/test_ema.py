@@ -78,12 +78,12 @@ def test_it_is_validated_beside_the_weights(text, run, tmp_path):
     for ask in (
         lambda: weights.load(tmp_path, ema=True),
         lambda: outgoing.export_hf(tmp_path, tmp_path / "hf", ema=True),
-        lambda: init_from.check(f"{tmp_path}:ema"),
+        lambda: init_from.described(f"{tmp_path}:ema"),
     ):
         with pytest.raises(ConfigError, match=r"kept no average of its weights\. Train with"):
             ask()
     with pytest.raises(ConfigError, match="is the average of no run"):
-        init_from.check(f"{tmp_path}/none:ema")
+        init_from.described(f"{tmp_path}/none:ema")
 
 
 @pytest.mark.once

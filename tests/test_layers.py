@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from hybridlm.layers import Linear, RMSNorm, ShortConv, embed, param, zeros
-from hybridlm.mlps.swiglu import SwiGLU
+from hybridlm.mixers import Site
+from hybridlm.mlps import swiglu
 from hybridlm.rotary import rotate
 from hybridlm.rows import Rows, single_document
 
@@ -115,9 +116,10 @@ def test_rotate_turns_pairs_by_position_times_frequency():
 
 
 def test_layers_compute_in_the_activation_dtype_and_mark_their_parameters():
-    linear, mlp, norm = Linear(8, 6, rngs=RNGS, bias=True), SwiGLU(8, 16, rngs=RNGS), RMSNorm(8, rngs=RNGS)
+    linear, norm = Linear(8, 6, rngs=RNGS, bias=True), RMSNorm(8, rngs=RNGS)
+    mlp = swiglu.Mlp(swiglu.Config(hidden=16), Site(8), rngs=RNGS)
     x = jnp.ones((2, 8), jnp.bfloat16)
-    assert linear(x).dtype == mlp(x).dtype == norm(x).dtype == jnp.bfloat16
+    assert linear(x).dtype == mlp(x, context=None).dtype == norm(x).dtype == jnp.bfloat16
     assert linear.kernel.get_metadata("decay") and not linear.bias.get_metadata("decay")
     assert linear.kernel.get_metadata("axes") == ("embed", "heads")
     assert linear.bias.get_metadata("axes") == ("heads",) and linear.kernel.dtype == jnp.float32

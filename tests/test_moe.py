@@ -90,7 +90,7 @@ def test_gradients_against_every_expert_computed_densely() -> None:
         per_expert = jnp.sum(jax.nn.one_hot(choice, 6) * weight[..., None], -2)
         hidden = jax.nn.silu(jnp.einsum("btd,edf->btef", x, mlp.gate[...]))
         hidden *= jnp.einsum("btd,edf->btef", x, mlp.up[...])
-        y = jnp.einsum("btef,efd,bte->btd", hidden, mlp.down[...], per_expert) + mlp.shared(x)
+        y = jnp.einsum("btef,efd,bte->btd", hidden, mlp.down[...], per_expert) + mlp.shared(x, Context(rows))
         return jnp.sum(jnp.sin(y))
 
     got, want = (jax.jit(jax.grad(f, (0, 1)))(state, x) for f in (sorted_experts, dense_experts))

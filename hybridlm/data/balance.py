@@ -13,9 +13,7 @@ import numpy as np
 from hybridlm.data.source import Batch
 
 TRIED = 256  # orders, at most; with a quarter of them the busiest device has 1 to 5% more
-SHORT = (
-    512  # tokens of a row for each order that is tried: reading a short row takes as long as a few of them
-)
+SHORT = 512  # tokens of a row for each order that is tried: to read a short row takes as long as a few
 SORTED = 1 << 20  # documents of all orders, at most
 
 

@@ -186,9 +186,8 @@ def stabilizer(
         run = per_shard(op, (wide, wide, ("batch", "time"), ("batch", "heads")), (wide, wide))
         return run(*jax.lax.stop_gradient((log_i, log_f, rows.positions, m_BH)))
     starts = (rows.positions == 0)[..., None]
-    before = jnp.zeros_like(log_f).at[:, 0].set(m_BH)
     reached = jnp.where(starts, jnp.maximum(log_f, log_i), log_i)
-    reached = reached.at[:, 0].max(log_f[:, 0] + before[:, 0])
+    reached = reached.at[:, 0].max(log_f[:, 0] + m_BH)
     join = lambda a, b: (a[0] + b[0], jnp.maximum(a[1] + b[0], b[1]))
     pairs = jnp.where(starts, FORGET, log_f), reached
     m = jax.lax.associative_scan(join, jax.lax.stop_gradient(pairs), axis=1)[1]

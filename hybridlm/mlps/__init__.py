@@ -15,6 +15,7 @@ from flax import nnx
 from hybridlm import kinds as _kinds
 from hybridlm.context import Context
 from hybridlm.convert.public import Format
+from hybridlm.fields import Count
 
 DEFAULT = "swiglu"  # of a layer that names none
 
@@ -41,6 +42,16 @@ class Config(_kinds.Settings):
     def explicit(self) -> Any:
         """The same settings to be compared: those that change no output are what they are by default."""
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner(Config):
+    """hidden: width between the projections; 0 is model.mlp_hidden."""
+
+    hidden: Count = 0
+
+    def filled(self, model_hidden: int) -> Any:
+        return dataclasses.replace(self, hidden=self.hidden or model_hidden)
 
 
 class Mlp(nnx.Module):

@@ -19,25 +19,19 @@ from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import Rule, linear, same
-from hybridlm.fields import Count
 from hybridlm.layers import Linear, param, zeros
 from hybridlm.mixers import Site
 from hybridlm.rwkv import constant, mix, ratios, shifted
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mlps.Config):
+class Config(mlps.Inner):
     """Channel mixing.
 
-    hidden: width between the projections; 0 is model.mlp_hidden.
     receptance: whether a sigmoid of a third projection scales what comes out (RWKV-6).
     """
 
-    hidden: Count = 0
     receptance: bool = False
-
-    def filled(self, model_hidden: int) -> "Config":
-        return dataclasses.replace(self, hidden=self.hidden or model_hidden)
 
     def state(self, d_model: int) -> int:
         return d_model

@@ -11,24 +11,18 @@ from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import Rule, bias, swiglu_rules
-from hybridlm.fields import Count
 from hybridlm.layers import Linear
 from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mlps.Config):
+class Config(mlps.Inner):
     """GEGLU, with tanh's approximation of the GELU.
 
-    hidden: width between the projections; 0 is model.mlp_hidden.
     bias: whether the projections have biases, as in RecurrentGemma.
     """
 
-    hidden: Count = 0
     bias: bool = False
-
-    def filled(self, model_hidden: int) -> "Config":
-        return dataclasses.replace(self, hidden=self.hidden or model_hidden)
 
 
 def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Shape legend: N tokens, D model width, E experts, S = top_k choices, F expert wi
 
 import dataclasses
 import functools
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative, Positive
 from hybridlm.layers import Linear, Rule, matrix, param, zeros
 from hybridlm.mixers import Site
-from hybridlm.mlps.relu2 import Relu2
-from hybridlm.mlps.swiglu import SwiGLU
+from hybridlm.mlps import relu2, swiglu
 from hybridlm.sharding import per_shard
 
 
@@ -113,7 +112,8 @@ class Mlp(mlps.Mlp):
         self.up = param(rngs, (experts, d_model, hidden), up_axes, matrix, decay=True, cast=True)
         self.down = param(rngs, (experts, hidden, d_model), down_axes, matrix, decay=True, cast=True)
         if config.shared_hidden:
-            self.shared = (SwiGLU if self.gated else Relu2)(d_model, config.shared_hidden, rngs=rngs)
+            kind: Any = swiglu if self.gated else relu2
+            self.shared = kind.Mlp(kind.Config(hidden=config.shared_hidden), site, rngs=rngs)
         if config.shared_gate:
             self.shared_gate = Linear(d_model, 1, rngs=rngs, axes=("embed", None))
 
@@ -128,7 +128,7 @@ class Mlp(mlps.Mlp):
         run = per_shard(_experts, (*(tokens,) * 3, *(whole,) * len(weights)), (tokens,))
         y_BTD = run(x_BTD, choice_BTS, weight_BTS, *weights)[0].reshape(x.shape)
         if self.config.shared_hidden:
-            shared = self.shared(x)
+            shared = self.shared(x, context)
             y_BTD += jax.nn.sigmoid(self.shared_gate(x)) * shared if self.config.shared_gate else shared
         real_BT = context.rows.segment_ids.reshape(x_BTD.shape[:2]) != 0
         chosen_BTE = jax.nn.one_hot(choice_BTS, self.config.num_experts).sum(-2)

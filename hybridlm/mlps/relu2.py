@@ -12,40 +12,22 @@ from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import relu2_rules
-from hybridlm.fields import Count
 from hybridlm.layers import Linear
 from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mlps.Config):
-    """Squared ReLU.
-
-    hidden: width between the projections; 0 is model.mlp_hidden.
-    """
-
-    hidden: Count = 0
-
-    def filled(self, model_hidden: int) -> "Config":
-        return dataclasses.replace(self, hidden=self.hidden or model_hidden)
-
-
-class Relu2(nnx.Module):
-    """down(relu(up(x))^2)."""
-
-    def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
-        self.up = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jnp.square(jax.nn.relu(self.up(x))))
+class Config(mlps.Inner):
+    """Squared ReLU."""
 
 
 def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return {"hidden": fields.size("intermediate_size", default=21504)}
 
 
-class Mlp(Relu2):
+class Mlp(mlps.Mlp):
+    """down(relu(up(x))^2)."""
+
     config_class = Config
     public: ClassVar[dict[str, Format[Any]]] = {
         "nemotron_h": Format(
@@ -58,7 +40,8 @@ class Mlp(Relu2):
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
-        super().__init__(site.d_model, config.hidden, rngs=rngs)
+        self.up = Linear(site.d_model, config.hidden, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(config.hidden, site.d_model, rngs=rngs, axes=("mlp", "embed"))
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:  # type: ignore[override]
-        return super().__call__(x)
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        return self.down(jnp.square(jax.nn.relu(self.up(x))))

@@ -13,20 +13,18 @@ from hybridlm.convert.fields import MAX_SIZE, Fields
 from hybridlm.convert.public import EVERY, Format
 from hybridlm.convert.rules import Rule, fused_rules, linear, swiglu_rules
 from hybridlm.errors import ConfigError
-from hybridlm.fields import Count, Limits
+from hybridlm.fields import Limits
 from hybridlm.layers import MLP_INNER, PASSED, Linear
 from hybridlm.mixers import Site
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(mlps.Config):
+class Config(mlps.Inner):
     """SwiGLU.
 
-    hidden: width between the projections; 0 is model.mlp_hidden.
     multipliers: of the gate's projection and of what comes out; none: 1 and 1 (Falcon-H1).
     """
 
-    hidden: Count = 0
     multipliers: tuple[Annotated[float, Limits(-1e9, 1e9)], ...] = ()
 
     def check(self, d_model: int) -> None:
@@ -37,9 +35,6 @@ class Config(mlps.Config):
 
     def explicit(self) -> "Config":
         return dataclasses.replace(self, multipliers=self.multipliers or (1.0, 1.0))
-
-    def filled(self, model_hidden: int) -> "Config":
-        return dataclasses.replace(self, hidden=self.hidden or model_hidden)
 
 
 def _read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -97,20 +92,9 @@ def _xlstm_rules(config: Config, d_model: int) -> list[Rule]:
     return [linear(*pair) for pair in names]
 
 
-class SwiGLU(nnx.Module):
+class Mlp(mlps.Mlp):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, features: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
-        self.up = Linear(features, hidden, rngs=rngs, axes=("embed", "mlp"))
-        self.down = Linear(hidden, features, rngs=rngs, axes=("mlp", "embed"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
-        return self.down(checkpoint_name(jax.nn.silu(gate) * up, PASSED))
-
-
-class Mlp(SwiGLU):
     config_class = Config
     public: ClassVar = {
         EVERY: _named("mlp."),
@@ -135,9 +119,12 @@ class Mlp(SwiGLU):
     }
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
-        super().__init__(site.d_model, config.hidden, rngs=rngs)
+        self.gate = Linear(site.d_model, config.hidden, rngs=rngs, axes=("embed", "mlp"))
+        self.up = Linear(site.d_model, config.hidden, rngs=rngs, axes=("embed", "mlp"))
+        self.down = Linear(config.hidden, site.d_model, rngs=rngs, axes=("mlp", "embed"))
         if config.multipliers:
             self.gate.multiplier, self.down.multiplier = config.multipliers
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:  # type: ignore[override]
-        return super().__call__(x)
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        gate, up = (checkpoint_name(layer(x), MLP_INNER) for layer in (self.gate, self.up))
+        return self.down(checkpoint_name(jax.nn.silu(gate) * up, PASSED))

@@ -317,13 +317,10 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     return {name: (before.get(name, "absent"), after.get(name, "absent")) for name in names}
 
 
-def dotted(tree: Any, prefix: str = "") -> dict[str, Any]:
+def dotted(tree: Any) -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}, values as JSON would give them back."""
-    if isinstance(tree, dict) and tree:
-        return {
-            k: v for name, sub in tree.items() for k, v in dotted(sub, f"{prefix}.{name}".lstrip(".")).items()
-        }
-    return {prefix: untrusted.parse(json.dumps(tree))}
+    found = trees.flatten(tree, lambda node: not isinstance(node, dict) or not node)
+    return {name: untrusted.parse(json.dumps(value)) for name, value in found.items()}
 
 
 def _under(name: str, prefixes: tuple[str, ...]) -> bool:

@@ -18,11 +18,8 @@ class Running:
     handing over the next step blocks where a program asks the host how to go on."""
 
     def __init__(self, metrics: Any, asked: float, came: float):
-        self.metrics, self.asked, self.came = (
-            metrics,
-            asked,
-            came,
-        )  # its batch: asked for, there
+        self.metrics = metrics
+        self.asked, self.came = asked, came  # of its batch: when it was asked for, and there
         self.end = 0.0
         self.thread = threading.Thread(target=self.wait, daemon=True)
         self.thread.start()

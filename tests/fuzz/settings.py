@@ -253,7 +253,7 @@ def cases(folder: Path, trace: float = 0.1, compile: float = 0.03) -> Callable[[
                 configs._override(values, field, text)
         config = resolved(values)
         if config.init_from:
-            init_from.check(config.init_from)
+            init_from.described(config.init_from)
         if not traces:
             return "resolved"
         opened(config)
