@@ -57,7 +57,7 @@ mlir.register_lowering(_lowered, _lower, cacheable=False)
 
 def _compile(call: dict[str, Any]) -> None:
     """A process that ends waits for the kernel in work, not for the others."""
-    with _one_by_one, contextlib.suppress(Exception):  # XLA meets it, too, when it comes to the call, and says
+    with _one_by_one, contextlib.suppress(Exception):  # XLA meets it, too, at the call, and says so
         if threading.main_thread().is_alive():
             compile_alone(call)
 

@@ -1,6 +1,7 @@
 """Kernels that begin to compile as they are lowered (pallas_kernels/compilation.py)."""
 
 import functools
+import re
 import threading
 
 import hopper_aot
@@ -64,13 +65,17 @@ def test_a_program_finds_its_kernels_compiled(program, monkeypatch, tmp_path):
     """What the compiler dumps of each kernel comes with the kernel alone, and not again with its program."""
     lower, begun, compile_alone = program
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_HOST_LLVM", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     whole = lower(RUN)
     assert len(begun) == 2 and not list(tmp_path.glob("*.ptx"))
     for count, call in enumerate(begun, 1):
         compile_alone(call)
         assert len(list(tmp_path.glob("*.ptx"))) == count
-    for path in tmp_path.glob("*.ptx"):
+    for host in tmp_path.glob("*.ll"):  # LLVM's vectoriser stays off what sets up a kernel
+        assert re.search(r"define \w+ @short_conv.*#0", text := host.read_text())
+        assert "attributes #0 = { noimplicitfloat }" in text
+    for path in tmp_path.iterdir():
         path.unlink()
     whole.compile()
     assert not list(tmp_path.glob("*.ptx"))
