@@ -12,6 +12,7 @@ from hybridlm import remat
 from hybridlm.layers import PASSED, STREAM, Linear, RMSNorm, side_by_side
 from hybridlm.linear_mixer import softplus_decay
 from hybridlm.loss import cross_entropy
+from hybridlm.rms import rms, scaled_rms
 
 normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
 
@@ -56,6 +57,19 @@ def test_norms_of_groups_and_of_heads():
     flat = lambda a: a.reshape(2, 5, 24)
     grouped = lambda x, scale, gate: module(flat(x), scale, flat(gate), 3)
     agree(grouped, lambda *args: flat(plain(*args)), x, scale, gate)
+
+
+def test_a_norm_has_one_axis_of_rows_on_one_device():
+    """XLA then has fewer tilings to try; over several, axes that are cut stay apart. The same bits."""
+    x, scale, gate = normal(0, 2, 5, 3, 8), normal(1, 3, 8), normal(2, 2, 5, 3, 8)
+    plain = lambda *args: scaled_rms.__wrapped__(*args, 1e-6)  # without its gradient
+    for devices, rows in ((1, (10,)), (2, (2, 5))):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((devices,), ("data",))):
+            jaxpr = jax.make_jaxpr(plain)(x, scale, gate)
+        summed = [one.invars[0].aval.shape for one in jaxpr.eqns if one.primitive.name == "reduce_sum"]
+        assert summed == [(*rows, 3, 8)]
+    apart = jax.jit(lambda x, scale, gate: rms(x, 1e-6) * scale * gate)
+    np.testing.assert_array_equal(jax.jit(plain)(x, scale, gate), apart(x, scale, gate))
 
 
 def test_products_side_by_side():
