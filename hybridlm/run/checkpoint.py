@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridlm import trees, untrusted
+from hybridlm import pattern, trees, untrusted
 from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal, sound
 from hybridlm.run.sound import COMMITTED, HALF_WRITTEN
@@ -294,6 +294,10 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
     refused = [name for name in found if _under(name, FIXED) and not _under(name, FREE)]
     if "data.fingerprint" in refused:
         refused += [name for name in found if _under(name, ("data",)) and name not in refused]
+        refused.remove("data.fingerprint")
+        refused.append("data.fingerprint")  # what a user set is named before what follows from it
+    if PATTERN in refused and _respelt(*found[PATTERN], record["config"]):
+        refused.remove(PATTERN)
     if PATTERN in refused:  # most other differences follow from it, and none is what was meant
         before, after = found[PATTERN]
         problem = f"this workdir holds a run of another pattern, {before!r}"
@@ -308,6 +312,14 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
         raise ConfigError(refused[0], found[refused[0]][1], problem, fix)
     for change in said.values():
         log.info("resumed with a change: %s", change)
+
+
+def _respelt(before: str, after: str, config: dict[str, Any]) -> bool:
+    """Whether two patterns spell the same layers."""
+    with contextlib.suppress(ConfigError):  # of an older version
+        depth = config["model"].get("num_layers", 0)
+        return pattern.fill(pattern.parse(before), depth) == pattern.fill(pattern.parse(after), depth)
+    return False
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
