@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -138,13 +139,13 @@ def taken_up(folder: Path, subject: Subject) -> dict[str, Result]:
     eval.json is of one checkpoint. Results of another go to eval-<its step>.json, from where they come back
     if that checkpoint is evaluated again.
     """
-    path, found = folder / "eval.json", {}
+    path, found = folder / "eval.json", dict[str, Result]()
     for one in (path.with_name(f"eval-{subject.step}.json"), path):
         found |= {name: result for name, result in read(one).items() if _of(subject, result)}
     others = [result["identity"]["step"] for result in read(path).values() if not _of(subject, result)]
     if others:
         aside = path.with_name(f"eval-{others[-1]}.json")
-        put(aside, lambda: path.replace(aside))
+        put(aside, lambda: os.replace(path, aside))
         said = "%s held results of another checkpoint (step %d): they are in %s"
         log.warning(said, path, others[-1], aside)
     return found
