@@ -184,7 +184,10 @@ def test_changes_that_are_honoured(caplog):
         checkpoint.check_unchanged(
             *changed(data__path="/elsewhere/*.py", optimizer__learning_rate=0.2, **fields)
         )
-    assert "train.steps: 100 -> 200" in caplog.text
+    assert "train.steps: 100 -> 200" in caplog.text and "no effect" not in caplog.text
+    before, after = changed()
+    checkpoint.check_unchanged(before, after | {"config": after["config"] | {"init_from": "runs/x"}})
+    assert "no effect on a resumed run" in caplog.text and "-> 'runs/x'" in caplog.text
 
 
 def test_unreadable_checkpoint_is_named(tmp_path):

@@ -53,6 +53,7 @@ RECORD = {
     "config": dict, "fingerprint": str, "format?": int, "skipped?": [untrusted.NATURAL],
     "unwritten?": {str: (float, str, type(None))},
 }  # fmt: skip
+SPENT = ("init_from", "init_gates")  # read at the start of a run, and never again
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
 FREE = ("model.remat", "model.scan", "model.dtype", "model.matmul")  # below FIXED, yet no part of the state
 
@@ -310,8 +311,11 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
         problem = "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(shown)
         fix = "Restore the old values, or start anew in another --workdir."
         raise ConfigError(refused[0], found[refused[0]][1], problem, fix)
-    for change in said.values():
-        log.info("resumed with a change: %s", change)
+    for name, change in said.items():
+        if name in SPENT:
+            log.warning("no effect on a resumed run, whose parameters are the checkpoint's: %s", change)
+        else:
+            log.info("resumed with a change: %s", change)
 
 
 def _respelt(before: str, after: str, config: dict[str, Any]) -> bool:
