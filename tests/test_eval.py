@@ -19,7 +19,7 @@ import eval.__main__ as command
 from eval import harness, in_loop, paired, report, runner, statistics, subject, tasks
 from eval.haystack import load as haystack
 from hybridlm import config as configs
-from hybridlm import data, weights
+from hybridlm import data, init_from, weights
 from hybridlm import model as lm
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError, RunError
@@ -43,6 +43,22 @@ def workdir(tmp_path_factory):
     with checkpoint.Checkpoints(folder / "checkpoints") as saves:
         saves.save(3, {"params": params}, {"step": 3, "format": checkpoint.FORMAT})
     return folder
+
+
+def test_parameters_that_are_not_finite_are_said(workdir, tmp_path, caplog):
+    """Of a run that diverged: texts and scores would come all the same. No run starts from them."""
+    (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    definition = weights.load(workdir).definition
+    params = lm.unstack(definition, weights.load(workdir).params)
+    assert not caplog.text
+    name = "layers.0.mixer.q_proj.kernel"
+    params[name] = params[name].at[3, 1].set(np.nan)
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as saves:
+        saves.save(4, {"params": params}, {"step": 4, "format": checkpoint.FORMAT})
+    subject.load(tmp_path)
+    assert f"at step 4: 1 of {len(params)} parameters are not finite, {name} among them" in caplog.text
+    with init_from.source(tmp_path) as other, pytest.raises(ConfigError, match=rf"init_from = '{name}'"):
+        init_from.load(other, definition, weights.load(workdir).params)
 
 
 @pytest.fixture(scope="module")
