@@ -16,7 +16,7 @@ import rich
 from rich.logging import RichHandler
 
 from eval import in_loop
-from hybridlm import commands, config_file, report, trainer
+from hybridlm import commands, config_file, report, stages, trainer
 from hybridlm import config as configs
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, processes
@@ -66,6 +66,19 @@ def parse_with(
     return parser.parse_args(flags), overrides
 
 
+def idle(config: configs.Config, field: str) -> str:
+    """Why an override of ``field`` changes nothing in the resolved ``config``; "" if it may."""
+    section, name = (*field.split("."), "")[:2]
+    if section in configs.LAYERS and name not in getattr(config, section):
+        return f"no layer of model.pattern names that {section[:-1].replace('mlp', 'MLP')}"
+    if section == stages.FIELD and name not in config.stages:
+        return "the stage is not in stages.order"
+    overlays = [config.stages[one].get(section, {}) for one in config.stages.get(stages.ORDER, ())]
+    if overlays and all(name in one or (section == "objective" and "kind" in one) for one in overlays):
+        return "every stage has its own"
+    return ""
+
+
 def default_workdir(spec: str) -> Path:
     """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's x/kda/point.json -> x/kda"""
     filename, argument = config_file.split(spec)
@@ -86,8 +99,8 @@ def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
         processes.join(flags.distributed)
     config = configs.resolve(configs.load(flags.config, overrides))
     for field in overrides:
-        if field.startswith("mixers.") and field.split(".")[1] not in config.mixers:
-            log.warning("--config.%s has no effect: the mixer is not in model.pattern", field)
+        if why := idle(config, field):
+            log.warning("--config.%s has no effect: %s", field, why)
     if flags.devices and not flags.dry_run:
         raise ConfigError("--devices", flags.devices, "names GPUs that are not there", "Add --dry_run.")
     if flags.dry_run:

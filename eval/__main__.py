@@ -84,9 +84,10 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
         raise ConfigError("--workdir", "", "must name the run to evaluate")
     workdir = Path(flags.workdir)
     folder = runner.folder(workdir, flags.ema)
-    known = runner.read(folder / "eval.json")
+    runner.read(folder / "eval.json")  # a damaged one is refused before anything is loaded
     tested = subject.load(workdir, flags.step, flags.tokenizer, flags.batch_tokens, flags.ema)
     runner.check_writable(folder)
+    known = runner.taken_up(folder, tested)
     name = Path(private.hide(str(workdir.resolve()))).name
     title = f"{name} at step {tested.step:,}" + (", average of the weights" if flags.ema else "")
     about = {"run": name, "step": tested.step, "pattern": tested.config.model.pattern}
@@ -95,6 +96,8 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     keep = lambda results: runner.write(
         folder / "eval.json", results, about | {"haystack": wanted.one.haystack.name}
     )
+    if known != runner.read(folder / "eval.json"):
+        keep(known)
     with progress(console) as bars:
         watch = watcher(bars, runner.missing(tested, chosen, wanted, known))
         results = runner.measure(tested, chosen, wanted, known, watch=watch, done=keep)

@@ -16,6 +16,7 @@ from eval.runner import Result
 from eval.statistics import Z
 
 LEVEL = 0.05  # of the family of all comparisons of a run with the baseline
+OF_THE_RUN = {"step", "checkpoint"}  # of a result's identity: what two runs need not have in common
 GRID = 2520  # to which differences are rounded: exact for shares of up to ten answers
 
 
@@ -84,7 +85,8 @@ def unlike(run: Result, baseline: Result) -> str:
     if "scores" not in run or "scores" not in baseline:
         return "measured by an older version, without the scores of samples"
     mine, theirs = run["identity"], baseline["identity"]
-    differing = [name for name in mine | theirs if name != "step" and mine.get(name) != theirs.get(name)]
+    names = (mine | theirs).keys() - OF_THE_RUN
+    differing = [name for name in names if mine.get(name) != theirs.get(name)]
     if differing:
         return f"another {', '.join(sorted(differing))}"
     return "" if len(run["scores"]) == len(baseline["scores"]) else "another number of samples"

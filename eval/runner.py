@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hybridlm.run import private
 
 log = logging.getLogger("hybridlm")
 Result = dict[str, Any]
-IDENTITY = {"step": untrusted.NATURAL, "samples": untrusted.NATURAL, "seed": int}
+IDENTITY = {"step": untrusted.NATURAL, "samples": untrusted.NATURAL, "seed": int, "checkpoint?": str}
 RESULT = {
     "task": str, "length": untrusted.NATURAL, "accuracy": float, "low": float, "high": float,
     "samples": untrusted.NATURAL, "chance": (float, type(None)), "identity": IDENTITY,
@@ -117,6 +118,7 @@ def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
     tokens = subject.tokenizer.fingerprint if subject.tokenizer and task.text else None
     return {
         "step": subject.step,
+        "checkpoint": subject.checkpoint,
         "samples": setting.samples,
         "seed": setting.seed,
         "tokenizer": tokens,
@@ -129,6 +131,29 @@ def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Result]:
     """The results in ``path``, {} when there is none; RunError for a file that is not one of results."""
     return read_whole(path)["results"] if path.exists() else {}
+
+
+def taken_up(folder: Path, subject: Subject) -> dict[str, Result]:
+    """What was measured of the subject's checkpoint before, from ``folder``.
+
+    eval.json is of one checkpoint. Results of another go to eval-<its step>.json, from where they come back
+    if that checkpoint is evaluated again.
+    """
+    path, found = folder / "eval.json", dict[str, Result]()
+    for one in (path.with_name(f"eval-{subject.step}.json"), path):
+        found |= {name: result for name, result in read(one).items() if _of(subject, result)}
+    others = [result["identity"]["step"] for result in read(path).values() if not _of(subject, result)]
+    if others:
+        aside = path.with_name(f"eval-{others[-1]}.json")
+        put(aside, lambda: os.replace(path, aside))
+        said = "%s held results of another checkpoint (step %d): they are in %s"
+        log.warning(said, path, others[-1], aside)
+    return found
+
+
+def _of(subject: Subject, result: Result) -> bool:
+    identity = result["identity"]
+    return (identity["step"], identity.get("checkpoint")) == (subject.step, subject.checkpoint)
 
 
 def read_whole(path: Path) -> dict[str, Any]:

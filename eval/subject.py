@@ -21,6 +21,7 @@ from hybridlm.data.source import empty_rows
 from hybridlm.errors import ConfigError
 from hybridlm.generate import decoding
 from hybridlm.rows import Rows
+from hybridlm.run import seal
 
 log = logging.getLogger("hybridlm")
 SHOWN = 64  # tokens before a text that can have a part in how it is spelt
@@ -35,6 +36,7 @@ class Subject:
     config: the resolved config of the run; its data, for tasks that the model was trained on.
     step: of the checkpoint.
     batch_tokens: tokens of a batch at most, padding included; one row is a batch however long it is.
+    checkpoint: which of those that a step may have had (`seal.identity`).
     """
 
     definition: lm.Definition
@@ -43,6 +45,7 @@ class Subject:
     config: Config
     step: int
     batch_tokens: int = 1 << 15
+    checkpoint: str = ""
 
     def encode(self, text: str) -> list[int]:
         """A document that begins with ``text``: the separator and its tokens."""
@@ -222,4 +225,5 @@ def load(
     tokens = tokenizers.load(tokenizer, "--tokenizer") if tokenizer else weights.tokenizer(workdir, config)
     if tokens is not None:
         weights.check_fits(tokens, definition.vocab_size)
-    return Subject(definition, params, tokens, config, step, batch_tokens)
+    checkpoint = seal.identity(Path(workdir) / "checkpoints" / str(step))
+    return Subject(definition, params, tokens, config, step, batch_tokens, checkpoint)

@@ -3,11 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from hybridlm import mixers, mlps, pattern, schema
 from hybridlm.context import Context
+from hybridlm.errors import ConfigError
 from hybridlm.layers import PASSED, STREAM, LayerNorm, Linear, RMSNorm
 from hybridlm.mixers import Site
 
@@ -86,6 +88,11 @@ class Block(nnx.Module):
     def __init__(self, model: schema.Model, spec: Spec, site: Site, *, rngs: nnx.Rngs):
         self.post_norm, self.has_mlp = spec.post_norm, spec.mlp_kind != "none"
         self.bare = spec.config.norms_itself
+        mlp = pattern.split(spec.name)[1]
+        self.called = {
+            "mixer": (f"mixers.{spec.mixer}.kind", spec.kind),
+            "mlp": (f"mlps.{mlp}.kind", spec.mlp_kind),
+        }
         self.multiplier, self.stream = model.residual_multiplier, dict(spec.stream)
         site = site._replace(leaves=spec.leaves, reuses=spec.reuses)
         if not spec.config.norms_itself:
@@ -105,7 +112,7 @@ class Block(nnx.Module):
         context.record("block.input", x_BTD)
         own, kept = cache if self.keeps and cache is not None else (cache, None)
         given = self._before("mixer", x_BTD)
-        mixed, own = self.mixer(given, context, own)
+        mixed, own = self._pair(self.mixer(given, context, own))
         context.record("block.mixed", mixed)
         between = checkpoint_name(self._sum("mixer", x_BTD, given, mixed), STREAM)
         y_BTD, kept = self._mlp(between, context, kept)
@@ -116,7 +123,7 @@ class Block(nnx.Module):
         """One more token a row: x and the context's rows without the T axis."""
         own, kept = cache if self.keeps else (cache, None)
         given = self._before("mixer", x_BD)
-        mixed, own = self.mixer.step(given, context, own)
+        mixed, own = self._pair(self.mixer.step(given, context, own))
         y_BD, kept = self._mlp(self._sum("mixer", x_BD, given, mixed), context, kept)
         return y_BD, (own, kept) if self.keeps else own
 
@@ -135,6 +142,13 @@ class Block(nnx.Module):
             y = self.mlp(given, context)
         return self._sum("mlp", x, given, y), kept
 
+    def _pair(self, made: Any) -> tuple[jax.Array, Any]:
+        """What a mixer, perhaps one from outside, returned; an array would come apart along its batch."""
+        if not isinstance(made, tuple) or len(made) != 2:
+            problem = f"returned {type(made).__name__}"
+            raise ConfigError(*self.called["mixer"], problem, "It must be (y, cache); without one (y, None).")
+        return made
+
     def _norm(self, half: str) -> "Norm":
         return self.mixer_norm if half == "mixer" else self.mlp_norm
 
@@ -143,7 +157,10 @@ class Block(nnx.Module):
         return x if bare else checkpoint_name(self._norm(half)(x), PASSED)
 
     def _sum(self, half: str, x: jax.Array, given: jax.Array, y: jax.Array) -> jax.Array:
-        """The stream after ``half`` made y of what it was given."""
+        """The stream after ``half`` made y of what it was given; ConfigError where y is not like it."""
+        if y.shape != x.shape or jnp.promote_types(x.dtype, y.dtype) != x.dtype:
+            problem = f"made {y.dtype}{list(y.shape)} of {x.dtype}{list(x.shape)}"
+            raise ConfigError(*self.called[half], problem, "It must be of that shape and dtype.")
         y = self._norm(half)(y) if self.post_norm else y
         y = y * self.multiplier if self.multiplier != 1 else y
         if half not in self.stream:

@@ -179,7 +179,9 @@ def _meant(kind: Any, text: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _alternative(parse, kind, text)
     if origin is tuple:
-        parts = [part.strip() for part in text.strip("()[] ").split(",")]
+        around = re.fullmatch(r"\s*(?:\([^()]*\)|\[[^\[\]]*\])\s*", text)  # a pattern may end in brackets
+        text = text.strip()[1:-1] if around else text
+        parts = [part.strip() for part in text.split(",")]
         return tuple(_meant(args[0], part.strip("'\"")) for part in parts if part)
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)

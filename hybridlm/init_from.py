@@ -201,6 +201,9 @@ def load(
     for name in (*taken, *mapped):
         loaded = mapped[name].value if name in mapped else other.read(name)
         assert loaded is not None
+        if not np.isfinite(loaded).all():
+            fix = "Start from another checkpoint, or leave it out to start fresh."
+            raise ConfigError("init_from", name, "holds numbers that are not finite", fix)
         ours[name] = jax.make_array_from_callback(loaded.shape, ours[name].sharding, loaded.__getitem__)
     whole = jax.tree.map(lambda leaf: leaf.sharding, params)
     restack = jax.jit(lambda flat: model.restack(definition, flat), out_shardings=whole)

@@ -3,11 +3,17 @@
 import dataclasses
 import importlib
 import pkgutil
+import re
+import traceback
 from types import ModuleType
 from typing import Any
 
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import describe, fields
+
+INSIDE = re.compile(
+    rf"importlib|{re.escape(__file__)}"
+)  # files whose part in an import is none of the user's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +47,17 @@ def _outside(kind: str) -> Any:
     if not all(part.isidentifier() for part in module.split(".")) or not name.isidentifier():
         raise ConfigError("kind", kind, "must be module:Class, dotted names of Python")
     try:
-        found = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # anything can go wrong in code that is not ours
-        fix = "The module must be importable: installed, or below the folder that Python starts in."
         problem = f"cannot be imported ({type(error).__name__}: {error})"
+        fix = "The module must be importable: installed, or below the folder that Python starts in."
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not INSIDE.search(f.filename)]
+        fix = f"It fails at line {own[-1].lineno} of {own[-1].filename}." if own else fix
         raise ConfigError("kind", kind, problem, fix) from error
+    found = getattr(imported, name, None)
+    if found is None:
+        classes = [one for one, what in vars(imported).items() if isinstance(what, type)]
+        raise ConfigError("kind", kind, f"the module has no {name}", nearest(name, classes))
     config = getattr(found, "config_class", None)
     if not (isinstance(config, type) and issubclass(config, Settings)):
         fix = "Name its settings in the class: config_class, a frozen dataclass below hybridlm.mixers.Config."

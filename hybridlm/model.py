@@ -114,20 +114,24 @@ def in_training(definition: Definition, config: "Config") -> Definition:
 
 def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:
     """The layers with the names of those of their parameters that a pattern freezes."""
-    names, matched, result = {}, set(), []
+    names, result = {}, []
     stripped = [one.removeprefix("!") for one in frozen]
     for spec in dict.fromkeys(layers):
         names[spec] = list(_flat(nnx.state(abstract_block(model, spec))))
     for index, spec in enumerate(layers):
         own = {name: f"layers.{index}.{name}" for name in names[spec]}
-        matched |= {one for one in stripped for name in own.values() if fnmatchcase(name, one)}
         held = {name for name, whole in own.items() if froze(whole, frozen)} | {*spec.frozen}
         result.append(spec._replace(frozen=tuple(name for name in own if name in held)))
     others = ("embedding", "final_norm.scale", "final_norm.bias", "embedding_norm", "head", "shared")
-    for one in stripped:
-        if one not in matched and not any(fnmatchcase(n, one) or one.startswith(f"{n}.") for n in others):
+    every = [*others, *(f"layers.{index}.{n}" for index, spec in enumerate(layers) for n in names[spec])]
+    for at, one in enumerate(stripped):
+        named = [n for n in every if fnmatchcase(n, one)] or [n for n in others if one.startswith(f"{n}.")]
+        if not named:
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
             raise ConfigError("optimizer.freeze", one, "is the name of no parameter", fix)
+        if frozen[at].startswith("!") and not any(froze(n, frozen[:at]) for n in named):
+            fix = f"All but these: '*, {frozen[at]}'."
+            raise ConfigError("optimizer.freeze", frozen[at], "takes out what nothing before it freezes", fix)
     return tuple(result)
 
 

@@ -16,6 +16,7 @@ from hybridlm.fields import INT32, Above, Count, Epsilon, Fraction, Limits, NonN
 
 FACTOR = r"(?:[0-9]{1,5}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-[0-9]{1,2})?"
 Axis = Annotated[int, Limits(-1, INT32)]
+Memory = Annotated[float, Limits(0, 0.999999)]  # of a moving average; with 1 it never takes anything in
 
 
 def pairs(
@@ -137,16 +138,16 @@ class Optimizer:
     warmup_steps: Count = 0
     final_ratio: Fraction = 0.1
     decay_fraction: Fraction = 0.1
-    b1: Fraction = 0.9
-    b2: Fraction = 0.95
-    eps: NonNegative = 1e-8
+    b1: Memory = 0.9
+    b2: Memory = 0.95
+    eps: Above = 1e-8
     weight_decay: NonNegative = 0.1
     clip_norm: NonNegative = 1.0
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Memory = 0.95
     qk_clip: NonNegative = 0.0
     freeze: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
-    ema: Annotated[float, Limits(0, 0.999999)] = 0.0
+    ema: Memory = 0.0
 
     def check(self) -> None:
         self.multipliers()

@@ -1,9 +1,11 @@
 """The parameters of a run, as its checkpoints have them, and the tokenizer that belongs to them."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from hybridlm import config as configs
 from hybridlm import model, untrusted
@@ -11,7 +13,9 @@ from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.data.tokenizer import FileTokenizer, Tokenizer
 from hybridlm.errors import ConfigError
-from hybridlm.run import checkpoint
+from hybridlm.run import checkpoint, private
+
+log = logging.getLogger("hybridlm")
 
 TOKENIZER = "tokenizer.json"  # in a workdir
 CARRIED = "hf"  # what a workdir keeps of the public checkpoint that it came from
@@ -49,7 +53,12 @@ def load(workdir: str | Path, step: int | None = None, ema: bool = False, **chan
         if ema:
             average = {name: like[name] for name in averaged(config, definition)}
             flat |= saves.restore(step, {"ema": average})["ema"]
-    return Weights(config, definition, jax.jit(lambda flat: model.restack(definition, flat))(flat), step)
+    finite = lambda flat: {name: jnp.isfinite(leaf).all() for name, leaf in flat.items()}
+    params, found = jax.jit(lambda flat: (model.restack(definition, flat), finite(flat)))(flat)
+    if lost := [name for name, yes in found.items() if not yes]:
+        said = "%s at step %d: %d of %d parameters are not finite, %s among them: nothing follows from them"
+        log.warning(said, private.hide(str(workdir)), step, len(lost), len(flat), lost[0])
+    return Weights(config, definition, params, step)
 
 
 def averaged(

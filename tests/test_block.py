@@ -7,14 +7,27 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import model
 from hybridlm.errors import ConfigError
+from hybridlm.mixers import gated_conv
 from hybridlm.rows import single_document
 
 QUICKSTART = "configs/quickstart.py"
 
 
-def definition(**fields) -> model.Definition:
+class Outside(gated_conv.Mixer):
+    """A mixer of a user's own, which returns what `returned` makes of the right thing."""
+
+    returned = staticmethod(lambda y, cache: y)  # without the cache: a batch of two comes apart as a pair
+
+    def __call__(self, x, context, cache=None):
+        return self.returned(*super().__call__(x, context, cache))
+
+    def step(self, x, context, cache):
+        return self.returned(*super().step(x, context, cache))
+
+
+def definition(mixers: dict | None = None, **fields) -> model.Definition:
     config = configs.default()
-    config.mixers = {"full": configs.mixer("attention", num_heads=2)}
+    config.mixers = mixers or {"full": configs.mixer("attention", num_heads=2)}
     config.model.update(d_model=16, vocab_size=48, mlp_hidden=32, dtype="float32", **fields)
     config.data = configs.data("text", path="python-stdlib:")
     return model.build(configs.resolve(config))
@@ -71,3 +84,29 @@ def test_what_is_refused(values: dict[str, str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
         configs.resolve(configs.load(QUICKSTART, values))
     assert caught.value.field == "model.stream_norm"
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        (Outside.returned, "must be (y, cache)"),
+        (lambda y, cache: (y, cache, 3), "returned tuple. It must be (y, cache)"),
+        (lambda y, cache: (y[..., :1], cache), "made float32[2, 5, 1] of float32[2, 5, 16]"),
+        (lambda y, cache: (y[:, 0], cache), "made float32[2, 16] of float32[2, 5, 16]"),
+        (lambda y, cache: (y.astype("complex64"), cache), "made complex64[2, 5, 16] of"),
+        (lambda y, cache: (y, cache), ""),
+    ],
+)
+def test_what_a_mixer_from_outside_returns(returned, problem, monkeypatch) -> None:
+    """Refused while tracing, by the kind's name: most would be broadcast to the stream, or taken apart."""
+    monkeypatch.setattr(Outside, "returned", staticmethod(returned))
+    mine = {"mine": configs.mixer(f"{__name__}:Outside")}
+    made = definition(pattern="mine", mixers=mine)
+    run = lambda params, tokens: model.logits(made, params, tokens, single_document(*tokens.shape))
+    shapes = jax.ShapeDtypeStruct((2, 5), np.int32)
+    if not problem:
+        assert jax.eval_shape(run, model.shapes(made), shapes).shape == (2, 5, 48)
+        return
+    with pytest.raises(ConfigError) as caught:
+        jax.eval_shape(run, model.shapes(made), shapes)
+    assert caught.value.field == "mixers.mine.kind" and problem in str(caught.value)

@@ -165,6 +165,17 @@ def test_a_refusal_shows_the_whole_diff():
         )
     for part in ("model.d_model: 64 -> 128", "train.seed: 0 -> 1", "data.path: '/a/*.py' -> '/b'"):
         assert part in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        checkpoint.check_unchanged(*changed(train__seq_len=64, fingerprint="def"))
+    assert str(caught.value).startswith("train.seq_len = 64:")  # and not with what follows from it
+
+
+def test_a_pattern_that_spells_the_same_layers_is_no_change():
+    pattern = BASE["model"]["pattern"]
+    for same in (f" ( {pattern} ) ", f"{pattern}\n"):
+        checkpoint.check_unchanged(*changed(model__pattern=same))
+    with pytest.raises(ConfigError, match="another pattern"):
+        checkpoint.check_unchanged(*changed(model__pattern=f"({pattern})*2"))
 
 
 def test_changes_that_are_honoured(caplog):
@@ -173,7 +184,10 @@ def test_changes_that_are_honoured(caplog):
         checkpoint.check_unchanged(
             *changed(data__path="/elsewhere/*.py", optimizer__learning_rate=0.2, **fields)
         )
-    assert "train.steps: 100 -> 200" in caplog.text
+    assert "train.steps: 100 -> 200" in caplog.text and "no effect" not in caplog.text
+    before, after = changed()
+    checkpoint.check_unchanged(before, after | {"config": after["config"] | {"init_from": "runs/x"}})
+    assert "no effect on a resumed run" in caplog.text and "-> 'runs/x'" in caplog.text
 
 
 def test_unreadable_checkpoint_is_named(tmp_path):

@@ -113,7 +113,8 @@ def test_a_kind_that_cannot_be_had(kind, problem):
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("exits", "raise SystemExit(0)", "cannot be imported (SystemExit: 0)"),
+        ("exits", "raise SystemExit(0)", "cannot be imported (SystemExit: 0). It fails at line 1 of "),
+        ("other", "Mixen = int", "the module has no Mixer. Did you mean 'Mixen'?"),
         ("no_type", "x: dict = dataclasses.field(default_factory=dict)", "no config can give (KeyError"),
         ("nowhere", "x: 'Nowhere' = 3", "no config can give (NameError"),
         ("no_default", "_: dataclasses.KW_ONLY\n    x: int", "no config can give (TypeError"),

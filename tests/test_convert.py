@@ -351,3 +351,14 @@ def test_init_from(tmp_path: Path) -> None:
     assert (tmp_path / "hf" / "manifest.json").is_file()
     with pytest.raises(ConfigError, match="neither a workdir with checkpoints nor a Hugging Face folder"):
         init_from.described(tmp_path / "nowhere")
+
+
+def test_a_dtype_without_room_for_a_number_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned = {"a": tensors.Planned("model.safetensors", "F16", (2,))}
+    with pytest.raises(ConfigError, match=r"--dtype = 'F16': cannot hold a, whose largest number is 7e\+04"):
+        tensors.write(tmp_path, planned, lambda name: np.array([1, -7e4], np.float32))
+    assert not caplog.text
+    tensors.write(tmp_path, planned, lambda name: np.array([1, np.nan], np.float32))
+    assert "a holds numbers that are not finite" in caplog.text

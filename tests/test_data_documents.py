@@ -120,7 +120,7 @@ FLIPPED = SQUEEZED[:30] + bytes([SQUEEZED[30] ^ 0x55]) + SQUEEZED[31:]
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a.jsonl:2'.*is not JSON"),
         ("a.jsonl", b'{"body": "x"}', r"has no text in 'text'. Its fields: body"),
-        ("a.jsonl", b'{"text": 3}', "has no text in 'text'"),
+        ("a.jsonl", b'{"text": 3}', r"has no text in 'text'. It holds int"),
         ("a.jsonl", b"[1, 2]", "has no text in 'text'"),
         ("a.jsonl.gz", b"not gzip", "it is not gzip, as its name says"),
         ("a.jsonl.gz", SQUEEZED[:-20], "cannot be read"),

@@ -54,7 +54,7 @@ def test_every_field_says_what_it_is_and_what_it_accepts(tables):
     silent = [(heading, name) for heading, rows in tables.items() for name, row in rows.items() if not row[2]]
     assert not silent
     assert tables["`train`"]["batch_size"][0] == "a whole number, at least 1"
-    assert tables["`optimizer`"]["b2"][0] == "a number, at least 0, at most 1"
+    assert tables["`optimizer`"]["final_ratio"][0] == "a number, at least 0, at most 1"
     assert (
         tables["`model`"]["remat"][0]
         == "one of `none`, `full`, `attention`, `dots`, `mixer`, `kernels`, `most`, `auto`"

@@ -39,7 +39,7 @@ CASES: list[tuple[str, list[str], list[str]]] = [
     ("not finite", ["--config.optimizer.learning_rate=nan"], ["learning_rate = 'nan'", "must be"]),
     ("negative steps", ["--config.train.steps=-5"], ["train.steps = '-5'", "must be at least 1"]),
     ("negative steps, apart", ["--config.train.steps", "-5"], ["train.steps = '-5'", "must be at least 1"]),
-    ("beyond a limit", ["--config.optimizer.b2=1.5"], ["optimizer.b2", "must be between 0 and 1"]),
+    ("beyond a limit", ["--config.optimizer.b2=1.5"], ["optimizer.b2", "must be between 0 and 0.999999"]),
     ("unknown choice", ["--config.optimizer.schedule=linear"], ["must be one of cosine, wsd, constant"]),
     (
         "name in the pattern",

@@ -16,10 +16,10 @@ from matplotlib import image
 from rich.console import Console
 
 import eval.__main__ as command
-from eval import harness, in_loop, report, runner, statistics, subject, tasks
+from eval import harness, in_loop, paired, report, runner, statistics, subject, tasks
 from eval.haystack import load as haystack
 from hybridlm import config as configs
-from hybridlm import data, weights
+from hybridlm import data, init_from, weights
 from hybridlm import model as lm
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError, RunError
@@ -43,6 +43,22 @@ def workdir(tmp_path_factory):
     with checkpoint.Checkpoints(folder / "checkpoints") as saves:
         saves.save(3, {"params": params}, {"step": 3, "format": checkpoint.FORMAT})
     return folder
+
+
+def test_parameters_that_are_not_finite_are_said(workdir, tmp_path, caplog):
+    """Of a run that diverged: texts and scores would come all the same. No run starts from them."""
+    (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
+    definition = weights.load(workdir).definition
+    params = lm.unstack(definition, weights.load(workdir).params)
+    assert not caplog.text
+    name = "layers.0.mixer.q_proj.kernel"
+    params[name] = params[name].at[3, 1].set(np.nan)
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as saves:
+        saves.save(4, {"params": params}, {"step": 4, "format": checkpoint.FORMAT})
+    subject.load(tmp_path)
+    assert f"at step 4: 1 of {len(params)} parameters are not finite, {name} among them" in caplog.text
+    with init_from.source(tmp_path) as other, pytest.raises(ConfigError, match=rf"init_from = '{name}'"):
+        init_from.load(other, definition, weights.load(workdir).params)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +127,7 @@ def plan(lengths=(), **fields):
 def test_results_are_kept_and_measured_again_only_if_they_differ(loaded, tmp_path):
     task, path = Chosen(), tmp_path / "eval.json"
     keep = lambda results: runner.write(path, results, {"step": 3})
+    assert len(loaded.checkpoint) == 16  # of the seal: the step alone would not tell a run trained anew
     first = runner.measure(loaded, [task], plan(), runner.read(path), done=keep)
     assert task.runs == 2 and first == runner.read(path)
     assert first["chosen@8"]["accuracy"] == 0.75 and first["chosen@8"]["samples"] == 4
@@ -122,6 +139,23 @@ def test_results_are_kept_and_measured_again_only_if_they_differ(loaded, tmp_pat
     path.write_text("{")
     with pytest.raises(RunError, match="not a file of results"):
         runner.read(path)
+
+
+@pytest.mark.parametrize("change", [{"checkpoint": "another"}, {"step": 9}])
+def test_results_of_another_checkpoint_are_put_aside(loaded, tmp_path, caplog, change):
+    """Also of the same step, trained anew; they are taken up again with the checkpoint that they are of."""
+    path, other = tmp_path / "eval.json", dataclasses.replace(loaded, **change)
+    keep = lambda results: runner.write(path, results, {"step": 3})
+    first = runner.measure(loaded, [Chosen()], plan(), done=keep)
+    assert runner.taken_up(tmp_path, loaded) == first and not caplog.text
+    assert runner.taken_up(tmp_path, other) == {} and "results of another checkpoint (step 3)" in caplog.text
+    assert not path.exists() and runner.read(tmp_path / "eval-3.json") == first
+    second = runner.measure(other, [Chosen()], plan(lengths=(8,)), done=keep)
+    assert second["chosen@8"]["identity"] != first["chosen@8"]["identity"]
+    assert runner.taken_up(tmp_path, other) == second
+    if "step" in change:
+        assert runner.taken_up(tmp_path, loaded) == first and runner.taken_up(tmp_path, other) == second
+    assert paired.unlike(second["chosen@8"], first["chosen@8"]) == ""  # two runs need not be of one step
 
 
 def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):

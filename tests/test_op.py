@@ -36,7 +36,8 @@ def arguments(**changes):
         ({"initial_state": jnp.zeros((2, 4, 3, 4))}, r"initial_state.shape = .*: must be \(2, 4, 4, 3\)"),
         ({"segment_ids": jnp.zeros((2, 4), int)}, r"segment_ids.shape = \(2, 4\): must be \(2, 5\)"),
         ({"segment_ids": jnp.zeros((2, 5))}, r"segment_ids.dtype = float32: must be an integer"),
-        ({"scale": "big"}, r"scale = 'big': must be a Python number"),
+        ({"scale": "big"}, r"scale = 'big': must be a finite Python number"),
+        ({"scale": float("nan")}, r"scale = nan: must be a finite Python number"),
         (
             {"backend": "cuda"},
             r"backend = 'cuda': must be one of auto, reference, xla, pallas, hopper, triton",

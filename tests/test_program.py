@@ -63,7 +63,13 @@ def test_what_is_frozen_stays_and_has_no_state(text):
 
 @pytest.mark.parametrize(
     ("freeze", "problem"),
-    [(("layers.7.*",), "is the name of no parameter"), (("*",), "leaves nothing to train")],
+    [
+        (("layers.7.*",), "is the name of no parameter"),
+        (("*",), "leaves nothing to train"),
+        (("!head",), r"'!head': takes out what nothing before it freezes. All but these: '\*, !head'"),
+        (("embedding", "!layers.*"), "takes out what nothing before it"),
+        (("*", "!layers.0.*", "!layers.0.*"), "takes out what nothing before it"),
+    ],
 )
 def test_freezing_nothing_or_everything_is_refused(text, freeze, problem):
     with pytest.raises(ConfigError, match=problem):

@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 from rich.console import Console
 
 import train
@@ -22,7 +23,17 @@ def test_dry_run_prints_everything_and_writes_nothing(
     monkeypatch.setenv("COLUMNS", "120")
     workdir = tmp_path / "run"
     arguments = ["--dry_run", f"--workdir={workdir}", "--config.model.pattern=(gdn*3 full)*2"]
-    assert train.main([f"--config={QUICKSTART}", *arguments, "--config.mixers.gla.num_heads=2"]) == 0
+    assert (
+        train.main(
+            [
+                f"--config={QUICKSTART}",
+                *arguments,
+                "--config.mixers.gla.num_heads=2",
+                "--config.mlps.moe.top_k=1",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert not workdir.exists()
     for part in (
@@ -36,7 +47,25 @@ def test_dry_run_prints_everything_and_writes_nothing(
         "full attention: 2 of 8 layers (counted from 0): 3, 7",
     ):
         assert part in shown
-    assert "mixers.gla.num_heads has no effect" in caplog.text
+    assert "mixers.gla.num_heads has no effect: no layer of model.pattern names that mixer" in caplog.text
+    assert "mlps.moe.top_k has no effect: no layer of model.pattern names that MLP" in caplog.text
+
+
+def test_overrides_that_no_stage_heeds_are_said() -> None:
+    parts: dict[str, object] = {
+        "order": ("a", "b"),
+        "a": {"train": {"steps": 2}},
+        "b": {"train": {"steps": 3, "seq_len": 16}},
+    }
+    parts["c"] = {"train": {"steps": 1}}
+    values = configs.load(QUICKSTART)
+    values.stages = ConfigDict(parts)
+    config = configs.resolve(values)
+    assert config.train.steps == 5
+    assert train.idle(config, "train.steps") == "every stage has its own"
+    assert train.idle(config, "stages.c.train.steps") == "the stage is not in stages.order"
+    for heeded in ("train.seq_len", "train.batch_size", "stages.order", "stages.a.train.steps", "init_from"):
+        assert train.idle(config, heeded) == ""
 
 
 def test_layer_table_shows_the_settings_of_a_name_once() -> None:

@@ -129,6 +129,15 @@ def test_bad_shapes_are_named():
         short_conv(x, kernel, positions, x)
     with pytest.raises(ValueError, match="the kernels do not support this call"):
         short_conv(x, kernel, positions, interpret=True)
+    with pytest.raises(ValueError, match=r"x_BTF\.dtype = int32"):  # it would be summed and cut off
+        short_conv(jnp.ones(x.shape, jnp.int32), kernel, positions)
+    with pytest.raises(ValueError, match=r"kernel_WF\.shape = \(8,\)"):
+        short_conv(x, kernel[0], positions)
+    with pytest.raises(ValueError, match="W >= 1"):
+        short_conv(x, kernel[:0], positions)
+    for wrong in (positions.tolist(), positions.astype(jnp.float32)):
+        with pytest.raises(ValueError, match=r"positions_BT\.dtype = \w+: must be an integer type"):
+            short_conv(x, kernel, wrong)
 
 
 def test_fallback_is_logged_once(caplog):

@@ -298,6 +298,7 @@ GOOD = dict(q=jnp.zeros((2, 5, 4, 8)), k=jnp.zeros((2, 5, 2, 8)), v=jnp.zeros((2
         ("segment_ids", dict(segment_ids=jnp.zeros((5,), jnp.int32))),
         ("window", dict(window=-1)),
         ("window", dict(window=1.5)),
+        ("window", dict(window=True)),
         ("scale", dict(scale="half")),
         ("sinks", dict(sinks=jnp.zeros(3))),
         ("log_forget", dict(log_forget=jnp.zeros((2, 5)))),

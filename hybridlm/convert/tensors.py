@@ -7,6 +7,7 @@ model.safetensors, or shards that model.safetensors.index.json lists.
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,8 @@ import numpy as np
 
 from hybridlm import untrusted
 from hybridlm.errors import ConfigError
+
+log = logging.getLogger("hybridlm")
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_HEADER, MAX_RANK = 100_000_000, 8  # the former is the format's
@@ -154,6 +157,19 @@ def shards(tensors: Iterable[tuple[str, str, tuple[int, ...]]], limit: int) -> d
     }
 
 
+def _cast(name: str, given: np.ndarray, dtype: str) -> np.ndarray:
+    """``given``, contiguous, in ``dtype``; ConfigError where that has no room for a finite number."""
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(given.astype(DTYPES[dtype], copy=False))
+    if not np.isfinite(array).all():
+        said = untrusted.terminal(name)
+        if np.isfinite(given).all():
+            problem = f"cannot hold {said}, whose largest number is {np.abs(given).max():.3g}"
+            raise ConfigError("--dtype", dtype, problem, "Export it as F32 or BF16.")
+        log.warning("%s holds numbers that are not finite", said)
+    return array
+
+
 def write(directory: Path, planned: Mapping[str, Planned], value: Callable[[str], np.ndarray]) -> None:
     """Writes every planned tensor, `value(name)` asked for once each, file by file in order."""
     files: dict[str, dict[str, Planned]] = {}
@@ -171,8 +187,7 @@ def write(directory: Path, planned: Mapping[str, Planned], value: Callable[[str]
         with (directory / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name, one in group.items():
-                array = np.ascontiguousarray(value(name).astype(DTYPES[one.dtype], copy=False))
-                stream.write(array.reshape(-1).view(np.uint8).data)
+                stream.write(_cast(name, value(name), one.dtype).reshape(-1).view(np.uint8).data)
             stream.flush()
             os.fsync(stream.fileno())
     if len(files) > 1:

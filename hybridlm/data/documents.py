@@ -88,6 +88,7 @@ def _text(line: bytes, text_field: str, field: str, where: str) -> str | None:
         text = record[text_field]
         if isinstance(text, str | None):
             return text
+        raise ConfigError(field, where, f"has no text in {text_field!r}", f"It holds {type(text).__name__}.")
     names = ", ".join(list(record)[:20]) if isinstance(record, dict) else "none"
     said = untrusted.terminal(f"Its fields: {names}.")
     raise ConfigError(field, where, f"has no text in {text_field!r}", said)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from hybridlm import trees, untrusted
+from hybridlm import pattern, trees, untrusted
 from hybridlm.errors import ConfigError, RunError, first_line
 from hybridlm.run import seal, sound
 from hybridlm.run.sound import COMMITTED, HALF_WRITTEN
@@ -53,6 +53,7 @@ RECORD = {
     "config": dict, "fingerprint": str, "format?": int, "skipped?": [untrusted.NATURAL],
     "unwritten?": {str: (float, str, type(None))},
 }  # fmt: skip
+SPENT = ("init_from", "init_gates")  # read at the start of a run, and never again
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
 FREE = ("model.remat", "model.scan", "model.dtype", "model.matmul")  # below FIXED, yet no part of the state
 
@@ -294,6 +295,10 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
     refused = [name for name in found if _under(name, FIXED) and not _under(name, FREE)]
     if "data.fingerprint" in refused:
         refused += [name for name in found if _under(name, ("data",)) and name not in refused]
+        refused.remove("data.fingerprint")
+        refused.append("data.fingerprint")  # what a user set is named before what follows from it
+    if PATTERN in refused and _respelt(*found[PATTERN], record["config"]):
+        refused.remove(PATTERN)
     if PATTERN in refused:  # most other differences follow from it, and none is what was meant
         before, after = found[PATTERN]
         problem = f"this workdir holds a run of another pattern, {before!r}"
@@ -306,8 +311,19 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
         problem = "a resumed run cannot change it; changed since the checkpoint: " + "; ".join(shown)
         fix = "Restore the old values, or start anew in another --workdir."
         raise ConfigError(refused[0], found[refused[0]][1], problem, fix)
-    for change in said.values():
-        log.info("resumed with a change: %s", change)
+    for name, change in said.items():
+        if name in SPENT:
+            log.warning("no effect on a resumed run, whose parameters are the checkpoint's: %s", change)
+        else:
+            log.info("resumed with a change: %s", change)
+
+
+def _respelt(before: str, after: str, config: dict[str, Any]) -> bool:
+    """Whether two patterns spell the same layers."""
+    with contextlib.suppress(ConfigError):  # of an older version
+        depth = config["model"].get("num_layers", 0)
+        return pattern.fill(pattern.parse(before), depth) == pattern.fill(pattern.parse(after), depth)
+    return False
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

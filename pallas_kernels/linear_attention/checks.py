@@ -1,5 +1,7 @@
 """What the arguments of the linear-attention ops must be; errors name the argument."""
 
+import contextlib
+import math
 from typing import Any
 
 import jax
@@ -37,10 +39,10 @@ def heads_fit(name: str, shape: tuple[int, ...], heads: int, value_heads: int) -
 def scale_of(scale: float | None, key_dim: int) -> float:
     if scale is None:
         return key_dim**-0.5
-    try:
-        return float(scale)
-    except (TypeError, ValueError, jax.errors.JAXTypeError):
-        raise ValueError(f"scale = {scale!r}: must be a Python number (or None for K**-0.5)") from None
+    with contextlib.suppress(TypeError, ValueError, jax.errors.JAXTypeError):
+        if math.isfinite(scale):
+            return float(scale)
+    raise ValueError(f"scale = {scale!r}: must be a finite Python number (or None for K**-0.5)")
 
 
 def count_changes(segment_ids: Any, shape: tuple[int, int]) -> jax.Array:

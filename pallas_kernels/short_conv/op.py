@@ -4,8 +4,10 @@ Shape legend: B batch, T time, F features, W taps.
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Op
+from pallas_kernels.linear_attention.checks import floating
 from pallas_kernels.short_conv.call import ConvCall
 
 OP = Op("short_conv", __package__, ("hopper", "triton", "xla"))
@@ -38,11 +40,16 @@ def short_conv(
         y [B, T, F] in x's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, by argument name; or kernels by name, or interpret, for a call
-            that they do not support, with the reason.
+        ValueError: dtypes or shapes that do not fit, by argument name; or kernels by name, or interpret, for
+            a call that they do not support, with the reason.
     """
-    width, features = kernel_WF.shape
-    batch, length = x_BTF.shape[:2]
+    width, features = floating("kernel_WF", kernel_WF, 2, exact=True).shape
+    batch, length = floating("x_BTF", x_BTF, 3, exact=True).shape[:2]
+    if width < 1:
+        raise ValueError(f"kernel_WF.shape = {kernel_WF.shape}: must have W >= 1 ([W, F])")
+    dtype = getattr(positions_BT, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"positions_BT.dtype = {dtype}: must be an integer type")
     for name, array, shape in (
         ("x_BTF", x_BTF, (batch, length, features)),
         ("positions_BT", positions_BT, (batch, length)),

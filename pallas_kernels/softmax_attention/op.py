@@ -59,9 +59,9 @@ def softmax_attention(
             )
     if not groups or heads % groups:
         raise ValueError(f"q.shape = {q.shape}: its {heads} heads must be a multiple of v's {groups}")
-    if not isinstance(window, int) or window < 0:
+    if type(window) is not int or window < 0:
         raise ValueError(f"window = {window!r}: must be an integer of at least 0 (0: no window)")
-    if not isinstance(sink_tokens, int) or sink_tokens < 0:
+    if type(sink_tokens) is not int or sink_tokens < 0:
         raise ValueError(f"sink_tokens = {sink_tokens!r}: must be an integer of at least 0")
     if sink_tokens and (not window or log_forget is not None):
         raise ValueError(f"sink_tokens = {sink_tokens}: needs a window, and no log_forget")
