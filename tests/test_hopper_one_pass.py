@@ -21,7 +21,7 @@ from test_hopper_warm_up import quick
 
 from pallas_kernels.linear_attention import hopper
 from pallas_kernels.linear_attention.call import Call
-from pallas_kernels.linear_attention.hopper import inverse, one_pass_tiles, table
+from pallas_kernels.linear_attention.hopper import inverse, one_pass_prepare, one_pass_tiles, table
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import prepare
@@ -40,22 +40,51 @@ def swizzled(tiles, width):
     return out
 
 
-def test_thread_by_thread(monkeypatch):
-    """The pairs of tokens of four chunks, and what a chunk's outputs are made of them."""
-    rng = np.random.default_rng(0)
-    x, y, z = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
-    x, y = ((a.astype(np.float32) * 0.2).astype(BF16) for a in (x, y))
+def unswizzled(words, rows, width):
+    order = swizzled(np.arange(words.size).reshape(rows, -1), width).ravel()
+    out = np.empty_like(words)
+    out[order] = words
+    return out.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("l2norm", [True, False])
+def test_thread_by_thread(l2norm, monkeypatch):
+    """What chunks read of q, k and log-decays, and what a chunk's outputs are made of it."""
+    rng, scale = np.random.default_rng(0), 0.3
+    k, q, g = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
+    g = (-3 / (1 + np.exp(-g.astype(np.float32)))).astype(BF16)
+    g[20, :5], g[35, 7], g[47, 60:] = -np.inf, -1e30, -95.0
+    if not l2norm:
+        k = (k.astype(np.float32) * 0.1).astype(BF16)
     beta = rng.uniform(size=64).astype(np.float32)
-    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles)
-    diagonal = rng.normal(size=64).astype(np.float32)
-    stacks, inverses, numbers, pairs = 0, 1 << 15, 3 << 14, (3 << 14) + 512
-    for half in range(2):
-        columns = slice(64 * half, 64 * half + 64)
-        stacked = np.stack([a.reshape(8, 8, 128) for a in (x, z)], 1).reshape(128, 128)
-        memory.fill(stacks + half * 16384, swizzled(stacked[:, columns], 128))
-        memory.fill(inverses + half * 8192, swizzled(y[:, columns], 32))
-    memory.fill(numbers, np.concatenate([beta, diagonal]))
-    one_pass_tiles._store_pairs(one_pass_tiles.Warp(pairs), stacks, inverses, numbers, numbers + 256)
+    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_prepare)
+    places = one_pass_prepare.Tile(qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096)
+    stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
+    memory.fill(places.qk, swizzled(stacked, 128))
+    memory.fill(places.g, swizzled(g, 32))
+    memory.fill(places.beta, beta)
+    chunk = one_pass_prepare.Chunk(places)
+    results = one_pass_prepare._prepare(chunk, l2norm, scale)
+    least, size = (np.stack([x[::4].reshape(4, 8) for x in pair], 1).ravel() for pair in results)
+
+    k, q, g = (x.astype(np.float64) for x in (k, q, g))
+    g = np.maximum(g, np.float64(np.asarray(one_pass_prepare.LEAST, BF16)))
+    total = np.cumsum(g.reshape(4, 16, 128), 1).reshape(64, 128) / np.log(2)
+    np.testing.assert_allclose(least, total.min(1), rtol=1e-5)
+    np.testing.assert_allclose(size, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
+    if l2norm:
+        k, q = (x / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) for x in (k, q))
+    diagonal, decay = scale * (q * k).sum(1), np.exp2(total)
+    pairs = places.pairs
+    words = lambda start, count: memory.words[start // 4 : start // 4 + count]
+    read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, width)
+    x, z = read(places.qk, 128, 128).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
+    y = read(places.g, 64, 32)
+    grown = np.exp2(np.minimum(-total, one_pass_prepare.RANGE))
+    for got, want in (x, k * decay), (z, scale * q * decay), (y, k * grown):
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
+    carry = words(places.carry, 512).view(np.float32).reshape(4, 128)
+    np.testing.assert_allclose(carry, decay[15::16], rtol=1e-4, atol=1e-37)
 
     read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
@@ -70,19 +99,19 @@ def test_thread_by_thread(monkeypatch):
     for chunk in range(4):
         tokens = slice(16 * chunk, 16 * chunk + 16)
         by_column = np.broadcast_to(beta[tokens], (64, 16))
-        operands = map(registers, (read, value, by_column))
-        values, o = one_pass_tiles._finish(one_pass_tiles.Warp(pairs + 1024 * chunk), *operands)
+        operands, m = map(registers, (read, value, by_column)), one_pass_tiles.Warp(pairs + 1024 * chunk)
+        values = one_pass_tiles._values(m, *operands)
+        o = one_pass_tiles._outputs(m, registers(read), values)
         lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
         scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T, -1) + np.diag(diagonal[tokens])
-        apart = read.reshape(64, 2, 2, 8)
-        want = beta[tokens] * (value - apart[:, :, 0].reshape(64, 16)) @ np.linalg.inv(np.eye(16) + lower).T
+        want = beta[tokens] * (value - read[:, :16]) @ np.linalg.inv(np.eye(16) + lower).T
         got = np.zeros((2, 64, 16))
         for tile, block in zip(got, (values, o), strict=True):
             numbers_of = [number for register in block for number in warp_emulator.bf16(register)]
             for place, number in zip(places(16), numbers_of, strict=True):
                 tile[place] = number
         assert relative_error(got[0], want) < 4e-3
-        assert relative_error(got[1], apart[:, :, 1].reshape(64, 16) + want @ scores.T) < 4e-3
+        assert relative_error(got[1], read[:, 16:] + want @ scores.T) < 4e-3
 
 
 def one_pass_case(gate, steep_from=None, **options):

@@ -11,7 +11,6 @@ wrong; `first_wrong` says which it is.
 """
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -21,19 +20,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, channel_math, one_pass_tiles, two_parts
+from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_tiles import KEYS, QUERIES
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import RANGE, Tile, prepare
 
 BF16 = jnp.bfloat16
 STATE, PREPARE, COPY = 152, 176, 24  # registers a thread: 65,536 in all, in steps of 8; no spills
-STAGES = 2  # tiles
+STAGES, AHEAD = 3, 2  # tiles of keys, of values
 HOLDING, HALVES = 2, 2  # warpgroups with 64 values each; halves of the 128 channels
 NEVER = 2.0**30
-LEAST = channel_math.LEAST / blocks.LOG2E
 
 
 class OnePassed(NamedTuple):
@@ -67,18 +65,17 @@ class OnePass:
             first_wrong=jax.ShapeDtypeStruct((batch, value_heads, C), F32),
             final=state if self.final else None,
         )
-        tiles = STAGES, HALVES, C, C
+        keys = STAGES, C, HALVES * C
         scratch = dict(
-            qk=blocks.smem((STAGES, HALVES, 2 * C, C), BF16),  # k, below it q; then stacked
-            v=blocks.smem(tiles, BF16),
-            g=blocks.smem(tiles, BF16),
-            inverses=blocks.smem(tiles, BF16, width=ROWS),  # k exp -G
+            qk=blocks.smem((STAGES, 2 * C, HALVES * C), BF16),  # of each chunk k, then q
+            g=blocks.smem(keys, BF16, width=ROWS),  # then k exp -G
+            v=blocks.smem((HOLDING, AHEAD, C, C), BF16),
             carry=plgpu.SMEM((STAGES, C // ROWS, key_dim), F32),
             pairs=one_pass_tiles.pairs(STAGES),
             beta=plgpu.SMEM((STAGES, C), F32),
-            diagonal=plgpu.SMEM((C,), F32),
             o=blocks.smem((HOLDING, C, C), BF16),
-            filled=plgpu.Barrier(num_arrivals=4 * HALVES + 1, num_barriers=STAGES),
+            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 2, num_barriers=STAGES),
+            values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=STAGES),
             done=plgpu.Barrier(num_arrivals=HOLDING + 2),
@@ -103,29 +100,27 @@ class OnePass:
         smem, refs = at.smem, at.refs
 
         def fill(n: Any, slot: Any) -> None:
-            rows, barrier = pl.ds(n * C, C), smem.filled.at[slot]
-            for half in range(HALVES):
-                columns = pl.ds(half * C, C)
-                raw = smem.qk.at[slot, half]
-                copies = (
-                    (refs.g, at.head, smem.g.at[slot, half]),
-                    (refs.k, at.key_head, raw.at[pl.ds(0, C)]),
-                    (refs.q, at.key_head, raw.at[pl.ds(C, C)]),
-                    (refs.v, at.head, smem.v.at[slot, half]),
-                )
-                for source, head, tile in copies:
-                    plgpu.copy_gmem_to_smem(source.at[at.b, rows, head, columns], tile, barrier)
+            barrier = smem.filled.at[slot]
+            for chunk in range(C // ROWS):
+                for which, source in enumerate((refs.k, refs.q)):
+                    source = source.at[at.b, pl.ds(n * C + chunk * ROWS, ROWS), at.key_head]
+                    target = smem.qk.at[slot, pl.ds((2 * chunk + which) * ROWS, ROWS)]
+                    plgpu.copy_gmem_to_smem(source, target, barrier)
+            rows = pl.ds(n * C, C)
+            plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
             plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
 
         blocks.refill(fill, smem.free, at.count, STAGES)
 
     def prepare_tiles(self, at: SimpleNamespace) -> None:
-        smem = at.smem
+        i, smem = self.inputs, at.smem
 
         def step(n: Any, first: jax.Array) -> jax.Array:
             slot = blocks.rem(n, STAGES)
             plgpu.barrier_wait(smem.filled.at[slot])
-            wrong = self.prepare_tile(at, slot)
+            tile = Tile(*(getattr(smem, name).at[slot] for name in Tile._fields))
+            least, size = prepare(tile, l2norm=i.l2norm, scale=i.scale, interpret=i.interpret)
+            wrong = (least < -RANGE) | (size > two_parts.LARGEST)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.ready.at[slot])
             token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + n * C
@@ -134,59 +129,6 @@ class OnePass:
         never = plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
         at.refs.first_wrong.at[at.b, at.head][...] = lax.fori_loop(0, at.count, step, never)
 
-    def prepare_tile(self, at: SimpleNamespace, slot: Any) -> jax.Array:
-        """Which tokens are beyond what one anchor can do, or hard."""
-        i, smem = self.inputs, at.smem
-        store = functools.partial(blocks.store, interpret=i.interpret)
-        beta = smem.beta.at[slot]
-        raw = lambda which, half: smem.qk.at[slot, half].at[pl.ds(which * C, C)]
-        stacked = KEYS, QUERIES
-        squares: list[Any] = [0.0, 0.0]
-        diagonal: Any = 0.0
-        for half in range(HALVES):
-            g = smem.g.at[slot, half]
-            store(g, jnp.maximum(blocks.tile(g, BF16), jnp.asarray(LEAST, BF16)))
-            tiles = [blocks.tile(raw(which, half)) for which in stacked]
-            for which, x in enumerate(tiles if i.l2norm else tiles[:1]):
-                squares[which] += jnp.sum(x * x, axis=1)
-            diagonal += jnp.sum(tiles[KEYS] * tiles[QUERIES], axis=1)
-        norms: list[Any] = [lax.rsqrt(x + blocks.L2NORM_EPS) if i.l2norm else None for x in squares]
-
-        def normal(x: jax.Array, which: int) -> jax.Array:
-            x = x.astype(F32)
-            return x * blocks.by_row(norms[which]) if i.l2norm else x
-
-        if i.l2norm:
-            diagonal *= norms[KEYS] * norms[QUERIES]
-        smem.diagonal[...] = diagonal * i.scale  # not of rounded factors: where gates are steep, most of o
-        plgpu.commit_smem()
-        size = blocks.row_vector(beta) * (1.0 if i.l2norm else squares[KEYS])
-        wrong = size > two_parts.LARGEST
-        for half in range(HALVES):
-            total = blocks.matmul((self.within(beta), smem.g.at[slot, half]), interpret=i.interpret)
-            total *= blocks.LOG2E
-            rows = [blocks.tile(raw(which, half), BF16) for which in stacked]
-            wrong = wrong | (jnp.min(total, axis=1) < -channel_math.RANGE)
-            plgpu.commit_smem()  # all have read what is overwritten now
-            grown = normal(rows[KEYS], KEYS) * jnp.exp2(jnp.minimum(-total, channel_math.RANGE))
-            store(smem.inverses.at[slot, half], grown.astype(BF16), width=ROWS)
-            decay = jnp.exp2(total)
-            ends = smem.carry.at[slot, :, pl.ds(half * C, C)]
-            one_pass_tiles.last_rows(ends, decay, interpret=i.interpret)
-            for which in stacked:
-                x = normal(rows[which], which) * decay * (i.scale if which == QUERIES else 1.0)
-                one_pass_tiles.stack(smem.qk.at[slot, half], x.astype(BF16), which, interpret=i.interpret)
-        plgpu.commit_smem()
-        factors = smem.qk.at[slot], smem.inverses.at[slot], beta, smem.diagonal
-        one_pass_tiles.store_pairs(*factors, smem.pairs.at[slot], interpret=i.interpret)
-        return wrong
-
-    def within(self, beta: Any) -> jax.Array:
-        """Row i sums the tokens t <= i of its chunk."""
-        row, col = blocks.row_index(), blocks.col_index()
-        row = row + jnp.where(beta[0] > 1e38, 1, 0)  # a zero that the compiler cannot know: channel_math
-        return jnp.where((col <= row) & (col >= (row & -ROWS)), 1.0, 0.0).astype(BF16)
-
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
         columns = pl.ds(wg * C, C)
@@ -194,15 +136,24 @@ class OnePass:
         initial = getattr(refs, "initial", None)
         state = tuple(blocks.state(initial, (C, C), (at.b, *half)) for half in halves)
 
+        def fetch(n: Any, slot: Any) -> None:
+            source = refs.v.at[at.b, pl.ds(n * C, C), at.head, columns]
+            plgpu.copy_gmem_to_smem(source, smem.v.at[wg, slot], smem.values.at[AHEAD * wg + slot])
+
+        for n in range(min(AHEAD, at.count)):
+            fetch(n, n)
+
         def step(n: Any, state: tuple) -> tuple:
-            slot = blocks.rem(n, STAGES)
+            slot, own = blocks.rem(n, STAGES), blocks.rem(n, AHEAD)
+            plgpu.barrier_wait(smem.values.at[AHEAD * wg + own])
             plgpu.barrier_wait(smem.filled.at[slot])
             plgpu.barrier_wait(smem.ready.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for chunk in range(C // ROWS):
-                state = self.advance(at, wg, slot, chunk, state)
+                state = self.advance(at, wg, slot, own, chunk, state)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.free.at[slot])
+            pl.when(n + AHEAD < at.count)(lambda: fetch(n + AHEAD, own))
             rows = pl.ds(n * C, C)
             plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
             return state
@@ -213,24 +164,27 @@ class OnePass:
                 blocks.write(refs.final.at[at.b, *half], part, interpret=i.interpret)
         plgpu.wait_smem_to_gmem(0)
 
-    def advance(self, at: SimpleNamespace, wg: Any, slot: Any, chunk: int, state: tuple) -> tuple:
+    def advance(
+        self, at: SimpleNamespace, wg: Any, slot: Any, own: Any, chunk: int, state: tuple
+    ) -> tuple:
         """The state after a chunk, whose outputs go to shared memory."""
         i, smem = self.inputs, at.smem
         tokens = pl.ds(chunk * ROWS, ROWS)
-        stacked = [smem.qk.at[slot, half].at[pl.ds(2 * chunk * ROWS, 2 * ROWS)].T for half in range(HALVES)]
+        parts = [pl.ds(half * C, C) for half in range(HALVES)]
+        stacked = [smem.qk.at[slot].at[pl.ds(2 * chunk * ROWS, 2 * ROWS), part].T for part in parts]
         pairs = list(zip((part.astype(BF16) for part in state), stacked, strict=True))
-        (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
-        value = blocks.tile(smem.v.at[slot, wg].at[tokens].T)
+        value = blocks.tile(smem.v.at[wg, own].at[tokens].T)
         beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
-        values, o = one_pass_tiles.finish(
-            read, value, beta, smem.pairs.at[slot, chunk], interpret=i.interpret
-        )
-        keys = [smem.inverses.at[slot, half].at[tokens] for half in range(HALVES)]
+        (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
+        made = smem.pairs.at[slot, chunk]
+        values = one_pass_tiles.values_of(read, value, beta, made, interpret=i.interpret)
+
+        def finish() -> None:
+            o = one_pass_tiles.outputs_of(read, values, made, interpret=i.interpret)
+            blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
+
+        carry = [blocks.col_vector(smem.carry.at[slot, chunk].at[part]) for part in parts]
+        keys = [smem.g.at[slot].at[tokens, part] for part in parts]
         sums = [([(values, key)], part) for key, part in zip(keys, state, strict=True)]
-        state = sums_of_products(*sums, interpret=i.interpret)
-        blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
-        carry = smem.carry.at[slot, chunk]
-        return tuple(
-            part * blocks.by_col(blocks.col_vector(carry.at[pl.ds(half * C, C)]))
-            for half, part in enumerate(state)
-        )
+        state = sums_of_products(*sums, interpret=i.interpret, meanwhile=finish)
+        return tuple(part * blocks.by_col(factor) for part, factor in zip(state, carry, strict=True))
