@@ -28,16 +28,18 @@ from pallas_kernels.linear_attention.hopper.inverse import ROWS
 from pallas_kernels.linear_attention.hopper.one_pass_prepare import RANGE, Tile, prepare
 
 BF16 = jnp.bfloat16
-STATE, PREPARE, COPY = 152, 176, 24  # registers a thread: 65,536 in all, in steps of 8; no spills
+STATE, PREPARE = 152, 104  # registers a thread: 65,536 in all, in steps of 8; no spills
 STAGES, AHEAD = 3, 2  # tiles of keys, of values
-HOLDING, HALVES = 2, 2  # warpgroups with 64 values each; halves of the 128 channels
+HOLDING, PREPARING = 2, 2  # warpgroups: with 64 values each; with every other tile each
+TURNS = STAGES * PREPARING  # a place, and who prepares in it: each waits at every phase of a barrier
+HALVES = 2  # of the 128 channels
 NEVER = 2.0**30
 
 
 class OnePassed(NamedTuple):
     """o: [B, T, HV, V] bf16.  final: S^T after the last token [B, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B, HV, C] float32, the least of which is the token from which on the others are not to be
+    first_wrong: [B, HV, 2 C] float32, the least of which is the token from which on the others are not to be
     used; `NEVER` if all are right.
     """
 
@@ -62,7 +64,7 @@ class OnePass:
         state = jax.ShapeDtypeStruct((batch, value_heads, value_dim, key_dim), F32)
         results = dict(
             o=jax.ShapeDtypeStruct(i.v.shape, BF16),
-            first_wrong=jax.ShapeDtypeStruct((batch, value_heads, C), F32),
+            first_wrong=jax.ShapeDtypeStruct((batch, value_heads, PREPARING * C), F32),
             final=state if self.final else None,
         )
         keys = STAGES, C, HALVES * C
@@ -74,11 +76,11 @@ class OnePass:
             pairs=one_pass_tiles.pairs(STAGES),
             beta=plgpu.SMEM((STAGES, C), F32),
             o=blocks.smem((HOLDING, C, C), BF16),
-            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 2, num_barriers=STAGES),
+            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 2, num_barriers=TURNS),
             values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=STAGES),
-            free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=STAGES),
-            done=plgpu.Barrier(num_arrivals=HOLDING + 2),
+            free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=TURNS),
+            done=plgpu.Barrier(num_arrivals=HOLDING + PREPARING),
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
@@ -86,38 +88,40 @@ class OnePass:
             at = SimpleNamespace(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), b=b, head=head)
             at.count, at.key_head = length // C, blocks.div(head, value_heads // heads)
             blocks.role(wg < HOLDING, lambda: self.hold_state(at, wg), increase=STATE)
-            blocks.role(wg == HOLDING, lambda: self.prepare_tiles(at), increase=PREPARE)
-            blocks.role(wg == HOLDING + 1, lambda: self.issue_copies(at), decrease=COPY)
+            blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
         out = blocks.launch(
             "delta_channel_one_pass", body, arrays, results, scratch, dict(b=batch, h=value_heads),
-            threads=HOLDING + 2, interpret=i.interpret,
+            threads=HOLDING + PREPARING, interpret=i.interpret,
         )  # fmt: skip
         return OnePassed(**out)
 
-    def issue_copies(self, at: SimpleNamespace) -> None:
+    def copy_keys(self, at: SimpleNamespace, n: Any, slot: Any) -> None:
         smem, refs = at.smem, at.refs
+        barrier = smem.filled.at[blocks.rem(n, TURNS)]
 
-        def fill(n: Any, slot: Any) -> None:
-            barrier = smem.filled.at[slot]
-            for chunk in range(C // ROWS):
-                for which, source in enumerate((refs.k, refs.q)):
-                    source = source.at[at.b, pl.ds(n * C + chunk * ROWS, ROWS), at.key_head]
-                    target = smem.qk.at[slot, pl.ds((2 * chunk + which) * ROWS, ROWS)]
-                    plgpu.copy_gmem_to_smem(source, target, barrier)
-            rows = pl.ds(n * C, C)
-            plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
+        @pl.when(n >= STAGES)
+        def _() -> None:
+            plgpu.barrier_wait(smem.free.at[blocks.rem(n - STAGES, TURNS)])
 
-        blocks.refill(fill, smem.free, at.count, STAGES)
+        for chunk in range(C // ROWS):
+            for which, source in enumerate((refs.k, refs.q)):
+                source = source.at[at.b, pl.ds(n * C + chunk * ROWS, ROWS), at.key_head]
+                target = smem.qk.at[slot, pl.ds((2 * chunk + which) * ROWS, ROWS)]
+                plgpu.copy_gmem_to_smem(source, target, barrier)
+        rows = pl.ds(n * C, C)
+        plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
 
-    def prepare_tiles(self, at: SimpleNamespace) -> None:
+    def prepare_tiles(self, at: SimpleNamespace, first_tile: Any) -> None:
         i, smem = self.inputs, at.smem
 
-        def step(n: Any, first: jax.Array) -> jax.Array:
-            slot = blocks.rem(n, STAGES)
-            plgpu.barrier_wait(smem.filled.at[slot])
+        def step(again: Any, first: jax.Array) -> jax.Array:
+            n = again * PREPARING + first_tile
+            slot, turn = blocks.rem(n, STAGES), blocks.rem(n, TURNS)
+            self.copy_keys(at, n, slot)
+            plgpu.barrier_wait(smem.filled.at[turn])
             tile = Tile(*(getattr(smem, name).at[slot] for name in Tile._fields))
             least, size = prepare(tile, l2norm=i.l2norm, scale=i.scale, interpret=i.interpret)
             wrong = (least < -RANGE) | (size > two_parts.LARGEST)
@@ -127,7 +131,9 @@ class OnePass:
             return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
 
         never = plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
-        at.refs.first_wrong.at[at.b, at.head][...] = lax.fori_loop(0, at.count, step, never)
+        count = blocks.div(at.count - first_tile + PREPARING - 1, PREPARING)
+        rows = pl.ds(first_tile * C, C)
+        at.refs.first_wrong.at[at.b, at.head, rows][...] = lax.fori_loop(0, count, step, never)
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
@@ -144,15 +150,15 @@ class OnePass:
             fetch(n, n)
 
         def step(n: Any, state: tuple) -> tuple:
-            slot, own = blocks.rem(n, STAGES), blocks.rem(n, AHEAD)
+            slot, turn, own = blocks.rem(n, STAGES), blocks.rem(n, TURNS), blocks.rem(n, AHEAD)
             plgpu.barrier_wait(smem.values.at[AHEAD * wg + own])
-            plgpu.barrier_wait(smem.filled.at[slot])
+            plgpu.barrier_wait(smem.filled.at[turn])
             plgpu.barrier_wait(smem.ready.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for chunk in range(C // ROWS):
                 state = self.advance(at, wg, slot, own, chunk, state)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(smem.free.at[slot])
+            plgpu.barrier_arrive(smem.free.at[turn])
             pl.when(n + AHEAD < at.count)(lambda: fetch(n + AHEAD, own))
             rows = pl.ds(n * C, C)
             plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])

@@ -94,10 +94,10 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     zero, most = m.number(0.0), m.number(RANGE)
     least: list = [zero, zero]
     first, second, corner = [zero] * 4, [zero] * 4, [zero] * 4
-    ahead = m.fetch(0)
+    ahead = m.sums(0)
     for step in range(CHANNELS // ROWS):
-        k, q, totals = ahead
-        ahead = m.fetch(step + 1) if step + 1 < CHANNELS // ROWS else None
+        totals, k, q = ahead, m.keys(step), m.queries(step)
+        ahead = m.sums(step + 1) if step + 1 < CHANNELS // ROWS else None
         least = [m.least([a, *totals[2 * i : 2 * i + 2], *totals[4 + 2 * i : 6 + 2 * i]]) for i, a in enumerate(least)]
         decay = [m.exp2(t) for t in totals]
         m.put_carry(step, decay)
@@ -210,14 +210,14 @@ class Chunk(Warp):
         x = arith.addf(x, self.number(L2NORM_EPS))
         return utils.inline_ptx("rsqrt.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
 
-    def fetch(self, step: int) -> tuple[list, list, list]:
-        """k, q and G in base 2 of the channels from 16 step on."""
+    def sums(self, step: int) -> list:
+        """G in base 2 of the channels from 16 step on."""
         least = integer(int(np.asarray(LEAST, BF16).view(np.uint16)) * 0x10001)
         ptx = "max.NaN.bf16x2 $0, $1, $2;"
         steps = self._load(arith.addi(self.of_steps, integer(256 * step)), ".trans")
         steps = [utils.inline_ptx(ptx, x, least, result_types=i32()) for x in steps]
         totals = self.product(self.triangle, steps, kind="bf16")
-        return self.keys(step), self.queries(step), self.times(totals, [self.number(LOG2E)] * 8)
+        return self.times(totals, [self.number(LOG2E)] * 8)
 
     def keys(self, step: int) -> list:
         return self._load(self._of_keys(step, 0))
