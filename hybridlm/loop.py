@@ -29,7 +29,7 @@ from hybridlm.member import Member, Metrics, due, held_out
 from hybridlm.model import Definition
 from hybridlm.program import NORMS, State
 from hybridlm.run import checkpoint, interrupt, logbook, processes, profile, programs, show
-from hybridlm.run.clock import Clock
+from hybridlm.run.clock import Clock, Running
 
 log = logging.getLogger("hybridlm")
 
@@ -185,7 +185,7 @@ class Loop:
         vote = interrupt.vote(self.mesh)
         self.clock = clock = Clock(config, self.mesh.size, len(self.members), self.again)
         batches = self.batches(start)
-        behind: tuple[int, dict] | None = None  # dispatched, its metrics not read yet
+        behind: tuple[int, dict, Running] | None = None  # dispatched, its metrics not read yet
         for step in range(start + 1, steps + 1):
             window.before(step, state)
             state, now = run(state, self.put(clock.next(batches)), *self.teacher)
@@ -194,7 +194,7 @@ class Loop:
                 self.settle(*behind)
                 if due(behind[0], config.log.every_steps):
                     self.write(behind[0], clock.rates())
-            behind = step, now
+            behind = step, now, clock.watch(now)
             asked = vote(self.stop.asked())
             pauses = self.members[0].pauses(step)
             if asked or pauses or any(one.watch.in_a_row >= config.train.max_skipped for one in self.members):
@@ -244,10 +244,10 @@ class Loop:
             return jax.device_put(batch)
         return sharding.put_batch(batch, self.mesh, self.config.train.batch_size)
 
-    def settle(self, step: int, metrics: dict[str, Any]) -> None:
+    def settle(self, step: int, metrics: dict[str, Any], running: Running) -> None:
         """Waits for ``step`` and hands each member its metrics."""
         host = jax.device_get({name: value for name, value in metrics.items() if name != NORMS})
-        self.clock.tick()
+        self.clock.tick(running)
         for r, one in self.alive():
             one.settle(step, self.own(host | {NORMS: metrics[NORMS]}, r))
 

@@ -183,7 +183,7 @@ def test_later_tokens_move_nothing():
 
 def test_what_is_served(monkeypatch):
     """Through the backend: the same as by the two kernels but for rounding; other calls are theirs."""
-    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: k_shape[3] == 128)
+    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: table.Choice(128) if k_shape[3] == 128 else None)
     call = dataclasses.replace(one_pass_case("slow", tokens=70), interpret=True)
     o, final = hopper.linear_attention(call)
     want = oracle(call)
@@ -198,12 +198,25 @@ def test_what_is_served(monkeypatch):
     assert not any(serves(prepare(dataclasses.replace(call, **other))) for other in others)
 
 
-@pytest.mark.parametrize("heads, served", [(8, False), (64, False), (128, True), (144, False), (256, True)])
-def test_heads_that_fill_the_gpu(heads, served, monkeypatch):
-    shape = 1, 4096, heads, 128
-    assert not table.one_pass(shape, shape)
-    monkeypatch.setattr(table, "ONE_PASS", True)
-    assert table.one_pass(shape, shape) == served
+WHOLE = table.Choice(128)
+
+
+@pytest.mark.parametrize(
+    "tokens, heads, whole, cut",
+    [
+        (4096, 128, WHOLE, WHOLE),
+        (4096, 256, WHOLE, WHOLE),
+        (4096, 144, None, None),
+        (8192, 32, None, table.Choice(128, led=4)),
+        (65536, 8, None, table.Choice(128, pieces=16)),
+        (512, 8, None, None),
+    ],
+)
+def test_calls_that_fill_the_gpu(tokens, heads, whole, cut, monkeypatch):
+    shape = 1, tokens, heads, 128
+    assert table.one_pass(shape, shape) == whole
+    monkeypatch.setattr(table, "RUNS", True)
+    assert table.one_pass(shape, shape) == cut
 
 
 def struct_call(batch, tokens, heads):

@@ -1,7 +1,10 @@
 """Where the time of training steps goes."""
 
+import contextlib
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,10 +13,35 @@ from hybridlm import cost
 from hybridlm.config import Config
 
 
+class Running:
+    """A step that was handed to the devices. A thread waits for its end: the loop itself may be late, since
+    handing over the next step blocks where a program asks the host how to go on."""
+
+    def __init__(self, metrics: Any, asked: float, came: float):
+        self.metrics, self.asked, self.came = (
+            metrics,
+            asked,
+            came,
+        )  # its batch: asked for, there
+        self.end = 0.0
+        self.thread = threading.Thread(target=self.wait, daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        with contextlib.suppress(Exception):  # raised again to whoever reads them
+            jax.block_until_ready(self.metrics)
+            self.end = time.perf_counter()
+
+    def ended(self) -> float:
+        """When it ended, or by now if it failed, which reading its metrics tells."""
+        self.thread.join()
+        return self.end or time.perf_counter()
+
+
 class Clock:
     """Where the time of the steps since the last `rates` went.
 
-    tokens_per_second counts every position of every row. data_seconds is what the loop waited for batches,
+    tokens_per_second counts every position of every row. data_seconds is what the devices waited for batches,
     which are read ahead; the rest of a step is compute_seconds. Validation, samples and saves are left out.
     runs: that share the step; tokens are those of all, and their number stands beside the rates.
     again: FLOPs of a step that it computes a second time (`hybridlm.recomputation`), which hfu counts, too.
@@ -30,19 +58,24 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Leaves out the time since the last `tick`."""
+        """Leaves out the time since the last step's end."""
         self.mark = time.perf_counter()
 
     def next(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
+        asked = time.perf_counter()
         batch = next(batches)
-        self.waited += time.perf_counter() - began
+        self.batch = asked, time.perf_counter()
         return batch
 
-    def tick(self) -> None:
+    def watch(self, metrics: Any) -> Running:
+        """The step of the batch that `next` gave last, which has metrics (arrays) when it is complete."""
+        return Running(metrics, *self.batch)
+
+    def tick(self, step: Running) -> None:
         """One more step is complete."""
-        now = time.perf_counter()
-        self.steps, self.total, self.mark = self.steps + 1, self.total + now - self.mark, now
+        end = step.ended()
+        self.waited += max(0.0, step.came - max(step.asked, self.mark))
+        self.steps, self.total, self.mark = self.steps + 1, self.total + end - self.mark, end
 
     def rates(self) -> dict[str, float]:
         """Means over the steps since the last call."""
