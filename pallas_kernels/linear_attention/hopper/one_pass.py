@@ -38,14 +38,14 @@ NEVER = 2.0**30
 
 
 class OnePassed(NamedTuple):
-    """o: [B, T, HV, V] bf16.  final: S^T after the last token [B, HV, V, K] float32; None if not wanted.
+    """o: [B, T, HV, V] bf16.  final: S^T after each run [B * runs, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B, HV, 2 C] float32, the least of which is the token from which on the others are not to be
+    first_wrong: [B * runs, HV, 2 C] float32, the least of which is the token from which on the others are not to be
     used; `NEVER` if all are right.
     """
 
-    o: jax.Array
     first_wrong: jax.Array
+    o: Any = None
     final: Any = None
 
 
@@ -122,10 +122,7 @@ class OnePass:
         smem, refs = at.smem, at.refs
         barrier = smem.filled.at[blocks.rem(n, TURNS)]
 
-        @pl.when(n >= STAGES)
-        def _() -> None:
-            plgpu.barrier_wait(smem.free.at[blocks.rem(n - STAGES, TURNS)])
-
+        self.wait_for_room(at, n)
         tile = (at.first + n) * C
         for chunk in range(C // ROWS):
             for which, source in enumerate((refs.k, refs.q)):
@@ -135,6 +132,13 @@ class OnePass:
         rows = pl.ds(tile, C)
         plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
         plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
+
+    def wait_for_room(self, at: SimpleNamespace, n: Any) -> None:
+        """Until the tile that was in a tile's place has been used."""
+
+        @pl.when(n >= STAGES)
+        def _() -> None:
+            plgpu.barrier_wait(at.smem.free.at[blocks.rem(n - STAGES, TURNS)])
 
     def prepare_tiles(self, at: SimpleNamespace, first_tile: Any) -> None:
         i, smem = self.inputs, at.smem
@@ -154,8 +158,13 @@ class OnePass:
 
         never = plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
         count = blocks.div(at.count - first_tile + PREPARING - 1, PREPARING)
-        rows = pl.ds(first_tile * C, C)
-        at.refs.first_wrong.at[at.run, at.head, rows][...] = lax.fori_loop(0, count, step, never)
+        wrong = lax.fori_loop(0, count, step, never)
+        at.refs.first_wrong.at[at.run, at.head, pl.ds(first_tile * C, C)][...] = wrong
+
+        @pl.loop(count, count + -(-STAGES // PREPARING))
+        def _(again: Any) -> None:
+            n = again * PREPARING + first_tile
+            pl.when(n < at.count + STAGES)(functools.partial(self.wait_for_room, at, n))
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
