@@ -58,7 +58,9 @@ def test_thread_by_thread(l2norm, monkeypatch):
         k = (k.astype(np.float32) * 0.1).astype(BF16)
     beta = rng.uniform(size=64).astype(np.float32)
     memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_prepare)
-    places = one_pass_prepare.Tile(qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096)
+    places = one_pass_prepare.Tile(
+        qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096
+    )
     stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
     memory.fill(places.qk, swizzled(stacked, 128))
     memory.fill(places.g, swizzled(g, 32))
@@ -183,7 +185,9 @@ def test_later_tokens_move_nothing():
 
 def test_what_is_served(monkeypatch):
     """Through the backend: the same as by the two kernels but for rounding; other calls are theirs."""
-    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: table.Choice(128) if k_shape[3] == 128 else None)
+    monkeypatch.setattr(
+        table, "one_pass", lambda k_shape, v_shape: table.Choice(128) if k_shape[3] == 128 else None
+    )
     call = dataclasses.replace(one_pass_case("slow", tokens=70), interpret=True)
     o, final = hopper.linear_attention(call)
     want = oracle(call)

@@ -1,4 +1,4 @@
-"""The PTX of `hopper.inverse` and the `hopper.one_pass` files in numpy: a register is an array of 128 threads."""
+"""The PTX of hopper/inverse.py and hopper/one_pass*.py in numpy: a register is an array of 128 threads."""
 
 import functools
 import itertools

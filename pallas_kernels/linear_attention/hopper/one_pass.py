@@ -1,8 +1,8 @@
 """The forward with the delta rule and a decay per key channel in one pass over chunks of 16 tokens.
 
-A block of threads walks a sequence of one value head: three kinds of warpgroups, of which one copies
-tiles of 64 tokens, one prepares their chunks a tile or two ahead and two hold S^T (64 values by K each). With
-G the sums of log-decays from a chunk's start, C its last token,
+A block of threads walks a sequence, or a run of one, of one value head: two warpgroups copy and prepare
+(one_pass_prepare.py) every other tile of 64 tokens, a tile or two ahead, and two hold S^T (64 values by K
+each). With G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) (S + (k exp -G)^T V')
 A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while
@@ -40,8 +40,8 @@ NEVER = 2.0**30
 class OnePassed(NamedTuple):
     """o: [B, T, HV, V] bf16.  final: S^T after each run [B * runs, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B * runs, HV, 2 C] float32, the least of which is the token from which on the others are not to be
-    used; `NEVER` if all are right.
+    first_wrong: [B * runs, HV, 2 C] float32, the least of which is the token from which on the others are
+    not to be used; `NEVER` if all are right.
     """
 
     first_wrong: jax.Array

@@ -21,7 +21,14 @@ from pallas_kernels.linear_attention.call import L2NORM_EPS
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, inverse
 from pallas_kernels.linear_attention.hopper.blocks import F32, LOG2E, C
 from pallas_kernels.linear_attention.hopper.inverse import ROWS, equal, i32, integer
-from pallas_kernels.linear_attention.hopper.one_pass_tiles import BF16, INVERSE, SCORES, Warp, address_of, packed
+from pallas_kernels.linear_attention.hopper.one_pass_tiles import (
+    BF16,
+    INVERSE,
+    SCORES,
+    Warp,
+    address_of,
+    packed,
+)
 
 WIDE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 THIN = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))  # right operands of 16 tokens
@@ -42,7 +49,7 @@ class Tile(NamedTuple):
 
 
 def prepare(tile: Tile, *, l2norm: bool, scale: float, interpret: Any) -> tuple[jax.Array, jax.Array]:
-    """Makes of k, q and g x = k exp G, z = scale q exp G and y = k exp -G; and the carry exp(G_C), and the pairs:
+    """Makes x = k exp G, z = scale q exp G and y = k exp -G in place, the carry exp(G_C), and the pairs:
 
     A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, and the scores z_i.y_j for j < i; their diagonal, most of o
     where gates are steep, is made of q and k before they are rounded.
@@ -98,7 +105,10 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     for step in range(CHANNELS // ROWS):
         totals, k, q = ahead, m.keys(step), m.queries(step)
         ahead = m.sums(step + 1) if step + 1 < CHANNELS // ROWS else None
-        least = [m.least([a, *totals[2 * i : 2 * i + 2], *totals[4 + 2 * i : 6 + 2 * i]]) for i, a in enumerate(least)]
+        least = [
+            m.least([a, *totals[2 * i : 2 * i + 2], *totals[4 + 2 * i : 6 + 2 * i]])
+            for i, a in enumerate(least)
+        ]
         decay = [m.exp2(t) for t in totals]
         m.put_carry(step, decay)
         grown = [m.exp2(arith.minimumf(arith.negf(t), most)) for t in totals]
@@ -123,7 +133,7 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
 
 
 class Chunk(Warp):
-    """Blocks of 16 tokens by 16 channels in pairs of bf16, or of float32, of a warp's own chunk of a `Tile`."""
+    """Blocks of 16 tokens by 16 channels, in pairs of bf16 or in float32, of a warp's own chunk."""
 
     def __init__(self, tile: Tile):
         super().__init__(tile.pairs)
@@ -133,7 +143,9 @@ class Chunk(Warp):
         eight = arith.muli(arith.andi(arith.shrui(self.lane, integer(3)), integer(1)), integer(2048))
 
         def place(memory: Any, chunk: int, width: int, column: Any, swap: Any) -> Any:
-            inner = arith.addi(arith.muli(row, integer(width)), arith.muli(arith.xori(column, swap), integer(16)))
+            inner = arith.addi(
+                arith.muli(row, integer(width)), arith.muli(arith.xori(column, swap), integer(16))
+            )
             start = arith.addi(address_of(memory), arith.muli(self.warp, integer(chunk)))
             return arith.addi(arith.addi(start, eight), inner)
 
@@ -186,7 +198,7 @@ class Chunk(Warp):
         return utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True)
 
     def norms(self, l2norm: bool, scale: float) -> tuple[list, list, list]:
-        """(what scales k and q, |k|^2, what scales q k of q k): each of the rows r and r + 8 or of a block."""
+        """What scales k and q, of a block; |k|^2 and the scores' diagonal, of the rows r and r + 8."""
         k_first, k_last, q_first, q_last = [[self.number(0.0)] * 4] * 4
         for step in range(CHANNELS // ROWS):
             k, q = self.keys(step), self.queries(step)

@@ -51,8 +51,8 @@ def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) ->
 
 
 def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice | None:
-    """How KDA's forward without gradients is one pass, or None: where a block of threads a head fills the GPU,
-    or with `RUNS`, where as many runs of sequences as fill it have work enough."""
+    """How KDA's forward without gradients is one pass, or None: where a block of threads a head fills the
+    GPU, or with `RUNS`, where as many runs of sequences as fill it have work enough."""
     blocks, each, chunks = k_shape[0] * v_shape[2], 132, k_shape[1] // 64
     if (k_shape[3], v_shape[3]) != (128, 128) or chunks < 16:
         return None
