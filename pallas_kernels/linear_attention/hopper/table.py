@@ -6,7 +6,7 @@ WIDE = 96  # blocks of threads of 128 values from which the memory, not the chai
 FILL = 128  # blocks of threads that fill the 132 multiprocessors
 LONG = 160  # chunks from which cutting a sequence repays the extra scan and the joins
 SHORT_WALKS = LED = True  # see warm_up.py
-ONE_PASS = RUNS = False  # see one_pass_forward.py; its kernel has not run on a GPU since it was rewritten
+RUNS = False  # see one_pass_forward.py; twice as fast at steep gates, behind or level at slow ones
 WIDEST_KEY = 128  # channels of the heads that the scans with a copy of the state in registers take
 
 
@@ -54,7 +54,7 @@ def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice | Non
     """How KDA's forward without gradients is one pass, or None: where a block of threads a head fills the
     GPU, or with `RUNS`, where as many runs of sequences as fill it have work enough."""
     blocks, each, chunks = k_shape[0] * v_shape[2], 132, k_shape[1] // 64
-    if not ONE_PASS or (k_shape[3], v_shape[3]) != (128, 128) or chunks < 16:
+    if (k_shape[3], v_shape[3]) != (128, 128) or chunks < 16:
         return None
     if blocks >= WIDE * -(-blocks // each):
         return Choice(128)
