@@ -21,7 +21,7 @@ from test_hopper_warm_up import quick
 
 from pallas_kernels.linear_attention import hopper
 from pallas_kernels.linear_attention.call import Call
-from pallas_kernels.linear_attention.hopper import inverse, one_pass_tiles, table
+from pallas_kernels.linear_attention.hopper import inverse, one_pass_prepare, one_pass_tiles, table
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import prepare
@@ -40,22 +40,53 @@ def swizzled(tiles, width):
     return out
 
 
-def test_thread_by_thread(monkeypatch):
-    """The pairs of tokens of four chunks, and what a chunk's outputs are made of them."""
-    rng = np.random.default_rng(0)
-    x, y, z = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
-    x, y = ((a.astype(np.float32) * 0.2).astype(BF16) for a in (x, y))
+def unswizzled(words, rows, width):
+    order = swizzled(np.arange(words.size).reshape(rows, -1), width).ravel()
+    out = np.empty_like(words)
+    out[order] = words
+    return out.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("l2norm", [True, False])
+def test_thread_by_thread(l2norm, monkeypatch):
+    """What chunks read of q, k and log-decays, and what a chunk's outputs are made of it."""
+    rng, scale = np.random.default_rng(0), 0.3
+    k, q, g = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
+    g = (-3 / (1 + np.exp(-g.astype(np.float32)))).astype(BF16)
+    g[20, :5], g[35, 7], g[47, 60:] = -np.inf, -1e30, -95.0
+    if not l2norm:
+        k = (k.astype(np.float32) * 0.1).astype(BF16)
     beta = rng.uniform(size=64).astype(np.float32)
-    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles)
-    diagonal = rng.normal(size=64).astype(np.float32)
-    stacks, inverses, numbers, pairs = 0, 1 << 15, 3 << 14, (3 << 14) + 512
-    for half in range(2):
-        columns = slice(64 * half, 64 * half + 64)
-        stacked = np.stack([a.reshape(8, 8, 128) for a in (x, z)], 1).reshape(128, 128)
-        memory.fill(stacks + half * 16384, swizzled(stacked[:, columns], 128))
-        memory.fill(inverses + half * 8192, swizzled(y[:, columns], 32))
-    memory.fill(numbers, np.concatenate([beta, diagonal]))
-    one_pass_tiles._store_pairs(one_pass_tiles.Warp(pairs), stacks, inverses, numbers, numbers + 256)
+    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_prepare)
+    places = one_pass_prepare.Tile(
+        qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096
+    )
+    stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
+    memory.fill(places.qk, swizzled(stacked, 128))
+    memory.fill(places.g, swizzled(g, 32))
+    memory.fill(places.beta, beta)
+    chunk = one_pass_prepare.Chunk(places)
+    results = one_pass_prepare._prepare(chunk, l2norm, scale)
+    least, size = (np.stack([x[::4].reshape(4, 8) for x in pair], 1).ravel() for pair in results)
+
+    k, q, g = (x.astype(np.float64) for x in (k, q, g))
+    g = np.maximum(g, np.float64(np.asarray(one_pass_prepare.LEAST, BF16)))
+    total = np.cumsum(g.reshape(4, 16, 128), 1).reshape(64, 128) / np.log(2)
+    np.testing.assert_allclose(least, total.min(1), rtol=1e-5)
+    np.testing.assert_allclose(size, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
+    if l2norm:
+        k, q = (x / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) for x in (k, q))
+    diagonal, decay = scale * (q * k).sum(1), np.exp2(total)
+    pairs = places.pairs
+    words = lambda start, count: memory.words[start // 4 : start // 4 + count]
+    read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, width)
+    x, z = read(places.qk, 128, 128).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
+    y = read(places.g, 64, 32)
+    grown = np.exp2(np.minimum(-total, one_pass_prepare.RANGE))
+    for got, want in (x, k * decay), (z, scale * q * decay), (y, k * grown):
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
+    carry = words(places.carry, 512).view(np.float32).reshape(4, 128)
+    np.testing.assert_allclose(carry, decay[15::16], rtol=1e-4, atol=1e-37)
 
     read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
@@ -70,33 +101,35 @@ def test_thread_by_thread(monkeypatch):
     for chunk in range(4):
         tokens = slice(16 * chunk, 16 * chunk + 16)
         by_column = np.broadcast_to(beta[tokens], (64, 16))
-        operands = map(registers, (read, value, by_column))
-        values, o = one_pass_tiles._finish(one_pass_tiles.Warp(pairs + 1024 * chunk), *operands)
+        operands, m = map(registers, (read, value, by_column)), one_pass_tiles.Warp(pairs + 1024 * chunk)
+        values = one_pass_tiles._values(m, *operands)
+        o = one_pass_tiles._outputs(m, registers(read), values)
         lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
         scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T, -1) + np.diag(diagonal[tokens])
-        apart = read.reshape(64, 2, 2, 8)
-        want = beta[tokens] * (value - apart[:, :, 0].reshape(64, 16)) @ np.linalg.inv(np.eye(16) + lower).T
+        want = beta[tokens] * (value - read[:, :16]) @ np.linalg.inv(np.eye(16) + lower).T
         got = np.zeros((2, 64, 16))
         for tile, block in zip(got, (values, o), strict=True):
             numbers_of = [number for register in block for number in warp_emulator.bf16(register)]
             for place, number in zip(places(16), numbers_of, strict=True):
                 tile[place] = number
         assert relative_error(got[0], want) < 4e-3
-        assert relative_error(got[1], apart[:, :, 1].reshape(64, 16) + want @ scores.T) < 4e-3
+        assert relative_error(got[1], read[:, 16:] + want @ scores.T) < 4e-3
 
 
 def one_pass_case(gate, steep_from=None, **options):
     """A call with log-decays in bf16; steep_from: the first head has -10 from this token on."""
-    call = channel_case(dict(dim=128) | options, "none" if gate == "steep" else gate)[0]
+    call = channel_case(dict(dim=128) | options, "none" if gate in ("steep", "even") else gate)[0]
     log_decay = np.array(call.log_decay)
     if gate == "steep":
         log_decay = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=log_decay.shape)))
+    if gate == "even":
+        log_decay = np.full_like(log_decay, -4.0)
     if steep_from is not None:
         log_decay[:, steep_from:, 0] = -10.0
     return dataclasses.replace(call, log_decay=jnp.asarray(log_decay, jnp.bfloat16))
 
 
-def forward(call, spoilt):
+def forward(call, spoilt, choice=None):
     """spoilt: whether today's kernels are wanted; else they give zeros."""
     given = prepare(call)
 
@@ -105,30 +138,35 @@ def forward(call, spoilt):
             return channel_forward(given, final=True, keep=False, choice=table.Choice(128))[0]
         return Scanned(o=jnp.zeros_like(given.v), final=jnp.zeros((*call.v.shape[:3:2], 128, 128)))
 
-    return one_pass_forward(given, final=True, otherwise=otherwise)
+    return one_pass_forward(given, final=True, otherwise=otherwise, choice=choice)
 
 
-def check(call, spoilt):
-    out = jax.jit(functools.partial(forward, spoilt=spoilt))(call)
+def check(call, spoilt, choice=None):
+    out = jax.jit(functools.partial(forward, spoilt=spoilt, choice=choice))(call)
     o, final, _ = oracle(call)
     assert relative_error(out.o[:, : call.q.shape[1]], o) < TOLERANCE
     assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE
     return out
 
 
-CASES = {  # options, whether tokens are left to today's kernels
-    "slow": (dict(gate="slow", tokens=100), False),
-    "steep": (dict(gate="steep", tokens=192), False),
-    "keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), True),
-    "too steep within a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), True),
-    "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), True),
+LED, IN_PIECES = table.Choice(128, led=2), table.Choice(128, pieces=2)
+CASES = {  # options, whether tokens are left to today's kernels, how sequences are cut
+    "slow": (dict(gate="slow", tokens=100), False, None),
+    "steep": (dict(gate="steep", tokens=192), False, None),
+    "keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), True, None),
+    "too steep within a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), True, None),
+    "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), True, None),
+    "led": (dict(gate="even", tokens=256), False, LED),
+    "led, a run walks all before it": (dict(gate="slow", tokens=256), False, LED),
+    "in pieces": (dict(gate="slow", tokens=256), False, IN_PIECES),
+    "in pieces that forget": (dict(gate="even", tokens=1000), False, IN_PIECES),
 }
 
 
 @pytest.mark.parametrize("name", quick(CASES))
 def test_interpreted(name, capfd):
-    options, spoilt = CASES[name]
-    check(dataclasses.replace(one_pass_case(**options), interpret=True), spoilt)
+    options, *how = CASES[name]
+    check(dataclasses.replace(one_pass_case(**options), interpret=True), *how)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -147,7 +185,9 @@ def test_later_tokens_move_nothing():
 
 def test_what_is_served(monkeypatch):
     """Through the backend: the same as by the two kernels but for rounding; other calls are theirs."""
-    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: k_shape[3] == 128)
+    monkeypatch.setattr(
+        table, "one_pass", lambda k_shape, v_shape: table.Choice(128) if k_shape[3] == 128 else None
+    )
     call = dataclasses.replace(one_pass_case("slow", tokens=70), interpret=True)
     o, final = hopper.linear_attention(call)
     want = oracle(call)
@@ -162,10 +202,25 @@ def test_what_is_served(monkeypatch):
     assert not any(serves(prepare(dataclasses.replace(call, **other))) for other in others)
 
 
-@pytest.mark.parametrize("heads, served", [(8, False), (64, False), (128, True), (144, False), (256, True)])
-def test_heads_that_fill_the_gpu(heads, served):
-    shape = 1, 4096, heads, 128
-    assert table.one_pass(shape, shape) == served
+WHOLE = table.Choice(128)
+
+
+@pytest.mark.parametrize(
+    "tokens, heads, whole, cut",
+    [
+        (4096, 128, WHOLE, WHOLE),
+        (4096, 256, WHOLE, WHOLE),
+        (4096, 144, None, None),
+        (8192, 32, None, table.Choice(128, led=4)),
+        (65536, 8, None, table.Choice(128, pieces=16)),
+        (512, 8, None, None),
+    ],
+)
+def test_calls_that_fill_the_gpu(tokens, heads, whole, cut, monkeypatch):
+    shape = 1, tokens, heads, 128
+    assert table.one_pass(shape, shape) == whole
+    monkeypatch.setattr(table, "RUNS", True)
+    assert table.one_pass(shape, shape) == cut
 
 
 def struct_call(batch, tokens, heads):
@@ -198,7 +253,7 @@ def test_compiles_without_spills():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_on_gpu(name):
-    options, spoilt = CASES[name]
+    options, *how = CASES[name]
     call = one_pass_case(**options | dict(tokens=1000))
-    got, again = check(call, spoilt), check(call, spoilt)
+    got, again = check(call, *how), check(call, *how)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, got, again))

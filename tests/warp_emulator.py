@@ -1,4 +1,4 @@
-"""The PTX of `hopper.inverse` and `hopper.one_pass_tiles` in numpy: a register is an array of 128 threads."""
+"""The PTX of hopper/inverse.py and hopper/one_pass*.py in numpy: a register is an array of 128 threads."""
 
 import functools
 import itertools
@@ -57,6 +57,10 @@ def _transpose(register):
     return pair(*out)
 
 
+def _shuffled(x, lane):
+    return np.concatenate([x[warp][lane[warp]] for warp in WARPS])
+
+
 def _multiply(*registers, numbers=halves):
     a, b, c = registers[:4], registers[4:6], registers[6:]
     out = np.zeros((4, 128), np.float32)
@@ -95,12 +99,19 @@ class Memory:
 
     def load_matrices(self, address):
         """Lane 8 m + r has the address of row r of matrix m; lane t gets pair t % 4 of row t // 4."""
-        out = np.zeros((4, 128), np.uint32)
-        for warp in WARPS:
-            for matrix in range(4):
-                rows = address[warp][8 * matrix + np.arange(32) // 4]
-                out[matrix, warp] = self.words[rows // 4 + np.arange(32) % 4]
-        return list(out)
+        return [self.words[place] for place in self._matrices(address)]
+
+    def load_turned(self, address):
+        return [_transpose(register) for register in self.load_matrices(address)]
+
+    def store_matrices(self, address, *block):
+        for place, register in zip(self._matrices(address), block, strict=True):
+            self.words[place] = register
+
+    def _matrices(self, address):
+        lanes = np.arange(32)
+        rows = lambda matrix: np.concatenate([address[warp][8 * matrix + lanes // 4] for warp in WARPS])
+        return [rows(matrix) // 4 + np.tile(lanes % 4, 4) for matrix in range(4)]
 
 
 def patch(monkeypatch, *modules):
@@ -118,8 +129,19 @@ def patch(monkeypatch, *modules):
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": _multiply,
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": functools.partial(_multiply, numbers=bf16),
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16": memory.load_matrices,
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": memory.load_turned,
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16": memory.store_matrices,
+        "max.NaN.bf16x2": lambda a, b: _bf16_pair(*map(np.maximum, bf16(a), bf16(b))),
+        "ex2.approx.ftz.f32": np.exp2,
+        "rsqrt.approx.ftz.f32": lambda x: 1 / np.sqrt(x),
+        "shfl.sync.bfly.b32 $0, $1, 1,": lambda x: x[THREADS ^ 1],
+        "shfl.sync.bfly.b32 $0, $1, 2,": lambda x: x[THREADS ^ 2],
+        "shfl.sync.idx.b32": _shuffled,
         "ld.shared.f32": memory.load_number,
         "st.shared.v4.b32": memory.store,
+        "st.shared.v2.f32": lambda address, *pair, predicate: memory.store(
+            address, *(x.view(np.uint32) for x in pair), predicate=predicate
+        ),
         "ld.shared.v4.b32": memory.load,
     }
 
@@ -140,6 +162,8 @@ def patch(monkeypatch, *modules):
             addf=np.add,
             subf=np.subtract,
             mulf=np.multiply,
+            negf=np.negative,
+            minimumf=np.minimum,
             xori=np.bitwise_xor,
             select=np.where,
             cmpi=lambda compare, a, b: compare(a, b),
@@ -156,5 +180,5 @@ def patch(monkeypatch, *modules):
         ),
     )
     for module, (name, replacement) in itertools.product(modules, replacements.items()):
-        monkeypatch.setattr(module, name, replacement)
+        monkeypatch.setattr(module, name, replacement, raising=False)
     return memory

@@ -1,6 +1,6 @@
 """What the chunkwise gradients share: sums of products of tiles, and the gradient of the log-decay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +13,23 @@ from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32
 
 
-def sums_of_products(*sums: tuple[Sequence[tuple], Any], interpret: Any) -> tuple[jax.Array, ...]:
+def sums_of_products(
+    *sums: tuple[Sequence[tuple], Any], interpret: Any, meanwhile: Callable[[], None] = lambda: None
+) -> tuple[jax.Array, ...]:
     """`start + a @ b + c @ d + ...` for each sum ([(a, b), (c, d), ...], start); all are in flight together.
 
     start: a float32 tile, or the shape of one to start from zero. Operands and hazards as in `blocks.matmul`.
+    meanwhile: what is done until they are there.
     """
     if interpret:
+        meanwhile()
         return tuple(_interpreted(pairs, start) for pairs, start in sums)
 
     def accumulate(accs: Any) -> None:
         for acc, (pairs, _) in zip(accs, sums, strict=True):
             for a, b in pairs:
                 plgpu.wgmma(acc, a, b)
+        meanwhile()
 
     if all(isinstance(start, tuple) for _, start in sums):
 

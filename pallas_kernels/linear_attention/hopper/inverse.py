@@ -296,11 +296,13 @@ class Warp:
 
     def results(self, block: list) -> tuple[list, list]:
         """As a sum of two bf16."""
-        round_, f32 = "cvt.rn.bf16x2.f32 $0, $2, $1;", ir.F32Type.get()
+        round_ = "cvt.rn.bf16x2.f32 $0, $2, $1;"
         high = self._pairs(block, round_)
-        ptx = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
-        wide = [x for pair in high for x in utils.inline_ptx(ptx, pair, result_types=[f32, f32])]
-        return high, self._pairs(self.difference(block, wide), round_)
+        return high, self._pairs(self.difference(block, self.widened_bf16(high)), round_)
+
+    def widened_bf16(self, block: list) -> list:
+        ptx, f32 = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", ir.F32Type.get()
+        return [x for pair in block for x in utils.inline_ptx(ptx, pair, result_types=[f32, f32])]
 
     def _pairs(self, block: list, ptx: str) -> list:
         return [utils.inline_ptx(ptx, *block[i : i + 2], result_types=i32()) for i in range(0, 8, 2)]
@@ -311,17 +313,17 @@ class Warp:
         return [x if x is self.zero else turn(x) for x in block]
 
     def product(self, a: list, b: list, start: list | None = None, kind: str = "f16") -> list:
-        f32 = ir.F32Type.get()
-        start = start or [mgpu.c(0.0, f32)] * 8
+        start = start or [mgpu.c(0.0, ir.F32Type.get())] * 8
+        return self.half(a, b[:2], start[:4], kind) + self.half(a, b[2:], start[4:], kind)
+
+    def half(self, a: list, b: list, start: list, kind: str) -> list:
+        """The first 8 columns of a product, b: the parts of its right operand in them."""
         ptx = (
             f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
         )
-        out: list = []
-        for half in range(2):  # 8 columns
-            operands = *a, *b[2 * half : 2 * half + 2], *start[4 * half : 4 * half + 4]
-            out += utils.inline_ptx(ptx, *operands, result_types=[f32] * 4, convergent=True)
-        return out
+        types = [ir.F32Type.get()] * 4
+        return list(utils.inline_ptx(ptx, *a, *b, *start, result_types=types, convergent=True))
 
     def zeros(self, like: list) -> list:
         return [self.zero] * len(like)

@@ -1,8 +1,8 @@
 """The forward with the delta rule and a decay per key channel in one pass over chunks of 16 tokens.
 
-A block of threads walks a sequence of one value head: three kinds of warpgroups, of which one copies
-tiles of 64 tokens, one prepares their chunks a tile or two ahead and two hold S^T (64 values by K each). With
-G the sums of log-decays from a chunk's start, C its last token,
+A block of threads walks a sequence, or a run of one, of one value head: two warpgroups copy and prepare
+(one_pass_prepare.py) every other tile of 64 tokens, a tile or two ahead, and two hold S^T (64 values by K
+each). With G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) (S + (k exp -G)^T V')
 A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while
@@ -21,216 +21,231 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, channel_math, one_pass_tiles, two_parts
+from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_tiles import KEYS, QUERIES
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import RANGE, Tile, prepare
 
 BF16 = jnp.bfloat16
-STATE, PREPARE, COPY = 152, 176, 24  # registers a thread: 65,536 in all, in steps of 8; no spills
-STAGES = 2  # tiles
-HOLDING, HALVES = 2, 2  # warpgroups with 64 values each; halves of the 128 channels
+STATE, PREPARE = 152, 104  # registers a thread: 65,536 in all, in steps of 8; no spills
+STAGES, AHEAD = 3, 2  # tiles of keys, of values
+HOLDING, PREPARING = 2, 2  # warpgroups: with 64 values each; with every other tile each
+TURNS = STAGES * PREPARING  # a place, and who prepares in it: each waits at every phase of a barrier
+HALVES = 2  # of the 128 channels
 NEVER = 2.0**30
-LEAST = channel_math.LEAST / blocks.LOG2E
 
 
 class OnePassed(NamedTuple):
-    """o: [B, T, HV, V] bf16.  final: S^T after the last token [B, HV, V, K] float32; None if not wanted.
+    """o: [B, T, HV, V] bf16.  final: S^T after each run [B * runs, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B, HV, C] float32, the least of which is the token from which on the others are not to be
-    used; `NEVER` if all are right.
+    first_wrong: [B * runs, HV, 2 C] float32, the least of which is the token from which on the others are
+    not to be used; `NEVER` if all are right.
     """
 
-    o: jax.Array
     first_wrong: jax.Array
+    o: Any = None
     final: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class OnePass:
-    """One compiled pass; final: also return the last states."""
+    """One compiled pass; final: also return the last states.
+
+    runs: every sequence is cut into so many, of which each begins with its own initial state. walk: None or
+    of each run the tile that it begins with, how many it walks before its outputs begin, and how many in all,
+    [B * runs, HV, 3] int32; a run that does not begin with the first tile then begins with zeros. outputs: or
+    only the last states, and with `moves` what each run does to a state, from the identity (M^T).
+    """
 
     inputs: Inputs
-    final: bool
+    final: bool = True
+    runs: int = 1
+    walk: jax.Array | None = None
+    outputs: bool = True
+    moves: bool = False
 
     def __call__(self) -> OnePassed:
         i = self.inputs
         batch, length, heads, value_heads, key_dim, value_dim = i.sizes
         assert key_dim == value_dim == HALVES * C and i.beta is not None
         assert i.log_decay is not None and i.log_decay.dtype == BF16
-        arrays = dict(q=i.q, k=i.k, v=i.v, g=i.log_decay, beta=i.beta, initial=i.state)
-        state = jax.ShapeDtypeStruct((batch, value_heads, value_dim, key_dim), F32)
+        arrays = dict(q=i.q, k=i.k, v=i.v, g=i.log_decay, beta=i.beta, initial=i.state, walk=self.walk)
+        if self.moves:
+            arrays |= dict(v=None, initial=None)
+        rows = batch * self.runs
+        state = jax.ShapeDtypeStruct((rows, value_heads, value_dim, key_dim), F32)
         results = dict(
-            o=jax.ShapeDtypeStruct(i.v.shape, BF16),
-            first_wrong=jax.ShapeDtypeStruct((batch, value_heads, C), F32),
+            o=jax.ShapeDtypeStruct(i.v.shape, BF16) if self.outputs else None,
+            first_wrong=jax.ShapeDtypeStruct((rows, value_heads, PREPARING * C), F32),
             final=state if self.final else None,
         )
-        tiles = STAGES, HALVES, C, C
+        keys = STAGES, C, HALVES * C
         scratch = dict(
-            qk=blocks.smem((STAGES, HALVES, 2 * C, C), BF16),  # k, below it q; then stacked
-            v=blocks.smem(tiles, BF16),
-            g=blocks.smem(tiles, BF16),
-            inverses=blocks.smem(tiles, BF16, width=ROWS),  # k exp -G
+            qk=blocks.smem((STAGES, 2 * C, HALVES * C), BF16),  # of each chunk k, then q
+            g=blocks.smem(keys, BF16, width=ROWS),  # then k exp -G
+            v=blocks.smem((HOLDING, AHEAD, C, C), BF16),
             carry=plgpu.SMEM((STAGES, C // ROWS, key_dim), F32),
             pairs=one_pass_tiles.pairs(STAGES),
             beta=plgpu.SMEM((STAGES, C), F32),
-            diagonal=plgpu.SMEM((C,), F32),
             o=blocks.smem((HOLDING, C, C), BF16),
-            filled=plgpu.Barrier(num_arrivals=4 * HALVES + 1, num_barriers=STAGES),
+            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 2, num_barriers=TURNS),
+            values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=STAGES),
-            free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=STAGES),
-            done=plgpu.Barrier(num_arrivals=HOLDING + 2),
+            free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=TURNS),
+            done=plgpu.Barrier(num_arrivals=HOLDING + PREPARING),
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             b, head, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
-            at = SimpleNamespace(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), b=b, head=head)
-            at.count, at.key_head = length // C, blocks.div(head, value_heads // heads)
+            at = SimpleNamespace(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), run=b, head=head)
+            at.b, at.key_head = blocks.div(b, self.runs), blocks.div(head, value_heads // heads)
+            at.first, at.lead, at.count = self.place(at, length // C // self.runs)
             blocks.role(wg < HOLDING, lambda: self.hold_state(at, wg), increase=STATE)
-            blocks.role(wg == HOLDING, lambda: self.prepare_tiles(at), increase=PREPARE)
-            blocks.role(wg == HOLDING + 1, lambda: self.issue_copies(at), decrease=COPY)
+            blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
         out = blocks.launch(
-            "delta_channel_one_pass", body, arrays, results, scratch, dict(b=batch, h=value_heads),
-            threads=HOLDING + 2, interpret=i.interpret,
+            "delta_channel_one_pass", body, arrays, results, scratch, dict(b=rows, h=value_heads),
+            threads=HOLDING + PREPARING, interpret=i.interpret,
         )  # fmt: skip
         return OnePassed(**out)
 
-    def issue_copies(self, at: SimpleNamespace) -> None:
+    def place(self, at: SimpleNamespace, count: int) -> tuple:
+        """The first tile of a run, and how many it walks before its outputs and in all."""
+        if self.walk is not None:
+            return tuple(at.refs.walk[at.run, at.head, number] for number in range(3))
+        return blocks.rem(at.run, self.runs) * count if self.runs > 1 else 0, 0, count
+
+    def copy_keys(self, at: SimpleNamespace, n: Any, slot: Any) -> None:
         smem, refs = at.smem, at.refs
+        barrier = smem.filled.at[blocks.rem(n, TURNS)]
 
-        def fill(n: Any, slot: Any) -> None:
-            rows, barrier = pl.ds(n * C, C), smem.filled.at[slot]
-            for half in range(HALVES):
-                columns = pl.ds(half * C, C)
-                raw = smem.qk.at[slot, half]
-                copies = (
-                    (refs.g, at.head, smem.g.at[slot, half]),
-                    (refs.k, at.key_head, raw.at[pl.ds(0, C)]),
-                    (refs.q, at.key_head, raw.at[pl.ds(C, C)]),
-                    (refs.v, at.head, smem.v.at[slot, half]),
-                )
-                for source, head, tile in copies:
-                    plgpu.copy_gmem_to_smem(source.at[at.b, rows, head, columns], tile, barrier)
-            plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
+        self.wait_for_room(at, n)
+        tile = (at.first + n) * C
+        for chunk in range(C // ROWS):
+            for which, source in enumerate((refs.k, refs.q)):
+                source = source.at[at.b, pl.ds(tile + chunk * ROWS, ROWS), at.key_head]
+                target = smem.qk.at[slot, pl.ds((2 * chunk + which) * ROWS, ROWS)]
+                plgpu.copy_gmem_to_smem(source, target, barrier)
+        rows = pl.ds(tile, C)
+        plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
 
-        blocks.refill(fill, smem.free, at.count, STAGES)
+    def wait_for_room(self, at: SimpleNamespace, n: Any) -> None:
+        """Until the tile that was in a tile's place has been used."""
 
-    def prepare_tiles(self, at: SimpleNamespace) -> None:
-        smem = at.smem
+        @pl.when(n >= STAGES)
+        def _() -> None:
+            plgpu.barrier_wait(at.smem.free.at[blocks.rem(n - STAGES, TURNS)])
 
-        def step(n: Any, first: jax.Array) -> jax.Array:
-            slot = blocks.rem(n, STAGES)
-            plgpu.barrier_wait(smem.filled.at[slot])
-            wrong = self.prepare_tile(at, slot)
+    def prepare_tiles(self, at: SimpleNamespace, first_tile: Any) -> None:
+        i, smem = self.inputs, at.smem
+
+        def step(again: Any, first: jax.Array) -> jax.Array:
+            n = again * PREPARING + first_tile
+            slot, turn = blocks.rem(n, STAGES), blocks.rem(n, TURNS)
+            self.copy_keys(at, n, slot)
+            plgpu.barrier_wait(smem.filled.at[turn])
+            tile = Tile(*(getattr(smem, name).at[slot] for name in Tile._fields))
+            least, size = prepare(tile, l2norm=i.l2norm, scale=i.scale, interpret=i.interpret)
+            wrong = (least < -RANGE) | (size > two_parts.LARGEST)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.ready.at[slot])
-            token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + n * C
+            token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + (at.first + n) * C
             return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
 
         never = plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
-        at.refs.first_wrong.at[at.b, at.head][...] = lax.fori_loop(0, at.count, step, never)
+        count = blocks.div(at.count - first_tile + PREPARING - 1, PREPARING)
+        wrong = lax.fori_loop(0, count, step, never)
+        at.refs.first_wrong.at[at.run, at.head, pl.ds(first_tile * C, C)][...] = wrong
 
-    def prepare_tile(self, at: SimpleNamespace, slot: Any) -> jax.Array:
-        """Which tokens are beyond what one anchor can do, or hard."""
-        i, smem = self.inputs, at.smem
-        store = functools.partial(blocks.store, interpret=i.interpret)
-        beta = smem.beta.at[slot]
-        raw = lambda which, half: smem.qk.at[slot, half].at[pl.ds(which * C, C)]
-        stacked = KEYS, QUERIES
-        squares: list[Any] = [0.0, 0.0]
-        diagonal: Any = 0.0
-        for half in range(HALVES):
-            g = smem.g.at[slot, half]
-            store(g, jnp.maximum(blocks.tile(g, BF16), jnp.asarray(LEAST, BF16)))
-            tiles = [blocks.tile(raw(which, half)) for which in stacked]
-            for which, x in enumerate(tiles if i.l2norm else tiles[:1]):
-                squares[which] += jnp.sum(x * x, axis=1)
-            diagonal += jnp.sum(tiles[KEYS] * tiles[QUERIES], axis=1)
-        norms: list[Any] = [lax.rsqrt(x + blocks.L2NORM_EPS) if i.l2norm else None for x in squares]
-
-        def normal(x: jax.Array, which: int) -> jax.Array:
-            x = x.astype(F32)
-            return x * blocks.by_row(norms[which]) if i.l2norm else x
-
-        if i.l2norm:
-            diagonal *= norms[KEYS] * norms[QUERIES]
-        smem.diagonal[...] = diagonal * i.scale  # not of rounded factors: where gates are steep, most of o
-        plgpu.commit_smem()
-        size = blocks.row_vector(beta) * (1.0 if i.l2norm else squares[KEYS])
-        wrong = size > two_parts.LARGEST
-        for half in range(HALVES):
-            total = blocks.matmul((self.within(beta), smem.g.at[slot, half]), interpret=i.interpret)
-            total *= blocks.LOG2E
-            rows = [blocks.tile(raw(which, half), BF16) for which in stacked]
-            wrong = wrong | (jnp.min(total, axis=1) < -channel_math.RANGE)
-            plgpu.commit_smem()  # all have read what is overwritten now
-            grown = normal(rows[KEYS], KEYS) * jnp.exp2(jnp.minimum(-total, channel_math.RANGE))
-            store(smem.inverses.at[slot, half], grown.astype(BF16), width=ROWS)
-            decay = jnp.exp2(total)
-            ends = smem.carry.at[slot, :, pl.ds(half * C, C)]
-            one_pass_tiles.last_rows(ends, decay, interpret=i.interpret)
-            for which in stacked:
-                x = normal(rows[which], which) * decay * (i.scale if which == QUERIES else 1.0)
-                one_pass_tiles.stack(smem.qk.at[slot, half], x.astype(BF16), which, interpret=i.interpret)
-        plgpu.commit_smem()
-        factors = smem.qk.at[slot], smem.inverses.at[slot], beta, smem.diagonal
-        one_pass_tiles.store_pairs(*factors, smem.pairs.at[slot], interpret=i.interpret)
-        return wrong
-
-    def within(self, beta: Any) -> jax.Array:
-        """Row i sums the tokens t <= i of its chunk."""
-        row, col = blocks.row_index(), blocks.col_index()
-        row = row + jnp.where(beta[0] > 1e38, 1, 0)  # a zero that the compiler cannot know: channel_math
-        return jnp.where((col <= row) & (col >= (row & -ROWS)), 1.0, 0.0).astype(BF16)
+        @pl.loop(count, count + -(-STAGES // PREPARING))
+        def _(again: Any) -> None:
+            n = again * PREPARING + first_tile
+            pl.when(n < at.count + STAGES)(functools.partial(self.wait_for_room, at, n))
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
         columns = pl.ds(wg * C, C)
-        halves = [(at.head, columns, pl.ds(half * C, C)) for half in range(HALVES)]
-        initial = getattr(refs, "initial", None)
-        state = tuple(blocks.state(initial, (C, C), (at.b, *half)) for half in halves)
+        state = self.start(at, wg)
 
-        def step(n: Any, state: tuple) -> tuple:
-            slot = blocks.rem(n, STAGES)
-            plgpu.barrier_wait(smem.filled.at[slot])
+        def fetch(n: Any, slot: Any) -> None:
+            source = refs.v.at[at.b, pl.ds((at.first + n) * C, C), at.head, columns]
+            plgpu.copy_gmem_to_smem(source, smem.v.at[wg, slot], smem.values.at[AHEAD * wg + slot])
+
+        def step(n: Any, state: tuple, outputs: bool) -> tuple:
+            slot, turn, own = blocks.rem(n, STAGES), blocks.rem(n, TURNS), blocks.rem(n, AHEAD)
+            if not self.moves:
+                plgpu.barrier_wait(smem.values.at[AHEAD * wg + own])
+            plgpu.barrier_wait(smem.filled.at[turn])
             plgpu.barrier_wait(smem.ready.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if outputs:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for chunk in range(C // ROWS):
-                state = self.advance(at, wg, slot, chunk, state)
+                state = self.advance(at, wg, slot, own, chunk, state, outputs)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(smem.free.at[slot])
-            rows = pl.ds(n * C, C)
-            plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            plgpu.barrier_arrive(smem.free.at[turn])
+            if not self.moves:
+                pl.when(n + AHEAD < at.count)(lambda: fetch(n + AHEAD, own))
+            if outputs:
+                rows = pl.ds((at.first + n) * C, C)
+                plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
             return state
 
-        state = lax.fori_loop(0, at.count, step, state)
+        if not self.moves:
+            for n in range(AHEAD):
+                pl.when(n < at.count)(functools.partial(fetch, n, n))
+        if self.walk is not None and self.outputs:
+            state = lax.fori_loop(0, at.lead, lambda n, state: step(n, state, False), state)
+        state = lax.fori_loop(at.lead, at.count, lambda n, state: step(n, state, self.outputs), state)
         if self.final:
-            for half, part in zip(halves, state, strict=True):
-                blocks.write(refs.final.at[at.b, *half], part, interpret=i.interpret)
+            for half, part in enumerate(state):
+                place = at.run, at.head, columns, pl.ds(half * C, C)
+                blocks.write(refs.final.at[place], part, interpret=i.interpret)
         plgpu.wait_smem_to_gmem(0)
 
-    def advance(self, at: SimpleNamespace, wg: Any, slot: Any, chunk: int, state: tuple) -> tuple:
-        """The state after a chunk, whose outputs go to shared memory."""
+    def start(self, at: SimpleNamespace, wg: Any) -> tuple:
+        """S^T before the first tile, the halves of its channels."""
+        initial = getattr(at.refs, "initial", None)
+        if self.moves:
+            row, col = blocks.row_index() + wg * C, blocks.col_index()
+            return tuple(jnp.where(row == col + half * C, 1.0, 0.0) for half in range(HALVES))
+
+        def load(run: Any) -> tuple:
+            places = [(run, at.head, pl.ds(wg * C, C), pl.ds(half * C, C)) for half in range(HALVES)]
+            return tuple(blocks.state(initial, (C, C), place) for place in places)
+
+        if self.walk is None or initial is None:
+            return load(at.run)
+        zeros = lambda: (blocks.zeros((C, C)),) * HALVES
+        return lax.cond(at.first == 0, lambda: load(at.b), zeros)
+
+    def advance(
+        self, at: SimpleNamespace, wg: Any, slot: Any, own: Any, chunk: int, state: tuple, outputs: bool
+    ) -> tuple:
+        """The state after a chunk, whose outputs go to shared memory if wanted."""
         i, smem = self.inputs, at.smem
         tokens = pl.ds(chunk * ROWS, ROWS)
-        stacked = [smem.qk.at[slot, half].at[pl.ds(2 * chunk * ROWS, 2 * ROWS)].T for half in range(HALVES)]
+        parts = [pl.ds(half * C, C) for half in range(HALVES)]
+        stacked = [smem.qk.at[slot].at[pl.ds(2 * chunk * ROWS, 2 * ROWS), part].T for part in parts]
         pairs = list(zip((part.astype(BF16) for part in state), stacked, strict=True))
-        (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
-        value = blocks.tile(smem.v.at[slot, wg].at[tokens].T)
+        zeros = blocks.zeros((C, ROWS))
+        value = zeros if self.moves else blocks.tile(smem.v.at[wg, own].at[tokens].T)
         beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
-        values, o = one_pass_tiles.finish(
-            read, value, beta, smem.pairs.at[slot, chunk], interpret=i.interpret
-        )
-        keys = [smem.inverses.at[slot, half].at[tokens] for half in range(HALVES)]
+        (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
+        made = smem.pairs.at[slot, chunk]
+        values = one_pass_tiles.values_of(read, value, beta, made, interpret=i.interpret)
+
+        def finish() -> None:
+            if not outputs:
+                return
+            o = one_pass_tiles.outputs_of(read, values, made, interpret=i.interpret)
+            blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
+
+        carry = [blocks.col_vector(smem.carry.at[slot, chunk].at[part]) for part in parts]
+        keys = [smem.g.at[slot].at[tokens, part] for part in parts]
         sums = [([(values, key)], part) for key, part in zip(keys, state, strict=True)]
-        state = sums_of_products(*sums, interpret=i.interpret)
-        blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
-        carry = smem.carry.at[slot, chunk]
-        return tuple(
-            part * blocks.by_col(blocks.col_vector(carry.at[pl.ds(half * C, C)]))
-            for half, part in enumerate(state)
-        )
+        state = sums_of_products(*sums, interpret=i.interpret, meanwhile=finish)
+        return tuple(part * blocks.by_col(factor) for part, factor in zip(state, carry, strict=True))

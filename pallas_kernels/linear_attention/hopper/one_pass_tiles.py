@@ -1,9 +1,6 @@
-"""What the warps of a warpgroup do with chunks of 16 tokens, a warp each: one_pass.py's pairs of tokens.
+"""What one_pass.py's warpgroups do with the pairs of tokens of a chunk of 16: `prepare` has left them."""
 
-A tile of 64 tokens is four such chunks; the rows of a WGMMA tile that a warp holds are one of them. k and q
-lie one behind the other by 8 tokens (`stack`), so that one product reads the state for both.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,13 +15,10 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.linear_attention.hopper import inverse
 from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
-from pallas_kernels.linear_attention.hopper.inverse import ROWS, equal, i32, integer
+from pallas_kernels.linear_attention.hopper.inverse import ROWS, i32, integer
 
 BF16 = jnp.bfloat16
-KEYS, QUERIES = range(2)  # in a stack
 INVERSE, SCORES = range(2)  # in a chunk's pairs
-TILE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-THIN = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))  # right operands of 16 tokens
 
 
 def pairs(stages: int) -> Any:
@@ -32,142 +26,61 @@ def pairs(stages: int) -> Any:
     return plgpu.SMEM((stages, C // ROWS, 2 * 4 * 32), jnp.int32)
 
 
-def stack(ref: Any, value: jax.Array, which: int, *, interpret: Any) -> None:
-    """Stores [64, 64] bf16 as a part of a stack [128, 64]: rows 8 i to 8 i + 7 from row 16 i + 8 which on."""
-    if interpret:
-        for i in range(0, C, 8):
-            ref[2 * i + 8 * which : 2 * i + 8 * which + 8] = value[i : i + 8]
-        return
+def values_of(read: jax.Array, value: jax.Array, beta: jax.Array, pairs: Any, *, interpret: Any) -> jax.Array:
+    """V'^T = (beta (V - K S))^T A^T of a chunk in bf16 [64 values, 16 tokens].
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(TILE)))
-    def write(_: Any, registers: Any, tile: Any) -> None:
-        part = utils.memref_slice(utils.memref_unfold(tile, 0, (None, 2)), (slice(None), which))
-        registers.store_tiled(part, swizzle=128)
-
-    write(value, ref)
-
-
-def last_rows(ref: Any, value: jax.Array, *, interpret: Any) -> None:
-    """ref [4, 64] = the last row of each chunk of a tile [64, 64] float32."""
-    if interpret:
-        ref[...] = value[ROWS - 1 :: ROWS]
-        return
-
-    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType()))
-    def write(_: Any, tile: Any, memory: Any) -> None:
-        m = Warp(memory)
-        stride = ir.MemRefType(memory.type).get_strides_and_offset()[0][0]
-        address = arith.addi(m.base, arith.muli(m.warp, integer(4 * stride)))
-        address = arith.addi(address, arith.muli(m.c, integer(8)))
-        last = equal(m.r, integer(7))
-        ptx = "st.shared.v2.f32 [$0], {$1, $2};"
-        for column, pair in enumerate(tile.registers.flat[1::2]):
-            place = arith.addi(address, integer(32 * column))
-            utils.inline_ptx(ptx, place, *_numbers(pair), predicate=last)
-
-    write(value, ref)
-
-
-def store_pairs(stacks: Any, inverses: Any, beta: Any, diagonal: Any, out: Any, *, interpret: Any) -> None:
-    """Of each chunk of a tile A - I, A = (I + L)^-1, and the scores.
-
-    L_ij = beta_i x_i.y_j and the scores z_i.y_j for j < i; the diagonal of the scores is given.
-
-    stacks: [2, 128, 64], of x and z, by halves of the channels.  inverses: y [2, 64, 64].  Others: [64].
-    out: of `pairs` [4, 256].
-    """
-    if interpret:
-        cut = lambda ref: jnp.concatenate([ref[0], ref[1]], axis=1).astype(F32)
-        x, z = jnp.moveaxis(cut(stacks).reshape(4, 2, 2, 8, -1), 2, 0).reshape(2, 4, ROWS, -1)
-        y = cut(inverses).reshape(4, ROWS, -1)
-        product = lambda a: jnp.einsum("wic,wjc->wij", a, y, precision=lax.Precision.HIGHEST)
-        below = jnp.tril(jnp.ones((ROWS, ROWS), F32), -1) > 0
-        minus = -beta[...].reshape(4, ROWS, 1) * jnp.where(below, product(x), 0.0)
-        m = inverse.Parts(inverse.Interpreted())
-        high = lax.optimization_barrier(minus.astype(jnp.float16))
-        low = (minus - high.astype(F32)).astype(jnp.float16)
-        high, _ = m.results(m.less_identity(inverse.diagonal(m, (high, low))))
-        own = jnp.eye(ROWS) * diagonal[...].reshape(4, ROWS, 1)
-        scores = jnp.where(below, product(z), own).astype(BF16)
-        packed = [_packed(block).reshape(4, 128) for block in (high, scores)]
-        out[...] = jnp.concatenate(packed, axis=1)
-        return
-
-    refs = (plgpu.RefType(TILE), plgpu.RefType(THIN)) + (plgpu.RefType(),) * 3
-
-    @plgpu.inline_mgpu(arg_types=refs)
-    def run(_: Any, stacks: Any, inverses: Any, beta: Any, diagonal: Any, out: Any) -> None:
-        _store_pairs(Warp(out), stacks, inverses, beta, diagonal)
-
-    run(stacks, inverses, beta, diagonal, out)
-
-
-def _store_pairs(m: Any, stacks: Any, inverses: Any, beta: Any, diagonal: Any) -> None:
-    lower = scores = [mgpu.c(0.0, ir.F32Type.get())] * 8
-    for step in range(8):
-        x, z, y = m.operands(stacks, inverses, step)
-        lower = m.product(x, m.turned(y), lower, kind="bf16")
-        scores = m.product(z, m.turned(y), scores, kind="bf16")
-    zero = mgpu.c(0.0, ir.F32Type.get())
-    minus = [arith.subf(zero, arith.mulf(x, b)) for x, b in zip(lower, m.by_row(beta), strict=True)]
-    parts = inverse.Parts(m)
-    x = inverse.diagonal(parts, parts.rounded(m.below(minus)))
-    m.put_own(INVERSE, m.in_bf16(m.less_identity(x)))
-    scores = m.with_diagonal(m.below(scores), m.by_row(diagonal))
-    m.put_own(SCORES, m.in_bf16(scores))
-
-
-def finish(
-    read: jax.Array, value: jax.Array, beta: jax.Array, pairs: Any, *, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
-    """V'^T = (beta (V - K S))^T A^T in bf16 and o^T = (Q S + P V')^T of a chunk, [64 values, 16 tokens].
-
-    read: (K S)^T and (Q S)^T as stacked [64, 32].  value: V^T, beta: by column, both [64, 16] float32.
+    read: (K S)^T beside (Q S)^T [64, 32].  value: V^T, beta: by column, both [64, 16] float32.
     pairs: [256], of the chunk.
     """
     if interpret:
-        by_eight = read.reshape(C, 2, 2, 8)
-        read_k, read_q = by_eight[:, :, 0].reshape(C, ROWS), by_eight[:, :, 1].reshape(C, ROWS)
-        lower, scores = _unpacked(pairs[...].reshape(2, 128))
-        x = (value - read_k) * beta
-        times = lambda a, b: jnp.matmul(a.astype(F32), b.T.astype(F32), precision=lax.Precision.HIGHEST)
-        x = x + times(x.astype(BF16), lower)
-        values = x.astype(BF16)
-        return values, (read_q + times(values, scores)).astype(BF16)
+        x = (value - read[:, :ROWS]) * beta
+        return (x + _times(x.astype(BF16), pairs, INVERSE)).astype(BF16)
+    return _run(_values, pairs, read, value, beta)
 
+
+def outputs_of(read: jax.Array, values: jax.Array, pairs: Any, *, interpret: Any) -> jax.Array:
+    """o^T = (Q S + P V')^T of a chunk, as `values_of` has them."""
+    if interpret:
+        return (read[:, ROWS:] + _times(values, pairs, SCORES)).astype(BF16)
+    return _run(_outputs, pairs, read, values)
+
+
+def _times(a: jax.Array, pairs: Any, which: int) -> jax.Array:
+    words = pairs[...].reshape(2, 128)[which]
+    b = lax.bitcast_convert_type(words, BF16).reshape(ROWS, ROWS)
+    return jnp.matmul(a.astype(F32), b.T.astype(F32), precision=lax.Precision.HIGHEST)
+
+
+def _run(function: Callable, pairs: Any, *tiles: jax.Array) -> jax.Array:
+    """A block in bf16 as a tile [64, 16], of the registers of tiles: numbers, or pairs of bf16."""
     result = plgpu.ShapeDtypeStruct((C, ROWS), BF16, layout=WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, WGMMA, WGMMA, plgpu.RefType()), return_type=(result, result))
-    def run(_: Any, read: Any, value: Any, beta: Any, pairs: Any) -> Any:
-        numbers = [
-            [x for pair in tile.registers.flat for x in _numbers(pair)] for tile in (read, value, beta)
-        ]
-        return tuple(map(_array, _finish(Warp(pairs), *numbers)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[WGMMA] * len(tiles)), return_type=result)
+    def run(_: Any, pairs: Any, *tiles: Any) -> Any:
+        return _array(function(Warp(pairs), *map(_registers, tiles)))
 
-    return run(read, value, beta, pairs)
+    return run(pairs, *tiles)
 
 
-def _finish(m: Any, read: list, value: list, beta: list) -> tuple[list, list]:
-    """In pairs of bf16; read and the others: numbers in turn of a thread's columns, rows r and r + 8."""
-    parts = [read[i : i + 4] for i in range(0, 16, 4)]
-    read_k, read_q = (parts[which] + parts[2 + which] for which in (KEYS, QUERIES))
-    x = [arith.mulf(arith.subf(v, r), b) for v, r, b in zip(value, read_k, beta, strict=True)]
-    x = m.product(m.in_bf16(x), m.turned(m.get(INVERSE)), x, kind="bf16")
-    values = m.in_bf16(x)
-    return values, m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read_q, kind="bf16"))
+def _registers(tile: Any) -> list:
+    """Numbers in turn of a thread's columns, rows r and r + 8, or such pairs of bf16."""
+    if tile.mlir_dtype == ir.BF16Type.get():
+        return [utils.bitcast(pair, i32()) for pair in tile.registers.flat]
+    return [llvm.extractelement(pair, integer(i)) for pair in tile.registers.flat for i in range(2)]
 
 
-def _packed(blocks_: jax.Array) -> jax.Array:
+def _values(m: Any, read: list, value: list, beta: list) -> list:
+    x = [arith.mulf(arith.subf(v, r), b) for v, r, b in zip(value, read[:8], beta, strict=True)]
+    return m.in_bf16(m.product(m.in_bf16(x), m.turned(m.get(INVERSE)), x, kind="bf16"))
+
+
+def _outputs(m: Any, read: list, values: list) -> list:
+    return m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read[8:], kind="bf16"))
+
+
+def packed(blocks_: jax.Array) -> jax.Array:
     """[..., 16, 16] bf16 as [..., 16, 8] int32."""
     return lax.bitcast_convert_type(blocks_.reshape(*blocks_.shape[:-1], 8, 2), jnp.int32)
-
-
-def _unpacked(words: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(words, BF16).reshape(-1, ROWS, ROWS)
-
-
-def _numbers(pair: Any) -> list:
-    return [llvm.extractelement(pair, integer(i)) for i in range(2)]
 
 
 def _array(block: list) -> Any:
@@ -186,7 +99,6 @@ class Warp(inverse.Warp):
     def __init__(self, memory: Any):
         super().__init__(memory)
         self.lane = arith.andi(utils.thread_idx(), integer(31))
-        self.base = _address(memory)
 
     def turned(self, block: list) -> list:
         """The right operand that is the transpose of a block."""
@@ -224,7 +136,7 @@ class Warp(inverse.Warp):
     def by_row(self, memory: Any) -> list:
         """Numbers [64] float32, of a block's rows, for the eight places that a thread has."""
         row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
-        address = arith.addi(_address(memory), arith.muli(row, integer(4)))
+        address = arith.addi(address_of(memory), arith.muli(row, integer(4)))
         f32, ptx = ir.F32Type.get(), "ld.shared.f32 $0, [$1];"
         first, second = (
             utils.inline_ptx(ptx, at, result_types=f32, has_side_effects=True)
@@ -232,42 +144,6 @@ class Warp(inverse.Warp):
         )
         return [first, first, second, second] * 2
 
-    def operands(self, stacks: Any, inverses: Any, step: int) -> list:
-        """x, z and y of channels 16 step to 16 step + 15 as left operands."""
-        half, column = divmod(step, 4)
-        # Matrices in turn: tokens 0-7, 8-15 of the first 8 channels, of the next 8; a lane addresses a row.
-        eight = arith.andi(arith.shrui(self.lane, integer(3)), integer(1))
-        row, piece = arith.andi(self.lane, integer(7)), arith.shrui(self.lane, integer(4))
-        tile = arith.addi(arith.muli(self.warp, integer(2)), eight)
 
-        def load(memory: Any, *offsets: Any) -> list:
-            address = _address(memory)
-            for offset in offsets:
-                address = arith.addi(address, offset)
-            ptx = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-            types = [i32()] * 4
-            return list(
-                utils.inline_ptx(ptx, address, result_types=types, has_side_effects=True, convergent=True)
-            )
-
-        def swizzled(piece: Any, bits: Any, width: int) -> tuple:
-            place = arith.muli(arith.xori(piece, bits), integer(16))
-            return place, arith.muli(row, integer(width))
-
-        inner = swizzled(arith.addi(piece, integer(2 * column)), row, 128)
-        x, z = (
-            load(
-                stacks,
-                *inner,
-                arith.muli(tile, integer(2048)),
-                integer(half * 16384 + which * 1024),
-            )
-            for which in (KEYS, QUERIES)
-        )
-        inner = swizzled(piece, arith.shrui(row, integer(2)), 32)
-        offset = arith.muli(tile, integer(1024)), integer(half * 8192 + column * 256)
-        return [x, z, load(inverses, *inner, *offset)]
-
-
-def _address(memory: Any) -> Any:
+def address_of(memory: Any) -> Any:
     return llvm.ptrtoint(i32(), utils.memref_ptr(memory))
