@@ -70,9 +70,9 @@ def step(
         return finish(known)
     attempt = lambda policy: compiled(trace(settled(definition, policy)), available * mesh.size, ready)
     policy, found, said = choose(attempt, available)
-    finer = _finer(config, mesh)
-    more = f"; train.microbatches={finer[0]} would leave room to keep more" if policy in LITTLE and finer else ""
-    log.info("model.remat=auto: %s%s", said, more)
+    log.info("model.remat=auto: %s", said)
+    if policy in LITTLE and (finer := _finer(config, mesh)):
+        log.info("train.microbatches=%d would leave room to keep more, and compute less twice", finer[0])
     if found.run is None or found.needs > available:
         raise RunError(_too_large(config, mesh, found.needs / available))
     if memo is not None:

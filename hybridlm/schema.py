@@ -57,8 +57,8 @@ class Model:
         attention and the MLP's first matmuls). What is kept costs memory, what is recomputed time. auto: the
         fastest of most, kernels, dots, mixer, attention and full that fits, found by compiling; on a GPU it
         unrolls the stack for the first four.
-    scan: False unrolls the stack: faster on a GPU where remat is most, kernels, dots or mixer, but compile time
-        grows with depth.
+    scan: False unrolls the stack: faster on a GPU where remat is most, kernels, dots or mixer, but compile
+        time grows with depth.
     lora: "PATTERN=RANK" or "PATTERN=RANK/ALPHA": matrices of layers that are frozen and get low-rank factors
         (`hybridlm.lora`), by patterns of names as in ``optimizer.freeze``; the last that matches counts.
     embedding_multiplier: of the embedding where it enters the stack (Granite; Gemma: the root of d_model).

@@ -38,9 +38,9 @@ NEVER = 2.0**30
 
 
 class OnePassed(NamedTuple):
-    """o: [B, T, HV, V] bf16.  final: S^T after each run [B * runs, HV, V, K] float32; None if not wanted.
+    """o: [B, T, HV, V] bf16.  final: S^T after the last token [B, HV, V, K] float32; None if not wanted.
 
-    first_wrong: [B * runs, HV, 2 C] float32, the least of which is the token from which on the others are
+    first_wrong: [B, HV, 2 C] float32, the least of which is the token from which on the others are
     not to be used; `NEVER` if all are right.
     """
 
@@ -51,34 +51,21 @@ class OnePassed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class OnePass:
-    """One compiled pass; final: also return the last states.
-
-    runs: every sequence is cut into so many, of which each begins with its own initial state. walk: None or
-    of each run the tile that it begins with, how many it walks before its outputs begin, and how many in all,
-    [B * runs, HV, 3] int32; a run that does not begin with the first tile then begins with zeros. outputs: or
-    only the last states, and with `moves` what each run does to a state, from the identity (M^T).
-    """
+    """One compiled pass; final: also return the last states."""
 
     inputs: Inputs
-    final: bool = True
-    runs: int = 1
-    walk: jax.Array | None = None
-    outputs: bool = True
-    moves: bool = False
+    final: bool
 
     def __call__(self) -> OnePassed:
         i = self.inputs
         batch, length, heads, value_heads, key_dim, value_dim = i.sizes
         assert key_dim == value_dim == HALVES * C and i.beta is not None
         assert i.log_decay is not None and i.log_decay.dtype == BF16
-        arrays = dict(q=i.q, k=i.k, v=i.v, g=i.log_decay, beta=i.beta, initial=i.state, walk=self.walk)
-        if self.moves:
-            arrays |= dict(v=None, initial=None)
-        rows = batch * self.runs
-        state = jax.ShapeDtypeStruct((rows, value_heads, value_dim, key_dim), F32)
+        arrays = dict(q=i.q, k=i.k, v=i.v, g=i.log_decay, beta=i.beta, initial=i.state)
+        state = jax.ShapeDtypeStruct((batch, value_heads, value_dim, key_dim), F32)
         results = dict(
-            o=jax.ShapeDtypeStruct(i.v.shape, BF16) if self.outputs else None,
-            first_wrong=jax.ShapeDtypeStruct((rows, value_heads, PREPARING * C), F32),
+            o=jax.ShapeDtypeStruct(i.v.shape, BF16),
+            first_wrong=jax.ShapeDtypeStruct((batch, value_heads, PREPARING * C), F32),
             final=state if self.final else None,
         )
         keys = STAGES, C, HALVES * C
@@ -99,37 +86,29 @@ class OnePass:
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             b, head, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
-            at = SimpleNamespace(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), run=b, head=head)
-            at.b, at.key_head = blocks.div(b, self.runs), blocks.div(head, value_heads // heads)
-            at.first, at.lead, at.count = self.place(at, length // C // self.runs)
+            at = SimpleNamespace(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), b=b, head=head)
+            at.count, at.key_head = length // C, blocks.div(head, value_heads // heads)
             blocks.role(wg < HOLDING, lambda: self.hold_state(at, wg), increase=STATE)
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
         out = blocks.launch(
-            "delta_channel_one_pass", body, arrays, results, scratch, dict(b=rows, h=value_heads),
+            "delta_channel_one_pass", body, arrays, results, scratch, dict(b=batch, h=value_heads),
             threads=HOLDING + PREPARING, interpret=i.interpret,
         )  # fmt: skip
         return OnePassed(**out)
-
-    def place(self, at: SimpleNamespace, count: int) -> tuple:
-        """The first tile of a run, and how many it walks before its outputs and in all."""
-        if self.walk is not None:
-            return tuple(at.refs.walk[at.run, at.head, number] for number in range(3))
-        return blocks.rem(at.run, self.runs) * count if self.runs > 1 else 0, 0, count
 
     def copy_keys(self, at: SimpleNamespace, n: Any, slot: Any) -> None:
         smem, refs = at.smem, at.refs
         barrier = smem.filled.at[blocks.rem(n, TURNS)]
 
         self.wait_for_room(at, n)
-        tile = (at.first + n) * C
         for chunk in range(C // ROWS):
             for which, source in enumerate((refs.k, refs.q)):
-                source = source.at[at.b, pl.ds(tile + chunk * ROWS, ROWS), at.key_head]
+                source = source.at[at.b, pl.ds(n * C + chunk * ROWS, ROWS), at.key_head]
                 target = smem.qk.at[slot, pl.ds((2 * chunk + which) * ROWS, ROWS)]
                 plgpu.copy_gmem_to_smem(source, target, barrier)
-        rows = pl.ds(tile, C)
+        rows = pl.ds(n * C, C)
         plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
         plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
 
@@ -153,13 +132,13 @@ class OnePass:
             wrong = (least < -RANGE) | (size > two_parts.LARGEST)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.ready.at[slot])
-            token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + (at.first + n) * C
+            token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + n * C
             return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
 
         never = plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
         count = blocks.div(at.count - first_tile + PREPARING - 1, PREPARING)
         wrong = lax.fori_loop(0, count, step, never)
-        at.refs.first_wrong.at[at.run, at.head, pl.ds(first_tile * C, C)][...] = wrong
+        at.refs.first_wrong.at[at.b, at.head, pl.ds(first_tile * C, C)][...] = wrong
 
         @pl.loop(count, count + -(-STAGES // PREPARING))
         def _(again: Any) -> None:
@@ -169,78 +148,52 @@ class OnePass:
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
         columns = pl.ds(wg * C, C)
-        state = self.start(at, wg)
+        halves = [(at.head, columns, pl.ds(half * C, C)) for half in range(HALVES)]
+        initial = getattr(refs, "initial", None)
+        state = tuple(blocks.state(initial, (C, C), (at.b, *half)) for half in halves)
 
         def fetch(n: Any, slot: Any) -> None:
-            source = refs.v.at[at.b, pl.ds((at.first + n) * C, C), at.head, columns]
+            source = refs.v.at[at.b, pl.ds(n * C, C), at.head, columns]
             plgpu.copy_gmem_to_smem(source, smem.v.at[wg, slot], smem.values.at[AHEAD * wg + slot])
 
-        def step(n: Any, state: tuple, outputs: bool) -> tuple:
+        for n in range(min(AHEAD, at.count)):
+            fetch(n, n)
+
+        def step(n: Any, state: tuple) -> tuple:
             slot, turn, own = blocks.rem(n, STAGES), blocks.rem(n, TURNS), blocks.rem(n, AHEAD)
-            if not self.moves:
-                plgpu.barrier_wait(smem.values.at[AHEAD * wg + own])
+            plgpu.barrier_wait(smem.values.at[AHEAD * wg + own])
             plgpu.barrier_wait(smem.filled.at[turn])
             plgpu.barrier_wait(smem.ready.at[slot])
-            if outputs:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for chunk in range(C // ROWS):
-                state = self.advance(at, wg, slot, own, chunk, state, outputs)
+                state = self.advance(at, wg, slot, own, chunk, state)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.free.at[turn])
-            if not self.moves:
-                pl.when(n + AHEAD < at.count)(lambda: fetch(n + AHEAD, own))
-            if outputs:
-                rows = pl.ds((at.first + n) * C, C)
-                plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
+            pl.when(n + AHEAD < at.count)(lambda: fetch(n + AHEAD, own))
+            rows = pl.ds(n * C, C)
+            plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[at.b, rows, at.head, columns])
             return state
 
-        if not self.moves:
-            for n in range(AHEAD):
-                pl.when(n < at.count)(functools.partial(fetch, n, n))
-        if self.walk is not None and self.outputs:
-            state = lax.fori_loop(0, at.lead, lambda n, state: step(n, state, False), state)
-        state = lax.fori_loop(at.lead, at.count, lambda n, state: step(n, state, self.outputs), state)
+        state = lax.fori_loop(0, at.count, step, state)
         if self.final:
-            for half, part in enumerate(state):
-                place = at.run, at.head, columns, pl.ds(half * C, C)
-                blocks.write(refs.final.at[place], part, interpret=i.interpret)
+            for half, part in zip(halves, state, strict=True):
+                blocks.write(refs.final.at[at.b, *half], part, interpret=i.interpret)
         plgpu.wait_smem_to_gmem(0)
 
-    def start(self, at: SimpleNamespace, wg: Any) -> tuple:
-        """S^T before the first tile, the halves of its channels."""
-        initial = getattr(at.refs, "initial", None)
-        if self.moves:
-            row, col = blocks.row_index() + wg * C, blocks.col_index()
-            return tuple(jnp.where(row == col + half * C, 1.0, 0.0) for half in range(HALVES))
-
-        def load(run: Any) -> tuple:
-            places = [(run, at.head, pl.ds(wg * C, C), pl.ds(half * C, C)) for half in range(HALVES)]
-            return tuple(blocks.state(initial, (C, C), place) for place in places)
-
-        if self.walk is None or initial is None:
-            return load(at.run)
-        zeros = lambda: (blocks.zeros((C, C)),) * HALVES
-        return lax.cond(at.first == 0, lambda: load(at.b), zeros)
-
-    def advance(
-        self, at: SimpleNamespace, wg: Any, slot: Any, own: Any, chunk: int, state: tuple, outputs: bool
-    ) -> tuple:
-        """The state after a chunk, whose outputs go to shared memory if wanted."""
+    def advance(self, at: SimpleNamespace, wg: Any, slot: Any, own: Any, chunk: int, state: tuple) -> tuple:
+        """The state after a chunk, whose outputs go to shared memory."""
         i, smem = self.inputs, at.smem
         tokens = pl.ds(chunk * ROWS, ROWS)
         parts = [pl.ds(half * C, C) for half in range(HALVES)]
         stacked = [smem.qk.at[slot].at[pl.ds(2 * chunk * ROWS, 2 * ROWS), part].T for part in parts]
         pairs = list(zip((part.astype(BF16) for part in state), stacked, strict=True))
-        zeros = blocks.zeros((C, ROWS))
-        value = zeros if self.moves else blocks.tile(smem.v.at[wg, own].at[tokens].T)
+        value = blocks.tile(smem.v.at[wg, own].at[tokens].T)
         beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
         (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
         made = smem.pairs.at[slot, chunk]
         values = one_pass_tiles.values_of(read, value, beta, made, interpret=i.interpret)
 
         def finish() -> None:
-            if not outputs:
-                return
             o = one_pass_tiles.outputs_of(read, values, made, interpret=i.interpret)
             blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
 

@@ -6,7 +6,6 @@ WIDE = 96  # blocks of threads of 128 values from which the memory, not the chai
 FILL = 128  # blocks of threads that fill the 132 multiprocessors
 LONG = 160  # chunks from which cutting a sequence repays the extra scan and the joins
 SHORT_WALKS = LED = True  # see warm_up.py
-RUNS = False  # see one_pass_forward.py; twice as fast at steep gates, behind or level at slow ones
 WIDEST_KEY = 128  # channels of the heads that the scans with a copy of the state in registers take
 
 
@@ -50,17 +49,8 @@ def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) ->
     return Choice(v_shape[3], pieces)
 
 
-def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> Choice | None:
-    """How KDA's forward without gradients is one pass, or None: where a block of threads a head fills the
-    GPU, or with `RUNS`, where as many runs of sequences as fill it have work enough."""
-    blocks, each, chunks = k_shape[0] * v_shape[2], 132, k_shape[1] // 64
-    if (k_shape[3], v_shape[3]) != (128, 128) or chunks < 16:
-        return None
-    if blocks >= WIDE * -(-blocks // each):
-        return Choice(128)
-    runs = 1
-    while chunks % (2 * runs) == 0 and chunks >= 8 * runs and 2 * runs * blocks <= FILL:
-        runs *= 2
-    if not RUNS or runs == 1:
-        return None
-    return Choice(128, runs) if chunks >= LONG and runs >= 4 else Choice(128, led=runs)
+def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> bool:
+    """Whether KDA's forward without gradients is one pass: where a block of threads a head fills the GPU."""
+    blocks, each = k_shape[0] * v_shape[2], 132
+    fits = (k_shape[3], v_shape[3]) == (128, 128) and k_shape[1] >= 1024
+    return fits and blocks >= WIDE * -(-blocks // each)
