@@ -28,7 +28,7 @@ class Reader:
     """A subject that answers right the turns of a session before ``fails``."""
 
     tokenizer = text_tokenizer = BYTES
-    step, config = 0, None  # tasks of text do not ask what the model is
+    step, checkpoint, config = 0, "", None  # tasks of text do not ask what the model is
 
     def __init__(self, fails=5):
         self.fails, self.questions = fails, []
