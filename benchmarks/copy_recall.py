@@ -32,8 +32,9 @@ Pair = tuple[list[int], list[int]]
 
 def read(source: str) -> str:
     """The text of a JSONL file's documents, without what is not ASCII: a character is a byte."""
-    documents = untrusted.read_bytes(Path(source), "--source").decode().splitlines()
-    return "\n".join(json.loads(one)["text"].encode("ascii", "ignore").decode() for one in documents)
+    documents = untrusted.read_bytes(Path(source), "--source").decode().split("\n")
+    texts = (json.loads(one)["text"] for one in documents if one.strip())
+    return "\n".join(text.encode("ascii", "ignore").decode() for text in texts)
 
 
 def pairs(

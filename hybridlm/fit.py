@@ -71,10 +71,10 @@ def step(
     attempt = lambda policy: compiled(trace(settled(definition, policy)), available * mesh.size, ready)
     policy, found, said = choose(attempt, available)
     log.info("model.remat=auto: %s", said)
-    if policy in LITTLE and (finer := _finer(config, mesh)):
-        log.info("train.microbatches=%d would leave room to keep more, and compute less twice", finer[0])
     if found.run is None or found.needs > available:
         raise RunError(_too_large(config, mesh, found.needs / available))
+    if policy in LITTLE and (finer := _finer(config, mesh)):
+        log.info("train.microbatches=%d may leave room to keep more, and compute less twice", finer[0])
     if memo is not None:
         with contextlib.suppress(OSError):  # the next start looks again
             untrusted.write_text(memo, policy)

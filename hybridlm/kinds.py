@@ -11,9 +11,8 @@ from typing import Any
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import describe, fields
 
-INSIDE = re.compile(
-    rf"importlib|{re.escape(__file__)}"
-)  # files whose part in an import is none of the user's
+# Files whose part in an import is none of the user's.
+INSIDE = re.compile(rf"importlib|{re.escape(__file__)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,11 +125,15 @@ def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ..
     others = ("embedding", "final_norm.scale", "final_norm.bias", "embedding_norm", "head", "shared")
     every = [*others, *(f"layers.{index}.{n}" for index, spec in enumerate(layers) for n in names[spec])]
     for at, one in enumerate(stripped):
-        named = [n for n in every if fnmatchcase(n, one)] or [n for n in others if one.startswith(f"{n}.")]
-        if not named:
+        named = [n for n in every if fnmatchcase(n, one)]
+        within = [n for n in others if one.startswith(f"{n}.")]  # whose own names are not known here
+        if not named and not within:
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
             raise ConfigError("optimizer.freeze", one, "is the name of no parameter", fix)
-        if frozen[at].startswith("!") and not any(froze(n, frozen[:at]) for n in named):
+        before = frozen[:at]
+        taken = any(froze(n, before) for n in (*named, *within))
+        taken |= any(p.startswith(f"{n}.") for n in within for p in before)
+        if frozen[at].startswith("!") and not taken:
             fix = f"All but these: '*, {frozen[at]}'."
             raise ConfigError("optimizer.freeze", frozen[at], "takes out what nothing before it freezes", fix)
     return tuple(result)

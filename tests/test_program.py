@@ -76,6 +76,13 @@ def test_freezing_nothing_or_everything_is_refused(text, freeze, problem):
         model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze)))
 
 
+def test_names_below_a_norm_may_be_taken_out(text):
+    freeze = ("embedding_norm.*", "!embedding_norm.bias")
+    model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze, model__embedding_norm=True)))
+    with pytest.raises(ConfigError, match="takes out what nothing before it"):
+        model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze[1:])))
+
+
 @dataclasses.dataclass(frozen=True)
 class SmoothedConfig(next_token.Config):
     """temperature: that the objective divides its loss by; a stand-in for a user's own."""

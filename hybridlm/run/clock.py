@@ -17,8 +17,8 @@ class Running:
     """A step that was handed to the devices. A thread waits for its end: the loop itself may be late, since
     handing over the next step blocks where a program asks the host how to go on."""
 
-    def __init__(self, metrics: Any, asked: float, came: float):
-        self.metrics = metrics
+    def __init__(self, metrics: Any, asked: float, came: float, before: "Running | None" = None):
+        self.metrics, self.before = metrics, before
         self.asked, self.came = asked, came  # of its batch: when it was asked for, and there
         self.end = 0.0
         self.thread = threading.Thread(target=self.wait, daemon=True)
@@ -27,7 +27,10 @@ class Running:
     def wait(self) -> None:
         with contextlib.suppress(Exception):  # raised again to whoever reads them
             jax.block_until_ready(self.metrics)
+            if self.before:  # else the two threads may read the time in the other order
+                self.before.thread.join()
             self.end = time.perf_counter()
+        self.before = None
 
     def ended(self) -> float:
         """When it ended, or by now if it failed, which reading its metrics tells."""
@@ -52,6 +55,7 @@ class Clock:
         counted = {"mfu": flops, "hfu": flops + again / self.tokens}
         self.of_rate = {name: n / (peak * devices) for name, n in counted.items()} if peak else {}
         self.steps, self.total, self.waited = 0, 0.0, 0.0
+        self.last: Running | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -66,7 +70,8 @@ class Clock:
 
     def watch(self, metrics: Any) -> Running:
         """The step of the batch that `next` gave last, which has metrics (arrays) when it is complete."""
-        return Running(metrics, *self.batch)
+        self.last = Running(metrics, *self.batch, self.last)
+        return self.last
 
     def tick(self, step: Running) -> None:
         """One more step is complete."""

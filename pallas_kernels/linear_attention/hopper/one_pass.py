@@ -1,6 +1,6 @@
 """The forward with the delta rule and a decay per key channel in one pass over chunks of 16 tokens.
 
-A block of threads walks a sequence, or a run of one, of one value head: two warpgroups copy and prepare
+A block of threads walks a sequence of one value head: two warpgroups copy and prepare
 (one_pass_prepare.py) every other tile of 64 tokens, a tile or two ahead, and two hold S^T (64 values by K
 each). With G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
@@ -44,8 +44,8 @@ class OnePassed(NamedTuple):
     not to be used; `NEVER` if all are right.
     """
 
+    o: jax.Array
     first_wrong: jax.Array
-    o: Any = None
     final: Any = None
 
 
