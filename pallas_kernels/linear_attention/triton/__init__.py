@@ -9,7 +9,8 @@ from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.trial import kind
 from pallas_kernels.linear_attention.triton import requirements
-from pallas_kernels.linear_attention.triton.backward import gradients
+from pallas_kernels.linear_attention.triton.additive import additive
+from pallas_kernels.linear_attention.triton.backward import Gradients, gradients
 from pallas_kernels.linear_attention.triton.chunks import Chunks, chunks
 from pallas_kernels.linear_attention.triton.inputs import prepare, spec, unprepare
 from pallas_kernels.linear_attention.triton.moves import moves
@@ -74,7 +75,11 @@ def _backward(kept: Kept, cotangents: tuple[jax.Array, jax.Array | None]) -> tup
     what, inputs = spec(call), prepare(call)
     do = pad_time(cotangents[0], inputs.q.shape[1])
     back = reverse(what, made, do, cotangents[1])
-    d = gradients(what, inputs, made, moves(what, scanned, back, do), back.values)
+    if what.delta or what.channel:
+        d = gradients(what, inputs, made, moves(what, scanned, back, do), back.values)
+    else:
+        assert scanned.states is not None
+        d = Gradients(**additive(what, inputs, do, scanned.states, back.states), v=back.values)
     return (unprepare(call, d, back.first),)
 
 

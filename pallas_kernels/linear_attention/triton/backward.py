@@ -1,5 +1,7 @@
 """Every chunk alone: the gradients of the arguments, from those of what `chunks` made of them.
 
+Of the delta rule, or with a decay per channel; the rest is `additive`'s.
+
 With r = A^T d w and x = A^T d u, dL = -(r w^T + x u^T) strictly below the diagonal. The gradient of a decay's
 logarithm is the sum over all that it scales of value times gradient; of that of a norm 1 / |q| likewise.
 """
@@ -123,16 +125,15 @@ def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) ->
         return
     if token.decay is not None:
         dqk = dqk * token.decay
-        dkk_raw = dkk_raw * token.decay if spec.delta else None
+        dkk_raw = dkk_raw * token.decay
 
     def keys(n: Any, _: None) -> None:
         dq = made["dqueries"][part(n)].astype(F32) * token.queries[:, None]
         dk = made["dkeys"][part(n)].astype(F32) * token.keys[:, None]
         q, k = refs.q[part(n)].astype(F32), refs.k[part(n)].astype(F32)
         dq, dk = dq + dot(dqk, k), dk + dot(dqk, q, (0, 0))
-        if spec.delta:
-            read = solved(A_T, made["dw"][part(n)]) * (token.reads * token.beta)[:, None]
-            dk = dk + dot(dkk_raw + dkk_raw.T, k) + read
+        read = solved(A_T, made["dw"][part(n)]) * (token.reads * token.beta)[:, None]
+        dk = dk + dot(dkk_raw + dkk_raw.T, k) + read
         if spec.l2norm:  # d of 1 / |q| is -q / |q|^3
             dq -= q * (q_row * token.q_unit * token.q_unit)[:, None]
             dk -= k * (k_row * token.k_unit * token.k_unit)[:, None]
