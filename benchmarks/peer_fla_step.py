@@ -164,10 +164,8 @@ def attempts(spec: str, args: argparse.Namespace, fields: dict[str, str]) -> Ite
     tokens = torch.tensor(batch["tokens"], device=step.masters[0].device).long()
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     flops = cost.train_flops_per_token(config) / (cost.peak_flops(kind) or float("nan"))
-    peer, wanted = (
-        peers.Fla(),
-        [(loss, way) for way in ("eager", "compiled")[: 1 + args.compile] for loss in PATHS],
-    )
+    peer = peers.Fla()
+    wanted = [(loss, way) for way in ("eager", "compiled")[: 1 + args.compile] for loss in PATHS]
     while wanted:
         loss, way = wanted.pop(0)
         if way == "compiled" and not hasattr(model.model.layers[0], "_orig_mod"):
