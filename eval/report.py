@@ -6,13 +6,16 @@ from rich.table import Table
 
 from eval.runner import Result, put_figure
 from hybridlm import untrusted
+from hybridlm.report import quantity
 
 
 def table(results: dict[str, Result], title: str) -> Table:
-    """A row for each task and length: accuracy, its 95% interval, samples, and what guessing gets."""
+    """A row for each task and length: accuracy, its 95% interval, samples, what guessing gets, bytes of states,
+    keys and values of a context; of sessions also accuracy by turn."""
     shown = Table(title=untrusted.markup(title), title_justify="left")
     shown.add_column("task", no_wrap=True)
-    for column in ("length", "accuracy", "95% interval", "samples", "guessing"):
+    turns = any("by_turn" in result for result in results.values())
+    for column in ("length", "accuracy", "95% interval", "samples", "guessing", "kept", *["by turn"] * turns):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in results.values():
         chance = result["chance"]
@@ -23,6 +26,8 @@ def table(results: dict[str, Result], title: str) -> Table:
             f"{result['low']:.3f} to {result['high']:.3f}",
             f"{result['samples']:,}",
             "" if chance is None else "0" if chance < 5e-4 else f"{chance:.3f}",
+            quantity(result["kept_bytes"], "B") if "kept_bytes" in result else "",
+            *[" ".join(f"{value:.2f}" for value in result.get("by_turn", ()))] * turns,
         )
     return shown
 
