@@ -10,8 +10,9 @@ from hybridlm.report import quantity
 
 
 def table(results: dict[str, Result], title: str) -> Table:
-    """A row for each task and length: accuracy, its 95% interval, samples, what guessing gets, bytes of states,
-    keys and values of a context; of sessions also accuracy by turn."""
+    """A row for each task and length: accuracy, its 95% interval, samples, what guessing gets, bytes of
+    states, keys and values of a context; of sessions also accuracy by turn.
+    """
     shown = Table(title=untrusted.markup(title), title_justify="left")
     shown.add_column("task", no_wrap=True)
     turns = any("by_turn" in result for result in results.values())
