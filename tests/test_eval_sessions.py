@@ -93,6 +93,8 @@ def test_turns_are_no_samples():
     assert result["by_turn"] == [1, 1, 1, 1, 0] and result["accuracy"] == pytest.approx(0.8)
     assert result["kept_bytes"] == 6144
     shown = io.StringIO()
-    Console(file=shown, width=120).print(report.table({"needles_turns@2048": result}, ""))
-    assert "1.00 1.00 1.00 1.00 0.00" in shown.getvalue() and "6.14 kB" in shown.getvalue()
+    named = {"needles_turns@2048": result | {"task": "n" * 17, "length": 32_768, "samples": 1000}}
+    Console(file=shown, width=80).print(report.table(named, ""))
+    assert "6.14 kB" in shown.getvalue() and "…" not in shown.getvalue()
+    assert report.turns(named) == ["needles_turns@2048 by turn: 1.00 1.00 1.00 1.00 0.00"]
     assert tasks.choose("sessions", []) == sessions.TASKS and np.isfinite(result["low"])
