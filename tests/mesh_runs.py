@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from hybridlm import (
     ahead,
+    init_from,
     layers,
     loss,
     loss_blocks,
@@ -24,7 +25,7 @@ from hybridlm import (
     sharding,
 )
 from hybridlm import config as configs
-from hybridlm.run.checkpoint import Checkpoints
+from hybridlm.run.checkpoint import FORMAT, Checkpoints
 from tests import tiny
 
 MESHES = ((1, 1, 1), (2, 4, 1), (1, 4, 2))  # `data` alone: test_processes.py
@@ -59,6 +60,42 @@ def curves(folder: Path) -> dict:
                 state, metrics = built.step(state, sharding.put_batch(source.batch(index), mesh))
                 losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
             result["losses"][str(sizes)] = losses
+    return result
+
+
+def distilled(folder: Path) -> dict:
+    """Loss, gradient norm and validation sums of a student of every term, its teacher on the same mesh."""
+    text, teacher = tiny.write_text(folder), folder / "teacher"
+    theirs = configs.resolve(tiny.config(text, model__pattern="full*2"))
+    definition = model.build(theirs)
+    params = model.unstack(definition, jax.jit(lambda key: model.init(definition, key))(jax.random.key(7)))
+    with Checkpoints(teacher / "checkpoints") as saves:
+        saves.save(1, {"params": params}, {"step": 1, "format": FORMAT})
+    (teacher / "config.json").write_text(configs.to_json(theirs))
+    student = tiny.config(text, model__pattern="featuremap full", optimizer__freeze=("layers.1.mlp.*",))
+    sizes = {"num_heads": 4, "head_dim": 8, "v_head_dim": 8, "output_norm": False, "output_gate": "none"}
+    student.mixers.featuremap = configs.mixer("feature_map", feature_map="hedgehog", **sizes)
+    terms = {"kl": 1.0, "hidden": 0.5, "transfer": 0.5, "weights": 0.1, "next_token": 0.1, "temperature": 2.0}
+    student.objective = configs.objective("distil", teacher=str(teacher), top_k=20, **terms)
+    student.train.microbatches = 2
+    config = configs.resolve(student)
+    source = member.build_data(config, "train")
+    result: dict = {}
+    for sizes in (MESHES[0], MESHES[-1]):
+        mesh = sharding.make_mesh(schema.Mesh(*sizes))
+        with jax.set_mesh(mesh):
+            built = program.build(config, model.build(config), mesh, source.token_bytes)
+            taught = init_from.teacher(config, built)
+            state = built.init(jax.random.key(0))
+            losses = []
+            for index in range(3):
+                batch = sharding.put_batch(source.batch(index), mesh)
+                state, metrics = built.step(state, batch, *taught)
+                losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+            sums = jax.device_get(built.evaluate(state["params"], batch, *taught))
+        embedding = taught[0]["embedding"].addressable_shards[0].data.shape
+        result[str(sizes)] = {"losses": losses, "sums": {n: float(x) for n, x in sums.items()}}
+        result[str(sizes)]["embedding"] = embedding
     return result
 
 
@@ -182,5 +219,7 @@ if __name__ == "__main__":
     results = curves(Path(sys.argv[1]))
     found = {"errors": errors, "shards": shards, **results, "product": product_gradients()}
     found["scaled product"] = product_error()
+    (Path(sys.argv[1]) / "distil").mkdir()
+    found["distilled"] = distilled(Path(sys.argv[1]) / "distil")
     found["loss"] = [loss_on_devices(blocks) for blocks in (False, True)]  # last, as it sets the chunks' size
     print(json.dumps(found))

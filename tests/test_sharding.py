@@ -102,6 +102,18 @@ def test_every_mesh_gives_the_curve_of_one_device(eight):
         np.testing.assert_allclose(losses, one, rtol=2e-5, err_msg=mesh)
 
 
+def test_a_student_and_its_teacher_learn_on_a_mesh_what_they_do_on_one_device(eight):
+    """Every term of the objective; the teacher's parameters are cut as a model's are."""
+    one, other = eight["distilled"].values()
+    assert one["losses"][-1][0] < one["losses"][0][0] and one["sums"].keys() > {
+        "kl_loss_sum",
+        "weights_loss_sum",
+    }
+    np.testing.assert_allclose(other["losses"], one["losses"], rtol=2e-5)
+    np.testing.assert_allclose([*other["sums"].values()], [*one["sums"].values()], rtol=2e-5)
+    assert [one["embedding"], other["embedding"]] == eight["embedding_shards"][::2]
+
+
 def test_a_checkpoint_of_one_mesh_restores_on_another(eight):
     assert eight["restored"] == [True, True]
 

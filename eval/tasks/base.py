@@ -133,7 +133,7 @@ class PromptTask:
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         samples = self.samples(subject.text_tokenizer, setting)
         completions = subject.complete(
-            [subject.encode(sample.prompt) for sample in samples],
+            several(lambda index: subject.encode(samples[index].prompt), range(len(samples))),
             max_new_tokens=self.max_new_tokens, stop=self.stop, progress=progress,
         )  # fmt: skip
         return np.array([self.score(c, s.answers) for c, s in zip(completions, samples, strict=True)])

@@ -175,12 +175,15 @@ class FileTokenizer(Tokenizer):
         return pieces
 
     def encode(self, text: str) -> list[int]:
-        with self._library(f"cannot encode {text[:40]!r}"):
-            return self.file.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
 
     def count(self, text: str) -> int:
+        return len(self._encoding(text))
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        """Of a batch of one: other threads run meanwhile, and where in the text tokens stand is left out."""
         with self._library(f"cannot encode {text[:40]!r}"):
-            return len(self.file.encode_batch_fast([text], add_special_tokens=False)[0])
+            return self.file.encode_batch_fast([text], add_special_tokens=False)[0]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
