@@ -255,6 +255,31 @@ def test_linearise_config(teacher, mixer):
     assert "layers.*.mlp.*" in frozen["optimizer"]["freeze"]
 
 
+def test_layers_that_stay(text, tmp_path):
+    """The teacher's own window and its own KDA stay as they are beside new layers of those names, whose
+    settings are what the command line says; parameters of both are where they belong."""
+    own = tiny.config(text, model__pattern="swa full kda")
+    own.mixers.swa = configs.mixer("attention", num_heads=2, head_dim=8, window=3)
+    own.mixers.kda = configs.mixer("kda", num_heads=1, head_dim=16)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+    spec = f"configs/linearise.py:teacher={tmp_path},"
+    load = lambda arg, **more: configs.resolve(configs.load(spec + arg, more))
+    window = load("swa,pure", **{"mixers.swa.window": "5"})
+    assert window.model.pattern == "kept_swa swa kda"
+    assert (window.mixers["kept_swa"].window, window.mixers["swa"].window) == (3, 5)
+    assert window.mixers["kept_swa"] == configs.resolve(own).mixers["swa"]
+    linear = load("kda,pure")
+    assert linear.model.pattern == "swa kda kept_kda" and linear.mixers["kda"].num_heads == 4
+    assert linear.mixers["kept_kda"] == configs.resolve(own).mixers["kda"]
+    assert load("gdn,pure").model.pattern == "swa gdn kda"
+    own.mixers.both = configs.mixer("parallel", branches=("kda", "swa"))
+    own.model.pattern = "both full"
+    (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+    with pytest.raises(ConfigError, match="layers that stay are made of a mixer 'kda' with other settings"):
+        load("kda,pure")
+
+
 def test_learned_gates(teacher):
     """Both in each layer: only gates are trained in the second stage; those that share most stay, as far as
     their keys and values fit."""
@@ -290,6 +315,7 @@ def test_two_mixers_in_a_layer(teacher):
         "",
         "teacher=x,gdn",
         "teacher={},gdm,3:1",
+        "teacher={},mom,3:1",
         "teacher={},gdn,3",
         "teacher={},gdn,2:1",
         "teacher={},gdn,²:1",
