@@ -23,7 +23,7 @@ from hybridlm import config as configs
 from hybridlm import lora, mapping, model, program, stack, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
-from hybridlm.run import checkpoint
+from hybridlm.run import checkpoint, seal
 from hybridlm.weights import CARRIED, TOKENIZER
 
 log = logging.getLogger("hybridlm")
@@ -154,6 +154,12 @@ def source(path: str | Path, field: str = "init_from") -> Iterator[Source]:
             arrays |= saves.open(steps[-1], "ema", weights.averaged(config, definition))
         merged, definition = lora.Merged(definition, arrays), model.build(without_factors(config))
         yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
+
+
+def identity(path: str | Path) -> str:
+    """Which parameters there are at ``path`` now: of a workdir its newest checkpoint; "" of a public one."""
+    found = untrusted.numbered(split(path)[0] / "checkpoints")
+    return f"{found[-1].name} {seal.identity(found[-1])}" if found else ""
 
 
 def without_factors(config: configs.Config) -> configs.Config:

@@ -168,6 +168,27 @@ def test_resumed_in_any_stage(text, teacher, whole, tmp_path, step, monkeypatch)
     assert tiny.lines(run) == tiny.lines(whole)
 
 
+@pytest.mark.once
+def test_the_teacher_must_stay_as_it_was(text, teacher, whole, tmp_path, monkeypatch):
+    """A run that is resumed in a stage with a teacher whose folder was trained further meanwhile is refused;
+    one in a stage without a teacher is not."""
+    run, other = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(whole, run)
+    shutil.copytree(teacher, other)
+    before = init_from.identity(other)
+    assert before == init_from.identity(teacher) and init_from.identity(tmp_path) == ""
+    shutil.rmtree(other / "checkpoints")
+    shutil.copytree(whole / "checkpoints", other / "checkpoints")
+    moved = init_from.identity(other)
+    assert moved != before
+    monkeypatch.setattr(init_from, "identity", lambda path: moved)
+    trainer.train(student(text, teacher), run)  # it is finished
+    for step in (5, 6):
+        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+    with pytest.raises(ConfigError, match="another newest checkpoint than when this run began"):
+        trainer.train(student(text, teacher), run)
+
+
 def test_nothing_to_learn_from_oneself(text, teacher):
     """A student that is the teacher has no KL, no angle and no gradient; transfer is refused."""
     c = tiny.config(text, model__pattern="full*2")
