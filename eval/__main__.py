@@ -93,9 +93,8 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     about = {"run": name, "step": tested.step, "pattern": tested.config.model.pattern}
     learnt = curves.convergence(workdir, tested.config)
     about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
-    keep = lambda results: runner.write(
-        folder / "eval.json", results, about | {"haystack": wanted.one.haystack.name}
-    )
+    about["haystack"] = wanted.one.haystack.name
+    keep = lambda results: runner.kept(folder, tested, results, about)
     if known != runner.read(folder / "eval.json"):
         keep(known)
     with progress(console) as bars:

@@ -11,7 +11,7 @@ from hybridlm import untrusted
 def table(results: dict[str, Result], title: str) -> Table:
     """A row for each task and length: accuracy, its 95% interval, samples, and what guessing gets."""
     shown = Table(title=untrusted.markup(title), title_justify="left")
-    shown.add_column("task", no_wrap=True)
+    shown.add_column("task", overflow="fold")  # of a narrow terminal, and of a log: no number is cut
     for column in ("length", "accuracy", "95% interval", "samples", "guessing"):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in results.values():

@@ -158,6 +158,18 @@ def test_results_of_another_checkpoint_are_put_aside(loaded, tmp_path, caplog, c
     assert paired.unlike(second["chosen@8"], first["chosen@8"]) == ""  # two runs need not be of one step
 
 
+def test_two_evaluations_at_once_lose_nothing(loaded, tmp_path, caplog):
+    """Each began before the other wrote: of one checkpoint, and of two."""
+    task = Chosen()
+    [one, two] = ({n: r} for n, r in runner.measure(loaded, [task], plan()).items())
+    other = dataclasses.replace(loaded, step=9)
+    third = runner.measure(other, [task], plan(lengths=(8,)))
+    for subject, results in ((loaded, one), (other, third), (loaded, two)):
+        runner.kept(tmp_path, subject, results, {"step": subject.step})
+    assert runner.read(tmp_path / "eval.json") == one | two
+    assert runner.read(tmp_path / "eval-9.json") == third
+
+
 def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):
     both = [Chosen(), tasks.TASKS["S5"]]
     results = runner.measure(loaded, both, plan(lengths=(8, 32)))
