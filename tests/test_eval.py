@@ -164,8 +164,8 @@ def test_two_evaluations_at_once_lose_nothing(loaded, tmp_path, caplog):
     [one, two] = ({n: r} for n, r in runner.measure(loaded, [task], plan()).items())
     other = dataclasses.replace(loaded, step=9)
     third = runner.measure(other, [task], plan(lengths=(8,)))
-    for subject, results in ((loaded, one), (other, third), (loaded, two)):
-        runner.kept(tmp_path, subject, results, {"step": subject.step})
+    for of, results in ((loaded, one), (other, third), (loaded, two)):
+        runner.kept(tmp_path, of, results, {"step": of.step})
     assert runner.read(tmp_path / "eval.json") == one | two
     assert runner.read(tmp_path / "eval-9.json") == third
 

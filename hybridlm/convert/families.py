@@ -133,7 +133,7 @@ def written(definition: model.Definition, model_type: str = "") -> tuple[str, di
             unknown.append(f"{name} ({error.allowed})")
             continue
         except ConfigError as error:
-            whose = f"{error.field} " if error.allowed.startswith("must") else ""
+            whose = f"{error.field} " if error.allowed.startswith(("must", "is not supported")) else ""
             reasons.append(f"{name} ({whose}{error.allowed})")
             continue
         difference = same_model(model.build(config), definition)
