@@ -348,16 +348,21 @@ def test_linearise_arguments(teacher, arg):
 
 
 @pytest.mark.once
-def test_layer_choice(whole, capsys):
-    """Ranks the one layer that was replaced, and names the pattern that keeps it."""
+def test_layer_choice(whole, capsys, monkeypatch):
+    """Ranks the one layer that was replaced, and names the pattern that keeps it, and all that are then full."""
     layer_choice.show(whole, keep=1, batches=1)
     record = json.loads((whole / "layer_choice.json").read_text())
     assert (
         record["pattern"] == "full*2"
-        and record["keep"] == "1"
+        and record["keep"] == "0+1"
         and "--config.model.pattern" in capsys.readouterr().out
     )
     assert record["losses"]["1"] > 0 and record["teacher"] > 0
+    monkeypatch.setattr(
+        init_from, "described", lambda path: configs.resolve(tiny.config("x", model__d_model=8))
+    )
+    with pytest.raises(ConfigError, match=r"has \(d_model, layers\) \(16, 2\), .* came from \(8, 2\)"):
+        layer_choice.show(whole, keep=1, batches=1)
 
 
 @pytest.mark.parametrize(
