@@ -4,7 +4,7 @@
     python train.py --config=configs/linearise.py:teacher=hf/qwen,kda,pure --config.data.path=text/*.txt
 
 The argument is teacher=FOLDER,MIXER,RATIO.
-FOLDER: a run's workdir, or a Hugging Face folder, which brings no data.
+FOLDER: a run's workdir, or a Hugging Face folder, which brings its tokenizer and no data.
 MIXER: a name of `hybridlm.config.STANDARD`; of two, gla+swa, each layer has both and the mean of what they
 return (Liger).
 RATIO: r:1 keeps the last layer of every r + 1, "pure" none; or the indices of those to keep: 3+7+11
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import init_from, mixers, pattern, plan, schema, untrusted
+from hybridlm import init_from, mixers, pattern, plan, schema, untrusted, weights
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.mixers import attention
 
@@ -45,7 +45,8 @@ def get_config(arg: str = "") -> ConfigDict:
     names = pattern.fill(pattern.parse(theirs.model.pattern), theirs.model.num_layers)
     full = [i for i, name in enumerate(names) if _attention(theirs, name)]
     if not full:
-        raise ConfigError("--config", f"linearise.py:{arg}", "the teacher has no layer of softmax attention")
+        problem = "the teacher has no layer of softmax attention without a window"
+        raise ConfigError("--config", f"linearise.py:{arg}", problem)
     replaced = set(full) - set(_kept(ratio, len(names), arg))
     learned = ratio == GATES
     placed = lambda name: f"{pattern.split(name)[0]}_or_{mixer}" if learned else mixer.replace("+", "_")
@@ -61,6 +62,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config = configs.default()
     for section in ("model", "train", "mlps", "data", "eval", "log", "checkpoint"):
         config[section] = ConfigDict(values[section])
+    at = init_from.split(folder)[0]
+    if config.data.kind == "text" and (at / weights.TOKENIZER).is_file():
+        config.data.tokenizer = str(at / weights.TOKENIZER)
+    if not (at / "checkpoints").is_dir():  # a public folder, whose text is to be named
+        config.data = configs.data("text", tokenizer=config.data.tokenizer)
     config.model.pattern = str(plan.plan(new))
     config.model.update(_norms(theirs.model, zip(names, new, strict=True)))
     old = dict.fromkeys(pattern.split(names[i])[0] for i in full)
