@@ -349,7 +349,7 @@ def test_linearise_arguments(teacher, arg):
 
 @pytest.mark.once
 def test_layer_choice(whole, capsys, monkeypatch):
-    """Ranks the one layer that was replaced, and names the pattern that keeps it, and all that are then full."""
+    """Ranks the one layer that was replaced, and names the pattern that keeps it, and what is full then."""
     layer_choice.show(whole, keep=1, batches=1)
     record = json.loads((whole / "layer_choice.json").read_text())
     assert (

@@ -106,8 +106,9 @@ def test_exact_conversions(form, mixer, tmp_path):
 def test_a_public_teacher_brings_its_tokenizer_and_no_text(tmp_path):
     """Text that nobody named, or the ids of another tokenizer, would be learnt without a word."""
     folder = written("qwen3", tmp_path)
-    load = lambda **more: configs.resolve(configs.load(f"configs/linearise.py:teacher={folder},gdn,1:1", more))
-    with pytest.raises(ConfigError, match="data.path = '': must name files"):
+    spec = f"configs/linearise.py:teacher={folder},gdn,1:1"
+    load = lambda **more: configs.resolve(configs.load(spec, more))
+    with pytest.raises(ConfigError, match=r"data\.path = '': must name files"):
         load()
     assert load(**{"data.path": "*.txt"}).data.tokenizer == "bytes"  # the folder has none
     (folder / "tokenizer.json").write_text("{}")
