@@ -55,7 +55,7 @@ class Member:
         self.teacher: str = getattr(config.objective, "teacher", "")
         groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter,
         objectives.build(config.objective, self.definition)  # and no teacher of another vocabulary
-        self.record = {
+        self.record: dict[str, Any] = {
             "config": configs.portable(self.whole),
             "layers": cost.summary(config),
             "fingerprint": self.train_data.fingerprint,
