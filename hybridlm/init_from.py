@@ -247,6 +247,29 @@ def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> b
     return {"mixer": one.kind == other.kind, "mlp": one.mlp_kind == other.mlp_kind}.get(part, True)
 
 
+def unlike(theirs: model.Definition, ours: model.Definition) -> list[str]:
+    """In words, the settings with which parameters of theirs compute something else in a layer of the same
+    kind, or around the layers, of ours."""
+    from hybridlm.convert.family import SETTINGS, settings_of  # as in `_described`
+
+    sized = ("d_model", "vocab_size")  # what does not fit is not loaded
+    pairs = [(name, getattr(ours.model, name), getattr(theirs.model, name)) for name in SETTINGS]
+    found = [f"model.{n} {a!r}, not {b!r}" for n, a, b in pairs if a != b and n not in sized]
+    layers: dict[str, list[str]] = {}
+    for index, (one, other) in enumerate(zip(ours.layers, theirs.layers, strict=False)):
+        a, b = ({"post_norm": spec.post_norm, "stream": spec.stream} for spec in (one, other))
+        if one.kind == other.kind:
+            a |= settings_of(one.config.explicit(ours.d_model))
+            b |= settings_of(other.config.explicit(theirs.d_model))
+        if one.mlp_kind == other.mlp_kind:
+            a |= {f"mlp.{n}": value for n, value in vars(one.mlp_config.explicit()).items()}
+            b |= {f"mlp.{n}": value for n, value in vars(other.mlp_config.explicit()).items()}
+        for name, value in a.items():
+            if value != b.get(name):
+                layers.setdefault(f"{name} {value!r}, not {b.get(name)!r}", []).append(str(index))
+    return found + [f"layers {', '.join(at)}: {said}" for said, at in layers.items()]
+
+
 def start(
     path: str,
     definition: model.Definition,
@@ -262,6 +285,8 @@ def start(
     """
     with source(path) as other:
         params, report = load(other, definition, params, gates)
+        if differing := unlike(other.definition, definition):
+            log.warning("parameters are loaded into other settings than theirs: %s", "; ".join(differing))
         if jax.process_index() == 0:
             other.carry(workdir)
             if "embedding" in report.loaded and tokenizer is not None:

@@ -303,7 +303,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
             if first[0] != first[1]:
                 return f"layer {index}: the block of layer {first[1]}, not of layer {first[0]}"
         for x, y in (
-            (_settings(one.config.explicit(a.d_model)), _settings(other.config.explicit(b.d_model))),
+            (settings_of(one.config.explicit(a.d_model)), settings_of(other.config.explicit(b.d_model))),
             (vars(one.mlp_config.explicit()), vars(other.mlp_config.explicit())),
         ):
             for name, value in x.items():
@@ -312,7 +312,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
     return ""
 
 
-def _settings(explicit: Any) -> dict[str, Any]:
+def settings_of(explicit: Any) -> dict[str, Any]:
     """By name, those of what it is made over (`hybridlm.over`) among them."""
     values = dict(vars(explicit))
     part = values.pop("part", None)
