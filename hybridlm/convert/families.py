@@ -127,6 +127,7 @@ def written(definition: model.Definition, model_type: str = "") -> tuple[str, di
         if name not in FAMILIES:
             raise ConfigError("--model_type", name, "is no known family", nearest(name, FAMILIES))
         try:
+            FAMILIES[name].check(definition)
             values = FAMILIES[name].write(definition, name)
             config = FAMILIES[name].read(Fields(values)).config()
         except Unsayable as error:

@@ -78,6 +78,12 @@ class Family:
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
     derived: Callable[[model.Definition, Mapping[str, Any]], list[Rule]] = lambda definition, values: []
 
+    def check(self, definition: model.Definition) -> None:
+        """Unsayable for a kind of layer that the format has not: the first thing to be told."""
+        for spec in dict.fromkeys(definition.layers):
+            mixer_format(spec, self.format)
+            mlp_format(spec, self.format)
+
     def rules(self, definition: model.Definition) -> list[Rule]:
         """Every tensor that holds parameters."""
         d_model, name = definition.d_model, self.format
