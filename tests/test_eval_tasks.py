@@ -297,6 +297,9 @@ def test_the_window_is_laid_around_the_answer():
 
 
 def test_natural_refusals(tmp_path):
+    (tmp_path / "drop.jsonl").write_text(json.dumps(DOCS["drop"]) + "\n")
+    with pytest.raises(base.TooShort, match="beside 48 of the answer"):  # or nearly all of the document came
+        NATURAL["drop"].run(Answering(""), setting(length=20, data_dir=str(tmp_path)), lambda done: None)
     with pytest.raises(ConfigError, match="cannot be read"):
         NATURAL["nq"].docs(str(tmp_path))
     for line, said in (
