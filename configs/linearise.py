@@ -48,6 +48,10 @@ def get_config(arg: str = "") -> ConfigDict:
         problem = "the teacher has no layer of softmax attention without a window"
         raise ConfigError("--config", f"linearise.py:{arg}", problem)
     replaced = set(full) - set(_kept(ratio, len(names), arg))
+    for reader, left in pattern.sources(names).items():
+        if left in replaced and reader not in replaced:
+            problem = f"layer {reader} stays and has the keys and values of layer {left}, which is replaced"
+            raise ConfigError("--config", f"linearise.py:{arg}", problem, "Convert both, or neither.")
     learned = ratio == GATES
     placed = lambda name: f"{pattern.split(name)[0]}_or_{mixer}" if learned else mixer.replace("+", "_")
     source = theirs.mixers[pattern.split(names[full[0]])[0]]
@@ -76,12 +80,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = str(folder)
     config.objective = configs.objective("distil", teacher=str(folder))
     config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, warmup_steps=50)
+    bare = all((mlp := pattern.split(name)[1]) and theirs.mlps[mlp].kind == "none" for name in names)
+    frozen = tuple(one for one in FROZEN if not (bare and ".mlp" in one))
     alone = {"kl": 0.0, "transfer": 1.0}
     config.stages = ConfigDict({
         "order": tuple(STEPS),
         "transfer": {
             "train": {"steps": STEPS["transfer"]}, "objective": alone,
-            "optimizer": {"learning_rate": 1e-3, "freeze": FROZEN},
+            "optimizer": {"learning_rate": 1e-3, "freeze": frozen},
         },
         "distil": {"train": {"steps": STEPS["distil"]}},
         "tune": {
@@ -91,7 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
     })  # fmt: skip
     if learned:
         still = tuple(f"layers.*.mixer.{one}" for one in ("gate", *(f"branches.{name}.*" for name in old)))
-        config.stages.transfer.optimizer.freeze = (*FROZEN, *still)
+        config.stages.transfer.optimizer.freeze = (*frozen, *still)
         config.stages.choose = ConfigDict({
             "train": {"steps": CHOOSE},
             "optimizer": {"learning_rate": 2e-2, "freeze": ("*", "!layers.*.mixer.gate")},

@@ -294,6 +294,18 @@ def test_layers_that_stay(text, tmp_path):
     assert linear.model.pattern == "swa kda kept_kda" and linear.mixers["kda"].num_heads == 4
     assert linear.mixers["kept_kda"] == configs.resolve(own).mixers["kda"]
     assert load("gdn,pure").model.pattern == "swa gdn kda"
+    for layers, said in (
+        ("full:a full@a", "layer 1 stays and has the keys and values of layer 0"),
+        ("full/none*2", ""),
+    ):
+        own.model.pattern = layers
+        own.mlps = {"none": configs.mlp("none")}
+        (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+        if said:
+            with pytest.raises(ConfigError, match=said):
+                load("gdn,1+1")
+        else:
+            assert load("gdn,1+1").stages["transfer"]["optimizer"]["freeze"][-1] == "layers.*.mixer_norm.*"
     own.mixers.both = configs.mixer("parallel", branches=("kda", "swa"))
     own.model.pattern = "both full"
     (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
