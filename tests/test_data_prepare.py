@@ -362,5 +362,5 @@ def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
 
 def test_flags_of_a_dataset_without_one(capsys):
     flags = ["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", "--val_split", "validation"]
-    assert prepare.main(flags) == 2
+    assert main(flags) == 2
     assert "--val_split = 'validation': is of a dataset" in capsys.readouterr().err
