@@ -4,7 +4,7 @@
     python train.py --config=configs/linearise.py:teacher=hf/qwen,kda,pure --config.data.path=text/*.txt
 
 The argument is teacher=FOLDER,MIXER,RATIO.
-FOLDER: a run's workdir, or a Hugging Face folder, which brings no data.
+FOLDER: a run's workdir, or a Hugging Face folder, which brings its tokenizer and no data.
 MIXER: a name of `hybridlm.config.STANDARD`; of two, gla+swa, each layer has both and the mean of what they
 return (Liger).
 RATIO: r:1 keeps the last layer of every r + 1, "pure" none; or the indices of those to keep: 3+7+11
@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm import init_from, mixers, pattern, plan, schema, untrusted
+from hybridlm import init_from, mixers, pattern, plan, schema, untrusted, weights
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.mixers import attention
 
@@ -32,7 +32,9 @@ FROZEN = (
 )  # fmt: skip
 STEPS = {"transfer": 1000, "distil": 3000, "tune": 500}
 GATES, CHOOSE = "gates", 300  # steps in which the gates alone are trained
-COMPOSED = "parallel", "sharedblock"  # which take the place of no attention by themselves
+COMPOSED = "parallel", "sharedblock", "loglinear", "mom", "sse"  # which are made of others
+OFFERED = tuple(name for name in configs.STANDARD if name not in COMPOSED)
+KEPT = "kept_"  # before names of the teacher's mixers that new ones have too
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -43,31 +45,49 @@ def get_config(arg: str = "") -> ConfigDict:
     names = pattern.fill(pattern.parse(theirs.model.pattern), theirs.model.num_layers)
     full = [i for i, name in enumerate(names) if _attention(theirs, name)]
     if not full:
-        raise ConfigError("--config", f"linearise.py:{arg}", "the teacher has no layer of softmax attention")
+        problem = "the teacher has no layer of softmax attention without a window"
+        raise ConfigError("--config", f"linearise.py:{arg}", problem)
     replaced = set(full) - set(_kept(ratio, len(names), arg))
+    for reader, left in pattern.sources(names).items():
+        if left in replaced and reader not in replaced:
+            problem = f"layer {reader} stays and has the keys and values of layer {left}, which is replaced"
+            raise ConfigError("--config", f"linearise.py:{arg}", problem, "Convert both, or neither.")
     learned = ratio == GATES
     placed = lambda name: f"{pattern.split(name)[0]}_or_{mixer}" if learned else mixer.replace("+", "_")
-    new = [_renamed(name, placed(name)) if i in replaced else name for i, name in enumerate(names)]
     source = theirs.mixers[pattern.split(names[full[0]])[0]]
     assert isinstance(source, attention.Config)
+    own = _definitions(mixer, source, theirs.model.d_model)
+    stay = {pattern.split(name)[0] for i, name in enumerate(names) if i not in replaced}
+    kept = _kept_apart(theirs, stay, own, arg)
+    new = [
+        _renamed(name, placed(name)) if i in replaced else kept.get(pattern.split(name)[0], "") + name
+        for i, name in enumerate(names)
+    ]
     config = configs.default()
     for section in ("model", "train", "mlps", "data", "eval", "log", "checkpoint"):
         config[section] = ConfigDict(values[section])
+    at = init_from.split(folder)[0]
+    if config.data.kind == "text" and (at / weights.TOKENIZER).is_file():
+        config.data.tokenizer = str(at / weights.TOKENIZER)
+    if not (at / "checkpoints").is_dir():  # a public folder, whose text is to be named
+        config.data = configs.data("text", tokenizer=config.data.tokenizer)
     config.model.pattern = str(plan.plan(new))
     config.model.update(_norms(theirs.model, zip(names, new, strict=True)))
-    own = _definitions(mixer, source, theirs.model.d_model)
     old = dict.fromkeys(pattern.split(names[i])[0] for i in full)
     pairs = {f"{name}_or_{mixer}": _pair(name, mixer, combine="gate", gate_penalty=0.1) for name in old}
-    config.mixers = ConfigDict(values["mixers"] | own | (pairs if learned else {}))
+    apart = {kept[name] + name: values["mixers"][name] for name in kept}
+    config.mixers = ConfigDict(values["mixers"] | apart | own | (pairs if learned else {}))
     config.init_from = str(folder)
     config.objective = configs.objective("distil", teacher=str(folder))
     config.optimizer.update(learning_rate=1e-4, weight_decay=0.0, warmup_steps=50)
+    bare = all((mlp := pattern.split(name)[1]) and theirs.mlps[mlp].kind == "none" for name in names)
+    frozen = tuple(one for one in FROZEN if not (bare and ".mlp" in one))
     alone = {"kl": 0.0, "transfer": 1.0}
     config.stages = ConfigDict({
         "order": tuple(STEPS),
         "transfer": {
             "train": {"steps": STEPS["transfer"]}, "objective": alone,
-            "optimizer": {"learning_rate": 1e-3, "freeze": FROZEN},
+            "optimizer": {"learning_rate": 1e-3, "freeze": frozen},
         },
         "distil": {"train": {"steps": STEPS["distil"]}},
         "tune": {
@@ -77,13 +97,24 @@ def get_config(arg: str = "") -> ConfigDict:
     })  # fmt: skip
     if learned:
         still = tuple(f"layers.*.mixer.{one}" for one in ("gate", *(f"branches.{name}.*" for name in old)))
-        config.stages.transfer.optimizer.freeze = (*FROZEN, *still)
+        config.stages.transfer.optimizer.freeze = (*frozen, *still)
         config.stages.choose = ConfigDict({
             "train": {"steps": CHOOSE},
             "optimizer": {"learning_rate": 2e-2, "freeze": ("*", "!layers.*.mixer.gate")},
         })  # fmt: skip
         config.stages.order = ("transfer", "choose")
     return config
+
+
+def _kept_apart(theirs: configs.Config, stay: set[str], own: dict[str, dict], arg: str) -> dict[str, str]:
+    """What stands before the names of those mixers of the teacher's that ``stay`` and are called as new ones
+    are: settings under a name are of the new ones, as the command line says them."""
+    parts = mixers.with_parts(stay, theirs.mixers) - stay
+    taken = sorted(name for name in parts & own.keys() if theirs.to_dict()["mixers"][name] != own[name])
+    if taken:
+        problem = f"the teacher's layers that stay are made of a mixer {taken[0]!r} with other settings"
+        raise ConfigError("--config", f"linearise.py:{arg}", problem, "Convert those layers too.")
+    return dict.fromkeys(stay & own.keys(), KEPT)
 
 
 def _norms(model: schema.Model, layers: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -166,10 +197,9 @@ def _parse(arg: str) -> tuple[str, str, str]:
     mixer, ratio = (one.strip() for one in rest)
     each = mixer.split("+")
     for one in each:
-        if one not in configs.STANDARD or one in COMPOSED:
-            known = ", ".join(name for name in configs.STANDARD if name not in COMPOSED)
-            problem = f"{FORM}; mixer {one!r} is none of {known}"
-            raise ConfigError("--config", f"linearise.py:{arg}", problem, nearest(one, configs.STANDARD))
+        if one not in OFFERED:
+            problem = f"{FORM}; mixer {one!r} is none of {', '.join(OFFERED)}"
+            raise ConfigError("--config", f"linearise.py:{arg}", problem, nearest(one, OFFERED))
     if len(each) > 2 or len(set(each)) < len(each) or (len(each) == 2 and ratio == GATES):
         problem = f"{FORM}; two mixers are two names, as in gla+swa, and not for {GATES}"
         raise ConfigError("--config", f"linearise.py:{arg}", problem)

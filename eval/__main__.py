@@ -57,9 +57,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def plan(flags: argparse.Namespace) -> runner.Plan:
-    for name in ("samples", "batch_tokens"):
-        if getattr(flags, name) < 1:
-            raise ConfigError(f"--{name}", getattr(flags, name), "must be at least 1")
+    for name, least in (("samples", 1), ("batch_tokens", 1), ("seed", 0)):
+        if getattr(flags, name) < least:
+            raise ConfigError(f"--{name}", getattr(flags, name), f"must be at least {least}")
     try:
         lengths = tuple(int(part) for part in flags.lengths.split(",") if part.strip())
         if any(length < 1 for length in lengths):
@@ -93,9 +93,8 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     about = {"run": name, "step": tested.step, "pattern": tested.config.model.pattern}
     learnt = curves.convergence(workdir, tested.config)
     about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
-    keep = lambda results: runner.write(
-        folder / "eval.json", results, about | {"haystack": wanted.one.haystack.name}
-    )
+    about["haystack"] = wanted.one.haystack.name
+    keep = lambda results: runner.kept(folder, tested, results, about)
     if known != runner.read(folder / "eval.json"):
         keep(known)
     with progress(console) as bars:

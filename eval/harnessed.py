@@ -33,7 +33,7 @@ class HybridLM(TemplateLM):
         super().__init__()
         self.subject, self.tokens = tested, tested.text_tokenizer
         self.max_length = max_length or tested.config.train.seq_len
-        self.told = False
+        self.told: set[str] = set()
 
     @property
     def eot_token_id(self) -> int:
@@ -54,7 +54,7 @@ class HybridLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        pairs = []
+        pairs, cut = [], 0
         for (context, _), context_tokens, continuation in requests:
             if context:  # an empty one is the separator already
                 context_tokens = [self.eot_token_id, *context_tokens]
@@ -63,7 +63,9 @@ class HybridLM(TemplateLM):
                 raise RunError(
                     f"a continuation of {len(continuation)} tokens exceeds {self.max_length} tokens."
                 )
+            cut += len(context_tokens) > room
             pairs.append((context_tokens[-room:], continuation))
+        self._tell(cut, len(pairs), f"{self.max_length} tokens are there")
         results = self.subject.log_likelihoods(pairs)
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request[0], result)
@@ -118,13 +120,15 @@ class HybridLM(TemplateLM):
             allowed = f"must be less than the {self.max_length} tokens of the context, prompt included"
             raise ConfigError("max_gen_toks", new, allowed, "Give a longer --max_length.")
         cut = sum(len(prompt) > room for prompt in prompts)
-        if cut and not self.told:
-            self.told = True
-            log.warning(
-                "%d of %d prompts are cut at their beginning: with max_gen_toks=%d of %d tokens, %d are left "
-                "for a prompt; --max_length changes that", cut, len(prompts), new, self.max_length, room,
-            )  # fmt: skip
+        self._tell(cut, len(prompts), f"with max_gen_toks={new} of {self.max_length} tokens, {room} are left")
         return [prompt[-room:] for prompt in prompts]
+
+    def _tell(self, cut: int, of: int, why: str) -> None:
+        """Warns, once for each reason, that ``cut`` prompts lose their beginning."""
+        if cut and why not in self.told:
+            self.told.add(why)
+            said = "%d of %d prompts are cut at their beginning: %s for a prompt; --max_length changes that"
+            log.warning(said, cut, of, why)
 
 
 def evaluate(

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from hybridlm import untrusted
+from hybridlm.data import documents
+from hybridlm.data.files import File
 from hybridlm.errors import ConfigError
 from hybridlm.run import private
 
@@ -40,8 +41,8 @@ def load(name: str = DEFAULT) -> Haystack:
 
         text = " ".join(topics[topic] for topic in sorted(topics))
     else:
-        path = Path(name).expanduser()
-        text = untrusted.read_bytes(path, "--haystack").decode(errors="replace")
+        file = File(name, str(Path(name).expanduser()))
+        text = documents.whole(file, "--haystack").decode(errors="replace")
     words = tuple(text.split())
     if not words:
         raise ConfigError("--haystack", name, "holds no words")

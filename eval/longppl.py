@@ -25,7 +25,7 @@ import numpy as np
 from eval import runner, subject
 from eval.subject import Subject
 from hybridlm import untrusted
-from hybridlm.data import files
+from hybridlm.data import documents, files
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, private
 
@@ -51,7 +51,7 @@ def texts(patterns: str, tested: Subject, length: int) -> np.ndarray:
     """[N, length + 1]: documents, the separator before them, that have as many tokens, cut there."""
     found = []
     for file in files.find(patterns, "--text"):
-        content = untrusted.read_bytes(file.path, "--text").decode(errors="replace")
+        content = documents.whole(file, "--text").decode(errors="replace")
         tokens = tested.encode(content)
         if len(tokens) > length:
             found.append(tokens[: length + 1])

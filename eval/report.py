@@ -18,7 +18,7 @@ def table(results: dict[str, Result], title: str) -> Table:
         title=untrusted.markup(title), title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True,
         pad_edge=False,
     )  # fmt: skip
-    shown.add_column("task", no_wrap=True)
+    shown.add_column("task", overflow="fold")  # of a narrow terminal: no number is cut
     for column in ("length", "accuracy", "95% interval", "samples", "guess", "kept"):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in results.values():

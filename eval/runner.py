@@ -152,6 +152,11 @@ def taken_up(folder: Path, subject: Subject) -> dict[str, Result]:
     return found
 
 
+def kept(folder: Path, subject: Subject, results: dict[str, Result], about: dict[str, Any]) -> None:
+    """`write` of eval.json, with what another evaluation of the same checkpoint put there meanwhile."""
+    write(folder / "eval.json", taken_up(folder, subject) | results, about)
+
+
 def _of(subject: Subject, result: Result) -> bool:
     identity = result["identity"]
     return (identity["step"], identity.get("checkpoint")) == (subject.step, subject.checkpoint)

@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +22,34 @@ COMMANDS = {
     "python -m launch.sweep": "trains a sweep",
     "python -m launch.report": "makes a sweep's report",
 }
+HERE, ROOMS = "python -m hybridlm", "rooms"
 _entry = ""
 
 
+def module(command: str) -> str:
+    """python -m eval.compare -> eval.compare; python train.py -> train"""
+    return command.split()[-1].removesuffix(".py")
+
+
 def listing() -> str:
-    width = max(map(len, COMMANDS))
-    return "\n".join(f"  {command:{width}}  {about}" for command, about in COMMANDS.items())
+    """A line for each command, as it is typed here: only a clone has names beside hybridlm's own."""
+    said = dict(COMMANDS)
+    if root().name == ROOMS:
+        far = lambda command: f"{HERE} {module(command)}" if HERE not in command else command
+        said = {far(command): about for command, about in said.items()}
+    width = max(map(len, said))
+    return "\n".join(f"  {command:{width}}  {about}" for command, about in said.items())
+
+
+def named(argv: Sequence[str]) -> None:
+    """Runs the command whose module is ``argv[0]`` with the rest; the list of all, and code 2, without."""
+    known = [module(command) for command in COMMANDS]
+    if not argv or argv[0] not in known:
+        said = f"{argv[0]} is no command." if argv else f"{HERE} COMMAND ... runs one from anywhere."
+        print(f"{said} Commands, each with --help:\n{listing()}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = list(argv)
+    _run(f"{HERE} {argv[0]}", argv[0])
 
 
 def refuse_others() -> None:
@@ -37,7 +60,7 @@ def refuse_others() -> None:
     if sys.argv[:1] != ["-m"]:
         return
     asked = sys.orig_argv[1 + next((i for i, one in enumerate(sys.orig_argv) if one[-1:] == "m"), -1)]
-    if asked.partition(".")[0] != "hybridlm" or f"python -m {asked}" in COMMANDS:
+    if asked.partition(".")[0] != "hybridlm" or f"python -m {asked}" in (HERE, *COMMANDS):
         return
     print(f"{asked} is no command. Commands, each with --help:\n{listing()}", file=sys.stderr)
     sys.exit(2)
@@ -46,7 +69,7 @@ def refuse_others() -> None:
 def root() -> Path:
     """Where train.py, configs, eval and launch are: the clone, or in a wheel a folder of this package."""
     here = Path(__file__).parent
-    return here.parent if (here.parent / "train.py").is_file() else here / "rooms"
+    return here.parent if (here.parent / "train.py").is_file() else here / ROOMS
 
 
 def called(command: str) -> str:

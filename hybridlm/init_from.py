@@ -23,7 +23,7 @@ from hybridlm import config as configs
 from hybridlm import lora, mapping, model, program, stack, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
-from hybridlm.run import checkpoint
+from hybridlm.run import checkpoint, seal
 from hybridlm.weights import CARRIED, TOKENIZER
 
 log = logging.getLogger("hybridlm")
@@ -156,6 +156,12 @@ def source(path: str | Path, field: str = "init_from") -> Iterator[Source]:
         yield Source(definition, merged, lambda workdir: _copy(path / CARRIED, workdir), path / TOKENIZER)
 
 
+def identity(path: str | Path) -> str:
+    """Which parameters there are at ``path`` now: of a workdir its newest checkpoint; "" of a public one."""
+    found = untrusted.numbered(split(path)[0] / "checkpoints")
+    return f"{found[-1].name} {seal.identity(found[-1])}" if found else ""
+
+
 def without_factors(config: configs.Config) -> configs.Config:
     """Of the same model with its low-rank factors (`hybridlm.lora`) in its matrices, all of it trained."""
     return config.replace(model__lora=(), optimizer__freeze=()) if config.model.lora else config
@@ -241,6 +247,29 @@ def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> b
     return {"mixer": one.kind == other.kind, "mlp": one.mlp_kind == other.mlp_kind}.get(part, True)
 
 
+def unlike(theirs: model.Definition, ours: model.Definition) -> list[str]:
+    """In words, the settings with which parameters of theirs compute something else in a layer of the same
+    kind, or around the layers, of ours."""
+    from hybridlm.convert.family import SETTINGS, settings_of  # as in `_described`
+
+    sized = ("d_model", "vocab_size")  # what does not fit is not loaded
+    pairs = [(name, getattr(ours.model, name), getattr(theirs.model, name)) for name in SETTINGS]
+    found = [f"model.{n} {a!r}, not {b!r}" for n, a, b in pairs if a != b and n not in sized]
+    layers: dict[str, list[str]] = {}
+    for index, (one, other) in enumerate(zip(ours.layers, theirs.layers, strict=False)):
+        a, b = ({"post_norm": spec.post_norm, "stream": spec.stream} for spec in (one, other))
+        if one.kind == other.kind:
+            a |= settings_of(one.config.explicit(ours.d_model))
+            b |= settings_of(other.config.explicit(theirs.d_model))
+        if one.mlp_kind == other.mlp_kind:
+            a |= {f"mlp.{n}": value for n, value in vars(one.mlp_config.explicit()).items()}
+            b |= {f"mlp.{n}": value for n, value in vars(other.mlp_config.explicit()).items()}
+        for name, value in a.items():
+            if value != b.get(name):
+                layers.setdefault(f"{name} {value!r}, not {b.get(name)!r}", []).append(str(index))
+    return found + [f"layers {', '.join(at)}: {said}" for said, at in layers.items()]
+
+
 def start(
     path: str,
     definition: model.Definition,
@@ -256,6 +285,8 @@ def start(
     """
     with source(path) as other:
         params, report = load(other, definition, params, gates)
+        if differing := unlike(other.definition, definition):
+            log.warning("parameters are loaded into other settings than theirs: %s", "; ".join(differing))
         if jax.process_index() == 0:
             other.carry(workdir)
             if "embedding" in report.loaded and tokenizer is not None:

@@ -49,7 +49,7 @@ def _outside(kind: str) -> Any:
         imported = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # anything can go wrong in code that is not ours
         problem = f"cannot be imported ({type(error).__name__}: {error})"
-        fix = "The module must be importable: installed, or below the folder that Python starts in."
+        fix = "Install it, or put its folder into PYTHONPATH."
         own = [f for f in traceback.extract_tb(error.__traceback__) if not INSIDE.search(f.filename)]
         fix = f"It fails at line {own[-1].lineno} of {own[-1].filename}." if own else fix
         raise ConfigError("kind", kind, problem, fix) from error

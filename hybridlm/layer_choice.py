@@ -21,6 +21,7 @@ import numpy as np
 import rich
 from rich.table import Table
 
+from hybridlm import config as configs
 from hybridlm import init_from, member, model, plan, untrusted, weights
 from hybridlm.block import Spec
 from hybridlm.errors import ConfigError
@@ -56,12 +57,17 @@ def loss_of(definition: model.Definition, flat: Mapping[str, Any], batches: Sequ
     return float(total / tokens)
 
 
+def origin(config: configs.Config) -> str:
+    """Of the model whose layers were replaced: the teacher's, or else what the parameters came from."""
+    return str(getattr(config.objective, "teacher", "")) or config.init_from
+
+
 def rank(run: weights.Weights, workdir: Path, batches: int) -> tuple[float, dict[int, float]]:
     """(the teacher's held-out loss, what each new layer of the run alone makes of it)."""
     data = member.build_data(run.config, "val")
     held_out = [data.batch(i) for i in range(min(batches, data.num_batches or batches))]
     ours = model.unstack(run.definition, run.params)
-    with init_from.source(run.config.init_from) as other:
+    with init_from.source(origin(run.config)) as other:
         teacher = other.definition
         pairs = list(zip(teacher.layers, run.definition.layers, strict=True))
         changed = [i for i, (one, new) in enumerate(pairs) if one.config != new.config]
@@ -145,14 +151,18 @@ def draw(scores: Mapping[int, float], keep: Sequence[int], base: float | None, p
 def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, context: int = 0) -> None:
     """keep: as many layers; budget: as many as its bytes of keys and values at ``context`` tokens allow."""
     run = weights.load(workdir)
-    if not run.config.init_from:
+    if not origin(run.config):
         fix = "Name a run of configs/linearise.py."
         raise ConfigError("--workdir", str(workdir), "was not made from another model (init_from)", fix)
+    teacher = model.build(init_from.described(origin(run.config)))
+    sizes = [(one.d_model, len(one.layers)) for one in (teacher, run.definition)]
+    if sizes[0] != sizes[1]:
+        problem = f"has (d_model, layers) {sizes[1]}, the model that it came from {sizes[0]}"
+        raise ConfigError("--workdir", str(workdir), problem, "Both must be equal for layers to be compared.")
     base: float | None = None
     scores = shares = gates(run)
     if not shares:
         base, scores = rank(run, workdir, batches)
-    teacher = model.build(init_from.described(run.config.init_from))
     context = context or run.config.train.seq_len
     least, costs = kv_bytes(run, teacher, context)
     if budget:
@@ -174,7 +184,8 @@ def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, con
     rich.get_console().print(table)
     pattern = str(plan.plan(names(run, teacher, found)))
     total = least + sum(costs[i] for i in found)
-    said = "+".join(map(str, sorted(found)))
+    whole = [i for i, spec in enumerate(teacher.layers) if spec.config.full_attention and i not in scores]
+    said = "+".join(map(str, sorted([*found, *whole])))  # with those that the run has kept, as RATIO
     print(f"teacher: {base:.4f} nats per token" if base is not None else "gates of both in every layer")
     print(f"keep {said or 'none'}: {total:,.0f} bytes of keys and values a row of {context} tokens")
     print(f"--config.model.pattern={pattern!r}")

@@ -61,6 +61,8 @@ class Loop:
         if processes.first():
             self.open(start)
         self.say_determinism()
+        for member in self.members if start < self.config.train.steps else ():
+            member.check_teacher()
         self.teacher = init_from.teacher(self.config, self.program)
         ready = self.beginning(start)
         with ExitStack() as stack:

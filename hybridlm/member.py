@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, groups, objectives, optimizer, untrusted, weights
+from hybridlm import cost, data, generate, groups, init_from, objectives, optimizer, untrusted, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -52,13 +52,15 @@ class Member:
         self.val_sets = {name: val_set(config, name, self.train_data, rows) for name in config.val}
         self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
         self.definition = lm.build(config)
+        self.teacher: str = getattr(config.objective, "teacher", "")
         groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter,
         objectives.build(config.objective, self.definition)  # and no teacher of another vocabulary
-        self.record = {
+        self.record: dict[str, Any] = {
             "config": configs.portable(self.whole),
             "layers": cost.summary(config),
             "fingerprint": self.train_data.fingerprint,
             "format": checkpoint.FORMAT,
+            "teacher": {private.hide(self.teacher): init_from.identity(self.teacher)} if self.teacher else {},
         }
         self.metrics: Metrics = {}
         self.saved: dict[str, Any] = {}
@@ -123,6 +125,16 @@ class Member:
             raise ConfigError("train.steps", self.whole.train.steps, problem, "Raise it.")
         if before is not None and not self.whole.stages:
             self.say_rates(before, start)
+
+    def check_teacher(self) -> None:
+        """ConfigError if the folder of the teacher has other parameters than when the run began."""
+        now, folder = init_from.identity(self.teacher) if self.teacher else "", private.hide(self.teacher)
+        if any(
+            known.get(folder, now) != now for known in (self.saved.get("teacher", {}), self.record["teacher"])
+        ):
+            problem = "has another newest checkpoint than when this run began"
+            fix = "Bring that one back, or start anew in another --workdir."
+            raise ConfigError("objective.teacher", self.teacher, problem, fix)
 
     def say_rates(self, old: Config, start: int) -> None:
         """Says what the learning rate will do if it goes on otherwise than in ``old``, the checkpoint's."""

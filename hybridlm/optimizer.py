@@ -50,6 +50,15 @@ def schedule(config: schema.Optimizer, steps: int) -> Schedule:
     return learning_rate
 
 
+def unwarmed(config: schema.Optimizer, steps: int) -> str:
+    """Why the rate never comes to its peak in a run, or a stage, of ``steps``; "" if it does."""
+    if config.warmup_steps <= steps:
+        return ""
+    end = config.learning_rate * steps / config.warmup_steps
+    said = f"optimizer.warmup_steps = {config.warmup_steps} are more than its {steps} steps"
+    return f"{said}: the learning rate ends at {end:.3g}, not {config.learning_rate:.3g}, and never decays"
+
+
 def ema_rate(decay: float, count: jax.Array) -> jax.Array:
     """The share of the new weights in their average after the update that follows ``count`` updates.
 

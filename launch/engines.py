@@ -40,6 +40,13 @@ def plain(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).strip("-") or "sweep"
 
 
+def without_clone() -> str:
+    """Why job files that start train.py beside them lead nowhere from here; "" if they do."""
+    if Path("train.py").is_file():
+        return ""
+    return "there is no train.py here: the jobs start that of a clone, so sweep from one"
+
+
 def runs(jobs: Sequence[Job]) -> list[Run]:
     """One by one, for engines that start train.py."""
     return [run for job in jobs for run in job.runs]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def devices() -> list[Device]:
     if not shutil.which(query[0]) or os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return [Device(None, None)]
     out = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    found = [Device(int(i), int(mib) << 20) for i, mib in (line.split(",") for line in out.splitlines())]
+    listed = re.findall(r"^(\d+), (.+)$", out, re.MULTILINE)  # without a driver it says so, also there
+    found = [Device(int(i), int(mib) << 20 if mib.isdecimal() else None) for i, mib in listed]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found = [device for device in found if str(device.gpu) in visible.split(",")]

@@ -62,7 +62,9 @@ def command(run: Run, task: Path) -> list[str]:
 
 def missing(settings: Settings) -> str:
     """Why nothing can be submitted from here; "" if it can."""
-    return "" if shutil.which("sky") else "SkyPilot's client `sky` is not installed"
+    if not shutil.which("sky"):
+        return "SkyPilot's client `sky` is not installed"
+    return engines.without_clone()
 
 
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:

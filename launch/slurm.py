@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.fields import Positive
 from launch import engines, local
@@ -90,6 +90,7 @@ def write(jobs: Sequence[local.Job], workdir: Path, settings: Settings) -> list[
     distributed = " --distributed" if settings.nodes * settings.gpus > 1 else ""
     script = (
         f"#!/bin/bash\n{head}#SBATCH --requeue\n\n"
+        f"export PYTHONPATH={untrusted.shell([commands.root()])}${{PYTHONPATH:+:$PYTHONPATH}}\n"
         f"workdir={untrusted.shell([workdir])}\n"
         f"{'' if simple else LOG_LINE}"
         'mapfile -t runs < "$workdir/slurm_runs.txt"\n'

@@ -53,7 +53,9 @@ def _shown(workdir: Path) -> Path:
 
 def missing(settings: Settings) -> str:
     """Why no sweep can be made from here; "" if it can."""
-    return "" if tracking.has_key() else "there is no W&B key on this machine (`wandb login`)"
+    if not tracking.has_key():
+        return "there is no W&B key on this machine (`wandb login`)"
+    return engines.without_clone()
 
 
 def submit(jobs: Sequence[Job], workdir: Path, settings: Settings) -> list[str]:

@@ -358,3 +358,9 @@ def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
                 datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk("corpus/saved")
             assert main(command[3:]) == 0
             assert read_back(tmp_path / command[command.index("--output") + 1], "val")[0]
+
+
+def test_flags_of_a_dataset_without_one(capsys):
+    flags = ["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", "--val_split", "validation"]
+    assert main(flags) == 2
+    assert "--val_split = 'validation': is of a dataset" in capsys.readouterr().err

@@ -167,6 +167,27 @@ def test_resumed_in_any_stage(text, teacher, whole, tmp_path, step, monkeypatch)
     assert tiny.lines(run) == tiny.lines(whole)
 
 
+@pytest.mark.once
+def test_the_teacher_must_stay_as_it_was(text, teacher, whole, tmp_path, monkeypatch):
+    """A run that is resumed in a stage with a teacher whose folder was trained further meanwhile is refused;
+    one in a stage without a teacher is not."""
+    run, other = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(whole, run)
+    shutil.copytree(teacher, other)
+    before = init_from.identity(other)
+    assert before == init_from.identity(teacher) and init_from.identity(tmp_path) == ""
+    shutil.rmtree(other / "checkpoints")
+    shutil.copytree(whole / "checkpoints", other / "checkpoints")
+    moved = init_from.identity(other)
+    assert moved != before
+    monkeypatch.setattr(init_from, "identity", lambda path: moved)
+    trainer.train(student(text, teacher), run)  # it is finished
+    for step in (5, 6):
+        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+    with pytest.raises(ConfigError, match="another newest checkpoint than when this run began"):
+        trainer.train(student(text, teacher), run)
+
+
 def test_nothing_to_learn_from_oneself(text, teacher):
     """A student that is the teacher has no KL, no angle and no gradient; transfer is refused."""
     c = tiny.config(text, model__pattern="full*2")
@@ -254,6 +275,43 @@ def test_linearise_config(teacher, mixer):
     assert "layers.*.mlp.*" in frozen["optimizer"]["freeze"]
 
 
+def test_layers_that_stay(text, tmp_path):
+    """The teacher's own window and its own KDA stay as they are beside new layers of those names, whose
+    settings are what the command line says; parameters of both are where they belong."""
+    own = tiny.config(text, model__pattern="swa full kda")
+    own.mixers.swa = configs.mixer("attention", num_heads=2, head_dim=8, window=3)
+    own.mixers.kda = configs.mixer("kda", num_heads=1, head_dim=16)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+    spec = f"configs/linearise.py:teacher={tmp_path},"
+    load = lambda arg, **more: configs.resolve(configs.load(spec + arg, more))
+    window = load("swa,pure", **{"mixers.swa.window": "5"})
+    assert window.model.pattern == "kept_swa swa kda"
+    assert (window.mixers["kept_swa"].window, window.mixers["swa"].window) == (3, 5)
+    assert window.mixers["kept_swa"] == configs.resolve(own).mixers["swa"]
+    linear = load("kda,pure")
+    assert linear.model.pattern == "swa kda kept_kda" and linear.mixers["kda"].num_heads == 4
+    assert linear.mixers["kept_kda"] == configs.resolve(own).mixers["kda"]
+    assert load("gdn,pure").model.pattern == "swa gdn kda"
+    for layers, said in (
+        ("full:a full@a", "layer 1 stays and has the keys and values of layer 0"),
+        ("full/none*2", ""),
+    ):
+        own.model.pattern = layers
+        own.mlps = {"none": configs.mlp("none")}
+        (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+        if said:
+            with pytest.raises(ConfigError, match=said):
+                load("gdn,1+1")
+        else:
+            assert load("gdn,1+1").stages["transfer"]["optimizer"]["freeze"][-1] == "layers.*.mixer_norm.*"
+    own.mixers.both = configs.mixer("parallel", branches=("kda", "swa"))
+    own.model.pattern = "both full"
+    (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+    with pytest.raises(ConfigError, match="layers that stay are made of a mixer 'kda' with other settings"):
+        load("kda,pure")
+
+
 def test_learned_gates(teacher):
     """Both in each layer: only gates are trained in the second stage; those that share most stay, as far as
     their keys and values fit."""
@@ -289,6 +347,7 @@ def test_two_mixers_in_a_layer(teacher):
         "",
         "teacher=x,gdn",
         "teacher={},gdm,3:1",
+        "teacher={},mom,3:1",
         "teacher={},gdn,3",
         "teacher={},gdn,2:1",
         "teacher={},gdn,²:1",
@@ -300,17 +359,22 @@ def test_linearise_arguments(teacher, arg):
 
 
 @pytest.mark.once
-def test_layer_choice(whole, capsys):
-    """Ranks the one layer that was replaced, and names the pattern that keeps it."""
+def test_layer_choice(whole, capsys, monkeypatch):
+    """Ranks the one layer that was replaced, and names the pattern that keeps it, and what is full then."""
     layer_choice.show(whole, keep=1, batches=1)
     record = json.loads((whole / "layer_choice.json").read_text())
     assert (
         record["pattern"] == "full*2"
-        and record["keep"] == "1"
+        and record["keep"] == "0+1"
         and "--config.model.pattern" in capsys.readouterr().out
     )
     assert record["losses"]["1"] > 0 and record["teacher"] > 0
     assert (whole / "layer_choice.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(
+        init_from, "described", lambda path: configs.resolve(tiny.config("x", model__d_model=8))
+    )
+    with pytest.raises(ConfigError, match=r"has \(d_model, layers\) \(16, 2\), .* came from \(8, 2\)"):
+        layer_choice.show(whole, keep=1, batches=1)
 
 
 @pytest.mark.parametrize(

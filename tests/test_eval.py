@@ -158,6 +158,18 @@ def test_results_of_another_checkpoint_are_put_aside(loaded, tmp_path, caplog, c
     assert paired.unlike(second["chosen@8"], first["chosen@8"]) == ""  # two runs need not be of one step
 
 
+def test_two_evaluations_at_once_lose_nothing(loaded, tmp_path, caplog):
+    """Each began before the other wrote: of one checkpoint, and of two."""
+    task = Chosen()
+    [one, two] = ({n: r} for n, r in runner.measure(loaded, [task], plan()).items())
+    other = dataclasses.replace(loaded, step=9)
+    third = runner.measure(other, [task], plan(lengths=(8,)))
+    for of, results in ((loaded, one), (other, third), (loaded, two)):
+        runner.kept(tmp_path, of, results, {"step": of.step})
+    assert runner.read(tmp_path / "eval.json") == one | two
+    assert runner.read(tmp_path / "eval-9.json") == third
+
+
 def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):
     both = [Chosen(), tasks.TASKS["S5"]]
     results = runner.measure(loaded, both, plan(lengths=(8, 32)))
@@ -200,6 +212,36 @@ def test_labels_are_as_many_as_the_chance_says(loaded, name):
     assert task.run(Guesser, setting, done.append).tolist() == [1.0] * 64 and sum(done) == 64
 
 
+def test_label_tasks_have_other_samples_with_another_seed(loaded):
+    """...none of which any seed trains on; without one they are those that training validates on."""
+    task = tasks.TASKS["induction"]
+    seen = {}
+
+    class Reader:
+        config, definition = loaded.config, loaded.definition
+        rows_per_batch = staticmethod(lambda length: 8)
+
+        def token_scores(self, batch):
+            seen.setdefault(self.seed, []).append(batch["tokens"])
+            return None, batch["targets"] >= 0
+
+    for seed in (0, 1, 2):
+        reader = Reader()
+        reader.seed = seed
+        task.run(reader, plan(seed=seed, length=64).one, lambda done: None)
+    rows = {seed: {row.tobytes() for row in np.concatenate(one)} for seed, one in seen.items()}
+    assert len(rows[0] | rows[1] | rows[2]) == 12
+    config = task.data_config(loaded.config.data, 4)
+    made = lambda split, seed: data.build(
+        config, split=split, batch_size=4, seq_len=64, seed=seed, vocab_size=260
+    )
+    sized = loaded.definition.vocab_size
+    assert sized == 260 and rows[0] == {row.tobytes() for row in made("val", 5).batch(0)["tokens"]}
+    for seed in (0, 1, 2):
+        trained = {row.tobytes() for row in made("train", seed).batch(0)["tokens"]}
+        assert not trained & (rows[0] | rows[1] | rows[2])
+
+
 def test_command_line(workdir, capsys):
     run = lambda *flags: command.main([f"--workdir={workdir}", *flags])
     assert run("--tasks=passkey,induction", "--lengths=512", "--samples=3") == 0
@@ -236,6 +278,7 @@ def test_command_line(workdir, capsys):
         ([], "no task is chosen"),
         (["--tasks=passkey", "--lengths=1k"], "whole numbers"),
         (["--tasks=passkey", "--samples=0"], "at least 1"),
+        (["--tasks=induction", "--seed=-1"], "at least 0"),
         (["--tasks=passkey", "--haystack=none.txt"], "cannot be read"),
         (["--tasks=passkey", "--workdir=none"], "no config.json"),
         (["--tasks=passkey", "--step=7"], "no checkpoint at step 7: there are checkpoints at steps 3"),

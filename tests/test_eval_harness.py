@@ -112,7 +112,7 @@ def test_requests(tested, forward):
     assert written[0] == tested.text_tokenizer.decode(text) and written[1].startswith(written[0])
 
 
-def test_long_texts_go_in_windows(tested):
+def test_long_texts_go_in_windows(tested, caplog):
     """A text longer than max_length: each token once, each window's first after the last token before it."""
     model, text = harness.HybridLM(tested, max_length=16), "gate state decay chunk head value key query"
     (total,) = model.loglikelihood_rolling([request("loglikelihood_rolling", text)])
@@ -123,7 +123,9 @@ def test_long_texts_go_in_windows(tested):
         pairs.append((context, part))
     assert sum(len(part) for _, part in pairs) == len(ids)
     assert total == pytest.approx(sum(value for value, _ in tested.log_likelihoods(pairs)), rel=1e-5)
+    assert not caplog.records
     long = model.loglikelihood([request("loglikelihood", text, " key")], disable_tqdm=True)
+    assert "1 of 1 prompts are cut at their beginning: 16 tokens are there" in caplog.text
     short = tested.log_likelihoods([(ids[-13:], list(b" key"))])
     assert long[0][0] == pytest.approx(short[0][0], rel=1e-5)  # 16 inputs, 4 of which predict
 
@@ -141,7 +143,7 @@ def test_what_leaves_no_room_for_the_prompt(tested, caplog):
         short = writes(model, [text, text[-6:]], max_gen_toks=10)
         writes(model, [text], max_gen_toks=10)
     assert short[0] == short[1]  # the last six tokens are all that is seen
-    assert [record.getMessage().startswith("1 of 2 prompts are cut") for record in caplog.records] == [True]
+    assert [record.getMessage().startswith("2 of 2 prompts are cut") for record in caplog.records] == [True]
     with pytest.raises(ConfigError, match="max_gen_toks = 16: must be less than the 16 tokens"):
         writes(model, [text], max_gen_toks=16)
 

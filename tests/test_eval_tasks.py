@@ -1,6 +1,7 @@
 """Prompted tasks solved by plain programs that read the prompt only; natural ones on local files."""
 
 import collections
+import gzip
 import json
 import os
 import re
@@ -194,8 +195,11 @@ def test_haystack_of_the_users(tmp_path):
     task = PROMPTED["niah_single_2"]
     prompt = task.samples(BYTES, base.Setting(1024, 1, 0, loaded))[0].prompt
     assert prompt.count("A tale.") > 5
+    (tmp_path / "prose.txt.gz").write_bytes(gzip.compress((tmp_path / "prose.txt").read_bytes()))
+    assert haystack.load(str(tmp_path / "prose.txt.gz")).fingerprint == loaded.fingerprint
+    (tmp_path / "records.jsonl").write_text('{"text": "A tale."}\n')
     os.mkfifo(tmp_path / "pipe")
-    for name in ("missing.txt", "", "pipe"):
+    for name in ("missing.txt", "", "pipe", "records.jsonl"):
         (tmp_path / "empty.txt").write_text(" ")
         with pytest.raises(ConfigError):
             haystack.load(str(tmp_path / (name or "empty.txt")))
@@ -311,6 +315,9 @@ def test_the_window_is_laid_around_the_answer():
 
 
 def test_natural_refusals(tmp_path):
+    (tmp_path / "drop.jsonl").write_text(json.dumps(DOCS["drop"]) + "\n")
+    with pytest.raises(base.TooShort, match="beside 48 of the answer"):  # or nearly all of the document came
+        NATURAL["drop"].run(Answering(""), setting(length=20, data_dir=str(tmp_path)), lambda done: None)
     with pytest.raises(ConfigError, match="cannot be read"):
         NATURAL["nq"].docs(str(tmp_path))
     for line, said in (

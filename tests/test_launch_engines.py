@@ -86,10 +86,11 @@ def test_slurm_script_is_an_array_of_the_runs(jobs, tmp_path: Path, monkeypatch:
     assert "#SBATCH --array=0-3%3\n" in text and "#SBATCH --partition=long\n" in text
     assert "#SBATCH --requeue\n" in text and "#SBATCH --signal=USR1@300\n" in text
     assert len(listed.read_text().splitlines()) == 4
-    srun = client(tmp_path, "srun", "exit $STOP", monkeypatch)
+    srun = client(tmp_path, "srun", "ls ${PYTHONPATH%%:*}/launch/worker.py; exit $STOP", monkeypatch)
     scontrol = client(tmp_path, "scontrol", "", monkeypatch)
     task = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "7"}
-    assert subprocess.run(["bash", script], env={**task, "STOP": "1"}, check=False).returncode == 1
+    run = subprocess.run(["bash", script], env={**task, "STOP": "1"}, check=False, capture_output=True)
+    assert run.returncode == 1 and b"worker.py" in run.stdout
     folder = str(workdir / "hgrn2_3-1")
     assert read(srun) == [["python", "-m", "launch.worker", "--distributed", "--", folder]]
     assert f"#SBATCH --output={workdir}/slurm_%A_%a.log\n" in text

@@ -278,6 +278,9 @@ def test_gpus_come_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     (device,) = local.devices()
     assert device == local.Device(1, 81559 << 20)
+    for said, found in (("has failed: no driver", None), ("1, [N/A]", 1)):
+        smi.write_text(f"#!/bin/sh\necho '{said}'\nexit 9\n")
+        assert local.devices() == [local.Device(found, None)]
     monkeypatch.setattr(local, "WORKER", ["sh", "-c", SHOW, "--"])
     runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", 0)]))
     (tmp_path / "seed0").mkdir()

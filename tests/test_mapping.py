@@ -1,5 +1,6 @@
 """Parameters of softmax attention in the place of another mixer's (hybridlm.mapping, init_from)."""
 
+import dataclasses
 import functools
 import re
 
@@ -280,3 +281,22 @@ def test_a_layer_without_keys_of_its_own_maps_to_nothing():
     nothing = mapping.Layer(D, lambda name: None, {})
     made, why = mapping.mixer(theirs, mixers.config_class("gla")(kind="gla"), nothing)
     assert made == {} and "reuses the keys" in why
+
+
+def test_settings_that_are_not_the_sources_are_said():
+    """Shapes and kinds agree, so all is loaded, and yet it computes something else. Another mixer, and a
+    norm_eps that computes nothing, are no such settings."""
+    theirs = built("full*2 gla", full=GQA, gla=("gla", SIZES))
+    same = built(
+        "full gdn gla",
+        full=(GQA[0], GQA[1] | {"norm_eps": 0.1}),
+        gdn=("gated_delta_net", SIZES),
+        gla=("gla", SIZES),
+    )
+    assert init_from.unlike(theirs, same) == []
+    other = built(
+        "full*2 gla", full=(GQA[0], GQA[1] | {"rope_theta": 5.0}), gla=("gla", SIZES | {"norm_eps": 0.1})
+    )
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, logit_cap=3.0))
+    found = ["model.logit_cap 3.0, not 0.0", "layers 0, 1: rope_theta 5.0, not 10000.0"]
+    assert init_from.unlike(theirs, other) == [*found, "layers 2: norm_eps 0.1, not 1e-06"]

@@ -38,6 +38,9 @@ def test_schedules(schedule, warmup):
     numbers = {"schedule": schedule, "peak": 0.3, "warmup": warmup, "final": 0.1, "fraction": 0.25}
     expected = [expected_rate(update, **numbers) for update in range(1, STEPS + 1)]
     np.testing.assert_allclose(rates, expected, rtol=2e-6)
+    assert not optimizer.unwarmed(config, 7)
+    if warmup:
+        assert f"ends at {float(rates[5]):.3g}, not 0.3" in optimizer.unwarmed(config, 6)
 
 
 # Two stacked layers of one matrix, one norm and one short convolution, beside an embedding and a head.

@@ -49,6 +49,14 @@ def test_what_has_none_says_so_in_a_line() -> None:
         assert not found and said in why and len(why) < 300 and "\n" not in why
 
 
+def test_a_format_without_the_kinds_of_layers_gives_no_reason() -> None:
+    """...of its own, such as a head that it has: none has both, whatever else were changed."""
+    found, why = families.public_format(
+        configs.resolve(configs.load("configs/quickstart.py", {"model.pattern": "full s4d"}))
+    )
+    assert not found and why.endswith("none has layers of exactly these kinds: attention, s4d, swiglu")
+
+
 def test_settings_that_compute_nothing_are_not_compared() -> None:
     """...and those that compute something are."""
     config = configs.load("configs/hybrid.py:340m,kda,3:1")

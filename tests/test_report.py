@@ -30,6 +30,7 @@ def test_dry_run_prints_everything_and_writes_nothing(
                 *arguments,
                 "--config.mixers.gla.num_heads=2",
                 "--config.mlps.moe.top_k=1",
+                "--config.train.steps=10",
             ]
         )
         == 0
@@ -49,6 +50,8 @@ def test_dry_run_prints_everything_and_writes_nothing(
         assert part in shown
     assert "mixers.gla.num_heads has no effect: no layer of model.pattern names that mixer" in caplog.text
     assert "mlps.moe.top_k has no effect: no layer of model.pattern names that MLP" in caplog.text
+    told = "the run: optimizer.warmup_steps = 40 are more than its 10 steps: the learning rate ends at "
+    assert told in caplog.text
 
 
 def test_overrides_that_no_stage_heeds_are_said() -> None:

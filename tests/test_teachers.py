@@ -103,6 +103,18 @@ def test_exact_conversions(form, mixer, tmp_path):
         assert abs(kl(config, definition, params, teacher, tokens)) < 1e-6
 
 
+def test_a_public_teacher_brings_its_tokenizer_and_no_text(tmp_path):
+    """Text that nobody named, or the ids of another tokenizer, would be learnt without a word."""
+    folder = written("qwen3", tmp_path)
+    spec = f"configs/linearise.py:teacher={folder},gdn,1:1"
+    load = lambda **more: configs.resolve(configs.load(spec, more))
+    with pytest.raises(ConfigError, match=r"data\.path = '': must name files"):
+        load()
+    assert load(**{"data.path": "*.txt"}).data.tokenizer == "bytes"  # the folder has none
+    (folder / "tokenizer.json").write_text("{}")
+    assert load(**{"data.path": "*.txt"}).data.tokenizer == str(folder / "tokenizer.json")
+
+
 def test_norms_stay_where_they_stand(tmp_path):
     """MiniMax's softmax attention with a window that sees all: its blocks still norm the stream."""
     spec = f"configs/linearise.py:teacher={GOLDEN / 'minimax'},swa,pure"

@@ -77,7 +77,7 @@ class LabelTask:
         held_out = data.build(
             self.data_config(subject.config.data, setting.samples),
             split="val", batch_size=rows, seq_len=setting.length, seed=0,
-            vocab_size=subject.definition.vocab_size,
+            vocab_size=subject.definition.vocab_size, held_out=setting.seed,
         )  # fmt: skip
         scores: list[float] = []
         for index in range(held_out.num_batches or 0):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from eval.subject import Progress, Subject
-from eval.tasks.base import Setting, any_contained
+from eval.tasks.base import Setting, TooShort, any_contained
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -57,10 +57,12 @@ class NaturalTask:
         return None
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
+        room = setting.length - MAX_NEW_TOKENS
+        if room < 1:
+            raise TooShort(f"a token of a document is needed, beside {MAX_NEW_TOKENS} of the answer")
         docs = [doc for doc in self.docs(setting.data_dir) if self.usable(doc)]
         random.Random(f"{setting.seed} {self.name}").shuffle(docs)
         docs = docs[: setting.samples]
-        room = setting.length - MAX_NEW_TOKENS
         prompts = [subject.encode(self.prompt(doc, subject.text_tokenizer, room)) for doc in docs]
         completions = subject.complete(
             prompts, max_new_tokens=MAX_NEW_TOKENS, stop=("\n",), progress=progress

@@ -127,13 +127,14 @@ def written(definition: model.Definition, model_type: str = "") -> tuple[str, di
         if name not in FAMILIES:
             raise ConfigError("--model_type", name, "is no known family", nearest(name, FAMILIES))
         try:
+            FAMILIES[name].check(definition)
             values = FAMILIES[name].write(definition, name)
             config = FAMILIES[name].read(Fields(values)).config()
         except Unsayable as error:
             unknown.append(f"{name} ({error.allowed})")
             continue
         except ConfigError as error:
-            whose = f"{error.field} " if error.allowed.startswith("must") else ""
+            whose = f"{error.field} " if error.allowed.startswith(("must", "is not supported")) else ""
             reasons.append(f"{name} ({whose}{error.allowed})")
             continue
         difference = same_model(model.build(config), definition)

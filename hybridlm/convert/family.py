@@ -78,6 +78,12 @@ class Family:
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
     derived: Callable[[model.Definition, Mapping[str, Any]], list[Rule]] = lambda definition, values: []
 
+    def check(self, definition: model.Definition) -> None:
+        """Unsayable for a kind of layer that the format has not: the first thing to be told."""
+        for spec in dict.fromkeys(definition.layers):
+            mixer_format(spec, self.format)
+            mlp_format(spec, self.format)
+
     def rules(self, definition: model.Definition) -> list[Rule]:
         """Every tensor that holds parameters."""
         d_model, name = definition.d_model, self.format
@@ -303,7 +309,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
             if first[0] != first[1]:
                 return f"layer {index}: the block of layer {first[1]}, not of layer {first[0]}"
         for x, y in (
-            (_settings(one.config.explicit(a.d_model)), _settings(other.config.explicit(b.d_model))),
+            (settings_of(one.config.explicit(a.d_model)), settings_of(other.config.explicit(b.d_model))),
             (vars(one.mlp_config.explicit()), vars(other.mlp_config.explicit())),
         ):
             for name, value in x.items():
@@ -312,7 +318,7 @@ def same_model(a: model.Definition, b: model.Definition) -> str:
     return ""
 
 
-def _settings(explicit: Any) -> dict[str, Any]:
+def settings_of(explicit: Any) -> dict[str, Any]:
     """By name, those of what it is made over (`hybridlm.over`) among them."""
     values = dict(vars(explicit))
     part = values.pop("part", None)

@@ -145,10 +145,11 @@ def build(
     rows: np.ndarray | None = None,
     pieces: int = 1,
     prefix: str = "data",
+    held_out: int = 0,
 ) -> Dataset:
     """The data that ``given`` describes, a config's or a mapping.
 
-    split, seq_len, seed, vocab_size: see `View`.  batch_size: rows of a batch over all processes.
+    split, seq_len, seed, vocab_size, held_out: see `View`.  batch_size: rows of a batch over all processes.
     rows: those of each batch that this process reads; None: all.  pieces: devices that share a training row.
     prefix: of the fields in errors.
     Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
@@ -156,7 +157,7 @@ def build(
     """
     if batch_size < 1:
         raise ConfigError("train.batch_size", batch_size, "must be positive")
-    view = View(split, seq_len, seed, vocab_size)
+    view = View(split, seq_len, seed, vocab_size, held_out)
     with under(prefix):
         config = given if isinstance(given, Config) else settings(given)
         config.check()

@@ -62,6 +62,14 @@ def read(file: File, text_field: str, field: str) -> Iterator[Document]:
             yield Document(file.key, text, 1.0)
 
 
+def whole(file: File, field: str, fix: str = "Give a text file.") -> bytes:
+    """The text of a ``file`` that is one, decompressed; ConfigError, with ``fix``, for one of records."""
+    if formats.identify(file.path, field).kind != "text":
+        raise ConfigError(field, file.path, "holds records, not one text", fix)
+    [document] = read(file, "", field)
+    return document.text or b""
+
+
 def _records(file: File, codec: str, text_field: str, field: str) -> Iterator[Document]:
     size = max(untrusted.regular(file.path, field).st_size, 1)
     number = 0

@@ -63,7 +63,7 @@ class Generated:
         training = view.split == "train"
         self.examples = examples = config.train_examples if training else config.val_examples
         self.num_rows = -(-examples // self.per_row) if examples else None
-        self.entropy = (view.seed if training else 0, int(training), *entropy)
+        self.entropy = (view.seed if training else view.held_out, int(training), *entropy)
         self.fingerprint = f"{name} {(self.entropy, length, view.seq_len, view.vocab_size, examples)}"
         # A finite set is read in random order, so all of it is kept; otherwise blocks come one after another.
         self._block = functools.lru_cache(maxsize=None if examples else 16)(self._generate)

@@ -238,6 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
 def report(args: argparse.Namespace) -> None:
     """Prepares as the flags say, and prints what came of it."""
     start = time.monotonic()
+    for name in ("dataset_config", "val_split"):
+        if getattr(args, name) and not args.dataset:
+            raise ConfigError(f"--{name}", getattr(args, name), "is of a dataset", "Give --dataset, too.")
     dataset = hub.Dataset(args.dataset, args.dataset_config, args.split, args.val_split)
     index = prepare(
         ",".join(args.input),

@@ -23,12 +23,14 @@ class View(NamedTuple):
         same rows.
     seq_len: tokens in a row.  seed: of the training order.
     vocab_size: ids that the model knows; synthetic tasks use them all, text must not need more.
+    held_out: seed of generated held-out examples; those of a training run are of 0.
     """
 
     split: str
     seq_len: int
     seed: int
     vocab_size: int
+    held_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

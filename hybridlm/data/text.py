@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from hybridlm.data import documents, files, formats, holdout, source, tokenizer
+from hybridlm.data import documents, files, holdout, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
 from hybridlm.data.source import View
 from hybridlm.data.tokenizer import Tokenizer
@@ -91,11 +91,8 @@ def _part(key: str, text: bytes, config: Config, split: str) -> list[tuple[str, 
 
 
 def _read(file: files.File, field: str) -> tuple[str, bytes]:
-    if formats.identify(file.path, field).kind != "text":
-        fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
-        raise ConfigError(field, file.path, "holds records, not one text", fix)
-    [document] = documents.read(file, "", field)
-    return document.key, document.text or b""
+    fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
+    return file.key, documents.whole(file, field, fix)
 
 
 def _documents(given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, config: Config) -> Documents:

@@ -60,7 +60,7 @@ def in_paths(values: dict[str, Any], change: Any) -> dict[str, Any]:
             return {name: changed(one) for name, one in value.items()}
         return change(value) if isinstance(value, str) else value
 
-    places = ("data", "val", "objective", "init_from")
+    places = ("data", "val", "objective", "stages", "init_from")
     return values | {name: changed(values[name]) for name in places if name in values}
 
 
