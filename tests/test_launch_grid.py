@@ -90,6 +90,7 @@ def test_matched_parameters_and_token_budget():
     assert max(loose) / min(loose) > 1.1
 
 
+STAGE = {"stages.order": "a", "stages.a.train.steps": 3}
 BAD: list[tuple[str, Sweep, list[str]]] = [
     ("no values", Sweep(MQAR, [axis("ratio")]), ["the grid has an axis without values"]),
     ("nothing kept", Sweep(MQAR, [axis("seed", 0)], keep=lambda p: False), ["keep leaves none"]),
@@ -133,6 +134,16 @@ BAD: list[tuple[str, Sweep, list[str]]] = [
         ["list of layer indices"],
     ),
     ("steps twice", Sweep(MQAR, [axis("train.steps", 1)], tokens=1e6), ["tokens already decides"]),
+    (
+        "steps of stages",
+        Sweep(MQAR, [axis("seed", 0)], {**SMALL, **STAGE}, tokens=1e6),
+        ["tokens = 1000000.0: decides train.steps, which stages add up to"],
+    ),
+    (
+        "an axis that changes nothing",  # a stage has steps of its own
+        Sweep(MQAR, [axis("train.steps", 1, 2)], {**SMALL, **STAGE}),
+        ["axes = 'steps2': is the same run as steps1"],
+    ),
     (
         "unmatchable",
         Sweep(MQAR, [axis("mixer", "kda")], {**SMALL, "mixers.kda.num_heads": 8}, match="parameters"),
