@@ -249,3 +249,13 @@ def test_hours_follow_from_the_device(capsys: pytest.CaptureFixture[str]):
     )
     shown = capsys.readouterr().out
     assert "31 runs, 620 G tokens" in shown and "3 of 24: 6, 13, 20" in shown
+
+
+def test_fields_that_no_run_heeds_are_said(capsys: pytest.CaptureFixture[str]):
+    flags = ["--config=configs/sweeps/ratio_mqar.py", "--dry_run"]
+    assert sweep.main([*flags, "--config.mixers.gla.num_heads=2", "--config.train.batch_size=8"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "mixers.gla.num_heads has no effect in any run: no layer of model.pattern names that mixer" in shown
+    )
+    assert shown.count("has no effect") == 1
