@@ -170,7 +170,9 @@ class Member:
         """
         first = step - self.watch.in_a_row + 1
         dump = self.workdir / f"dump-{first}"
-        replay.dump(dump, self.config, first, state, self.train_data.whole_batch(first - 1))
+        stage = self.config.train.steps - self.stage_begin  # whose own the schedule is
+        config = self.config.replace(train__steps=stage, train__profile_steps=())
+        replay.dump(dump, config, first, state, self.train_data.whole_batch(first - 1))
         self.failed = (
             f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
             f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "

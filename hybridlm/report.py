@@ -5,7 +5,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, groups, member, model
+from hybridlm import ahead, cost, data, groups, member, model, stages
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
@@ -74,6 +74,7 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
     """What is worth knowing before a run, as name -> text."""
     summary, train, memory = cost.summary(config), config.train, cost.memory(config, mesh)
     tokens, flops = train.batch_size * train.seq_len, cost.train_flops_per_token(config)
+    total = stages.tokens(config, configs.resolve)
     idle = summary["parameters"] != summary["active_parameters"]
     active = f", of which a token touches {summary['active_parameters']:,}" if idle else ""
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory._asdict().items())
@@ -82,8 +83,8 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
         "decode state per sequence": quantity(summary["state_bytes"], "B"),
         "KV cache per sequence": f"{quantity(summary['cache_bytes'], 'B')} at {train.seq_len:,} tokens",
         "training FLOPs per token": f"{quantity(flops, 'FLOP')} at {train.seq_len:,} tokens",
-        "tokens": f"{tokens:,} a step, {quantity(tokens * train.steps, '')} in {train.steps:,} steps, "
-        f"{quantity(flops * tokens * train.steps, 'FLOP')}",
+        "tokens": ("" if config.stages else f"{tokens:,} a step, ")
+        + f"{quantity(total, '')} in {train.steps:,} steps, {quantity(flops * total, 'FLOP')}",
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items()),
         "memory per device, estimate": f"{quantity(sum(memory), 'B')} ({parts})",
         "training data": _data(config, "train"),
@@ -103,7 +104,7 @@ def _data(config: Config, split: str, name: str = "") -> str:
 def amount(config: Config, dataset: data.Dataset) -> str:
     """How much there is to train on, and how often the run reads it."""
     train = config.train
-    read = train.steps * train.batch_size * train.seq_len
+    read = stages.tokens(config, configs.resolve)
     said = f"{dataset.source.describe()}; the run reads {quantity(read, '')} tokens"
     return said + (f", {read / train.seq_len / dataset.num_rows:.3g} epochs" if dataset.num_rows else "")
 

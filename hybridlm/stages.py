@@ -105,3 +105,9 @@ def split(config: "Config", resolve: Resolve) -> list[tuple[int, "Config"]]:
         window = tuple(begin + step for step in one.train.profile_steps) or config.train.profile_steps
         found.append((begin, one.replace(train__steps=end, train__profile_steps=window)))
     return found
+
+
+def tokens(config: "Config", resolve: Resolve) -> int:
+    """Trained on in all: a stage may have a batch and rows of its own."""
+    parts = ((one.train.steps - begin, one.train) for begin, one in split(config, resolve))
+    return sum(steps * train.batch_size * train.seq_len for steps, train in parts)

@@ -131,6 +131,11 @@ def runs(sweep: Sweep, overrides: Mapping[str, str] | None = None) -> list[Run]:
         same = found.setdefault(run.name, run)
         if same.config != run.config:
             raise ConfigError("axes", run.name, "two points have this name", "Values need distinct names.")
+    alike: dict[str, str] = {}
+    for name, run in found.items():
+        if (other := alike.setdefault(repr(run.config), name)) != name:
+            problem = f"is the same run as {other}: what tells them apart changes nothing in it"
+            raise ConfigError("axes", name, problem, "Leave one of them out with keep.")
     return list(found.values())
 
 
@@ -254,6 +259,9 @@ def _derived(
     if layers:
         found["model.pattern"] = _pattern(layers, full, _config(spec, texts))
     config = _config(spec, texts | found)
+    if sweep.tokens and config.stages:
+        fix = "Set stages.<name>.train.steps, and tokens=0."
+        raise ConfigError("tokens", sweep.tokens, "decides train.steps, which stages add up to", fix)
     if sweep.tokens:
         found["train.steps"] = str(math.ceil(sweep.tokens / (config.train.batch_size * config.train.seq_len)))
     if sweep.match:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm import config as configs
-from hybridlm import cost, untrusted
+from hybridlm import cost, stages, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
 from hybridlm.run import checkpoint, private, show
@@ -53,7 +53,7 @@ def facts(runs: Sequence[Run]) -> dict[str, Facts]:
             summary = cost.summary(config)
             sizes = {name: summary[name] for name in Facts._fields if name in summary}
             known[key] = Facts(**sizes, tokens=1, flops=cost.train_flops_per_token(config))
-        tokens = config.train.steps * config.train.batch_size * config.train.seq_len
+        tokens = stages.tokens(config, configs.resolve)
         result[run.name] = known[key]._replace(tokens=tokens, flops=known[key].flops * tokens)
     return result
 

@@ -71,6 +71,10 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     console = rich.get_console()
     definition = grid.load(flags.config)
     runs = grid.runs(definition, overrides)
+    for field in dict.fromkeys(field for run in runs for field in run.overrides):
+        reasons = {train.idle(run.config, field) for run in runs if field in run.overrides}
+        if "" not in reasons:
+            show.line(f"{field} has no effect in any run: {reasons.pop()}", console)
     if flags.dry_run:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0

@@ -201,6 +201,15 @@ def test_unreadable_checkpoint_is_named(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, saves.restore(3, shapes(state(0))), state(3))
 
 
+def test_a_checkpoint_that_its_run_removes_while_it_is_read(tmp_path):
+    save(tmp_path, {3: None})
+    with Checkpoints(tmp_path) as saves:
+        shutil.rmtree(tmp_path / "3")
+        for read in (lambda: saves.record(3), lambda: saves.restore(3, shapes(state(0)))):
+            with pytest.raises(RunError, match="has removed it meanwhile: start again"):
+                read()
+
+
 def test_full_disk_is_named_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     save(tmp_path, {3: None})
     with Checkpoints(tmp_path) as saves:

@@ -90,6 +90,7 @@ def test_matched_parameters_and_token_budget():
     assert max(loose) / min(loose) > 1.1
 
 
+STAGE = {"stages.order": "a", "stages.a.train.steps": 3}
 BAD: list[tuple[str, Sweep, list[str]]] = [
     ("no values", Sweep(MQAR, [axis("ratio")]), ["the grid has an axis without values"]),
     ("nothing kept", Sweep(MQAR, [axis("seed", 0)], keep=lambda p: False), ["keep leaves none"]),
@@ -133,6 +134,16 @@ BAD: list[tuple[str, Sweep, list[str]]] = [
         ["list of layer indices"],
     ),
     ("steps twice", Sweep(MQAR, [axis("train.steps", 1)], tokens=1e6), ["tokens already decides"]),
+    (
+        "steps of stages",
+        Sweep(MQAR, [axis("seed", 0)], {**SMALL, **STAGE}, tokens=1e6),
+        ["tokens = 1000000.0: decides train.steps, which stages add up to"],
+    ),
+    (
+        "an axis that changes nothing",  # a stage has steps of its own
+        Sweep(MQAR, [axis("train.steps", 1, 2)], {**SMALL, **STAGE}),
+        ["axes = 'steps2': is the same run as steps1"],
+    ),
     (
         "unmatchable",
         Sweep(MQAR, [axis("mixer", "kda")], {**SMALL, "mixers.kda.num_heads": 8}, match="parameters"),
@@ -238,3 +249,13 @@ def test_hours_follow_from_the_device(capsys: pytest.CaptureFixture[str]):
     )
     shown = capsys.readouterr().out
     assert "31 runs, 620 G tokens" in shown and "3 of 24: 6, 13, 20" in shown
+
+
+def test_fields_that_no_run_heeds_are_said(capsys: pytest.CaptureFixture[str]):
+    flags = ["--config=configs/sweeps/ratio_mqar.py", "--dry_run"]
+    assert sweep.main([*flags, "--config.mixers.gla.num_heads=2", "--config.train.batch_size=8"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "mixers.gla.num_heads has no effect in any run: no layer of model.pattern names that mixer" in shown
+    )
+    assert shown.count("has no effect") == 1

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import train
 from hybridlm import config as configs
-from hybridlm import report
+from hybridlm import report, stages
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -65,6 +65,11 @@ def test_overrides_that_no_stage_heeds_are_said() -> None:
     values.stages = ConfigDict(parts)
     config = configs.resolve(values)
     assert config.train.steps == 5
+    tokens = 2 * config.train.batch_size * config.train.seq_len + 3 * config.train.batch_size * 16
+    assert stages.tokens(config, configs.resolve) == tokens == 4288
+    assert report.facts(config, {"data": 1, "fsdp": 1, "tensor": 1})["tokens"].startswith(
+        "4.29 k in 5 steps, "
+    )
     assert train.idle(config, "train.steps") == "every stage has its own"
     assert train.idle(config, "stages.c.train.steps") == "the stage is not in stages.order"
     for heeded in ("train.seq_len", "train.batch_size", "stages.order", "stages.a.train.steps", "init_from"):

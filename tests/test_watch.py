@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from hybridlm import config as configs
 from hybridlm import member, model, program, schema, sharding, trainer
@@ -112,6 +114,19 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
     shutil.rmtree(dump / "checkpoints")
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         replay.replay(dump)
+
+
+def test_a_dump_of_a_stage_has_the_stages_schedule(text, tmp_path, monkeypatch):
+    """What a stage of 6 steps that begins after 3 is replayed with: its own count of updates goes to 6."""
+    config = resolved(text, train__steps=9, train__profile_steps=(8, 9))
+    one = member.Member(config, tmp_path, None, np.arange(config.train.batch_size), begin=3)
+    one.watch = types.SimpleNamespace(in_a_row=2)
+    kept = []
+    monkeypatch.setattr(replay, "dump", lambda path, *given: kept.append(given))
+    one.give_up(8, {})
+    [(dumped, first, _, batch)] = kept
+    assert first == 7 and dumped.train.steps == 6 and configs.resolve(ConfigDict(dumped.to_dict())) == dumped
+    np.testing.assert_array_equal(batch["tokens"], member.build_data(config, "train").batch(6)["tokens"])
 
 
 def test_the_first_parameter_is_the_one_nearest_to_the_loss(text):

@@ -252,6 +252,8 @@ class Checkpoints:
         return f"the checkpoint at step {whole[-1].name} is intact"
 
     def _without(self, step: int) -> str:
+        if not (self.directory / str(step)).exists():
+            return "the run that goes on there has removed it meanwhile: start again, for its newest"
         older = [other for other in self.steps() if other < step]
         if not older:
             return "no older checkpoint exists"
