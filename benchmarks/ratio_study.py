@@ -1,7 +1,7 @@
 """Recall against the share of full layers: MQAR, many seeds a point, all seeds and rates in one program.
 
-    python -m benchmarks.ratio_study --layers=4 --mixers="kda;gated_delta_net" --ratios="pure;3:1;1:1"
-    python -m benchmarks.ratio_study --layers=14 --ratios="pure;6:1;3:1;1:1" --steps=20000
+    python -m benchmarks.ratio_study --layers=4 --mixers="kda;gated_delta_net" --ratios="full;pure;3:1;1:1"
+    python -m benchmarks.ratio_study --layers=14 --ratios="full;pure;6:1;3:1;1:1" --steps=20000
 
 2, 4 and 8 pairs in 32 tokens of 64 ids; half of the rows have the fewest pairs, which teach. A linear layer's
 state is two heads of 4 x 4, so that no linear stack holds all pairs by size alone. What an earlier study of
@@ -87,8 +87,9 @@ def stack(mixer: str, ratio: str, num_layers: int) -> list[Layer]:
 def names(mixer_names: str, ratios: str, num_layers: int) -> list[tuple[str, str]]:
     """(mixer, ratio) of each case, attention alone first; no ratio that the depth has no room for."""
     wanted = [one.strip() for one in mixer_names.split(";")], [one.strip() for one in ratios.split(";")]
-    room = lambda ratio: ":" not in ratio or int(ratio.split(":")[0]) < num_layers
-    return [("attention", "full"), *((m, r) for m in wanted[0] for r in wanted[1] if room(r))]
+    room = lambda ratio: ratio != "full" and (":" not in ratio or int(ratio.split(":")[0]) < num_layers)
+    alone = [("attention", "full")] * ("full" in wanted[1])
+    return [*alone, *((m, r) for m in wanted[0] for r in wanted[1] if room(r))]
 
 
 def main() -> None:
@@ -97,7 +98,9 @@ def main() -> None:
         output="ratio_study.json",
     )  # fmt: skip
     parser.add_argument("--mixers", default="kda;gated_delta_net;hgrn2;mamba2", help="separated by ;")
-    parser.add_argument("--ratios", default="pure;6:1;3:1;1:1", help="separated by ;, or layers like 0,1")
+    parser.add_argument(
+        "--ratios", default="full;pure;6:1;3:1;1:1", help="separated by ;, or layers like 0,1"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--mlp_hidden", type=int, default=128)
     parser.add_argument("--rows", type=int, default=1 << 17, help="of the training set")

@@ -105,8 +105,8 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     if not shown:
         raise RunError("nothing could be measured; the warnings above say why.")
     console.print(report.table(shown, title))
-    for what, one in learnt.items():
-        console.print(f"{what} while training: {one}", markup=False, highlight=False, soft_wrap=True)
+    for line in (*report.turns(shown), *(f"{what} while training: {one}" for what, one in learnt.items())):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     report.plot(results, title, folder / "eval.png")
     tracker = tracking.Wandb(workdir, tested.config, tested.config.log.wandb_mode)
     prefix = "ema/" if flags.ema else ""

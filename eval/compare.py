@@ -107,7 +107,7 @@ def measured(runs: Iterable[Run]) -> list[str]:
 def table(baseline: Run, compared: Sequence[Comparison]) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    head = ("run", "task", "length", "accuracy", "low", "high", "samples", "chance")
+    head = ("run", "task", "length", "accuracy", "low", "high", "samples", "chance", "kept_bytes")
     rows.writerow([*head, "difference", "difference_low", "difference_high", "p", "p_holm", "not_compared"])
     for entry in (Comparison(baseline, {}, {}), *compared):
         for name, r in entry.run.results.items():
@@ -115,7 +115,8 @@ def table(baseline: Run, compared: Sequence[Comparison]) -> str:
             tested = ["", "", "", "", ""] if change is None else [f"{value:.6g}" for value in change]
             numbers = [r["length"], *(f"{r[key]:.6g}" for key in ("accuracy", "low", "high")), r["samples"]]
             chance = "" if r["chance"] is None else f"{r['chance']:.6g}"
-            rows.writerow([entry.run.name, r["task"], *numbers, chance, *tested, entry.refused.get(name, "")])
+            kept, refused = r.get("kept_bytes", ""), entry.refused.get(name, "")
+            rows.writerow([entry.run.name, r["task"], *numbers, chance, kept, *tested, refused])
     return out.getvalue()
 
 
@@ -178,7 +179,8 @@ def _accuracies(baseline: Run, compared: Sequence[Comparison]) -> str:
     for entry in compared:
         head += [entry.run.name, f"less {baseline.name}"]
     note = (
-        "Accuracy, below it its 95% interval (Wilson). Differences: of the same samples, with a 95% interval,"
+        "Accuracy, below it its 95% interval (Wilson) and the bytes of states, keys and values that the run"
+        " keeps of such a context. Differences: of the same samples, with a 95% interval,"
         " and the p of no difference (McNemar's exact test, or sign flips where a sample's score is a share),"
         " corrected by Holm for all comparisons of the run. Bold: below 0.05."
     )
@@ -186,7 +188,10 @@ def _accuracies(baseline: Run, compared: Sequence[Comparison]) -> str:
 
 
 def _value(result: Result | None) -> str:
-    return "" if result is None else f"{result['accuracy']:.3f}\n{result['low']:.3f} to {result['high']:.3f}"
+    if result is None:
+        return ""
+    kept = f"\n{quantity(result['kept_bytes'], 'B')}" if "kept_bytes" in result else ""
+    return f"{result['accuracy']:.3f}\n{result['low']:.3f} to {result['high']:.3f}{kept}"
 
 
 def _change(change: Difference) -> str:

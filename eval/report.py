@@ -2,17 +2,24 @@
 
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from eval.runner import Result, put_figure
 from hybridlm import untrusted
+from hybridlm.report import quantity
 
 
 def table(results: dict[str, Result], title: str) -> Table:
-    """A row for each task and length: accuracy, its 95% interval, samples, and what guessing gets."""
-    shown = Table(title=untrusted.markup(title), title_justify="left")
-    shown.add_column("task", overflow="fold")  # of a narrow terminal, and of a log: no number is cut
-    for column in ("length", "accuracy", "95% interval", "samples", "guessing"):
+    """A row for each task and length: accuracy, its 95% interval, samples, what guessing gets, bytes of
+    states, keys and values of a context. In a terminal of 80 columns.
+    """
+    shown = Table(
+        title=untrusted.markup(title), title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True,
+        pad_edge=False,
+    )  # fmt: skip
+    shown.add_column("task", no_wrap=True)
+    for column in ("length", "accuracy", "95% interval", "samples", "guess", "kept"):
         shown.add_column(column, justify="right", no_wrap=True)
     for result in results.values():
         chance = result["chance"]
@@ -23,8 +30,15 @@ def table(results: dict[str, Result], title: str) -> Table:
             f"{result['low']:.3f} to {result['high']:.3f}",
             f"{result['samples']:,}",
             "" if chance is None else "0" if chance < 5e-4 else f"{chance:.3f}",
+            quantity(result["kept_bytes"], "B") if "kept_bytes" in result else "",
         )
     return shown
+
+
+def turns(results: dict[str, Result]) -> list[str]:
+    """A line for each session's accuracy by turn."""
+    each = {name: result["by_turn"] for name, result in results.items() if "by_turn" in result}
+    return [f"{name} by turn: {' '.join(f'{value:.2f}' for value in found)}" for name, found in each.items()]
 
 
 def plot(results: dict[str, Result], title: str, path: Path) -> None:

@@ -23,7 +23,7 @@ IDENTITY = {"step": untrusted.NATURAL, "samples": untrusted.NATURAL, "seed": int
 RESULT = {
     "task": str, "length": untrusted.NATURAL, "accuracy": float, "low": float, "high": float,
     "samples": untrusted.NATURAL, "chance": (float, type(None)), "identity": IDENTITY,
-    "scores?": [float], "by_turn?": [float],
+    "scores?": [float], "by_turn?": [float], "kept_bytes?": untrusted.NATURAL,
 }  # fmt: skip
 
 
@@ -93,6 +93,7 @@ def measure(
         results[name] = {
             "task": task.name, "length": setting.length, **_numbers(scores), "chance": chance,
             "source": task.source, "seconds": seconds, "identity": _identity(subject, task, setting),
+            "kept_bytes": subject.kept_bytes(setting.length),
         }  # fmt: skip
         done(results)
     return results

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval import shared
-from hybridlm import generate, loss, weights
+from hybridlm import cost, generate, loss, weights
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data import tokenizer as tokenizers
@@ -46,6 +46,9 @@ class Subject:
     step: int
     batch_tokens: int = 1 << 15
     checkpoint: str = ""
+
+    def kept_bytes(self, length: int) -> int:
+        return cost.kept_bytes(self.definition, length)
 
     def encode(self, text: str) -> list[int]:
         """A document that begins with ``text``: the separator and its tokens."""

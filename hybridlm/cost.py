@@ -116,6 +116,13 @@ def summary(config: Config) -> dict[str, Any]:
     }
 
 
+def kept_bytes(definition: model.Definition, length: int) -> int:
+    """What decoding keeps of a sequence of ``length`` tokens: states, keys and values of all layers."""
+    costs = [spec.cost(definition.d_model, length) for spec in definition.layers]
+    size = definition.dtype.itemsize
+    return sum(round(STATE_BYTES * one.state) + round(size * one.cache) for one in costs)
+
+
 def parameters(config: Config) -> int:
     """Every parameter of the model, embedding and head included."""
     return sum(math.prod(leaf.shape) for leaf in model.shapes(model.build(config)).values())

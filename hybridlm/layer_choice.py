@@ -2,7 +2,8 @@
 
 Of a run that `configs/linearise.py` made: each of its new layers is put alone in the teacher's place, and the
 model's held-out loss says what that costs (the static score of HALO, arXiv 2601.22156, and of KL-LS, arXiv
-2512.20569, before their own training). The layers that cost most are to stay; the result is a pattern.
+2512.20569, before their own training). The layers that cost most are to stay; the result is a
+table, a picture (layer_choice.png) and a pattern.
 Of a run whose layers have both (teacher=DIR,gdn,gates) the learned gates say which, and nothing is run
 (FlashMorph, arXiv 2606.30562, with the KL for its distance of hidden states).
 """
@@ -127,6 +128,26 @@ def kv_bytes(run: weights.Weights, teacher: model.Definition, context: int) -> t
     return sum(own, 0.0), {i: cache(spec) - own[i] for i, spec in enumerate(teacher.layers)}
 
 
+def draw(scores: Mapping[int, float], keep: Sequence[int], base: float | None, path: Path) -> None:
+    """A bar for each layer that was replaced, those to keep in colour, as a PNG. A score that is not finite
+    has a cross at the top."""
+    from matplotlib.figure import Figure  # slow to import; a bare Figure draws with Agg
+
+    figure = Figure(figsize=(6, 3), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for layer, score in sorted(scores.items()):
+        colour = "#0072B2" if layer in keep else "0.7"
+        if math.isfinite(score):
+            axes.bar(layer, score - (base or 0), color=colour)
+        else:
+            axes.plot(layer, 0.95, "x", color=colour, transform=axes.get_xaxis_transform())
+    axes.set_xticks(sorted(scores))
+    axes.set_xlabel("layer (in colour: to keep)")
+    alone = "loss above the teacher (nats per token),\nthat layer alone replaced"
+    axes.set_ylabel("share of attention, learned" if base is None else alone)
+    figure.savefig(path)
+
+
 def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, context: int = 0) -> None:
     """keep: as many layers; budget: as many as its bytes of keys and values at ``context`` tokens allow."""
     run = weights.load(workdir)
@@ -173,6 +194,7 @@ def show(workdir: Path, keep: int = 0, batches: int = 16, budget: float = 0, con
     record |= {"teacher": base, "keep": said, "pattern": pattern, "kv_bytes": total, "context": context}
     with cli.stored(workdir, "What was found stands above."):
         untrusted.write_json(workdir / "layer_choice.json", record)
+        draw(scores, found, base, workdir / "layer_choice.png")
 
 
 def main(argv: list[str]) -> int:

@@ -51,7 +51,7 @@ def test_bytes_round_trip_and_cost():
     assert (bytes_.vocab_size, bytes_.doc_id, bytes_.dtype) == (257, 256, np.dtype("<u2"))
     for text in TEXTS:
         assert bytes_.decode(bytes_.encode(text)) == text
-        assert bytes_.encode(text) == list(text.encode())
+        assert bytes_.encode(text) == list(text.encode()) and bytes_.count(text) == len(text.encode())
     assert bytes_.token_bytes.tolist() == [1] * 256 + [0]
     assert bytes_.decode([256, 104, 105, 300, 0xFF]) == "hi�"
     [document] = bytes_.documents([b"\xff\x00a"])  # invalid UTF-8 is kept
@@ -63,7 +63,7 @@ def test_byte_level_file_is_lossless(byte_level):
     assert file.doc_id == 0  # its own <s>, of which automatic ones and ones spelt in the text make no second
     for text, document in zip(TEXTS, file.documents([text.encode() for text in TEXTS]), strict=True):
         assert document[0] == 0 and not (document[1:] <= 1).any()
-        assert document[1:].tolist() == file.encode(text)
+        assert document[1:].tolist() == file.encode(text) and file.count(text) == len(document) - 1
         assert file.decode(document) == text
         assert b"".join(file.pieces[i] for i in document) == text.encode()
         assert file.token_bytes[document].sum() == len(text.encode())

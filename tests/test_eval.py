@@ -246,10 +246,16 @@ def test_command_line(workdir, capsys):
     run = lambda *flags: command.main([f"--workdir={workdir}", *flags])
     assert run("--tasks=passkey,induction", "--lengths=512", "--samples=3") == 0
     shown = capsys.readouterr().out
-    assert "passkey" in shown and "induction" in shown and "95% interval" in shown
+    assert "passkey" in shown and "induction" in shown and "95% interval" in shown and "kB" in shown
     stored = json.loads((workdir / "eval.json").read_text())
     assert stored["step"] == 3 and set(stored["results"]) == {"passkey@512", "induction@512"}
     assert stored["results"]["induction@512"]["chance"] == pytest.approx(1 / 259)
+    run_of = weights.load(workdir)
+    model = lm.merge(run_of.definition, run_of.params)
+    kept = jax.eval_shape(lambda: model.init_cache(1, 512))  # what is really allocated
+    assert stored["results"]["passkey@512"]["kept_bytes"] == sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept) if leaf.ndim
+    )
     assert (workdir / "eval.png").read_bytes().startswith(b"\x89PNG")
     before = (workdir / "eval.json").stat().st_mtime_ns
     assert run("--tasks=passkey", "--lengths=512", "--samples=3") == 0

@@ -93,7 +93,7 @@ def folders(tmp_path):
     turns = np.linspace(1, 0.2, 5) * np.ones((40, 1))
     common = [result("passkey", n, scores(0.9, n)) for n in (1024, 2048)]
     a = put(tmp_path / "a<b>&", [*common, result("needles_turns", 1024, turns)])
-    better = [result("passkey", 1024, [1] * 40), result("passkey", 2048, [0] * 40)]
+    better = [result("passkey", 1024, [1] * 40, kept_bytes=3 << 20), result("passkey", 2048, [0] * 40)]
     b = put(tmp_path / "b", [*better, result("needles_turns", 1024, turns), result("S3", 64, [0.5] * 40)])
     layers = {"parameters": 1234567, "state_bytes": 1 << 20, "cache_bytes": 1 << 20, "seq_len": 2048}
     (b / "layers.json").write_text(json.dumps(layers))
@@ -116,7 +116,9 @@ def test_the_page_and_the_table_say_the_same(folders, capsys):
     assert float(worse["p_holm"]) < 1e-6
     assert f"{float(worse['difference']):+.3f}" in text and "worse in 1" in text
     [alone] = [row for row in rows if row["task"] == "S3"]
-    assert alone["difference"] == ""
+    assert alone["difference"] == "" and alone["kept_bytes"] == "" and "3.15 MB" in text
+    kept = {(row["run"], row["task"], row["length"]): row["kept_bytes"] for row in rows}
+    assert kept["b", "passkey", "1024"] == "3145728" and kept["b", "passkey", "2048"] == ""
 
 
 def test_bad_input(folders, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Sessions solved by a program that reads the context only; turns and requests of the same samples."""
 
+import io
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from eval import haystack, runner, tasks
+from eval import haystack, report, runner, tasks
 from eval.tasks import base, sessions
 from hybridlm.data import tokenizer
 
@@ -32,6 +34,9 @@ class Reader:
 
     def __init__(self, fails=5):
         self.fails, self.questions = fails, []
+
+    def kept_bytes(self, length):
+        return 3 * length
 
     def encode(self, text):
         return [BYTES.doc_id, *BYTES.encode(text)]
@@ -86,4 +91,10 @@ def test_turns_are_no_samples():
     result = runner.measure(Reader(fails=4), [TASKS["needles_turns"]], plan)["needles_turns@2048"]
     assert result["samples"] == 3 and result["scores"] == pytest.approx([0.8] * 3)
     assert result["by_turn"] == [1, 1, 1, 1, 0] and result["accuracy"] == pytest.approx(0.8)
+    assert result["kept_bytes"] == 6144
+    shown = io.StringIO()
+    named = {"needles_turns@2048": result | {"task": "n" * 17, "length": 32_768, "samples": 1000}}
+    Console(file=shown, width=80).print(report.table(named, ""))
+    assert "6.14 kB" in shown.getvalue() and "…" not in shown.getvalue()
+    assert report.turns(named) == ["needles_turns@2048 by turn: 1.00 1.00 1.00 1.00 0.00"]
     assert tasks.choose("sessions", []) == sessions.TASKS and np.isfinite(result["low"])

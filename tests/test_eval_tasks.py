@@ -89,6 +89,24 @@ def test_prompts_can_be_solved_by_reading_them_and_fill_the_context(name, length
         assert task.score("no idea", sample.answers) == 0
 
 
+@pytest.mark.parametrize("slope", [0.4, 1, 1.3, 25])
+@pytest.mark.parametrize("bend", [0, 1e-3, -2e-4])
+def test_the_largest_size_by_few_counts(slope, bend):
+    """The one that walking up finds, of texts that grow along a line, ever faster or ever more slowly."""
+    spent = lambda size: int(slope * size * (1 + bend * min(size, 2000)) + 57)
+    for budget, least in ((1500, 1), (1503, 50), (60, 5), (900, 11)):
+        counted = []
+        if spent(least) > budget:
+            with pytest.raises(base.TooShort, match=f"at least {spent(least)} tokens"):
+                base.largest(str, lambda text: spent(int(text)), budget, least)
+            continue
+        count = lambda text, counted=counted: counted.append(spent(int(text))) or counted[-1]
+        walked = next(size for size in range(least, 10_000) if spent(size + 1) > budget)
+        assert base.largest(str, count, budget, least) == walked
+        assert base.largest(str, count, budget, least, most=max(least, walked - 3)) == max(least, walked - 3)
+        assert len(counted) < 40 and max(counted) < 8 * budget
+
+
 @pytest.mark.parametrize("name", PROMPTED)
 def test_samples_are_a_function_of_the_seed(name):
     make = lambda **kw: PROMPTED[name].samples(BYTES, setting(2048, **kw))

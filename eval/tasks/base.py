@@ -2,8 +2,9 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from eval.haystack import Haystack
 from eval.subject import Progress, Subject
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
+
+T = TypeVar("T")
+PROMPTS = "3"  # of what is written here and in the tasks: earlier releases wrote others
 
 
 class Setting(NamedTuple):
@@ -97,7 +101,6 @@ class PromptTask:
     write: makes a sample whose prompt has at most ``budget`` tokens.
     max_new_tokens: of the answer; part of the context length.
     guess: the chance of one answer at random.
-    version: of the prompts, where an earlier release wrote others.
     """
 
     name: str
@@ -110,26 +113,22 @@ class PromptTask:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     stop: tuple[str, ...] = ()
     text: bool = True
-    version: str | None = None
 
     def chance(self, config: Config) -> float | None:
         return self.guess
 
-    def examples(self, subject: Subject) -> str | None:
-        return self.version
+    def examples(self, subject: Subject) -> str:
+        return PROMPTS
 
     def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:
-        count = lambda text: 1 + len(tokens.encode(text))  # and the document separator
+        count = lambda text: 1 + tokens.count(text)  # and the document separator
         budget = setting.length - self.max_new_tokens
-        return [
-            self.write(
-                Writer(
-                    random.Random(f"{setting.seed} {self.name} {setting.length} {index}"),
-                    count, budget, setting.length, setting.haystack,
-                )
-            )
-            for index in range(setting.samples)
-        ]  # fmt: skip
+
+        def one(index: int) -> Sample:
+            rng = random.Random(f"{setting.seed} {self.name} {setting.length} {index}")
+            return self.write(Writer(rng, count, budget, setting.length, setting.haystack))
+
+        return several(one, range(setting.samples))
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         samples = self.samples(subject.text_tokenizer, setting)
@@ -138,6 +137,12 @@ class PromptTask:
             max_new_tokens=self.max_new_tokens, stop=self.stop, progress=progress,
         )  # fmt: skip
         return np.array([self.score(c, s.answers) for c, s in zip(completions, samples, strict=True)])
+
+
+def several(make: Callable[[int], T], indices: Iterable[int]) -> list[T]:
+    """``make`` of each, in order, by threads: what takes time, counting tokens, runs beside others."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(make, indices))
 
 
 class TooShort(ValueError):
@@ -149,18 +154,27 @@ def largest(
 ) -> int:
     """The largest size from ``least`` to ``most`` whose text has at most ``budget`` tokens.
 
-    Text is taken to grow with size, but for what is random in it. TooShort if the least does not fit.
+    Text is taken to grow with size; where what is random in it does not, a size that fits before one that
+    does not. TooShort if the least does not fit. Counting tokens is what takes time: of texts near the budget
+    it is done about three times.
     """
-    if count(write(least)) > budget:
-        raise TooShort(f"at least {count(write(least))} tokens are needed, beside the answer's")
-    low, high = least, least * 2
-    while high <= most and count(write(high)) <= budget:
-        low, high = high, high * 2
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if count(write(middle)) <= budget:
-            low = middle
-        else:
-            high = middle
-    return low
+    spent = count(write(least))
+    if spent > budget:
+        raise TooShort(f"at least {spent} tokens are needed, beside the answer's")
+    fits, beyond = (least, spent), (most + 1, 0)  # sizes and tokens; 0: none that is too long is known
+    first, turn = fits, 0
+    while beyond[0] - fits[0] > 1:  # along the line through the two, or through what fitted so far
+        turn += 1
+        left = budget - fits[1]
+        if not beyond[1]:
+            grown = fits[1] - first[1]
+            size = fits[0] + (1 + left * (fits[0] - first[0]) // grown if grown > 0 else fits[0])
+            size = min(size, 8 * fits[0])
+        elif turn % 4:
+            size = fits[0] + left * (beyond[0] - fits[0]) // (beyond[1] - fits[1])
+        else:  # however text grows, the search ends soon
+            size = (fits[0] + beyond[0]) // 2
+        size = min(max(size, fits[0] + 1), beyond[0] - 1)
+        spent = count(write(size))
+        fits, beyond = ((size, spent), beyond) if spent <= budget else (fits, (size, spent))
+    return fits[0]

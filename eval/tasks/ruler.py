@@ -225,14 +225,14 @@ TASKS = [
     _needle_task("niah_multiquery", "numbers of four words in prose", Needles("text", queries=4)),
     PromptTask(
         "variable_tracking", SOURCE, "all five names that one value reaches through assignments",
-        write_variable_tracking, max_new_tokens=30, guess=26.0**-5, version="2",
+        write_variable_tracking, max_new_tokens=30, guess=26.0**-5,
     ),
     PromptTask(
         "common_words", SOURCE, "the ten words that a long list repeats most",
-        write_common_words, max_new_tokens=120, guess=10 / 8000, version="2",
+        write_common_words, max_new_tokens=120, guess=10 / 8000,
     ),
     PromptTask(
         "frequent_words", SOURCE, "the three most frequent coded words, frequencies being Zipf's",
-        write_frequent_words, max_new_tokens=50, guess=3 * 26.0**-6, version="2",
+        write_frequent_words, max_new_tokens=50, guess=3 * 26.0**-6,
     ),
 ]  # fmt: skip

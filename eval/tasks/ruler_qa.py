@@ -22,7 +22,17 @@ from typing import Any, NamedTuple
 
 from eval.haystack import packaged
 from eval.subject import Subject
-from eval.tasks.base import PromptTask, Sample, Setting, TooShort, Writer, any_contained, largest
+from eval.tasks.base import (
+    PROMPTS,
+    PromptTask,
+    Sample,
+    Setting,
+    TooShort,
+    Writer,
+    any_contained,
+    largest,
+    several,
+)
 from hybridlm.data.tokenizer import Tokenizer
 
 SOURCE = "RULER, Hsieh et al. 2024, arXiv 2404.06654"
@@ -112,25 +122,28 @@ class QuestionTask(PromptTask):
     fixed: bool = True
 
     def examples(self, subject: Subject) -> str:
-        return corpus(self.data).fingerprint
+        return f"{PROMPTS} {corpus(self.data).fingerprint}"
 
     def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:
-        count = lambda text: 1 + len(tokens.encode(text))
-        budget = setting.length - self.max_new_tokens
-        made: list[Sample] = []
-        shortest: TooShort | None = None
-        for index, question in enumerate(corpus(self.data).questions):
-            if len(made) == setting.samples:
-                break
+        count = lambda text: 1 + tokens.count(text)
+        budget, questions = setting.length - self.max_new_tokens, corpus(self.data).questions
+
+        def one(index: int) -> Sample | TooShort:
             seed = f"{setting.seed} {self.data} {setting.length} {index}"
             try:
-                made.append(self.one(question, count, budget, seed))
+                return self.one(questions[index], count, budget, seed)
             except TooShort as error:
-                shortest = shortest or error
-                if not made and index > 100:
-                    break
+                return error
+
+        found: list[Sample | TooShort] = []
+        made: list[Sample] = []
+        while len(found) < len(questions) and len(made) < setting.samples and (made or len(found) < 100):
+            start = len(found)
+            found += several(one, range(start, min(start + setting.samples, len(questions))))
+            made = [sample for sample in found if isinstance(sample, Sample)][: setting.samples]
         if not made:
-            raise shortest or TooShort("it has no questions")
+            shortest = (error for error in found if isinstance(error, TooShort))
+            raise next(shortest, TooShort("it has no questions"))
         return made
 
     def one(self, question: Question, count: Callable[[str], int], budget: int, seed: str) -> Sample:

@@ -20,7 +20,7 @@ import numpy as np
 
 from eval.subject import Progress, Subject
 from eval.tasks import ruler
-from eval.tasks.base import Setting, Writer, any_contained, largest
+from eval.tasks.base import PROMPTS, Setting, Writer, any_contained, largest, several
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 
@@ -67,18 +67,22 @@ class SessionTask:
     def chance(self, config: Config) -> float | None:
         return self.guess
 
+    def examples(self, subject: Subject) -> str:
+        return PROMPTS
+
     def sessions(self, tokens: Tokenizer, setting: Setting) -> list[Session]:
         """The same for both modes of a kind: a function of (seed, kind, length, index)."""
-        count = lambda text: 1 + len(tokens.encode(text))
-        made = []
-        for index in range(setting.samples):
-            kind = self.name.partition("_")[0]
+        count = lambda text: 1 + tokens.count(text)
+        kind = self.name.partition("_")[0]
+
+        def one(index: int) -> Session:
             rng = random.Random(f"{setting.seed} {kind} {setting.length} {index}")
             turns = self.draw(rng)
-            taken = sum(len(tokens.encode(part)) for turn in turns for part in turn)
+            taken = sum(tokens.count(part) for turn in turns for part in turn)
             budget = setting.length - self.max_new_tokens - taken
-            made.append(self.write(Writer(rng, count, budget, setting.length, setting.haystack), turns))
-        return made
+            return self.write(Writer(rng, count, budget, setting.length, setting.haystack), turns)
+
+        return several(one, range(setting.samples))
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         """[sessions, turns]."""

@@ -74,6 +74,10 @@ class Tokenizer:
         """Ids of ``text``, without a separator."""
         return list(text.encode())
 
+    def count(self, text: str) -> int:
+        """How many ids `encode` makes of ``text``; other threads run meanwhile."""
+        return len(text.encode())
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``; ids that stand for no text are left out, broken UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
@@ -173,6 +177,10 @@ class FileTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         with self._library(f"cannot encode {text[:40]!r}"):
             return self.file.encode(text, add_special_tokens=False).ids
+
+    def count(self, text: str) -> int:
+        with self._library(f"cannot encode {text[:40]!r}"):
+            return len(self.file.encode_batch_fast([text], add_special_tokens=False)[0])
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size]
