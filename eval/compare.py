@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from eval import heat, paired, runner
 from eval.paired import Difference
 from eval.runner import Result
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.report import quantity
 from hybridlm.run import cli, private
@@ -63,7 +63,7 @@ def read(workdirs: Sequence[Path]) -> list[Run]:
     runs = []
     for workdir, name in zip(workdirs, names(workdirs), strict=True):
         if not (workdir / "eval.json").is_file():
-            fix = "Evaluate it first: python -m eval --workdir=..."
+            fix = f"Evaluate it first: {commands.typed('python -m eval')} --workdir=..."
             raise ConfigError("runs", str(workdir), "holds no eval.json", fix)
         about = runner.read_whole(workdir / "eval.json")
         results = about.pop("results")
@@ -259,7 +259,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[tuple[str, str]]]) -> st
 
 def main(argv: Sequence[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog=commands.called("python -m eval.compare"), description=__doc__, formatter_class=raw
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="WORKDIR", help="the first is the baseline")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: the folder that holds the first run"

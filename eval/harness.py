@@ -14,13 +14,13 @@ from types import ModuleType
 from typing import Any
 
 from eval import runner, subject
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.harness", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=commands.called("python -m eval.harness"), allow_abbrev=False)
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--tasks", required=True, metavar="NAME,...")
     parser.add_argument("--num_fewshot", type=int)

@@ -6,6 +6,7 @@ import jax
 
 from eval import haystack, runner, tasks
 from eval.subject import Subject
+from hybridlm import commands
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
@@ -24,7 +25,7 @@ def build(config: Config) -> Evaluate | None:
     if not wanted.tasks:
         return None
     if jax.process_count() > 1:
-        fix = "Evaluate the checkpoints with python -m eval."
+        fix = f"Evaluate the checkpoints with {commands.typed('python -m eval')}."
         raise ConfigError("eval.tasks", wanted.tasks, "are measured in runs of one process only", fix)
     try:
         chosen = tasks.choose("", wanted.tasks)

@@ -24,7 +24,7 @@ import numpy as np
 
 from eval import runner, subject
 from eval.subject import Subject
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.data import documents, files
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, private
@@ -111,7 +111,9 @@ def score(tested: Subject, judge: Subject, texts_NT: np.ndarray, context: int, s
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m eval.longppl", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog=commands.called("python -m eval.longppl"), description=__doc__, formatter_class=raw
+    )
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="of the run that is evaluated")
     add("--judge", required=True, metavar="DIR", help="of the run that finds the key tokens")

@@ -22,7 +22,7 @@ import numpy as np
 from eval import runner, subject
 from eval.subject import Subject
 from eval.tasks import base, ruler
-from hybridlm import cost, data, generate, untrusted
+from hybridlm import commands, cost, data, generate, untrusted
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError
 from hybridlm.rows import Rows, single_document
@@ -275,7 +275,7 @@ def run(tested: Subject, folder: Path, *, length: int, samples: int) -> dict[str
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.probes", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=commands.called("python -m eval.probes"), allow_abbrev=False)
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--length", type=int, default=0, help="of the context (default: train.seq_len)")
     parser.add_argument("--samples", type=int, default=16, help="of each cell (default: %(default)s)")

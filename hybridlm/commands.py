@@ -31,12 +31,13 @@ def module(command: str) -> str:
     return command.split()[-1].removesuffix(".py")
 
 
+def typed(command: str) -> str:
+    """``command`` as it is typed here: only a clone has names beside hybridlm's own."""
+    return f"{HERE} {module(command)}" if root().name == ROOMS and HERE not in command else command
+
+
 def listing() -> str:
-    """A line for each command, as it is typed here: only a clone has names beside hybridlm's own."""
-    said = dict(COMMANDS)
-    if root().name == ROOMS:
-        far = lambda command: f"{HERE} {module(command)}" if HERE not in command else command
-        said = {far(command): about for command, about in said.items()}
+    said = {typed(command): about for command, about in COMMANDS.items()}
     width = max(map(len, said))
     return "\n".join(f"  {command:{width}}  {about}" for command, about in said.items())
 

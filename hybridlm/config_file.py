@@ -19,7 +19,7 @@ log = logging.getLogger("hybridlm")
 T = TypeVar("T")
 HINTS = {  # for a file that has this function in place of the one that was wanted
     "get_config": "train.py runs configs; a sweep file has get_sweep().",
-    "get_sweep": "A sweep runs with python -m launch.sweep.",
+    "get_sweep": f"A sweep runs with {commands.typed('python -m launch.sweep')}.",
 }
 
 

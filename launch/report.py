@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import convergence
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import RunError
 from hybridlm.report import quantity
 from hybridlm.run import cli, private
@@ -242,7 +242,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog=commands.called("python -m launch.report"), description=__doc__, formatter_class=raw
+    )
     parser.add_argument("workdir", type=Path)
     workdir = parser.parse_args(argv).workdir
     return cli.run(lambda: print(private.shown(f"written: {write(workdir)}")))

@@ -16,7 +16,7 @@ from scipy import stats
 
 from eval import convergence
 from eval.convergence import Convergence
-from hybridlm import untrusted
+from hybridlm import commands, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import private
 from launch import machine, state
@@ -125,7 +125,7 @@ def read(workdir: Path) -> tuple[dict[str, Any], list[Result]]:
     """(sweep.json, a result for each of its runs). ConfigError for a folder without a sweep."""
     path = workdir / "sweep.json"
     if not path.is_file():
-        fix = "python -m launch.sweep writes one."
+        fix = f"{commands.typed('python -m launch.sweep')} writes one."
         raise ConfigError("workdir", str(workdir), "holds no sweep.json", fix)
     record = _checked(untrusted.read_json(path, "sweep.json", SWEEP), path)
     found = [_result(workdir, run, record["checkpoints"]) for run in record["runs"]]

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from eval.tasks import labelled, latent_match, natural, passkey, phonebook, ruler, ruler_qa, sessions
 from eval.tasks.base import Setting, Task
+from hybridlm import commands
 from hybridlm.errors import ConfigError, nearest, one_of
 
 __all__ = ["SUITES", "TASKS", "Setting", "Task", "choose"]
@@ -31,7 +32,7 @@ def choose(suite: str, names: Iterable[str]) -> list[Task]:
     chosen = list(SUITES.get(suite, ()))
     for name in names:
         if name not in TASKS:
-            fix = f"{nearest(name, TASKS)} `python -m eval --list` describes them all."
+            fix = f"{nearest(name, TASKS)} `{commands.typed('python -m eval')} --list` describes them all."
             raise ConfigError("--tasks", name, "there is no such task", fix)
         chosen.append(name)
     if not chosen:
