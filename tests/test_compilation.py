@@ -1,0 +1,81 @@
+"""Kernels that begin to compile as they are lowered (pallas_kernels/compilation.py)."""
+
+import functools
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import hopper_aot
+import jax
+import jax.numpy as jnp
+import pytest
+from test_short_conv import gradients_of_layers, structs
+
+kernels_only = pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
+
+
+@kernels_only
+def test_results_pass():
+    """As they are: called, jitted, rematerialised, mapped where one of two is."""
+    from pallas_kernels import compilation
+
+    x, y = jnp.arange(6.0).reshape(2, 3), jnp.ones(3)
+    for call in (compilation.begun, jax.jit(compilation.begun), jax.checkpoint(compilation.begun)):
+        found = call({"x": x, "y": y})
+        assert (found["x"] == x).all() and (found["y"] == y).all()
+    found = jax.vmap(lambda x: compilation.begun((x, y)), out_axes=(0, None))(x)
+    assert (found[0] == x).all() and (found[1] == y).all()
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """(lower: function -> program for an absent GPU, the programs of its kernels that were begun)."""
+    from pallas_kernels import compilation
+
+    device, begun = hopper_aot.absent(), []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compilation, "alone", functools.partial(compilation.alone, device=device))
+    monkeypatch.setattr(compilation, "_finish", lambda program: begun.append(program.result()))
+    monkeypatch.setattr(compilation, "_known", set())
+
+    def lower(function):
+        monkeypatch.setattr(compilation, "_threads", threads := ThreadPoolExecutor())
+        found = hopper_aot.lowered(function, structs(tokens=96, features=256), device)
+        threads.shutdown()
+        return found
+
+    return lower, begun
+
+
+RUN = functools.partial(gradients_of_layers, "hopper")
+
+
+@pytest.mark.aot
+@kernels_only
+def test_a_kernel_begins_once(program):
+    """Of two programs with the same two kernels."""
+    lower, begun = program
+    lower(RUN)
+    lower(lambda *arrays: jax.tree.map(jnp.sin, RUN(*arrays)))
+    assert len(begun) == len({kernel.as_text() for kernel in begun}) == 2
+
+
+@pytest.mark.aot
+@kernels_only
+def test_a_program_finds_its_kernels_compiled(program, monkeypatch, tmp_path):
+    """What the compiler dumps of each kernel comes with the kernel alone, and not again with its program."""
+    lower, begun = program
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_HOST_LLVM", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    whole = lower(RUN)
+    assert len(begun) == 2 and not list(tmp_path.glob("*.ptx"))
+    for count, kernel in enumerate(begun, 1):
+        kernel.compile()
+        assert len(list(tmp_path.glob("*.ptx"))) == count
+    for host in tmp_path.glob("*.ll"):  # LLVM's vectoriser stays off what sets up a kernel
+        assert re.search(r"define \w+ @short_conv.*#0", text := host.read_text())
+        assert "attributes #0 = { noimplicitfloat }" in text
+    for path in tmp_path.iterdir():
+        path.unlink()
+    whole.compile()
+    assert not list(tmp_path.glob("*.ptx"))
