@@ -5,8 +5,8 @@ the other: seconds each. A process compiles a kernel once, whichever program it 
 call alone, compiled in another thread, is enough for XLA to find it ready. These programs are in JAX's
 compilation cache, too, if there is one: where a whole program is found there, so are its kernels.
 
-They begin together: jaxlib compiles any number of kernels at a time, but as long as it compiles one, XLA's own
-part of no other program can begin (both set LLVM's options, which are the process's).
+They begin together: jaxlib compiles any number of kernels at a time, but while it compiles one, XLA's own part
+of no program can begin (both set LLVM's options, which are the process's).
 """
 
 import threading
@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
@@ -58,8 +59,14 @@ def alone(call: dict[str, Any], device: jax.Device | None = None) -> Any:
     return traced.lower(lowering_platforms=("cuda",))
 
 
+def here(context: Any) -> bool:
+    """Whether what is lowered is for the GPU here, not one that is not there (`hybridlm.ahead`)."""
+    backend = context.module_context.get_backend(optional=True)
+    return jax.default_backend() == "gpu" and backend is jax.extend.backend.get_backend()
+
+
 def _lower(context: Any, *xs: Any) -> tuple[Any, ...]:
-    found = attributes(xs[0].owner) if jax.default_backend() == "gpu" else {}
+    found = attributes(xs[0].owner) if here(context) else {}
     if found and found["kernel_hash"] not in _known:
         _known.add(found["kernel_hash"])
         programs = _waiting.__dict__.setdefault("programs", [])
@@ -71,7 +78,7 @@ def _lower(context: Any, *xs: Any) -> tuple[Any, ...]:
 mlir.register_lowering(_lowered, _lower, cacheable=False)
 
 
-def _compile(event: str, seconds: float, **_: Any) -> None:
+def _compile(event: str, duration_secs: float, **_: Any) -> None:
     if event == LOWERED:
         for program in _waiting.__dict__.pop("programs", []):
             _threads.submit(_finish, program)  # what it raises XLA meets, too, at the call, and says
