@@ -5,8 +5,8 @@ the other: seconds each. A process compiles a kernel once, whichever program it 
 call alone, compiled in another thread, is enough for XLA to find it ready. These programs are in JAX's
 compilation cache, too, if there is one: where a whole program is found there, so are its kernels.
 
-They begin together: jaxlib compiles any number of kernels at a time, but while it compiles one, XLA's own part
-of no program can begin (both set LLVM's options, which are the process's).
+They begin together: jaxlib compiles any number of kernels at a time, but while it compiles one, XLA's own
+part of no program can begin (both set LLVM's options, which are the process's).
 """
 
 import threading
