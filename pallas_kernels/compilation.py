@@ -61,8 +61,9 @@ def alone(call: dict[str, Any], device: jax.Device | None = None) -> Any:
 
 def here(context: Any) -> bool:
     """Whether what is lowered is for the GPU here, not one that is not there (`hybridlm.ahead`)."""
-    backend = context.module_context.get_backend(optional=True)
-    return jax.default_backend() == "gpu" and backend is jax.extend.backend.get_backend()
+    if jax.default_backend() != "gpu":
+        return False
+    return context.module_context.get_backend(optional=True) is jax.extend.backend.get_backend()
 
 
 def _lower(context: Any, *xs: Any) -> tuple[Any, ...]:
