@@ -10,6 +10,7 @@ part of no program can begin (both set LLVM's options, which are the process's).
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,27 +18,73 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jaxlib.mlir import ir
 
 TARGET = "mosaic_gpu_v2"  # the custom call that jax 0.11.2 and 0.12.0.1 make of a kernel
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # said in the thread that has lowered a program
 
-_lowered = Primitive("kernel_lowered")
-_lowered.multiple_results = True
-_lowered.def_impl(lambda *xs: list(xs))
-_lowered.def_abstract_eval(lambda *xs: list(xs))
-batching.primitive_batchers[_lowered] = lambda xs, dims: (_lowered.bind(*xs), dims)
+_kernel = Primitive("kernel")
+_kernel.multiple_results = True
 _known: set[bytes] = set()
 _waiting = threading.local()  # .programs: of the kernels of the program that this thread lowers
 _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
 
 
-def begun(results: Any) -> Any:
-    """``results`` of a kernel, as they are; where they are lowered for the GPU here, it is compiled."""
-    leaves, tree = jax.tree.flatten(results)
-    return jax.tree.unflatten(tree, _lowered.bind(*leaves))
+def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """run(*arrays), the call of a kernel; where it is lowered for the GPU here, it is compiled."""
+    jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*arrays))
+    return jax.tree.unflatten(jax.tree.structure(results), _kernel.bind(*arrays, jaxpr=jaxpr))
+
+
+def _roomy(run: Callable[[], Any]) -> Any:
+    """run(), with its frames in one piece of memory.
+
+    CPython takes 16 KiB at a time for frames. A call that crosses the end of it, and all calls from the same
+    depth, take and return memory of the system's, a third of the time in which a kernel is lowered. A frame
+    for which so much is too little takes more: 256 KiB here, of which it leaves half to others.
+    """
+    return run()
+
+
+_roomy.__code__ = _roomy.__code__.replace(co_stacksize=17_000)
+
+
+@_kernel.def_impl
+def _compute(*xs: Any, jaxpr: Any) -> Any:
+    return jax.jit(jaxpr_as_fun(jaxpr))(*xs)
+
+
+@_kernel.def_abstract_eval
+def _shapes(*xs: Any, jaxpr: Any) -> Any:
+    return jaxpr.out_avals
+
+
+def _batch(xs: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, list[int]]:
+    results = kernel(jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(dims)), *xs)
+    return results, [0] * len(results)
+
+
+def _lower(context: Any, *xs: Any, jaxpr: Any) -> Any:
+    results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *xs))
+    found = attributes(results[0].owner) if here(context) else {}
+    if found and found["kernel_hash"] not in _known:
+        _known.add(found["kernel_hash"])
+        programs = _waiting.__dict__.setdefault("programs", [])
+        programs.append(_threads.submit(alone, found))
+    return results
+
+
+batching.primitive_batchers[_kernel] = _batch
+mlir.register_lowering(_kernel, _lower)
+
+
+def here(context: Any) -> bool:
+    """Whether what is lowered is for the GPU here, not one that is not there (`hybridlm.ahead`)."""
+    if jax.default_backend() != "gpu":
+        return False
+    return context.module_context.get_backend(optional=True) is jax.extend.backend.get_backend()
 
 
 def attributes(operation: Any) -> dict[str, Any]:
@@ -54,29 +101,9 @@ def alone(call: dict[str, Any], device: jax.Device | None = None) -> Any:
     """A lowered program of a ``call`` (`attributes`) for a device, or the default one; not to be run."""
     number = jax.ShapeDtypeStruct((), jnp.float32)
     where = {} if device is None else {"sharding": jax.sharding.SingleDeviceSharding(device)}
-    kernel = jax.ffi.ffi_call(TARGET, number, has_side_effect=True)
-    traced = jax.jit(lambda x: kernel(x, **call)).trace(jax.ShapeDtypeStruct((), jnp.float32, **where))
+    call_of = jax.ffi.ffi_call(TARGET, number, has_side_effect=True)
+    traced = jax.jit(lambda x: call_of(x, **call)).trace(jax.ShapeDtypeStruct((), jnp.float32, **where))
     return traced.lower(lowering_platforms=("cuda",))
-
-
-def here(context: Any) -> bool:
-    """Whether what is lowered is for the GPU here, not one that is not there (`hybridlm.ahead`)."""
-    if jax.default_backend() != "gpu":
-        return False
-    return context.module_context.get_backend(optional=True) is jax.extend.backend.get_backend()
-
-
-def _lower(context: Any, *xs: Any) -> tuple[Any, ...]:
-    found = attributes(xs[0].owner) if here(context) else {}
-    if found and found["kernel_hash"] not in _known:
-        _known.add(found["kernel_hash"])
-        programs = _waiting.__dict__.setdefault("programs", [])
-        programs.append(_threads.submit(alone, found))
-    return xs
-
-
-# Not cacheable: the rule is called where the kernel's call is then, and not in a function of its own.
-mlir.register_lowering(_lowered, _lower, cacheable=False)
 
 
 def _compile(event: str, duration_secs: float, **_: Any) -> None:

@@ -8,6 +8,7 @@ import hopper_aot
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 from test_short_conv import gradients_of_layers, structs
 
 kernels_only = pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
@@ -15,15 +16,20 @@ kernels_only = pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot
 
 @kernels_only
 def test_results_pass():
-    """As they are: called, jitted, rematerialised, mapped where one of two is."""
+    """As they are: called, jitted, rematerialised, mapped where one of two is, on several devices."""
     from pallas_kernels import compilation
 
     x, y = jnp.arange(6.0).reshape(2, 3), jnp.ones(3)
-    for call in (compilation.begun, jax.jit(compilation.begun), jax.checkpoint(compilation.begun)):
-        found = call({"x": x, "y": y})
-        assert (found["x"] == x).all() and (found["y"] == y).all()
-    found = jax.vmap(lambda x: compilation.begun((x, y)), out_axes=(0, None))(x)
-    assert (found[0] == x).all() and (found[1] == y).all()
+    run = lambda x, y: {"sum": x + y, "y": y}
+    kernel = functools.partial(compilation.kernel, run)
+    for call in (kernel, jax.jit(kernel), jax.checkpoint(kernel)):
+        found = call(x, y)
+        assert (found["sum"] == x + 1).all() and (found["y"] == y).all()
+    found = jax.jit(jax.vmap(kernel, in_axes=(0, None)))(x, y)
+    assert (found["sum"] == x + 1).all() and found["y"].shape == (2, 3)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    parts = jax.shard_map(kernel, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert (jax.jit(parts)(x, x)["sum"] == 2 * x).all()
 
 
 @pytest.fixture

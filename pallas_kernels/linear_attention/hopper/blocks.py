@@ -70,7 +70,7 @@ def kernel(
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
         axes = frozenset().union(*map(varying, arrays))
         cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
-        results = run(*arrays) if interpret else compilation.begun(run(*arrays))
+        results = run(*arrays) if interpret else compilation.kernel(run, *arrays)
         return jax.tree.map(cast, results) if axes else results
 
     return call
