@@ -9,6 +9,7 @@ They begin together: jaxlib compiles any number of kernels at a time, but while 
 part of no program can begin (both set LLVM's options, which are the process's).
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,9 +34,13 @@ _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
 
 
 def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """run(*arrays), the call of a kernel; where it is lowered for the GPU here, it is compiled."""
+    """run(*arrays), the call of a kernel; where it is lowered for the GPU here, it is compiled.
+
+    One that writes into an argument, a reference, stays as it is: only JAX's own primitives may.
+    """
     jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*arrays))
-    return jax.tree.unflatten(jax.tree.structure(results), _kernel.bind(*arrays, jaxpr=jaxpr))
+    call = jaxpr_as_fun(jaxpr) if jaxpr.effects else functools.partial(_kernel.bind, jaxpr=jaxpr)
+    return jax.tree.unflatten(jax.tree.structure(results), call(*arrays))
 
 
 def _roomy(run: Callable[[], Any]) -> Any:

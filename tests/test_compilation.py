@@ -32,6 +32,19 @@ def test_results_pass():
     assert (jax.jit(parts)(x, x)["sum"] == 2 * x).all()
 
 
+@kernels_only
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_kernel_writes_in_place(wrap):
+    from pallas_kernels import compilation
+
+    def run(x):
+        ref = jax.new_ref(x)
+        compilation.kernel(lambda ref: ref.__setitem__(..., ref[...] + 1), ref)
+        return jax.freeze(ref)
+
+    assert (wrap(run)(jnp.zeros(3)) == 1).all()
+
+
 @pytest.fixture
 def program(monkeypatch):
     """(lower: function -> program for an absent GPU, the programs of its kernels that were begun)."""
