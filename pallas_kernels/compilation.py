@@ -9,6 +9,7 @@ They begin together: jaxlib compiles any number of kernels at a time, but while 
 part of no program can begin (both set LLVM's options, which are the process's).
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -54,6 +55,13 @@ def _roomy(run: Callable[[], Any]) -> Any:
 
 
 _roomy.__code__ = _roomy.__code__.replace(co_stacksize=17_000)
+
+# jax starts ptxas to ask its version for every number that it makes of a truth value, as each branch does.
+with contextlib.suppress(ImportError, AttributeError):
+    from jax._src.lib import mosaic_gpu
+
+    _library = mosaic_gpu._mosaic_gpu_ext
+    _library._get_ptxas_isa_version = functools.cache(_library._get_ptxas_isa_version)
 
 
 @_kernel.def_impl

@@ -80,6 +80,19 @@ def test_a_kernel_begins_once(program):
 
 @pytest.mark.aot
 @kernels_only
+def test_ptxas_is_asked_for_its_version_once(program):
+    from jax.experimental.mosaic.gpu import fragmented_array
+
+    lower, _ = program
+    asked = fragmented_array.mgpu_lib._mosaic_gpu_ext._get_ptxas_isa_version
+    before = asked.cache_info()
+    lower(lambda *arrays: RUN(*arrays))
+    after = asked.cache_info()
+    assert after.hits > before.hits and after.misses <= 1
+
+
+@pytest.mark.aot
+@kernels_only
 def test_a_program_finds_its_kernels_compiled(program, monkeypatch, tmp_path):
     """What the compiler dumps of each kernel comes with the kernel alone, and not again with its program."""
     lower, begun = program
