@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import threading
 from pathlib import Path
 
 import jax
@@ -21,8 +22,11 @@ log = logging.getLogger("hybridlm")
 
 MOST_BYTES = 8 << 30  # of programs in the usual place, for all versions of jax and all processors
 HIT = "/jax/compilation_cache/cache_hits"
-hits: list[str] = []  # one for each program that was read from the cache
-monitoring.register_event_listener(lambda event, **_: hits.append(event) if event == HIT else None)
+hits: list[str] = []  # one for each program that was read from the cache; kernels' come in other threads
+main = threading.main_thread
+monitoring.register_event_listener(
+    lambda event, **_: hits.append(event) if event == HIT and threading.current_thread() is main() else None
+)
 
 
 def enable(setting: str) -> None:

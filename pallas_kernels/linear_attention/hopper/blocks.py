@@ -19,6 +19,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
+from pallas_kernels import compilation
 from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
@@ -54,6 +55,7 @@ def kernel(
 
     def same(*refs: Any, **scratch: Any) -> None:
         unnumbered(name)
+        plain_host()
         body(*refs, **scratch)
 
     run = plgpu.kernel(
@@ -68,7 +70,8 @@ def kernel(
         # Under shard_map with check_vma a kernel forgets along which mesh axes its results vary.
         axes = frozenset().union(*map(varying, arrays))
         cast = lambda x: lax.pcast(x, tuple(axes - varying(x)), to="varying")
-        return jax.tree.map(cast, run(*arrays)) if axes else run(*arrays)
+        results = run(*arrays) if interpret else compilation.kernel(run, *arrays)
+        return jax.tree.map(cast, results) if axes else results
 
     return call
 
@@ -87,6 +90,22 @@ def unnumbered(name: str) -> None:
             context.module.operation.attributes["mosaic_gpu.dump_basename"] = ir.StringAttr.get(name)
 
     unnumber()
+
+
+def plain_host() -> None:
+    """Keeps LLVM's vectoriser off the host's code of a kernel, which fills TMA's descriptors.
+
+    It takes half of the time that LLVM spends there, looking for pairs among hundreds of stores of constants.
+    """
+
+    @plgpu.inline_mgpu()
+    def keep_off(context: Any) -> None:
+        for one in context.module.body:
+            if one.operation.name == "func.func" and len(one.regions[0].blocks):  # not a runtime function's
+                flags = [ir.StringAttr.get("noimplicitfloat")]  # nothing that goes by vectors
+                one.attributes["llvm.passthrough"] = ir.ArrayAttr.get(flags)
+
+    keep_off()
 
 
 def present(options: Mapping[str, Any]) -> dict[str, Any]:
