@@ -1,20 +1,27 @@
-"""The forward without gradients in one kernel (one_pass.py) where it is exact; else the two of channel.py.
+"""KDA in one kernel a pass (one_pass.py, one_pass_reverse.py) where that is exact; else as in channel.py.
 
 Which tokens one pass gets right is known to the device when it is done: all of a head before the first that
 is hard (two_parts.py) or that an anchor at its chunk's start does not reach. Only if there is such a token
-the two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit.
+the two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit. If there is one,
+what the gradients want, and the reverse scan, are wholly the other kernels'.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_attention.hopper import table
+from pallas_kernels.linear_attention.hopper import channel_math, table
+from pallas_kernels.linear_attention.hopper.blocks import C
+from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
-from pallas_kernels.linear_attention.hopper.one_pass import OnePass
+from pallas_kernels.linear_attention.hopper.one_pass import OnePass, OnePassed
+from pallas_kernels.linear_attention.hopper.one_pass_reverse import ReversePass
+
+_Exact = tuple[Scanned, ChannelSaved | None]
 
 
 def serves(inputs: Inputs) -> bool:
@@ -28,20 +35,58 @@ def serves(inputs: Inputs) -> bool:
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:
     """o and, if `final`, the state after the last token; otherwise: the same by the two kernels."""
-    out = OnePass(inputs, final)()
-    length = inputs.k.shape[1]
+    return _exact(OnePass(inputs, final)(), None, lambda: (otherwise(), None))[0]
+
+
+def one_pass_kept(
+    inputs: Inputs, *, final: bool, otherwise: Callable[[], _Exact]
+) -> tuple[Scanned, ChannelSaved | None]:
+    """As `one_pass_forward`, with what the gradients want, of whose tiles only norms and carry."""
+    out = OnePass(inputs, final, keep=True)()
+    first, last = out.carry[..., 0, :] * out.carry[..., 1, :], out.carry[..., 2, :] * out.carry[..., 3, :]
+    # Either half's sum is the largest from the middle of a chunk; no half of a half's exceeds the range.
+    far = jnp.min(jnp.minimum(first, last), -1) < 2.0**-channel_math.RANGE
+    span = jnp.where(far, C // 2, C).astype(out.norms.dtype)[..., None, None]
+    norms = jnp.concatenate([out.norms, jnp.broadcast_to(span, (*span.shape[:3], 1, C))], 3)
+    kept = ChannelSaved(_numbers(norms, first * last), out.states, out.values)
+    return _exact(out, kept, otherwise)
+
+
+def one_pass_reverse(
+    inputs: Inputs, wrong: jax.Array, do: jax.Array, d_state: jax.Array | None, *, otherwise: Callable[[], tuple]
+) -> tuple:
+    """dS^T after each chunk, dV and dS^T of the first state, as `reverse_scan` has them; otherwise: by it.
+
+    wrong: of `ChannelSaved`.
+    """
+    out = ReversePass(inputs, do, d_state)()
+    some: Any = jnp.min(wrong) < inputs.k.shape[1]
+    return lax.while_loop(
+        lambda carried: carried[0], lambda carried: (carried[0] & False, *otherwise()), (some, *out)
+    )[1:]
+
+
+def _numbers(norms: jax.Array, carry: jax.Array) -> Tiles:
+    none: Any = None
+    return Tiles(none, none, carry, none, norms=norms)
+
+
+def _exact(out: OnePassed, kept: ChannelSaved | None, otherwise: Callable[[], _Exact]) -> _Exact:
+    length = out.o.shape[1]
     wrong = jnp.min(out.first_wrong, -1)  # [B, HV]
     token = lax.broadcasted_iota(jnp.int32, (1, length, 1), 1).astype(wrong.dtype)
 
     def again(carried: tuple) -> tuple:
-        _, o, last = carried
-        exact = otherwise()
+        _, o, last, _ = carried
+        exact, saved = otherwise()
         o = jnp.where((token >= wrong[:, None])[..., None], exact.o, o)
-        if final:
+        if last is not None:
             last = jnp.where((wrong < length)[..., None, None], exact.final, last)
-        return carried[0] & False, o, last
+        if saved is not None:
+            saved = ChannelSaved(_numbers(saved.tiles.norms, saved.tiles.carry), saved.states, saved.values)
+        return carried[0] & False, o, last, saved
 
     # At most once; a loop, since what a `lax.cond` hands on is copied.
     some: Any = jnp.min(wrong) < length
-    _, o, last = lax.while_loop(lambda carried: carried[0], again, (some, out.o, out.final))
-    return Scanned(o=o, final=last)
+    _, o, last, kept = lax.while_loop(lambda carried: carried[0], again, (some, out.o, out.final, kept))
+    return Scanned(o=o, final=last), None if kept is None else kept._replace(wrong=wrong)

@@ -1,4 +1,4 @@
-"""What one_pass.py's chunks of 16 tokens read of q, k and the log-decays: four at a time, a warp each.
+"""What chunks of 16 tokens read of q, k and the log-decays in one_pass*.py: four at a time, a warp each.
 
 A warp touches its own chunk only, and sixteen channels at a time stay in its registers from the tiles that
 came to the tiles that go, as operands of the products of pairs too: no barrier, and nothing is read twice but
@@ -30,44 +30,62 @@ from pallas_kernels.linear_attention.hopper.one_pass_tiles import (
     packed,
 )
 
-WIDE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-THIN = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))  # right operands of 16 tokens
 LEAST = channel_math.LEAST / LOG2E
 RANGE = channel_math.RANGE
 CHANNELS = 128
 
 
+class Widths(NamedTuple):
+    """Channels in a row of the tiles that right operands are made of, of q and k, and of log-decays: as many
+    as the tokens that are summed over, or 64 where channels are."""
+
+    qk: int
+    g: int
+
+
+FORWARD, REVERSE = Widths(64, ROWS), Widths(2 * ROWS, 64)
+
+
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
-    bf16; beta: [64]; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]."""
+    bf16; beta: [64]; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; norms: [2, 64]."""
 
     qk: Any
     g: Any
     beta: Any
     carry: Any
     pairs: Any
+    norms: Any = None
 
 
-def prepare(tile: Tile, *, l2norm: bool, scale: float, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def prepare(
+    tile: Tile, widths: Widths, *, l2norm: bool, scale: float, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
     """Makes x = k exp G, z = scale q exp G and y = k exp -G in place, the carry exp(G_C), and the pairs:
 
     A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, and the scores z_i.y_j for j < i; their diagonal, most of o
     where gates are steep, is made of q and k before they are rounded.
+    With widths `REVERSE` -x in the place of x, k exp(G_C - G) in that of y, and the pairs to be read transposed.
+    1 / |k| and scale / |q| go to `norms`, if that is there.
     Returns of each token the least G in base 2 and beta |k|^2, [64] float32.
     """
     if interpret:
-        return _interpreted(tile, l2norm, scale)
-    refs = plgpu.RefType(WIDE), plgpu.RefType(THIN), *[plgpu.RefType()] * 3
+        return _interpreted(tile, l2norm, scale, widths == REVERSE)
+    arranged = [
+        (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)) for width in widths
+    ]
+    given = [ref for ref in tile if ref is not None]
+    refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * len(given[2:])
     numbers = plgpu.ShapeDtypeStruct((C,), F32, layout=blocks.ROWS)
 
     @plgpu.inline_mgpu(arg_types=refs, return_type=(numbers, numbers))
     def run(_: Any, *refs: Any) -> Any:
-        return tuple(map(_by_token, _prepare(Chunk(Tile(*refs)), l2norm, scale)))
+        return tuple(map(_by_token, _prepare(Chunk(Tile(*refs), widths), l2norm, scale)))
 
-    return run(*tile)
+    return run(*given)
 
 
-def _interpreted(tile: Tile, l2norm: bool, scale: float) -> tuple[jax.Array, jax.Array]:
+def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple[jax.Array, jax.Array]:
     k, q = jnp.moveaxis(tile.qk[...].reshape(4, 2, ROWS, CHANNELS).astype(F32), 1, 0)
     product = lambda a, b: jnp.einsum("wic,wjc->wij", a, b, precision=lax.Precision.HIGHEST)
     steps = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).reshape(4, ROWS, CHANNELS)
@@ -75,14 +93,14 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float) -> tuple[jax.Array, jax
     total = jnp.einsum("ij,wjc->wic", triangle, steps.astype(F32), precision=lax.Precision.HIGHEST) * LOG2E
     beta = tile.beta[...].reshape(4, ROWS)
     size, own = beta * jnp.sum(k * k, -1), jnp.sum(k * q, -1, keepdims=True)
-    norm = lambda x: lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else 1.0
+    norm = lambda x: lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else jnp.ones_like(own)
     of_k, of_q = norm(k), norm(q) * scale
     own, k = own * of_k * of_q, k * of_k
-    decay = jnp.exp2(total)
-    x, z = (k * decay).astype(BF16), (q * of_q * decay).astype(BF16)
-    y = (k * jnp.exp2(jnp.minimum(-total, RANGE))).astype(BF16)
-    tile.qk[...] = jnp.stack([x, z], 1).reshape(2 * C, CHANNELS)
-    tile.g[...] = y.reshape(C, CHANNELS)
+    decay, grown = jnp.exp2(total), jnp.exp2(jnp.minimum(-total, RANGE))
+    x, z, y = (k * decay).astype(BF16), (q * of_q * decay).astype(BF16), (k * grown).astype(BF16)
+    tile.qk[...] = jnp.stack([-x if reverse else x, z], 1).reshape(2 * C, CHANNELS)
+    stored = (k * grown * decay[:, -1:]).astype(BF16) if reverse else y
+    tile.g[...] = stored.reshape(C, CHANNELS)
     tile.carry[...] = decay[:, -1]
     x, y, z = (a.astype(F32) for a in (x, y, z))
     minus = -beta[..., None] * jnp.tril(product(x, y), -1)
@@ -92,12 +110,17 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float) -> tuple[jax.Array, jax
     high, _ = m.results(m.less_identity(inverse.diagonal(m, (high, low))))
     scores = (jnp.tril(product(z, y), -1) + jnp.eye(ROWS) * own).astype(BF16)
     tile.pairs[...] = jnp.concatenate([packed(block).reshape(4, 128) for block in (high, scores)], axis=1)
+    if tile.norms is not None:
+        tile.norms[...] = jnp.stack([of_k, of_q]).reshape(2, C)
     return jnp.min(total, -1).reshape(C), (beta if l2norm else size).reshape(C)
 
 
 def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     """Each in two numbers, of the rows r and r + 8."""
-    (k_norm, q_norm), squares, own = m.norms(l2norm, scale)
+    reverse = m.widths == REVERSE
+    norms, squares, own = m.norms(l2norm, scale)
+    m.put_norms(norms)
+    k_norm, q_norm = (m.by_rows(norm) for norm in norms)
     zero, most = m.number(0.0), m.number(RANGE)
     least: list = [zero, zero]
     first, second, corner = [zero] * 4, [zero] * 4, [zero] * 4
@@ -113,10 +136,14 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
         m.put_carry(step, decay)
         grown = [m.exp2(arith.minimumf(arith.negf(t), most)) for t in totals]
         k, q = m.widened_bf16(k), m.widened_bf16(q)
-        k = m.times(k, k_norm)
+        k = m.times(k, k_norm) if l2norm else k
         x, z = m.in_bf16(m.times(k, decay)), m.in_bf16(m.times(m.times(q, q_norm), decay))
-        y = m.in_bf16(m.times(k, grown))
-        m.put_copies(step, x, z, y)
+        grown = m.times(k, grown)
+        y = m.in_bf16(grown)
+        if reverse:
+            m.put_copies(step, m.negative(x), z, m.in_bf16(m.times(grown, m.of_last_row(decay))))
+        else:
+            m.put_copies(step, x, z, y)
         # By parts of 8 rows and columns: the first columns of L, of the scores, and the last corner of both.
         first = m.half(x, [y[0], y[2]], first, "bf16")
         second = m.half(z, [y[0], y[2]], second, "bf16")
@@ -125,9 +152,10 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     lower = m.times([*first, zero, zero, *corner[:2]], beta)
     parts = inverse.Parts(m)
     inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
-    m.put_own(INVERSE, m.in_bf16(m.less_identity(inverses)))
     scores = m.below([*second, zero, zero, *corner[2:]])
-    m.put_own(SCORES, m.in_bf16(m.with_diagonal(scores, m.by_rows(own))))
+    pairs = m.less_identity(inverses), m.with_diagonal(scores, m.by_rows(own))
+    for slot, block in zip((INVERSE, SCORES), map(m.in_bf16, pairs), strict=True):
+        m.put_own(slot, m.right(block) if reverse else block)
     sizes = [beta[0], beta[2]]
     return [m.least_of_row(x) for x in least], sizes if l2norm else m.times(sizes, squares)
 
@@ -135,23 +163,23 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
 class Chunk(Warp):
     """Blocks of 16 tokens by 16 channels, in pairs of bf16 or in float32, of a warp's own chunk."""
 
-    def __init__(self, tile: Tile):
+    def __init__(self, tile: Tile, widths: Widths = FORWARD):
         super().__init__(tile.pairs)
-        self.beta = tile.beta
+        self.beta, self.norm_rows, self.widths = tile.beta, tile.norms, widths
         # A lane addresses a row of 8 x 8 numbers: of tokens 0-7, 8-15, then the same of the next channels.
         row, piece = arith.andi(self.lane, integer(7)), arith.shrui(self.lane, integer(4))
         eight = arith.muli(arith.andi(arith.shrui(self.lane, integer(3)), integer(1)), integer(2048))
 
-        def place(memory: Any, chunk: int, width: int, column: Any, swap: Any) -> Any:
-            inner = arith.addi(
-                arith.muli(row, integer(width)), arith.muli(arith.xori(column, swap), integer(16))
-            )
+        def places(memory: Any, chunk: int, width: int) -> list:
+            """Of every sixteen channels of a row of a tile: 16 bytes are swapped with others by row."""
             start = arith.addi(address_of(memory), arith.muli(self.warp, integer(chunk)))
-            return arith.addi(arith.addi(start, eight), inner)
+            start = arith.addi(arith.addi(start, eight), arith.muli(row, integer(2 * width)))
+            swap = arith.shrui(row, integer({64: 0, 32: 1, 16: 2}[width]))
+            column = lambda i: arith.xori(arith.addi(piece, integer(2 * i)), swap)
+            return [arith.addi(start, arith.muli(column(i), integer(16))) for i in range(width // 16)]
 
-        columns = [arith.addi(piece, integer(2 * i)) for i in range(4)]
-        self.of_keys = [place(tile.qk, 8192, 128, column, row) for column in columns]
-        self.of_steps = place(tile.g, 4096, 32, piece, arith.shrui(row, integer(2)))
+        self.of_keys = places(tile.qk, 8192, widths.qk)
+        self.of_steps = places(tile.g, 4096, widths.g)
         carry = arith.addi(address_of(tile.carry), arith.muli(self.warp, integer(4 * CHANNELS)))
         self.of_carry = arith.addi(carry, arith.muli(self.c, integer(8)))
 
@@ -171,8 +199,21 @@ class Chunk(Warp):
         first, second = numbers
         return [first, first, second, second] * 2
 
-    def times(self, a: list, b: list | None) -> list:
-        return a if b is None else [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
+    def times(self, a: list, b: list) -> list:
+        return [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
+
+    def negative(self, block: list) -> list:
+        """Of pairs of bf16."""
+        return [arith.xori(x, integer(-0x7FFF8000)) for x in block]
+
+    def of_last_row(self, block: list) -> list:
+        """A block of float32 that has its last row in all rows."""
+        lane, ptx = arith.ori(integer(28), self.c), "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+        pairs = [
+            [utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True) for x in block[i : i + 2]]
+            for i in (2, 6)
+        ]
+        return [*pairs[0] * 2, *pairs[1] * 2]
 
     def exp2(self, x: Any) -> Any:
         return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
@@ -198,7 +239,7 @@ class Chunk(Warp):
         return utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True)
 
     def norms(self, l2norm: bool, scale: float) -> tuple[list, list, list]:
-        """What scales k and q, of a block; |k|^2 and the scores' diagonal, of the rows r and r + 8."""
+        """What scales k and q, |k|^2 and the scores' diagonal, of the rows r and r + 8."""
         k_first, k_last, q_first, q_last = [[self.number(0.0)] * 4] * 4
         for step in range(CHANNELS // ROWS):
             k, q = self.keys(step), self.queries(step)
@@ -211,12 +252,12 @@ class Chunk(Warp):
         squares, own = ([self.of_diagonal(x[i : i + 2]) for x in (k_first, k_last)] for i in (0, 2))
         scale_ = self.number(scale)
         if not l2norm:
-            return [None, [scale_] * 8], squares, self.times(own, [scale_] * 2)
+            return [[self.number(1.0)] * 2, [scale_] * 2], squares, self.times(own, [scale_] * 2)
         of_k = [self.inverse_root(x) for x in squares]
         of_q = [self.inverse_root(self.of_diagonal(x)) for x in (q_first[:2], q_last[2:])]
         of_q = self.times(of_q, [scale_] * 2)
         both = self.times(of_k, of_q)
-        return [self.by_rows(of_k), self.by_rows(of_q)], squares, self.times(own, both)
+        return [of_k, of_q], squares, self.times(own, both)
 
     def inverse_root(self, x: Any) -> Any:
         x = arith.addf(x, self.number(L2NORM_EPS))
@@ -226,7 +267,7 @@ class Chunk(Warp):
         """G in base 2 of the channels from 16 step on."""
         least = integer(int(np.asarray(LEAST, BF16).view(np.uint16)) * 0x10001)
         ptx = "max.NaN.bf16x2 $0, $1, $2;"
-        steps = self._load(arith.addi(self.of_steps, integer(256 * step)), ".trans")
+        steps = self._load(self._of_steps(step), ".trans")
         steps = [utils.inline_ptx(ptx, x, least, result_types=i32()) for x in steps]
         totals = self.product(self.triangle, steps, kind="bf16")
         return self.times(totals, [self.number(LOG2E)] * 8)
@@ -238,8 +279,14 @@ class Chunk(Warp):
         return self._load(self._of_keys(step, 1))
 
     def _of_keys(self, step: int, which: int) -> Any:
-        half, column = divmod(step, 4)
-        return arith.addi(self.of_keys[column], integer(1024 * half + 4096 * which))
+        return arith.addi(self._of(self.of_keys, self.widths.qk, step), integer(4096 * which))
+
+    def _of_steps(self, step: int) -> Any:
+        return self._of(self.of_steps, self.widths.g, step)
+
+    def _of(self, places: list, width: int, step: int) -> Any:
+        across, column = divmod(step, len(places))
+        return arith.addi(places[column], integer(16 * width * across))
 
     def _load(self, address: Any, turned: str = "") -> list:
         ptx = f"ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
@@ -247,10 +294,21 @@ class Chunk(Warp):
         return list(utils.inline_ptx(ptx, address, **options))
 
     def put_copies(self, step: int, x: list, z: list, y: list) -> None:
-        steps = arith.addi(self.of_steps, integer(256 * step))
-        for address, block in ((self._of_keys(step, 0), x), (self._of_keys(step, 1), z), (steps, y)):
+        places = self._of_keys(step, 0), self._of_keys(step, 1), self._of_steps(step)
+        for address, block in zip(places, (x, z, y), strict=True):
             ptx = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
             utils.inline_ptx(ptx, address, *block, convergent=True)
+
+    def put_norms(self, norms: list) -> None:
+        """Each of the rows r and r + 8, by one of the four threads that have them."""
+        if self.norm_rows is None:
+            return
+        row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
+        address = arith.addi(address_of(self.norm_rows), arith.muli(row, integer(4)))
+        for which, pair in enumerate(norms):
+            for eight, number in enumerate(pair):
+                place = arith.addi(address, integer(4 * C * which + 32 * eight))
+                utils.inline_ptx("st.shared.f32 [$0], $1;", place, number, predicate=equal(self.c, self.zero))
 
     def put_carry(self, step: int, decay: list) -> None:
         """The chunk's last row."""
