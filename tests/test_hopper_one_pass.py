@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import hopper_aot
 import jax
@@ -47,9 +48,10 @@ def unswizzled(words, rows, width):
     return out.reshape(rows, -1)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("l2norm", [True, False])
-def test_thread_by_thread(l2norm, monkeypatch):
-    """What chunks read of q, k and log-decays, and what a chunk's outputs are made of it."""
+def test_thread_by_thread(l2norm, reverse, monkeypatch):
+    """What chunks read of q, k and log-decays, and what a chunk's outputs, or gradients, are made of it."""
     rng, scale = np.random.default_rng(0), 0.3
     k, q, g = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
     g = (-3 / (1 + np.exp(-g.astype(np.float32)))).astype(BF16)
@@ -59,36 +61,48 @@ def test_thread_by_thread(l2norm, monkeypatch):
     beta = rng.uniform(size=64).astype(np.float32)
     memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_prepare)
     places = one_pass_prepare.Tile(
-        qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096
+        qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096, norms=(3 << 14) + 8192
     )
+    widths = one_pass_prepare.REVERSE if reverse else one_pass_prepare.FORWARD
     stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
-    memory.fill(places.qk, swizzled(stacked, 128))
-    memory.fill(places.g, swizzled(g, 32))
+    memory.fill(places.qk, swizzled(stacked, 2 * widths.qk))
+    memory.fill(places.g, swizzled(g, 2 * widths.g))
     memory.fill(places.beta, beta)
-    chunk = one_pass_prepare.Chunk(places)
+    chunk = one_pass_prepare.Chunk(places, widths)
     results = one_pass_prepare._prepare(chunk, l2norm, scale)
-    least, size = (np.stack([x[::4].reshape(4, 8) for x in pair], 1).ravel() for pair in results)
+    reach, size = (np.stack([x[::4].reshape(4, 8) for x in pair], 1).ravel() for pair in results)
 
     k, q, g = (x.astype(np.float64) for x in (k, q, g))
     g = np.maximum(g, np.float64(np.asarray(one_pass_prepare.LEAST, BF16)))
     total = np.cumsum(g.reshape(4, 16, 128), 1).reshape(64, 128) / np.log(2)
-    np.testing.assert_allclose(least, total.min(1), rtol=1e-5)
+    first, last = np.moveaxis(total.reshape(4, 2, 8, 128), 1, 0)
+    wrong = np.stack([first.min(-1) < -96, (last.min(-1) < -116) | ((last - first).min(-1) < -96)], 1)
+    np.testing.assert_array_equal(reach < -one_pass_prepare.EIGHT, wrong.ravel())
+    np.testing.assert_allclose(reach.reshape(4, 2, 8)[:, 0], first.min(-1), rtol=1e-5)
     np.testing.assert_allclose(size, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
-    if l2norm:
-        k, q = (x / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) for x in (k, q))
+    words = lambda start, count: memory.words[start // 4 : start // 4 + count]
+    norms = [1 / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) if l2norm else np.ones((64, 1)) for x in (k, q)]
+    stored = words(places.norms, 128).view(np.float32).reshape(2, 64, 1)
+    np.testing.assert_allclose(stored, [norms[0], scale * norms[1]], rtol=1e-5)
+    k, q = k * norms[0], q * norms[1]
     diagonal, decay = scale * (q * k).sum(1), np.exp2(total)
     pairs = places.pairs
-    words = lambda start, count: memory.words[start // 4 : start // 4 + count]
-    read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, width)
-    x, z = read(places.qk, 128, 128).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
-    y = read(places.g, 64, 32)
+    read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, 2 * width)
+    x, z = read(places.qk, 128, widths.qk).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
+    x = -x if reverse else x
     grown = np.exp2(np.minimum(-total, one_pass_prepare.RANGE))
-    for got, want in (x, k * decay), (z, scale * q * decay), (y, k * grown):
-        np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
+    y = (k * grown).astype(BF16)
     carry = words(places.carry, 512).view(np.float32).reshape(4, 128)
     np.testing.assert_allclose(carry, decay[15::16], rtol=1e-4, atol=1e-37)
+    near = lambda got, want: np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
+    near(x, k * decay)
+    near(z, scale * q * decay)
+    right = np.repeat(~wrong.reshape(4, 16).any(1), 16)
+    assert right.any() and not right.all()
+    near(read(places.g, 64, widths.g)[right], (k * grown * np.repeat(decay[15::16], 16, 0))[right])
 
-    read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
+    read_32, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
+    read_16 = read_32[:, :16]
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
     places = lambda columns: [
         (group + row, pair + column + i)
@@ -101,19 +115,30 @@ def test_thread_by_thread(l2norm, monkeypatch):
     for chunk in range(4):
         tokens = slice(16 * chunk, 16 * chunk + 16)
         by_column = np.broadcast_to(beta[tokens], (64, 16))
-        operands, m = map(registers, (read, value, by_column)), one_pass_tiles.Warp(pairs + 1024 * chunk)
-        values = one_pass_tiles._values(m, *operands)
-        o = one_pass_tiles._outputs(m, registers(read), values)
+        m = one_pass_tiles.Warp(pairs + 1024 * chunk)
         lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
         scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T, -1) + np.diag(diagonal[tokens])
-        want = beta[tokens] * (value - read[:, :16]) @ np.linalg.inv(np.eye(16) + lower).T
-        got = np.zeros((2, 64, 16))
-        for tile, block in zip(got, (values, o), strict=True):
+        inverted = np.linalg.inv(np.eye(16) + lower)
+        if reverse:
+            do = value.astype(BF16)
+            pairs_of = lambda tile: [a | b << 16 for a, b in itertools.batched(map(bits, registers(tile)), 2)]
+            bits = lambda number: number.view(np.uint32) >> 16
+            operands = registers(read_16), pairs_of(do), registers(by_column)
+            made = one_pass_tiles._gradients(m, *operands)
+            gradient = beta[tokens] * ((read_16 + to_64(do) @ scores) @ inverted)
+            expected = gradient, to_64(do)
+            made = made[:4], made[4:]
+        else:
+            values = one_pass_tiles._values(m, *map(registers, (read_32, value, by_column)))
+            made = values, one_pass_tiles._outputs(m, registers(read_32), values)
+            want = beta[tokens] * (value - read_16) @ inverted.T
+            expected = want, read_32[:, 16:] + want @ scores.T
+        for block, want in zip(made, expected, strict=True):
+            got = np.zeros((64, 16))
             numbers_of = [number for register in block for number in warp_emulator.bf16(register)]
             for place, number in zip(places(16), numbers_of, strict=True):
-                tile[place] = number
-        assert relative_error(got[0], want) < 4e-3
-        assert relative_error(got[1], read[:, 16:] + want @ scores.T) < 4e-3
+                got[place] = number
+            assert relative_error(got, want) < 4e-3
 
 
 def one_pass_case(gate, steep_from=None, **options):

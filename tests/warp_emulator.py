@@ -91,6 +91,9 @@ class Memory:
             start = address[thread] // 4
             self.words[start : start + len(block)] = [x[thread] for x in block]
 
+    def store_numbers(self, address, *numbers, predicate):
+        self.store(address, *(np.float32(x).view(np.uint32) for x in numbers), predicate=predicate)
+
     def load(self, address):
         return [self.words[address // 4 + i] for i in range(4)]
 
@@ -132,6 +135,7 @@ def patch(monkeypatch, *modules):
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": memory.load_turned,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": memory.store_matrices,
         "max.NaN.bf16x2": lambda a, b: _bf16_pair(*map(np.maximum, bf16(a), bf16(b))),
+        "neg.bf16x2": lambda x: x ^ np.uint32(0x80008000),
         "ex2.approx.ftz.f32": np.exp2,
         "rsqrt.approx.ftz.f32": lambda x: 1 / np.sqrt(x),
         "shfl.sync.bfly.b32 $0, $1, 1,": lambda x: x[THREADS ^ 1],
@@ -139,9 +143,8 @@ def patch(monkeypatch, *modules):
         "shfl.sync.idx.b32": _shuffled,
         "ld.shared.f32": memory.load_number,
         "st.shared.v4.b32": memory.store,
-        "st.shared.v2.f32": lambda address, *pair, predicate: memory.store(
-            address, *(x.view(np.uint32) for x in pair), predicate=predicate
-        ),
+        "st.shared.v2.f32": memory.store_numbers,
+        "st.shared.f32": memory.store_numbers,
         "ld.shared.v4.b32": memory.load,
     }
 

@@ -4,10 +4,10 @@ A block of threads walks a sequence of one value head: two warpgroups copy and p
 (one_pass_walk.py) every other tile of 64 tokens, a tile or two ahead, and two hold S^T (64 values by K
 each). With G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
-    S <- exp(G_C) (S + (k exp -G)^T V')
+    S <- exp(G_C) S + (k exp(G_C - G))^T V'
 A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while
-no |G| exceeds `channel_math.RANGE`. From the first token on that does, or is hard (two_parts.py), results are
-wrong; `first_wrong` says which it is.
+no |G| exceeds `RANGE`, nor the sum of eight log-decays `EIGHT` (which the gradients' blocks of 16 want). From the
+first token on that does, or is hard (two_parts.py), results are wrong; `first_wrong` says which it is.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles, two_p
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, FORWARD, RANGE
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, EIGHT, FORWARD
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
 
 STAGES = 3
-KEPT_STAGES = PREPARING  # where results take room; a place is always prepared by the same warpgroup
+KEPT_STAGES = 2  # where results take room
 HALVES = 2  # of the 128 channels
 NEVER = 2.0**30
 
@@ -96,19 +96,12 @@ class OnePass(Walk):
 
     def prepared(self, at: SimpleNamespace, n: Any, found: tuple, first: jax.Array) -> jax.Array:
         least, size = found
-        if self.keep:
-            slot, tile = blocks.rem(n, self.stages), (at.b, at.head, n)
-            plgpu.copy_smem_to_gmem(at.smem.norms.at[slot], at.refs.norms.at[tile])
-            plgpu.copy_smem_to_gmem(at.smem.carry.at[slot], at.refs.carry.at[tile])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # before the place is another tile's
-        wrong = (least < -RANGE) | (size > two_parts.LARGEST)
+        wrong = (least < -EIGHT) | (size > two_parts.LARGEST)
         token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + n * C
         return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
 
     def end(self, at: SimpleNamespace, first_tile: Any, first: jax.Array) -> None:
         at.refs.first_wrong.at[at.b, at.head, pl.ds(first_tile * C, C)][...] = first
-        if self.keep:
-            plgpu.wait_smem_to_gmem(0)
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
@@ -120,17 +113,17 @@ class OnePass(Walk):
             self.fetch(at, wg, n, n)
 
         def step(n: Any, state: tuple) -> tuple:
-            if self.keep:
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                for half, part in zip(state, parts, strict=True):
-                    target = smem.states.at[wg].at[:, part]
-                    blocks.store(target, half.astype(BF16), interpret=i.interpret)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(smem.states.at[wg], refs.states.at[at.b, at.head, n, columns])
+            for half, part in zip(state, parts, strict=True) if self.keep else ():
+                blocks.store(smem.states.at[wg].at[:, part], half.astype(BF16), interpret=i.interpret)
             self.wait_for_tile(at, wg, n)
+            if self.keep:
+                plgpu.commit_smem()
+                self.send_kept(at, wg, n)
             plgpu.wait_smem_to_gmem(1 if self.keep else 0, wait_read_only=True)
             for chunk in range(C // ROWS):
                 state = self.advance(at, wg, n, chunk, state)
+            if self.keep:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.release(at, wg, n)
             place = at.b, self.rows(at, n), at.head, columns
             if self.keep:
@@ -143,6 +136,17 @@ class OnePass(Walk):
             for part, x in zip(parts, state, strict=True):
                 blocks.write(refs.final.at[at.b, at.head, columns, part], x, interpret=i.interpret)
         plgpu.wait_smem_to_gmem(0)
+
+    def send_kept(self, at: SimpleNamespace, wg: Any, n: Any) -> None:
+        """The state before a tile, and from one of the warpgroups the tile's norms and carry."""
+        smem, refs, slot, tile = at.smem, at.refs, blocks.rem(n, self.stages), (at.b, at.head, n)
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            plgpu.copy_smem_to_gmem(smem.norms.at[slot], refs.norms.at[tile], commit_group=False)
+            plgpu.copy_smem_to_gmem(smem.carry.at[slot], refs.carry.at[tile], commit_group=False)
+
+        plgpu.copy_smem_to_gmem(smem.states.at[wg], refs.states.at[(*tile, pl.ds(wg * C, C))])
 
     def advance(self, at: SimpleNamespace, wg: Any, n: Any, chunk: int, state: tuple) -> tuple:
         """The state after a chunk, whose outputs go to shared memory."""
@@ -164,8 +168,8 @@ class OnePass(Walk):
                 kept = smem.kept.at[wg].at[tokens]
                 blocks.store(kept, values, interpret=i.interpret, transposed=True)
 
-        carry = [blocks.col_vector(smem.carry.at[slot, chunk].at[part]) for part in parts]
+        carry = [blocks.by_col(blocks.col_vector(smem.carry.at[slot, chunk].at[part])) for part in parts]
         keys = [smem.g.at[slot].at[tokens, part] for part in parts]
-        sums = [([(values, key)], part) for key, part in zip(keys, state, strict=True)]
-        state = sums_of_products(*sums, interpret=i.interpret, meanwhile=finish)
-        return tuple(part * blocks.by_col(factor) for part, factor in zip(state, carry, strict=True))
+        kept = [part * factor for part, factor in zip(state, carry, strict=True)]
+        sums = [([(values, key)], part) for key, part in zip(keys, kept, strict=True)]
+        return sums_of_products(*sums, interpret=i.interpret, meanwhile=finish)

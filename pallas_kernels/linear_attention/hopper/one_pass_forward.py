@@ -6,6 +6,7 @@ the two kernels run, for what comes from it on. So outputs do not depend on late
 what the gradients want, and the reverse scan, are wholly the other kernels'.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,10 +44,11 @@ def one_pass_kept(
 ) -> tuple[Scanned, ChannelSaved | None]:
     """As `one_pass_forward`, with what the gradients want, of whose tiles only norms and carry."""
     out = OnePass(inputs, final, keep=True)()
-    first, last = out.carry[..., 0, :] * out.carry[..., 1, :], out.carry[..., 2, :] * out.carry[..., 3, :]
-    # Either half's sum is the largest from the middle of a chunk; no half of a half's exceeds the range.
-    far = jnp.min(jnp.minimum(first, last), -1) < 2.0**-channel_math.RANGE
-    span = jnp.where(far, C // 2, C).astype(out.norms.dtype)[..., None, None]
+    carry = jnp.moveaxis(out.carry, 3, 0)
+    first, last = carry[0] * carry[1], carry[2] * carry[3]
+    # Sums of half a block are the furthest from its middle; of eight tokens they are in range.
+    over = lambda *sums: jnp.min(functools.reduce(jnp.minimum, sums), -1) < 2.0**-channel_math.RANGE
+    span = jnp.where(over(*carry), 16.0, jnp.where(over(first, last), 32.0, 64.0))[..., None, None]
     norms = jnp.concatenate([out.norms, jnp.broadcast_to(span, (*span.shape[:3], 1, C))], 3)
     kept = ChannelSaved(_numbers(norms, first * last), out.states, out.values)
     return _exact(out, kept, otherwise)

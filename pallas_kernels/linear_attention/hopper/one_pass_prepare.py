@@ -31,7 +31,7 @@ from pallas_kernels.linear_attention.hopper.one_pass_tiles import (
 )
 
 LEAST = channel_math.LEAST / LOG2E
-RANGE = channel_math.RANGE
+EIGHT, RANGE = channel_math.RANGE, 116.0  # of eight tokens' sum; of sixteen's: -5 at each is 115.4
 CHANNELS = 128
 
 
@@ -61,13 +61,15 @@ class Tile(NamedTuple):
 def prepare(
     tile: Tile, widths: Widths, *, l2norm: bool, scale: float, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Makes x = k exp G, z = scale q exp G and y = k exp -G in place, the carry exp(G_C), and the pairs:
+    """Makes x = k exp G, z = scale q exp G and k exp(G_C - G) in place, the carry exp(G_C), and the pairs:
 
-    A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, and the scores z_i.y_j for j < i; their diagonal, most of o
-    where gates are steep, is made of q and k before they are rounded.
-    With widths `REVERSE` -x in the place of x, k exp(G_C - G) in that of y, and the pairs to be read transposed.
+    A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, y = k exp -G, and the scores z_i.y_j for j < i; their
+    diagonal, most of o where gates are steep, is made of q and k before they are rounded.
+    With widths `REVERSE` -x in the place of x, and the pairs are to be read transposed.
     1 / |k| and scale / |q| go to `norms`, if that is there.
-    Returns of each token the least G in base 2 and beta |k|^2, [64] float32.
+    Returns of each token a number, below -`EIGHT` from where y may not do on, and beta |k|^2, [64] float32:
+    the least, over channels, of G in base 2, or of a chunk's last eight tokens of G + `RANGE` - `EIGHT` and of the
+    sum of the last eight log-decays.
     """
     if interpret:
         return _interpreted(tile, l2norm, scale, widths == REVERSE)
@@ -99,8 +101,7 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple
     decay, grown = jnp.exp2(total), jnp.exp2(jnp.minimum(-total, RANGE))
     x, z, y = (k * decay).astype(BF16), (q * of_q * decay).astype(BF16), (k * grown).astype(BF16)
     tile.qk[...] = jnp.stack([-x if reverse else x, z], 1).reshape(2 * C, CHANNELS)
-    stored = (k * grown * decay[:, -1:]).astype(BF16) if reverse else y
-    tile.g[...] = stored.reshape(C, CHANNELS)
+    tile.g[...] = (k * grown * decay[:, -1:]).astype(BF16).reshape(C, CHANNELS)
     tile.carry[...] = decay[:, -1]
     x, y, z = (a.astype(F32) for a in (x, y, z))
     minus = -beta[..., None] * jnp.tril(product(x, y), -1)
@@ -112,7 +113,9 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple
     tile.pairs[...] = jnp.concatenate([packed(block).reshape(4, 128) for block in (high, scores)], axis=1)
     if tile.norms is not None:
         tile.norms[...] = jnp.stack([of_k, of_q]).reshape(2, C)
-    return jnp.min(total, -1).reshape(C), (beta if l2norm else size).reshape(C)
+    first, last = total[:, :8], total[:, 8:]
+    reach = jnp.concatenate([first, jnp.minimum(last + (RANGE - EIGHT), last - first)], 1)
+    return jnp.min(reach, -1).reshape(C), (beta if l2norm else size).reshape(C)
 
 
 def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
@@ -122,16 +125,15 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     m.put_norms(norms)
     k_norm, q_norm = (m.by_rows(norm) for norm in norms)
     zero, most = m.number(0.0), m.number(RANGE)
-    least: list = [zero, zero]
+    least: list = [zero] * 3  # of G of the rows r, of the rows r + 8, of the sums of eight
     first, second, corner = [zero] * 4, [zero] * 4, [zero] * 4
     ahead = m.sums(0)
     for step in range(CHANNELS // ROWS):
         totals, k, q = ahead, m.keys(step), m.queries(step)
         ahead = m.sums(step + 1) if step + 1 < CHANNELS // ROWS else None
-        least = [
-            m.least([a, *totals[2 * i : 2 * i + 2], *totals[4 + 2 * i : 6 + 2 * i]])
-            for i, a in enumerate(least)
-        ]
+        rows = [totals[i : i + 2] + totals[i + 4 : i + 6] for i in (0, 2)]
+        rows += [[arith.subf(b, a) for a, b in zip(*rows, strict=True)]]
+        least = [m.least([a, *row]) for a, row in zip(least, rows, strict=True)]
         decay = [m.exp2(t) for t in totals]
         m.put_carry(step, decay)
         grown = [m.exp2(arith.minimumf(arith.negf(t), most)) for t in totals]
@@ -140,10 +142,8 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
         x, z = m.in_bf16(m.times(k, decay)), m.in_bf16(m.times(m.times(q, q_norm), decay))
         grown = m.times(k, grown)
         y = m.in_bf16(grown)
-        if reverse:
-            m.put_copies(step, m.negative(x), z, m.in_bf16(m.times(grown, m.of_last_row(decay))))
-        else:
-            m.put_copies(step, x, z, y)
+        written = m.in_bf16(m.times(grown, m.of_last_row(decay)))
+        m.put_copies(step, m.negative(x) if reverse else x, z, written)
         # By parts of 8 rows and columns: the first columns of L, of the scores, and the last corner of both.
         first = m.half(x, [y[0], y[2]], first, "bf16")
         second = m.half(z, [y[0], y[2]], second, "bf16")
@@ -157,7 +157,9 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     for slot, block in zip((INVERSE, SCORES), map(m.in_bf16, pairs), strict=True):
         m.put_own(slot, m.right(block) if reverse else block)
     sizes = [beta[0], beta[2]]
-    return [m.least_of_row(x) for x in least], sizes if l2norm else m.times(sizes, squares)
+    first, last, eight = map(m.least_of_row, least)
+    last = m.least([arith.addf(last, m.number(RANGE - EIGHT)), eight])
+    return [first, last], sizes if l2norm else m.times(sizes, squares)
 
 
 class Chunk(Warp):
@@ -204,11 +206,11 @@ class Chunk(Warp):
 
     def negative(self, block: list) -> list:
         """Of pairs of bf16."""
-        return [arith.xori(x, integer(-0x7FFF8000)) for x in block]
+        return [utils.inline_ptx("neg.bf16x2 $0, $1;", x, result_types=i32()) for x in block]
 
     def of_last_row(self, block: list) -> list:
         """A block of float32 that has its last row in all rows."""
-        lane, ptx = arith.ori(integer(28), self.c), "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+        lane, ptx = arith.addi(self.c, integer(28)), "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
         pairs = [
             [utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True) for x in block[i : i + 2]]
             for i in (2, 6)

@@ -63,7 +63,7 @@ class Walk:
         stages, turns = self.stages, self.turns
         scratch = scratch | dict(
             qk=blocks.smem((stages, 2 * C, CHANNELS), BF16, width=self.widths.qk),  # of each chunk k, then q
-            g=blocks.smem((stages, C, CHANNELS), BF16, width=self.widths.g),  # then what writes the state
+            g=blocks.smem((stages, C, CHANNELS), BF16, width=self.widths.g),  # then what is written
             carry=plgpu.SMEM((stages, C // ROWS, CHANNELS), F32),
             pairs=one_pass_tiles.pairs(stages),
             beta=plgpu.SMEM((stages, C), F32),
