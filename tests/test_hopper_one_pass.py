@@ -81,7 +81,9 @@ def test_thread_by_thread(l2norm, reverse, monkeypatch):
     np.testing.assert_allclose(reach.reshape(4, 2, 8)[:, 0], first.min(-1), rtol=1e-5)
     np.testing.assert_allclose(size, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
     words = lambda start, count: memory.words[start // 4 : start // 4 + count]
-    norms = [1 / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) if l2norm else np.ones((64, 1)) for x in (k, q)]
+    norms = [
+        1 / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) if l2norm else np.ones((64, 1)) for x in (k, q)
+    ]
     stored = words(places.norms, 128).view(np.float32).reshape(2, 64, 1)
     np.testing.assert_allclose(stored, [norms[0], scale * norms[1]], rtol=1e-5)
     k, q = k * norms[0], q * norms[1]
@@ -121,9 +123,9 @@ def test_thread_by_thread(l2norm, reverse, monkeypatch):
         inverted = np.linalg.inv(np.eye(16) + lower)
         if reverse:
             do = value.astype(BF16)
-            pairs_of = lambda tile: [a | b << 16 for a, b in itertools.batched(map(bits, registers(tile)), 2)]
-            bits = lambda number: number.view(np.uint32) >> 16
-            operands = registers(read_16), pairs_of(do), registers(by_column)
+            bits = [number.view(np.uint32) >> 16 for number in registers(do)]
+            pairs_of_do = [a | b << 16 for a, b in itertools.batched(bits, 2)]
+            operands = registers(read_16), pairs_of_do, registers(by_column)
             made = one_pass_tiles._gradients(m, *operands)
             gradient = beta[tokens] * ((read_16 + to_64(do) @ scores) @ inverted)
             expected = gradient, to_64(do)

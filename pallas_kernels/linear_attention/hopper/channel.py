@@ -10,6 +10,7 @@ Few heads: sequences in pieces, as in forward.py; an additive piece multiplies t
 
 import dataclasses
 import functools
+
 import jax
 import jax.numpy as jnp
 

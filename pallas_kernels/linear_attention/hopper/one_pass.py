@@ -6,8 +6,8 @@ each). With G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) S + (k exp(G_C - G))^T V'
 A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while
-no |G| exceeds `RANGE`, nor the sum of eight log-decays `EIGHT` (which the gradients' blocks of 16 want). From the
-first token on that does, or is hard (two_parts.py), results are wrong; `first_wrong` says which it is.
+no |G| exceeds `RANGE`, nor the sum of eight log-decays `EIGHT` (which the gradients' blocks of 16 want). From
+the first token on that does, or is hard (two_parts.py), results are wrong; `first_wrong` says which it is.
 """
 
 import dataclasses

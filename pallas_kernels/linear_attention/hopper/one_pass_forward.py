@@ -2,8 +2,8 @@
 
 Which tokens one pass gets right is known to the device when it is done: all of a head before the first that
 is hard (two_parts.py) or that an anchor at its chunk's start does not reach. Only if there is such a token
-the two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit. If there is one,
-what the gradients want, and the reverse scan, are wholly the other kernels'.
+the two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit. What the
+gradients want, and the reverse scan, then are wholly the other kernels'.
 """
 
 import functools
@@ -55,7 +55,12 @@ def one_pass_kept(
 
 
 def one_pass_reverse(
-    inputs: Inputs, wrong: jax.Array, do: jax.Array, d_state: jax.Array | None, *, otherwise: Callable[[], tuple]
+    inputs: Inputs,
+    wrong: jax.Array,
+    do: jax.Array,
+    d_state: jax.Array | None,
+    *,
+    otherwise: Callable[[], tuple],
 ) -> tuple:
     """dS^T after each chunk, dV and dS^T of the first state, as `reverse_scan` has them; otherwise: by it.
 

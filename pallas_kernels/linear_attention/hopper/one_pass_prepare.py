@@ -68,14 +68,12 @@ def prepare(
     With widths `REVERSE` -x in the place of x, and the pairs are to be read transposed.
     1 / |k| and scale / |q| go to `norms`, if that is there.
     Returns of each token a number, below -`EIGHT` from where y may not do on, and beta |k|^2, [64] float32:
-    the least, over channels, of G in base 2, or of a chunk's last eight tokens of G + `RANGE` - `EIGHT` and of the
-    sum of the last eight log-decays.
+    the least, over channels, of G in base 2, or for a chunk's last eight tokens of G + `RANGE` - `EIGHT` and
+    of the sum of the last eight log-decays.
     """
     if interpret:
         return _interpreted(tile, l2norm, scale, widths == REVERSE)
-    arranged = [
-        (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)) for width in widths
-    ]
+    arranged = [(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)) for width in widths]
     given = [ref for ref in tile if ref is not None]
     refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * len(given[2:])
     numbers = plgpu.ShapeDtypeStruct((C,), F32, layout=blocks.ROWS)
@@ -95,7 +93,9 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple
     total = jnp.einsum("ij,wjc->wic", triangle, steps.astype(F32), precision=lax.Precision.HIGHEST) * LOG2E
     beta = tile.beta[...].reshape(4, ROWS)
     size, own = beta * jnp.sum(k * k, -1), jnp.sum(k * q, -1, keepdims=True)
-    norm = lambda x: lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else jnp.ones_like(own)
+    norm = lambda x: (
+        lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else jnp.ones_like(own)
+    )
     of_k, of_q = norm(k), norm(q) * scale
     own, k = own * of_k * of_q, k * of_k
     decay, grown = jnp.exp2(total), jnp.exp2(jnp.minimum(-total, RANGE))
@@ -212,7 +212,10 @@ class Chunk(Warp):
         """A block of float32 that has its last row in all rows."""
         lane, ptx = arith.addi(self.c, integer(28)), "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
         pairs = [
-            [utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True) for x in block[i : i + 2]]
+            [
+                utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True)
+                for x in block[i : i + 2]
+            ]
             for i in (2, 6)
         ]
         return [*pairs[0] * 2, *pairs[1] * 2]

@@ -3,8 +3,8 @@
 With dS the gradient of the state that leaves a chunk, and what one_pass.py says of G, A, P and C,
     dV' = P^T dO + (k exp(G_C - G)) dS      dV = beta A^T dV'
     dS <- exp(G_C) dS + (q exp G)^T dO - (k exp G)^T dV
-Nothing but q, k, log-decays and beta is read beside dO: tiles are prepared as in the forward (one_pass_walk.py),
-and dS^T is held as S^T is there. Right where the forward is.
+Nothing but q, k, log-decays and beta is read beside dO: tiles are prepared as in the forward
+(one_pass_walk.py), and dS^T is held as S^T is there. Right where the forward is.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What the kernels in one pass over a sequence share: two warpgroups that copy and prepare tiles of 64 tokens.
+"""What the kernels in one pass over a sequence share: warpgroups that copy and prepare tiles of 64 tokens.
 
 A block of threads walks a sequence of one value head, forward (one_pass.py) or from its end
 (one_pass_reverse.py). Two warpgroups hold 64 values by K each of the state, or of its gradient; the others
@@ -57,7 +57,7 @@ class Walk:
         return dict(q=i.q, k=i.k, g=i.log_decay, beta=i.beta)
 
     def launch(self, name: str, arrays: dict, results: dict, scratch: dict, hold: Callable) -> dict[str, Any]:
-        """Results by name; hold(at, wg): what a warpgroup does that holds state.  scratch: what that wants."""
+        """Results by name.  hold(at, wg): what a warpgroup with state does; scratch: what that wants."""
         i = self.inputs
         batch, length, heads, value_heads, *_ = i.sizes
         stages, turns = self.stages, self.turns
@@ -134,7 +134,9 @@ class Walk:
             slot, turn = blocks.rem(n, self.stages), blocks.rem(n, self.turns)
             self.copy_keys(at, n, slot)
             plgpu.barrier_wait(smem.filled.at[turn])
-            tile = Tile(**{name: getattr(smem, name).at[slot] for name in Tile._fields if hasattr(smem, name)})
+            tile = Tile(
+                **{name: getattr(smem, name).at[slot] for name in Tile._fields if hasattr(smem, name)}
+            )
             found = prepare(tile, self.widths, l2norm=i.l2norm, scale=i.scale, interpret=i.interpret)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.ready.at[slot])
