@@ -47,7 +47,7 @@ def channel_gradients(
             walk=walks and walks.first,
         )  # fmt: skip
         d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
-    elif choice.led > 1:
+    elif choice.led > 1 and saved.wrong is None:
         pieces, lead = choice.led, warm_up.leads(inputs, choice.led)[1]
     scan = functools.partial(reverse_scan, value_tile=value_tile, pieces=pieces, lead=lead)
     state_gradients: Any
