@@ -109,7 +109,8 @@ def test_traces_under_shard_map_and_vmap(monkeypatch):
 def test_compiles_without_spills():
     def both(call):
         given = prepare(call)
-        return OnePass(given, True, keep=True)(), ReversePass(given, given.v, None)()
+        count = jnp.zeros((8, 16), jnp.int32)
+        return OnePass(given, count, True, keep=True)(), ReversePass(given, count, given.v, None)()
 
     kept, reverse = hopper_aot.compile_for_hopper(both, struct_call(8, 4096, 16))
     assert kept.spills <= KEPT_SPILLS and reverse.spills == 0

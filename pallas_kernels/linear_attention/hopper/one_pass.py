@@ -79,16 +79,16 @@ class OnePass(Walk):
         if self.keep:
             results |= dict(
                 states=struct((*tiles, CHANNELS, CHANNELS), BF16),
-                values=struct(i.v.shape, BF16),
+                values=struct(i.v.shape, BF16) if self.delta else None,
                 norms=struct((*tiles, 2, C), F32),
                 carry=struct((*tiles, C // ROWS, CHANNELS), F32),
             )
             scratch |= dict(
                 states=blocks.smem((HOLDING, C, CHANNELS), BF16),
-                kept=blocks.smem((HOLDING, C, C), BF16),
+                kept=blocks.smem((HOLDING, C, C), BF16) if self.delta else None,
                 norms=plgpu.SMEM((self.stages, 2, C), F32),
             )
-        name = "delta_channel_one_pass" + "_kept" * self.keep
+        name = "one_pass" + "_kept" * self.keep
         return OnePassed(**self.launch(name, arrays, results, scratch, self.hold_state))
 
     def begin(self, at: SimpleNamespace, first_tile: Any) -> jax.Array:
@@ -109,7 +109,7 @@ class OnePass(Walk):
         parts = [pl.ds(half * C, C) for half in range(HALVES)]
         initial = getattr(refs, "initial", None)
         state = tuple(blocks.state(initial, (C, C), (at.b, at.head, columns, part)) for part in parts)
-        for n in range(min(AHEAD, at.count)):
+        for n in range(min(AHEAD, at.tiles)):
             self.fetch(at, wg, n, n)
 
         def step(n: Any, state: tuple) -> tuple:
@@ -126,7 +126,7 @@ class OnePass(Walk):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.release(at, wg, n)
             place = at.b, self.rows(at, n), at.head, columns
-            if self.keep:
+            if self.keep and self.delta:
                 plgpu.copy_smem_to_gmem(smem.kept.at[wg], refs.values.at[place], commit_group=False)
             plgpu.copy_smem_to_gmem(smem.o.at[wg], refs.o.at[place])
             return state
@@ -153,18 +153,21 @@ class OnePass(Walk):
         i, smem = self.inputs, at.smem
         slot, tokens = blocks.rem(n, self.stages), pl.ds(chunk * ROWS, ROWS)
         parts = [pl.ds(half * C, C) for half in range(HALVES)]
-        stacked = [smem.qk.at[slot].at[pl.ds(2 * chunk * ROWS, 2 * ROWS), part].T for part in parts]
+        read_by = pl.ds(2 * chunk * ROWS, 2 * ROWS) if self.delta else pl.ds((2 * chunk + 1) * ROWS, ROWS)
+        stacked = [smem.qk.at[slot].at[read_by, part].T for part in parts]
         pairs = list(zip((part.astype(BF16) for part in state), stacked, strict=True))
-        value = blocks.tile(smem.v.at[wg, blocks.rem(n, AHEAD)].at[tokens].T)
-        beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
-        (read,) = sums_of_products((pairs, (C, 2 * ROWS)), interpret=i.interpret)
-        made = smem.pairs.at[slot, chunk]
-        values = one_pass_tiles.values_of(read, value, beta, made, interpret=i.interpret)
+        value = blocks.tile(smem.v.at[wg, blocks.rem(n, AHEAD)].at[tokens].T, F32 if self.delta else BF16)
+        if self.delta:
+            beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
+        (read,) = sums_of_products((pairs, (C, read_by.size)), interpret=i.interpret)
+        made, values = smem.pairs.at[slot, chunk], value
+        if self.delta:
+            values = one_pass_tiles.values_of(read, value, beta, made, interpret=i.interpret)
 
         def finish() -> None:
             o = one_pass_tiles.outputs_of(read, values, made, interpret=i.interpret)
             blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
-            if self.keep:
+            if self.keep and self.delta:
                 kept = smem.kept.at[wg].at[tokens]
                 blocks.store(kept, values, interpret=i.interpret, transposed=True)
 

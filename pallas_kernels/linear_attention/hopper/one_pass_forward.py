@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_attention.hopper import channel_math, table
+from pallas_kernels.linear_attention.hopper import channel_math, table, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import C
 from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
@@ -22,13 +22,14 @@ from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.one_pass import OnePass, OnePassed
 from pallas_kernels.linear_attention.hopper.one_pass_reverse import ReversePass
 
+LEAST_WALK = 2  # tiles
 _Exact = tuple[Scanned, ChannelSaved | None]
 
 
 def serves(inputs: Inputs) -> bool:
     """Whether the call is one for `one_pass_forward`, by its shapes and types."""
     i = inputs
-    if i.beta is None or i.log_decay is None or i.log_decay.dtype != jnp.bfloat16:
+    if i.log_decay is None or i.log_decay.dtype != jnp.bfloat16:
         return False
     plain = i.segment is None and i.over is None
     return plain and table.one_pass(i.k.shape, i.v.shape)
@@ -36,14 +37,14 @@ def serves(inputs: Inputs) -> bool:
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:
     """o and, if `final`, the state after the last token; otherwise: the same by the two kernels."""
-    return _exact(OnePass(inputs, final)(), None, lambda: (otherwise(), None))[0]
+    return _exact(OnePass(inputs, None, final)(), None, lambda: (otherwise(), None))[0]
 
 
 def one_pass_kept(
     inputs: Inputs, *, final: bool, otherwise: Callable[[], _Exact]
 ) -> tuple[Scanned, ChannelSaved | None]:
     """As `one_pass_forward`, with what the gradients want, of whose tiles only norms and carry."""
-    out = OnePass(inputs, final, keep=True)()
+    out = OnePass(inputs, _to_hard(inputs), final, keep=True)()
     carry = jnp.moveaxis(out.carry, 3, 0)
     first, last = carry[0] * carry[1], carry[2] * carry[3]
     # Sums of half a block are the furthest from its middle; of eight tokens they are in range.
@@ -66,11 +67,22 @@ def one_pass_reverse(
 
     wrong: of `ChannelSaved`.
     """
-    out = ReversePass(inputs, do, d_state)()
     some: Any = jnp.min(wrong) < inputs.k.shape[1]
+    few, tiles = LEAST_WALK, inputs.k.shape[1] // C
+    out = ReversePass(inputs, jnp.where(jnp.broadcast_to(some, wrong.shape), few, tiles), do, d_state)()
     return lax.while_loop(
         lambda carried: carried[0], lambda carried: (carried[0] & False, *otherwise()), (some, *out)
     )[1:]
+
+
+def _to_hard(inputs: Inputs) -> jax.Array | None:
+    """Tiles of each head to the first that has a hard token, where beta says that: `Walk.count`."""
+    if not inputs.l2norm or inputs.beta is None:
+        return None
+    tiles = inputs.k.shape[1] // C
+    hard = jnp.max(inputs.beta.reshape(*inputs.beta.shape[:2], tiles, C), -1) > two_parts.LARGEST
+    first = jnp.min(jnp.where(hard, jnp.arange(1, tiles + 1), tiles), -1)
+    return jnp.maximum(first, LEAST_WALK).astype(jnp.int32)
 
 
 def _numbers(norms: jax.Array, carry: jax.Array) -> Tiles:

@@ -41,20 +41,23 @@ class Widths(NamedTuple):
 
     qk: int
     g: int
+    reverse: bool = False
 
 
-FORWARD, REVERSE = Widths(64, ROWS), Widths(2 * ROWS, 64)
+FORWARD = Widths(64, ROWS)
+REVERSE, ADDITIVE_REVERSE = Widths(2 * ROWS, 64, True), Widths(ROWS, 64, True)
 
 
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
-    bf16; beta: [64]; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; norms: [2, 64]."""
+    bf16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64] or None (additive);
+    norms: [2, 64] or None."""
 
     qk: Any
     g: Any
-    beta: Any
     carry: Any
     pairs: Any
+    beta: Any = None
     norms: Any = None
 
 
@@ -65,24 +68,25 @@ def prepare(
 
     A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, y = k exp -G, and the scores z_i.y_j for j < i; their
     diagonal, most of o where gates are steep, is made of q and k before they are rounded.
-    With widths `REVERSE` -x in the place of x, and the pairs are to be read transposed.
+    In reverse -x in the place of x, and the pairs are to be read transposed. Additive: no x and no A.
     1 / |k| and scale / |q| go to `norms`, if that is there.
     Returns of each token a number, below -`EIGHT` from where y may not do on, and beta |k|^2, [64] float32:
     the least, over channels, of G in base 2, or for a chunk's last eight tokens of G + `RANGE` - `EIGHT` and
     of the sum of the last eight log-decays.
     """
     if interpret:
-        return _interpreted(tile, l2norm, scale, widths == REVERSE)
-    arranged = [(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width)) for width in widths]
-    given = [ref for ref in tile if ref is not None]
-    refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * len(given[2:])
+        return _interpreted(tile, l2norm, scale, widths.reverse)
+    arranged = [(plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n)) for n in widths[:2]]
+    given = blocks.present(tile._asdict())
+    refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * (len(given) - 2)
     numbers = plgpu.ShapeDtypeStruct((C,), F32, layout=blocks.ROWS)
 
     @plgpu.inline_mgpu(arg_types=refs, return_type=(numbers, numbers))
     def run(_: Any, *refs: Any) -> Any:
-        return tuple(map(_by_token, _prepare(Chunk(Tile(*refs), widths), l2norm, scale)))
+        chunk = Chunk(Tile(**dict(zip(given, refs, strict=True))), widths)
+        return tuple(map(_by_token, _prepare(chunk, l2norm, scale)))
 
-    return run(*given)
+    return run(*given.values())
 
 
 def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple[jax.Array, jax.Array]:
@@ -91,7 +95,7 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple
     steps = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).reshape(4, ROWS, CHANNELS)
     triangle = jnp.tril(jnp.ones((ROWS, ROWS), F32))
     total = jnp.einsum("ij,wjc->wic", triangle, steps.astype(F32), precision=lax.Precision.HIGHEST) * LOG2E
-    beta = tile.beta[...].reshape(4, ROWS)
+    beta = jnp.zeros((4, ROWS)) if tile.beta is None else tile.beta[...].reshape(4, ROWS)
     size, own = beta * jnp.sum(k * k, -1), jnp.sum(k * q, -1, keepdims=True)
     norm = lambda x: (
         lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else jnp.ones_like(own)
@@ -120,7 +124,7 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple
 
 def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
     """Each in two numbers, of the rows r and r + 8."""
-    reverse = m.widths == REVERSE
+    reverse, delta = m.widths.reverse, m.beta is not None
     norms, squares, own = m.norms(l2norm, scale)
     m.put_norms(norms)
     k_norm, q_norm = (m.by_rows(norm) for norm in norms)
@@ -139,27 +143,28 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
         grown = [m.exp2(arith.minimumf(arith.negf(t), most)) for t in totals]
         k, q = m.widened_bf16(k), m.widened_bf16(q)
         k = m.times(k, k_norm) if l2norm else k
-        x, z = m.in_bf16(m.times(k, decay)), m.in_bf16(m.times(m.times(q, q_norm), decay))
+        z = m.in_bf16(m.times(m.times(q, q_norm), decay))
+        x = m.in_bf16(m.times(k, decay)) if delta else z
         grown = m.times(k, grown)
         y = m.in_bf16(grown)
         written = m.in_bf16(m.times(grown, m.of_last_row(decay)))
         m.put_copies(step, m.negative(x) if reverse else x, z, written)
         # By parts of 8 rows and columns: the first columns of L, of the scores, and the last corner of both.
-        first = m.half(x, [y[0], y[2]], first, "bf16")
+        first = m.half(x, [y[0], y[2]], first, "bf16") if delta else first
         second = m.half(z, [y[0], y[2]], second, "bf16")
         corner = m.half([x[1], z[1], x[3], z[3]], [y[1], y[3]], corner, "bf16")
-    beta = m.by_row(m.beta)
-    lower = m.times([*first, zero, zero, *corner[:2]], beta)
-    parts = inverse.Parts(m)
-    inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
-    scores = m.below([*second, zero, zero, *corner[2:]])
-    pairs = m.less_identity(inverses), m.with_diagonal(scores, m.by_rows(own))
-    for slot, block in zip((INVERSE, SCORES), map(m.in_bf16, pairs), strict=True):
-        m.put_own(slot, m.right(block) if reverse else block)
-    sizes = [beta[0], beta[2]]
-    first, last, eight = map(m.least_of_row, least)
-    last = m.least([arith.addf(last, m.number(RANGE - EIGHT)), eight])
-    return [first, last], sizes if l2norm else m.times(sizes, squares)
+    put = lambda slot, block: m.put_own(slot, m.right(m.in_bf16(block)) if reverse else m.in_bf16(block))
+    if delta:
+        beta = m.by_row(m.beta)
+        lower = m.times([*first, zero, zero, *corner[:2]], beta)
+        parts = inverse.Parts(m)
+        inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
+        put(INVERSE, m.less_identity(inverses))
+    put(SCORES, m.with_diagonal(m.below([*second, zero, zero, *corner[2:]]), m.by_rows(own)))
+    early, late, eight = map(m.least_of_row, least)
+    reach = [early, m.least([arith.addf(late, m.number(RANGE - EIGHT)), eight])]
+    sizes = [beta[0], beta[2]] if delta else [zero, zero]
+    return reach, sizes if l2norm or not delta else m.times(sizes, squares)
 
 
 class Chunk(Warp):
@@ -300,7 +305,7 @@ class Chunk(Warp):
 
     def put_copies(self, step: int, x: list, z: list, y: list) -> None:
         places = self._of_keys(step, 0), self._of_keys(step, 1), self._of_steps(step)
-        for address, block in zip(places, (x, z, y), strict=True):
+        for address, block in list(zip(places, (x, z, y), strict=True))[self.beta is None :]:
             ptx = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
             utils.inline_ptx(ptx, address, *block, convergent=True)
 

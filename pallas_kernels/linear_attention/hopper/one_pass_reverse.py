@@ -20,7 +20,7 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, REVERSE
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import ADDITIVE_REVERSE, CHANNELS, REVERSE
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
 
 
@@ -36,7 +36,7 @@ class ReversePass(Walk):
     d_state: jax.Array | None
 
     stages = PREPARING
-    widths = REVERSE
+    widths = property(lambda self: REVERSE if self.delta else ADDITIVE_REVERSE)
 
     def __call__(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, length, _, heads, *_ = self.inputs.sizes
@@ -52,17 +52,17 @@ class ReversePass(Walk):
             ds=blocks.smem((HOLDING, C, CHANNELS), BF16),
         )
         arrays = dict(v=self.do, last=self.d_state)
-        out = self.launch("delta_channel_one_pass_reverse", arrays, results, scratch, self.hold_gradient)
+        out = self.launch("one_pass_reverse", arrays, results, scratch, self.hold_gradient)
         return out["ds"], out["dv"], out["first"]
 
     def tile(self, at: SimpleNamespace, n: Any) -> Any:
-        return at.count - 1 - n
+        return at.tiles - 1 - n
 
     def hold_gradient(self, at: SimpleNamespace, wg: Any) -> None:
         i, smem, refs = self.inputs, at.smem, at.refs
         columns = pl.ds(wg * C, C)
         ds = blocks.state(getattr(refs, "last", None), (C, CHANNELS), (at.b, at.head, columns))
-        for n in range(min(AHEAD, at.count)):
+        for n in range(min(AHEAD, at.tiles)):
             self.fetch(at, wg, n, n)
 
         def step(n: Any, ds: jax.Array) -> jax.Array:
@@ -85,16 +85,21 @@ class ReversePass(Walk):
         slot, tokens = blocks.rem(n, self.stages), pl.ds(chunk * ROWS, ROWS)
         written = smem.g.at[slot].at[tokens].T
         do = blocks.tile(smem.v.at[wg, blocks.rem(n, AHEAD)].at[tokens].T, BF16)
-        beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
+        if self.delta:
+            beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
         read = blocks.matmul((ds.astype(BF16), written), interpret=i.interpret)
         made = smem.pairs.at[slot, chunk]
-        both = one_pass_tiles.gradients_of(read, do, beta, made, interpret=i.interpret)
+        if self.delta:
+            both = one_pass_tiles.gradients_of(read, do, beta, made, interpret=i.interpret)
+            dv, read_by = both[:, :ROWS], pl.ds(2 * chunk * ROWS, 2 * ROWS)
+        else:
+            both, read_by = do, pl.ds((2 * chunk + 1) * ROWS, ROWS)
+            dv = one_pass_tiles.additive_gradients_of(read, do, made, interpret=i.interpret)
 
         def finish() -> None:
-            dv = smem.dv.at[wg].at[tokens]
-            blocks.store(dv, both[:, :ROWS], interpret=i.interpret, transposed=True)
+            blocks.store(smem.dv.at[wg].at[tokens], dv, interpret=i.interpret, transposed=True)
 
         carry = blocks.by_col(blocks.col_vector(smem.carry.at[slot, chunk]), (C, CHANNELS))
-        keys = smem.qk.at[slot].at[pl.ds(2 * chunk * ROWS, 2 * ROWS)]
+        keys = smem.qk.at[slot].at[read_by]
         (ds,) = sums_of_products(([(both, keys)], ds * carry), interpret=i.interpret, meanwhile=finish)
         return ds

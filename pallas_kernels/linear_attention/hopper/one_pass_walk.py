@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -30,9 +31,14 @@ HOLDING, PREPARING = 2, 2  # warpgroups: with 64 values each; with every other t
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """inputs: delta rule, bf16 log-decays per channel, K = V = 128, no documents."""
+    """inputs: bf16 log-decays per channel, K = V = 128, no documents; delta rule, or additive (beta None).
+
+    count: None or how many tiles of a head are walked, at least two, [B, HV] int32; of the others, and of
+    what comes at the end, results are undefined.
+    """
 
     inputs: Inputs
+    count: jax.Array | None
 
     @property
     def stages(self) -> int:
@@ -44,6 +50,10 @@ class Walk:
         raise NotImplementedError
 
     @property
+    def delta(self) -> bool:
+        return self.inputs.beta is not None
+
+    @property
     def turns(self) -> int:
         """A place, and who prepares in it: each waits at every phase of a barrier."""
         return self.stages * PREPARING
@@ -52,9 +62,9 @@ class Walk:
     def keys(self) -> dict[str, Any]:
         """The arrays that tiles are prepared from."""
         i = self.inputs
-        assert i.k.shape[3] == i.v.shape[3] == CHANNELS and i.beta is not None
+        assert i.k.shape[3] == i.v.shape[3] == CHANNELS
         assert i.log_decay is not None and i.log_decay.dtype == BF16
-        return dict(q=i.q, k=i.k, g=i.log_decay, beta=i.beta)
+        return dict(q=i.q, k=i.k, g=i.log_decay, beta=i.beta, count=self.count)
 
     def launch(self, name: str, arrays: dict, results: dict, scratch: dict, hold: Callable) -> dict[str, Any]:
         """Results by name.  hold(at, wg): what a warpgroup with state does; scratch: what that wants."""
@@ -66,8 +76,8 @@ class Walk:
             g=blocks.smem((stages, C, CHANNELS), BF16, width=self.widths.g),  # then what is written
             carry=plgpu.SMEM((stages, C // ROWS, CHANNELS), F32),
             pairs=one_pass_tiles.pairs(stages),
-            beta=plgpu.SMEM((stages, C), F32),
-            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 2, num_barriers=turns),
+            beta=plgpu.SMEM((stages, C), F32) if self.delta else None,
+            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 1 + self.delta, num_barriers=turns),
             values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=turns),
@@ -77,11 +87,13 @@ class Walk:
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             b, head, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
             at = SimpleNamespace(refs=SimpleNamespace(**refs), smem=SimpleNamespace(**smem), b=b, head=head)
-            at.count, at.key_head = length // C, blocks.div(head, value_heads // heads)
+            at.tiles, at.key_head = length // C, blocks.div(head, value_heads // heads)
+            at.count = at.tiles if self.count is None else refs["count"][b, head]
             blocks.role(wg < HOLDING, lambda: hold(at, wg), increase=STATE)
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
+        name = ("delta" if self.delta else "additive") + "_channel_" + name
         return blocks.launch(
             name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
             threads=HOLDING + PREPARING, interpret=i.interpret,
@@ -117,7 +129,8 @@ class Walk:
                 target = smem.qk.at[slot, pl.ds((2 * chunk + which) * ROWS, ROWS)]
                 plgpu.copy_gmem_to_smem(source.at[at.b, tokens, at.key_head], target, barrier)
         plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
+        if self.delta:
+            plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
 
     def wait_for_room(self, at: SimpleNamespace, n: Any) -> None:
         """Until the tile that was in a tile's place has been used."""
