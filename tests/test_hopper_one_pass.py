@@ -64,47 +64,49 @@ def test_thread_by_thread(l2norm, reverse, monkeypatch):
         qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096, norms=(3 << 14) + 8192
     )
     widths = one_pass_prepare.REVERSE if reverse else one_pass_prepare.FORWARD
+    raw = one_pass_prepare.Raw(*(1 << 16) + (np.arange(3) << 14), strides=(256, 256))
     stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
     memory.fill(places.qk, swizzled(stacked, 2 * widths.qk))
     memory.fill(places.g, swizzled(g, 2 * widths.g))
     memory.fill(places.beta, beta)
-    chunk = one_pass_prepare.Chunk(places, widths)
-    results = one_pass_prepare._prepare(chunk, l2norm, scale)
-    reach, size = (np.stack([x[::4].reshape(4, 8) for x in pair], 1).ravel() for pair in results)
+    for place, array in zip(raw[:3], (k, q, g), strict=True):
+        memory.fill(place, array)
+    chunk = one_pass_prepare.Chunk(places, raw, widths)
+    sizes = np.stack(
+        [x[::4].reshape(4, 8) for x in one_pass_prepare._prepare(chunk, l2norm, scale)], 1
+    ).ravel()
 
     k, q, g = (x.astype(np.float64) for x in (k, q, g))
-    g = np.maximum(g, np.float64(np.asarray(one_pass_prepare.LEAST, BF16)))
-    total = np.cumsum(g.reshape(4, 16, 128), 1).reshape(64, 128) / np.log(2)
-    first, last = np.moveaxis(total.reshape(4, 2, 8, 128), 1, 0)
-    wrong = np.stack([first.min(-1) < -96, (last.min(-1) < -116) | ((last - first).min(-1) < -96)], 1)
-    np.testing.assert_array_equal(reach < -one_pass_prepare.EIGHT, wrong.ravel())
-    np.testing.assert_allclose(reach.reshape(4, 2, 8)[:, 0], first.min(-1), rtol=1e-5)
-    np.testing.assert_allclose(size, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
+    g = np.maximum(g, np.float64(np.asarray(one_pass_prepare.LEAST, BF16))).reshape(4, 16, 128) / np.log(2)
+    total = np.cumsum(g, 1)
+    assert set((total[:, -1].min(-1) < -one_pass_prepare.RANGE).tolist()) == {True, False}
+    np.testing.assert_allclose(sizes, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
     words = lambda start, count: memory.words[start // 4 : start // 4 + count]
     norms = [
         1 / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) if l2norm else np.ones((64, 1)) for x in (k, q)
     ]
-    stored = words(places.norms, 128).view(np.float32).reshape(2, 64, 1)
-    np.testing.assert_allclose(stored, [norms[0], scale * norms[1]], rtol=1e-5)
-    k, q = k * norms[0], q * norms[1]
-    diagonal, decay = scale * (q * k).sum(1), np.exp2(total)
-    pairs = places.pairs
+    stored = words(places.norms, 192).view(np.float32).reshape(3, 64)
+    np.testing.assert_allclose(stored[:2], [norms[0][:, 0], scale * norms[1][:, 0]], rtol=1e-5)
+    eight = np.concatenate([total[:, :8], total[:, 8:] - total[:, :8]], 1).min(-1).ravel()
+    np.testing.assert_allclose(stored[2], eight, rtol=1e-5)
+    k, q, decay = k * norms[0], scale * q * norms[1], np.exp2(total).reshape(64, 128)
     read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, 2 * width)
     x, z = read(places.qk, 128, widths.qk).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
-    x = -x if reverse else x
-    grown = np.exp2(np.minimum(-total, one_pass_prepare.RANGE))
-    y = (k * grown).astype(BF16)
     carry = words(places.carry, 512).view(np.float32).reshape(4, 128)
     np.testing.assert_allclose(carry, decay[15::16], rtol=1e-4, atol=1e-37)
-    near = lambda got, want: np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
-    near(x, k * decay)
-    near(z, scale * q * decay)
-    right = np.repeat(~wrong.reshape(4, 16).any(1), 16)
-    assert right.any() and not right.all()
-    near(read(places.g, 64, widths.g)[right], (k * grown * np.repeat(decay[15::16], 16, 0))[right])
+    written = k * np.exp2(total[:, -1:] - total).reshape(64, 128)
+    x = -x if reverse else x
+    for got, want in (x, k * decay), (z, q * decay), (read(places.g, 64, widths.g), written):
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
+    between = np.exp2(np.minimum(total[:, :, None] - total[:, None], 0))  # not a ratio: exact however steep
+    by_chunk = lambda a, b: np.einsum(
+        "wic,wjc,wijc->wij", a.reshape(4, 16, 128), b.reshape(4, 16, 128), between
+    )
+    keys, scores_of = np.tril(by_chunk(k, k), -1), np.tril(by_chunk(q, k))
 
     read_32, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
     read_16 = read_32[:, :16]
+    places_of_pairs = places.pairs
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
     places = lambda columns: [
         (group + row, pair + column + i)
@@ -117,10 +119,8 @@ def test_thread_by_thread(l2norm, reverse, monkeypatch):
     for chunk in range(4):
         tokens = slice(16 * chunk, 16 * chunk + 16)
         by_column = np.broadcast_to(beta[tokens], (64, 16))
-        m = one_pass_tiles.Warp(pairs + 1024 * chunk)
-        lower = beta[tokens, None] * np.tril(to_64(x[tokens]) @ to_64(y[tokens]).T, -1)
-        scores = np.tril(to_64(z[tokens]) @ to_64(y[tokens]).T, -1) + np.diag(diagonal[tokens])
-        inverted = np.linalg.inv(np.eye(16) + lower)
+        m = one_pass_tiles.Warp(places_of_pairs + 1024 * chunk)
+        scores, inverted = scores_of[chunk], np.linalg.inv(np.eye(16) + beta[tokens, None] * keys[chunk])
         if reverse:
             do = value.astype(BF16)
             bits = [number.view(np.uint32) >> 16 for number in registers(do)]
@@ -178,7 +178,7 @@ CASES = {  # options, whether tokens are left to today's kernels
     "slow": (dict(gate="slow", tokens=100), False),
     "steep": (dict(gate="steep", tokens=192), False),
     "keys as they are, groups": (dict(gate="mild", tokens=130, value_heads=2, l2norm=False), True),
-    "too steep within a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), True),
+    "too steep within a chunk": (dict(gate="slow", tokens=192, value_heads=2, steep_from=72), False),
     "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), True),
 }
 

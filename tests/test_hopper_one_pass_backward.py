@@ -31,7 +31,7 @@ CASES = {  # options, whether other kernels have to compute it
         False,
     ),
     "-5 at every token": (dict(gate="bound -5", tokens=128), False),
-    "too steep within a chunk": (dict(gate="slow", tokens=128, value_heads=2, steep_from=72), True),
+    "too steep within a chunk": (dict(gate="slow", tokens=128, value_heads=2, steep_from=72), False),
     "hard tokens": (dict(gate="slow", tokens=128, beta_max=2.0), True),
 }
 NAMES = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
@@ -68,7 +68,8 @@ def check(call, other, bound=1.0):
     log_decay = np.asarray(prepare(call).log_decay, np.float64)
     for head, n in np.ndindex(saved.tiles.norms.shape[1:3]):
         chunk = log_decay[0, 64 * n : 64 * n + 64, head]
-        assert other or set(np.unique(saved.tiles.norms[0, head, n, SPAN])) == {finest(chunk)}
+        (span,) = np.unique(saved.tiles.norms[0, head, n, SPAN])
+        assert other or span == finest(chunk) or span == 2 and finest(chunk) < 16
         np.testing.assert_allclose(saved.tiles.carry[0, head, n], np.exp(chunk.sum(0)), rtol=1e-3, atol=2e-4)
     return got
 

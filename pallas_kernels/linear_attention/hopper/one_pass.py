@@ -5,9 +5,9 @@ A block of threads walks a sequence of one value head: two warpgroups copy and p
 each). With G the sums of log-decays from a chunk's start, C its last token,
     V' = A beta (V - (k exp G) S)      o = (q exp G) S + P V'
     S <- exp(G_C) S + (k exp(G_C - G))^T V'
-A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, right while
-no |G| exceeds `RANGE`, nor the sum of eight log-decays `EIGHT` (which the gradients' blocks of 16 want). From
-the first token on that does, or is hard (two_parts.py), results are wrong; `first_wrong` says which it is.
+A = (I + L)^-1, L and P the products of k exp G and q exp G with k exp -G: one anchor a chunk, and more where
+G is out of range. From the first token on that is hard (two_parts.py), results are wrong; `first_wrong` says
+which it is.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles, two_p
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, EIGHT, FORWARD
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, FORWARD
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
 
 STAGES = 3
@@ -38,8 +38,8 @@ class OnePassed(NamedTuple):
 
     first_wrong: [B, HV, 2 C] float32, the least of which is the token from which on the others are
     not to be used; `NEVER` if all are right.
-    For the gradients, else None: states and values as in `forward_scan.Scanned`; norms: 1 / |k|, scale / |q|
-    [B, HV, T/C, 2, C], carry: exp of the sums of log-decays of every 16 tokens [B, HV, T/C, 4, K], float32.
+    For the gradients, else None: states and values as in `forward_scan.Scanned`; norms as `prepare` says
+    [B, HV, T/C, 3, C], carry: exp of the sums of log-decays of every 16 tokens [B, HV, T/C, 4, K], float32.
     """
 
     o: jax.Array
@@ -80,13 +80,13 @@ class OnePass(Walk):
             results |= dict(
                 states=struct((*tiles, CHANNELS, CHANNELS), BF16),
                 values=struct(i.v.shape, BF16) if self.delta else None,
-                norms=struct((*tiles, 2, C), F32),
+                norms=struct((*tiles, 3, C), F32),
                 carry=struct((*tiles, C // ROWS, CHANNELS), F32),
             )
             scratch |= dict(
                 states=blocks.smem((HOLDING, C, CHANNELS), BF16),
                 kept=blocks.smem((HOLDING, C, C), BF16) if self.delta else None,
-                norms=plgpu.SMEM((self.stages, 2, C), F32),
+                norms=plgpu.SMEM((self.stages, 3, C), F32),
             )
         name = "one_pass" + "_kept" * self.keep
         return OnePassed(**self.launch(name, arrays, results, scratch, self.hold_state))
@@ -94,9 +94,8 @@ class OnePass(Walk):
     def begin(self, at: SimpleNamespace, first_tile: Any) -> jax.Array:
         return plgpu.layout_cast(jnp.full((C,), NEVER, F32), blocks.ROWS)
 
-    def prepared(self, at: SimpleNamespace, n: Any, found: tuple, first: jax.Array) -> jax.Array:
-        least, size = found
-        wrong = (least < -EIGHT) | (size > two_parts.LARGEST)
+    def prepared(self, at: SimpleNamespace, n: Any, sizes: jax.Array, first: jax.Array) -> jax.Array:
+        wrong = sizes > two_parts.LARGEST
         token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS) + n * C
         return jnp.minimum(first, jnp.where(wrong, token.astype(F32), NEVER))
 

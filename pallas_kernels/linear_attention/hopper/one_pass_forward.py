@@ -1,9 +1,9 @@
 """KDA in one kernel a pass (one_pass.py, one_pass_reverse.py) where that is exact; else as in channel.py.
 
 Which tokens one pass gets right is known to the device when it is done: all of a head before the first that
-is hard (two_parts.py) or that an anchor at its chunk's start does not reach. Only if there is such a token
-the two kernels run, for what comes from it on. So outputs do not depend on later tokens, in no bit. What the
-gradients want, and the reverse scan, then are wholly the other kernels'.
+is hard (two_parts.py). Only if there is such a token the two kernels run, for what comes from it on. So
+outputs do not depend on later tokens, in no bit. What the gradients want, and the reverse scan, then are
+wholly the other kernels'. Additive calls have no such token.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax import lax
 
 from pallas_kernels.linear_attention.hopper import channel_math, table, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import C
-from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, Tiles
+from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN, ChannelSaved, Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.one_pass import OnePass, OnePassed
@@ -37,7 +37,7 @@ def serves(inputs: Inputs) -> bool:
 def narrowed(inputs: Inputs) -> Inputs:
     """With log-decays in bf16, which they are read in: where they are made in float32, XLA rounds them there.
 
-    That moves o and gradients by 4e-4 to 1.2e-3, that of steep log-decays by 2e-3 (docs/kernels.md, section 7).
+    That moves o and gradients by 4e-4 to 1.2e-3, those of steep log-decays by 2e-3 (docs/kernels.md, 7).
     """
     assert inputs.log_decay is not None
     return dataclasses.replace(inputs, log_decay=inputs.log_decay.astype(jnp.bfloat16))
@@ -45,7 +45,9 @@ def narrowed(inputs: Inputs) -> Inputs:
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:
     """o and, if `final`, the state after the last token; otherwise: the same by the two kernels."""
-    return _exact(OnePass(inputs, None, final)(), None, lambda: (otherwise(), None))[0]
+    return _exact(
+        OnePass(inputs, None, final)(), None, lambda: (otherwise(), None), delta=inputs.beta is not None
+    )[0]
 
 
 def one_pass_kept(
@@ -55,12 +57,13 @@ def one_pass_kept(
     out = OnePass(inputs, _to_hard(inputs), final, keep=True)()
     carry = jnp.moveaxis(out.carry, 3, 0)
     first, last = carry[0] * carry[1], carry[2] * carry[3]
-    # Sums of half a block are the furthest from its middle; of eight tokens they are in range.
+    # Sums of half a block are the furthest from its middle.
     over = lambda *sums: jnp.min(functools.reduce(jnp.minimum, sums), -1) < 2.0**-channel_math.RANGE
-    span = jnp.where(over(*carry), 16.0, jnp.where(over(first, last), 32.0, 64.0))[..., None, None]
-    norms = jnp.concatenate([out.norms, jnp.broadcast_to(span, (*span.shape[:3], 1, C))], 3)
+    eight = jnp.min(out.norms[..., SPAN, :], -1) < -channel_math.RANGE
+    span = jnp.where(over(*carry), jnp.where(eight, 2.0, 16.0), jnp.where(over(first, last), 32.0, 64.0))
+    norms = jnp.where(jnp.arange(3)[:, None] == SPAN, span[..., None, None], out.norms)
     kept = ChannelSaved(_numbers(norms, first * last), out.states, out.values)
-    return _exact(out, kept, otherwise)
+    return _exact(out, kept, otherwise, delta=inputs.beta is not None)
 
 
 def one_pass_reverse(
@@ -77,6 +80,8 @@ def one_pass_reverse(
     """
     some: Any = jnp.min(wrong) < inputs.k.shape[1]
     few, tiles = LEAST_WALK, inputs.k.shape[1] // C
+    if inputs.beta is None:
+        return ReversePass(inputs, None, do, d_state)()
     out = ReversePass(inputs, jnp.where(jnp.broadcast_to(some, wrong.shape), few, tiles), do, d_state)()
     return lax.while_loop(
         lambda carried: carried[0], lambda carried: (carried[0] & False, *otherwise()), (some, *out)
@@ -98,7 +103,11 @@ def _numbers(norms: jax.Array, carry: jax.Array) -> Tiles:
     return Tiles(none, none, carry, none, norms=norms)
 
 
-def _exact(out: OnePassed, kept: ChannelSaved | None, otherwise: Callable[[], _Exact]) -> _Exact:
+def _exact(
+    out: OnePassed, kept: ChannelSaved | None, otherwise: Callable[[], _Exact], *, delta: bool
+) -> _Exact:
+    if not delta:
+        return Scanned(o=out.o, final=out.final), kept and kept._replace(wrong=out.first_wrong[..., 0])
     length = out.o.shape[1]
     wrong = jnp.min(out.first_wrong, -1)  # [B, HV]
     token = lax.broadcasted_iota(jnp.int32, (1, length, 1), 1).astype(wrong.dtype)

@@ -5,6 +5,7 @@ came to the tiles that go, as operands of the products of pairs too: no barrier,
 q and k for their norms. Norms are the diagonals of products, and sums of log-decays products with a triangle.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,12 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.linear_attention.call import L2NORM_EPS
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, inverse
 from pallas_kernels.linear_attention.hopper.blocks import F32, LOG2E, C
+from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN
 from pallas_kernels.linear_attention.hopper.inverse import ROWS, equal, i32, integer
 from pallas_kernels.linear_attention.hopper.one_pass_tiles import (
     BF16,
@@ -31,7 +33,7 @@ from pallas_kernels.linear_attention.hopper.one_pass_tiles import (
 )
 
 LEAST = channel_math.LEAST / LOG2E
-EIGHT, RANGE = channel_math.RANGE, 116.0  # of eight tokens' sum; of sixteen's: -5 at each is 115.4
+RANGE = channel_math.RANGE
 CHANNELS = 128
 
 
@@ -51,7 +53,7 @@ REVERSE, ADDITIVE_REVERSE = Widths(2 * ROWS, 64, True), Widths(ROWS, 64, True)
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
     bf16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64] or None (additive);
-    norms: [2, 64] or None."""
+    norms: [3, 64] or None."""
 
     qk: Any
     g: Any
@@ -61,35 +63,46 @@ class Tile(NamedTuple):
     norms: Any = None
 
 
-def prepare(
-    tile: Tile, widths: Widths, *, l2norm: bool, scale: float, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
+class Raw(NamedTuple):
+    """The tile in global memory, [64, 128] bf16 each; bytes from a token to the next of k and q, of g."""
+
+    k: Any
+    q: Any
+    g: Any
+    strides: tuple[int, int]
+
+
+def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float, interpret: Any) -> jax.Array:
     """Makes x = k exp G, z = scale q exp G and k exp(G_C - G) in place, the carry exp(G_C), and the pairs:
 
     A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, y = k exp -G, and the scores z_i.y_j for j < i; their
     diagonal, most of o where gates are steep, is made of q and k before they are rounded.
     In reverse -x in the place of x, and the pairs are to be read transposed. Additive: no x and no A.
-    1 / |k| and scale / |q| go to `norms`, if that is there.
-    Returns of each token a number, below -`EIGHT` from where y may not do on, and beta |k|^2, [64] float32:
-    the least, over channels, of G in base 2, or for a chunk's last eight tokens of G + `RANGE` - `EIGHT` and
-    of the sum of the last eight log-decays.
+    If `norms` is there, 1 / |k| and scale / |q| go to it, and of each token the least, over channels, of G in
+    base 2 or, of a chunk's last eight tokens, of the sum of the last eight log-decays.
+    Returns beta |k|^2 of each token [64] float32.
+
+    Where G falls below -`RANGE` pairs are made again, level by level: at level s the keys whose -G is from s
+    to s + 1 times `RANGE`, with the tokens after, both scaled by 2^(s RANGE). Every pair is in one level,
+    and what underflows is below 2^-30. Levels are of tokens: so rows do not depend on later ones, in no bit.
     """
     if interpret:
         return _interpreted(tile, l2norm, scale, widths.reverse)
     arranged = [(plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n)) for n in widths[:2]]
     given = blocks.present(tile._asdict())
-    refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * (len(given) - 2)
+    refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * (len(given) + 1)
     numbers = plgpu.ShapeDtypeStruct((C,), F32, layout=blocks.ROWS)
 
-    @plgpu.inline_mgpu(arg_types=refs, return_type=(numbers, numbers))
+    @plgpu.inline_mgpu(arg_types=refs, return_type=numbers)
     def run(_: Any, *refs: Any) -> Any:
-        chunk = Chunk(Tile(**dict(zip(given, refs, strict=True))), widths)
-        return tuple(map(_by_token, _prepare(chunk, l2norm, scale)))
+        named = dict(zip(given, refs[:-3], strict=True))
+        chunk = Chunk(Tile(**named), raw._replace(**dict(zip("kqg", refs[-3:], strict=True))), widths)
+        return _by_token(_prepare(chunk, l2norm, scale))
 
-    return run(*given.values())
+    return run(*given.values(), *raw[:3])
 
 
-def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple[jax.Array, jax.Array]:
+def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> jax.Array:
     k, q = jnp.moveaxis(tile.qk[...].reshape(4, 2, ROWS, CHANNELS).astype(F32), 1, 0)
     product = lambda a, b: jnp.einsum("wic,wjc->wij", a, b, precision=lax.Precision.HIGHEST)
     steps = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).reshape(4, ROWS, CHANNELS)
@@ -101,76 +114,113 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> tuple
         lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else jnp.ones_like(own)
     )
     of_k, of_q = norm(k), norm(q) * scale
-    own, k = own * of_k * of_q, k * of_k
-    decay, grown = jnp.exp2(total), jnp.exp2(jnp.minimum(-total, RANGE))
-    x, z, y = (k * decay).astype(BF16), (q * of_q * decay).astype(BF16), (k * grown).astype(BF16)
-    tile.qk[...] = jnp.stack([-x if reverse else x, z], 1).reshape(2 * C, CHANNELS)
-    tile.g[...] = (k * grown * decay[:, -1:]).astype(BF16).reshape(C, CHANNELS)
+    own, k, q = own * of_k * of_q, k * of_k, q * of_q
+    rounded = lambda x: x.astype(BF16).astype(F32)
+
+    def level(s: Any, sums: tuple) -> tuple:
+        above = total + s * RANGE
+        up = jnp.exp2(jnp.where(above <= 0, above, -jnp.inf))
+        y = rounded(k * jnp.exp2(jnp.where((above <= 0) & (above > -RANGE), -above, -jnp.inf)))
+        return tuple(a + product(rounded(b * up), y) for a, b in zip(sums, (k, q), strict=True))
+
+    levels = (jnp.max(-total[:, -1]) / RANGE).astype(jnp.int32) + 1
+    keys, scores = lax.fori_loop(0, levels, level, (jnp.zeros((4, ROWS, ROWS)),) * 2)
+    decay = jnp.exp2(total)
+    tile.qk[...] = (
+        jnp.stack([-k * decay if reverse else k * decay, q * decay], 1).astype(BF16).reshape(2 * C, -1)
+    )
+    tile.g[...] = (k * jnp.exp2(total[:, -1:] - total)).astype(BF16).reshape(C, CHANNELS)
     tile.carry[...] = decay[:, -1]
-    x, y, z = (a.astype(F32) for a in (x, y, z))
-    minus = -beta[..., None] * jnp.tril(product(x, y), -1)
+    minus = -beta[..., None] * jnp.tril(keys, -1)
     m = inverse.Parts(inverse.Interpreted())
     high = lax.optimization_barrier(minus.astype(jnp.float16))
     low = (minus - high.astype(F32)).astype(jnp.float16)
     high, _ = m.results(m.less_identity(inverse.diagonal(m, (high, low))))
-    scores = (jnp.tril(product(z, y), -1) + jnp.eye(ROWS) * own).astype(BF16)
+    scores = (jnp.tril(scores, -1) + jnp.eye(ROWS) * own).astype(BF16)
     tile.pairs[...] = jnp.concatenate([packed(block).reshape(4, 128) for block in (high, scores)], axis=1)
     if tile.norms is not None:
-        tile.norms[...] = jnp.stack([of_k, of_q]).reshape(2, C)
-    first, last = total[:, :8], total[:, 8:]
-    reach = jnp.concatenate([first, jnp.minimum(last + (RANGE - EIGHT), last - first)], 1)
-    return jnp.min(reach, -1).reshape(C), (beta if l2norm else size).reshape(C)
+        least = jnp.min(jnp.concatenate([total[:, :8], total[:, 8:] - total[:, :8]], 1), -1)
+        tile.norms[...] = jnp.stack([of_k[..., 0], of_q[..., 0], least]).reshape(3, C)
+    return (beta if l2norm else size).reshape(C)
 
 
-def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
-    """Each in two numbers, of the rows r and r + 8."""
+def _prepare(m: Any, l2norm: bool, scale: float) -> list:
+    """In two numbers, of the rows r and r + 8."""
     reverse, delta = m.widths.reverse, m.beta is not None
     norms, squares, own = m.norms(l2norm, scale)
     m.put_norms(norms)
     k_norm, q_norm = (m.by_rows(norm) for norm in norms)
     zero, most = m.number(0.0), m.number(RANGE)
-    least: list = [zero] * 3  # of G of the rows r, of the rows r + 8, of the sums of eight
-    first, second, corner = [zero] * 4, [zero] * 4, [zero] * 4
+    end, least = zero, [zero] * 2  # of G of the rows r + 8; of the rows r, of the sums of eight
+    pairs: list = [zero] * 12
     ahead = m.sums(0)
     for step in range(CHANNELS // ROWS):
         totals, k, q = ahead, m.keys(step), m.queries(step)
         ahead = m.sums(step + 1) if step + 1 < CHANNELS // ROWS else None
-        rows = [totals[i : i + 2] + totals[i + 4 : i + 6] for i in (0, 2)]
-        rows += [[arith.subf(b, a) for a, b in zip(*rows, strict=True)]]
-        least = [m.least([a, *row]) for a, row in zip(least, rows, strict=True)]
+        rows, late = (totals[i : i + 2] + totals[i + 4 : i + 6] for i in (0, 2))
+        end = m.least([end, *late])
+        if m.norm_rows is not None:
+            rows = rows, [arith.subf(b, a) for a, b in zip(rows, late, strict=True)]
+            least = [m.least([a, *row]) for a, row in zip(least, rows, strict=True)]
         decay = [m.exp2(t) for t in totals]
         m.put_carry(step, decay)
         grown = [m.exp2(arith.minimumf(arith.negf(t), most)) for t in totals]
-        k, q = m.widened_bf16(k), m.widened_bf16(q)
+        k, q = m.widened_bf16(k), m.times(m.widened_bf16(q), q_norm)
         k = m.times(k, k_norm) if l2norm else k
-        z = m.in_bf16(m.times(m.times(q, q_norm), decay))
+        z = m.in_bf16(m.times(q, decay))
         x = m.in_bf16(m.times(k, decay)) if delta else z
         grown = m.times(k, grown)
-        y = m.in_bf16(grown)
-        written = m.in_bf16(m.times(grown, m.of_last_row(decay)))
-        m.put_copies(step, m.negative(x) if reverse else x, z, written)
-        # By parts of 8 rows and columns: the first columns of L, of the scores, and the last corner of both.
-        first = m.half(x, [y[0], y[2]], first, "bf16") if delta else first
-        second = m.half(z, [y[0], y[2]], second, "bf16")
-        corner = m.half([x[1], z[1], x[3], z[3]], [y[1], y[3]], corner, "bf16")
-    put = lambda slot, block: m.put_own(slot, m.right(m.in_bf16(block)) if reverse else m.in_bf16(block))
+        m.put_copies(step, m.negative(x) if reverse else x, z)
+        m.put_written(step, m.times(grown, m.of_last_row(decay)))
+        pairs = m.pairs_and(pairs, x, z, m.in_bf16(grown))
+    pairs = _again(m, m.last(m.least_of_row(end)), pairs, k_norm, q_norm)
+    first, second, corner = pairs[:4], pairs[4:8], pairs[8:]
+    own_pairs = lambda slot, block: m.put_own(
+        slot, m.right(m.in_bf16(block)) if reverse else m.in_bf16(block)
+    )
     if delta:
         beta = m.by_row(m.beta)
         lower = m.times([*first, zero, zero, *corner[:2]], beta)
         parts = inverse.Parts(m)
         inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
-        put(INVERSE, m.less_identity(inverses))
-    put(SCORES, m.with_diagonal(m.below([*second, zero, zero, *corner[2:]]), m.by_rows(own)))
-    early, late, eight = map(m.least_of_row, least)
-    reach = [early, m.least([arith.addf(late, m.number(RANGE - EIGHT)), eight])]
+        own_pairs(INVERSE, m.less_identity(inverses))
+    own_pairs(SCORES, m.with_diagonal(m.below([*second, zero, zero, *corner[2:]]), m.by_rows(own)))
+    m.put_norms([list(map(m.least_of_row, least))], SPAN)
     sizes = [beta[0], beta[2]] if delta else [zero, zero]
-    return reach, sizes if l2norm or not delta else m.times(sizes, squares)
+    return sizes if l2norm or not delta else m.times(sizes, squares)
+
+
+def _again(m: Any, end: Any, pairs: list, k_norm: list, q_norm: list) -> list:
+    """The pairs, by levels where `end`, the least G, is out of range; there k exp(G_C - G), too."""
+    zero, never, most = m.number(0.0), m.number(-float("inf")), m.number(RANGE)
+    below = lambda a, b: arith.cmpf(arith.CmpFPredicate.OLT, a, b)
+    far = below(end, m.number(-RANGE))
+    levels = arith.addi(arith.fptosi(i32(), arith.mulf(end, m.number(-1 / RANGE))), integer(1))
+    pairs = [arith.select(far, zero, x) for x in pairs]
+
+    def channels(i: Any, pairs: list) -> list:
+        level, step = arith.shrui(i, integer(3)), arith.andi(i, integer(7))  # of 16 channels
+        base = arith.mulf(arith.sitofp(ir.F32Type.get(), level), most)
+        k, q, steps = m.raw(step)
+        totals = m.sums_of(m.right(steps))
+        k, q = m.times(m.widened_bf16(k), k_norm), m.times(m.widened_bf16(q), q_norm)
+        left = [arith.subf(last, t) for last, t in zip(m.of_last_row(totals), totals, strict=True)]
+        m.put_at(m.of_steps_at(step), m.in_bf16(m.times(k, [m.exp2(t) for t in left])))
+        above = [arith.addf(t, base) for t in totals]
+        above = [arith.select(below(zero, t), never, t) for t in above]
+        up = [m.exp2(t) for t in above]
+        down = [arith.select(below(m.number(-RANGE), t), arith.negf(t), never) for t in above]
+        y = m.in_bf16(m.times(k, [m.exp2(t) for t in down]))
+        return m.pairs_and(pairs, m.in_bf16(m.times(k, up)), m.in_bf16(m.times(q, up)), y)
+
+    count = arith.select(far, arith.muli(levels, integer(CHANNELS // ROWS)), integer(0))
+    return list(utils.fori(count, pairs)(channels).results)
 
 
 class Chunk(Warp):
     """Blocks of 16 tokens by 16 channels, in pairs of bf16 or in float32, of a warp's own chunk."""
 
-    def __init__(self, tile: Tile, widths: Widths = FORWARD):
+    def __init__(self, tile: Tile, raw: Raw, widths: Widths = FORWARD):
         super().__init__(tile.pairs)
         self.beta, self.norm_rows, self.widths = tile.beta, tile.norms, widths
         # A lane addresses a row of 8 x 8 numbers: of tokens 0-7, 8-15, then the same of the next channels.
@@ -189,6 +239,8 @@ class Chunk(Warp):
         self.of_steps = places(tile.g, 4096, widths.g)
         carry = arith.addi(address_of(tile.carry), arith.muli(self.warp, integer(4 * CHANNELS)))
         self.of_carry = arith.addi(carry, arith.muli(self.c, integer(8)))
+
+        self.memory, self.strides = raw[:3], (raw.strides[0], *raw.strides)
 
         first = arith.muli(self.c, integer(2))
         pair = [
@@ -212,6 +264,11 @@ class Chunk(Warp):
     def negative(self, block: list) -> list:
         """Of pairs of bf16."""
         return [utils.inline_ptx("neg.bf16x2 $0, $1;", x, result_types=i32()) for x in block]
+
+    def last(self, number: Any) -> Any:
+        """What the warp's last row has, in all rows."""
+        ptx = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
+        return utils.inline_ptx(ptx, number, integer(28), result_types=ir.F32Type.get(), convergent=True)
 
     def of_last_row(self, block: list) -> list:
         """A block of float32 that has its last row in all rows."""
@@ -275,9 +332,12 @@ class Chunk(Warp):
 
     def sums(self, step: int) -> list:
         """G in base 2 of the channels from 16 step on."""
+        return self.sums_of(self._load(self._of_steps(step), ".trans"))
+
+    def sums_of(self, steps: list) -> list:
+        """G in base 2 of log-decays as a right operand."""
         least = integer(int(np.asarray(LEAST, BF16).view(np.uint16)) * 0x10001)
         ptx = "max.NaN.bf16x2 $0, $1, $2;"
-        steps = self._load(self._of_steps(step), ".trans")
         steps = [utils.inline_ptx(ptx, x, least, result_types=i32()) for x in steps]
         totals = self.product(self.triangle, steps, kind="bf16")
         return self.times(totals, [self.number(LOG2E)] * 8)
@@ -303,19 +363,54 @@ class Chunk(Warp):
         options: dict = dict(result_types=[i32()] * 4, has_side_effects=True, convergent=True)
         return list(utils.inline_ptx(ptx, address, **options))
 
-    def put_copies(self, step: int, x: list, z: list, y: list) -> None:
-        places = self._of_keys(step, 0), self._of_keys(step, 1), self._of_steps(step)
-        for address, block in list(zip(places, (x, z, y), strict=True))[self.beta is None :]:
-            ptx = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
-            utils.inline_ptx(ptx, address, *block, convergent=True)
+    def raw(self, step: Any) -> list:
+        """k, q and log-decays as they are in global memory; step: known to the device."""
+        blocks_: list = []
+        for memory, stride in zip(self.memory, self.strides, strict=True):
+            row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
+            offset = arith.addi(arith.muli(row, integer(stride)), arith.muli(self.c, integer(4)))
+            offset = arith.extui(i64(), arith.addi(offset, arith.muli(step, integer(2 * ROWS))))
+            start = arith.addi(llvm.ptrtoint(i64(), utils.memref_ptr(memory)), offset)
+            parts = [8 * stride * row + 16 * column for column, row in itertools.product((0, 1), repeat=2)]
+            places = [arith.addi(start, mgpu.c(part, i64())) for part in parts]
+            ptx = "ld.global.nc.b32 $0, [$1];"
+            blocks_.append([utils.inline_ptx(ptx, place, result_types=i32()) for place in places])
+        return blocks_
 
-    def put_norms(self, norms: list) -> None:
-        """Each of the rows r and r + 8, by one of the four threads that have them."""
+    def of_steps_at(self, step: Any) -> Any:
+        """As `_of_steps`; step: known to the device."""
+        few = len(self.of_steps)
+        inner, across = arith.andi(step, integer(few - 1)), arith.shrui(step, integer(few.bit_length() - 1))
+        # Pieces of 16 bytes are numbered in their row; a step is two.
+        place = arith.xori(self.of_steps[0], arith.muli(inner, integer(32)))
+        return arith.addi(place, arith.muli(across, integer(16 * self.widths.g)))
+
+    def pairs_and(self, pairs: list, x: list, z: list, y: list) -> list:
+        """And what 16 channels more give: of parts of 8 rows and columns the first columns of L, and of
+        the scores, and the last corner of both."""
+        first, second, corner = pairs[:4], pairs[4:8], pairs[8:]
+        first = first if self.beta is None else self.half(x, [y[0], y[2]], first, "bf16")
+        second = self.half(z, [y[0], y[2]], second, "bf16")
+        return [*first, *second, *self.half([x[1], z[1], x[3], z[3]], [y[1], y[3]], corner, "bf16")]
+
+    def put_copies(self, step: int, x: list, z: list) -> None:
+        for which, block in list(enumerate((x, z)))[self.beta is None :]:
+            self.put_at(self._of_keys(step, which), block)
+
+    def put_written(self, step: int, block: list) -> None:
+        self.put_at(self._of_steps(step), self.in_bf16(block))
+
+    def put_at(self, address: Any, block: list) -> None:
+        ptx = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+        utils.inline_ptx(ptx, address, *block, convergent=True)
+
+    def put_norms(self, norms: list, row: int = 0) -> None:
+        """Each of the rows r and r + 8, by one of the four threads that have them; row: of `norms`."""
         if self.norm_rows is None:
             return
-        row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
-        address = arith.addi(address_of(self.norm_rows), arith.muli(row, integer(4)))
-        for which, pair in enumerate(norms):
+        token = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
+        address = arith.addi(address_of(self.norm_rows), arith.muli(token, integer(4)))
+        for which, pair in enumerate(norms, row):
             for eight, number in enumerate(pair):
                 place = arith.addi(address, integer(4 * C * which + 32 * eight))
                 utils.inline_ptx("st.shared.f32 [$0], $1;", place, number, predicate=equal(self.c, self.zero))
@@ -327,6 +422,10 @@ class Chunk(Warp):
             address = arith.addi(self.of_carry, integer(64 * step + 32 * eight))
             pair = decay[4 * eight + 2 : 4 * eight + 4]
             utils.inline_ptx("st.shared.v2.f32 [$0], {$1, $2};", address, *pair, predicate=last)
+
+
+def i64() -> Any:
+    return ir.IntegerType.get_signless(64)
 
 
 def _by_token(numbers: list) -> Any:

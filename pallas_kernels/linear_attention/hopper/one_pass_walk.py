@@ -21,7 +21,7 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, Tile, Widths, prepare
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, Raw, Tile, Widths, prepare
 
 BF16 = jnp.bfloat16
 STATE, PREPARE = 152, 104  # registers a thread: 65,536 in all, in steps of 8; no spills
@@ -107,8 +107,8 @@ class Walk:
         """What a warpgroup that prepares carries from tile to tile."""
         return jnp.int32(0)
 
-    def prepared(self, at: SimpleNamespace, n: Any, found: tuple, carried: Any) -> Any:
-        """When the n-th tile is prepared; found: what `prepare` returns."""
+    def prepared(self, at: SimpleNamespace, n: Any, sizes: jax.Array, carried: Any) -> Any:
+        """When the n-th tile is prepared; sizes: what `prepare` returns."""
         return carried
 
     def end(self, at: SimpleNamespace, first_tile: Any, carried: Any) -> None:
@@ -132,6 +132,12 @@ class Walk:
         if self.delta:
             plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
 
+    def raw(self, at: SimpleNamespace, n: Any) -> Raw:
+        refs, rows, key_heads = at.refs, self.rows(at, n), self.inputs.k.shape[2]
+        k, q = (x.at[at.b, rows, at.key_head] for x in (refs.k, refs.q))
+        strides = 2 * CHANNELS * key_heads, 2 * CHANNELS * self.inputs.v.shape[2]
+        return Raw(k, q, refs.g.at[at.b, rows, at.head], strides)
+
     def wait_for_room(self, at: SimpleNamespace, n: Any) -> None:
         """Until the tile that was in a tile's place has been used."""
 
@@ -150,10 +156,12 @@ class Walk:
             tile = Tile(
                 **{name: getattr(smem, name).at[slot] for name in Tile._fields if hasattr(smem, name)}
             )
-            found = prepare(tile, self.widths, l2norm=i.l2norm, scale=i.scale, interpret=i.interpret)
+            sizes = prepare(
+                tile, self.raw(at, n), self.widths, l2norm=i.l2norm, scale=i.scale, interpret=i.interpret
+            )
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem.ready.at[slot])
-            return self.prepared(at, n, found, carried)
+            return self.prepared(at, n, sizes, carried)
 
         count = blocks.div(at.count - first_tile + PREPARING - 1, PREPARING)
         self.end(at, first_tile, lax.fori_loop(0, count, step, self.begin(at, first_tile)))
