@@ -193,12 +193,15 @@ def test_interpreted(name, capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.slow
-def test_later_tokens_move_nothing():
-    """In no bit, though a steep one has all that follows it computed by other kernels."""
+@pytest.mark.parametrize(
+    "interpret", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.gpu)]
+)
+def test_later_tokens_move_nothing(interpret):
+    """In no bit, though with a steep one the pairs of its chunk, from 32 on, are made in another way."""
     outputs = [
         check(
-            dataclasses.replace(one_pass_case("slow", steep_from, tokens=128), interpret=True), spoilt=True
+            dataclasses.replace(one_pass_case("slow", steep_from, tokens=128), interpret=interpret),
+            spoilt=True,
         ).o
         for steep_from in (None, 40)
     ]

@@ -42,9 +42,6 @@ CASES = {  # options, whether other kernels have to compute it
 NAMES = dict(q="q", k="k", v="v", log_decay="g", beta="beta", initial_state="S0")
 
 
-KEPT_SPILLS = 128  # each byte counted twice
-
-
 def kept(call):
     return channel.channel_forward(prepare(call), final=True, keep=True)[1]
 
@@ -115,6 +112,7 @@ def test_traces_under_shard_map_and_vmap(monkeypatch):
 @pytest.mark.aot
 @pytest.mark.parametrize("delta", [True, False])
 def test_compiles_without_spills(delta):
+    """But for what is hoisted out of loops with the delta rule; every byte is counted twice."""
     call = struct_call(8, 4096, 16)
     call = call if delta else dataclasses.replace(call, beta=None)
 
@@ -124,7 +122,7 @@ def test_compiles_without_spills(delta):
         return OnePass(given, count, True, keep=True)(), ReversePass(given, count, given.v, None)()
 
     kept, reverse = hopper_aot.compile_for_hopper(both, call)
-    assert kept.spills <= KEPT_SPILLS * delta and reverse.spills == 0
+    assert kept.spills <= 128 * delta and reverse.spills <= 32 * delta
 
 
 @pytest.mark.gpu
