@@ -22,7 +22,13 @@ from test_hopper_warm_up import quick
 
 from pallas_kernels.linear_attention import hopper
 from pallas_kernels.linear_attention.call import Call
-from pallas_kernels.linear_attention.hopper import inverse, one_pass_prepare, one_pass_tiles, table
+from pallas_kernels.linear_attention.hopper import (
+    inverse,
+    one_pass_chunk,
+    one_pass_prepare,
+    one_pass_tiles,
+    table,
+)
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import prepare
@@ -48,65 +54,81 @@ def unswizzled(words, rows, width):
     return out.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+MEMORY = one_pass_chunk.Tile(
+    qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096, norms=(3 << 14) + 8192
+)
+RAW = one_pass_chunk.Raw(*(1 << 16) + (np.arange(3) << 14), strides=(256, 256))
+KINDS = {  # how tiles are arranged, whether by the delta rule
+    "forward": (one_pass_chunk.FORWARD, True),
+    "reverse": (one_pass_chunk.REVERSE, True),
+    "additive": (one_pass_chunk.FORWARD, False),
+    "additive, reverse": (one_pass_chunk.ADDITIVE_REVERSE, False),
+}
+
+
+def prepared(monkeypatch, widths, k, q, g, beta, l2norm, scale):
+    """(memory after a tile is prepared, beta |k|^2 of its tokens)."""
+    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_chunk, one_pass_prepare)
+    stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
+    memory.fill(MEMORY.qk, swizzled(stacked, 2 * widths.qk))
+    memory.fill(MEMORY.g, swizzled(g, 2 * widths.g))
+    for place, array in zip(RAW[:3], (k, q, g), strict=True):
+        memory.fill(place, array)
+    places = MEMORY._replace(beta=None if beta is None else MEMORY.beta)
+    if beta is not None:
+        memory.fill(places.beta, beta)
+    sizes = one_pass_prepare._prepare(one_pass_chunk.Chunk(places, RAW, widths), l2norm, scale)
+    return memory, np.stack([x[::4].reshape(4, 8) for x in sizes], 1).ravel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("l2norm", [True, False])
-def test_thread_by_thread(l2norm, reverse, monkeypatch):
+def test_thread_by_thread(l2norm, kind, monkeypatch):
     """What chunks read of q, k and log-decays, and what a chunk's outputs, or gradients, are made of it."""
+    widths, delta = KINDS[kind]
     rng, scale = np.random.default_rng(0), 0.3
     k, q, g = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
     g = (-3 / (1 + np.exp(-g.astype(np.float32)))).astype(BF16)
     g[20, :5], g[35, 7], g[47, 60:] = -np.inf, -1e30, -95.0
     if not l2norm:
         k = (k.astype(np.float32) * 0.1).astype(BF16)
-    beta = rng.uniform(size=64).astype(np.float32)
-    memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_prepare)
-    places = one_pass_prepare.Tile(
-        qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096, norms=(3 << 14) + 8192
-    )
-    widths = one_pass_prepare.REVERSE if reverse else one_pass_prepare.FORWARD
-    raw = one_pass_prepare.Raw(*(1 << 16) + (np.arange(3) << 14), strides=(256, 256))
-    stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
-    memory.fill(places.qk, swizzled(stacked, 2 * widths.qk))
-    memory.fill(places.g, swizzled(g, 2 * widths.g))
-    memory.fill(places.beta, beta)
-    for place, array in zip(raw[:3], (k, q, g), strict=True):
-        memory.fill(place, array)
-    chunk = one_pass_prepare.Chunk(places, raw, widths)
-    sizes = np.stack(
-        [x[::4].reshape(4, 8) for x in one_pass_prepare._prepare(chunk, l2norm, scale)], 1
-    ).ravel()
+    beta = rng.uniform(size=64).astype(np.float32) if delta else None
+    memory, sizes = prepared(monkeypatch, widths, k, q, g, beta, l2norm, scale)
 
     k, q, g = (x.astype(np.float64) for x in (k, q, g))
-    g = np.maximum(g, np.float64(np.asarray(one_pass_prepare.LEAST, BF16))).reshape(4, 16, 128) / np.log(2)
+    g = np.maximum(g, np.float64(np.asarray(one_pass_chunk.LEAST, BF16))).reshape(4, 16, 128) / np.log(2)
     total = np.cumsum(g, 1)
     assert set((total[:, -1].min(-1) < -one_pass_prepare.RANGE).tolist()) == {True, False}
-    np.testing.assert_allclose(sizes, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
+    if delta:
+        np.testing.assert_allclose(sizes, beta * (1 if l2norm else (k * k).sum(1)), rtol=1e-5)
     words = lambda start, count: memory.words[start // 4 : start // 4 + count]
-    norms = [
-        1 / np.sqrt((x * x).sum(1, keepdims=True) + 1e-6) if l2norm else np.ones((64, 1)) for x in (k, q)
-    ]
-    stored = words(places.norms, 192).view(np.float32).reshape(3, 64)
-    np.testing.assert_allclose(stored[:2], [norms[0][:, 0], scale * norms[1][:, 0]], rtol=1e-5)
+    norm = lambda x: 1 / np.sqrt((x * x).sum(1) + 1e-6) if l2norm else np.ones(64)
+    norms = norm(k), scale * norm(q)
     eight = np.concatenate([total[:, :8], total[:, 8:] - total[:, :8]], 1).min(-1).ravel()
-    np.testing.assert_allclose(stored[2], eight, rtol=1e-5)
-    k, q, decay = k * norms[0], scale * q * norms[1], np.exp2(total).reshape(64, 128)
+    np.testing.assert_allclose(
+        words(MEMORY.norms, 192).view(np.float32).reshape(3, 64), [*norms, eight], rtol=1e-5
+    )
+    k, q, decay = k * norms[0][:, None], q * norms[1][:, None], np.exp2(total).reshape(64, 128)
     read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, 2 * width)
-    x, z = read(places.qk, 128, widths.qk).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
-    carry = words(places.carry, 512).view(np.float32).reshape(4, 128)
+    x, z = read(MEMORY.qk, 128, widths.qk).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
+    carry = words(MEMORY.carry, 512).view(np.float32).reshape(4, 128)
     np.testing.assert_allclose(carry, decay[15::16], rtol=1e-4, atol=1e-37)
     written = k * np.exp2(total[:, -1:] - total).reshape(64, 128)
-    x = -x if reverse else x
-    for got, want in (x, k * decay), (z, q * decay), (read(places.g, 64, widths.g), written):
+    wanted = [(z, q * decay), (read(MEMORY.g, 64, widths.g), written)]
+    wanted += [(-x if widths.reverse else x, k * decay)] * delta
+    for got, want in wanted:
         np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
     between = np.exp2(np.minimum(total[:, :, None] - total[:, None], 0))  # not a ratio: exact however steep
-    by_chunk = lambda a, b: np.einsum(
-        "wic,wjc,wijc->wij", a.reshape(4, 16, 128), b.reshape(4, 16, 128), between
-    )
-    keys, scores_of = np.tril(by_chunk(k, k), -1), np.tril(by_chunk(q, k))
+    pairs = [
+        np.tril(np.einsum("wic,wjc,wijc->wij", a.reshape(4, 16, 128), k.reshape(4, 16, 128), between), last)
+        for a, last in ((k, -1), (q, 0))
+    ]
+    check_chunks(rng, widths.reverse, beta, *pairs)
 
-    read_32, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
-    read_16 = read_32[:, :16]
-    places_of_pairs = places.pairs
+
+def check_chunks(rng, reverse, beta, keys, scores):
+    """What chunks make of their pairs, and of random numbers; beta None: additive."""
+    read, value = rng.normal(size=(64, 32)), rng.normal(size=(64, 16))
     group, pair = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, np.arange(128) % 4 * 2
     places = lambda columns: [
         (group + row, pair + column + i)
@@ -115,27 +137,30 @@ def test_thread_by_thread(l2norm, reverse, monkeypatch):
         for i in range(2)
     ]
     registers = lambda tile: [np.float32(tile[place]) for place in places(tile.shape[1])]
-    to_64 = lambda a: a.astype(np.float64)
+    rounded = value.astype(BF16)
+    bits = [number.view(np.uint32) >> 16 for number in registers(rounded)]
+    in_pairs = [a | b << 16 for a, b in itertools.batched(bits, 2)]
+    rounded = rounded.astype(np.float64)
     for chunk in range(4):
-        tokens = slice(16 * chunk, 16 * chunk + 16)
-        by_column = np.broadcast_to(beta[tokens], (64, 16))
-        m = one_pass_tiles.Warp(places_of_pairs + 1024 * chunk)
-        scores, inverted = scores_of[chunk], np.linalg.inv(np.eye(16) + beta[tokens, None] * keys[chunk])
-        if reverse:
-            do = value.astype(BF16)
-            bits = [number.view(np.uint32) >> 16 for number in registers(do)]
-            pairs_of_do = [a | b << 16 for a, b in itertools.batched(bits, 2)]
-            operands = registers(read_16), pairs_of_do, registers(by_column)
-            made = one_pass_tiles._gradients(m, *operands)
-            gradient = beta[tokens] * ((read_16 + to_64(do) @ scores) @ inverted)
-            expected = gradient, to_64(do)
-            made = made[:4], made[4:]
+        m = one_pass_tiles.Warp(MEMORY.pairs + 1024 * chunk)
+        b = 1.0 if beta is None else beta[16 * chunk : 16 * chunk + 16]
+        inverted = np.eye(16) if beta is None else np.linalg.inv(np.eye(16) + b[:, None] * keys[chunk])
+        by_column, early = np.broadcast_to(b, (64, 16)), registers(read[:, :16])
+        moved = b * ((read[:, :16] + rounded @ scores[chunk]) @ inverted)
+        if beta is None and reverse:
+            results = [(one_pass_tiles._additive_gradients(m, early, in_pairs), moved)]
+        elif beta is None:
+            made = one_pass_tiles._outputs(m, registers(read[:, 16:]), in_pairs)
+            results = [(made, read[:, 16:] + rounded @ scores[chunk].T)]
+        elif reverse:
+            made = one_pass_tiles._gradients(m, early, in_pairs, registers(by_column))
+            results = [(made[:4], moved), (made[4:], rounded)]
         else:
-            values = one_pass_tiles._values(m, *map(registers, (read_32, value, by_column)))
-            made = values, one_pass_tiles._outputs(m, registers(read_32), values)
-            want = beta[tokens] * (value - read_16) @ inverted.T
-            expected = want, read_32[:, 16:] + want @ scores.T
-        for block, want in zip(made, expected, strict=True):
+            values = one_pass_tiles._values(m, *map(registers, (read, value, by_column)))
+            want = b * (value - read[:, :16]) @ inverted.T
+            outputs = one_pass_tiles._outputs(m, registers(read), values)
+            results = [(values, want), (outputs, read[:, 16:] + want @ scores[chunk].T)]
+        for block, want in results:
             got = np.zeros((64, 16))
             numbers_of = [number for register in block for number in warp_emulator.bf16(register)]
             for place, number in zip(places(16), numbers_of, strict=True):

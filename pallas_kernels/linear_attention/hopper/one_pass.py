@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles, two_p
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, FORWARD
+from pallas_kernels.linear_attention.hopper.one_pass_chunk import CHANNELS, FORWARD
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
 
 STAGES = 3

@@ -20,7 +20,7 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import ADDITIVE_REVERSE, CHANNELS, REVERSE
+from pallas_kernels.linear_attention.hopper.one_pass_chunk import ADDITIVE_REVERSE, CHANNELS, REVERSE
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
 
 

@@ -21,7 +21,8 @@ from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
-from pallas_kernels.linear_attention.hopper.one_pass_prepare import CHANNELS, Raw, Tile, Widths, prepare
+from pallas_kernels.linear_attention.hopper.one_pass_chunk import CHANNELS, Raw, Tile, Widths
+from pallas_kernels.linear_attention.hopper.one_pass_prepare import prepare
 
 BF16 = jnp.bfloat16
 STATE, PREPARE = 152, 104  # registers a thread: 65,536 in all, in steps of 8; no spills
