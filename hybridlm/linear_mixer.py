@@ -164,6 +164,7 @@ class LinearMixer(TokenMixer):
     scale: of the queries; None is K**-0.5.
     conv_bias: whether the short convolutions have a bias.
     joined: whether those of q and k are one to the op.
+    neg_eigval: whether beta may be above 1, which the op is told.
     """
 
     qk_l2norm = False
@@ -171,6 +172,7 @@ class LinearMixer(TokenMixer):
     scale: float | None = None
     conv_bias = False
     joined = False
+    neg_eigval = False
 
     def __init__(
         self, config: Config, site: Site, *, rngs: nnx.Rngs, gate_rank: int = 0, gate_bias: bool = False
@@ -204,7 +206,8 @@ class LinearMixer(TokenMixer):
 
     def recur(self, inputs: Inputs, rows: Rows, state: Any) -> tuple[jax.Array, Any]:
         """(o [B, T, HV, V], the state after the last token, or None where ``state`` is None)."""
-        return recurrence(inputs, rows, state, qk_l2norm=self.qk_l2norm, scale=self.scale)
+        options: dict[str, Any] = dict(qk_l2norm=self.qk_l2norm, scale=self.scale, strong=self.neg_eigval)
+        return recurrence(inputs, rows, state, **options)
 
     def normalize(self, o_BTHV: jax.Array, gate_BTHV: jax.Array | None) -> jax.Array:
         """The output norm, heads merged: [B, T, HV * V]."""
@@ -263,8 +266,9 @@ def recurrence(
     *,
     qk_l2norm: bool = False,
     scale: float | None = None,
+    strong: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The op on each device's own rows and heads; documents never meet.
+    """The op on each device's own rows and heads; documents never meet.  strong: as the op's.
 
     state: None (start from nothing, return nothing) or float32 [B, HV, K, V], carried on where a row's first
         position is not 0. Returns (o [B, T, HV, V], state after the last token or None).
@@ -289,7 +293,7 @@ def recurrence(
         elif over:
             carried, last = pieces.linear_states(state, over, q=q, k=k, v=v, **call)
         call |= {"initial_state": carried, "output_final_state": state is not None}
-        o, own_last = linear_attention(q, k, v, **call, scale=scale)
+        o, own_last = linear_attention(q, k, v, **call, scale=scale, strong=strong)
         return o, None if state is None else own_last if last is None else last
 
     if state is not None:

@@ -43,7 +43,7 @@ CASES = {
 def oracle(call):
     """(o, final state, what the forward pass keeps), float64."""
     arguments = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
-    for name in ("output_final_state", "interpret", "axis", "continues"):
+    for name in ("output_final_state", "interpret", "axis", "continues", "strong"):
         del arguments[name]
     zero_o, zero_state = np.zeros(call.v.shape), np.zeros(call.initial_state.shape)
     o, final, _, kept = chunk_oracle.linear_attention_vjp(**arguments, do=zero_o, d_final_state=zero_state)
@@ -153,7 +153,7 @@ def wide_case(value_dim, **options):
 
 def check_wide(call, do):
     arguments = {f.name: getattr(call, f.name) for f in dataclasses.fields(call)}
-    for name in ("output_final_state", "interpret", "axis", "continues"):
+    for name in ("output_final_state", "interpret", "axis", "continues", "strong"):
         del arguments[name]
     o, final, want, _ = chunk_oracle.linear_attention_vjp(**arguments, do=do)
 

@@ -75,6 +75,14 @@ def _multiply(*registers, numbers=halves):
     return list(out)
 
 
+def _loop(bound, carried, body):
+    """Warps that are done keep what they have; what they store must be as it was."""
+    for i in range(bound.max()):
+        new = body(np.full(128, i, np.uint32), carried)
+        carried = [np.where(i < bound, x, y) for x, y in zip(new, carried, strict=True)]
+    return carried
+
+
 class Memory:
     """Shared memory: words of 32 bits by address."""
 
@@ -91,8 +99,14 @@ class Memory:
             start = address[thread] // 4
             self.words[start : start + len(block)] = [x[thread] for x in block]
 
+    def store_numbers(self, address, *numbers, predicate):
+        self.store(address, *(np.float32(x).view(np.uint32) for x in numbers), predicate=predicate)
+
     def load(self, address):
         return [self.words[address // 4 + i] for i in range(4)]
+
+    def load_word(self, address):
+        return self.words[address // 4]
 
     def load_number(self, address):
         return self.words[address // 4].view(np.float32)
@@ -132,16 +146,18 @@ def patch(monkeypatch, *modules):
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16": memory.load_turned,
         "stmatrix.sync.aligned.m8n8.x4.shared.b16": memory.store_matrices,
         "max.NaN.bf16x2": lambda a, b: _bf16_pair(*map(np.maximum, bf16(a), bf16(b))),
+        "mov.b32": lambda x: x,
+        "neg.bf16x2": lambda x: x ^ np.uint32(0x80008000),
         "ex2.approx.ftz.f32": np.exp2,
         "rsqrt.approx.ftz.f32": lambda x: 1 / np.sqrt(x),
         "shfl.sync.bfly.b32 $0, $1, 1,": lambda x: x[THREADS ^ 1],
         "shfl.sync.bfly.b32 $0, $1, 2,": lambda x: x[THREADS ^ 2],
         "shfl.sync.idx.b32": _shuffled,
         "ld.shared.f32": memory.load_number,
+        "ld.global.nc.b32": memory.load_word,
         "st.shared.v4.b32": memory.store,
-        "st.shared.v2.f32": lambda address, *pair, predicate: memory.store(
-            address, *(x.view(np.uint32) for x in pair), predicate=predicate
-        ),
+        "st.shared.v2.f32": memory.store_numbers,
+        "st.shared.f32": memory.store_numbers,
         "ld.shared.v4.b32": memory.load,
     }
 
@@ -149,7 +165,7 @@ def patch(monkeypatch, *modules):
         (run,) = (run for start, run in instructions.items() if ptx.startswith(start))
         return run(*operands) if predicate is None else run(*operands, predicate=predicate)
 
-    dtypes = {"i32": np.uint32, "f32": np.float32}
+    dtypes = {"i32": np.uint32, "i64": np.uint32, "f32": np.float32}
     number = lambda value, kind: np.full(128, value, dtypes[kind])
     names = types.SimpleNamespace
     replacements = dict(
@@ -165,6 +181,11 @@ def patch(monkeypatch, *modules):
             negf=np.negative,
             minimumf=np.minimum,
             xori=np.bitwise_xor,
+            extui=lambda kind, x: x,
+            fptosi=lambda kind, x: x.astype(np.int64).astype(np.uint32),
+            sitofp=lambda kind, x: np.asarray(x, np.float32),
+            cmpf=lambda compare, a, b: compare(a, b),
+            CmpFPredicate=names(OLT=np.less),
             select=np.where,
             cmpi=lambda compare, a, b: compare(a, b),
             CmpIPredicate=names(eq=np.equal, ult=np.less, uge=np.greater_equal, ugt=np.greater),
@@ -177,6 +198,7 @@ def patch(monkeypatch, *modules):
             memref_ptr=lambda memory: number(memory or 0, "i32"),
             warpgroup_barrier=lambda: None,
             inline_ptx=inline_ptx,
+            fori=lambda bound, carried: lambda body: names(results=_loop(bound, carried, body)),
         ),
     )
     for module, (name, replacement) in itertools.product(modules, replacements.items()):

@@ -43,6 +43,7 @@ class Call(QKV):
     output_final_state: whether the state after the last token is wanted.  interpret: run kernels interpreted.
     axis: of the mesh, over which rows are cut: T is a piece of a row, which starts from the state that those
         before it leave; None for whole rows.
+    strong: whether beta |k|^2 is above 1 at many tokens; see `linear_attention`.
     continues: with ``axis``, bool [N, B], whether each piece's first token is of the document before it.
     """
 
@@ -56,6 +57,7 @@ class Call(QKV):
     output_final_state: bool = dataclasses.field(default=False, metadata={"static": True})
     interpret: bool = dataclasses.field(default=False, metadata={"static": True})
     axis: str | None = dataclasses.field(default=None, metadata={"static": True})
+    strong: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def group(self) -> int:

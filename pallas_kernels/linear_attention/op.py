@@ -27,6 +27,7 @@ def linear_attention(
     output_final_state: bool = False,
     axis: str | None = None,
     continues: jax.Array | None = None,
+    strong: bool = False,
     backend: str = "auto",
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -57,6 +58,8 @@ def linear_attention(
         axis: within `jax.shard_map`, the mesh axis that rows are cut over: the arrays are of one piece of N,
             which starts from the state that those before it leave. Without initial and final states.
         continues: with ``axis``, bool [N, B]: whether each piece's first token is of the document before it.
+        strong: whether beta |k|^2 is above 1 at many tokens (beta up to 2). It is right either way: kernels
+            that would hand such tokens to others are not asked (decays per channel on Hopper GPUs).
         backend: "reference" (token loop, the oracle), "xla" (chunkwise, any device), "hopper" (kernels),
             "triton" (kernels for NVIDIA GPUs since Ampere), "pallas" (the first of these kernels that can) or
             "auto": kernels where they support the call, else "xla", logged once per reason.
@@ -83,6 +86,7 @@ def linear_attention(
         output_final_state=output_final_state,
         axis=axis,
         continues=continues,
+        strong=strong,
         interpret=interpret,
     )
     return OP.compute(call, backend)

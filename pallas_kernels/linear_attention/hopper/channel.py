@@ -10,35 +10,33 @@ Few heads: sequences in pieces, as in forward.py; an additive piece multiplies t
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.channel_scan import ChannelScan, Scanned
-from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles, channel_tiles
+from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, Tiles, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
-from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward, serves
-
-
-class ChannelSaved(NamedTuple):
-    """What the forward keeps beside its inputs: see `Tiles` and `Scanned`; moves as in pieces.py."""
-
-    tiles: Tiles
-    states: jax.Array
-    values: jax.Array | None = None
-    moves: jax.Array | None = None
+from pallas_kernels.linear_attention.hopper.one_pass_forward import (
+    narrowed,
+    one_pass_forward,
+    one_pass_kept,
+    serves,
+)
 
 
 def channel_forward(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
-    if choice is None and not keep and serves(inputs):
+    if choice is None and serves(inputs):
+        inputs = narrowed(inputs)
         two = table.forward(inputs.k.shape, inputs.v.shape)
-        otherwise = lambda: channel_forward(inputs, final=final, keep=False, choice=two)[0]
-        return one_pass_forward(inputs, final=final, otherwise=otherwise), None
+        otherwise = lambda: channel_forward(inputs, final=final, keep=keep, choice=two)
+        if keep:
+            return one_pass_kept(inputs, final=final, otherwise=otherwise)
+        return one_pass_forward(inputs, final=final, otherwise=lambda: otherwise()[0]), None
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     tiles = channel_tiles(inputs, keep=keep)
     moves = None

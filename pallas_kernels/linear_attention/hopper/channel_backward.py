@@ -1,5 +1,6 @@
 """The backward pass with a decay per key channel: a reverse scan, then all chunks at once."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 from pallas_kernels.linear_attention.hopper import table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.channel import ChannelSaved
 from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients, value_slices
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
+from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.one_pass_forward import narrowed, one_pass_reverse
 from pallas_kernels.linear_attention.hopper.pieces import chain
 from pallas_kernels.padding import pad_time
 
@@ -30,9 +32,11 @@ def channel_gradients(
     The gradient of log_decay is [B, T, HV, K], of its dtype.
     """
     choice = table.forward(inputs.k.shape, inputs.v.shape)
+    gates: Any = inputs.log_decay
+    if saved.wrong is not None:
+        inputs = narrowed(inputs)
     value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
-    log_decay: Any = inputs.log_decay
     do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
@@ -45,14 +49,17 @@ def channel_gradients(
             walk=walks and walks.first,
         )  # fmt: skip
         d_state = chain(saved.moves, alone, d_state, reverse=True, over=inputs.over)
-    elif choice.led > 1:
+    elif choice.led > 1 and saved.wrong is None:
         pieces, lead = choice.led, warm_up.leads(inputs, choice.led)[1]
+    scan = functools.partial(reverse_scan, value_tile=value_tile, pieces=pieces, lead=lead)
     state_gradients: Any
     dv: Any
-    state_gradients, dv, first = reverse_scan(
-        inputs, tiles, do, d_state, value_tile=value_tile, pieces=pieces, lead=lead
-    )
-    delta = tiles.inverses is not None
+    if saved.wrong is None:
+        state_gradients, dv, first = scan(inputs, tiles, do, d_state)
+    else:
+        otherwise = lambda: scan(inputs, channel_tiles(inputs, keep=True), do, d_state)
+        state_gradients, dv, first = one_pass_reverse(inputs, saved.wrong, do, d_state, otherwise=otherwise)
+    delta = inputs.beta is not None
     blocks = batch * value_heads * value_slices(inputs.v.shape[3]) * (length // C)  # of one chunk each
     dq, dk, d_log_decay, error = chunk_gradients(
         inputs,
@@ -81,7 +88,7 @@ def channel_gradients(
         added(dq, heads),
         added(dk, heads),
         dv[:, :tokens],
-        added(d_log_decay, value_heads).astype(log_decay.dtype),
+        added(d_log_decay, value_heads).astype(gates.dtype),
         d_beta,
         jnp.swapaxes(first[::pieces], 2, 3),
     )

@@ -39,6 +39,20 @@ class Tiles(NamedTuple):
     norms: Any = None
 
 
+class ChannelSaved(NamedTuple):
+    """What the forward keeps beside its inputs: see `Tiles` and `Scanned`; moves as in pieces.py.
+
+    wrong: of one pass (one_pass_forward.py), which has no tiles but norms and carry: the first token of each
+    head, [B, HV], from which on it was not right.
+    """
+
+    tiles: Tiles
+    states: jax.Array
+    values: jax.Array | None = None
+    moves: jax.Array | None = None
+    wrong: jax.Array | None = None
+
+
 def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     i = inputs
     assert i.log_decay is not None

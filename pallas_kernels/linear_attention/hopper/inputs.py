@@ -33,7 +33,7 @@ class Inputs(QKV):
     segment: None or [B, T], the document of each token (a whole number below 2^24).
     entering: None or [B, T], the document that enters the token's chunk: that of the token before the chunk.
     state: None or S_0^T [B, HV, V, K] float32.
-    over: None or where the pieces before and after are (pieces.py).
+    over: None or where the pieces before and after are (pieces.py).  strong: as in `Call`.
     """
 
     log_decay: jax.Array | None
@@ -45,6 +45,7 @@ class Inputs(QKV):
     interpret: Any
     entering: jax.Array | None = None
     over: Over | None = None
+    strong: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -97,6 +98,7 @@ def prepare(call: Call) -> Inputs:
         scale=call.scale,
         l2norm=call.qk_l2norm,
         interpret=call.interpret,
+        strong=call.strong,
         over=None if call.axis is None or call.continues is None else Over(call.axis, call.continues),
     )
 

@@ -1,11 +1,11 @@
-"""What one_pass.py's chunks of 16 tokens read of q, k and the log-decays: four at a time, a warp each.
+"""What chunks of 16 tokens read of q, k and the log-decays in one_pass*.py: four at a time, a warp each.
 
 A warp touches its own chunk only, and sixteen channels at a time stay in its registers from the tiles that
 came to the tiles that go, as operands of the products of pairs too: no barrier, and nothing is read twice but
 q and k for their norms. Norms are the diagonals of products, and sums of log-decays products with a triangle.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,245 +20,157 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels.linear_attention.call import L2NORM_EPS
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, inverse
 from pallas_kernels.linear_attention.hopper.blocks import F32, LOG2E, C
-from pallas_kernels.linear_attention.hopper.inverse import ROWS, equal, i32, integer
-from pallas_kernels.linear_attention.hopper.one_pass_tiles import (
-    BF16,
-    INVERSE,
-    SCORES,
-    Warp,
-    address_of,
-    packed,
-)
+from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN
+from pallas_kernels.linear_attention.hopper.inverse import ROWS, i32, integer
+from pallas_kernels.linear_attention.hopper.one_pass_chunk import CHANNELS, LEAST, Chunk, Raw, Tile, Widths
+from pallas_kernels.linear_attention.hopper.one_pass_tiles import BF16, INVERSE, SCORES, packed
 
-WIDE = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-THIN = (plgpu.TilingTransform((8, 16)), plgpu.SwizzleTransform(32))  # right operands of 16 tokens
-LEAST = channel_math.LEAST / LOG2E
 RANGE = channel_math.RANGE
-CHANNELS = 128
 
 
-class Tile(NamedTuple):
-    """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
-    bf16; beta: [64]; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]."""
+def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float, interpret: Any) -> jax.Array:
+    """Makes x = k exp G, z = scale q exp G and k exp(G_C - G) in place, the carry exp(G_C), and the pairs:
 
-    qk: Any
-    g: Any
-    beta: Any
-    carry: Any
-    pairs: Any
+    A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, y = k exp -G, and the scores z_i.y_j for j < i; their
+    diagonal, most of o where gates are steep, is made of q and k before they are rounded.
+    In reverse -x in the place of x, and the pairs are to be read transposed. Additive: no x and no A.
+    If `norms` is there, 1 / |k| and scale / |q| go to it, and of each token the least, over channels, of G in
+    base 2 or, of a chunk's last eight tokens, of the sum of the last eight log-decays.
+    Returns beta |k|^2 of each token [64] float32.
 
-
-def prepare(tile: Tile, *, l2norm: bool, scale: float, interpret: Any) -> tuple[jax.Array, jax.Array]:
-    """Makes x = k exp G, z = scale q exp G and y = k exp -G in place, the carry exp(G_C), and the pairs:
-
-    A - I, A = (I + L)^-1, L_ij = beta_i x_i.y_j, and the scores z_i.y_j for j < i; their diagonal, most of o
-    where gates are steep, is made of q and k before they are rounded.
-    Returns of each token the least G in base 2 and beta |k|^2, [64] float32.
+    Where G falls below -`RANGE` pairs are made again, level by level: at level s the keys whose -G is from s
+    to s + 1 times `RANGE`, with the tokens after, both scaled by 2^(s RANGE). Every pair is in one level,
+    and what underflows is below 2^-30. Levels are of tokens: so rows do not depend on later ones, in no bit.
     """
     if interpret:
-        return _interpreted(tile, l2norm, scale)
-    refs = plgpu.RefType(WIDE), plgpu.RefType(THIN), *[plgpu.RefType()] * 3
+        return _interpreted(tile, l2norm, scale, widths.reverse)
+    arranged = [(plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n)) for n in widths[:2]]
+    given = blocks.present(tile._asdict())
+    refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * (len(given) + 1)
     numbers = plgpu.ShapeDtypeStruct((C,), F32, layout=blocks.ROWS)
 
-    @plgpu.inline_mgpu(arg_types=refs, return_type=(numbers, numbers))
+    @plgpu.inline_mgpu(arg_types=refs, return_type=numbers)
     def run(_: Any, *refs: Any) -> Any:
-        return tuple(map(_by_token, _prepare(Chunk(Tile(*refs)), l2norm, scale)))
+        named = dict(zip(given, refs[:-3], strict=True))
+        chunk = Chunk(Tile(**named), raw._replace(**dict(zip("kqg", refs[-3:], strict=True))), widths)
+        return _by_token(_prepare(chunk, l2norm, scale))
 
-    return run(*tile)
+    return run(*given.values(), *raw[:3])
 
 
-def _interpreted(tile: Tile, l2norm: bool, scale: float) -> tuple[jax.Array, jax.Array]:
+def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> jax.Array:
     k, q = jnp.moveaxis(tile.qk[...].reshape(4, 2, ROWS, CHANNELS).astype(F32), 1, 0)
     product = lambda a, b: jnp.einsum("wic,wjc->wij", a, b, precision=lax.Precision.HIGHEST)
     steps = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).reshape(4, ROWS, CHANNELS)
     triangle = jnp.tril(jnp.ones((ROWS, ROWS), F32))
     total = jnp.einsum("ij,wjc->wic", triangle, steps.astype(F32), precision=lax.Precision.HIGHEST) * LOG2E
-    beta = tile.beta[...].reshape(4, ROWS)
+    beta = jnp.zeros((4, ROWS)) if tile.beta is None else tile.beta[...].reshape(4, ROWS)
     size, own = beta * jnp.sum(k * k, -1), jnp.sum(k * q, -1, keepdims=True)
-    norm = lambda x: lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else 1.0
+    norm = lambda x: (
+        lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + L2NORM_EPS) if l2norm else jnp.ones_like(own)
+    )
     of_k, of_q = norm(k), norm(q) * scale
-    own, k = own * of_k * of_q, k * of_k
+    own, k, q = own * of_k * of_q, k * of_k, q * of_q
+    rounded = lambda x: x.astype(BF16).astype(F32)
+
+    def level(s: Any, sums: tuple) -> tuple:
+        above = total + s * RANGE
+        up = jnp.exp2(jnp.where(above <= 0, above, -jnp.inf))
+        y = rounded(k * jnp.exp2(jnp.where((above <= 0) & (above > -RANGE), -above, -jnp.inf)))
+        return tuple(a + product(rounded(b * up), y) for a, b in zip(sums, (k, q), strict=True))
+
+    levels = (jnp.max(-total[:, -1]) / RANGE).astype(jnp.int32) + 1
+    keys, scores = lax.fori_loop(0, levels, level, (jnp.zeros((4, ROWS, ROWS)),) * 2)
     decay = jnp.exp2(total)
-    x, z = (k * decay).astype(BF16), (q * of_q * decay).astype(BF16)
-    y = (k * jnp.exp2(jnp.minimum(-total, RANGE))).astype(BF16)
-    tile.qk[...] = jnp.stack([x, z], 1).reshape(2 * C, CHANNELS)
-    tile.g[...] = y.reshape(C, CHANNELS)
+    tile.qk[...] = (
+        jnp.stack([-k * decay if reverse else k * decay, q * decay], 1).astype(BF16).reshape(2 * C, -1)
+    )
+    tile.g[...] = (k * jnp.exp2(total[:, -1:] - total)).astype(BF16).reshape(C, CHANNELS)
     tile.carry[...] = decay[:, -1]
-    x, y, z = (a.astype(F32) for a in (x, y, z))
-    minus = -beta[..., None] * jnp.tril(product(x, y), -1)
+    minus = -beta[..., None] * jnp.tril(keys, -1)
     m = inverse.Parts(inverse.Interpreted())
     high = lax.optimization_barrier(minus.astype(jnp.float16))
     low = (minus - high.astype(F32)).astype(jnp.float16)
     high, _ = m.results(m.less_identity(inverse.diagonal(m, (high, low))))
-    scores = (jnp.tril(product(z, y), -1) + jnp.eye(ROWS) * own).astype(BF16)
+    scores = (jnp.tril(scores, -1) + jnp.eye(ROWS) * own).astype(BF16)
     tile.pairs[...] = jnp.concatenate([packed(block).reshape(4, 128) for block in (high, scores)], axis=1)
-    return jnp.min(total, -1).reshape(C), (beta if l2norm else size).reshape(C)
+    if tile.norms is not None:
+        least = jnp.min(jnp.concatenate([total[:, :8], total[:, 8:] - total[:, :8]], 1), -1)
+        tile.norms[...] = jnp.stack([of_k[..., 0], of_q[..., 0], least]).reshape(3, C)
+    return (beta if l2norm else size).reshape(C)
 
 
-def _prepare(m: Any, l2norm: bool, scale: float) -> tuple[list, list]:
-    """Each in two numbers, of the rows r and r + 8."""
-    (k_norm, q_norm), squares, own = m.norms(l2norm, scale)
+def _prepare(m: Any, l2norm: bool, scale: float) -> list:
+    """In two numbers, of the rows r and r + 8."""
+    reverse, delta = m.widths.reverse, m.beta is not None
+    norms, squares, own = m.norms(l2norm, scale)
+    m.put_norms(norms)
+    k_norm, q_norm = (m.by_rows(norm) for norm in norms)
     zero, most = m.number(0.0), m.number(RANGE)
-    least: list = [zero, zero]
-    first, second, corner = [zero] * 4, [zero] * 4, [zero] * 4
+    end, least = zero, [zero] * 2  # of G of the rows r + 8; of the rows r, of the sums of eight
+    pairs: list = [zero] * 12
     ahead = m.sums(0)
     for step in range(CHANNELS // ROWS):
         totals, k, q = ahead, m.keys(step), m.queries(step)
         ahead = m.sums(step + 1) if step + 1 < CHANNELS // ROWS else None
-        least = [
-            m.least([a, *totals[2 * i : 2 * i + 2], *totals[4 + 2 * i : 6 + 2 * i]])
-            for i, a in enumerate(least)
-        ]
+        rows, late = (totals[i : i + 2] + totals[i + 4 : i + 6] for i in (0, 2))
+        end = m.least([end, *late])
+        if m.norm_rows is not None:
+            rows = rows, [arith.subf(b, a) for a, b in zip(rows, late, strict=True)]
+            least = [m.least([a, *row]) for a, row in zip(least, rows, strict=True)]
         decay = [m.exp2(t) for t in totals]
         m.put_carry(step, decay)
         grown = [m.exp2(arith.minimumf(arith.negf(t), most)) for t in totals]
-        k, q = m.widened_bf16(k), m.widened_bf16(q)
-        k = m.times(k, k_norm)
-        x, z = m.in_bf16(m.times(k, decay)), m.in_bf16(m.times(m.times(q, q_norm), decay))
-        y = m.in_bf16(m.times(k, grown))
-        m.put_copies(step, x, z, y)
-        # By parts of 8 rows and columns: the first columns of L, of the scores, and the last corner of both.
-        first = m.half(x, [y[0], y[2]], first, "bf16")
-        second = m.half(z, [y[0], y[2]], second, "bf16")
-        corner = m.half([x[1], z[1], x[3], z[3]], [y[1], y[3]], corner, "bf16")
-    beta = m.by_row(m.beta)
-    lower = m.times([*first, zero, zero, *corner[:2]], beta)
-    parts = inverse.Parts(m)
-    inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
-    m.put_own(INVERSE, m.in_bf16(m.less_identity(inverses)))
-    scores = m.below([*second, zero, zero, *corner[2:]])
-    m.put_own(SCORES, m.in_bf16(m.with_diagonal(scores, m.by_rows(own))))
-    sizes = [beta[0], beta[2]]
-    return [m.least_of_row(x) for x in least], sizes if l2norm else m.times(sizes, squares)
+        k, q = m.widened_bf16(k), m.times(m.widened_bf16(q), q_norm)
+        k = m.times(k, k_norm) if l2norm else k
+        z = m.in_bf16(m.times(q, decay))
+        x = m.in_bf16(m.times(k, decay)) if delta else z
+        grown = m.times(k, grown)
+        m.put_copies(step, m.negative(x) if reverse else x, z)
+        m.put_written(step, m.times(grown, m.of_last_row(decay)))
+        pairs = m.pairs_and(pairs, x, z, m.in_bf16(grown))
+    pairs = _again(m, m.last(m.least_of_row(end)), pairs, k_norm, q_norm)
+    first, second, corner = pairs[:4], pairs[4:8], pairs[8:]
+    own_pairs = lambda slot, block: m.put_own(
+        slot, m.right(m.in_bf16(block)) if reverse else m.in_bf16(block)
+    )
+    if delta:
+        beta = m.by_row(m.beta)
+        lower = m.times([*first, zero, zero, *corner[:2]], beta)
+        parts = inverse.Parts(m)
+        inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
+        own_pairs(INVERSE, m.less_identity(inverses))
+    own_pairs(SCORES, m.with_diagonal(m.below([*second, zero, zero, *corner[2:]]), m.by_rows(own)))
+    m.put_norms([list(map(m.least_of_row, least))], SPAN)
+    sizes = [beta[0], beta[2]] if delta else [zero, zero]
+    return sizes if l2norm or not delta else m.times(sizes, squares)
 
 
-class Chunk(Warp):
-    """Blocks of 16 tokens by 16 channels, in pairs of bf16 or in float32, of a warp's own chunk."""
+def _again(m: Any, end: Any, pairs: list, k_norm: list, q_norm: list) -> list:
+    """The pairs, by levels where `end`, the least G, is out of range; there k exp(G_C - G), too."""
+    zero, never, most = m.number(0.0), m.number(-float("inf")), m.number(RANGE)
+    below = lambda a, b: arith.cmpf(arith.CmpFPredicate.OLT, a, b)
+    far = below(end, m.number(-RANGE))
+    levels = arith.addi(arith.fptosi(i32(), arith.mulf(end, m.number(-1 / RANGE))), integer(1))
+    pairs = [arith.select(far, zero, x) for x in pairs]
 
-    def __init__(self, tile: Tile):
-        super().__init__(tile.pairs)
-        self.beta = tile.beta
-        # A lane addresses a row of 8 x 8 numbers: of tokens 0-7, 8-15, then the same of the next channels.
-        row, piece = arith.andi(self.lane, integer(7)), arith.shrui(self.lane, integer(4))
-        eight = arith.muli(arith.andi(arith.shrui(self.lane, integer(3)), integer(1)), integer(2048))
+    def channels(i: Any, pairs: list) -> list:
+        level, step = arith.shrui(i, integer(3)), arith.andi(i, integer(7))  # of 16 channels
+        base = arith.mulf(arith.sitofp(ir.F32Type.get(), level), most)
+        k, q, steps = m.raw(step)
+        totals = m.sums_of(m.right(steps))
+        k, q = m.times(m.widened_bf16(k), k_norm), m.times(m.widened_bf16(q), q_norm)
+        left = [arith.subf(last, t) for last, t in zip(m.of_last_row(totals), totals, strict=True)]
+        m.put_at(m.of_steps_at(step), m.in_bf16(m.times(k, [m.exp2(t) for t in left])))
+        above = [arith.addf(t, base) for t in totals]
+        above = [arith.select(below(zero, t), never, t) for t in above]
+        up = [m.exp2(t) for t in above]
+        down = [arith.select(below(m.number(-RANGE), t), arith.negf(t), never) for t in above]
+        y = m.in_bf16(m.times(k, [m.exp2(t) for t in down]))
+        return m.pairs_and(pairs, m.in_bf16(m.times(k, up)), m.in_bf16(m.times(q, up)), y)
 
-        def place(memory: Any, chunk: int, width: int, column: Any, swap: Any) -> Any:
-            inner = arith.addi(
-                arith.muli(row, integer(width)), arith.muli(arith.xori(column, swap), integer(16))
-            )
-            start = arith.addi(address_of(memory), arith.muli(self.warp, integer(chunk)))
-            return arith.addi(arith.addi(start, eight), inner)
-
-        columns = [arith.addi(piece, integer(2 * i)) for i in range(4)]
-        self.of_keys = [place(tile.qk, 8192, 128, column, row) for column in columns]
-        self.of_steps = place(tile.g, 4096, 32, piece, arith.shrui(row, integer(2)))
-        carry = arith.addi(address_of(tile.carry), arith.muli(self.warp, integer(4 * CHANNELS)))
-        self.of_carry = arith.addi(carry, arith.muli(self.c, integer(8)))
-
-        first = arith.muli(self.c, integer(2))
-        pair = [
-            arith.select(arith.cmpi(arith.CmpIPredicate.uge, self.r, column), integer(one), self.zero)
-            for column, one in ((first, 0x3F80), (arith.addi(first, integer(1)), 0x3F800000))
-        ]
-        own = arith.addi(*pair)
-        self.triangle = [own, integer(0x3F803F80), self.zero, own]
-
-    def number(self, x: float) -> Any:
-        return mgpu.c(x, ir.F32Type.get())
-
-    def by_rows(self, numbers: list) -> list:
-        """Numbers of the rows r and r + 8 for the eight places that a thread has."""
-        first, second = numbers
-        return [first, first, second, second] * 2
-
-    def times(self, a: list, b: list | None) -> list:
-        return a if b is None else [arith.mulf(x, y) for x, y in zip(a, b, strict=True)]
-
-    def exp2(self, x: Any) -> Any:
-        return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
-
-    def least(self, numbers: list) -> Any:
-        out, *rest = numbers
-        for x in rest:
-            out = arith.minimumf(out, x)
-        return out
-
-    def least_of_row(self, x: Any) -> Any:
-        for distance in (1, 2):
-            ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-            x = self.least([x, utils.inline_ptx(ptx, x, result_types=ir.F32Type.get(), convergent=True)])
-        return x
-
-    def of_diagonal(self, pair: list) -> Any:
-        """Of 8 x 8 float32 that on the diagonal of a thread's row."""
-        odd = equal(arith.andi(self.r, integer(1)), integer(1))
-        lane = arith.addi(arith.muli(self.r, integer(4)), arith.shrui(self.r, integer(1)))
-        ptx = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-        x = arith.select(odd, *reversed(pair))
-        return utils.inline_ptx(ptx, x, lane, result_types=ir.F32Type.get(), convergent=True)
-
-    def norms(self, l2norm: bool, scale: float) -> tuple[list, list, list]:
-        """What scales k and q, of a block; |k|^2 and the scores' diagonal, of the rows r and r + 8."""
-        k_first, k_last, q_first, q_last = [[self.number(0.0)] * 4] * 4
-        for step in range(CHANNELS // ROWS):
-            k, q = self.keys(step), self.queries(step)
-            # Rows of k, then of q, against the same rows of k: the diagonals are |k|^2 and q k.
-            k_first = self.half([k[0], q[0], k[2], q[2]], [k[0], k[2]], k_first, "bf16")
-            k_last = self.half([k[1], q[1], k[3], q[3]], [k[1], k[3]], k_last, "bf16")
-            if l2norm:
-                q_first = self.half(q, [q[0], q[2]], q_first, "bf16")
-                q_last = self.half(q, [q[1], q[3]], q_last, "bf16")
-        squares, own = ([self.of_diagonal(x[i : i + 2]) for x in (k_first, k_last)] for i in (0, 2))
-        scale_ = self.number(scale)
-        if not l2norm:
-            return [None, [scale_] * 8], squares, self.times(own, [scale_] * 2)
-        of_k = [self.inverse_root(x) for x in squares]
-        of_q = [self.inverse_root(self.of_diagonal(x)) for x in (q_first[:2], q_last[2:])]
-        of_q = self.times(of_q, [scale_] * 2)
-        both = self.times(of_k, of_q)
-        return [self.by_rows(of_k), self.by_rows(of_q)], squares, self.times(own, both)
-
-    def inverse_root(self, x: Any) -> Any:
-        x = arith.addf(x, self.number(L2NORM_EPS))
-        return utils.inline_ptx("rsqrt.approx.ftz.f32 $0, $1;", x, result_types=ir.F32Type.get())
-
-    def sums(self, step: int) -> list:
-        """G in base 2 of the channels from 16 step on."""
-        least = integer(int(np.asarray(LEAST, BF16).view(np.uint16)) * 0x10001)
-        ptx = "max.NaN.bf16x2 $0, $1, $2;"
-        steps = self._load(arith.addi(self.of_steps, integer(256 * step)), ".trans")
-        steps = [utils.inline_ptx(ptx, x, least, result_types=i32()) for x in steps]
-        totals = self.product(self.triangle, steps, kind="bf16")
-        return self.times(totals, [self.number(LOG2E)] * 8)
-
-    def keys(self, step: int) -> list:
-        return self._load(self._of_keys(step, 0))
-
-    def queries(self, step: int) -> list:
-        return self._load(self._of_keys(step, 1))
-
-    def _of_keys(self, step: int, which: int) -> Any:
-        half, column = divmod(step, 4)
-        return arith.addi(self.of_keys[column], integer(1024 * half + 4096 * which))
-
-    def _load(self, address: Any, turned: str = "") -> list:
-        ptx = f"ldmatrix.sync.aligned.m8n8.x4{turned}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
-        options: dict = dict(result_types=[i32()] * 4, has_side_effects=True, convergent=True)
-        return list(utils.inline_ptx(ptx, address, **options))
-
-    def put_copies(self, step: int, x: list, z: list, y: list) -> None:
-        steps = arith.addi(self.of_steps, integer(256 * step))
-        for address, block in ((self._of_keys(step, 0), x), (self._of_keys(step, 1), z), (steps, y)):
-            ptx = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
-            utils.inline_ptx(ptx, address, *block, convergent=True)
-
-    def put_carry(self, step: int, decay: list) -> None:
-        """The chunk's last row."""
-        last = equal(self.r, integer(7))
-        for eight in range(2):
-            address = arith.addi(self.of_carry, integer(64 * step + 32 * eight))
-            pair = decay[4 * eight + 2 : 4 * eight + 4]
-            utils.inline_ptx("st.shared.v2.f32 [$0], {$1, $2};", address, *pair, predicate=last)
+    count = arith.select(far, arith.muli(levels, integer(CHANNELS // ROWS)), integer(0))
+    return list(utils.fori(count, pairs)(channels).results)
 
 
 def _by_token(numbers: list) -> Any:

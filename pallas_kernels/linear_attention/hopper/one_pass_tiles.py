@@ -1,4 +1,4 @@
-"""What one_pass.py's warpgroups do with the pairs of tokens of a chunk of 16: `prepare` has left them."""
+"""What one_pass*.py's warpgroups do with the pairs of tokens of a chunk of 16: `prepare` has left them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,19 +41,39 @@ def values_of(read: jax.Array, value: jax.Array, beta: jax.Array, pairs: Any, *,
 def outputs_of(read: jax.Array, values: jax.Array, pairs: Any, *, interpret: Any) -> jax.Array:
     """o^T = (Q S + P V')^T of a chunk, as `values_of` has them."""
     if interpret:
-        return (read[:, ROWS:] + _times(values, pairs, SCORES)).astype(BF16)
+        return (read[:, -ROWS:] + _times(values, pairs, SCORES)).astype(BF16)
     return _run(_outputs, pairs, read, values)
 
 
-def _times(a: jax.Array, pairs: Any, which: int) -> jax.Array:
+def additive_gradients_of(read: jax.Array, do: jax.Array, pairs: Any, *, interpret: Any) -> jax.Array:
+    """dV^T = (K dS + P^T dO)^T of a chunk in bf16 [64 values, 16 tokens]; arguments as in `gradients_of`."""
+    if interpret:
+        return (read + _times(do, pairs, SCORES, turned=False)).astype(BF16)
+    return _run(_additive_gradients, pairs, read, do)
+
+
+def gradients_of(read: jax.Array, do: jax.Array, beta: jax.Array, pairs: Any, *, interpret: Any) -> jax.Array:
+    """dV^T = beta (K dS + P^T dO)^T A of a chunk, and beside it dO^T, in bf16 [64 values, 2 x 16 tokens].
+
+    read: (K dS)^T, beta: by column, both float32; do: dO^T bf16; all [64, 16].
+    pairs: as `prepare` leaves them for the reverse pass.
+    """
+    if interpret:
+        x = read + _times(do, pairs, SCORES, turned=False)
+        x = (x + _times(x.astype(BF16), pairs, INVERSE, turned=False)) * beta
+        return jnp.concatenate([x.astype(BF16), do], axis=1)
+    return _run(_gradients, pairs, read, do, beta, columns=2 * ROWS)
+
+
+def _times(a: jax.Array, pairs: Any, which: int, turned: bool = True) -> jax.Array:
     words = pairs[...].reshape(2, 128)[which]
-    b = lax.bitcast_convert_type(words, BF16).reshape(ROWS, ROWS)
-    return jnp.matmul(a.astype(F32), b.T.astype(F32), precision=lax.Precision.HIGHEST)
+    b = lax.bitcast_convert_type(words, BF16).reshape(ROWS, ROWS).astype(F32)
+    return jnp.matmul(a.astype(F32), b.T if turned else b, precision=lax.Precision.HIGHEST)
 
 
-def _run(function: Callable, pairs: Any, *tiles: jax.Array) -> jax.Array:
-    """A block in bf16 as a tile [64, 16], of the registers of tiles: numbers, or pairs of bf16."""
-    result = plgpu.ShapeDtypeStruct((C, ROWS), BF16, layout=WGMMA)
+def _run(function: Callable, pairs: Any, *tiles: jax.Array, columns: int = ROWS) -> jax.Array:
+    """A tile [64, columns] in bf16, of the registers of tiles: numbers, or pairs of bf16."""
+    result = plgpu.ShapeDtypeStruct((C, columns), BF16, layout=WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *[WGMMA] * len(tiles)), return_type=result)
     def run(_: Any, pairs: Any, *tiles: Any) -> Any:
@@ -75,7 +95,17 @@ def _values(m: Any, read: list, value: list, beta: list) -> list:
 
 
 def _outputs(m: Any, read: list, values: list) -> list:
-    return m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read[8:], kind="bf16"))
+    return m.in_bf16(m.product(values, m.turned(m.get(SCORES)), read[-8:], kind="bf16"))
+
+
+def _additive_gradients(m: Any, read: list, do: list) -> list:
+    return m.in_bf16(m.product(do, m.get(SCORES), read, kind="bf16"))
+
+
+def _gradients(m: Any, read: list, do: list, beta: list) -> list:
+    x = m.product(do, m.get(SCORES), read, kind="bf16")
+    x = m.product(m.in_bf16(x), m.get(INVERSE), x, kind="bf16")
+    return [*m.in_bf16([arith.mulf(number, b) for number, b in zip(x, beta, strict=True)]), *do]
 
 
 def packed(blocks_: jax.Array) -> jax.Array:
@@ -83,13 +113,13 @@ def packed(blocks_: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(blocks_.reshape(*blocks_.shape[:-1], 8, 2), jnp.int32)
 
 
-def _array(block: list) -> Any:
-    """A block in pairs of bf16 as a tile [64, 16]."""
+def _array(blocks_: list) -> Any:
+    """Blocks in pairs of bf16, one beside the other, as a tile of 64 rows."""
     type_ = ir.VectorType.get((2,), ir.BF16Type.get())
     layout = WGMMA.to_mgpu()
-    registers = np.empty(4, dtype=object)
-    registers[:] = [utils.bitcast(x, type_) for x in block]
-    registers = registers.reshape(layout.registers_shape((C, ROWS)))
+    registers = np.empty(len(blocks_), dtype=object)
+    registers[:] = [utils.bitcast(x, type_) for x in blocks_]
+    registers = registers.reshape(layout.registers_shape((C, len(blocks_) // 4 * ROWS)))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
