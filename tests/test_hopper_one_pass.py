@@ -33,6 +33,7 @@ from pallas_kernels.linear_attention.hopper.channel import channel_forward
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.inputs import prepare
 from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward, serves
+from pallas_kernels.linear_attention.hopper.requirements import TESTED
 
 BF16 = ml_dtypes.bfloat16
 
@@ -168,17 +169,15 @@ def check_chunks(rng, reverse, beta, keys, scores):
             assert relative_error(got, want) < 4e-3
 
 
-def one_pass_case(gate, steep_from=None, float32=False, **options):
-    """A call with log-decays in bf16 (or float32); steep_from: the first head has -10 from this token on."""
+def one_pass_case(gate, steep_from=None, **options):
+    """A call with log-decays in bf16; steep_from: the first head has -10 from this token on."""
     call = channel_case(dict(dim=128) | options, "none" if gate == "steep" else gate)[0]
     log_decay = np.array(call.log_decay)
     if gate == "steep":
         log_decay = -5 / (1 + np.exp(-np.random.default_rng(2).normal(size=log_decay.shape)))
     if steep_from is not None:
         log_decay[:, steep_from:, 0] = -10.0
-    return dataclasses.replace(
-        call, log_decay=jnp.asarray(log_decay, jnp.float32 if float32 else jnp.bfloat16)
-    )
+    return dataclasses.replace(call, log_decay=jnp.asarray(log_decay, jnp.bfloat16))
 
 
 def forward(call, spoilt):
@@ -245,11 +244,15 @@ def test_what_is_served(monkeypatch):
     others = (
         dict(segment_ids=jnp.zeros(call.q.shape[:2], jnp.int32)),
         dict(strong=True),
+        dict(log_decay=call.log_decay.astype(jnp.float32)),
         dict(q=call.q[..., :64], k=call.k[..., :64], log_decay=call.log_decay[..., :64]),
     )
-    for served in dict(log_decay=call.log_decay.astype(jnp.float32)), dict(beta=None):
-        assert serves(prepare(dataclasses.replace(call, **served)))
+    assert serves(prepare(dataclasses.replace(call, beta=None)))
     assert not any(serves(prepare(dataclasses.replace(call, **other))) for other in others)
+    compiled = prepare(dataclasses.replace(call, interpret=False))
+    for version, served in ((TESTED[-1], True), ("0.99.0", False)):
+        monkeypatch.setattr(jax, "__version__", version)
+        assert serves(compiled) == served
 
 
 @pytest.mark.parametrize("heads, served", [(8, False), (64, False), (128, True), (144, False), (256, True)])

@@ -32,8 +32,8 @@ CASES = {  # options, whether other kernels have to compute it
     ),
     "-5 at every token": (dict(gate="bound -5", tokens=128), False),
     "too steep within a chunk": (dict(gate="slow", tokens=128, value_heads=2, steep_from=72), False),
-    "additive, log-decays in float32": (
-        dict(gate="mild", tokens=100, value_heads=2, delta=False, l2norm=False, float32=True),
+    "additive, groups, keys as they are": (
+        dict(gate="mild", tokens=100, value_heads=2, delta=False, l2norm=False),
         False,
     ),
     "additive, mixed": (dict(gate="mixed", tokens=128, delta=False), False),

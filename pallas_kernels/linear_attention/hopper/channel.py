@@ -18,12 +18,7 @@ from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.channel_scan import ChannelScan, Scanned
 from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, Tiles, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
-from pallas_kernels.linear_attention.hopper.one_pass_forward import (
-    narrowed,
-    one_pass_forward,
-    one_pass_kept,
-    serves,
-)
+from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_forward, one_pass_kept, serves
 
 
 def channel_forward(
@@ -31,7 +26,6 @@ def channel_forward(
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
     if choice is None and serves(inputs):
-        inputs = narrowed(inputs)
         two = table.forward(inputs.k.shape, inputs.v.shape)
         otherwise = lambda: channel_forward(inputs, final=final, keep=keep, choice=two)
         if keep:

@@ -13,7 +13,7 @@ from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
-from pallas_kernels.linear_attention.hopper.one_pass_forward import narrowed, one_pass_reverse
+from pallas_kernels.linear_attention.hopper.one_pass_forward import one_pass_reverse
 from pallas_kernels.linear_attention.hopper.pieces import chain
 from pallas_kernels.padding import pad_time
 
@@ -32,9 +32,7 @@ def channel_gradients(
     The gradient of log_decay is [B, T, HV, K], of its dtype.
     """
     choice = table.forward(inputs.k.shape, inputs.v.shape)
-    gates: Any = inputs.log_decay
-    if saved.wrong is not None:
-        inputs = narrowed(inputs)
+    log_decay: Any = inputs.log_decay
     value_tile = value_tile or choice.value_tile
     (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
     do = pad_time(do, length).astype(jnp.bfloat16)
@@ -88,7 +86,7 @@ def channel_gradients(
         added(dq, heads),
         added(dk, heads),
         dv[:, :tokens],
-        added(d_log_decay, value_heads).astype(gates.dtype),
+        added(d_log_decay, value_heads).astype(log_decay.dtype),
         d_beta,
         jnp.swapaxes(first[::pieces], 2, 3),
     )
