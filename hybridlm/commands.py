@@ -45,6 +45,9 @@ def listing() -> str:
 def named(argv: Sequence[str]) -> None:
     """Runs the command whose module is ``argv[0]`` with the rest; the list of all, and code 2, without."""
     known = [module(command) for command in COMMANDS]
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{HERE} COMMAND ... runs one from anywhere. Commands, each with --help:\n{listing()}")
+        sys.exit(0)
     if not argv or argv[0] not in known:
         said = f"{argv[0]} is no command." if argv else f"{HERE} COMMAND ... runs one from anywhere."
         print(f"{said} Commands, each with --help:\n{listing()}", file=sys.stderr)

@@ -250,7 +250,7 @@ def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> b
 def unlike(theirs: model.Definition, ours: model.Definition) -> list[str]:
     """In words, the settings with which parameters of theirs compute something else in a layer of the same
     kind, or around the layers, of ours."""
-    from hybridlm.convert.family import SETTINGS, settings_of  # as in `_described`
+    from hybridlm.convert.family import SETTINGS, settings_of  # only a run that starts from one
 
     sized = ("d_model", "vocab_size")  # what does not fit is not loaded
     pairs = [(name, getattr(ours.model, name), getattr(theirs.model, name)) for name in SETTINGS]

@@ -91,7 +91,14 @@ class Loop:
         datasets = {"": one.train_data, "held out": one.val_data}
         datasets |= {f"val.{name}": dataset for name, dataset in one.val_sets.items()}
         said = opening.lines(
-            one.config, one.workdir, start, self.mesh.shape, self.program, datasets, len(self.members)
+            one.config,
+            one.workdir,
+            start,
+            self.mesh.shape,
+            self.program,
+            datasets,
+            len(self.members),
+            one.whole,
         )
         show.line("\n".join(said))
         rich.print(report.layer_table(one.config))

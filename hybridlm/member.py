@@ -116,7 +116,7 @@ class Member:
         before, saved = None, self.saved
         with contextlib.suppress(ConfigError):  # one of an older version may not resolve any more
             before = configs.resolve(ConfigDict(self.saved["config"]))
-            saved = saved | {"config": before.to_dict()}  # with the defaults of fields that are new
+            saved = saved | {"config": configs.portable(before)}  # with the defaults of fields that are new
         if not self.stage_begin < start <= self.config.train.steps:  # saved by another stage, of other rows
             saved = saved | {"fingerprint": self.record["fingerprint"]}
         checkpoint.check_unchanged(saved, self.record)

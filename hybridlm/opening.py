@@ -21,12 +21,12 @@ CUDA = "Python >= 3.12 and `pip install 'hybridlm[cuda]'` (jax >= 0.11.2 with CU
 
 def lines(
     config: Config, workdir: Path, start: int, mesh: Mapping[str, int], program: Any,
-    datasets: Mapping[str, Dataset], runs: int = 1,
+    datasets: Mapping[str, Dataset], runs: int = 1, whole: Config | None = None,
 ) -> list[str]:  # fmt: skip
     """What a user wants to know at once, a line each.
 
     start: the step resumed from.  datasets: for training, then held out, by name.
-    runs: that share ``program``.
+    runs: that share ``program``.  whole: the run's config, where ``config`` is that of a stage.
     """
     summary, steps = cost.summary(config), config.train.steps
     (_, train), *held = datasets.items()
@@ -36,7 +36,7 @@ def lines(
         "devices": _devices(mesh),
         "kernels": kernels(choices(config, program, runs)),
         "model": f"{summary['parameters']:,} parameters, {summary['plan']}; {report.full_layers(config)}",
-        "data": f"{report.amount(config, train)}; {held_out}",
+        "data": f"{report.amount(whole or config, train)}; {held_out}",
         "workdir": private.hide(str(workdir)),
         "steps": f"all {steps:,} are done" if start == steps else f"{start + 1:,} to {steps:,}, {begins}",
     }

@@ -74,7 +74,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     for field in dict.fromkeys(field for run in runs for field in run.overrides):
         reasons = {train.idle(run.config, field) for run in runs if field in run.overrides}
         if "" not in reasons:
-            show.line(f"{field} has no effect in any run: {reasons.pop()}", console)
+            show.line(f"{field} has no effect in any run: {min(reasons)}", console)
     if flags.dry_run:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0

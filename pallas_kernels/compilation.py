@@ -82,8 +82,9 @@ def _batch(xs: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, list[int]]:
 def _lower(context: Any, *xs: Any, jaxpr: Any) -> Any:
     results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *xs))
     found = attributes(results[0].owner) if here(context) else {}
-    if found and found["kernel_hash"] not in _known:
-        _known.add(found["kernel_hash"])
+    name = found.get("kernel_hash")
+    if name and name not in _known:
+        _known.add(name)
         programs = _waiting.__dict__.setdefault("programs", [])
         programs.append(_threads.submit(alone, found))
     return results

@@ -282,7 +282,7 @@ def test_traces_under_shard_map_and_vmap():
 
 
 @pytest.mark.aot
-def test_compiles_without_spills():
+def test_compiles_with_few_spills():
     attend = functools.partial(forward, spoilt=False)
     (kernel,) = hopper_aot.compile_for_hopper(attend, struct_call(8, 4096, 16))
     assert kernel.spills <= 32  # eight bytes, once a tile, each counted twice

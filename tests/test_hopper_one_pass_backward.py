@@ -111,7 +111,7 @@ def test_traces_under_shard_map_and_vmap(monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("delta", [True, False])
-def test_compiles_without_spills(delta):
+def test_compiles_with_few_spills(delta):
     """But for what is hoisted out of loops with the delta rule; every byte is counted twice."""
     call = struct_call(8, 4096, 16)
     call = call if delta else dataclasses.replace(call, beta=None)

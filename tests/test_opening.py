@@ -37,6 +37,15 @@ def test_six_lines(text, tmp_path, capsys):
     assert "3 to 3, resumed at step 2" in capsys.readouterr().out
 
 
+def test_tokens_of_a_staged_run_are_those_of_its_stages(text, tmp_path, capsys):
+    steps = lambda count, rows: {"train": {"steps": count, "batch_size": rows}}
+    stages = {"order": ("a", "b"), "a": steps(2, 2), "b": steps(1, 4)}
+    config = tiny.config(text)
+    config.stages = stages
+    trainer.train(configs.resolve(config), tmp_path / "run")
+    assert capsys.readouterr().out.count("the run reads 128 tokens") == 2
+
+
 @pytest.mark.once
 def test_what_cannot_be_said_at_the_start_ends_no_run(text, tmp_path, capsys, monkeypatch, caplog):
     def fail(*_):

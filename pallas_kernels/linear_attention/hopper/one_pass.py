@@ -1,4 +1,4 @@
-"""The forward with the delta rule and a decay per key channel in one pass over chunks of 16 tokens.
+"""The forward with a decay per key channel, delta rule or additive, in one pass over chunks of 16 tokens.
 
 A block of threads walks a sequence of one value head: two warpgroups copy and prepare
 (one_pass_walk.py) every other tile of 64 tokens, a tile or two ahead, and two hold S^T (64 values by K

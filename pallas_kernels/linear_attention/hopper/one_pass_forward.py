@@ -1,4 +1,4 @@
-"""KDA in one kernel a pass (one_pass.py, one_pass_reverse.py) where that is exact; else as in channel.py.
+"""One kernel a pass (one_pass.py, one_pass_reverse.py) for KDA and GLA where it is exact; else channel.py.
 
 Which tokens one pass gets right is known to the device when it is done: all of a head before the first that
 is hard (two_parts.py). Only if there is such a token the two kernels run, for what comes from it on. So

@@ -1,4 +1,4 @@
-"""The reverse scan with the delta rule and a decay per key channel in one pass over chunks of 16 tokens.
+"""The reverse scan with a decay per key channel, delta rule or additive, in one pass over chunks of 16.
 
 With dS the gradient of the state that leaves a chunk, and what one_pass.py says of G, A, P and C,
     dV' = P^T dO + (k exp(G_C - G)) dS      dV = beta A^T dV'

@@ -25,7 +25,7 @@ from pallas_kernels.linear_attention.hopper.one_pass_chunk import CHANNELS, Raw,
 from pallas_kernels.linear_attention.hopper.one_pass_prepare import prepare
 
 BF16 = jnp.bfloat16
-STATE, PREPARE = 152, 104  # registers a thread: 65,536 in all, in steps of 8; no spills
+STATE, PREPARE = 152, 104  # registers a thread: 65,536 in all, in steps of 8
 AHEAD = 2  # tiles of values
 HOLDING, PREPARING = 2, 2  # warpgroups: with 64 values each; with every other tile each
 

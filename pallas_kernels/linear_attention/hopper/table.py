@@ -50,7 +50,7 @@ def backward(k_shape: tuple[int, ...], v_shape: tuple[int, ...], delta: bool) ->
 
 
 def one_pass(k_shape: tuple[int, ...], v_shape: tuple[int, ...]) -> bool:
-    """Whether KDA's forward without gradients is one pass: where a block of threads a head fills the GPU."""
+    """Whether KDA and GLA are one pass each way: where a block of threads a head fills the GPU."""
     blocks, each = k_shape[0] * v_shape[2], 132
     fits = (k_shape[3], v_shape[3]) == (128, 128) and k_shape[1] >= 1024
     return fits and blocks >= WIDE * -(-blocks // each)
