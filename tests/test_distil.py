@@ -293,6 +293,13 @@ def test_layers_that_stay(text, tmp_path):
     assert linear.model.pattern == "swa kda kept_kda" and linear.mixers["kda"].num_heads == 4
     assert linear.mixers["kept_kda"] == configs.resolve(own).mixers["kda"]
     assert load("gdn,pure").model.pattern == "swa gdn kda"
+    own.model.pattern = "swa full*2"
+    (tmp_path / "config.json").write_text(configs.to_json(configs.resolve(own)))
+    first = load("swa,2", **{"mixers.swa.window": "5"})
+    (tmp_path / "config.json").write_text(configs.to_json(first))
+    again = load("swa,pure", **{"mixers.swa.window": "7"})  # of a teacher that was converted itself
+    assert again.model.pattern == "kept_swa kept_kept_swa swa"
+    assert [again.mixers[name].window for name in again.model.pattern.split()] == [3, 5, 7]
     for layers, said in (
         ("full:a full@a", "layer 1 stays and has the keys and values of layer 0"),
         ("full/none*2", ""),
