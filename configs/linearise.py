@@ -109,8 +109,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _kept_apart(theirs: configs.Config, stay: set[str], own: dict[str, dict], arg: str) -> dict[str, str]:
     """What stands before the names of those mixers of the teacher's that ``stay`` and are called as new ones
-    are: settings under a name are of the new ones, as the command line says them. A teacher that was converted
-    itself may have layers of that longer name already: theirs stays, and the prefix stands twice."""
+    are: settings under a name are of the new ones, as the command line says them. It stands twice where a
+    teacher that was converted itself has the longer name already."""
     parts = mixers.with_parts(stay, theirs.mixers) - stay
     taken = sorted(name for name in parts & own.keys() if theirs.to_dict()["mixers"][name] != own[name])
     if taken:
