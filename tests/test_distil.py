@@ -1,6 +1,7 @@
 """Learning from a teacher: the chunked KL, the objective's terms, and a run in stages."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -180,11 +181,14 @@ def test_the_teacher_must_stay_as_it_was(text, teacher, whole, tmp_path, monkeyp
     moved = init_from.identity(other)
     assert moved != before
     monkeypatch.setattr(init_from, "identity", lambda path: moved)
-    trainer.train(student(text, teacher), run)  # it is finished
+    shutil.rmtree(run / "checkpoints" / "6")
+    trainer.train(student(text, teacher), run)
+    assert [line["step"] for line in tiny.lines(run)] == list(range(1, 7))
     for step in (5, 6):
-        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
-    with pytest.raises(ConfigError, match="another newest checkpoint than when this run began"):
-        trainer.train(student(text, teacher), run)
+        shutil.rmtree(run / "checkpoints" / str(step))
+    for spelt in (teacher, os.path.relpath(teacher), f"{teacher}/"):
+        with pytest.raises(ConfigError, match="another newest checkpoint than when this run began"):
+            trainer.train(student(text, spelt), run)
 
 
 def test_nothing_to_learn_from_oneself(text, teacher):

@@ -66,8 +66,8 @@ class LabelTask:
         return self.settings["kind"] != "labelled_text"  # whose texts are a file's
 
     def examples(self, subject: Subject, setting: Setting) -> str:
-        """The settings of the data, the ids that they are drawn from, and the seed that draws them unless that
-        is 0: what was measured before `--seed` did has those of 0 under any."""
+        """The settings of the data, the ids that they are drawn from, and the seed that draws them, if not 0:
+        what was measured before `--seed` did has those of 0 under any."""
         whole = plain(data.settings(self.data_config(subject.config.data, 1)))
         decisive = {n: v for n, v in sorted(whole.items()) if n not in ("val_examples", *OF_TRAINING)}
         seed = f", drawn with {setting.seed}" if setting.seed else ""
