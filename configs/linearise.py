@@ -17,6 +17,7 @@ set stages.<name>.train.steps.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 from ml_collections import ConfigDict
@@ -108,13 +109,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _kept_apart(theirs: configs.Config, stay: set[str], own: dict[str, dict], arg: str) -> dict[str, str]:
     """What stands before the names of those mixers of the teacher's that ``stay`` and are called as new ones
-    are: settings under a name are of the new ones, as the command line says them."""
+    are: settings under a name are of the new ones, as the command line says them. It stands twice where a
+    teacher that was converted itself has the longer name already."""
     parts = mixers.with_parts(stay, theirs.mixers) - stay
     taken = sorted(name for name in parts & own.keys() if theirs.to_dict()["mixers"][name] != own[name])
     if taken:
         problem = f"the teacher's layers that stay are made of a mixer {taken[0]!r} with other settings"
         raise ConfigError("--config", f"linearise.py:{arg}", problem, "Convert those layers too.")
-    return dict.fromkeys(stay & own.keys(), KEPT)
+    free = lambda name: next(one for n in itertools.count(1) if (one := KEPT * n) + name not in theirs.mixers)
+    return {name: free(name) for name in stay & own.keys()}
 
 
 def _norms(model: schema.Model, layers: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:

@@ -94,9 +94,9 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     learnt = curves.convergence(workdir, tested.config)
     about["convergence"] = {what: one._asdict() for what, one in learnt.items()}
     about["haystack"] = wanted.one.haystack.name
-    keep = lambda results: runner.kept(folder, tested, results, about)
+    keep = lambda own: runner.kept(folder, tested, own, about)
     if known != runner.read(folder / "eval.json"):
-        keep(known)
+        keep({})
     with progress(console) as bars:
         watch = watcher(bars, runner.missing(tested, chosen, wanted, known))
         results = runner.measure(tested, chosen, wanted, known, watch=watch, done=keep)

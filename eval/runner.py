@@ -34,7 +34,8 @@ class Plan(NamedTuple):
     one: Setting
 
     def settings(self, task: Task) -> list[Setting]:
-        return [self.one._replace(length=n) for n in self.lengths or task.lengths]
+        one = self.one if getattr(task, "seeded", True) else self.one._replace(seed=0)
+        return [one._replace(length=n) for n in self.lengths or task.lengths]
 
 
 # (what is measured, number of samples) -> what to call as they are done
@@ -67,13 +68,13 @@ def measure(
     """ "task@length" -> Result for every task and length of the plan.
 
     known: earlier results, taken over where the same was measured.
-    done: called with all results after each one.
+    done: called with what this call has measured so far, after each one.
     left_out: called with what could not be measured and why; by default a warning says so, and if it is the
         only one that was asked for, the error is raised.
     """
     if subject.tokenizer is None and all(task.text for task in tasks):
         _ = subject.text_tokenizer  # raises: nothing could be measured
-    results = dict(known or {})
+    results, own = dict(known or {}), dict[str, Result]()
     for task, setting in missing(subject, tasks, plan, results):
         name = name_of(task, setting)
         results.pop(name, None)
@@ -90,12 +91,12 @@ def measure(
             (left_out or _warn)(name, error)
             continue
         seconds = round(time.perf_counter() - began, 2)
-        results[name] = {
+        results[name] = own[name] = {
             "task": task.name, "length": setting.length, **_numbers(scores), "chance": chance,
             "source": task.source, "seconds": seconds, "identity": _identity(subject, task, setting),
             "kept_bytes": subject.kept_bytes(setting.length),
         }  # fmt: skip
-        done(results)
+        done(own)
     return results
 
 
@@ -125,7 +126,7 @@ def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
         "tokenizer": tokens,
         "haystack": setting.haystack.fingerprint if task.text else None,
         "data_dir": private.hide(setting.data_dir),
-        "examples": task.examples(subject) if hasattr(task, "examples") else None,
+        "examples": task.examples(subject, setting) if hasattr(task, "examples") else None,
     }
 
 
@@ -152,9 +153,12 @@ def taken_up(folder: Path, subject: Subject) -> dict[str, Result]:
     return found
 
 
-def kept(folder: Path, subject: Subject, results: dict[str, Result], about: dict[str, Any]) -> None:
-    """`write` of eval.json, with what another evaluation of the same checkpoint put there meanwhile."""
-    write(folder / "eval.json", taken_up(folder, subject) | results, about)
+def kept(folder: Path, subject: Subject, own: dict[str, Result], about: dict[str, Any]) -> None:
+    """`write` of eval.json: what this process measured (``own``) over what is there of the same checkpoint.
+
+    What it read when it began is not written again: another evaluation may have measured it anew meanwhile.
+    """
+    write(folder / "eval.json", taken_up(folder, subject) | own, about)
 
 
 def _of(subject: Subject, result: Result) -> bool:

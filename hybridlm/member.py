@@ -60,7 +60,7 @@ class Member:
             "layers": cost.summary(config),
             "fingerprint": self.train_data.fingerprint,
             "format": checkpoint.FORMAT,
-            "teacher": {private.hide(self.teacher): init_from.identity(self.teacher)} if self.teacher else {},
+            "teacher": self.teachers(),
         }
         self.metrics: Metrics = {}
         self.saved: dict[str, Any] = {}
@@ -126,12 +126,17 @@ class Member:
         if before is not None and not self.whole.stages:
             self.say_rates(before, start)
 
+    def teachers(self) -> dict[str, str]:
+        """The teacher's folder, however it was spelt, and which parameters it has now; {} without one."""
+        if not self.teacher:
+            return {}
+        folder = init_from.split(self.teacher)[0].resolve()
+        return {private.hide(str(folder)): init_from.identity(self.teacher)}
+
     def check_teacher(self) -> None:
         """ConfigError if the folder of the teacher has other parameters than when the run began."""
-        now, folder = init_from.identity(self.teacher) if self.teacher else "", private.hide(self.teacher)
-        if any(
-            known.get(folder, now) != now for known in (self.saved.get("teacher", {}), self.record["teacher"])
-        ):
+        known = (self.saved.get("teacher", {}), self.record["teacher"])
+        if any(one.get(folder, now) != now for one in known for folder, now in self.teachers().items()):
             problem = "has another newest checkpoint than when this run began"
             fix = "Bring that one back, or start anew in another --workdir."
             raise ConfigError("objective.teacher", self.teacher, problem, fix)

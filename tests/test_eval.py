@@ -19,11 +19,10 @@ import eval.__main__ as command
 from eval import harness, in_loop, paired, report, runner, statistics, subject, tasks
 from eval.haystack import load as haystack
 from hybridlm import config as configs
-from hybridlm import data, init_from, weights
+from hybridlm import init_from, weights
 from hybridlm import model as lm
 from hybridlm.data import tokenizer as tokenizers
 from hybridlm.errors import ConfigError, RunError
-from hybridlm.fields import plain
 from hybridlm.rows import single_document
 from hybridlm.run import checkpoint
 from tests import tiny
@@ -126,7 +125,7 @@ def plan(lengths=(), **fields):
 
 def test_results_are_kept_and_measured_again_only_if_they_differ(loaded, tmp_path):
     task, path = Chosen(), tmp_path / "eval.json"
-    keep = lambda results: runner.write(path, results, {"step": 3})
+    keep = lambda own: runner.kept(tmp_path, loaded, own, {"step": 3})
     assert len(loaded.checkpoint) == 16  # of the seal: the step alone would not tell a run trained anew
     first = runner.measure(loaded, [task], plan(), runner.read(path), done=keep)
     assert task.runs == 2 and first == runner.read(path)
@@ -170,6 +169,18 @@ def test_two_evaluations_at_once_lose_nothing(loaded, tmp_path, caplog):
     assert runner.read(tmp_path / "eval-9.json") == third
 
 
+def test_an_evaluation_does_not_put_back_what_it_read(loaded, tmp_path):
+    """Another one measures more samples of chosen@8 while this one, which began before, measures @16."""
+    keep = lambda own: runner.kept(tmp_path, loaded, own, {"step": 3})
+    measure = lambda *args, known: runner.measure(loaded, [Chosen()], plan(*args), known, done=keep)
+    runner.measure(loaded, [Chosen()], plan((8,), samples=2), done=keep)
+    known = runner.taken_up(tmp_path, loaded)
+    measure((8,), known=known)
+    measure((16,), known=known)
+    found = runner.read(tmp_path / "eval.json")
+    assert {name: one["samples"] for name, one in found.items()} == {"chosen@8": 4, "chosen@16": 4}
+
+
 def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):
     both = [Chosen(), tasks.TASKS["S5"]]
     results = runner.measure(loaded, both, plan(lengths=(8, 32)))
@@ -179,67 +190,6 @@ def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):
     mute = dataclasses.replace(loaded, tokenizer=None)
     with pytest.raises(ConfigError, match="stand for no text"):
         runner.measure(mute, [tasks.TASKS["passkey"]], plan())
-
-
-@pytest.mark.parametrize(
-    "name", [task.name for task in tasks.labelled.TASKS if task.settings["kind"] != "labelled_text"]
-)
-def test_labels_are_as_many_as_the_chance_says(loaded, name):
-    """1 / chance answers occur and no more, and a subject that is always right scores 1 on each sample."""
-    task, length = tasks.TASKS[name], tasks.TASKS[name].lengths[0]
-    vocab = 260 if length < 260 else 4200
-    setting = plan().settings(task)[0]._replace(length=length, samples=64)
-    config = task.data_config(loaded.config.data, 256)
-    examples = data.build(config, split="val", batch_size=256, seq_len=length, seed=0, vocab_size=vocab)
-    targets = examples.batch(0)["targets"]
-    labels = targets[targets >= 0]
-    resized = dataclasses.replace(loaded.config.model, vocab_size=vocab)
-    sized = dataclasses.replace(loaded, definition=dataclasses.replace(loaded.definition, model=resized))
-    possible = task.choices(plain(data.settings(config)), vocab)
-    constant = task.constant(config) if task.constant else 0
-    guess = task.chance(loaded.config.replace(model=resized))
-    assert guess == max(constant, possible ** -max(1, task.whole))
-    assert len(np.unique(labels)) <= possible
-    if len(labels) > 20 * possible and not constant:
-        assert len(np.unique(labels)) == possible
-
-    class Guesser:
-        config, definition, tokenizer = sized.config, sized.definition, None
-        rows_per_batch = staticmethod(lambda length: 7)
-        token_scores = staticmethod(lambda batch: (None, batch["targets"] >= 0))  # always right
-
-    done = []
-    assert task.run(Guesser, setting, done.append).tolist() == [1.0] * 64 and sum(done) == 64
-
-
-def test_label_tasks_have_other_samples_with_another_seed(loaded):
-    """...none of which any seed trains on; without one they are those that training validates on."""
-    task = tasks.TASKS["induction"]
-    seen = {}
-
-    class Reader:
-        config, definition = loaded.config, loaded.definition
-        rows_per_batch = staticmethod(lambda length: 8)
-
-        def token_scores(self, batch):
-            seen.setdefault(self.seed, []).append(batch["tokens"])
-            return None, batch["targets"] >= 0
-
-    for seed in (0, 1, 2):
-        reader = Reader()
-        reader.seed = seed
-        task.run(reader, plan(seed=seed, length=64).one, lambda done: None)
-    rows = {seed: {row.tobytes() for row in np.concatenate(one)} for seed, one in seen.items()}
-    assert len(rows[0] | rows[1] | rows[2]) == 12
-    config = task.data_config(loaded.config.data, 4)
-    made = lambda split, seed: data.build(
-        config, split=split, batch_size=4, seq_len=64, seed=seed, vocab_size=260
-    )
-    sized = loaded.definition.vocab_size
-    assert sized == 260 and rows[0] == {row.tobytes() for row in made("val", 5).batch(0)["tokens"]}
-    for seed in (0, 1, 2):
-        trained = {row.tobytes() for row in made("train", seed).batch(0)["tokens"]}
-        assert not trained & (rows[0] | rows[1] | rows[2])
 
 
 def test_command_line(workdir, capsys):

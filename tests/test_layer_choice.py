@@ -1,4 +1,4 @@
-"""What is kept of layers with given scores, and its picture; with a model in it: tests/test_distil.py."""
+"""What is kept of layers with given scores, and its picture; with models: test_distil, test_linearise."""
 
 import math
 

@@ -41,7 +41,8 @@ class Task(Protocol):
     text: whether it needs a tokenizer.
 
     A task whose samples depend on more than the setting, the tokenizer and the task itself has a method
-    ``examples(subject)``, a text that tells what.
+    ``examples(subject, setting)``, a text that tells what. One whose samples no seed changes has ``seeded``
+    False, and is measured with seed 0.
     """
 
     name: str
@@ -117,7 +118,7 @@ class PromptTask:
     def chance(self, config: Config) -> float | None:
         return self.guess
 
-    def examples(self, subject: Subject) -> str:
+    def examples(self, subject: Subject, setting: Setting) -> str:
         return PROMPTS
 
     def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:

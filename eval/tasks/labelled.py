@@ -61,11 +61,17 @@ class LabelTask:
         kept = {name: value for name, value in own.items() if name not in ("slices", *OF_TRAINING)}
         return {**kept, **self.settings, "val_examples": samples}
 
-    def examples(self, subject: Subject) -> str:
-        """The settings of the data and the ids that they are drawn from."""
+    @property
+    def seeded(self) -> bool:
+        return self.settings["kind"] != "labelled_text"  # whose texts are a file's
+
+    def examples(self, subject: Subject, setting: Setting) -> str:
+        """The settings of the data, the ids that they are drawn from, and the seed that draws them, if not 0:
+        what was measured before `--seed` did has those of 0 under any."""
         whole = plain(data.settings(self.data_config(subject.config.data, 1)))
         decisive = {n: v for n, v in sorted(whole.items()) if n not in ("val_examples", *OF_TRAINING)}
-        return f"{subject.definition.vocab_size} ids, {decisive}"
+        seed = f", drawn with {setting.seed}" if setting.seed else ""
+        return f"{subject.definition.vocab_size} ids, {decisive}{seed}"
 
     def chance(self, config: Config) -> float | None:
         settings = plain(data.settings(self.data_config(config.data, 1)))

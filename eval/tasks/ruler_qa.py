@@ -121,7 +121,7 @@ class QuestionTask(PromptTask):
     data: str = "squad"
     fixed: bool = True
 
-    def examples(self, subject: Subject) -> str:
+    def examples(self, subject: Subject, setting: Setting) -> str:
         return f"{PROMPTS} {corpus(self.data).fingerprint}"
 
     def samples(self, tokens: Tokenizer, setting: Setting) -> list[Sample]:

@@ -67,7 +67,7 @@ class SessionTask:
     def chance(self, config: Config) -> float | None:
         return self.guess
 
-    def examples(self, subject: Subject) -> str:
+    def examples(self, subject: Subject, setting: Setting) -> str:
         return PROMPTS
 
     def sessions(self, tokens: Tokenizer, setting: Setting) -> list[Session]:
