@@ -18,7 +18,7 @@ kernels_only = pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot
 
 @kernels_only
 def test_results_pass():
-    """As they are: called, jitted, rematerialised, mapped where one of two is, on several devices."""
+    """As they are: called, jitted, under a checkpoint, mapped where one of two is, under shard_map."""
     from pallas_kernels import compilation
 
     x, y = jnp.arange(6.0).reshape(2, 3), jnp.ones(3)

@@ -44,7 +44,7 @@ class Walk:
     @property
     def stages(self) -> int:
         """Tiles of keys in shared memory."""
-        raise NotImplementedError
+        raise NotImplementedError  # each pass has its own; so are the widths
 
     @property
     def widths(self) -> Widths:
