@@ -86,12 +86,13 @@ def test_ptxas_is_asked_for_its_version_once():
     """Not at each branch of a kernel, of which KDA has several."""
     from jax.experimental.mosaic.gpu import fragmented_array
 
+    device = hopper_aot.absent()
     asked = fragmented_array.mgpu_lib._mosaic_gpu_ext._get_ptxas_isa_version
     before = asked.cache_info()
     wide = jax.ShapeDtypeStruct((1, 128, 1, 128), jnp.bfloat16)
     kda = lambda x, beta: linear_attention(x, x, x, log_decay=x, beta=beta, qk_l2norm=True, backend="hopper")
     with compiled_for(H100):
-        hopper_aot.lowered(kda, (wide, jax.ShapeDtypeStruct((1, 128, 1), jnp.bfloat16)), hopper_aot.absent())
+        hopper_aot.lowered(kda, (wide, jax.ShapeDtypeStruct((1, 128, 1), jnp.bfloat16)), device)
     after = asked.cache_info()
     assert after.hits > before.hits and after.misses <= 1
 
