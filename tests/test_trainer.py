@@ -24,11 +24,6 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **fields):
     return configs.resolve(tiny.config(text, **fields))
 
