@@ -283,13 +283,7 @@ def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | Non
     if tokenizer is None or not wanted.sample_tokens:
         return {}
     prompt = [tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]
-    tokens = generate.generate(
-        definition,
-        params,
-        [prompt],
-        max_new_tokens=wanted.sample_tokens,
-        sampling=generate.Sampling(temperature=wanted.temperature),
-        seed=config.train.seed,
-        stop=tokenizer.doc_id,
-    )
-    return {"sample": wanted.sample_prompt + tokenizer.decode_after(prompt, tokens[0])}
+    how = generate.Sampling(temperature=wanted.temperature)
+    options: dict[str, Any] = {"max_new_tokens": wanted.sample_tokens, "seed": config.train.seed}
+    [text] = generate.complete(definition, params, tokenizer, [prompt], sampling=how, **options)
+    return {"sample": wanted.sample_prompt + text}

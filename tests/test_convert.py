@@ -91,7 +91,7 @@ def test_greedy_continuation(name: str, root: Path) -> None:
     prompts = run.expected["input_ids"][:, : int(run.expected["prompt_len"])].tolist()
     want = run.expected["greedy_tokens"]
     with jax.default_matmul_precision("highest"):
-        got = generate.generate(run.definition, run.params, prompts, max_new_tokens=want.shape[1])
+        got = generate.continuations(run.definition, run.params, prompts, max_new_tokens=want.shape[1])
     np.testing.assert_array_equal(got, want)
 
 
@@ -102,7 +102,7 @@ def test_decoding_has_multipliers_and_caps(name: str, root: Path) -> None:
     run, length = imported(name, root), 9
     ids = run.expected["input_ids"][:, :length]
     with jax.default_matmul_precision("highest"):
-        got = generate.generate(run.definition, run.params, ids.tolist(), max_new_tokens=6)
+        got = generate.continuations(run.definition, run.params, ids.tolist(), max_new_tokens=6)
     whole = evaluate.logits(run.definition, run.params, np.concatenate([ids, got], axis=1))
     np.testing.assert_array_equal(got, whole.argmax(-1)[:, length - 1 : -1])
 
