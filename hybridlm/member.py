@@ -20,7 +20,7 @@ from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.program import NORMS, State, per_token
-from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tensorboard
+from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tracking
 from hybridlm.run.lock import Lock
 from hybridlm.run.watch import Watch
 
@@ -79,7 +79,7 @@ class Member:
 
     def open(self, stack: ExitStack, resume: str) -> None:
         """Takes the workdir and opens its checkpoints, until ``stack`` closes."""
-        tensorboard.check(self.config.log.tensorboard and processes.first())
+        tracking.check_tensorboard(self.config.log.tensorboard and processes.first())
         sound.check_place(self.workdir / "checkpoints")
         self.lock = stack.enter_context(Lock(self.workdir)) if processes.first() else None
         if processes.first() and resume != "never":

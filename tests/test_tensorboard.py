@@ -12,7 +12,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import trainer
 from hybridlm.errors import ConfigError
-from hybridlm.run import logbook, tensorboard
+from hybridlm.run import logbook, tracking
 from tests import tiny
 from tests.test_logbook import config, line
 
@@ -120,7 +120,7 @@ def test_without_the_extra_it_is_refused_before_anything_is_done(tmp_path, monke
     asked = importlib.util.find_spec
     without = lambda name, *more: None if name == "tensorboardX" else asked(name, *more)
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    tensorboard.check(False)
+    tracking.check_tensorboard(False)
     (tmp_path / "text").mkdir()
     given = configs.resolve(tiny.config(tiny.write_text(tmp_path / "text"), log__tensorboard=True))
     with pytest.raises(ConfigError, match=r"log.tensorboard = True: needs tensorboardX.*\[tensorboard"):
