@@ -49,8 +49,8 @@ STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "sharedblock": ("shared_block", {}),
 }
 OWN_NAMES = (
-    "mla", "parallel", "kda", "gla", "hgrn", "hgrn2", "retnet", "mamba2", "mamba", "lightning", "rglru", "mlstm",
-    "based", "comba", "rwkv6", "rwkv7", "s4d", "mom", "sse",
+    "mla", "parallel", "kda", "gla", "hgrn", "hgrn2", "retnet", "mamba2", "mamba", "lightning", "rglru",
+    "mlstm", "based", "comba", "rwkv6", "rwkv7", "s4d", "mom", "sse",
 )  # fmt: skip
 STANDARD |= {kind: (kind, {}) for kind in OWN_NAMES}
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "channel_mix": "channel_mix", "none": "none"}
