@@ -116,7 +116,7 @@ def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
 if __name__ == "__main__":
     console = rich.get_console()  # the progress bar's: lines of the log appear above it
     handler = RichHandler(console=console, show_time=False, show_path=False)
-    handler.addFilter(private.Filter())
+    handler.addFilter(private.log_filter)
     logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
     log.setLevel(logging.INFO)
     sys.exit(main(sys.argv[1:]))

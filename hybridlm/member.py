@@ -20,7 +20,7 @@ from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.program import NORMS, State, per_token
-from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tensorboard
+from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tracking
 from hybridlm.run.lock import Lock
 from hybridlm.run.watch import Watch
 
@@ -79,7 +79,7 @@ class Member:
 
     def open(self, stack: ExitStack, resume: str) -> None:
         """Takes the workdir and opens its checkpoints, until ``stack`` closes."""
-        tensorboard.check(self.config.log.tensorboard and processes.first())
+        tracking.check_tensorboard(self.config.log.tensorboard and processes.first())
         sound.check_place(self.workdir / "checkpoints")
         self.lock = stack.enter_context(Lock(self.workdir)) if processes.first() else None
         if processes.first() and resume != "never":
@@ -283,13 +283,7 @@ def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | Non
     if tokenizer is None or not wanted.sample_tokens:
         return {}
     prompt = [tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]
-    tokens = generate.generate(
-        definition,
-        params,
-        [prompt],
-        max_new_tokens=wanted.sample_tokens,
-        sampling=generate.Sampling(temperature=wanted.temperature),
-        seed=config.train.seed,
-        stop=tokenizer.doc_id,
-    )
-    return {"sample": wanted.sample_prompt + tokenizer.decode_after(prompt, tokens[0])}
+    how = generate.Sampling(temperature=wanted.temperature)
+    options: dict[str, Any] = {"max_new_tokens": wanted.sample_tokens, "seed": config.train.seed}
+    [text] = generate.complete(definition, params, tokenizer, [prompt], sampling=how, **options)
+    return {"sample": wanted.sample_prompt + text}

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from eval import tasks
+from eval.tasks import labelled
 from hybridlm import config as configs
 from hybridlm import cost, stages, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
 from hybridlm.run import checkpoint, private, show
-from launch import guess
 from launch.grid import Run
 from launch.state import POINT
 
@@ -115,6 +117,22 @@ def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> N
     say(f"states: {quantity(min(states), 'B')} to {quantity(max(states), 'B')}, which are not matched")
 
 
+def guess(config: configs.Config) -> dict[str, float | None]:
+    """ "recall" and "loss" of an answer drawn from all that are possible; None where that is not defined.
+
+    config: resolved. The loss of text is that of a uniform token, ln V nats.
+    """
+    vocab = config.model.vocab_size
+    answers, recall = labelled.guess(config.data, vocab)
+    text = config.data.kind in ("text", "shards", "mixture")
+    loss = math.log(vocab) if text else math.log(answers) if answers else None
+    if config.eval.tasks:  # the mean of those measured in the loop
+        chances = [task.chance(config) for task in tasks.choose("", config.eval.tasks)]
+        known = [one for one in chances if one is not None]
+        recall = sum(known) / len(known) if len(known) == len(chances) else None
+    return {"recall": recall, "loss": loss}
+
+
 def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
     """sweep.json, and point.json in a folder for each run. ConfigError for a folder of another run."""
     known = facts(runs)
@@ -139,7 +157,7 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
             "steps": run.config.train.steps,
             "learning_rate": run.config.optimizer.learning_rate,
             "width": run.config.model.d_model,
-            "guess": guess.of(run.config),
+            "guess": guess(run.config),
             **known[run.name]._asdict(),
         }
         for run in runs

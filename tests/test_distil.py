@@ -87,11 +87,6 @@ def test_mimicry(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
 def teacher(text, tmp_path_factory):
     """A trained run of two layers of attention."""
     workdir = tmp_path_factory.mktemp("teacher")

@@ -8,7 +8,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import cost
 from hybridlm.errors import ConfigError
-from launch import grid, guess, plan, sweep
+from launch import grid, plan, sweep
 from launch.grid import Sweep, axis, zipped
 
 MQAR = "configs/mqar.py"
@@ -226,7 +226,7 @@ def test_a_run_called_like_a_file_of_the_sweep(tmp_path: Path):
 
 def test_guessing():
     """MQAR asks for one of the values, half of the ids; text for any id; tasks in the loop for their own."""
-    of = lambda spec, **fields: guess.of(
+    of = lambda spec, **fields: plan.guess(
         configs.resolve(configs.load(spec, {k.replace("__", "."): v for k, v in fields.items()}))
     )
     assert of(MQAR) == {"recall": 1 / 4096, "loss": pytest.approx(math.log(4096))}

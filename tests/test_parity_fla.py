@@ -268,7 +268,7 @@ def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.Monk
     prompt = torch.tensor(ids[:, :20], device=DEVICE)
     tokens = net.generate(prompt, max_new_tokens=8, do_sample=False)[:, 20:].cpu().numpy()
     with jax.default_matmul_precision("highest"):
-        got = generate.generate(definition, params, ids[:, :20].tolist(), max_new_tokens=8)
+        got = generate.continuations(definition, params, ids[:, :20].tolist(), max_new_tokens=8)
     print(f"{name}: {errors}, greedy tokens {got} {tokens.tolist()}", flush=True)
     assert errors["logits"] < 1e-4 and errors["first 50 tokens"] < 1e-4 and errors["export"] < 1e-5
     assert errors["worst gradient"] < 1e-3

@@ -14,11 +14,6 @@ from hybridlm.objectives import next_token
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def prepared(text, **fields):
     """(resolved config, definition, program, a state, a function that takes a step)."""
     config = configs.resolve(tiny.config(text, **fields))

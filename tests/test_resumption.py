@@ -16,11 +16,6 @@ from tests import tiny
 pytestmark = pytest.mark.once  # test_trainer and test_checkpoint resume on every jax
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **fields):
     every = {"train__steps": 6, "checkpoint__every_steps": 2, "checkpoint__keep_last": 3}
     decay = {"optimizer__schedule": "wsd", "optimizer__decay_fraction": 0.5}

@@ -20,11 +20,6 @@ from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **fields):
     return configs.resolve(tiny.config(text, model__pattern="retnet", **fields))
 

@@ -177,16 +177,6 @@ def continuations(
     return [[token for token in row.tolist() if token >= 0] for row in out]
 
 
-def generate(
-    definition: lm.Definition, params: lm.Params, prompts: Sequence[Sequence[int]], *,
-    stop: int | None = None, **options: Any,
-) -> list[list[int]]:  # fmt: skip
-    """Continuations of ``prompts`` (see `stream`), cut before the token ``stop``."""
-    stops = [] if stop is None else [stop]
-    rows = continuations(definition, params, prompts, stops=stops, **options)
-    return [row[:-1] if row[-1] == stop else row for row in rows]
-
-
 def complete(
     definition: lm.Definition, params: lm.Params, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *,
     stop: Sequence[str] = (), **options: Any,

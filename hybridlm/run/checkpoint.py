@@ -35,12 +35,13 @@ FORMAT = 2  # in the record: parameters by layer (1, without a number: stacked, 
 CHUNK_BYTES = 1 << 25  # on disk, of arrays that are written in pieces
 COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own
 
+SEEN = "data.fingerprint"
 # What a resumed run has in common with its checkpoint: parameters in shape and meaning, and the data order.
 FIXED = (
     "model",
     "mixers",
     "mlps",
-    "data.fingerprint",
+    SEEN,
     "train.seed",
     "train.batch_size",
     "train.seq_len",
@@ -293,12 +294,10 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
 
     Data are the same when their fingerprint is, wherever they lie.
     """
-    found = changes(*(r["config"] | {"data.fingerprint": r["fingerprint"]} for r in (saved, record)))
-    refused = [name for name in found if _under(name, FIXED) and not _under(name, FREE)]
-    if "data.fingerprint" in refused:
-        refused += [name for name in found if _under(name, ("data",)) and name not in refused]
-        refused.remove("data.fingerprint")
-        refused.append("data.fingerprint")  # what a user set is named before what follows from it
+    found = changes(*(r["config"] | {SEEN: r["fingerprint"]} for r in (saved, record)))
+    fixed = (*FIXED, "data") if SEEN in found else FIXED
+    refused = [name for name in found if _under(name, fixed) and not _under(name, FREE)]
+    refused.sort(key=SEEN.__eq__)  # what a user set is named before what follows from it
     if PATTERN in refused and _respelt(*found[PATTERN], record["config"]):
         refused.remove(PATTERN)
     if PATTERN in refused:  # most other differences follow from it, and none is what was meant
