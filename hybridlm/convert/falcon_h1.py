@@ -33,7 +33,6 @@ def read(fields: Fields) -> Architecture:
     mlp = configs.mlp("swiglu", **mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps))
     multiplier = fields.get("embedding_multiplier", 1.0)
     model = settings(fields, d_model, eps, embedding_multiplier=multiplier, logit_divisor=_inverse(fields))
-    fields.finish()
     return Architecture([f"{kind}/{MLP}"] * layers, parts | {kind: both}, {MLP: mlp}, model)
 
 

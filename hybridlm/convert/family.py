@@ -78,6 +78,13 @@ class Family:
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
     derived: Callable[[model.Definition, Mapping[str, Any]], list[Rule]] = lambda definition, values: []
 
+    def architecture(self, values: Mapping[str, Any]) -> Architecture:
+        """What ``values``, a config.json, say; ConfigError for a field that `read` did not take."""
+        fields = Fields(values)
+        found = self.read(fields)
+        fields.finish()
+        return found
+
     def check(self, definition: model.Definition) -> None:
         """Unsayable for a kind of layer that the format has not: the first thing to be told."""
         for spec in dict.fromkeys(definition.layers):

@@ -21,9 +21,7 @@ def read(fields: Fields) -> Architecture:
     if types is None:
         types = ["full_attention" if index % 4 == 3 else "linear_attention" for index in range(layers)]
         types[-1] = types[-1] if "full_attention" in types else "full_attention"
-    found = assemble(fields, "olmo_hybrid", types, [False] * layers, post_norm=("full",))
-    fields.finish()
-    return found
+    return assemble(fields, "olmo_hybrid", types, [False] * layers, post_norm=("full",))
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:

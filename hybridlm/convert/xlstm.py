@@ -31,7 +31,6 @@ def read(fields: Fields) -> Architecture:
     hidden = mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"]
     cap = fields.get("output_logit_soft_cap", 30.0)
     model = settings(fields, d_model, eps, mlp_hidden=hidden, logit_cap=cap)
-    fields.finish()
     return Architecture([kind] * layers, {kind: definition}, {}, model)
 
 

@@ -38,7 +38,6 @@ def read(fields: Fields) -> Architecture:
     mixers[INNER] = configs.mixer(mamba[0], **mamba[1].read(fields, d_model, eps))
     fields.ignore(*IDLE)
     model = settings(fields, d_model, eps, tied=True)
-    fields.finish()
     layers = [f"{names.get(index, INNER)}/{NO_MLP}" for index in range(len(blocks))]
     return Architecture(layers, mixers, {NO_MLP: configs.mlp(NO_MLP)}, model)
 
