@@ -22,16 +22,7 @@ from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm,
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive
 from hybridlm.layers import Linear, RMSNorm, merge_heads, ones, param, uniform
-from hybridlm.linear_mixer import (
-    NEAR_NONE,
-    GroupedConfig,
-    Heads,
-    Inputs,
-    LinearMixer,
-    dt_bias_init,
-    inverse_softplus,
-    log_uniform,
-)
+from hybridlm.linear_mixer import GroupedConfig, Heads, Inputs, LinearMixer
 from hybridlm.mixers import Cost, Site
 
 
@@ -85,7 +76,11 @@ class Config(mixers.Config):
 
     def near_attention(self) -> dict[str, float]:
         """dt, which also scales what is written, is 1."""
-        return {"dt_proj.kernel": 0.0, "dt_bias": inverse_softplus(1.0), "A_log": math.log(NEAR_NONE)}
+        return {
+            "dt_proj.kernel": 0.0,
+            "dt_bias": linear_mixer.inverse_softplus(1.0),
+            "A_log": math.log(linear_mixer.NEAR_NONE),
+        }
 
 
 SAID = {"use_bias": False, "use_conv_bias": True, "rmsnorm": True}
@@ -300,8 +295,8 @@ class Mixer(LinearMixer):
         self.dt_min, self.dt_max = config.dt_min, config.dt_max or jnp.inf
         width, bound = heads.value_width, (heads.value_width * site.num_layers) ** -0.5
         self.dt_proj = Linear(site.d_model, heads.num_v, rngs=rngs)
-        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
-        self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(1, 16), decay=False)
+        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), linear_mixer.dt_bias_init, decay=False)
+        self.A_log = param(rngs, (heads.num_v,), ("heads",), linear_mixer.log_uniform(1, 16), decay=False)
         self.D = param(rngs, (heads.num_v,), ("heads",), ones, decay=False)
         for name, multiplier in zip("gvkq", config.multipliers, strict=False):
             getattr(self, f"{name}_proj").multiplier = multiplier
