@@ -15,7 +15,7 @@ from hybridlm import linear_mixer
 from hybridlm.context import Context
 from hybridlm.convert import rules
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, grouped, grouped_fields, linears
+from hybridlm.convert.public import Format, grouped, grouped_fields, linears, told
 from hybridlm.convert.rules import Rule
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, param
@@ -66,30 +66,26 @@ def _decay(loose: bool = False) -> list[Rule]:
     return [rules.same(name, name, loose=loose) for name in ("A_log", "dt_bias")]
 
 
-def _hf_read(fields: Fields, heads: int, num_v: int, key: int, value: int, eps: float) -> dict[str, Any]:
-    """Of transformers' models, whose defaults and norms' eps are given."""
+def _hf(heads: int, num_v: int, key: int, value: int) -> dict[str, tuple[str, int]]:
+    """Fields of transformers' models, whose defaults differ."""
     return {
-        "num_heads": fields.size("linear_num_key_heads", default=heads),
-        "num_v_heads": fields.get("linear_num_value_heads", num_v),
-        "head_dim": fields.get("linear_key_head_dim", key),
-        "v_head_dim": fields.get("linear_value_head_dim", value),
-        "conv_size": fields.get("linear_conv_kernel_dim", 4),
-        "norm_eps": eps,
+        "num_heads": ("linear_num_key_heads", heads),
+        "num_v_heads": ("linear_num_value_heads", num_v),
+        "head_dim": ("linear_key_head_dim", key),
+        "v_head_dim": ("linear_value_head_dim", value),
+        "conv_size": ("linear_conv_kernel_dim", 4),
     }
+
+
+QWEN = _hf(16, 32, 128, 128)
 
 
 def _hf_write(config: Config, d_model: int) -> dict[str, Any]:
-    return {
-        "linear_num_key_heads": config.num_heads,
-        "linear_num_value_heads": config.num_v_heads,
-        "linear_key_head_dim": config.head_dim,
-        "linear_value_head_dim": config.v_head_dim,
-        "linear_conv_kernel_dim": config.conv_size,
-    }
+    return told(config, QWEN)
 
 
 def _qwen_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    return _hf_read(fields, 16, 32, 128, 128, eps)
+    return fields.table(QWEN) | {"norm_eps": eps}
 
 
 def _qwen_rules(config: Config, d_model: int) -> list[Rule]:
@@ -138,8 +134,8 @@ def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     heads = fields.size("num_attention_heads")
     linear_heads = fields.size("linear_num_key_heads", default=heads)
     key = fields.get("linear_key_head_dim", int(0.75 * d_model / linear_heads))
-    sizes = _hf_read(fields, heads, heads, key, 2 * key, OLMO_NORM_EPS)
-    return sizes | {"neg_eigval": fields.get("linear_allow_neg_eigval", True)}
+    sizes = fields.table(_hf(heads, heads, key, 2 * key))
+    return sizes | {"norm_eps": OLMO_NORM_EPS, "neg_eigval": fields.get("linear_allow_neg_eigval", True)}
 
 
 def _olmo_write(config: Config, d_model: int) -> dict[str, Any]:
