@@ -35,10 +35,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {FORMAT: "BailingHybrid"},
-    read,
-    write,
-    embedding="model.word_embeddings.weight",
+    FORMAT, {FORMAT: "BailingHybrid"}, read, write, embedding="model.word_embeddings.weight",
     unused=functools.partial(family.predicting, default=1),
-)
+)  # fmt: skip

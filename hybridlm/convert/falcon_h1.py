@@ -54,10 +54,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {"falcon_h1": "FalconH1"},
-    read,
-    write,
-    norms=lambda layer_type: ("input_layernorm", "pre_ff_layernorm"),
+    FORMAT, {"falcon_h1": "FalconH1"}, read, write, norms=("input_layernorm", "pre_ff_layernorm"),
     final_norm="final_layernorm",
-)
+)  # fmt: skip

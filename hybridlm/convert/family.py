@@ -53,7 +53,8 @@ class Family:
     read: config.json -> Architecture.
     write: (Definition, model_type) -> config.json, ConfigError where there is none. What cannot be said may
         be left out: the caller reads it back and compares.
-    norms: layer type -> names of a layer's two norms; of a layer without an MLP the first counts.
+    norms: names of a layer's two norms; of a layer without an MLP the first counts.
+    norms_of: layer type -> the same, of types that have others.
     embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
     layers: what they are called.
     embedding_norm: of a family that has one.
@@ -67,7 +68,8 @@ class Family:
     classes: Mapping[str, str]
     read: Callable[[Fields], Architecture]
     write: Callable[[model.Definition, str], dict[str, Any]]
-    norms: Callable[[str], tuple[str, str]] = lambda kind: ("input_layernorm", "post_attention_layernorm")
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norms_of: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     embedding: str = "model.embed_tokens.weight"
     body: str = "model."
     final_norm: str = "norm"
@@ -106,7 +108,7 @@ class Family:
             found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
-            before, after = self.norms(mixer_.layer_type)
+            before, after = self.norms_of.get(mixer_.layer_type, self.norms)
             layer = [] if spec.config.norms_itself else normed("mixer_norm", before)
             layer += normed("mlp_norm", after) if spec.mlp_kind != NO_MLP else []
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]

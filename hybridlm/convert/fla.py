@@ -97,11 +97,6 @@ def rename(name: str) -> str:
 
 
 FAMILY = Family(
-    "fla",
-    {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
-    read,
-    write,
-    norms=lambda layer_type: ("attn_norm", "mlp_norm"),
-    embedding="model.embeddings.weight",
-    rename=rename,
-)
+    "fla", {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
+    norms=("attn_norm", "mlp_norm"), embedding="model.embeddings.weight", rename=rename,
+)  # fmt: skip

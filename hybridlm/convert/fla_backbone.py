@@ -15,7 +15,7 @@ from hybridlm.model import Definition
 
 FORMAT = "fla_backbone"
 KINDS = family.kinds(FORMAT)
-WITHOUT = {"mamba2"}  # an MLP
+WITHOUT = {"mamba2": ("norm", "")}  # an MLP: names of their norms
 
 
 def hidden(d_model: int) -> int:
@@ -48,10 +48,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
-    read,
-    write,
-    norms=lambda layer_type: ("norm" if layer_type in WITHOUT else "mixer_norm", "mlp_norm"),
-    **family.BACKBONE,
-)
+    FORMAT, {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
+    norms=("mixer_norm", "mlp_norm"), norms_of=WITHOUT, **family.BACKBONE,
+)  # fmt: skip

@@ -61,11 +61,7 @@ class Rwkv(Family):
 
 
 FAMILY = Rwkv(
-    FORMAT,
-    {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
-    read,
-    write,
-    norms=lambda layer_type: ("attn_norm", "ffn_norm"),
-    embedding="model.embeddings.weight",
+    FORMAT, {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
+    norms=("attn_norm", "ffn_norm"), embedding="model.embeddings.weight",
     embedding_norm="layers.0.pre_norm",
-)
+)  # fmt: skip

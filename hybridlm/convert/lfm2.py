@@ -43,10 +43,5 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {"lfm2": "Lfm2"},
-    read,
-    write,
-    norms=lambda layer_type: ("operator_norm", "ffn_norm"),
-    final_norm="embedding_norm",
+    FORMAT, {"lfm2": "Lfm2"}, read, write, norms=("operator_norm", "ffn_norm"), final_norm="embedding_norm"
 )

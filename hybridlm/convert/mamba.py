@@ -45,14 +45,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 def _family(model_type: str, prefix: str) -> Family:
-    return Family(
-        model_type,
-        {model_type: prefix},
-        read,
-        write,
-        norms=lambda layer_type: ("norm", ""),
-        **family.BACKBONE,
-    )
+    return Family(model_type, {model_type: prefix}, read, write, norms=("norm", ""), **family.BACKBONE)
 
 
 FAMILIES = {

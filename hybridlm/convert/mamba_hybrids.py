@@ -98,11 +98,9 @@ def _places(types: list[str]) -> list[int]:
     return [index for index, one in enumerate(types) if one == FULL]
 
 
-def _two(layer_type: str) -> tuple[str, str]:
-    return "input_layernorm", "pre_ff_layernorm"
-
-
-BAMBA = Family("bamba", {"bamba": "Bamba"}, read_bamba, write_bamba, _two, final_norm="final_layernorm")
+# Of Bamba and Jamba.
+NAMES: dict[str, Any] = {"norms": ("input_layernorm", "pre_ff_layernorm"), "final_norm": "final_layernorm"}
+BAMBA = Family("bamba", {"bamba": "Bamba"}, read_bamba, write_bamba, **NAMES)
 GRANITE = Family("granitemoehybrid", {"granitemoehybrid": "GraniteMoeHybrid"}, read_granite, write_granite)
-JAMBA = Family("jamba", {"jamba": "Jamba"}, read_jamba, write_jamba, _two, final_norm="final_layernorm")
+JAMBA = Family("jamba", {"jamba": "Jamba"}, read_jamba, write_jamba, **NAMES)
 FAMILIES = (BAMBA, GRANITE, JAMBA)

@@ -100,11 +100,7 @@ class NemotronH(Family):
 
 
 FAMILY = NemotronH(
-    FORMAT,
-    {"nemotron_h": "NemotronH"},
-    read,
-    write,
-    norms=lambda layer_type: ("norm", "norm"),
+    FORMAT, {"nemotron_h": "NemotronH"}, read, write, norms=("norm", "norm"),
     unused=lambda values: ("mtp.",),
     **family.BACKBONE | {"rename": lambda name: name.replace("model.", "backbone.", 1)},
-)
+)  # fmt: skip

@@ -37,11 +37,4 @@ def rename(name: str) -> str:
     return renamed.replace(".post_attention_layernorm.", ".feedforward_layer_norm.")
 
 
-FAMILY = Family(
-    "olmo_hybrid",
-    {"olmo_hybrid": "OlmoHybrid"},
-    read,
-    write,
-    lambda layer_type: NORMS[layer_type],
-    rename=rename,
-)
+FAMILY = Family("olmo_hybrid", {"olmo_hybrid": "OlmoHybrid"}, read, write, norms_of=NORMS, rename=rename)

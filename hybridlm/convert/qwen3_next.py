@@ -42,14 +42,10 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 def _family(format: str, model_type: str, prefix: str, **multimodal: str) -> Family:
     return Family(
-        format,
-        {model_type: prefix},
-        read,
-        write,
+        format, {model_type: prefix}, read, write,
         rename=lambda name: name.replace("model.language_model.", "model."),
-        unused=lambda values: ("mtp.", "model.visual."),
-        multimodal=multimodal,
-    )
+        unused=lambda values: ("mtp.", "model.visual."), multimodal=multimodal,
+    )  # fmt: skip
 
 
 NEXT = _family("qwen3_next", "qwen3_next", "Qwen3Next")

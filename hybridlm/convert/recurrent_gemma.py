@@ -54,10 +54,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {"recurrent_gemma": "RecurrentGemma"},
-    read,
-    write,
-    norms=lambda layer_type: ("temporal_pre_norm", "channel_pre_norm"),
-    final_norm="final_norm",
-)
+    FORMAT, {"recurrent_gemma": "RecurrentGemma"}, read, write,
+    norms=("temporal_pre_norm", "channel_pre_norm"), final_norm="final_norm",
+)  # fmt: skip

@@ -45,13 +45,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {"xlstm": "xLSTM"},
-    read,
-    write,
-    norms=lambda layer_type: ("norm_mlstm", "norm_ffn"),
-    embedding="backbone.embeddings.weight",
-    body="backbone.",
-    final_norm="out_norm",
-    layers="blocks",
-)
+    FORMAT, {"xlstm": "xLSTM"}, read, write, norms=("norm_mlstm", "norm_ffn"),
+    embedding="backbone.embeddings.weight", body="backbone.", final_norm="out_norm", layers="blocks",
+)  # fmt: skip

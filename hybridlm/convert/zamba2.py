@@ -89,10 +89,5 @@ class Zamba2(Family):
 
 
 FAMILY = Zamba2(
-    FORMAT,
-    {"zamba2": "Zamba2"},
-    read,
-    write,
-    norms=lambda layer_type: ("input_layernorm", ""),
-    final_norm="final_layernorm",
+    FORMAT, {"zamba2": "Zamba2"}, read, write, norms=("input_layernorm", ""), final_norm="final_layernorm"
 )
