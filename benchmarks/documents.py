@@ -5,7 +5,6 @@
 none: one document a row, which is what documents should not cost.  one: the same, found out from the data.
 codes: extra channels of q and k.  packed n: every document a sequence of its own, prepared for n a row.
 auto: what the data choose.
-score: a mask of the scores inside cuDNN (jax 0.12 and later; no causal skipping).
 xla: blockwise. bf16, heads * dim = 2048, of k and v one in --group.
 
 A row a path: microseconds on the device, forward and forward + backward (means of 5 calls), bytes of
@@ -15,7 +14,6 @@ the first document change when it changes, and how many of its gradients are not
 
 import argparse
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,24 +26,6 @@ from pallas_kernels.softmax_attention import cudnn, xla
 from pallas_kernels.softmax_attention.call import AttentionCall
 
 CALLS = 5
-
-
-def score(call: AttentionCall) -> jax.Array:
-    """Documents and causality as a selection of scores, in cuDNN's graph."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    if "score_mod" not in inspect.signature(fused.dot_product_attention).parameters:
-        raise NotImplementedError(f"jax {jax.__version__} has no score_mod")
-
-    def seen(scores: jax.Array, first: jax.Array) -> jax.Array:
-        key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3)
-        query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
-        return jnp.where((key >= first) & (query >= key), scores, jnp.float32(-1e30))
-
-    first = jnp.broadcast_to(call.first(), call.q.shape[:2])[:, None, :, None]
-    return fused.dot_product_attention(
-        call.q, call.k, call.v, scale=call.scale, score_mod=seen, score_mod_args=(first,)
-    )
 
 
 def error(got: jax.Array, want: jax.Array) -> float:
@@ -90,9 +70,7 @@ def main() -> None:
     parser.add_argument("--most", type=numbers, default=[16, 64])
     for name, default in (("batch", 4), ("length", 4096), ("mean", 512), ("group", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
-        "--paths", default="none,one,codes,packed,auto,xla", help="and score, which may end the process"
-    )
+    parser.add_argument("--paths", default="none,one,codes,packed,auto,xla")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     starts = rng.random((args.batch, args.length)) < 1 / args.mean
@@ -103,7 +81,7 @@ def main() -> None:
     available: dict[str, Callable] = {"none": cudnn.softmax_attention, "one": cudnn.softmax_attention}
     available |= {"codes": cudnn.coded, "auto": cudnn.softmax_attention}
     available |= {f"packed {n}": functools.partial(cudnn.packed, most=n) for n in args.most}
-    available |= {"score": score, "xla": xla.softmax_attention}
+    available |= {"xla": xla.softmax_attention}
     for dim in args.dims:
         keys = jax.random.split(jax.random.key(dim), 4)
         heads = [2048 // dim // share for share in (1, args.group, args.group, 1)]  # of q, k, v, do

@@ -290,10 +290,7 @@ class Fla:
         row: dict[str, Any] = {"peer": self.name}
         with alone():
             x = self.draw(op, shape)
-            runs = {
-                "fwd": lambda: self.attend(op, x, False)[0],
-                "fwd_bwd": lambda: self.both(op, x),
-            }
+            runs = {"fwd": lambda: self.attend(op, x, False)[0], "fwd_bwd": lambda: self.both(op, x)}
             for name, run in runs.items():
                 start = time.perf_counter()
                 run()

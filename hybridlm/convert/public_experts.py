@@ -254,11 +254,7 @@ FORMATS: dict[str, Format[Any]] = {
     "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
     "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),
     "deepseek_v3": Format(
-        _deepseek_read,
-        _deepseek_write,
-        functools.partial(_kimi_rules, names=LLAMA),
-        "mlp.",
-        "sparse",
+        _deepseek_read, _deepseek_write, functools.partial(_kimi_rules, names=LLAMA), "mlp.", "sparse"
     ),
     "bailing_hybrid": Format(
         _ling_read,
