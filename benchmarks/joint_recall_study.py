@@ -15,7 +15,7 @@ from benchmarks import vmapped
 from benchmarks.ratio_study import FULL
 from benchmarks.vmapped import Case, Layer
 from hybridlm.data import joint_recall
-from hybridlm.data.source import Batch, View
+from hybridlm.data.source import Batch
 
 CONTEXTS, KEYS = 8, 8
 SMALL = {"num_heads": 2, "head_dim": 16, "conv_size": 4}
@@ -29,10 +29,8 @@ LAYERS: dict[str, Layer] = {
 
 
 def rows(count: int, split: str) -> Batch:
-    sizes = {"train_examples": count, "val_examples": count}
-    config = joint_recall.Config(contexts=CONTEXTS, keys=KEYS, **sizes)
-    length = joint_recall.length(CONTEXTS, KEYS)
-    return vmapped.every_row(config.open(View(split, length, 0, 64)))
+    task = joint_recall.Config(contexts=CONTEXTS, keys=KEYS)
+    return vmapped.rows(task, split, joint_recall.length(CONTEXTS, KEYS), 64, count)
 
 
 def main() -> None:

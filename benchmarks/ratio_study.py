@@ -28,7 +28,7 @@ from hybridlm import config as configs
 from hybridlm import cost, mixers, pattern
 from hybridlm.context import Context
 from hybridlm.data import mqar
-from hybridlm.data.source import Batch, View
+from hybridlm.data.source import Batch
 from hybridlm.layers import ShortConv
 from hybridlm.mixers import attention
 from hybridlm.report import quantity
@@ -65,9 +65,8 @@ class Attention(attention.Mixer):
 
 def rows(count: int, split: str, pairs: int) -> Batch:
     """``count`` rows with ``pairs`` pairs."""
-    sizes = {"train_examples": count, "val_examples": count}
-    config = mqar.Config(num_pairs=pairs, random_non_queries=False, **sizes)
-    return vmapped.every_row(config.open(View(split, LENGTH, 0, VOCAB)))
+    task = mqar.Config(num_pairs=pairs, random_non_queries=False)
+    return vmapped.rows(task, split, LENGTH, VOCAB, count)
 
 
 def plateau() -> float:

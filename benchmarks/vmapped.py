@@ -7,6 +7,7 @@ Shape legend: R runs, rates x seeds, rate first; N rows of data; S steps of a ca
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from ml_collections import ConfigDict
 from hybridlm import config as configs
 from hybridlm import model as lm
 from hybridlm import program, sharding
-from hybridlm.data.source import Batch, Source, empty_rows
+from hybridlm.data import generated
+from hybridlm.data.source import Batch, View, empty_rows
 from pallas_kernels import auto_means
 
 Layer = tuple[str, Mapping[str, Any]]  # kind, settings, of which "of" may be a layer
@@ -55,8 +57,10 @@ def config(layers: Sequence[Layer], *, steps: int = 1000, mlp_hidden: int = 0, *
     return c
 
 
-def every_row(source: Source) -> Batch:
-    assert source.num_rows is not None
+def rows(task: generated.Config, split: str, length: int, vocab: int, count: int) -> Batch:
+    """All rows of ``count`` examples of a split."""
+    sized = dataclasses.replace(task, train_examples=count, val_examples=count)
+    source = sized.open(View(split, length, 0, vocab))
     return source.rows(np.arange(source.num_rows))
 
 
