@@ -47,7 +47,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     types(definition, FORMAT)  # refuses layers of other kinds
     model = definition.model
     return outline(
-        definition, FORMAT, "FalconH1", model_type, "rms_norm_eps",
+        definition, FAMILY, model_type, "rms_norm_eps",
         hidden_act="silu", embedding_multiplier=model.embedding_multiplier,
         lm_head_multiplier=nearby(lambda x: 1 / x, model.logit_divisor, 1 / model.logit_divisor),
     )  # fmt: skip

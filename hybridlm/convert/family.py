@@ -217,7 +217,7 @@ def assemble(
 def describe(definition: model.Definition, family: Family, model_type: str) -> dict[str, Any]:
     """The inverse of `assemble`, with layer_types."""
     return outline(
-        definition, family.format, family.classes[model_type], model_type, "rms_norm_eps",
+        definition, family, model_type, "rms_norm_eps",
         hidden_act="silu", layer_types=types(definition, family.format),
         intermediate_size=definition.d_model,  # of a model without dense layers
     )  # fmt: skip
@@ -273,22 +273,24 @@ def settings(fields: Fields, d_model: int, eps: float, tied: bool = False, **oth
 
 
 def outline(
-    definition: model.Definition, format: str, prefix: str, model_type: str,
+    definition: model.Definition, family: Family, model_type: str,
     eps: str = "norm_eps", specs: Iterable[Spec] | None = None, **others: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """config.json, ``others`` in it.
 
-    prefix: of the classes' names.  eps: the field of the norms'.  specs: the layers that it says, not all.
+    eps: the field of the norms'.  specs: the layers that it says, not all.
     """
     return {
-        "architectures": [f"{prefix}ForCausalLM"],
+        "architectures": [f"{family.classes[model_type]}ForCausalLM"],
         "model_type": model_type,
         "hidden_size": definition.d_model,
         "num_hidden_layers": len(definition.layers),
         eps: definition.model.norm_eps,
         "tie_word_embeddings": definition.model.tie_embeddings,
         "vocab_size": definition.vocab_size,
-    } | others | said(definition.layers if specs is None else specs, format, definition.d_model)  # fmt: skip
+        **others,
+        **said(definition.layers if specs is None else specs, family.format, definition.d_model),
+    }
 
 
 def every_type(definition: model.Definition, format: str) -> None:

@@ -70,8 +70,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     own = [s for s in definition.layers if family.mixer_format(s, "fla").layer_type == model_type]
     if not own:
         raise Unsayable("model.pattern", model_type, "has no layer of this kind")
-    prefix = FAMILY.classes[model_type]
-    values = family.outline(definition, "fla", prefix, model_type, specs=own, hidden_act="swish")
+    values = family.outline(definition, FAMILY, model_type, specs=own, hidden_act="swish")
     attn: list[dict[str, Any]] = []
     for index, spec in enumerate(definition.layers):
         if spec in own or family.mixer_format(spec, "fla").layer_type != ATTENTION:

@@ -40,7 +40,7 @@ def read(fields: Fields) -> Architecture:
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     family.alone(definition, FORMAT, model_type)
-    fields = family.outline(definition, FORMAT, FAMILY.classes[model_type], model_type, hidden_act="silu")
+    fields = family.outline(definition, FAMILY, model_type, hidden_act="silu")
     fields.pop("intermediate_size", None)
     if model_type in WITHOUT:
         fields["layer_norm_epsilon"] = definition.model.norm_eps

@@ -42,8 +42,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
         if spec.mlp_kind != MLP:
             raise ConfigError("mlps", spec.name, f"has MLPs of kind {MLP}, not {spec.mlp_kind}")
     first = definition.model.embedding_norm
-    prefix = FAMILY.classes[model_type]
-    return family.outline(definition, FORMAT, prefix, model_type, norm_first=first, **SAID)
+    return family.outline(definition, FAMILY, model_type, norm_first=first, **SAID)
 
 
 class Rwkv(Family):

@@ -37,9 +37,7 @@ def read(fields: Fields) -> Architecture:
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
     family.every_type(definition, FORMAT)
-    return family.outline(
-        definition, FORMAT, "Lfm2", model_type, layer_types=family.types(definition, FORMAT)
-    )
+    return family.outline(definition, FAMILY, model_type, layer_types=family.types(definition, FORMAT))
 
 
 FAMILY = Family(

@@ -40,8 +40,8 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     for spec in definition.layers:
         if spec.mlp_kind != "none":
             raise Unsayable("mlps", spec.name, "has layers without MLPs alone")
-    prefix = FAMILIES[model_type].classes[model_type]
-    return family.outline(definition, model_type, prefix, model_type, "layer_norm_epsilon", hidden_act="silu")
+    own = FAMILIES[model_type]
+    return family.outline(definition, own, model_type, "layer_norm_epsilon", hidden_act="silu")
 
 
 def _family(model_type: str, prefix: str) -> Family:

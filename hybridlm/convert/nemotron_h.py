@@ -74,7 +74,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
         blocks.append(family.mixer_format(spec, FORMAT).layer_type)
         blocks += [by_kind[spec.mlp_kind]] if spec.mlp_kind in by_kind else []
     values = family.outline(
-        definition, FORMAT, "NemotronH", model_type, "layer_norm_epsilon",
+        definition, FAMILY, model_type, "layer_norm_epsilon",
         layers_block_type=blocks, mlp_hidden_act="relu2",
     )  # fmt: skip
     del values["num_hidden_layers"]  # of blocks

@@ -47,7 +47,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not definition.model.logit_cap:
         raise ConfigError("model.logit_cap", 0.0, "must be above 0 in this format")
     return family.outline(
-        definition, FORMAT, "RecurrentGemma", model_type, "rms_norm_eps",
+        definition, FAMILY, model_type, "rms_norm_eps",
         block_types=family.types(definition, FORMAT), hidden_activation="gelu_pytorch_tanh",
         logits_soft_cap=definition.model.logit_cap,
     )  # fmt: skip

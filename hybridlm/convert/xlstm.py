@@ -39,7 +39,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not definition.model.logit_cap:
         raise ConfigError("model.logit_cap", 0.0, "must be above 0 in this format")
     return outline(
-        definition, FORMAT, "xLSTM", model_type, embedding_dim=definition.d_model,
+        definition, FAMILY, model_type, embedding_dim=definition.d_model,
         num_blocks=len(definition.layers), output_logit_soft_cap=definition.model.logit_cap,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not definition.model.tie_embeddings:
         raise ConfigError("model.tie_embeddings", False, "shares blocks only beside a tied head")
     return outline(
-        definition, FORMAT, "Zamba2", model_type, "rms_norm_eps",
+        definition, FAMILY, model_type, "rms_norm_eps",
         layers_block_type=blocks, num_mem_blocks=len(names), hidden_act="gelu",
     )  # fmt: skip
 
