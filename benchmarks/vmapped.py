@@ -180,11 +180,9 @@ def study(
     """Trains every case, compiling ahead in threads; prints ``show`` of each result, and a table.
 
     A result is of the learning rate that is best on the mean over the tests and seeds: score and trained
-    (training accuracy), one a seed; slices: score by test, mean over seeds; curves: (step, training accuracy
-    of each seed). With ``flags.minutes`` no case begins after them.
+    (training accuracy), one a seed; slices: score by test, mean over seeds.
     """
     results: list[dict[str, Any]] = []
-    started = time.perf_counter()
 
     def prepare(make: Callable[[], Case]) -> tuple[Case, Runs]:
         case = make()
@@ -192,11 +190,7 @@ def study(
 
     with ThreadPoolExecutor(flags.threads) as pool:
         ready = {name: pool.submit(prepare, make) for name, make in cases.items()}
-        for number, name in enumerate(cases):
-            if getattr(flags, "minutes", None) and time.perf_counter() - started > 60 * flags.minutes:
-                print(f"no time for: {'; '.join(list(cases)[number:])}", flush=True)
-                pool.shutdown(wait=False, cancel_futures=True)
-                break
+        for name in cases:
             case, runs = ready.pop(name).result()
             print(name, flush=True)
             began = time.perf_counter()
@@ -212,7 +206,6 @@ def study(
                 "trained": runs.by_rate(curve[-1][1])[best].tolist(),
                 "epochs": steps * case.config.train.batch_size / len(case.train["tokens"]),
                 "curve": [(step, hits.max().item()) for step, hits in curve],
-                "curves": [(step, runs.by_rate(hits)[best].tolist()) for step, hits in curve],
             }  # fmt: skip
             results.append(found)
             Path(flags.output).write_text(json.dumps(results, indent=1))
