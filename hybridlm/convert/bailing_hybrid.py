@@ -8,12 +8,11 @@ import functools
 from typing import Any
 
 from hybridlm.convert import family
-from hybridlm.convert.family import Architecture, Family
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
 FORMAT = "bailing_hybrid"
-FULL, LINEAR = "full_attention", "linear_attention"
 
 
 def read(fields: Fields) -> Architecture:

@@ -19,6 +19,7 @@ from hybridlm.errors import ConfigError
 
 SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
 SPARSE, NO_MLP = "moe", "none"
+FULL, LINEAR = "full_attention", "linear_attention"  # layer types of many formats
 SETTINGS = (
     "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
     "embedding_multiplier", "residual_multiplier", "logit_divisor", "logit_cap", "mup_base_width",

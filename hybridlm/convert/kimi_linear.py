@@ -6,11 +6,9 @@ Sources: transformers 5.23, models/kimi_linear; the checkpoint layout is that of
 from typing import Any
 
 from hybridlm.convert import family
-from hybridlm.convert.family import Architecture, Family
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
-
-FULL, LINEAR = "full_attention", "linear_attention"
 
 
 def read(fields: Fields) -> Architecture:

@@ -6,11 +6,10 @@ Source: transformers 5.24, models/bamba, models/granitemoehybrid and models/jamb
 from typing import Any
 
 from hybridlm.convert import family
-from hybridlm.convert.family import Architecture, Family
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
-FULL, LINEAR = "full_attention", "linear_attention"
 EARLIER = {"attention": FULL, "mamba": LINEAR}  # names of layers before transformers 5
 IDLE = ("mamba_chunk_size", "num_logits_to_keep", "use_mamba_kernels", "use_mambapy", "use_associative_scan",
         "calc_logits_for_entire_prompt", "n_ctx")  # fmt: skip

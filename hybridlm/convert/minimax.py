@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from hybridlm.convert import family
-from hybridlm.convert.family import Architecture, Family, Unsayable
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family, Unsayable
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, derived
 from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
-FULL, LINEAR = "full_attention", "linear_attention"
 NAMES = {FULL: "full_attn", LINEAR: "linear_attn", "": "mlp"}  # of the factors; "": of every MLP
 BLOCK, MAX_BLOCK = 256, 4096
 MAX_FACTOR = 1e5
