@@ -13,7 +13,6 @@ import numpy as np
 
 OPS = ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla")
 CASES = ("plain", "hard")
-GATES = ("usual", "slow", "steep")
 
 
 class Shape(NamedTuple):

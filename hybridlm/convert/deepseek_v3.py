@@ -25,9 +25,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "deepseek_v3",
-    {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"},
-    read,
-    write,
+    "deepseek_v3", {"deepseek_v3": "DeepseekV3", "kimi_k2": "DeepseekV3"}, read, write,
     unused=family.predicting,
-)
+)  # fmt: skip

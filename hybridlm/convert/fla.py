@@ -73,11 +73,10 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     values = family.outline(definition, FAMILY, model_type, specs=own, hidden_act="swish")
     attn: list[dict[str, Any]] = []
     for index, spec in enumerate(definition.layers):
-        if spec in own or family.mixer_format(spec, "fla").layer_type != ATTENTION:
+        said = family.mixer_format(spec, "fla")
+        if spec in own or said.layer_type != ATTENTION:
             continue
-        one = family.mixer_format(spec, "fla").write(
-            spec.config.explicit(definition.d_model), definition.d_model
-        )
+        one = said.write(spec.config.explicit(definition.d_model), definition.d_model)
         del one["qk_norm"]
         same = next((other for other in attn if other | {"layers": []} == one | {"layers": []}), None)
         if same is None:

@@ -61,6 +61,5 @@ class Rwkv(Family):
 
 FAMILY = Rwkv(
     FORMAT, {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
-    norms=("attn_norm", "ffn_norm"), embedding="model.embeddings.weight",
-    embedding_norm="layers.0.pre_norm",
+    norms=("attn_norm", "ffn_norm"), embedding="model.embeddings.weight", embedding_norm="layers.0.pre_norm",
 )  # fmt: skip
