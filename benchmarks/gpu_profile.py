@@ -39,6 +39,17 @@ def kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
     return sorted(((name, len(ms), sum(ms)) for name, ms in spent.items()), key=lambda row: -row[2])
 
 
+def torch_kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """As `kernels`, of what PyTorch launches."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    rows = [(one.key, one.count, one.self_device_time_total / 1e3) for one in profile.key_averages()]
+    return sorted((row for row in rows if row[2]), key=lambda row: -row[2])
+
+
 def microseconds(calls: int, run: Callable[[], Any]) -> float:
     """On the device, a call: the mean of ``calls`` after a first one."""
     jax.block_until_ready(run())

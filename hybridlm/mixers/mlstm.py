@@ -23,14 +23,7 @@ from hybridlm.convert.rules import Rule, linear, norm, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, NonNegative
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, elementwise, merge_heads, normal, param, zeros
-from hybridlm.linear_mixer import (
-    NEAR_NONE,
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    inverse_softplus,
-    recurrence,
-)
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
@@ -66,7 +59,7 @@ class Config(linear_mixer.Config):
         return cost._replace(state=cost.state + heads.num + n, flops=cost.flops + 5 * n)
 
     def near_attention(self) -> dict[str, float]:
-        return {"i_bias": 0.0, "f_bias": -inverse_softplus(NEAR_NONE)}
+        return {"i_bias": 0.0, "f_bias": -linear_mixer.inverse_softplus(linear_mixer.NEAR_NONE)}
 
 
 def _hf_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -166,7 +159,7 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
         log_f += before - m
         log_f -= jax.lax.stop_gradient(jnp.maximum(log_f, 0))  # a minimum halves gradients at 0
     written = (v.astype(jnp.float32) * i[..., None]).astype(v.dtype)
-    o, C = recurrence(Inputs(q, k, written, log_f), rows, None if state is None else state["C"])
+    o, C = linear_mixer.recurrence(Inputs(q, k, written, log_f), rows, None if state is None else state["C"])
     after = {"C": C, "m": m[:, -1]}
     if config.normalizer:
         x, flat = merge_heads(k.astype(jnp.float32) * i[..., None]), jnp.repeat(log_f, key, axis=-1)
