@@ -22,8 +22,8 @@ from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention import hopper
 from pallas_kernels.linear_attention.hopper import inverse, table
 from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
-from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.linear_attention.hopper.forward_scan import ROLES
+from pallas_kernels.linear_attention.hopper.head_tiles import chunk_inverses
 from pallas_kernels.linear_attention.hopper.table import Choice
 
 # Relative RMS error: o and V' are rounded to bf16 (1.7e-3) and made of bf16 products.

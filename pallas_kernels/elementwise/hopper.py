@@ -144,7 +144,6 @@ class Walk(walks.Walk):
             body,
             name=f"elementwise_{name}",
             interpret=self.interpret,
-            manual_barriers=True,
             out_type=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*like, *starts)],
             grid=(features // CHANNELS, self.pieces, batch),
             grid_names=("f", "p", "b"),

@@ -20,9 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, chunk_math
+from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, NORM_Q, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.gates import write_gates
+from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient, write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
 BF16 = jnp.bfloat16
@@ -92,8 +92,8 @@ def additive_gradients(
         key_head = blocks.div(head, value_heads // heads)
         b, last = blocks.div(piece, pieces), (blocks.rem(piece, pieces) + 1) * count - 1
 
-        def rows(i: Any) -> Any:
-            return pl.ds((last - i) * C, C)
+        rows = lambda i: pl.ds((last - i) * C, C)
+        multiply = blocks.sums_of_products
 
         def hide_zero() -> None:
             s["zero_s"].at[wg][...] = plgpu.layout_cast(jnp.zeros((C,), F32), blocks.ROWS)
@@ -117,7 +117,7 @@ def additive_gradients(
                 slot = blocks.rem(i, stages)
                 q_s, k_s, gate_s = s["q_s"].at[slot], s["k_s"].at[slot], s["gate_s"]
                 by_token = lambda row: blocks.by_col(blocks.col_vector(gate_s.at[row]))
-                blocks.store(s["g_s"].at[wg], g.astype(BF16), interpret=interpret)
+                blocks.store(s["g_s"].at[wg], g.astype(BF16))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["g_ready"])
                 pl.when(i > 0)(lambda: release(i - 1))
@@ -131,7 +131,7 @@ def additive_gradients(
                         part = jnp.sum(g[:, first : first + C] * h, axis=1)
                         kept = part if kept is None else kept + part
                     s["kept_s"].at[blocks.rem(i, 2), wg][...] = kept
-                dv = blocks.matmul((s["g_s"].at[wg + zero], k_s.T), interpret=interpret)
+                dv = blocks.matmul((s["g_s"].at[wg + zero], k_s.T))
                 do_t = s["do_s"].at[slot, wg].T
                 plgpu.barrier_wait(s["p_ready"])
                 dv = dv * by_token(WRITE)
@@ -139,7 +139,6 @@ def additive_gradients(
                 dv, g = blocks.matmul(
                     (do_t, s["pairs_s"].at[zero], dv),
                     (read_t, q_s, g * gate_s[CARRY, 0]),
-                    interpret=interpret,
                 )
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["stepped"])
@@ -147,7 +146,7 @@ def additive_gradients(
                     plgpu.barrier_arrive(s["h_free"])
                 plgpu.barrier_wait(s["taken"])
                 dv_s = s["v_s"].at[slot, wg]
-                blocks.store(dv_s, dv.astype(BF16), interpret=interpret, transposed=True)
+                blocks.store(dv_s, dv.astype(BF16), transposed=True)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dv_s, refs["dv"].at[b, rows(i), head, columns])
                 return g
@@ -156,9 +155,6 @@ def additive_gradients(
             release(jnp.int32(count - 1))
             refs["first"].at[piece, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
-
-        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
-            return chunk_math.sums_of_products(*sums, interpret=interpret)
 
         def pairs(slot: Any, scores: jax.Array, raw: jax.Array) -> None:
             """gate_s; P and E to pairs_s."""
@@ -171,8 +167,8 @@ def additive_gradients(
             decay *= blocks.by_row(norm_q)
             if inputs.l2norm:
                 decay *= blocks.by_col(blocks.col_vector(s["gate_s"].at[NORM_K]))
-            blocks.store(s["pairs_s"].at[0], (scores * decay).astype(BF16), interpret=interpret)
-            blocks.store(s["pairs_s"].at[1], (raw * decay).astype(BF16), interpret=interpret)
+            blocks.store(s["pairs_s"].at[0], (scores * decay).astype(BF16))
+            blocks.store(s["pairs_s"].at[1], (raw * decay).astype(BF16))
 
         def decay_gradient(i: Any, d_sum: jax.Array, leaving: jax.Array, gate_s: Any) -> None:
             sums_s = s["sums_s"]
@@ -182,7 +178,7 @@ def additive_gradients(
             kept = [blocks.col_vector(s["kept_s"].at[blocks.rem(i, 2), j]) for j in over]
             end = blocks.col_vector(sums_s.at[1]) + sum(kept[1:], kept[0]) * gate_s[CARRY, 0]
             own = blocks.col_vector(sums_s.at[0])
-            sums_s.at[2][...] = chunk_math.log_decay_gradient(own, end, hidden_zero())
+            sums_s.at[2][...] = log_decay_gradient(own, end, hidden_zero())
 
         def finish(d: jax.Array, x_s: Any, gate_s: Any, row: int, factor: float) -> tuple[jax.Array, Any]:
             """The gradient of x, for l2norm without its part along x, in bf16; inner products x_i.d_i."""
@@ -230,8 +226,8 @@ def additive_gradients(
                     decay_gradient(i, along_q - along_k, leaving, gate_s)
                 else:
                     plgpu.commit_smem()  # every warp has read q_s, k_s
-                blocks.store(q_s, dq, interpret=interpret)
-                blocks.store(k_s, dk, interpret=interpret)
+                blocks.store(q_s, dq)
+                blocks.store(k_s, dk)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_s, refs["dq"].at[b, rows(i), head])
                 plgpu.copy_smem_to_gmem(k_s, refs["dk"].at[b, rows(i), head])

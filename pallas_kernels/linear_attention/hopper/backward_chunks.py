@@ -24,8 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, chunk_math
+from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
 # Rows of `sums_s`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
@@ -83,6 +84,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
         steps = jnp.minimum(run, chunks - first)
 
         sync = lambda: blocks.meet(s["both"])
+        multiply = blocks.sums_of_products
 
         def copy(source: Any, target: Any, barrier: Any) -> None:
             plgpu.copy_gmem_to_smem(source, target, barrier)
@@ -138,9 +140,6 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
             of K want it in registers."""
             return ref if half == C else blocks.tile(ref, bf16)
 
-        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
-            return chunk_math.sums_of_products(*sums, interpret=interpret)
-
         def pair_gradients(wg: Any, gate_s: Any, segment_s: Any, error_s: Any) -> None:
             """E (first warpgroup) or F (second) to e_s; dV_i.U_i (second)."""
             (raw,) = multiply(([(s["d_s"].at[wg, j], s["u_s"].at[j].T) for j in range(blocks_v)], (C, C)))
@@ -156,7 +155,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
             )
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
             raw = raw * blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
-            blocks.store(s["e_s"].at[wg], raw.astype(bf16), interpret=interpret)
+            blocks.store(s["e_s"].at[wg], raw.astype(bf16))
 
         def per_token(wg: Any, gate_s: Any, sums_s: Any) -> jax.Array:
             """dlog_decay (first warpgroup) or dbeta (second) of the chunk."""
@@ -168,9 +167,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
                 blocks.col_vector(sums_s.at[0, row]) + blocks.col_vector(sums_s.at[1, row])
                 for row in (DECAY, LEAVING, KEPT)
             )
-            d_log = chunk_math.log_decay_gradient(
-                d_sum, leaving + kept * gate_s[blocks.CARRY, 0], wg - warpgroup
-            )
+            d_log = log_decay_gradient(d_sum, leaving + kept * gate_s[blocks.CARRY, 0], wg - warpgroup)
             return jnp.where(wg == 0, d_log, error)
 
         def gradients() -> None:
@@ -238,8 +235,8 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
                     norm = blocks.row_vector(gate_s.at[blocks.NORM_K])
                     along = blocks.row_vector(norm_s.at[0, 1]) + blocks.row_vector(norm_s.at[1, 1])
                     dk = dk + blocks.tile(k_s) * blocks.by_row(along * norm * norm * -1.0, tile)
-                blocks.store(q_s, dq.astype(bf16), interpret=interpret)
-                blocks.store(k_s, dk.astype(bf16), interpret=interpret)
+                blocks.store(q_s, dq.astype(bf16))
+                blocks.store(k_s, dk.astype(bf16))
                 s["out_s"].at[wg][...] = per_token(wg, gate_s, s["sums_s"].at[blocks.rem(i, 2)])
                 plgpu.commit_smem()
                 target = (b, pl.ds(n * C, C), head, pl.ds(wg * half, half))

@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.gates import write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
@@ -139,9 +138,9 @@ def reverse_scan(
                 g_lo = g.astype(bf16)
                 if output:
                     target = refs["states"].at[b, head, n, columns]
-                    blocks.send(s["g_s"].at[mine], g_lo, target, interpret=interpret)
+                    blocks.send(s["g_s"].at[mine], g_lo, target)
                 plgpu.barrier_wait(s["filled"].at[slot])
-                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T), interpret=interpret) if chained else None
+                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T)) if chained else None
                 return g, dv
 
             def step(i: Any, g: jax.Array, dv: Any, parts: int, hard: Any) -> jax.Array:
@@ -150,27 +149,25 @@ def reverse_scan(
                 q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
                 k_s: Any = s["k_s"].at[slot] if chained else None
                 if chained:
-                    dv = two_parts.add_rest(dv, g, k_s, parts, interpret=interpret)
+                    dv = two_parts.add_rest(dv, g, k_s, parts)
                     dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[blocks.WRITE]))
                 plgpu.barrier_wait(s["p_ready"].at[ahead])
                 written = (do_s.at[mine].T, q_s, g * gate_s[blocks.CARRY, 0])
                 if chained:
-                    dv, g = blocks.matmul(
-                        (do_s.at[mine].T, s["p_s"].at[ahead], dv), written, interpret=interpret
-                    )
+                    dv, g = blocks.matmul((do_s.at[mine].T, s["p_s"].at[ahead], dv), written)
                 else:
-                    g = blocks.matmul(written, interpret=interpret)
+                    g = blocks.matmul(written)
                 if delta:
                     beta = blocks.col_vector(gate_s.at[blocks.BETA])
                     back = beta * blocks.col_vector(gate_s.at[blocks.READ_K]) * -1.0
                     pair = s["high_s"].at[slot], s["dv_s"].at[mine], s["low"].at[mine]
-                    dx = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
-                    seen = two_parts.split(dx * blocks.by_col(back), parts, interpret=interpret)
-                    (g,) = sums_of_products(([(part, k_s) for part in seen], g), interpret=interpret)
+                    dx = two_parts.times_inverse(dv, *pair, parts)
+                    seen = two_parts.split(dx * blocks.by_col(back), parts)
+                    (g,) = blocks.sums_of_products(([(part, k_s) for part in seen], g))
                     dv = dx * blocks.by_col(beta)
                 if output:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    blocks.store(s["dv_s"].at[mine], dv.astype(bf16), interpret=interpret, transposed=True)
+                    blocks.store(s["dv_s"].at[mine], dv.astype(bf16), transposed=True)
                 plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["p_free"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])
@@ -202,18 +199,18 @@ def reverse_scan(
                     if documents:
                         ids = s["segment_s"].at[slot]
                         segment = blocks.row_vector(ids), blocks.col_vector(ids)
-                    scores = blocks.matmul((q_s, k_s.T), interpret=interpret)
+                    scores = blocks.matmul((q_s, k_s.T))
                     plgpu.commit_smem()  # every warp is done with q before it is overwritten
                     scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
                     scores *= blocks.by_row(blocks.row_vector(gate_s.at[blocks.NORM_Q]))
                     scores *= blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
-                    blocks.store(s["p_s"].at[ahead], scores.astype(bf16), interpret=interpret)
+                    blocks.store(s["p_s"].at[ahead], scores.astype(bf16))
                 if gates is None:
                     numbers = s["vectors_s"].at[slot] if len(vectors) else None
                     write_gates(inputs, vectors, numbers, gate_s, q=q_s, every=False)
                 read = blocks.by_row(blocks.row_vector(gate_s.at[blocks.READ_Q]), (C, key_dim))
                 read_q = (blocks.tile(q_s) * read).astype(bf16)
-                blocks.store(q_s, read_q, interpret=interpret)
+                blocks.store(q_s, read_q)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["p_ready"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])

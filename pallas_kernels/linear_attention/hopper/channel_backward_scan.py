@@ -21,7 +21,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16 = jnp.bfloat16
@@ -135,31 +134,30 @@ def reverse_scan(
                 ds_lo = ds.astype(BF16)
                 if not silent:
                     target = refs["ds"].at[b, head, n, columns]
-                    blocks.send(s["ds"].at[wg], ds_lo, target, interpret=interpret)
+                    blocks.send(s["ds"].at[wg], ds_lo, target)
                 plgpu.barrier_wait(s["filled"].at[slot])
-                return ds, blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
+                return ds, blocks.matmul((ds_lo, s["write"].at[slot].T))
 
             def step(silent: bool, i: Any, ds: jax.Array, dv: jax.Array, parts: int, hard: Any) -> jax.Array:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
                 mine = wg + (0 if hard is None else two_parts.hidden_zero(hard))
                 do_s = s["do"].at[slot, mine]
                 carry = blocks.by_col(blocks.col_vector(s["carry"].at[slot]), (C, key_dim))
-                dv = two_parts.add_rest(dv, ds, s["write"].at[slot], parts, interpret=interpret)
+                dv = two_parts.add_rest(dv, ds, s["write"].at[slot], parts)
                 dv, ds = blocks.matmul(
                     (do_s.T, s["scores"].at[slot], dv),
                     (do_s.T, s["read_q"].at[slot], ds * carry),
-                    interpret=interpret,
                 )
                 if delta:
                     pair = s["high"].at[slot], s["dv"].at[mine], s["low"].at[mine]
-                    dv = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
+                    dv = two_parts.times_inverse(dv, *pair, parts)
                     dv = dv * blocks.by_col(blocks.col_vector(s["beta"].at[slot]))
-                    seen = two_parts.split(dv * -1.0, parts, interpret=interpret)
+                    seen = two_parts.split(dv * -1.0, parts)
                     seen = [(part, s["read_k"].at[slot]) for part in seen]
-                    (ds,) = sums_of_products((seen, ds), interpret=interpret)
+                    (ds,) = blocks.sums_of_products((seen, ds))
                 if not silent:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    blocks.store(s["dv"].at[mine], dv.astype(BF16), interpret=interpret, transposed=True)
+                    blocks.store(s["dv"].at[mine], dv.astype(BF16), transposed=True)
                 plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["free"].at[slot])
                 if not silent:

@@ -112,9 +112,9 @@ def _flags(keep: jax.Array, value: Any) -> jax.Array:
     return jnp.where(keep, jnp.asarray(value, F16), jnp.zeros((), F16))
 
 
-def sums(which: jax.Array, steps: Any, *, interpret: Any) -> jax.Array:
+def sums(which: jax.Array, steps: Any) -> jax.Array:
     """`which` @ `steps`, a float16 tile [C, 64] in shared memory: float32 sums in base 2."""
-    return blocks.matmul((which, steps), interpret=interpret)
+    return blocks.matmul((which, steps))
 
 
 def next_size(size: jax.Array, reach: Any) -> jax.Array:
@@ -127,13 +127,13 @@ def next_size(size: jax.Array, reach: Any) -> jax.Array:
     return jnp.where(done, 0, size >> 1)
 
 
-def any_row(x: jax.Array, *, interpret: Any) -> jax.Array:
+def any_row(x: jax.Array) -> jax.Array:
     """A row of a tile [C, C] whose rows are the same bits, as a number per column.
 
     No exchange between threads: each has its own row. Were the rows equal but for rounding, so would be
     the result of two runs.
     """
-    if interpret:
+    if blocks.interpreted.value:
         return x[0]
 
     @plgpu.inline_mgpu(

@@ -26,6 +26,7 @@ from pallas_kernels.linear_attention.hopper.forward_scan import (
     advance,
     hold,
     keep_state,
+    read_by,
     send,
     times_inverse,
 )
@@ -96,7 +97,7 @@ class ChannelScan(Wanted):
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             at = self.place(
-                refs, smem, chunks, stages=stages, slices=slices, delta=delta, interpret=i.interpret,
+                refs, smem, chunks, stages=stages, slices=slices, delta=delta,
                 values=values, key_dim=key_dim,
             )  # fmt: skip
             wg, at.first_value = at.wg, at.value_block * self.value_tile
@@ -147,7 +148,7 @@ class ChannelScan(Wanted):
         blocks.refill(fill, smem.free, at.count, at.stages)
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
-        i, smem, refs = self.inputs, at.smem, at.refs
+        smem, refs = at.smem, at.refs
         columns = pl.ds(at.first_value + wg * C, C)
         shape = (C, at.key_dim)
         initial = getattr(refs, "initial", None)
@@ -169,9 +170,9 @@ class ChannelScan(Wanted):
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)
             plgpu.barrier_wait(smem.filled.at[slot])
-            reads = [(state_lo, smem.read_k.at[slot].T)] if at.delta else []
-            reads += [(state_lo, smem.read_q.at[slot].T)] if at.output else []
-            read = blocks.products(*reads, interpret=i.interpret)
+            keys = [smem.read_k.at[slot].T] if at.delta else []
+            keys += [smem.read_q.at[slot].T] if at.output else []
+            read = read_by(state_lo, keys)
             value: Any = blocks.tile(smem.v.at[slot, wg].T) if at.values else 0.0
             if at.delta:
                 value = (value - read[0]) * blocks.by_col(blocks.col_vector(smem.beta.at[slot]))

@@ -19,9 +19,8 @@ import dataclasses
 import jax
 
 from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
-from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.linear_attention.hopper.forward_scan import Scan, Scanned
-from pallas_kernels.linear_attention.hopper.head_tiles import head_tiles
+from pallas_kernels.linear_attention.hopper.head_tiles import chunk_inverses, head_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, prepare
 from pallas_kernels.linear_attention.hopper.two_parts import Inverse
 from pallas_kernels.linear_attention.hopper.wide_scan import wide_scan

@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.gates import write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
@@ -171,7 +170,7 @@ class Scan(Wanted):
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             at = self.place(
                 refs, smem, chunks, stages=stages, value_tiles=value_tiles, roles=roles, vectors=vectors,
-                delta=delta, interpret=i.interpret, key_dim=key_dim, keep_gates=self.keep and delta,
+                delta=delta, key_dim=key_dim, keep_gates=self.keep and delta,
             )  # fmt: skip
             wg, value_block = at.wg, at.value_block
             at.key_head = blocks.div(at.head, value_heads // heads)
@@ -269,16 +268,16 @@ class Scan(Wanted):
         norm_q, sums, segment = write_gates(i, at.vectors, numbers, gates, q=q, k=k, every=at.keep_gates)
         if not at.output:
             return
-        scores = blocks.matmul((q, k.T), interpret=i.interpret) * blocks.by_row(norm_q)
+        scores = blocks.matmul((q, k.T)) * blocks.by_row(norm_q)
         if i.l2norm:
             scores *= blocks.by_col(blocks.col_vector(gates.at[NORM_K]))
         scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
-        blocks.store(smem.scores.at[ahead], scores.astype(BF16), interpret=i.interpret)
+        blocks.store(smem.scores.at[ahead], scores.astype(BF16))
 
     def hold_state(self, at: SimpleNamespace, wg: Any, moves: bool = False) -> None:
         """The state of 64 values; with ``moves`` of 64 rows of the identity, without values."""
         plgpu.set_max_registers(at.roles.state_registers, action="increase")
-        i, smem, refs = self.inputs, at.smem, at.refs
+        smem, refs = at.smem, at.refs
         columns = pl.ds((at.first_key if moves else at.first_value) + wg * C, C)
         shape = (C, at.key_dim)
         if moves:
@@ -298,9 +297,9 @@ class Scan(Wanted):
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)
             plgpu.barrier_wait(smem.filled.at[slot])
-            reads = [(state_lo, k.T)] if at.delta else []
-            reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
-            read = blocks.products(*reads, interpret=i.interpret)
+            keys = [k.T] if at.delta else []
+            keys += [smem.q.at[slot].T] if at.output else []
+            read = read_by(state_lo, keys)
             plgpu.barrier_wait(smem.ready.at[ahead])
             value: Any = 0.0 if moves else blocks.tile(smem.v.at[slot, wg].T)
             if at.delta:
@@ -336,11 +335,16 @@ def hold(at: SimpleNamespace, step: Callable, state: jax.Array, start: Any = 0) 
     return two_parts.loop(at.count, step, state, hardness if at.delta else None, start=start)
 
 
+def read_by(state: jax.Array, keys: list) -> tuple[jax.Array, ...]:
+    """The state times each of the tiles."""
+    return blocks.sums_of_products(*[([(state, key)], (C, C)) for key in keys]) if keys else ()
+
+
 def times_inverse(
     at: SimpleNamespace, mine: Any, value: jax.Array, high: Any, parts: int, hard: Any
 ) -> jax.Array:
     low = at.smem.o.at[mine].T, at.smem.low.at[mine]
-    return two_parts.times_inverse(value, high, *low, parts, hard, interpret=at.interpret)
+    return two_parts.times_inverse(value, high, *low, parts, hard)
 
 
 def advance(
@@ -357,25 +361,25 @@ def advance(
     value: V'.  seen: what multiplies it for the outputs, and what they are without it.  written: V' as the
     state gets it, what multiplies that, and what is left of the state.
     """
-    split = functools.partial(two_parts.split, parts=parts, interpret=at.interpret)
+    split = functools.partial(two_parts.split, parts=parts)
 
     def after() -> tuple:
         new, keys, kept = written()
         return [(part, keys) for part in split(new)], kept
 
     if not at.output:
-        return sums_of_products(after(), interpret=at.interpret)[0]
+        return blocks.sums_of_products(after())[0]
     values = split(value, hard=hard)
 
     def outputs() -> tuple:
         scores, read = seen()
         return [(part, scores) for part in values], read
 
-    o, state = two_parts.products(outputs, after, parts=parts, interpret=at.interpret)
+    o, state = two_parts.products(outputs, after, parts=parts)
     wait_for_last(at)
-    blocks.store(at.smem.o.at[wg], o.astype(BF16), interpret=at.interpret, transposed=True)
+    blocks.store(at.smem.o.at[wg], o.astype(BF16), transposed=True)
     if at.keep and at.delta:
-        blocks.store(at.smem.values.at[wg], values[0], interpret=at.interpret, transposed=True)
+        blocks.store(at.smem.values.at[wg], values[0], transposed=True)
     return state
 
 
@@ -386,7 +390,7 @@ def wait_for_last(at: SimpleNamespace) -> None:
 
 def keep_state(at: SimpleNamespace, wg: Any, state: jax.Array, chunk: Any, columns: Any) -> None:
     wait_for_last(at)
-    blocks.store(at.smem.states.at[wg], state, interpret=at.interpret)
+    blocks.store(at.smem.states.at[wg], state)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(at.smem.states.at[wg], at.refs.states.at[at.b, at.head, chunk, columns])
 

@@ -119,10 +119,9 @@ class Vectors:
         return {"in_" + name: array for name, array in zip(self.names, self.arrays, strict=True)}
 
     def copy(self, refs: Any, buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
-        """refs: of the arrays in order, or those of all of a kernel's by name."""
-        if isinstance(refs, dict):
-            refs = [refs[name] for name in self.named]
-        for row, (array, ref) in enumerate(zip(self.arrays, refs, strict=True)):
+        """refs: of all of a kernel's arrays, by name."""
+        for row, (name, array) in enumerate(self.named.items()):
+            ref = refs[name]
             source = ref.at[b, rows] if array.ndim == 2 else ref.at[b, head, rows]
             plgpu.copy_gmem_to_smem(source, buffer.at[row], barrier)
 

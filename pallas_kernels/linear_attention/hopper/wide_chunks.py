@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, chunk_math
+from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
 BF16 = jnp.bfloat16
@@ -75,6 +76,7 @@ def wide_chunk_gradients(
         steps = jnp.minimum(run, chunks - first)
 
         sync = lambda: blocks.meet(s["both"])
+        multiply = blocks.sums_of_products
 
         def channels(part: Any) -> Any:
             return pl.ds(key_slice * SLICE + part * C, C)
@@ -120,9 +122,6 @@ def wide_chunk_gradients(
             @pl.loop(jnp.maximum(steps * blocks_v - STAGES, 0), steps * blocks_v)
             def _(turn: Any) -> None:
                 plgpu.barrier_wait(s["free"].at[blocks.rem(turn, STAGES)])
-
-        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
-            return chunk_math.sums_of_products(*sums, interpret=interpret)
 
         def over_values(i: Any) -> tuple[jax.Array, ...]:
             """dO S^T, U dS^T, dV S^T; dO U^T (first warpgroup) or dV U^T (second); <S, dS> by rows."""
@@ -179,7 +178,7 @@ def wide_chunk_gradients(
             along = jnp.where(wg == 0, both(blocks.row_vector, ALONG_Q), both(blocks.row_vector, ALONG_K))
             if decays:
                 own, end = both(blocks.col_vector, DECAY), both(blocks.col_vector, END)
-                number = jnp.where(wg == 0, chunk_math.log_decay_gradient(own, end, wg - warpgroup), number)
+                number = jnp.where(wg == 0, log_decay_gradient(own, end, wg - warpgroup), number)
             return number, along
 
         def step(i: Any, none: None) -> None:
@@ -193,7 +192,7 @@ def wide_chunk_gradients(
             by_token = lambda row, factor=1.0: blocks.by_row(blocks.row_vector(gate_s.at[row]) * factor)
             diagonal = blocks.row_index() == blocks.col_index()
             error = jnp.sum(jnp.where(diagonal, raw, 0.0), axis=1)
-            blocks.store(s["pairs"].at[wg], pair_gradients(wg, raw).astype(BF16), interpret=interpret)
+            blocks.store(s["pairs"].at[wg], pair_gradients(wg, raw).astype(BF16))
             dq, dk = dq * by_token(blocks.READ_Q), dk * by_token(blocks.WRITE)
             seen = seen * by_token(blocks.READ_K, -1.0)
             if decays:
@@ -218,8 +217,8 @@ def wide_chunk_gradients(
             if project:
                 dq = across(dq, q_s, sums, ALONG_Q, blocks.NORM_Q, 1 / inputs.scale)
                 dk = across(dk, k_s, sums, ALONG_K, blocks.NORM_K, 1.0)
-            blocks.store(q_s, dq.astype(BF16), interpret=interpret)
-            blocks.store(k_s, dk.astype(BF16), interpret=interpret)
+            blocks.store(q_s, dq.astype(BF16))
+            blocks.store(k_s, dk.astype(BF16))
             s["out"].at[wg, 0][...], s["out"].at[wg, 1][...] = per_token(wg, sums, error)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, refs["dq"].at[b, rows, head, channels(wg)])

@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.wide_scan import GATES, STAGES, buffers, launch, traced, two_roles
@@ -34,7 +33,7 @@ def wide_reverse(
     """
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
-    group, chunks, interpret = value_heads // heads, length // C, inputs.interpret
+    group, chunks = value_heads // heads, length // C
     stages = min(STAGES, chunks)
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, do=do, last=d_state, **tiles.named)
     results = dict(
@@ -77,30 +76,29 @@ def wide_reverse(
             low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
             two_parts.load_low(hard > 0.0, low, s["dv"].at[zero], s["low"])
             target = refs["states"].at[b, head, n, columns]
-            blocks.send(s["state"].at[0], g, target, interpret=interpret)
+            blocks.send(s["state"].at[0], g, target)
             plgpu.barrier_wait(s["filled"].at[slot])
-            return g, blocks.matmul((s["state"].at[zero], s["k"].at[slot].T), interpret=interpret)
+            return g, blocks.matmul((s["state"].at[zero], s["k"].at[slot].T))
 
         def step(i: Any, g: jax.Array, dv: jax.Array, parts: int, hard: jax.Array) -> jax.Array:
             n, slot = chunks - 1 - i, blocks.rem(i, stages)
             dv_s, room_s, g_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("dv", "rest", "state"))
-            do_t, room = s["do"].at[slot].T, dict(room=room_s, interpret=interpret)
+            do_t = s["do"].at[slot].T
             carry = refs["gates"][b, head, n, CARRY, 0]
-            dv = two_parts.add_rest(dv, g, s["k"].at[slot], parts, g_s, interpret=interpret)
+            dv = two_parts.add_rest(dv, g, s["k"].at[slot], parts, g_s)
             dv = dv * blocks.by_col(number(slot, WRITE))
             read_t = (blocks.tile(do_t) * blocks.by_col(number(slot, READ_Q))).astype(BF16)
             dv, g = blocks.matmul(
                 (do_t, s["scores"].at[slot], dv),
                 (read_t, s["q"].at[slot], g * carry),
-                interpret=interpret,
             )
-            dx = two_parts.times_inverse(dv, s["high"].at[slot], dv_s, s["low"], parts, **room)
+            dx = two_parts.times_inverse(dv, s["high"].at[slot], dv_s, s["low"], parts, room=room_s)
             back = number(slot, BETA) * number(slot, READ_K) * -1.0
-            seen = two_parts.split(dx * blocks.by_col(back), parts, **room)
-            (g,) = sums_of_products(([(part, s["k"].at[slot]) for part in seen], g), interpret=interpret)
+            seen = two_parts.split(dx * blocks.by_col(back), parts, room=room_s)
+            (g,) = blocks.sums_of_products(([(part, s["k"].at[slot]) for part in seen], g))
             dv = dx * blocks.by_col(number(slot, BETA))
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's dV has left
-            blocks.store(dv_s, dv.astype(BF16), interpret=interpret, transposed=True)
+            blocks.store(dv_s, dv.astype(BF16), transposed=True)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(s["free"].at[slot])
             plgpu.copy_smem_to_gmem(dv_s, refs["dv"].at[b, pl.ds(n * C, C), head, columns])

@@ -17,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
@@ -65,7 +64,7 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
     """`final` for the last state, `keep` for the states and V' that the backward pass wants."""
     batch, length, heads, key_dim = inputs.k.shape
     value_heads, value_dim = inputs.v.shape[2:]
-    group, chunks, interpret = value_heads // heads, length // C, inputs.interpret
+    group, chunks = value_heads // heads, length // C
     stages = min(STAGES, chunks)
     outputs = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
     results: dict[str, Any] = dict(o=outputs)
@@ -112,40 +111,39 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             two_parts.load_low(hard > 0.0, low, s["o"].at[zero], s["low"])
             if keep:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's state has left
-            blocks.store(s["state"].at[0], state.astype(BF16), interpret=interpret)
+            blocks.store(s["state"].at[0], state.astype(BF16))
             plgpu.commit_smem()
             if keep:
                 plgpu.copy_smem_to_gmem(s["state"].at[0], refs["states"].at[b, head, n, columns])
             plgpu.barrier_wait(s["filled"].at[slot])
-            read = blocks.matmul((s["state"].at[zero], s["keys"].at[slot].T), interpret=interpret)
+            read = blocks.matmul((s["state"].at[zero], s["keys"].at[slot].T))
             value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(slot, READ_K)
             return state, value * by_token(slot, BETA), read[:, C:] * by_token(slot, READ_Q), carry
 
         def step(n: Any, state: Any, value: Any, read: Any, carry: Any, parts: int, hard: Any) -> jax.Array:
             slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
             o_s, values_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("o", "values"))
-            room = dict(room=values_s, interpret=interpret)
             pair = s["high"].at[slot].T, o_s.T, s["low"]
-            value = two_parts.times_inverse(value, *pair, parts, hard, **room)
-            values = two_parts.split(value, parts, hard, **room)
+            value = two_parts.times_inverse(value, *pair, parts, hard, room=values_s)
+            values = two_parts.split(value, parts, hard, room=values_s)
             seen = lambda: ([(part, s["scores"].at[slot].T) for part in values], read)
 
             def written() -> tuple:
-                new = two_parts.split(value * by_token(slot, WRITE), parts, **room)
+                new = two_parts.split(value * by_token(slot, WRITE), parts, room=values_s)
                 return [(part, s["keys"].at[slot, pl.ds(0, C)]) for part in new], state * carry
 
             def leave(o: jax.Array) -> None:
                 plgpu.wait_smem_to_gmem(int(keep), wait_read_only=True)  # the last chunk's results have left
-                blocks.store(o_s, o.astype(BF16), interpret=interpret, transposed=True)
+                blocks.store(o_s, o.astype(BF16), transposed=True)
 
             if parts == 1:
-                o, state = sums_of_products(seen(), written(), interpret=interpret)
+                o, state = blocks.sums_of_products(seen(), written())
                 leave(o)
             else:
-                leave(*sums_of_products(seen(), interpret=interpret))
-                (state,) = sums_of_products(written(), interpret=interpret)
+                leave(*blocks.sums_of_products(seen()))
+                (state,) = blocks.sums_of_products(written())
             if keep:
-                blocks.store(values_s, values[0], interpret=interpret, transposed=True)
+                blocks.store(values_s, values[0], transposed=True)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(s["free"].at[slot])
             if keep:
