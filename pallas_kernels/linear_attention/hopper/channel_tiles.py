@@ -75,8 +75,10 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))
         rows, key_head = pl.ds(n * C, C), blocks.div(head, group)
-        decay_s, (x_s, scores_s, *inverse_s) = s["decay_or_products"]
-        q_s, k_s, steps_s, in_s, norm_s = (s.get(name) for name in ("q", "k", "steps", "vectors", "norms"))
+        decay_s, products_s = s["decay_or_products"]
+        x_s, scores_s = products_s[:2]
+        q_s, k_s, steps_s, norm_s = (s[name] for name in ("q", "k", "steps", "norms"))
+        in_s: Any = s.get("vectors")
         decay_ready, ready = s["decay_ready"], s["ready"]
 
         for half in range(halves):
@@ -202,7 +204,8 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
                 plgpu.copy_smem_to_gmem(k_s.at[half], refs["read_k"].at[b, rows, head, columns])
         if delta:
             lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
-            two_parts.store_inverse(lower, *inverse_s, s, refs, (b, head, n))
+            high_s, low_s = products_s[2:]
+            two_parts.store_inverse(lower, high_s, low_s, s, refs, (b, head, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     products = blocks.smem((halves, C, C), BF16), *[blocks.smem((C, C), BF16)] * (1 + 2 * delta)

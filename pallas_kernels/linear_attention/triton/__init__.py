@@ -15,8 +15,7 @@ from pallas_kernels.linear_attention.triton.chunks import Chunks, chunks
 from pallas_kernels.linear_attention.triton.inputs import prepare, spec, unprepare
 from pallas_kernels.linear_attention.triton.moves import moves
 from pallas_kernels.linear_attention.triton.requirements import runs_on
-from pallas_kernels.linear_attention.triton.reverse import reverse
-from pallas_kernels.linear_attention.triton.scan import Scanned, scan
+from pallas_kernels.linear_attention.triton.scan import Scanned, reverse, scan
 from pallas_kernels.padding import pad_time
 
 __all__ = ["kind", "linear_attention", "runs_on", "self_test", "supports"]

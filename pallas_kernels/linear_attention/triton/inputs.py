@@ -15,7 +15,7 @@ LEAST_DECAY = -104.0  # exp is 0 in float32; a larger step would drown the other
 
 
 class Spec(NamedTuple):
-    """What is static. channel: a decay per key channel; delta: the delta rule."""
+    """What is static. channel: a decay per key channel; delta: the delta rule; sizes: by axis (`arrays`)."""
 
     channel: bool
     delta: bool
@@ -23,6 +23,7 @@ class Spec(NamedTuple):
     l2norm: bool
     interpret: bool
     group: int
+    sizes: dict[str, int]
 
 
 class Inputs(NamedTuple):
@@ -48,7 +49,10 @@ class Inputs(NamedTuple):
 def spec(call: Call) -> Spec:
     channel = call.log_decay is not None and call.log_decay.ndim == 4
     delta = call.beta is not None
-    return Spec(channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group)
+    (batch, length, heads, value_dim), key_dim = call.v.shape, call.q.shape[3]
+    length = round_up(length, C)
+    sizes = dict(B=batch, T=length, H=heads, N=length // C, C=C, K=key_dim, V=value_dim)
+    return Spec(channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group, sizes)
 
 
 def prepare(call: Call) -> Inputs:
