@@ -20,11 +20,10 @@ from pallas_kernels.linear_attention.hopper.hard_queries import hard_queries
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 from pallas_kernels.linear_attention.hopper.two_parts import Inverse
-from pallas_kernels.linear_attention.hopper.wide_backward import wide_gradients
-from pallas_kernels.linear_attention.hopper.wide_reverse import wide_reverse
+from pallas_kernels.linear_attention.hopper.wide_chunks import wide_gradients
+from pallas_kernels.linear_attention.hopper.wide_scan import wide_reverse
 from pallas_kernels.padding import pad_time
 
-CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
 WIDEST_CHUNKS = 128  # channels and values of a head whose chunk kernel has all in shared memory at once
 
 
@@ -131,9 +130,8 @@ def _delta(
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]
     wide = max(inputs.k.shape[3], inputs.v.shape[3]) > WIDEST_CHUNKS
-    chunks = wide_gradients if wide else functools.partial(chunk_gradients, run=CHUNK_RUN)
     given = Chunks(saved.gates, saved.states, state_gradients, saved.values, do, dv)
-    dq, dk, per_token = chunks(inputs, given)
+    dq, dk, per_token = (wide_gradients if wide else chunk_gradients)(inputs, given)
     dq = hard_queries(inputs, saved.inverses, given, dq)
     d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
     return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

@@ -84,7 +84,6 @@ def additive_gradients(
         p_ready=plgpu.Barrier(),  # P is in pairs_s, and gate_s is written
         taken=plgpu.Barrier(),  # v_s and g_s have been read
         stepped=plgpu.Barrier(num_arrivals=tiles),  # q_s, k_s, P, gate_s have been read, kept_s is written
-        done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
@@ -278,8 +277,6 @@ def additive_gradients(
         blocks.role(wg < tiles, hold_state, increase=registers[0])
         blocks.role(wg == tiles, make_gradients, increase=registers[1])
         blocks.role(wg == tiles + 1, issue_copies, decrease=registers[2])
-
-        blocks.finish_together(s["done"])
 
     grid = dict(b=batch * pieces, h=value_heads)
     out = blocks.launch(

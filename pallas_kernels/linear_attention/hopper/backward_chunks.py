@@ -32,13 +32,11 @@ from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 # Rows of `sums_s`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
 # dS^T)_i, <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
 DECAY, LEAVING, KEPT, ERROR = range(4)
+RUN = 4  # chunks that a block of threads takes in turn
 
 
-def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one per value head; dlog_decay (junk without decay) and dbeta [B, HV, 2, T].
-
-    run: chunks that one block of threads takes in turn.
-    """
+def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk [B, T, HV, K] bf16, one a value head; dlog_decay (junk without decay), dbeta [B, HV, 2, T]."""
     batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group = value_heads // heads
     chunks = length // C
@@ -68,7 +66,6 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
         h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v),
         h_free=plgpu.Barrier(num_arrivals=2),
         both=plgpu.Barrier(num_arrivals=2),
-        done=plgpu.Barrier(num_arrivals=3),
     )
 
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do)
@@ -78,10 +75,10 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
     numbers = jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
-        b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
+        b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * RUN
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
-        steps = jnp.minimum(run, chunks - first)
+        steps = jnp.minimum(RUN, chunks - first)
 
         sync = lambda: blocks.meet(s["both"])
         multiply = blocks.sums_of_products
@@ -149,7 +146,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
                 keep = keep & (
                     blocks.by_row(blocks.row_vector(segment_s)) == blocks.by_col(blocks.col_vector(segment_s))
                 )
-            sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
+            sums = blocks.row_and_col(gate_s.at[blocks.SUM])
             norm = blocks.row_vector(gate_s.at[blocks.NORM_Q - wg * (blocks.NORM_Q - blocks.NORM_K)]) * (
                 1.0 - 2.0 * wg.astype(F32)
             )
@@ -250,9 +247,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
         blocks.role(warpgroup < 2, gradients, increase=232)
         blocks.role(warpgroup == 2, issue_copies, decrease=40)
 
-        blocks.finish_together(s["done"])
-
-    grid = dict(b=batch, h=value_heads, n=pl.cdiv(chunks, run))
+    grid = dict(b=batch, h=value_heads, n=pl.cdiv(chunks, RUN))
     results = dict(dq=keys, dk=keys, numbers=numbers)
     out = blocks.launch(
         "delta_chunk_gradients", body, arrays, results, scratch, grid, threads=3, interpret=interpret

@@ -2,8 +2,9 @@
 
 With dS the gradient of the state that leaves a chunk, and e, f, P, A as in forward.py,
     dV' = P^T dO + f K dS
-    dV  = beta A^T dV'                 (additive: dV = dV')
-    dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV      (additive: without the last term)
+    dV  = beta A^T dV'
+    dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV
+An additive update has only its summary here, without the last term of dS (else: backward_additive.py).
 One block of threads per sequence (or piece of one, pieces.py), value head and slice of V. Two or one
 warpgroups hold dS^T, 64 values by K, in registers; one computes P and scale e Q a chunk ahead; one issues the
 copies. The dS that enters each step and dV are stored: backward_chunks.py makes everything else of them, all
@@ -55,28 +56,27 @@ def reverse_scan(
     tiles = value_tile // C
     registers = REGISTERS[tiles]
     delta, output = inverses is not None, not summary
-    chained = delta or output  # whether dV is wanted: with the delta rule it drives dS
-    documents = chained and inputs.segment is not None
+    documents = delta and inputs.segment is not None
     interpret = inputs.interpret
     bf16 = jnp.bfloat16
 
-    vectors = Vectors(inputs, ("log_decay", "segment", "entering") if gates is None else ())
+    vectors = Vectors(inputs, () if delta else ("log_decay", "segment", "entering"))
 
-    stage = 2 * ((1 + chained) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
+    stage = 2 * ((1 + delta) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
     fixed = 2 * (AHEAD * C * C + tiles * C * C + tiles * C * key_dim) + 8 * 1024
     fewest = count if walk is None else warm_up.chunks(count)
     stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
 
-    loads = 1 + chained + tiles + delta + documents + (len(vectors) if gates is None else 1)
+    loads = 1 + tiles + 3 * delta + documents + len(vectors)
     scratch = dict(
         q_s=blocks.smem((stages, C, key_dim), bf16),
-        k_s=blocks.smem((stages, C, key_dim), bf16) if chained else None,
+        k_s=blocks.smem((stages, C, key_dim), bf16) if delta else None,
         do_s=blocks.smem((stages, tiles, C, C), bf16),
         high_s=blocks.smem((stages, C, C), bf16) if delta else None,
         gate_s=plgpu.SMEM((stages, 8, C), F32),
         vectors_s=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
         segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
-        p_s=blocks.smem((AHEAD, C, C), bf16) if chained else None,
+        p_s=blocks.smem((AHEAD, C, C), bf16) if delta else None,
         dv_s=blocks.smem((tiles, C, C), bf16),  # before, if a chunk is hard: A's second part
         g_s=blocks.smem((tiles, C, key_dim), bf16) if output else None,
         filled=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
@@ -84,11 +84,10 @@ def reverse_scan(
         p_ready=plgpu.Barrier(num_barriers=AHEAD),
         p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
         low=plgpu.Barrier(num_barriers=tiles) if delta else None,
-        done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
 
     arrays: dict[str, Any] = dict(q=inputs.q, do=do, gates=gates, **vectors.named)
-    arrays |= dict(k=inputs.k if chained else None, **two_parts.named(inverses))
+    arrays |= dict(k=inputs.k if delta else None, **two_parts.named(inverses))
     arrays |= dict(segment=inputs.segment if documents else None, last=d_state, walk=walk)
     states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16)
     results = dict(
@@ -109,10 +108,10 @@ def reverse_scan(
         def fill(i: Any, slot: Any) -> None:
             n = last - i
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
-            if chained:
+            if delta:
                 plgpu.copy_gmem_to_smem(refs["k"].at[b, rows, key_head], s["k_s"].at[slot], barrier)
             plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, key_head], s["q_s"].at[slot], barrier)
-            if gates is not None:
+            if delta:
                 plgpu.copy_gmem_to_smem(refs["gates"].at[b, head, n], s["gate_s"].at[slot], barrier)
             if len(vectors):
                 vectors.copy(refs, s["vectors_s"].at[slot], barrier, b, head, rows)
@@ -140,24 +139,23 @@ def reverse_scan(
                     target = refs["states"].at[b, head, n, columns]
                     blocks.send(s["g_s"].at[mine], g_lo, target)
                 plgpu.barrier_wait(s["filled"].at[slot])
-                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T)) if chained else None
+                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T)) if delta else None
                 return g, dv
 
             def step(i: Any, g: jax.Array, dv: Any, parts: int, hard: Any) -> jax.Array:
                 n, mine = last - i, wg + (0 if hard is None else two_parts.hidden_zero(hard))
                 slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
                 q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
-                k_s: Any = s["k_s"].at[slot] if chained else None
-                if chained:
+                if delta:
+                    k_s = s["k_s"].at[slot]
                     dv = two_parts.add_rest(dv, g, k_s, parts)
                     dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[blocks.WRITE]))
                 plgpu.barrier_wait(s["p_ready"].at[ahead])
                 written = (do_s.at[mine].T, q_s, g * gate_s[blocks.CARRY, 0])
-                if chained:
-                    dv, g = blocks.matmul((do_s.at[mine].T, s["p_s"].at[ahead], dv), written)
-                else:
+                if not delta:
                     g = blocks.matmul(written)
-                if delta:
+                else:
+                    dv, g = blocks.matmul((do_s.at[mine].T, s["p_s"].at[ahead], dv), written)
                     beta = blocks.col_vector(gate_s.at[blocks.BETA])
                     back = beta * blocks.col_vector(gate_s.at[blocks.READ_K]) * -1.0
                     pair = s["high_s"].at[slot], s["dv_s"].at[mine], s["low"].at[mine]
@@ -192,20 +190,16 @@ def reverse_scan(
                 def _() -> None:
                     plgpu.barrier_wait(s["p_free"].at[ahead])
 
-                if chained:
-                    k_s = s["k_s"].at[slot]
-                    sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
-                    segment = None
-                    if documents:
-                        ids = s["segment_s"].at[slot]
-                        segment = blocks.row_vector(ids), blocks.col_vector(ids)
-                    scores = blocks.matmul((q_s, k_s.T))
+                if delta:
+                    sums = blocks.row_and_col(gate_s.at[blocks.SUM])
+                    segment = blocks.row_and_col(s["segment_s"].at[slot]) if documents else None
+                    scores = blocks.matmul((q_s, s["k_s"].at[slot].T))
                     plgpu.commit_smem()  # every warp is done with q before it is overwritten
                     scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
                     scores *= blocks.by_row(blocks.row_vector(gate_s.at[blocks.NORM_Q]))
                     scores *= blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
                     blocks.store(s["p_s"].at[ahead], scores.astype(bf16))
-                if gates is None:
+                else:
                     numbers = s["vectors_s"].at[slot] if len(vectors) else None
                     write_gates(inputs, vectors, numbers, gate_s, q=q_s, every=False)
                 read = blocks.by_row(blocks.row_vector(gate_s.at[blocks.READ_Q]), (C, key_dim))
@@ -221,11 +215,8 @@ def reverse_scan(
         blocks.role(wg < tiles, hold_state, increase=registers[0])
         change = {"decrease" if tiles == 2 else "increase": registers[1]}
         blocks.role(wg == tiles, prepare_chunk, **change)
-        blocks.role(
-            wg == tiles + 1, lambda: blocks.refill(fill, s["free"], steps, stages), decrease=registers[2]
-        )
-
-        blocks.finish_together(s["done"])
+        copy = lambda: blocks.refill(fill, s["free"], steps, stages)
+        blocks.role(wg == tiles + 1, copy, decrease=registers[2])
 
     grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
     name = ("delta_reverse_" if delta else "additive_reverse_") + ("summary" if summary else "scan")

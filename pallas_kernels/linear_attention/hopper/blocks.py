@@ -124,12 +124,17 @@ def launch(
 ) -> dict[str, Any]:
     """Results by name of `kernel` for body(refs, smem): dicts of arrays and results, and of buffers.
 
-    What is None is absent.  threads: warpgroups of a block, axis "wg"; None for one, without that axis.
+    What is None is absent.  threads: warpgroups of a block, axis "wg"; None for one, without that axis. They
+    end together: none may leave while another still issues wgmma (an illegal instruction on hardware).
     """
-    arrays, results = present(arrays), present(results)
+    arrays, results, scratch = present(arrays), present(results), present(scratch)
+    if threads is not None and threads > 1:
+        scratch |= dict(done=plgpu.Barrier(num_arrivals=threads))
 
     def named(*refs: Any, **smem: Any) -> None:
         body(dict(zip([*arrays, *results], refs, strict=True)), smem)
+        if "done" in smem:
+            meet(smem["done"])
 
     out = kernel(
         named,
@@ -138,7 +143,7 @@ def launch(
         out_type=list(results.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        scratch_types=present(scratch),
+        scratch_types=scratch,
         **({} if threads is None else dict(num_threads=threads, thread_name="wg")),
     )(*arrays.values())
     return dict(zip(results, out, strict=True))
@@ -358,11 +363,6 @@ def meet(barrier: Any) -> None:
     """Returns when as many warpgroups as ``barrier`` counts are here."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
-
-
-def finish_together(done: Any) -> None:
-    """No warpgroup may leave while another still issues wgmma (an illegal instruction on hardware)."""
-    meet(done)
 
 
 def role(here: Any, run: Callable[[], None], *, increase: int = 0, decrease: int = 0) -> None:

@@ -117,7 +117,6 @@ def chunk_gradients(
         more, fewer = REGISTERS if workers == 2 else (0, 0)
         blocks.role(wg < workers, lambda: Worker(refs, s, at).run(), increase=more)
         blocks.role(wg == workers, lambda: issue_copies(refs, s, at), decrease=fewer)
-        blocks.finish_together(s["done"])
 
     grid = dict(b=batch, h=value_heads * slices, n=pl.cdiv(chunks, run))
     name = ("delta_" if delta else "additive_") + "channel_gradients"

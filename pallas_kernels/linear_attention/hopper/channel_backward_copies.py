@@ -54,7 +54,6 @@ def buffers(*, workers: int, blocks_v: int, delta: bool, documents: bool, direct
         h_filled=plgpu.Barrier(num_arrivals=2 * workers * blocks_v),
         h_free=plgpu.Barrier(num_arrivals=workers),
         both=plgpu.Barrier(num_arrivals=workers),
-        done=plgpu.Barrier(num_arrivals=workers + 1),
     )
 
 

@@ -71,7 +71,6 @@ def reverse_scan(
         carry=plgpu.SMEM((stages, key_dim), F32),
         filled=plgpu.Barrier(num_arrivals=len(scratch) + wide + 1 + delta, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=wide, num_barriers=stages),
-        done=plgpu.Barrier(num_arrivals=wide + 1),
     )
     if delta:
         scratch |= dict(beta=plgpu.SMEM((stages, C), F32), low=plgpu.Barrier(num_barriers=wide))
@@ -175,7 +174,6 @@ def reverse_scan(
         more, fewer = REGISTERS if wide == 2 else (0, 0)
         blocks.role(wg < wide, hold_state, increase=more)
         blocks.role(wg == wide, lambda: blocks.refill(fill, s["free"], steps, stages), decrease=fewer)
-        blocks.finish_together(s["done"])
 
     grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
     name = "channel_reverse_" + ("summary" if summary else "scan")

@@ -90,7 +90,6 @@ class ChannelScan(Wanted):
                 num_arrivals=len(stage) + 1 + delta + values * (slices - 1), num_barriers=stages
             ),
             free=plgpu.Barrier(num_arrivals=slices, num_barriers=stages),
-            done=plgpu.Barrier(num_arrivals=slices + 1),
         )
         if delta:
             scratch |= dict(beta=plgpu.SMEM((stages, C), F32), low=plgpu.Barrier(num_barriers=slices))
@@ -108,8 +107,6 @@ class ChannelScan(Wanted):
 
             blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=state_registers)
             blocks.role(wg == slices, lambda: self.issue_copies(at), decrease=copy_registers)
-
-            blocks.finish_together(at.smem.done)
 
         grid = dict(b=batch * self.pieces, h=value_heads, v=value_dim // self.value_tile)
         name = ("delta" if delta else "additive") + "_channel_" + self.mode

@@ -164,7 +164,6 @@ class Scan(Wanted):
             ready=plgpu.Barrier(num_barriers=AHEAD),
             taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
             low=plgpu.Barrier(num_barriers=tiles) if delta else None,
-            done=plgpu.Barrier(num_arrivals=roles.threads),
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
@@ -194,7 +193,6 @@ class Scan(Wanted):
 
             copying = wg == tiles + roles.prepare
             blocks.role(copying, lambda: self.issue_copies(at), decrease=roles.copy_registers)
-            blocks.finish_together(at.smem.done)
 
         value_blocks = max(value_dim, key_dim) // C if moves else value_dim // self.value_tile
         grid = dict(b=batch * self.pieces, h=value_heads, v=value_blocks)

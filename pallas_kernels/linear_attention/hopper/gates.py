@@ -44,7 +44,7 @@ def write_gates(
         read, write, carry = jnp.exp2(sum_row), jnp.exp2(last - sum_row), jnp.exp2(last)
     if vectors.has("segment"):
         ids = vectors.get("segment", numbers)
-        segment = blocks.row_vector(ids), blocks.col_vector(ids)
+        segment = blocks.row_and_col(ids)
         entering, leaving = vectors.get("entering", numbers)[0], ids[C - 1]
         read = jnp.where(segment[0] == entering, read, 0.0)
         write = jnp.where(segment[0] == leaving, write, 0.0)

@@ -93,10 +93,8 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
             """E of Y."""
             high, low = s["inverse"].at[0].T, s["inverse"].at[1].T
             e = two_parts.times_inverse(y, high, low, s["low_filled"], 2)
-            segment = None
-            if documents:
-                segment = blocks.row_vector(s["segment"]), blocks.col_vector(s["segment"])
-            sums = row(blocks.SUM), col(blocks.SUM)
+            segment = blocks.row_and_col(s["segment"]) if documents else None
+            sums = blocks.row_and_col(gates.at[blocks.SUM])
             e *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
             return e * by_row(blocks.NORM_Q) * by_col(blocks.NORM_K)
 
