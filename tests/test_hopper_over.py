@@ -19,7 +19,6 @@ import test_hopper_channel_backward as channels
 from pallas_kernels.linear_attention import hopper, xla
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
-from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
 from pallas_kernels.linear_attention.hopper.table import Choice
 from pallas_kernels.linear_attention.op import normalize
@@ -58,7 +57,7 @@ def by_head(call, do, pieces):
 def by_channel(call, do, pieces):
     inputs = prepare(call)
     out, saved = channel_forward(inputs, final=False, keep=True, choice=Choice(64, pieces))
-    return out.o, channel_gradients(inputs, saved, do, None, 64)
+    return out.o, gradients(inputs, saved, do, None, Choice(64))
 
 
 CASES = {  # the run, its cases and their options, tokens, pieces of a device, whether the second one goes on

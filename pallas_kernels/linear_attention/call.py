@@ -5,10 +5,11 @@ Shape legend: B batch, T time, H key heads, HV value heads (a multiple of H), K 
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Arrays = TypeVar("Arrays")
 Out = TypeVar("Out")
@@ -76,6 +77,18 @@ class Call(QKV):
             return self.initial_state
         batch, _, heads, value_dim = self.v.shape
         return self.zeros((batch, heads, self.q.shape[3], value_dim))
+
+    def like(self, **gradients: jax.Array | None) -> "Call":
+        """The gradients of the arguments as a backward pass returns them: in their dtypes, None for None."""
+
+        def one(name: str, x: Any) -> Any:
+            if x is None:
+                return None
+            given = gradients.get(name)
+            return np.zeros(x.shape, jax.dtypes.float0) if given is None else given.astype(x.dtype)
+
+        names = (*gradients, "segment_ids", "continues")
+        return dataclasses.replace(self, **{name: one(name, getattr(self, name)) for name in names})
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
         """Zeros in `compute_dtype`, varying over the mesh axes of the arguments (inside `shard_map`)."""

@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.hopper import requirements, table, wide
 from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
 from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
-from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
 from pallas_kernels.linear_attention.hopper.forward import forward_pass
 from pallas_kernels.linear_attention.hopper.inputs import LEAST_DECAY, prepare
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
@@ -85,31 +83,11 @@ def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call
 
 def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
     call, saved = kept
-    differentiate: Any = channel_gradients if per_channel(call) else gradients
-    d = differentiate(prepare(call), saved, *cotangents)
-
+    d = gradients(prepare(call), saved, *cotangents)
+    d_log_decay: Any = d.log_decay
     if call.log_decay is not None and not per_channel(call):  # exp(log_decay) is 0, and so is its gradient
-        d = d._replace(log_decay=jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d.log_decay))
-
-    def like(x: Any, gradient: Any) -> Any:
-        return None if x is None else gradient.astype(x.dtype)
-
-    def like_integers(x: Any) -> Any:
-        return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-
-    return (
-        dataclasses.replace(
-            call,
-            q=like(call.q, d.q),
-            k=like(call.k, d.k),
-            v=like(call.v, d.v),
-            log_decay=like(call.log_decay, d.log_decay),
-            beta=like(call.beta, d.beta),
-            initial_state=like(call.initial_state, d.state),
-            segment_ids=like_integers(call.segment_ids),
-            continues=like_integers(call.continues),
-        ),
-    )
+        d_log_decay = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d_log_decay)
+    return (call.like(q=d.q, k=d.k, v=d.v, log_decay=d_log_decay, beta=d.beta, initial_state=d.state),)
 
 
 _attend = differentiable(_primal, _forward, _backward)

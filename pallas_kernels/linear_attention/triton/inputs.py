@@ -1,11 +1,9 @@
 """What the kernels read: padded to whole chunks, the numbers per token laid out by XLA."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.linear_attention.call import Call, alike
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, masks
@@ -111,15 +109,8 @@ def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
         else:
             chunks = d.sum.reshape(*d.sum.shape[:2], -1, C)
             steps = rows(jnp.flip(jnp.cumsum(jnp.flip(chunks, -1), -1), -1).reshape(d.sum.shape))
-        steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps).astype(call.log_decay.dtype)
-    integers: Any = None if call.segment_ids is None else np.zeros(call.segment_ids.shape, jax.dtypes.float0)
-    return dataclasses.replace(
-        call,
-        q=keys(d.q).astype(call.q.dtype),
-        k=keys(d.k).astype(call.k.dtype),
-        v=d.v[:, :length].astype(call.v.dtype),
-        log_decay=steps,
-        beta=None if call.beta is None else rows(d.beta).astype(call.beta.dtype),
-        initial_state=None if call.initial_state is None else dstate,
-        segment_ids=integers,
-    )
+        steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps)
+    return call.like(
+        q=keys(d.q), k=keys(d.k), v=d.v[:, :length], log_decay=steps,
+        beta=None if d.beta is None else rows(d.beta), initial_state=dstate,
+    )  # fmt: skip
