@@ -17,9 +17,10 @@ import test_hopper_backward as heads
 import test_hopper_channel_backward as channels
 
 from pallas_kernels.linear_attention import hopper, xla
-from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
+from pallas_kernels.linear_attention.hopper.backward import gradients
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
-from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
+from pallas_kernels.linear_attention.hopper.forward import forward_pass
+from pallas_kernels.linear_attention.hopper.inputs import prepare
 from pallas_kernels.linear_attention.hopper.table import Choice
 from pallas_kernels.linear_attention.op import normalize
 from pallas_kernels.linear_attention.pieces import summarize
@@ -49,8 +50,7 @@ class Gathers:
 
 def by_head(call, do, pieces):
     inputs, choice = prepare(call), Choice(64, pieces)
-    out, inverses, moves = forward_pass(inputs, final=False, keep=True, choice=choice)
-    saved = Saved(out.gates, out.states, inverses, out.values, moves, out.scores)
+    out, saved = forward_pass(inputs, final=False, keep=True, choice=choice)
     return out.o, gradients(inputs, saved, do, None, choice)
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.hopper import requirements, table, wide
-from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
-from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
-from pallas_kernels.linear_attention.hopper.forward import forward_pass
+from pallas_kernels.linear_attention.hopper.backward import gradients
+from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved
+from pallas_kernels.linear_attention.hopper.forward import Saved, forward_pass
 from pallas_kernels.linear_attention.hopper.inputs import LEAST_DECAY, prepare
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
 from pallas_kernels.linear_attention.pieces import entered
@@ -94,13 +95,7 @@ _attend = differentiable(_primal, _forward, _backward)
 
 
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _Saved | None]:
-    inputs, final = prepare(call), call.output_final_state
-    out: Any
-    saved: _Saved | None
-    if per_channel(call):
-        out, saved = channel_forward(inputs, final=final, keep=keep)
-    else:
-        out, inverses, moves = forward_pass(inputs, final=final, keep=keep)
-        saved = Saved(out.gates, out.states, inverses, out.values, moves, out.scores) if keep else None
+    run: Any = channel_forward if per_channel(call) else forward_pass
+    out, saved = run(prepare(call), final=call.output_final_state, keep=keep)
     state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
     return (out.o[:, : call.q.shape[1]], state), saved

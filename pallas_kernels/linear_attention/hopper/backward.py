@@ -1,7 +1,7 @@
 """The backward pass.
 
 Additive: one reverse scan makes every gradient. Delta: a reverse scan, then all chunks at once; so too with a
-decay per key channel (channel_backward.py).
+decay per key channel (channel.py).
 The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight
 numbers per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
 """
@@ -17,35 +17,17 @@ from pallas_kernels.linear_attention.hopper.backward_additive import additive_gr
 from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
-from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
+from pallas_kernels.linear_attention.hopper.channel import channel_gradients
 from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved
+from pallas_kernels.linear_attention.hopper.forward import Saved
 from pallas_kernels.linear_attention.hopper.hard_queries import hard_queries
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
-from pallas_kernels.linear_attention.hopper.two_parts import Inverse
 from pallas_kernels.linear_attention.hopper.wide_chunks import wide_gradients
 from pallas_kernels.linear_attention.hopper.wide_scan import wide_reverse
 from pallas_kernels.padding import pad_time
 
 WIDEST_CHUNKS = 128  # channels and values of a head whose chunk kernel has all in shared memory at once
-
-
-class Saved(NamedTuple):
-    """What the forward keeps beside its inputs; T is padded to whole chunks.
-
-    states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
-    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses (`two_parts.Inverse`),
-    values V' [B, T, HV, V] bf16.
-    moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
-    scores: P of `HeadTiles`, K = 256 only.
-    """
-
-    gates: jax.Array | None
-    states: jax.Array
-    inverses: Inverse | None = None
-    values: jax.Array | None = None
-    moves: jax.Array | None = None
-    scores: jax.Array | None = None
 
 
 class Gradients(NamedTuple):

@@ -21,12 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, NORM_Q, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, CARRY, F32, NORM_K, NORM_Q, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient, write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
-BF16 = jnp.bfloat16
-SMEM_BYTES = 227 * 1024
 # Registers a thread of the warpgroups that hold state, make gradients and copy, by those that hold state.
 REGISTERS = {1: (208, 232, 40), 2: (144, 200, 24)}
 
@@ -48,7 +46,6 @@ def additive_gradients(
     chunks, tiles = length // C, value_dim // C
     count = chunks // pieces
     decays = inputs.log_decay is not None
-    interpret = inputs.interpret
     shape, over = (C, key_dim), range(tiles)
     registers = REGISTERS[tiles]
 
@@ -62,7 +59,7 @@ def additive_gradients(
     results |= dict(first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32))
     stage = 2 * 2 * C * (key_dim + value_dim) + 3 * 4 * C
     fixed = 2 * (2 * tiles * C * key_dim + 2 * C * C) + 6 * 1024
-    stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
+    stages = blocks.stages(count, stage, fixed)
     scratch = dict(
         q_s=blocks.smem((stages, C, key_dim), BF16),
         k_s=blocks.smem((stages, C, key_dim), BF16),
@@ -162,7 +159,7 @@ def additive_gradients(
                 inputs, vectors, numbers, s["gate_s"],
                 q=s["q_s"].at[slot], k=s["k_s"].at[slot], every=inputs.l2norm,
             )  # fmt: skip
-            decay = blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+            decay = blocks.pair_decay(blocks.causal(segment), sums)
             decay *= blocks.by_row(norm_q)
             if inputs.l2norm:
                 decay *= blocks.by_col(blocks.col_vector(s["gate_s"].at[NORM_K]))
@@ -279,7 +276,5 @@ def additive_gradients(
         blocks.role(wg == tiles + 1, issue_copies, decrease=registers[2])
 
     grid = dict(b=batch * pieces, h=value_heads)
-    out = blocks.launch(
-        "additive_gradients", body, arrays, results, scratch, grid, threads=tiles + 2, interpret=interpret
-    )
+    out = blocks.launch(inputs, "additive_gradients", body, arrays, results, scratch, grid, threads=tiles + 2)
     return out["dq"], out["dk"], out["dv"], out.get("d_log"), out["first"]

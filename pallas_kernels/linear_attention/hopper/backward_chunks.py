@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
@@ -36,24 +36,22 @@ RUN = 4  # chunks that a block of threads takes in turn
 
 
 def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one a value head; dlog_decay (junk without decay), dbeta [B, HV, 2, T]."""
+    """dq, dk [B, T, HV, K] BF16, one a value head; dlog_decay (junk without decay), dbeta [B, HV, 2, T]."""
     batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group = value_heads // heads
     chunks = length // C
     half, blocks_v = key_dim // 2, value_dim // C
     documents, decays = inputs.segment is not None, inputs.log_decay is not None
-    interpret = inputs.interpret
-    bf16 = jnp.bfloat16
     slots = 2
     tile = (C, half)
 
     scratch = dict(
-        qk_s=blocks.smem((slots, 2, 2, C, half), bf16),  # q, k by halves of the key dimension
-        u_s=blocks.smem((blocks_v, C, C), bf16),
-        d_s=blocks.smem((2, blocks_v, C, C), bf16),  # dO, dV
-        h_s=blocks.smem((2, blocks_v, C, half), bf16),
-        g_s=blocks.smem((2, blocks_v, C, half), bf16),
-        e_s=blocks.smem((2, C, C), bf16),  # E, F
+        qk_s=blocks.smem((slots, 2, 2, C, half), BF16),  # q, k by halves of the key dimension
+        u_s=blocks.smem((blocks_v, C, C), BF16),
+        d_s=blocks.smem((2, blocks_v, C, C), BF16),  # dO, dV
+        h_s=blocks.smem((2, blocks_v, C, half), BF16),
+        g_s=blocks.smem((2, blocks_v, C, half), BF16),
+        e_s=blocks.smem((2, C, C), BF16),  # E, F
         gate_s=plgpu.SMEM((slots, 8, C), F32),
         segment_s=plgpu.SMEM((slots, C), F32) if documents else None,
         norm_s=plgpu.SMEM((2, 2, C), F32) if inputs.l2norm else None,
@@ -71,7 +69,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do)
     arrays |= dict(h=given.states, g=given.state_gradients, gates=given.gates, dv=given.dv)
     arrays |= dict(segment=inputs.segment)
-    keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), bf16)
+    keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
     numbers = jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
@@ -135,7 +133,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array
         def left(ref: Any) -> Any:
             """A [C, C] left operand; two operands in shared memory must be swizzled alike, so narrow halves
             of K want it in registers."""
-            return ref if half == C else blocks.tile(ref, bf16)
+            return ref if half == C else blocks.tile(ref, BF16)
 
         def pair_gradients(wg: Any, gate_s: Any, segment_s: Any, error_s: Any) -> None:
             """E (first warpgroup) or F (second) to e_s; dV_i.U_i (second)."""
@@ -152,7 +150,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array
             )
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
             raw = raw * blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
-            blocks.store(s["e_s"].at[wg], raw.astype(bf16))
+            blocks.store(s["e_s"].at[wg], raw.astype(BF16))
 
         def per_token(wg: Any, gate_s: Any, sums_s: Any) -> jax.Array:
             """dlog_decay (first warpgroup) or dbeta (second) of the chunk."""
@@ -232,8 +230,8 @@ def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array
                     norm = blocks.row_vector(gate_s.at[blocks.NORM_K])
                     along = blocks.row_vector(norm_s.at[0, 1]) + blocks.row_vector(norm_s.at[1, 1])
                     dk = dk + blocks.tile(k_s) * blocks.by_row(along * norm * norm * -1.0, tile)
-                blocks.store(q_s, dq.astype(bf16))
-                blocks.store(k_s, dk.astype(bf16))
+                blocks.store(q_s, dq.astype(BF16))
+                blocks.store(k_s, dk.astype(BF16))
                 s["out_s"].at[wg][...] = per_token(wg, gate_s, s["sums_s"].at[blocks.rem(i, 2)])
                 plgpu.commit_smem()
                 target = (b, pl.ds(n * C, C), head, pl.ds(wg * half, half))
@@ -249,7 +247,5 @@ def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array
 
     grid = dict(b=batch, h=value_heads, n=pl.cdiv(chunks, RUN))
     results = dict(dq=keys, dk=keys, numbers=numbers)
-    out = blocks.launch(
-        "delta_chunk_gradients", body, arrays, results, scratch, grid, threads=3, interpret=interpret
-    )
+    out = blocks.launch(inputs, "delta_chunk_gradients", body, arrays, results, scratch, grid, threads=3)
     return out["dq"], out["dk"], out["numbers"]

@@ -24,7 +24,8 @@ from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
-F32 = jnp.float32
+F32, BF16 = jnp.float32, jnp.bfloat16
+SMEM_BYTES = 227 * 1024  # of a block of threads
 
 # Rows of a chunk's `gates` [8, C]. Token i reads the state S0 before the chunk with weight e_i = exp(G_i)
 # if it is of the document that enters the chunk, else 0; its write is in the state after it with weight f_i
@@ -112,6 +113,7 @@ def present(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def launch(
+    inputs: Any,
     name: str,
     body: Callable,
     arrays: Mapping[str, Any],
@@ -120,12 +122,12 @@ def launch(
     grid: Mapping[str, int],
     *,
     threads: int | None = None,
-    interpret: Any,
 ) -> dict[str, Any]:
     """Results by name of `kernel` for body(refs, smem): dicts of arrays and results, and of buffers.
 
-    What is None is absent.  threads: warpgroups of a block, axis "wg"; None for one, without that axis. They
-    end together: none may leave while another still issues wgmma (an illegal instruction on hardware).
+    inputs: an `Inputs`, for its `interpret`.  arrays, results, scratch: what is None is absent.
+    threads: warpgroups of a block, axis "wg"; None for one, without that axis. They end together: none may
+        leave while another still issues wgmma (an illegal instruction on hardware).
     """
     arrays, results, scratch = present(arrays), present(results), present(scratch)
     if threads is not None and threads > 1:
@@ -139,7 +141,7 @@ def launch(
     out = kernel(
         named,
         name=name,
-        interpret=interpret,
+        interpret=inputs.interpret,
         out_type=list(results.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
@@ -172,6 +174,11 @@ def refill(fill: Callable, free: Any, count: Any, stages: int) -> None:
 def last(count: Any, most: int) -> list:
     """The last numbers below ``count``, ``most`` of them or all; a count on the device is at least that."""
     return [count - n for n in range(min(most, count) if isinstance(count, int) else most, 0, -1)]
+
+
+def stages(chunks: int, stage: int, fixed: int) -> int:
+    """How many buffers of ``stage`` bytes, two to four, for ``chunks``, where ``fixed`` bytes are others'."""
+    return max(2, min(4, chunks, (SMEM_BYTES - fixed) // stage))
 
 
 def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
@@ -210,7 +217,7 @@ def store(ref: Any, value: jax.Array, *, transposed: bool = False, width: int | 
 def send(tile: Any, value: jax.Array, target: Any) -> None:
     """target[...] = value in bfloat16, by way of a tile that all copies but the last have left."""
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # what the tile held has left
-    store(tile, value.astype(jnp.bfloat16))
+    store(tile, value.astype(BF16))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, target)
 
@@ -344,9 +351,9 @@ def cumulative(step_col: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(col_index() <= row_index(), by_col(step_col), 0.0), axis=1)
 
 
-def causal(strict: bool, segment: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """Pairs (i, j), j <= i (j < i if strict), of one document; segment: its number per row and per column."""
-    keep = row_index() > col_index() if strict else row_index() >= col_index()
+def causal(segment: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Pairs (i, j), j <= i, of one document; segment: its number per row and per column."""
+    keep = row_index() >= col_index()
     if segment is not None:
         keep = keep & (by_row(segment[0]) == by_col(segment[1]))
     return keep

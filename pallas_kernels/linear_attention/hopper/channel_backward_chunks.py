@@ -36,14 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, channel_math
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.channel_backward_copies import (
-    BF16,
-    HALF,
-    ONES,
-    buffers,
-    issue_copies,
-)
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.channel_backward_copies import HALF, ONES, buffers, issue_copies
 from pallas_kernels.linear_attention.hopper.channel_backward_pairs import (
     HALF_TILE,
     TILE,
@@ -53,7 +47,7 @@ from pallas_kernels.linear_attention.hopper.channel_backward_pairs import (
     rounded,
     two_parts,
 )
-from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q, SPAN
+from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q, SPAN, ChannelSaved
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 REGISTERS = (240, 24)  # a thread that works, that copies, with two warpgroups at work
@@ -66,11 +60,8 @@ def value_slices(value_dim: int) -> int:
 
 def chunk_gradients(
     inputs: Inputs,
-    norms: jax.Array,
-    carry: jax.Array,
-    states: jax.Array,
+    saved: ChannelSaved,
     state_gradients: jax.Array,
-    values: jax.Array,
     do: jax.Array,
     dv: jax.Array | None,
     *,
@@ -79,16 +70,16 @@ def chunk_gradients(
     """dq, dk, dlog_decay [B, T, N, K] bf16, dV.U [B, N, T] float32 (delta), N of HV, slices.
 
     Shared memory holds 128 values of a head: of a wider one every slice (of 128 or 64) adds a summand.
-    norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
-    needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
-    values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
+    state_gradients: [B, HV, T/C, V, K] bf16.  do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one
+    block of threads takes in turn.
     """
     batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     chunks, slices = length // C, value_slices(value_dim)
     workers, blocks_v = key_dim // C, value_dim // slices // C
     delta, documents = dv is not None, inputs.segment is not None
+    values = inputs.v if saved.values is None else saved.values
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do)
-    arrays |= dict(h=states, g=state_gradients, norms=norms, carry=carry)
+    arrays |= dict(h=saved.states, g=state_gradients, norms=saved.tiles.norms, carry=saved.tiles.carry)
     arrays |= dict(dv=dv) | (dict(segment=inputs.segment, entering=inputs.entering) if documents else {})
     direct = arrays["decay"].dtype != BF16  # log-decays go through registers
 
@@ -121,9 +112,8 @@ def chunk_gradients(
     grid = dict(b=batch, h=value_heads * slices, n=pl.cdiv(chunks, run))
     name = ("delta_" if delta else "additive_") + "channel_gradients"
     out = blocks.launch(
-        name, body, arrays, results, buffers(**flags, **sizes), grid, threads=workers + 1,
-        interpret=inputs.interpret,
-    )  # fmt: skip
+        inputs, name, body, arrays, results, buffers(**flags, **sizes), grid, threads=workers + 1
+    )
     return out["dq"], out["dk"], out["d_decay"], out.get("error")
 
 

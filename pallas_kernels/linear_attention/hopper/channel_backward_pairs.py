@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, channel_math
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.channel_backward_copies import BF16, F16, HALF
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.channel_backward_copies import F16, HALF
 from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q
 
 TILE, HALF_TILE = (C, C), (C, HALF)

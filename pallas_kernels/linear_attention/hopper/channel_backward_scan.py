@@ -14,17 +14,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, fetch, fetch_values
 
-BF16 = jnp.bfloat16
-SMEM_BYTES = 226 * 1024
 REGISTERS = (232, 40)  # a thread, with two warpgroups that hold state: those, and the one that copies
 
 
@@ -47,12 +44,10 @@ def reverse_scan(
     walk: None or how far for a summary: `warm_up.Walks.first`.  lead: None or the chunks after each piece
     that it walks before it: `warm_up.leads`; d_state is then of the state after the last piece.
     """
-    batch, length, _, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, _, value_heads, key_dim, value_dim = inputs.sizes
     chunks, count = length // C, length // C // pieces
     wide = value_tile // C
     delta = tiles.inverses is not None
-    interpret = inputs.interpret
     factors = dict(write=tiles.write, read_q=tiles.read_q, read_k=tiles.read_k)
     inverses = two_parts.named(tiles.inverses)
     pairs = dict(scores=tiles.scores, high=inverses["high"])
@@ -61,9 +56,8 @@ def reverse_scan(
     arrays |= dict(walk=walk, lead=lead)
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
-    fixed = 2 * wide * C * (C + key_dim * (not summary))
-    fewest = count if walk is None else warm_up.chunks(count)
-    stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
+    fixed = 2 * wide * C * (C + key_dim * (not summary)) + 1024
+    stages = blocks.stages(count if walk is None else warm_up.chunks(count), stage, fixed)
     scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
     scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}
     scratch |= dict(
@@ -99,23 +93,11 @@ def reverse_scan(
             n = after - 1 - i
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
 
-            def copy(source: Any, target: Any) -> None:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], barrier)
-
-            copy(refs["write"].at[b, rows, head], s["write"])
-            for tile in range(wide):
-                columns = pl.ds(value_block * value_tile + tile * C, C)
-                plgpu.copy_gmem_to_smem(
-                    refs["do"].at[b, rows, head, columns], s["do"].at[slot, tile], barrier
-                )
-            for name in pairs:
-                copy(refs[name].at[b, head, rows], s[name])
-            copy(refs["carry"].at[b, head, n], s["carry"])
-            for name in factors:
-                if name != "write":
-                    copy(refs[name].at[b, rows, head], s[name])
-            if delta:
-                copy(refs["beta"].at[b, head, rows], s["beta"])
+            keys, pairs = (b, rows, head), (b, head, rows)
+            fetch(refs, s, slot, barrier, write=keys)
+            fetch_values(refs["do"], keys, value_block * value_tile, s["do"].at[slot], barrier, wide)
+            fetch(refs, s, slot, barrier, scores=pairs, high=pairs, carry=(b, head, n))
+            fetch(refs, s, slot, barrier, read_q=keys, read_k=keys, beta=pairs)
 
         def hold_state() -> None:
             columns = pl.ds(value_block * value_tile + wg * C, C)
@@ -177,5 +159,5 @@ def reverse_scan(
 
     grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
     name = "channel_reverse_" + ("summary" if summary else "scan")
-    out = blocks.launch(name, body, arrays, results, scratch, grid, threads=wide + 1, interpret=interpret)
+    out = blocks.launch(inputs, name, body, arrays, results, scratch, grid, threads=wide + 1)
     return out.get("ds"), out.get("dv"), out["first"]

@@ -9,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
-BF16 = jnp.bfloat16
 NORM_K, NORM_Q, SPAN = range(3)  # rows of `Tiles.norms`
 
 
@@ -222,10 +221,9 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         ready=plgpu.Barrier(num_arrivals=2 * halves + len(vectors)),
         **(two_parts.scratch() if delta else {}),
     )
-    out = blocks.launch(
-        ("delta_" if delta else "additive_") + "channel_tiles", body,
-        dict(q=i.q, k=i.k, decay=i.log_decay, **vectors.named), results, scratch,
-        dict(b=batch, h=value_heads, n=chunks), interpret=i.interpret,
-    )  # fmt: skip
+    name = ("delta_" if delta else "additive_") + "channel_tiles"
+    arrays = dict(q=i.q, k=i.k, decay=i.log_decay, **vectors.named)
+    grid = dict(b=batch, h=value_heads, n=chunks)
+    out = blocks.launch(i, name, body, arrays, results, scratch, grid)
     parts = [out.pop(name) for name in two_parts.Inverse._fields if delta]
     return Tiles(**out, inverses=two_parts.Inverse(*parts) if delta else None)

@@ -19,10 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.call import varying
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
-BF16 = jnp.bfloat16
 RUN = 16  # chunks a block of threads
 
 
@@ -30,7 +29,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
     """dq [B, T, HV, K] bf16, one per value head, with that of hard chunks computed again, in place."""
     _, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group, chunks, parts = value_heads // heads, length // C, key_dim // C
-    documents, interpret = inputs.segment is not None, inputs.interpret
+    documents = inputs.segment is not None
 
     # In place by a reference, which may not vary along axes of a mesh (`varying`): there apart.
     result = None if varying(dq) else jax.new_ref(dq)
@@ -95,7 +94,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
             e = two_parts.times_inverse(y, high, low, s["low_filled"], 2)
             segment = blocks.row_and_col(s["segment"]) if documents else None
             sums = blocks.row_and_col(gates.at[blocks.SUM])
-            e *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+            e *= blocks.pair_decay(blocks.causal(segment), sums)
             return e * by_row(blocks.NORM_Q) * by_col(blocks.NORM_K)
 
         def write(n: Any) -> None:
@@ -146,7 +145,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
 
     grid = dict(b=inputs.q.shape[0], h=value_heads, n=pl.cdiv(chunks, RUN))
     results = dict(dq=jax.ShapeDtypeStruct(dq.shape, BF16) if result is None else None)
-    out = blocks.launch("hard_queries", body, arrays, results, scratch, grid, threads=1, interpret=interpret)
+    out = blocks.launch(inputs, "hard_queries", body, arrays, results, scratch, grid, threads=1)
     if result is not None:
         return jax.freeze(result)
     hard = jnp.swapaxes(inverses.hard.reshape(*inverses.hard.shape[:2], length), 1, 2) > 0.0

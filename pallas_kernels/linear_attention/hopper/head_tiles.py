@@ -12,11 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import BETA, F32, NORM_K, C
+from pallas_kernels.linear_attention.hopper.blocks import BETA, BF16, F32, NORM_K, C
 from pallas_kernels.linear_attention.hopper.gates import write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
-
-BF16 = jnp.bfloat16
 
 
 class HeadTiles(NamedTuple):
@@ -93,11 +91,12 @@ def chunk_inverses(inputs: Inputs) -> two_parts.Inverse:
         two_parts.store_inverse(lower, s["k"].at[0], s["k"].at[1], s, refs, (b, head, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    out = blocks.launch(
-        "chunk_inverses", body, dict(k=inputs.k, **vectors.named),
-        two_parts.result(batch, value_heads, length)._asdict(), scratch,
-        dict(b=batch, h=value_heads, n=length // C), interpret=inputs.interpret,
-    )  # fmt: skip
+    arrays, results = (
+        dict(k=inputs.k, **vectors.named),
+        two_parts.result(batch, value_heads, length)._asdict(),
+    )
+    grid = dict(b=batch, h=value_heads, n=length // C)
+    out = blocks.launch(inputs, "chunk_inverses", body, arrays, results, scratch, grid)
     return two_parts.Inverse(**out)
 
 
@@ -139,7 +138,7 @@ def head_tiles(inputs: Inputs) -> HeadTiles:
         scores, lower = blocks.sums_of_products(
             ([(x, y.T) for x, y in zip(q, k, strict=True)], (C, C)), ([(x, x.T) for x in k], (C, C))
         )
-        decay = blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+        decay = blocks.pair_decay(blocks.causal(segment), sums)
         if inputs.l2norm:
             decay *= blocks.by_col(blocks.col_vector(gate_s.at[NORM_K]))
         row_scale = blocks.row_vector(gate_s.at[BETA]) * blocks.row_vector(gate_s.at[NORM_K])
@@ -150,8 +149,6 @@ def head_tiles(inputs: Inputs) -> HeadTiles:
         plgpu.copy_smem_to_gmem(q[0], refs["scores"].at[b, head, rows])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    out = blocks.launch(
-        "delta_head_tiles", body, dict(q=inputs.q, k=inputs.k, **vectors.named), results, scratch,
-        dict(b=batch, h=value_heads, n=chunks), interpret=inputs.interpret,
-    )  # fmt: skip
+    arrays, grid = dict(q=inputs.q, k=inputs.k, **vectors.named), dict(b=batch, h=value_heads, n=chunks)
+    out = blocks.launch(inputs, "delta_head_tiles", body, arrays, results, scratch, grid)
     return HeadTiles(out.pop("gates"), out.pop("scores"), two_parts.Inverse(**out))

@@ -18,10 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C, interpreted
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, WGMMA, C, interpreted
 
 ROWS = 16  # of a warp, and the size of its blocks
-F16, BF16 = jnp.float16, jnp.bfloat16
+F16 = jnp.float16
 SLOTS = 6
 X_00, X_11, X_22, L_20, L_21, X_10 = range(SLOTS)  # the blocks that pass between warps
 

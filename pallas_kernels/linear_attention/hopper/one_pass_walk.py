@@ -94,8 +94,8 @@ class Walk:
 
         name = ("delta" if self.delta else "additive") + "_channel_" + name
         return blocks.launch(
-            name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
-            threads=HOLDING + PREPARING, interpret=i.interpret,
+            i, name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
+            threads=HOLDING + PREPARING,
         )  # fmt: skip
 
     def tile(self, at: SimpleNamespace, n: Any) -> Any:

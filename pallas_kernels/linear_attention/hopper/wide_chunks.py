@@ -16,11 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
-BF16 = jnp.bfloat16
 SLICE = 2 * C  # channels of a block of threads
 STAGES = 3  # blocks of V on their way
 RUN = 4  # chunks that a block of threads takes in turn
@@ -60,7 +59,6 @@ def _of_slices(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax
     slices, blocks_v = key_dim // SLICE, value_dim // C
     documents, decays = inputs.segment is not None, inputs.log_decay is not None
     project = inputs.l2norm and slices == 1
-    interpret = inputs.interpret
     late = min(STAGES, blocks_v) - 1  # the block of V behind which the next chunk's q and k are fetched
 
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do, dv=given.dv)
@@ -252,7 +250,5 @@ def _of_slices(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax
 
     grid = dict(b=batch, h=value_heads, k=slices, n=pl.cdiv(chunks, RUN))
     results = dict(dq=keys, dk=keys, numbers=numbers)
-    out = blocks.launch(
-        "delta_wide_chunks", body, arrays, results, scratch, grid, threads=3, interpret=interpret
-    )
+    out = blocks.launch(inputs, "delta_wide_chunks", body, arrays, results, scratch, grid, threads=3)
     return out["dq"], out["dk"], out["numbers"]

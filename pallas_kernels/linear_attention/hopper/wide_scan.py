@@ -16,12 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.blocks import BETA, BF16, CARRY, F32, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, fetch
 
-BF16 = jnp.bfloat16
 STAGES = 2
 GATES = (READ_K, READ_Q, WRITE, BETA)  # the rows of `HeadTiles.gates` that a scan reads whole
 
@@ -45,7 +44,7 @@ def launch(
     """A block of two warpgroups for each sequence, value head and slice of values."""
     batch, _, heads, value_dim = inputs.v.shape
     grid = dict(b=batch, h=heads, v=value_dim // C)
-    return blocks.launch(name, body, arrays, results, scratch, grid, threads=2, interpret=inputs.interpret)
+    return blocks.launch(inputs, name, body, arrays, results, scratch, grid, threads=2)
 
 
 def traced(n: Any) -> Any:
@@ -55,8 +54,7 @@ def traced(n: Any) -> Any:
 
 def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> Scanned:
     """`final` for the last state, `keep` for the states and V' that the backward pass wants."""
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group, chunks = value_heads // heads, length // C
     stages = min(STAGES, chunks)
     outputs = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
@@ -165,8 +163,7 @@ def wide_reverse(
 
     do: [B, T, HV, V] bf16.  d_state: dS^T after the last chunk [B, HV, V, K] float32, or None.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group, chunks = value_heads // heads, length // C
     stages = min(STAGES, chunks)
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, do=do, last=d_state, **tiles.named)
@@ -194,12 +191,9 @@ def wide_reverse(
         def fill(i: Any, slot: Any) -> None:
             n = chunks - 1 - traced(i)
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
-            copy = lambda source, name: plgpu.copy_gmem_to_smem(source, s[name].at[slot], barrier)
-            copy(refs["k"].at[b, rows, key_head], "k")
-            copy(refs["q"].at[b, rows, key_head], "q")
-            copy(refs["do"].at[b, rows, head, columns], "do")
-            copy(refs["scores"].at[b, head, rows], "scores")
-            copy(refs["high"].at[b, head, rows], "high")
+            keys, pairs = (b, rows, key_head), (b, head, rows)
+            places = dict(k=keys, q=keys, do=(b, rows, head, columns), scores=pairs, high=pairs)
+            fetch(refs, s, slot, barrier, **places)
             for place, row in enumerate(GATES):
                 source = refs["gates"].at[b, head, n, row]
                 plgpu.copy_gmem_to_smem(source, s["gates"].at[slot, place], barrier)
