@@ -109,7 +109,7 @@ def reverse_scan(
             if len(vectors):
                 vectors.copy(refs, s["vectors_s"].at[slot], barrier, b, head, rows)
             place = b, rows, head
-            fetch_values(refs["do"], place, value_block * value_tile, s["do_s"].at[slot], barrier, tiles)
+            fetch_values(refs["do"], place, value_block * value_tile, s["do_s"], slot, barrier, tiles)
             if delta:
                 plgpu.copy_gmem_to_smem(refs["high"].at[b, head, rows], s["high_s"].at[slot], barrier)
             if documents:

@@ -95,7 +95,7 @@ def reverse_scan(
 
             keys, pairs = (b, rows, head), (b, head, rows)
             fetch(refs, s, slot, barrier, write=keys)
-            fetch_values(refs["do"], keys, value_block * value_tile, s["do"].at[slot], barrier, wide)
+            fetch_values(refs["do"], keys, value_block * value_tile, s["do"], slot, barrier, wide)
             fetch(refs, s, slot, barrier, scores=pairs, high=pairs, carry=(b, head, n))
             fetch(refs, s, slot, barrier, read_q=keys, read_k=keys, beta=pairs)
 

@@ -108,7 +108,7 @@ class ChannelScan(Wanted):
             given = vars(refs), vars(smem), slot, barrier
             fetch(*given, read_k=keys, read_q=keys)
             if at.values:
-                fetch_values(refs.v, keys, at.first_value, smem.v.at[slot], barrier, at.slices)
+                fetch_values(refs.v, keys, at.first_value, smem.v, slot, barrier, at.slices)
             fetch(*given, beta=pairs, high=pairs, scores=pairs, write=keys, carry=(at.b, at.head, chunk))
 
         blocks.refill(fill, smem.free, at.count, at.stages)

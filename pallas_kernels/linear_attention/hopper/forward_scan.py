@@ -178,9 +178,10 @@ class Scan(Wanted):
             blocks.role(wg < (1 if moves else tiles), lambda: self.hold_state(at, mine), increase=more)
             if moves:
                 blocks.role(wg == 1, lambda: self.hold_state(at, 0, moves=True), increase=more)
-            preparing, copying = (wg >= tiles) & (wg < tiles + roles.prepare), wg == tiles + roles.prepare
-            prepare = lambda: self.prepare_chunks(at, wg - tiles)
+            preparing, prepare = wg >= tiles, lambda: self.prepare_chunks(at, wg - tiles)
+            preparing &= wg < tiles + roles.prepare
             blocks.role(preparing, prepare, decrease=0 if fewer == LAUNCHED else fewer)
+            copying = wg == tiles + roles.prepare
             blocks.role(copying, lambda: self.issue_copies(at), decrease=roles.copy_registers)
 
         value_blocks = max(value_dim, key_dim) // C if moves else value_dim // self.value_tile
@@ -197,7 +198,7 @@ class Scan(Wanted):
             keys, pairs = (at.b, rows, at.key_head), (at.b, at.head, rows)
             fetch(vars(refs), vars(smem), slot, barrier, k=keys, q=keys, high=pairs)
             place = at.b, rows, at.head
-            fetch_values(refs.v, place, at.first_value, smem.v.at[slot], barrier, at.value_tiles)
+            fetch_values(refs.v, place, at.first_value, smem.v, slot, barrier, at.value_tiles)
             if len(at.vectors):
                 at.vectors.copy(vars(refs), smem.vectors.at[slot], barrier, at.b, at.head, rows)
 

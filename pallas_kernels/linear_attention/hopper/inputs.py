@@ -105,17 +105,19 @@ def prepare(call: Call) -> Inputs:
 
 
 def fetch(refs: Any, smem: Any, slot: Any, barrier: Any, **places: tuple) -> None:
-    """Starts copies to ``slot`` of buffers from places in the arrays of the same names, where there are any."""
+    """Starts copies to ``slot`` of buffers from places in arrays of the same names, of those there are."""
     for name, place in places.items():
         if name in refs:
             plgpu.copy_gmem_to_smem(refs[name].at[place], smem[name].at[slot], barrier)
 
 
-def fetch_values(ref: Any, place: tuple, first: Any, buffer: Any, barrier: Any, tiles: int) -> None:
-    """Starts the copies of ``tiles`` tiles of C values, from the ``first`` one on, of tokens at ``place``."""
+def fetch_values(
+    ref: Any, place: tuple, first: Any, buffer: Any, slot: Any, barrier: Any, tiles: int
+) -> None:
+    """As many tiles of C values, from the ``first`` one on, of tokens at ``place``."""
     for tile in range(tiles):
         columns = pl.ds(first + tile * C, C)
-        plgpu.copy_gmem_to_smem(ref.at[(*place, columns)], buffer.at[tile], barrier)
+        plgpu.copy_gmem_to_smem(ref.at[(*place, columns)], buffer.at[slot, tile], barrier)
 
 
 class Vectors:
