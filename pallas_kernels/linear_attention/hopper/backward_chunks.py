@@ -1,19 +1,16 @@
 """The gradients of q, k, log_decay and beta of the delta rule, chunk by chunk: no chunk waits for another.
 
 With S the state that enters a chunk, dS the gradient of the one that leaves, U = V', dV from the reverse
-scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document, the gradients of the products q_i.k_j and
-k_i.k_j are
+scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document (docs/kernels.md, section 4),
     E = scale D * (dO U^T)      F = -(D, j < i) * (dV U^T)
-and then
     dQ = scale e (dO S^T) + E K
-    dK = [-e (dV S^T) + F K] + [f (U dS^T) + E^T Q + F^T K].
-Every term of dQ and of the first bracket carries a factor exp(G_i), every term of the second exp(-G_i), so
-    dG_i = q_i.dQ_i + k_i.[first] - k_i.[second],    dG_C += sum_i k_i.(f U dS^T)_i + exp(G_C) <S, dS>.
+    dK = [-e (dV S^T) + F K] + [f (U dS^T) + E^T Q + F^T K]
+    dG_i = q_i.dQ_i + k_i.[first] - k_i.[second],    dG_C += sum_i k_i.(f U dS^T)_i + exp(G_C) <S, dS>
 What must cancel between far tokens does: row and column sums use the same bf16 E, F and float32 sums.
 dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
 
-Two warpgroups take half of the key dimension each; the first also makes E, the second F.
-A third issues copies.
+Two warpgroups take half of the key dimension each; the first also makes E, the second F. A third issues
+copies.
 """
 
 from typing import Any

@@ -5,21 +5,16 @@ the reverse scan, q and k normalised and q scaled, e = exp(G) and f = exp(G_C - 
 number per token and channel), and E = tril(dO U^T), F = -(dV U^T, j < i) on pairs of one document,
     dq = e (dO S^T) + [rows of E with k]
     dk = -e (dV S^T) + [rows of F with k] + f (U dS^T) + [columns of E with q and of F with k]
-where a pair (i, j) has the factor exp(G_i - G_j) in every channel, made as in `channel_math`: with offsets
-D_i from the middle of a block, row i has 2^D_i and column j 2^-D_j. Channels are the rows of every tile,
-tokens its columns: then the scaled copies of q and k are left operands,
-    rows:    dq^T = 2^D (k 2^-D)^T E^T        columns:  dk^T = 2^-D (q 2^D)^T E
-and go from the registers in which they are made into the product; sums over tokens are sums along rows.
-Norms are factors of E, F and the gates, so that the sums are the gradients of q and k as they are:
-    E'_ij = n_i E_ij m_j,   F'_ij = m_i F_ij m_j     (n, m: norms of q, k by token)
-but for what l2norm takes out along q and k.
+    dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>
+where a pair (i, j) has the factor exp(G_i - G_j) in every channel, made as in `channel_math`. dbeta_i =
+dV_i.U_i / beta_i^2 is the diagonal of dV U^T. docs/kernels.md, section 7, says why it is made so:
 
-The gradient of G is elementwise: what a row gains with exp(G_i) it has times q_i or k_i, what a column
-loses with exp(-G_j) times k_j. Both are products of the same bf16 tiles with float32 sums, so what must
-cancel between far tokens does. The diagonal of E has no decay and stays out, and so does the last token's
-f = 1: under strong decay nothing large is left whose difference would be rounded.
-    dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>.
-dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
+- Channels are the rows of every tile, tokens its columns: scaled copies of q and k are left operands, made
+  in registers.  Norms are factors of E, F and the gates: E'_ij = n_i E_ij m_j, F'_ij = m_i F_ij m_j (n, m:
+  norms of q, k by token), so that the sums are the gradients of q and k as they are, but for what l2norm
+  takes out.
+- dG is what a row gains with exp(G_i), times q_i or k_i, less what a column loses with exp(-G_j), times
+  k_j. The diagonal of E has no decay and stays out, and so does the last token's f = 1.
 
 A warpgroup has 64 channels; the first also makes E, the last F. A further one issues copies
 (channel_backward_copies.py). Results leave through the buffers that q, k and bf16 log-decays came in.

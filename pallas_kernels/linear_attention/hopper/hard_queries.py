@@ -1,10 +1,9 @@
 """dq of hard chunks (`two_parts`) with sums of two bf16, written over what the chunk gradients made of it.
 
-There E = scale D * (dO U^T) reads U = V' in one bf16, felt as A's rounding is. What rounding took off is not
-kept; but U = A beta (V - e K S), so
+Since U = A beta (V - e K S) is kept in one bf16, E = scale D * (dO U^T) is made here without it:
     dO U^T = Y A^T,    Y = (dO V^T - (dO S^T) (e K)^T) beta
-which wants nothing of U, and of which dO S^T is in dQ = scale e (dO S^T) + E K besides. A, Y and E are in two
-parts. One warpgroup a block of threads takes a run of chunks, and is gone at once where none of it is hard.
+with A, Y and E in two parts. One warpgroup a block of threads takes a run of chunks, and is gone at once
+where none of it is hard.
 """
 
 import functools
