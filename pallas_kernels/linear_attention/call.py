@@ -65,6 +65,11 @@ class Call(QKV):
         """Value heads per key head: value head h reads key head h // group."""
         return self.v.shape[2] // self.q.shape[2]
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether the log-decay is per key channel."""
+        return self.log_decay is not None and self.log_decay.ndim == 4
+
     def starts(self) -> jax.Array | None:
         """Where a document starts that does not start its row, bool [B, T]; None for one document a row."""
         if self.segment_ids is None:

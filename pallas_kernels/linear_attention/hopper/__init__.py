@@ -35,7 +35,7 @@ def supports(call: Call) -> str | None:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
     if key_dim not in KEY_DIMS or not wide.slices(value_dim):
         return f"head dims K = {key_dim}, V = {value_dim} (K 64, 128 or 256, V a multiple of 64)"
-    if key_dim == 256 and call.beta is not None and per_channel(call):
+    if key_dim == 256 and call.beta is not None and call.per_channel:
         return "K = 256 with the delta rule and a decay per channel"
     if key_dim == 256 and call.beta is None and call.qk_l2norm:
         return "K = 256 with an additive update and qk_l2norm"
@@ -51,11 +51,6 @@ def supports(call: Call) -> str | None:
 def self_test() -> str | None:
     """See `requirements.self_test`."""
     return requirements.self_test("linear_attention", lambda: trial.results(linear_attention))
-
-
-def per_channel(call: Call) -> bool:
-    """Whether the log-decay is per key channel."""
-    return wide.per_channel(call)
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -86,7 +81,7 @@ def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array 
     call, saved = kept
     d = gradients(prepare(call), saved, *cotangents)
     d_log_decay: Any = d.log_decay
-    if call.log_decay is not None and not per_channel(call):  # exp(log_decay) is 0, and so is its gradient
+    if call.log_decay is not None and not call.per_channel:  # exp(log_decay) is 0, and so is its gradient
         d_log_decay = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d_log_decay)
     return (call.like(q=d.q, k=d.k, v=d.v, log_decay=d_log_decay, beta=d.beta, initial_state=d.state),)
 
@@ -95,7 +90,7 @@ _attend = differentiable(_primal, _forward, _backward)
 
 
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _Saved | None]:
-    run: Any = channel_forward if per_channel(call) else forward_pass
+    run: Any = channel_forward if call.per_channel else forward_pass
     out, saved = run(prepare(call), final=call.output_final_state, keep=keep)
     state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
     return (out.o[:, : call.q.shape[1]], state), saved

@@ -82,7 +82,7 @@ def prepare(call: Call) -> Inputs:
     if beta is not None:
         beta = jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
     log_decay = call.log_decay
-    if log_decay is not None and log_decay.ndim == 4:
+    if log_decay is not None and call.per_channel:
         steps = log_decay if log_decay.dtype == jnp.bfloat16 else log_decay.astype(F32)
         log_decay = pad_time(steps, length)
     elif log_decay is not None:

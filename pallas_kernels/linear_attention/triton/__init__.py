@@ -47,10 +47,6 @@ def self_test(kind: trial.Kind) -> str | None:
     return agreement.self_test("linear_attention", lambda: trial.compare(linear_attention, kind))
 
 
-def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
-    return _attend(call)
-
-
 Kept = tuple[Call, Chunks, Scanned]
 
 
@@ -85,4 +81,4 @@ def _backward(kept: Kept, cotangents: tuple[jax.Array, jax.Array | None]) -> tup
     return (unprepare(call, d, back.first),)
 
 
-_attend = differentiable(_primal, _forward, _backward)
+linear_attention = differentiable(_primal, _forward, _backward)

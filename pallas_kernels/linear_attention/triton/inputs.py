@@ -45,12 +45,11 @@ class Inputs(NamedTuple):
 
 
 def spec(call: Call) -> Spec:
-    channel = call.log_decay is not None and call.log_decay.ndim == 4
     delta = call.beta is not None
     (batch, length, heads, value_dim), key_dim = call.v.shape, call.q.shape[3]
     length = round_up(length, C)
     sizes = dict(B=batch, T=length, H=heads, N=length // C, C=C, K=key_dim, V=value_dim)
-    return Spec(channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group, sizes)
+    return Spec(call.per_channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group, sizes)
 
 
 def prepare(call: Call) -> Inputs:
@@ -60,7 +59,7 @@ def prepare(call: Call) -> Inputs:
     if call.beta is not None:
         rows["beta"] = _head_major(call.beta, length)
     steps = None
-    if call.log_decay is not None and call.log_decay.ndim == 4:
+    if call.log_decay is not None and call.per_channel:
         steps = pad_time(call.log_decay, length)
     documents = None if call.segment_ids is None else _documents(pad_time(call.segment_ids, length, "edge"))
     if steps is None and call.log_decay is not None:
