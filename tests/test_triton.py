@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import pytest
 import triton_aot
 
-from pallas_kernels import dispatch, explain, linear_attention
+from pallas_kernels import agreement, dispatch, explain, linear_attention
 from pallas_kernels.dispatch import Device
 from pallas_kernels.linear_attention import reference, trial, triton
 from pallas_kernels.linear_attention.op import OP, normalize
-from pallas_kernels.linear_attention.triton import requirements
 
 B, T, H, HV, K, V = 1, 100, 1, 2, 64, 64
 FAMILIES = [(decay, delta) for decay in ("none", "head", "channel") for delta in (False, True)]
@@ -107,7 +106,7 @@ def test_the_self_test_itself_interpreted(decay, delta):
     kind = trial.Kind(decay, delta)
     assert trial.kind(trial.small_call(kind)) == kind and triton.supports(trial.small_call(kind)) is None
     results = trial.compare(triton.linear_attention, kind, interpret=True)
-    assert requirements.self_test("linear_attention", lambda: results) is None
+    assert agreement.self_test("linear_attention", lambda: results) is None
 
 
 def test_traced_inside_shard_map():

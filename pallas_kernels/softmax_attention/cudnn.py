@@ -57,13 +57,7 @@ def _hopper() -> bool:
     return float(dispatch.here().capability or 9) >= 9
 
 
-def runs_on(device: Device) -> str | None:
-    """None if cuDNN's fused kernel runs on ``device``, else the reason why not."""
-    if device.platform != "gpu":
-        return f"the platform is {device.platform}"
-    if float(device.capability or 0) < 8:
-        return f"compute capability {device.capability or 'unknown'} (8.0 or more)"
-    return None
+runs_on = Device.before_ampere
 
 
 def self_test() -> str | None:
