@@ -229,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--dataset", default="", help="a folder, or a name on the Hugging Face hub, that `datasets` can load"
     )
     parser.add_argument("--dataset_config", default="", help="configuration of the dataset")
-    parser.add_argument("--split", default="train", help="split of the dataset to train on")
+    parser.add_argument("--split", default="", help="split of the dataset to train on (train)")
     parser.add_argument("--val_split", default="", help="split of the dataset to hold out")
     args = parser.parse_args(arguments)
     return cli.run(lambda: report(args), "nothing was kept")
@@ -238,10 +238,10 @@ def main(arguments: list[str] | None = None) -> int:
 def report(args: argparse.Namespace) -> None:
     """Prepares as the flags say, and prints what came of it."""
     start = time.monotonic()
-    for name in ("dataset_config", "val_split"):
+    for name in ("dataset_config", "split", "val_split"):
         if getattr(args, name) and not args.dataset:
             raise ConfigError(f"--{name}", getattr(args, name), "is of a dataset", "Give --dataset, too.")
-    dataset = hub.Dataset(args.dataset, args.dataset_config, args.split, args.val_split)
+    dataset = hub.Dataset(args.dataset, args.dataset_config, args.split or "train", args.val_split)
     index = prepare(
         ",".join(args.input),
         args.output,
