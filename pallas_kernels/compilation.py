@@ -40,7 +40,8 @@ def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:
     """run(*arrays), the call of a kernel; where it is lowered for the GPU here, it is compiled.
 
     It is traced with arrays that vary along no axis of a mesh, nor do its results: what a kernel holds of one
-    that does and what it makes itself have one type in its loops. One that writes into an argument, a reference, stays as it is: only JAX's own primitives may.
+    that does and what it makes itself have one type in its loops. One that writes into an argument, a
+    reference, stays as it is: only JAX's own primitives may.
     """
     plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) if varying(x) else x for x in arrays]
     jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*plain))
