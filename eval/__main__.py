@@ -107,7 +107,7 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     console.print(report.table(shown, title))
     for line in (*report.turns(shown), *(f"{what} while training: {one}" for what, one in learnt.items())):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    report.plot(results, title, folder / "eval.png")
+    report.plot(runner.known_of(folder, tested), title, folder / "eval.png")  # and another evaluation's
     tracker = tracking.Wandb(workdir, tested.config, tested.config.log.wandb_mode)
     prefix = "ema/" if flags.ema else ""
     tracker.log(tested.step, {prefix + key: value for key, value in runner.metrics(shown.items()).items()})
