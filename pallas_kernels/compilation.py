@@ -34,6 +34,8 @@ _kernel.multiple_results = True
 _known: set[bytes] = set()
 _waiting = threading.local()  # .programs: of the kernels of the program that this thread lowers
 _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
+# A process that ends would wait for all that is queued: `atexit` comes after that, and only this before.
+threading._register_atexit(_threads.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
 
 
 def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:
