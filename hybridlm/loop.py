@@ -23,7 +23,7 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
-from hybridlm.data import Dataset
+from hybridlm.data import Dataset, overlap
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
 from hybridlm.model import Definition
@@ -102,6 +102,12 @@ class Loop:
         )
         show.line("\n".join(said))
         rich.print(report.layer_table(one.config))
+        for held, field in (
+            (one.val_data, "data"),
+            *((held, f"val.{n}") for n, held in one.val_sets.items()),
+        ):
+            if why := overlap.warning(one.train_data.source, held.source, field):
+                log.warning("%s", why)
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):

@@ -364,3 +364,8 @@ def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
 def test_flags_of_a_dataset_without_one(capsys, flag):
     assert main(["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", flag, "train"]) == 2
     assert f"{flag} = 'train': is of a dataset" in capsys.readouterr().err
+
+
+def test_a_split_that_is_trained_on_is_not_held_out(capsys):
+    assert main(["--dataset", "any", "--val_split", "train", "--output", "out", "--tokenizer", "bytes"]) == 2
+    assert "--val_split = 'train': must be another than the one that is trained on" in capsys.readouterr().err

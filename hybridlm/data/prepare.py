@@ -55,6 +55,8 @@ def prepare(
         raise ConfigError("--holdout", holdout, "must be in [0, 1)")
     if holdout and (val_inputs or (dataset and dataset.val_split)):
         raise ConfigError("--holdout", holdout, "must be 0 where held-out documents are named")
+    if dataset and dataset.split == dataset.val_split:
+        raise ConfigError("--val_split", dataset.val_split, "must be another than the one that is trained on")
     if dataset and val_inputs:
         raise ConfigError("--val_input", val_inputs, "goes with --input; --dataset has --val_split")
     if shard_tokens < 1:
