@@ -14,7 +14,18 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, groups, init_from, objectives, optimizer, untrusted, weights
+from hybridlm import (
+    cost,
+    data,
+    generate,
+    groups,
+    init_from,
+    objectives,
+    optimizer,
+    stages,
+    untrusted,
+    weights,
+)
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -122,9 +133,9 @@ class Member:
         checkpoint.check_unchanged(saved, self.record)
         if start > self.whole.train.steps:
             problem = f"the checkpoint is already at step {start}"
-            raise ConfigError("train.steps", self.whole.train.steps, problem, "Raise it.")
-        if before is not None and not self.whole.stages:
-            self.say_rates(before, start)
+            raise ConfigError(*stages.last_steps(self.whole), problem, "Raise it.")
+        if before is not None and start > self.stage_begin:
+            self.say_rates(dict(stages.split(before, configs.resolve))[self.stage_begin], start)
 
     def teachers(self) -> dict[str, str]:
         """The teacher's folder, however it was spelt, and which parameters it has now; {} without one."""
@@ -143,15 +154,17 @@ class Member:
 
     def say_rates(self, old: Config, start: int) -> None:
         """Says what the learning rate will do if it goes on otherwise than in ``old``, the checkpoint's."""
-        rate = lambda one, count: float(optimizer.schedule(one.optimizer, one.train.steps)(count))
+        begin = self.stage_begin
+        of = lambda one: optimizer.schedule(one.optimizer, one.train.steps - begin)
+        rate = lambda one, step: float(of(one)(step - begin))
         last, now = rate(old, start - 1), rate(self.config, start)
         end = start >= old.train.steps
         unchanged = math.isclose(now, last if end else rate(old, start), rel_tol=1e-6)
         if unchanged or start >= self.config.train.steps:
             return
-        schedule, steps = self.config.optimizer.schedule, self.config.train.steps
+        schedule, steps = self.config.optimizer.schedule, self.config.train.steps - begin
         said = f"learning rate: {last:.3g} at step {start}, then {now:.3g} ({schedule} over {steps} steps)"
-        if now > 1.05 * last and last < 0.95 * rate(old, max(0, old.optimizer.warmup_steps - 1)):
+        if now > 1.05 * last and last < 0.95 * rate(old, begin + max(0, old.optimizer.warmup_steps - 1)):
             fix = "to extend a run without that, resume it from a checkpoint before its decay"
             log.warning("%s: it had decayed and rises again; %s", said, fix)
         else:

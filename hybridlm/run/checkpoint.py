@@ -294,7 +294,8 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
     Data are the same when their fingerprint is, wherever they lie.
     """
     found = changes(*(r["config"] | {"data.fingerprint": r["fingerprint"]} for r in (saved, record)))
-    refused = [name for name in found if _under(name, FIXED) and not _under(name, FREE)]
+    judged = {name: _of_last(name, record["config"]) for name in found}
+    refused = [name for name, one in judged.items() if _under(one, FIXED) and not _under(one, FREE)]
     if "data.fingerprint" in refused:
         refused += [name for name in found if _under(name, ("data",)) and name not in refused]
         refused.remove("data.fingerprint")
@@ -318,6 +319,12 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
             log.warning("no effect on a resumed run, whose parameters are the checkpoint's: %s", change)
         else:
             log.info("resumed with a change: %s", change)
+
+
+def _of_last(name: str, config: dict[str, Any]) -> str:
+    """``name`` without stages.<the last>, whose settings may change as those of a run without stages."""
+    order = config.get("stages", {}).get("order", ("",))
+    return name.removeprefix(f"stages.{order[-1]}.")
 
 
 def _respelt(before: str, after: str, config: dict[str, Any]) -> bool:
