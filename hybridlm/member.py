@@ -146,10 +146,11 @@ class Member:
 
     def check_teacher(self) -> None:
         """ConfigError if the folder of the teacher has other parameters than when the run began."""
+        # An older version recorded "" of a public one.
         known = (self.saved.get("teacher", {}), self.record["teacher"])
-        if any(one.get(folder, now) != now for one in known for folder, now in self.teachers().items()):
-            problem = "has another newest checkpoint than when this run began"
-            fix = "Bring that one back, or start anew in another --workdir."
+        if any((one.get(folder) or now) != now for one in known for folder, now in self.teachers().items()):
+            problem = "has another newest checkpoint, or other files, than when this run began"
+            fix = "Bring those back, or start anew in another --workdir."
             raise ConfigError("objective.teacher", self.teacher, problem, fix)
 
     def say_rates(self, old: Config, start: int) -> None:
