@@ -193,9 +193,10 @@ class Member:
         config = self.config.replace(train__steps=stage, train__profile_steps=())
         replay.dump(dump, config, first, state, self.train_data.whole_batch(first - 1))
         self.failed = (
-            f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
-            f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "
-            f"{first}; events.jsonl names the samples. Lower the learning rate, or look at the data."
+            f"step {step}: loss, gradient or update is not finite, {self.watch.in_a_row} updates in a row "
+            f"since step {first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} "
+            f"repeats step {first}; events.jsonl names the samples. Lower the learning rate, or look at the "
+            "data."
         )
 
     def save(self, step: int, state: State, rates: Metrics) -> None:
