@@ -17,6 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from eval import curves, haystack, report, runner, subject, tasks
+from eval.tasks import natural
 from hybridlm import commands, sharding, untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, private, tracking
@@ -80,6 +81,8 @@ def listing() -> str:
 def evaluate(flags: argparse.Namespace, console: Console) -> None:
     chosen = tasks.choose(flags.suite, [name for name in flags.tasks.split(",") if name])
     wanted = plan(flags)
+    if flags.data_dir and not any(isinstance(task, natural.NaturalTask) for task in chosen):
+        raise ConfigError("--data_dir", flags.data_dir, "is read by none of these tasks", "Leave it out.")
     if not flags.workdir:
         raise ConfigError("--workdir", "", "must name the run to evaluate")
     workdir = Path(flags.workdir)

@@ -239,6 +239,7 @@ def test_command_line(workdir, capsys, monkeypatch):
         (["--tasks=induction", "--seed=-1"], "at least 0"),
         (["--tasks=passkey", "--haystack=none.txt"], "cannot be read"),
         (["--tasks=passkey", "--workdir=none"], "no config.json"),
+        (["--tasks=passkey", "--data_dir=x"], "--data_dir = 'x': is read by none of these tasks"),
         (["--tasks=passkey", "--step=7"], "no checkpoint at step 7: there are checkpoints at steps 3"),
     ],
 )
