@@ -16,7 +16,7 @@ import rich
 from rich.logging import RichHandler
 
 from eval import in_loop
-from hybridlm import commands, config_file, optimizer, report, stages, trainer
+from hybridlm import commands, config_file, report, stages, trainer
 from hybridlm import config as configs
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, processes
@@ -101,12 +101,10 @@ def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
     for field in overrides:
         if why := idle(config, field):
             log.warning("--config.%s has no effect: %s", field, why)
-    for begin, stage in stages.split(config, configs.resolve):
-        if why := optimizer.unwarmed(stage.optimizer, stage.train.steps - begin):
-            log.warning("%s: %s", "the run" if stage is config else f"the stage after step {begin}", why)
     if flags.devices and not flags.dry_run:
         raise ConfigError("--devices", flags.devices, "names GPUs that are not there", "Add --dry_run.")
     if flags.dry_run:
+        trainer.say_unwarmed(config)
         report.dry_run(config, rich.get_console(), flags.devices)
         return
     workdir = Path(flags.workdir or default_workdir(flags.config))

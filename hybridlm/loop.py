@@ -23,7 +23,7 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
-from hybridlm.data import Dataset
+from hybridlm.data import Dataset, overlap
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
 from hybridlm.model import Definition
@@ -90,6 +90,11 @@ class Loop:
         said = opening.lines(self.members[0], start, self.mesh.shape, self.program, len(self.members))
         show.line("\n".join(said))
         rich.print(report.layer_table(self.config))
+        one = self.members[0]
+        sets = {"data": one.val_data} | {f"val.{name}": data for name, data in one.val_sets.items()}
+        for field, held in sets.items():
+            if why := overlap.warning(one.train_data.source, held.source, field):
+                log.warning("%s", why)
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):

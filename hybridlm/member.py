@@ -14,7 +14,18 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, groups, init_from, objectives, optimizer, untrusted, weights
+from hybridlm import (
+    cost,
+    data,
+    generate,
+    groups,
+    init_from,
+    objectives,
+    optimizer,
+    stages,
+    untrusted,
+    weights,
+)
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
@@ -122,9 +133,9 @@ class Member:
         checkpoint.check_unchanged(saved, self.record)
         if start > self.whole.train.steps:
             problem = f"the checkpoint is already at step {start}"
-            raise ConfigError("train.steps", self.whole.train.steps, problem, "Raise it.")
-        if before is not None and not self.whole.stages:
-            self.say_rates(before, start)
+            raise ConfigError(*stages.last_steps(self.whole), problem, "Raise it.")
+        if before is not None and start > self.stage_begin:
+            self.say_rates(dict(stages.split(before, configs.resolve))[self.stage_begin], start)
 
     def teachers(self) -> dict[str, str]:
         """The teacher's folder, however it was spelt, and which parameters it has now; {} without one."""
@@ -135,23 +146,26 @@ class Member:
 
     def check_teacher(self) -> None:
         """ConfigError if the folder of the teacher has other parameters than when the run began."""
+        # An older version recorded "" of a public one.
         known = (self.saved.get("teacher", {}), self.record["teacher"])
-        if any(one.get(folder, now) != now for one in known for folder, now in self.teachers().items()):
-            problem = "has another newest checkpoint than when this run began"
-            fix = "Bring that one back, or start anew in another --workdir."
+        if any((one.get(folder) or now) != now for one in known for folder, now in self.teachers().items()):
+            problem = "has another newest checkpoint, or other files, than when this run began"
+            fix = "Bring those back, or start anew in another --workdir."
             raise ConfigError("objective.teacher", self.teacher, problem, fix)
 
     def say_rates(self, old: Config, start: int) -> None:
         """Says what the learning rate will do if it goes on otherwise than in ``old``, the checkpoint's."""
-        rate = lambda one, count: float(optimizer.schedule(one.optimizer, one.train.steps)(count))
+        begin = self.stage_begin
+        of = lambda one: optimizer.schedule(one.optimizer, one.train.steps - begin)
+        rate = lambda one, step: float(of(one)(step - begin))
         last, now = rate(old, start - 1), rate(self.config, start)
         end = start >= old.train.steps
         unchanged = math.isclose(now, last if end else rate(old, start), rel_tol=1e-6)
         if unchanged or start >= self.config.train.steps:
             return
-        schedule, steps = self.config.optimizer.schedule, self.config.train.steps
+        schedule, steps = self.config.optimizer.schedule, self.config.train.steps - begin
         said = f"learning rate: {last:.3g} at step {start}, then {now:.3g} ({schedule} over {steps} steps)"
-        if now > 1.05 * last and last < 0.95 * rate(old, max(0, old.optimizer.warmup_steps - 1)):
+        if now > 1.05 * last and last < 0.95 * rate(old, begin + max(0, old.optimizer.warmup_steps - 1)):
             fix = "to extend a run without that, resume it from a checkpoint before its decay"
             log.warning("%s: it had decayed and rises again; %s", said, fix)
         else:
@@ -179,9 +193,10 @@ class Member:
         config = self.config.replace(train__steps=stage, train__profile_steps=())
         replay.dump(dump, config, first, state, self.train_data.whole_batch(first - 1))
         self.failed = (
-            f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
-            f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "
-            f"{first}; events.jsonl names the samples. Lower the learning rate, or look at the data."
+            f"step {step}: loss, gradient or update is not finite, {self.watch.in_a_row} updates in a row "
+            f"since step {first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} "
+            f"repeats step {first}; events.jsonl names the samples. Lower the learning rate, or look at the "
+            "data."
         )
 
     def save(self, step: int, state: State, rates: Metrics) -> None:

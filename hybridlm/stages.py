@@ -107,6 +107,14 @@ def split(config: "Config", resolve: Resolve) -> list[tuple[int, "Config"]]:
     return found
 
 
+def last_steps(config: "Config") -> tuple[str, int]:
+    """The field by which a run becomes longer, and its value."""
+    if not config.stages:
+        return "train.steps", config.train.steps
+    last = config.stages[ORDER][-1]
+    return f"{FIELD}.{last}.train.steps", config.stages[last]["train"]["steps"]
+
+
 def tokens(config: "Config", resolve: Resolve) -> int:
     """Trained on in all: a stage may have a batch and rows of its own."""
     parts = ((one.train.steps - begin, one.train) for begin, one in split(config, resolve))

@@ -67,7 +67,21 @@ def main(argv: Sequence[str]) -> int:
     return cli.run(lambda: sweep(flags, overrides), "the same command continues")
 
 
+def check(flags: argparse.Namespace) -> None:
+    """ConfigError for a flag that the others leave without effect."""
+    for name, default in (("device", ""), ("mfu", plan.MFU)):
+        if getattr(flags, name) != default and not flags.dry_run:
+            raise ConfigError(f"--{name}", getattr(flags, name), "is of the hours in --dry_run", "Add that.")
+    if flags.no_submit and flags.launcher == "local":
+        fix = "Name another --launcher, or list the runs with --dry_run."
+        raise ConfigError("--no_submit", True, "is of job files, which the local launcher has none of", fix)
+    if flags.retry and flags.launcher != "local":
+        fix = "The jobs of that take up every run that is not finished."
+        raise ConfigError("--retry", True, f"is of the local launcher, not of {flags.launcher}", fix)
+
+
 def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    check(flags)
     console = rich.get_console()
     definition = grid.load(flags.config)
     runs = grid.runs(definition, overrides)

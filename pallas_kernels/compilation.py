@@ -24,6 +24,8 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jaxlib.mlir import ir
 
+from pallas_kernels.linear_attention.call import varying
+
 TARGET = "mosaic_gpu_v2"  # the custom call that jax 0.11.2 and 0.12.0.1 make of a kernel
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # said in the thread that has lowered a program
 
@@ -32,14 +34,19 @@ _kernel.multiple_results = True
 _known: set[bytes] = set()
 _waiting = threading.local()  # .programs: of the kernels of the program that this thread lowers
 _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
+# A process that ends would wait for all that is queued: `atexit` comes after that, and only this before.
+threading._register_atexit(_threads.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
 
 
 def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:
     """run(*arrays), the call of a kernel; where it is lowered for the GPU here, it is compiled.
 
-    One that writes into an argument, a reference, stays as it is: only JAX's own primitives may.
+    It is traced with arrays that vary along no axis of a mesh, nor do its results: what a kernel holds of one
+    that does and what it makes itself have one type in its loops. One that writes into an argument, a
+    reference, stays as it is: only JAX's own primitives may.
     """
-    jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*arrays))
+    plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) if varying(x) else x for x in arrays]
+    jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*plain))
     call = jaxpr_as_fun(jaxpr) if jaxpr.effects else functools.partial(_kernel.bind, jaxpr=jaxpr)
     return jax.tree.unflatten(jax.tree.structure(results), call(*arrays))
 
@@ -80,7 +87,8 @@ def _batch(xs: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, list[int]]:
 
 
 def _lower(context: Any, *xs: Any, jaxpr: Any) -> Any:
-    results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *xs))
+    plain = context.replace(avals_in=jaxpr.in_avals)
+    results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(plain, *xs))
     found = attributes(results[0].owner) if here(context) else {}
     name = found.get("kernel_hash")
     if name and name not in _known:

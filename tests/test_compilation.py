@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import hopper_aot
@@ -45,6 +47,18 @@ def test_a_kernel_writes_in_place(wrap):
         return jax.freeze(ref)
 
     assert (wrap(run)(jnp.zeros(3)) == 1).all()
+
+
+@kernels_only
+def test_a_process_that_ends_waits_for_no_queued_kernel():
+    script = """if True:
+        import time
+        from pallas_kernels import compilation
+        for _ in range(1000):
+            compilation._threads.submit(lambda: (time.sleep(0.01), print("compiled", flush=True)))
+    """
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.count("compiled") < 1000 and not ended.stderr
 
 
 @pytest.fixture

@@ -360,7 +360,12 @@ def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
             assert read_back(tmp_path / command[command.index("--output") + 1], "val")[0]
 
 
-def test_flags_of_a_dataset_without_one(capsys):
-    flags = ["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", "--val_split", "validation"]
-    assert main(flags) == 2
-    assert "--val_split = 'validation': is of a dataset" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--dataset_config", "--split", "--val_split"])
+def test_flags_of_a_dataset_without_one(capsys, flag):
+    assert main(["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", flag, "train"]) == 2
+    assert f"{flag} = 'train': is of a dataset" in capsys.readouterr().err
+
+
+def test_a_split_that_is_trained_on_is_not_held_out(capsys):
+    assert main(["--dataset", "any", "--val_split", "train", "--output", "out", "--tokenizer", "bytes"]) == 2
+    assert "--val_split = 'train': must be another than the one that is trained on" in capsys.readouterr().err

@@ -178,11 +178,16 @@ def test_zip_of_unequal_lengths():
             ["whole number"],
         ),
         (["--config=configs/sweeps/ratio_mqar.py", "--launcher=xpk"], ["--engine cluster", "must be given"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--no_submit"], ["--no_submit", "local launcher"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--retry", "--launcher=xpk"], ["--retry", "not of xpk"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--device=H100"], ["--device = 'H100'", "--dry_run"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--mfu=0.3"], ["--mfu = 0.3", "--dry_run"]),
     ],
 )
 def test_bad_command(
-    arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
+    monkeypatch.setattr(sweep, "run_local", lambda *args: pytest.fail("trained"))
     workdir = tmp_path / "sweep"
     assert sweep.main([*arguments, f"--workdir={workdir}"]) == 2
     message = capsys.readouterr().err

@@ -116,6 +116,28 @@ def test_a_decayed_run_that_is_extended_is_warned(text, run, caplog):
     assert "0.001 at step 6, then 0.00325 (wsd over 8 steps): it had decayed and rises again" in caplog.text
 
 
+def staged(text, first=2, last=4, **fields):
+    c = tiny.config(text, model__pattern="retnet", optimizer__schedule="wsd", optimizer__decay_fraction=0.5)
+    c.stages = {"order": ("a", "b"), "a": {"train": {"steps": first}}}
+    c.stages["b"] = {"train": {"steps": last} | fields}
+    return configs.resolve(c)
+
+
+def test_the_last_stage_may_change_as_a_run_without_stages(text, tmp_path, caplog):
+    trainer.train(staged(text), tmp_path)
+    changed, ended = "a resumed run cannot change it", "= 3: the checkpoint is already at step 6"
+    for change, why in ("a.first", changed), ("b.batch_size", changed), ("b.last", ended):
+        stage, name = change.split(".")
+        field = f"stages.{stage}.train.{name if name == 'batch_size' else 'steps'}"
+        with pytest.raises(ConfigError, match=f"{field} .*{why}"):
+            trainer.train(staged(text, **{name: 4 if name == "batch_size" else 3}), tmp_path)
+    trainer.train(staged(text, last=6), tmp_path)
+    last = tiny.lines(tmp_path)
+    assert [line["step"] for line in last] == list(range(1, 9))
+    assert last[6]["learning_rate"] == pytest.approx(0.01 * (1 - 0.9 * 2 / 3))  # update 5 of 6, 2 of decay
+    assert "0.001 at step 6, then 0.004 (wsd over 6 steps): it had decayed and rises again" in caplog.text
+
+
 def test_another_pattern_is_refused_in_two_lines(text, run):
     with pytest.raises(ConfigError) as caught:
         trainer.train(resolved(text, model__pattern="retnet full"), run)

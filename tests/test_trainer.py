@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
         checkpoint__every_steps=1,
         train__max_skipped=1,
     )
-    with pytest.raises(RunError, match=r"step \d: loss or gradient is not finite, 2 updates in a row"):
+    with pytest.raises(RunError, match=r"step \d: .* update is not finite, 2 updates in a row"):
         trainer.train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as saves:  # the last one written before is whole
         record = saves.record(saves.steps()[-1])

@@ -63,7 +63,9 @@ def test_values_and_gradients_interpreted(decay, delta):
         want = jax.jit(lambda x: run(reference.linear_attention, x, False))(exact)
         error = lambda a, b: float(jnp.linalg.norm(jnp.asarray(a, jnp.float64) - b) / jnp.linalg.norm(b))
         errors = {name: error(got[name], want[name]) for name in want}
-    assert max(errors.values()) < 6e-3, errors  # bf16 rounds by 4e-3
+    print(decay, delta, {name: f"{value:.1e}" for name, value in sorted(errors.items())})
+    # What flash-linear-attention's tests of its chunk_gla allow (tests/ops/test_gla.py); bf16 rounds by 4e-3.
+    assert all(value < (4e-3 if name == "o" else 5e-3) for name, value in errors.items()), errors
 
 
 def test_what_it_refuses():

@@ -295,8 +295,9 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
     Data are the same when their fingerprint is, wherever they lie.
     """
     found = changes(*(r["config"] | {SEEN: r["fingerprint"]} for r in (saved, record)))
+    judged = {name: _of_last(name, record["config"]) for name in found}
     fixed = (*FIXED, "data") if SEEN in found else FIXED
-    refused = [name for name in found if _under(name, fixed) and not _under(name, FREE)]
+    refused = [name for name, one in judged.items() if _under(one, fixed) and not _under(one, FREE)]
     refused.sort(key=SEEN.__eq__)  # what a user set is named before what follows from it
     if PATTERN in refused and _respelt(*found[PATTERN], record["config"]):
         refused.remove(PATTERN)
@@ -317,6 +318,12 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
             log.warning("no effect on a resumed run, whose parameters are the checkpoint's: %s", change)
         else:
             log.info("resumed with a change: %s", change)
+
+
+def _of_last(name: str, config: dict[str, Any]) -> str:
+    """``name`` without stages.<the last>, whose settings may change as those of a run without stages."""
+    order = config.get("stages", {}).get("order", ("",))
+    return name.removeprefix(f"stages.{order[-1]}.")
 
 
 def _respelt(before: str, after: str, config: dict[str, Any]) -> bool:

@@ -1,0 +1,52 @@
+"""Held-out documents that are trained on, too: found among the longest, without reading the rest."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from hybridlm.data.mixture import Mixture
+from hybridlm.data.packing import Documents, PackedDocuments
+from hybridlm.data.source import Source
+from hybridlm.errors import RunError
+
+LONGEST = 16  # held-out documents that are looked for
+SAME_LENGTH = 32  # training documents that each is held against
+
+
+def warning(train: Source, held: Source, field: str) -> str:
+    """Why the loss on ``held`` is none on new text: at least half of its longest documents are also among
+    the training ones; "" otherwise.  field: of the config that names it."""
+    trained = list(_documents(train))
+    looked = [(one, number) for one in _documents(held) for number in _longest(one)]
+    known = [one.name(number) for one, number in looked if any(_holds(t, one, number) for t in trained)]
+    if not known or 2 * len(known) < len(looked):
+        return ""
+    said = f"{field}: of the {len(looked)} longest held-out documents {len(known)} are trained on, too"
+    return f"{said} ({known[0]}): their loss says nothing of new text. Hold out other documents."
+
+
+def _documents(source: Source) -> Iterator[Documents]:
+    if isinstance(source, PackedDocuments):
+        yield source.documents
+    for component in source.sources if isinstance(source, Mixture) else ():
+        yield from _documents(component)
+
+
+def _longest(documents: Documents) -> list[int]:
+    """Few others are as long."""
+    return np.argsort(-documents.length_N, kind="stable")[:LONGEST].tolist()
+
+
+def _holds(documents: Documents, other: Documents, number: int) -> bool:
+    """Whether ``documents`` have that of ``other``; not where a file cannot be read, which is said later."""
+    same_N = np.flatnonzero(documents.length_N == other.length_N[number])[:SAME_LENGTH]
+    with contextlib.suppress(RunError):
+        wanted = _tokens(other, number)
+        return any(np.array_equal(_tokens(documents, one), wanted) for one in same_N.tolist())
+    return False
+
+
+def _tokens(documents: Documents, number: int) -> np.ndarray:
+    start = int(documents.start_N[number])
+    return documents.read(int(documents.shard_N[number]), start, start + int(documents.length_N[number]))
