@@ -142,7 +142,7 @@ def test_a_chat_template(tmp_path):
     ids = found.encode([{"role": "user", "content": "Hi"}])
     assert ids.count(256) == 2 and ids.count(257) == 1  # read as special tokens, not as their letters
     assert tokens.decode(ids) == "user\nHiassistant"
-    assert found.ends == [257, 258]
+    assert weights.ends(tmp_path, tokens) == (257, 258)
     with pytest.raises(configs.ConfigError, match="refuses these messages: no"):
         found.encode([{"role": "system", "content": "Hi"}])
 
@@ -158,7 +158,7 @@ def test_a_chat_template_without_jinja_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.once
 def test_an_imported_model_writes(tmp_path, capsys):
-    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it."""
+    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it; its end of a text ends one."""
     folder = tmp_path / "public"
     shutil.copytree(GOLDEN / "fla_deltanet", folder)
     words = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -169,3 +169,10 @@ def test_an_imported_model_writes(tmp_path, capsys):
     text = written(capsys, f"--workdir={tmp_path / 'run'}", "--prompt=w3 w5", "--max_new_tokens=4")
     names = text.split()
     assert names[:2] == ["w3", "w5"] and 2 < len(names) <= 6 and all(name[0] == "w" for name in names)
+    end = {"eos_token_id": [int(names[2][1:])]}
+    (tmp_path / "run" / "hf" / "generation_config.json").write_text(json.dumps(end))
+    text = written(capsys, f"--workdir={tmp_path / 'run'}", "--prompt=w3 w5", "--max_new_tokens=4")
+    assert text.split() == names[:2]
+    other = weights.tokenizers.load(str(folder / "tokenizer.json"))
+    other.content += b" "
+    assert weights.ends(tmp_path / "run", other) == ()  # another tokenizer's ids mean something else

@@ -47,6 +47,7 @@ class Tokenizer:
     """Bytes as tokens: ids 0..255 are the bytes and 256 is the separator ``<doc>``.
 
     doc_id: the id that stands before every document and is the target of its last token.
+    ends: ids after which a text is complete: doc_id, and what a public model has besides (`hybridlm.weights`).
     pieces: the bytes that each id stands for, b"" for special ids; None where ids have no fixed bytes.
     replaced: documents so far whose invalid UTF-8 was replaced by U+FFFD (never for bytes: they are kept).
     """
@@ -56,9 +57,14 @@ class Tokenizer:
     vocab_size = 257
     doc_id = 256
     replaced = 0
+    more_ends: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.pieces: list[bytes] | None = [bytes([byte]) for byte in range(256)] + [b""]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self.doc_id, *self.more_ends
 
     @property
     def token_bytes(self) -> np.ndarray | None:
