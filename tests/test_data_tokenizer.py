@@ -99,6 +99,20 @@ def test_a_file_without_separator_gets_one_past_its_vocabulary(tmp_path):
     assert file.decode([size, *file.encode("def"), size + 5]) == "def"
 
 
+@pytest.mark.parametrize(
+    "special", [("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"), ("<|endoftext|>", "<|startoftext|>")]
+)
+def test_the_first_token_of_a_public_model_separates_documents(tmp_path, special):
+    """DeepSeek's, and that of LFM2 and Jamba, which have another special token of a common name."""
+    path = train(
+        tmp_path / "t.json",
+        decoder=decoders.ByteLevel(),
+        pre_tokenizer=pre_tokenizers.ByteLevel(),
+        special=special,
+    )
+    assert tokenizer.load(path).doc_id == 1
+
+
 def test_sentencepiece_pieces_are_bytes(tmp_path):
     vocabulary = {"<unk>": 0, "<s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     vocabulary |= {piece: 258 + i for i, piece in enumerate(["▁", "a", "b", "▁a", "▁ab", "ab"])}

@@ -157,8 +157,8 @@ def test_a_chat_template_without_jinja_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.once
-def test_an_imported_model_writes(tmp_path, capsys):
-    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it; its end of a text ends one."""
+def test_an_imported_model_writes(tmp_path, capsys, caplog):
+    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it, and an end of texts."""
     folder = tmp_path / "public"
     shutil.copytree(GOLDEN / "fla_deltanet", folder)
     words = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -166,6 +166,9 @@ def test_an_imported_model_writes(tmp_path, capsys):
     file.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     file.save(str(folder / "tokenizer.json"))
     incoming.import_hf(folder, tmp_path / "run")
+    assert (
+        f"begin with id {words - 1}, which separates documents in tokenizer.json; config.json" in caplog.text
+    )
     text = written(capsys, f"--workdir={tmp_path / 'run'}", "--prompt=w3 w5", "--max_new_tokens=4")
     names = text.split()
     assert names[:2] == ["w3", "w5"] and 2 < len(names) <= 6 and all(name[0] == "w" for name in names)

@@ -34,6 +34,9 @@ SEPARATORS = (
     "<bos>",
     "<s>",
     "[BOS]",
+    "<｜begin▁of▁sentence｜>",
+    "<beginning_of_sentence>",
+    "<|startoftext|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "<eos>",
@@ -47,7 +50,7 @@ class Tokenizer:
     """Bytes as tokens: ids 0..255 are the bytes and 256 is the separator ``<doc>``.
 
     doc_id: the id that stands before every document and is the target of its last token.
-    ends: ids after which a text is complete: doc_id, and what a public model has besides (`hybridlm.weights`).
+    ends: ids after which a text is complete: doc_id, and what a public model has besides (`weights.ends`).
     pieces: the bytes that each id stands for, b"" for special ids; None where ids have no fixed bytes.
     replaced: documents so far whose invalid UTF-8 was replaced by U+FFFD (never for bytes: they are kept).
     """

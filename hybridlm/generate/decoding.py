@@ -194,7 +194,8 @@ def complete(
     """Texts that ``prompts`` (token ids) go on with, cut before the first of the ``stop`` strings.
 
     A row ends early at one of the tokenizer's ``ends`` and at a token whose text holds a stop string; a stop
-    string that spans tokens is cut from the text afterwards, and an empty one stops nothing. options: of `stream`.
+    string that spans tokens is cut from the text afterwards, and an empty one stops nothing.
+    options: of `stream`.
     """
     rows = continuations(definition, params, prompts, stops=stop_tokens(tokenizer, stop), **options)
     return [written(tokenizer, prompt, row, stop) for prompt, row in zip(prompts, rows, strict=True)]
