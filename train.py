@@ -6,6 +6,7 @@ complete checkpoint (start again with --resume=auto), 130 or 143 ended at once b
 
 import argparse
 import logging
+import math
 import os
 import re
 import sys
@@ -79,6 +80,19 @@ def idle(config: configs.Config, field: str) -> str:
     return ""
 
 
+def unranked(config: configs.Config) -> str:
+    """Why `checkpoint.keep_best` does not choose among all checkpoints; "" if it does."""
+    keep, steps = config.checkpoint, config.train.steps
+    section = "eval" if keep.best_metric == "val_loss" else "log"
+    every = getattr(config, section).every_steps or steps  # 0: at the end only
+    common = math.lcm(keep.every_steps, every)
+    if not keep.keep_best or keep.every_steps in (0, common) or keep.every_steps >= steps:
+        return ""
+    when = f"of every {common} steps" if common < steps else "after the last step"
+    said = f"{keep.best_metric} is known of checkpoints {when} alone, of all if checkpoint.every_steps"
+    return f"{said} = {keep.every_steps} is a multiple of {section}.every_steps = {every}"
+
+
 def default_workdir(spec: str) -> Path:
     """configs/hybrid.py:340m,kda,3:1 -> runs/hybrid-340m-kda-3-1; a sweep's x/kda/point.json -> x/kda"""
     filename, argument = config_file.split(spec)
@@ -104,6 +118,8 @@ def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
     for begin, stage in stages.split(config, configs.resolve):
         if why := optimizer.unwarmed(stage.optimizer, stage.train.steps - begin):
             log.warning("%s: %s", "the run" if stage is config else f"the stage after step {begin}", why)
+    if why := unranked(config):
+        log.warning("checkpoint.keep_best = %d: %s", config.checkpoint.keep_best, why)
     if flags.devices and not flags.dry_run:
         raise ConfigError("--devices", flags.devices, "names GPUs that are not there", "Add --dry_run.")
     if flags.dry_run:

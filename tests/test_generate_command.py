@@ -82,6 +82,7 @@ def test_interactive(run, capsys, monkeypatch):
     [
         ([], "--prompt"),
         (["--prompt=a", "--top_p=0"], "top_p"),
+        (["--prompt=a", "--temperature=nan"], "temperature"),
         (["--prompt=a", "--checkpoint=3"], "no checkpoint at step 3: there are checkpoints at steps 2"),
         (["--prompt=a", "-n=0"], "--n = 0"),
         (["--prompt=a", "--seed=-1"], "--seed"),
