@@ -210,7 +210,10 @@ def _loss(record: dict[str, Any]) -> float | None:
 
 
 def means(results: Sequence[Result], metric: str) -> list[Mean]:
-    """Means over seeds of the finished runs that have ``metric``; of several learning rates the best one."""
+    """Means over seeds of the finished runs that have ``metric``; of several learning rates the best one.
+
+    A rate at which a seed diverged is not the best by the others: only rates with the most runs are compared.
+    """
     groups: dict[tuple, dict[str, list[Result]]] = {}
     for result in results:
         if getattr(result, metric) is None:
@@ -220,7 +223,7 @@ def means(results: Sequence[Result], metric: str) -> list[Mean]:
         groups.setdefault(rest, {}).setdefault(rate, []).append(result)
     sign = 1 if metric in HIGHER else -1
     return [
-        max((_mean(runs, metric) for runs in rates.values()), key=lambda m: sign * m.value)
+        max((_mean(runs, metric) for runs in rates.values()), key=lambda m: (len(m.runs), sign * m.value))
         for rates in groups.values()
     ]
 

@@ -48,6 +48,9 @@ def test_the_best_learning_rate_is_taken(tmp_path: Path):
              (("1e-3", "0", 0.2), ("1e-3", "1", 0.4), ("1e-2", "0", 0.9), ("1e-2", "1", 0.0))]  # fmt: skip
     (mean,) = results.means(tried, "recall")
     assert mean.value == pytest.approx(0.45) and mean.runs[0].point["learning_rate"] == "1e-2"
+    tried[-1] = tried[-1]._replace(recall=None)  # diverged, while the seed that is left has the best number
+    (mean,) = results.means(tried, "recall")
+    assert mean.value == pytest.approx(0.3) and mean.runs[0].point["learning_rate"] == "1e-3"
 
 
 def test_series_end_in_attention_alone_and_leave_placements_out(tmp_path: Path):
