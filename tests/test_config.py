@@ -247,3 +247,27 @@ def test_checkpoints_that_are_not_measured_are_said(best_metric):
         if said:
             regular = sorted(at(saved) & at(measured) - {12})
             assert f"every {regular[0]} steps" in said if regular else "after the last step" in said
+
+
+def test_fields_that_nothing_reads_are_said() -> None:
+    """Each with the field beside it that decides, in both of its states."""
+    mixed = {"data.kind": "mixture", "data.components.a.kind": "text", "data.components.a.path": "x"}
+    cases = (
+        ("optimizer.muon_momentum", {"optimizer.name": "adamw"}, {"optimizer.name": "muon"}),
+        ("optimizer.decay_fraction", {"optimizer.schedule": "cosine"}, {"optimizer.schedule": "wsd"}),
+        ("optimizer.final_ratio", {"optimizer.schedule": "constant"}, {"optimizer.schedule": "wsd"}),
+        ("eval.task_samples", {}, {"eval.tasks": "parity"}),
+        ("eval.temperature", {"eval.sample_tokens": "0"}, {"eval.sample_tokens": "1"}),
+        ("checkpoint.best_metric", {"checkpoint.keep_best": "0"}, {}),
+        ("data.holdout", {"data.val_path": "y"}, {}),
+        ("val.one.holdout", {"val.one.kind": "text", "val.one.val_path": "y"}, {}),
+        ("data.weight", {}, None),
+        ("data.components.a.weight", None, mixed),
+        ("data.num_pairs", {"data.kind": "mqar", "data.slices": "(64, 4)"}, {"data.kind": "mqar"}),
+    )
+    for field, idle, heeded in cases:
+        for changes, said in ((idle, True), (heeded, False)):
+            if changes is None:
+                continue
+            config = configs.resolve(configs.load(QUICKSTART, changes))
+            assert bool(train.idle(config, field)) == said, (field, changes)
