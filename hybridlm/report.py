@@ -8,6 +8,7 @@ from rich.table import Table
 from hybridlm import ahead, cost, data, groups, member, model, stages
 from hybridlm import config as configs
 from hybridlm.config import Config
+from hybridlm.data import mixture
 from hybridlm.errors import ConfigError
 from hybridlm.run import show
 
@@ -106,7 +107,11 @@ def amount(config: Config, dataset: data.Dataset) -> str:
     train = config.train
     read = stages.tokens(config, configs.resolve)
     said = f"{dataset.source.describe()}; the run reads {quantity(read, '')} tokens"
-    return said + (f", {read / train.seq_len / dataset.num_rows:.3g} epochs" if dataset.num_rows else "")
+    rows = read / train.seq_len
+    if isinstance(dataset.source, mixture.Mixture):
+        each = dataset.source.epochs(rows).items()
+        return said + "".join(f", {name} {count:.3g} epochs" for name, count in each)
+    return said + (f", {rows / dataset.num_rows:.3g} epochs" if dataset.num_rows else "")
 
 
 def quantity(value: float, unit: str) -> str:

@@ -3,13 +3,14 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
 import train
 from hybridlm import config as configs
-from hybridlm import report, stages
+from hybridlm import member, report, stages
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -100,3 +101,22 @@ def test_layer_table_shows_the_settings_of_a_name_once() -> None:
 )
 def test_quantity(value: float, unit: str, text: str) -> None:
     assert report.quantity(value, unit) == text
+
+
+def test_how_often_each_part_of_a_mixture_is_read(tmp_path) -> None:
+    """Against the rows themselves: a part of one short text is read over and over, an endless task is not."""
+    (tmp_path / "a.txt").write_bytes(b"ab" * 100)
+    given = configs.load(
+        QUICKSTART, {"model.vocab_size": "300", "train.steps": "2048", "train.batch_size": "4"}
+    )
+    given.train.seq_len = 32
+    parts = {"text": configs.data("text", path=f"{tmp_path}/a.txt", weight=3.0), "task": configs.data("mqar")}
+    given.data = configs.data("mixture", components=parts)
+    config = configs.resolve(given)
+    dataset = member.build_data(config, "train")
+    origins = [origin.partition(":")[0] for origin in dataset.source.ids(np.arange(4 * 2048))]
+    often = (
+        origins.count("text")
+        / dict(zip(dataset.source.names, dataset.source.sources, strict=True))["text"].num_rows
+    )
+    assert report.amount(config, dataset).endswith(f"262 k tokens, text {often:.3g} epochs")
