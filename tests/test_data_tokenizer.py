@@ -76,10 +76,11 @@ def test_invalid_utf8_is_replaced_and_counted(byte_level):
     assert file.replaced == 2
 
 
-def test_padding_and_truncation_of_the_file_are_off(tmp_path, byte_level):
+def test_padding_truncation_and_dropout_of_the_file_are_off(tmp_path, byte_level):
     spec = tokenizers.Tokenizer.from_file(byte_level)
     spec.enable_truncation(2)
     spec.enable_padding(length=50)
+    spec.model.dropout = 0.9
     spec.save(str(tmp_path / "padded.json"))
     text = TEXTS[0] * 20
     assert tokenizer.load(str(tmp_path / "padded.json")).encode(text) == tokenizer.load(byte_level).encode(

@@ -115,9 +115,9 @@ class Tokenizer:
 class FileTokenizer(Tokenizer):
     """A `tokenizers` JSON file, used as it is but for what would change a training text silently.
 
-    Padding, truncation and automatic special tokens are off, and special tokens spelt out in a text are read
-    as the plain text that they are. The separator is the file's own (see SEPARATORS) or, if it has none, one
-    id added past its vocabulary.
+    Padding, truncation, dropout of merges and automatic special tokens are off, and special tokens spelt out
+    in a text are read as the plain text that they are. The separator is the file's own (see SEPARATORS) or, if
+    it has none, one id added past its vocabulary.
     """
 
     def __init__(self, path: str, field: str = "tokenizer"):
@@ -126,8 +126,7 @@ class FileTokenizer(Tokenizer):
         with self._library(NO_FILE, "It was refused with: "):
             self.file = tokenizers.Tokenizer.from_buffer(self.content)
         with self._library("cannot be set up"):
-            self.file.no_padding()
-            self.file.no_truncation()
+            whole(self.file)
             self.file.encode_special_tokens = True
             vocabulary = self.file.get_vocab(with_added_tokens=True)
             added = self.file.get_added_tokens_decoder()
@@ -314,6 +313,14 @@ def load(name: str, field: str = "tokenizer") -> Tokenizer:
     ConfigError for ``field`` if there is no such file, or, later, where it fails.
     """
     return Tokenizer() if name == "bytes" else FileTokenizer(name, field)
+
+
+def whole(file: tokenizers.Tokenizer) -> None:
+    """Turns off what makes something else of a text than its tokens."""
+    file.no_padding()
+    file.no_truncation()
+    if getattr(file.model, "dropout", None):
+        file.model.dropout = None  # of merges, at random: no text would be read twice alike
 
 
 def report(tokenizer: Tokenizer, text_bytes: int, token_bytes: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from hybridlm import untrusted, weights
-from hybridlm.data.tokenizer import FileTokenizer
+from hybridlm.data.tokenizer import FileTokenizer, whole
 from hybridlm.errors import ConfigError
 from hybridlm.init_from import CARRIED
 
@@ -31,8 +31,7 @@ class Chat:
         self.environment.globals["raise_exception"] = _refuse
         self.template, self.special = template, special
         self.tokens = tokenizers.Tokenizer.from_buffer(tokenizer.content)  # reads special tokens as such
-        self.tokens.no_padding()
-        self.tokens.no_truncation()
+        whole(self.tokens)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of ``messages`` up to where the answer begins; ConfigError for what the template refuses."""
