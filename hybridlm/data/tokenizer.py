@@ -116,8 +116,8 @@ class FileTokenizer(Tokenizer):
     """A `tokenizers` JSON file, used as it is but for what would change a training text silently.
 
     Padding, truncation, dropout of merges and automatic special tokens are off, and special tokens spelt out
-    in a text are read as the plain text that they are. The separator is the file's own (see SEPARATORS) or, if
-    it has none, one id added past its vocabulary.
+    in a text are read as the plain text that they are. The separator is the file's own (see SEPARATORS) or,
+    if it has none, one id added past its vocabulary.
     """
 
     def __init__(self, path: str, field: str = "tokenizer"):
