@@ -75,7 +75,7 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
     """What is worth knowing before a run, as name -> text."""
     summary, train, memory = cost.summary(config), config.train, cost.memory(config, mesh)
     tokens, flops = train.batch_size * train.seq_len, cost.train_flops_per_token(config)
-    total = stages.tokens(config, configs.resolve)
+    total = stages.tokens(stages.parts(config, configs.resolve))
     idle = summary["parameters"] != summary["active_parameters"]
     active = f", of which a token touches {summary['active_parameters']:,}" if idle else ""
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory._asdict().items())
@@ -105,7 +105,7 @@ def _data(config: Config, split: str, name: str = "") -> str:
 def amount(config: Config, dataset: data.Dataset) -> str:
     """How much there is to train on, and how often the run reads it."""
     train = config.train
-    read = stages.tokens(config, configs.resolve)
+    read = stages.tokens(stages.parts(config, configs.resolve))
     said = f"{dataset.source.describe()}; the run reads {quantity(read, '')} tokens"
     rows = read / train.seq_len
     if isinstance(dataset.source, mixture.Mixture):

@@ -67,7 +67,10 @@ def test_overrides_that_no_stage_heeds_are_said() -> None:
     config = configs.resolve(values)
     assert config.train.steps == 5
     tokens = 2 * config.train.batch_size * config.train.seq_len + 3 * config.train.batch_size * 16
-    assert stages.tokens(config, configs.resolve) == tokens == 4288
+    assert stages.tokens(stages.parts(config, configs.resolve)) == tokens == 4288
+    each = [config.train.batch_size * config.train.seq_len] * 2 + [config.train.batch_size * 16] * 3
+    parts_ = stages.parts(config, configs.resolve)
+    assert [stages.tokens(parts_, step) for step in range(6)] == [sum(each[:step]) for step in range(6)]
     assert report.facts(config, {"data": 1, "fsdp": 1, "tensor": 1})["tokens"].startswith(
         "4.29 k in 5 steps, "
     )
