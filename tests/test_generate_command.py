@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hybridlm import config as configs
 from hybridlm import generate, trainer, weights
-from hybridlm.convert import incoming
+from hybridlm.convert import incoming, tokens
 from hybridlm.generate import chat
 from hybridlm.generate.__main__ import Until, main
 from tests import tiny
@@ -138,12 +138,12 @@ def alphabet() -> list[str]:
 def test_a_chat_template(tmp_path):
     pytest.importorskip("jinja2", reason="the extra `test` brings jinja2")
     chatting(tmp_path)
-    tokens = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
-    found = chat.find(tmp_path, tokens)
+    own = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
+    found = chat.find(tmp_path, own)
     ids = found.encode([{"role": "user", "content": "Hi"}])
     assert ids.count(256) == 2 and ids.count(257) == 1  # read as special tokens, not as their letters
-    assert tokens.decode(ids) == "user\nHiassistant"
-    assert weights.ends(tmp_path, tokens) == (257, 258)
+    assert own.decode(ids) == "user\nHiassistant"
+    assert weights.ends(tmp_path, own) == (257, 258)
     with pytest.raises(configs.ConfigError, match="refuses these messages: no"):
         found.encode([{"role": "system", "content": "Hi"}])
 
@@ -151,10 +151,10 @@ def test_a_chat_template(tmp_path):
 def test_a_chat_template_without_jinja_is_said(tmp_path, monkeypatch):
     chatting(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "jinja2.sandbox", None)
-    tokens = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
+    own = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
     with pytest.raises(configs.ConfigError, match="pip install jinja2"):
-        chat.find(tmp_path, tokens)
-    assert chat.find(tmp_path / "hf", tokens) is None
+        chat.find(tmp_path, own)
+    assert chat.find(tmp_path / "hf", own) is None
 
 
 @pytest.mark.once
@@ -180,3 +180,9 @@ def test_an_imported_model_writes(tmp_path, capsys, caplog):
     other = weights.tokenizers.load(str(folder / "tokenizer.json"))
     other.content += b" "
     assert weights.ends(tmp_path / "run", other) == ()  # another tokenizer's ids mean something else
+
+    config = configs.of_run(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    tokens.write(tmp_path / "out", weights.tokenizer(tmp_path / "run", config), config)
+    named = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert named == {"bos_token_id": words - 1, "eos_token_id": [words - 1, *end["eos_token_id"]]}
