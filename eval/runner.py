@@ -118,6 +118,7 @@ def _warn(name: str, error: Exception) -> None:
 def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
     """What two equal measurements have in common."""
     tokens = subject.tokenizer.fingerprint if subject.tokenizer and task.text else None
+    ends = subject.tokenizer.more_ends if subject.tokenizer and task.text else ()
     return {
         "step": subject.step,
         "checkpoint": subject.checkpoint,
@@ -127,6 +128,7 @@ def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
         "haystack": setting.haystack.fingerprint if task.text else None,
         "data_dir": private.hide(setting.data_dir),
         "examples": task.examples(subject, setting) if hasattr(task, "examples") else None,
+        **({"ends": list(ends)} if ends else {}),
     }
 
 

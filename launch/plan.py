@@ -55,7 +55,7 @@ def facts(runs: Sequence[Run]) -> dict[str, Facts]:
             summary = cost.summary(config)
             sizes = {name: summary[name] for name in Facts._fields if name in summary}
             known[key] = Facts(**sizes, tokens=1, flops=cost.train_flops_per_token(config))
-        tokens = stages.tokens(config, configs.resolve)
+        tokens = stages.tokens(stages.parts(config, configs.resolve))
         result[run.name] = known[key]._replace(tokens=tokens, flops=known[key].flops * tokens)
     return result
 
@@ -155,6 +155,7 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
             "point": run.point,
             "command": [private.hide(word) for word in run.command()],
             "steps": run.config.train.steps,
+            "parts": stages.parts(run.config, configs.resolve),
             "learning_rate": run.config.optimizer.learning_rate,
             "width": run.config.model.d_model,
             "guess": guess(run.config),

@@ -89,6 +89,10 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         reasons = {train.idle(run.config, field) for run in runs if field in run.overrides}
         if "" not in reasons:
             show.line(f"{field} has no effect in any run: {min(reasons)}", console)
+    rows = sorted({run.config.eval.batches * run.config.train.batch_size for run in runs})
+    if len(rows) > 1:
+        said = f"held-out losses are over eval.batches * train.batch_size rows, {rows[0]} to {rows[-1]} here"
+        show.line(f"{said}: zip an axis of eval.batches with that of the batch, for the same rows", console)
     if flags.dry_run:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0

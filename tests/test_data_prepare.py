@@ -237,6 +237,9 @@ def test_held_out_files_can_be_named(tmp_path):
     assert read_back(tmp_path / "out", "val")[0] == ["text 4", "text 5"]
     with pytest.raises(ConfigError, match="holds out every file"):
         prepare(f"{tmp_path}/*.txt", str(tmp_path / "o"), "bytes", val_inputs=f"{tmp_path}/*.txt")
+    (tmp_path / "empty.jsonl").write_text('{"text": null}\n{"text": ""}\n')
+    with pytest.raises(ConfigError, match=r"--val_input = .*gives no tokens to hold out"):
+        prepare(f"{tmp_path}/*.txt", str(tmp_path / "o"), "bytes", val_inputs=f"{tmp_path}/empty.jsonl")
 
 
 def test_null_texts_are_counted_in_every_format(tmp_path, capsys):

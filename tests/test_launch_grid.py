@@ -264,3 +264,16 @@ def test_fields_that_no_run_heeds_are_said(capsys: pytest.CaptureFixture[str]):
         "mixers.gla.num_heads has no effect in any run: no layer of model.pattern names that mixer" in shown
     )
     assert shown.count("has no effect") == 1
+    assert "held-out losses" not in shown
+
+
+def test_losses_over_unequal_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    axes = "axis('train.batch_size', 4, 8), axis('eval.batches', 6, {})"
+    file = tmp_path / "sizes.py"
+    code = "from launch.grid import Sweep, axis, zipped\n\n\ndef get_sweep():\n"
+    code += "    return Sweep('{}', [zipped({})])\n"
+    base = Path("configs/quickstart.py").absolute()
+    for batches, said in ((6, True), (3, False)):
+        file.write_text(code.format(base, axes.format(batches)))
+        assert sweep.main([f"--config={file}", "--dry_run"]) == 0
+        assert ("train.batch_size rows, 24 to 48 here" in capsys.readouterr().out) == said

@@ -67,6 +67,7 @@ class Mixture:
         )
         self.fingerprint = f"{parts} {view.split} {view.seed}"
         self.checks = [check for one in self.sources for check in one.checks]
+        self.files = [file for one in self.sources for file in one.files]
         self._block = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:
@@ -74,6 +75,11 @@ class Mixture:
             f"{name} ({count / BLOCK:.1%}): {one.describe()}"
             for name, count, one in zip(self.names, self.counts, self.sources, strict=True)
         )
+
+    def epochs(self, rows: float) -> dict[str, float]:
+        """How often ``rows`` training rows read each component that has an end."""
+        each = zip(self.names, self.counts, self.sources, strict=True)
+        return {name: rows * count / BLOCK / one.num_rows for name, count, one in each if one.num_rows}
 
     def _places(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The component of each row, and its index there."""

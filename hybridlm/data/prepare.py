@@ -76,6 +76,9 @@ def prepare(
             tokens = tokenizer.load(str(folder / "tokenizer.json"), "--tokenizer")
         job = _Job(tokens, folder, holdout, shard_tokens, dataset.name if dataset else inputs)
         job.write(parts)
+        named = ("--val_split", dataset.val_split) if dataset else ("--val_input", val_inputs)
+        if named[1] and not job.writers["val"].documents:
+            raise ConfigError(*named, "gives no tokens to hold out", "Check the files.")
         return job.finish()
 
 

@@ -4,12 +4,13 @@ import dataclasses
 import hashlib
 import logging
 import os
+from typing import NamedTuple
 
 import numpy as np
 
 from hybridlm.data import documents, files, holdout, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
-from hybridlm.data.source import View
+from hybridlm.data.source import Piece, View
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 
@@ -47,15 +48,25 @@ class Config(source.Config):
 
     def open(self, view: View) -> PackedDocuments:
         tokens = tokenizer.load(self.tokenizer)
-        return PackedDocuments(_documents(_texts(self, view.split), tokens, self), tokens, view)
+        field = "val_path" if view.split == "val" and self.val_path else "path"
+        named = (field, getattr(self, field))
+        return PackedDocuments(_documents(_texts(self, view.split), tokens, named), tokens, view)
+
+
+class _Text(NamedTuple):
+    """key: names the document.  piece: where it lies."""
+
+    key: str
+    text: bytes
+    piece: Piece
 
 
 def nothing() -> ConfigError:
     return ConfigError("path", "", "must name files", f"Give globs, or {files.STDLIB!r}.")
 
 
-def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
-    """(key, text) of the documents of ``split``. A file belongs to one split; a single file is cut."""
+def _texts(config: Config, split: str) -> list[_Text]:
+    """The documents of ``split``. A file belongs to one split; a single file is cut."""
     if not config.path and split == "train":
         raise nothing()
     found = files.find(config.path, "path") if config.path else []
@@ -69,7 +80,7 @@ def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
         return [_read(file, "val_path" if split == "val" else "path") for file in chosen]
     filled = [file for file in found if os.path.getsize(file.path)]
     if config.holdout and len(filled) == 1:
-        return _part(*_read(filled[0], "path"), config, split)
+        return _part(_read(filled[0], "path"), config, split)
     held_N = holdout.choose([file.key for file in filled], config.holdout) if filled else []
     chosen = [file for file, held in zip(filled, held_N, strict=True) if held == (split == "val")]
     if filled and not chosen:
@@ -81,26 +92,31 @@ def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
     return [_read(file, "path") for file in chosen]
 
 
-def _part(key: str, text: bytes, config: Config, split: str) -> list[tuple[str, bytes]]:
+def _part(whole: _Text, config: Config, split: str) -> list[_Text]:
     """The start of the only text there is, or the held-out end."""
+    key, text, (path, _, end) = whole
     at = holdout.cut(text, config.holdout)
     if not 0 < at < len(text):
         fix = "Add text, or name held-out files in data.val_path."
         raise ConfigError("holdout", config.holdout, f"cannot cut a text of {len(text)} bytes", fix)
-    return [(f"{key} from byte {at}", text[at:])] if split == "val" else [(f"{key} to byte {at}", text[:at])]
+    if split == "val":
+        return [_Text(f"{key} from byte {at}", text[at:], Piece(path, at, end))]
+    return [_Text(f"{key} to byte {at}", text[:at], Piece(path, 0, at))]
 
 
-def _read(file: files.File, field: str) -> tuple[str, bytes]:
+def _read(file: files.File, field: str) -> _Text:
     fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
-    return file.key, documents.whole(file, field, fix)
+    text = documents.whole(file, field, fix)
+    return _Text(file.key, text, Piece(os.path.realpath(file.path), 0, len(text)))
 
 
-def _documents(given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, config: Config) -> Documents:
-    keys, texts = [key for key, _ in given], [text for _, text in given]
+def _documents(given: list[_Text], tokens: tokenizer.Tokenizer, named: tuple[str, str]) -> Documents:
+    """named: the field that named the files, and its value."""
+    keys, texts = [one.key for one in given], [one.text for one in given]
     arrays = [a for at in range(0, len(texts), BATCH) for a in tokens.documents(texts[at : at + BATCH])]
     kept = [i for i, array in enumerate(arrays) if len(array) > 1]
     if not kept:
-        raise ConfigError("path", config.path, "gives no tokens: its files are empty")
+        raise ConfigError(*named, "gives no tokens: its files are empty")
     if len(kept) < len(arrays):
         log.warning(
             "data: left out %d of %d documents, which are empty", len(arrays) - len(kept), len(arrays)
@@ -119,4 +135,5 @@ def _documents(given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, conf
         lengths,
         digest.hexdigest(),
         name=lambda document: keys[kept[document]],
+        files=tuple(given[i].piece for i in kept),
     )
