@@ -38,7 +38,6 @@ from hybridlm.run.watch import Watch
 log = logging.getLogger("hybridlm")
 
 Metrics = dict[str, Any]
-SHOWN = 3  # files in a warning
 Evaluate = Callable[[lm.Definition, Any, Any, int], Metrics]  # (definition, params, tokenizer, step)
 
 
@@ -63,8 +62,6 @@ class Member:
         self.train_data, self.val_data = (build_data(config, split, rows) for split in ("train", "val"))
         self.val_sets = {name: val_set(config, name, self.train_data, rows) for name in config.val}
         self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
-        for name, held in {"": self.val_data, **self.val_sets}.items():
-            say_trained(f"val.{name}" if name else "data", held, self.train_data)
         self.definition = lm.build(config)
         self.teacher: str = getattr(config.objective, "teacher", "")
         groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter,
@@ -287,17 +284,6 @@ def val_set(config: Config, name: str, train_data: data.Dataset, rows: np.ndarra
         problem = f"has the tokenizer {theirs.name}, the training data {ours.name}"
         raise ConfigError(f"val.{name}", config.val[name].kind, problem, "Prepare it with the same.")
     return found
-
-
-def say_trained(name: str, held: data.Dataset, training: data.Dataset) -> None:
-    """Warns of files of the held-out data ``name`` that are trained on too, so that their loss tells less."""
-    if found := held.seen_in(training):
-        shown = ", ".join(map(private.hide, found[:SHOWN])) + (" ..." if len(found) > SHOWN else "")
-        of, said = (
-            len({piece.path for piece in held.source.files}),
-            "%s: %d of %d held-out files are trained on, too: %s",
-        )
-        log.warning(said, name, len(found), of, untrusted.terminal(shown))
 
 
 def held_out(sums: Mapping[str, Any]) -> Metrics:

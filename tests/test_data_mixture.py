@@ -10,7 +10,7 @@ from hybridlm.errors import ConfigError
 class Numbered:
     """Source whose row i holds (name, i)."""
 
-    checks = files = ()
+    checks = ()
 
     def __init__(self, name, num_rows, tokenizer=None):
         self.name, self.num_rows, self.tokenizer = name, num_rows, tokenizer

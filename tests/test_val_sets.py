@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import member, model, trainer, weights
+from hybridlm import model, trainer, weights
 from hybridlm.data.prepare import prepare
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
@@ -99,29 +99,3 @@ def test_a_damaged_set_costs_its_own_numbers(text, tmp_path):
     assert [event["event"] for event in events] == ["val/bad failed"] * 2
     assert all("val-00000.tokens: the shard is damaged" in event["error"] for event in events)
     assert weights.load(tmp_path / "run").step == 2
-
-
-@pytest.mark.once
-def test_held_out_files_that_are_trained_on_are_said(tmp_path, caplog):
-    """Against the bytes of both: as named by a set of its own, and in two parts of a mixture."""
-    for name in "abcd":
-        (tmp_path / f"{name}.txt").write_bytes(name.encode() * 400)
-    path, one = f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"
-    cut = lambda *fractions: configs.data(
-        "mixture",
-        components={f"c{i}": configs.data("text", path=one, holdout=x) for i, x in enumerate(fractions)},
-    )
-    parts = configs.data("text", path=path, val_path=one)
-
-    def said(given, **sets):
-        config = tiny.config("", train__batch_size=1, train__steps=1)
-        config.data, config.val = given, {n: configs.data("text", val_path=p) for n, p in sets.items()}
-        caplog.clear()
-        member.Member(configs.resolve(config), tmp_path / "run", None, np.arange(1))
-        return [record.getMessage() for record in caplog.records if "trained on" in record.getMessage()]
-
-    assert not said(parts, a=one) and not said(cut(0.3)) and not said(cut(0.3, 0.3))
-    [found] = said(parts, a=one, every=path)
-    assert found.startswith("val.every: 3 of 4 held-out files are trained on, too: ") and "b.txt" in found
-    [found] = said(cut(0.3, 0.5))
-    assert found.startswith("data: 1 of 1 held-out files")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hybridlm.data import balance, mixture
-from hybridlm.data.source import Batch, Config, Piece, Source, View, empty_rows
+from hybridlm.data.source import Batch, Config, Source, View, empty_rows
 from hybridlm.errors import ConfigError, RunError, one_of
 from hybridlm.fields import Named, mapping, under
 from hybridlm.fields import build as build_fields
@@ -117,14 +117,6 @@ class Dataset:
             yield from steps.map(self.batch).to_iter_dataset(options)
         except RunError as error:  # Grain adds lines about itself
             raise RunError(str(error).partition("\n")[0]) from None
-
-    def seen_in(self, training: "Dataset") -> list[str]:
-        """The text files of these data of which ``training`` has a part, too."""
-        trained: dict[str, list[Piece]] = {}
-        for piece in training.source.files:
-            trained.setdefault(piece.path, []).append(piece)
-        meets = lambda a: any(a.begin < b.end and b.begin < a.end for b in trained.get(a.path, ()))
-        return list(dict.fromkeys(piece.path for piece in self.source.files if meets(piece)))
 
     def held_out_bytes(self, num_batches: int | None = None) -> bytes:
         """The text that the loss of the first ``num_batches`` batches (None: all) is computed on, row by row.

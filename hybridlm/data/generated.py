@@ -53,7 +53,6 @@ class Generated:
 
     tokenizer: Tokenizer | None = None
     checks: tuple[Callable[[], None], ...] = ()
-    files: tuple[source.Piece, ...] = ()
 
     def __init__(
         self, make: Make | None, view: View, config: Config, *, name: str, length: int, entropy: Sequence[int]

@@ -67,7 +67,6 @@ class Mixture:
         )
         self.fingerprint = f"{parts} {view.split} {view.seed}"
         self.checks = [check for one in self.sources for check in one.checks]
-        self.files = [file for one in self.sources for file in one.files]
         self._block = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:

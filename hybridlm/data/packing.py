@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridlm.data.source import Batch, Piece, View, empty_rows, permutation
+from hybridlm.data.source import Batch, View, empty_rows, permutation
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import RunError
 
@@ -33,7 +33,6 @@ class Documents:
     digest: names the content.
     name: document -> where it is found.
     checks: each reads a stored file whole and raises RunError when it is not what was written.
-    files: that they are, where they lie in text files.
     """
 
     read: Callable[[int, int, int], np.ndarray]
@@ -43,7 +42,6 @@ class Documents:
     digest: str
     name: Callable[[int], str] = str
     checks: tuple[Callable[[], None], ...] = ()
-    files: tuple[Piece, ...] = ()
 
 
 class _Epoch(NamedTuple):
@@ -79,7 +77,7 @@ class PackedDocuments:
         self.fingerprint = (
             f"{documents.digest} {tokenizer.fingerprint} {view.split} {view.seq_len} {self.seed}"
         )
-        self.checks, self.files = documents.checks, documents.files
+        self.checks = documents.checks
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)  # a batch can span two epochs
 
     def describe(self) -> str:

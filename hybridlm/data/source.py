@@ -15,14 +15,6 @@ Batch = dict[str, np.ndarray]
 NO_LOSS = -1  # the target of a position that is not to be predicted
 
 
-class Piece(NamedTuple):
-    """Bytes ``begin`` to ``end`` of a text file, decompressed. path: its real one."""
-
-    path: str
-    begin: int
-    end: int
-
-
 class View(NamedTuple):
     """Which part of the data is wanted, and how it is cut.
 
@@ -70,7 +62,6 @@ class Source(Protocol):
     tokenizer: None when the tokens stand for no text.
     fingerprint: equal for two sources only if they give equal rows.
     checks: each reads a stored file whole and raises RunError when it is damaged.
-    files: the text files, or pieces of them, that the rows are cut from, as far as they are known.
     """
 
     vocab_size: int
@@ -84,9 +75,6 @@ class Source(Protocol):
 
     @property
     def checks(self) -> Sequence[Callable[[], None]]: ...
-
-    @property
-    def files(self) -> Sequence[Piece]: ...
 
     def rows(self, index_B: np.ndarray) -> Batch:
         """Rows ``index_B`` (int64, each >= 0): tokens, targets, segment_ids, positions, int32 [B, T]."""

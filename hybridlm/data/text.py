@@ -4,13 +4,12 @@ import dataclasses
 import hashlib
 import logging
 import os
-from typing import NamedTuple
 
 import numpy as np
 
 from hybridlm.data import documents, files, holdout, source, tokenizer
 from hybridlm.data.packing import Documents, PackedDocuments
-from hybridlm.data.source import Piece, View
+from hybridlm.data.source import View
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 
@@ -53,20 +52,12 @@ class Config(source.Config):
         return PackedDocuments(_documents(_texts(self, view.split), tokens, named), tokens, view)
 
 
-class _Text(NamedTuple):
-    """key: names the document.  piece: where it lies."""
-
-    key: str
-    text: bytes
-    piece: Piece
-
-
 def nothing() -> ConfigError:
     return ConfigError("path", "", "must name files", f"Give globs, or {files.STDLIB!r}.")
 
 
-def _texts(config: Config, split: str) -> list[_Text]:
-    """The documents of ``split``. A file belongs to one split; a single file is cut."""
+def _texts(config: Config, split: str) -> list[tuple[str, bytes]]:
+    """(key, text) of the documents of ``split``. A file belongs to one split; a single file is cut."""
     if not config.path and split == "train":
         raise nothing()
     found = files.find(config.path, "path") if config.path else []
@@ -80,7 +71,7 @@ def _texts(config: Config, split: str) -> list[_Text]:
         return [_read(file, "val_path" if split == "val" else "path") for file in chosen]
     filled = [file for file in found if os.path.getsize(file.path)]
     if config.holdout and len(filled) == 1:
-        return _part(_read(filled[0], "path"), config, split)
+        return _part(*_read(filled[0], "path"), config, split)
     held_N = holdout.choose([file.key for file in filled], config.holdout) if filled else []
     chosen = [file for file, held in zip(filled, held_N, strict=True) if held == (split == "val")]
     if filled and not chosen:
@@ -92,27 +83,25 @@ def _texts(config: Config, split: str) -> list[_Text]:
     return [_read(file, "path") for file in chosen]
 
 
-def _part(whole: _Text, config: Config, split: str) -> list[_Text]:
+def _part(key: str, text: bytes, config: Config, split: str) -> list[tuple[str, bytes]]:
     """The start of the only text there is, or the held-out end."""
-    key, text, (path, _, end) = whole
     at = holdout.cut(text, config.holdout)
     if not 0 < at < len(text):
         fix = "Add text, or name held-out files in data.val_path."
         raise ConfigError("holdout", config.holdout, f"cannot cut a text of {len(text)} bytes", fix)
-    if split == "val":
-        return [_Text(f"{key} from byte {at}", text[at:], Piece(path, at, end))]
-    return [_Text(f"{key} to byte {at}", text[:at], Piece(path, 0, at))]
+    return [(f"{key} from byte {at}", text[at:])] if split == "val" else [(f"{key} to byte {at}", text[:at])]
 
 
-def _read(file: files.File, field: str) -> _Text:
+def _read(file: files.File, field: str) -> tuple[str, bytes]:
     fix = "Run python -m hybridlm.data.prepare and use kind 'shards'."
-    text = documents.whole(file, field, fix)
-    return _Text(file.key, text, Piece(os.path.realpath(file.path), 0, len(text)))
+    return file.key, documents.whole(file, field, fix)
 
 
-def _documents(given: list[_Text], tokens: tokenizer.Tokenizer, named: tuple[str, str]) -> Documents:
+def _documents(
+    given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, named: tuple[str, str]
+) -> Documents:
     """named: the field that named the files, and its value."""
-    keys, texts = [one.key for one in given], [one.text for one in given]
+    keys, texts = [key for key, _ in given], [text for _, text in given]
     arrays = [a for at in range(0, len(texts), BATCH) for a in tokens.documents(texts[at : at + BATCH])]
     kept = [i for i, array in enumerate(arrays) if len(array) > 1]
     if not kept:
@@ -135,5 +124,4 @@ def _documents(given: list[_Text], tokens: tokenizer.Tokenizer, named: tuple[str
         lengths,
         digest.hexdigest(),
         name=lambda document: keys[kept[document]],
-        files=tuple(given[i].piece for i in kept),
     )
