@@ -371,4 +371,4 @@ def test_flags_of_a_dataset_without_one(capsys, flag):
 
 def test_a_split_that_is_trained_on_is_not_held_out(capsys):
     assert main(["--dataset", "any", "--val_split", "train", "--output", "out", "--tokenizer", "bytes"]) == 2
-    assert "--val_split = 'train': must be another than the one that is trained on" in capsys.readouterr().err
+    assert "--val_split = 'train': is the split to train on" in capsys.readouterr().err

@@ -30,8 +30,6 @@ class Dataset:
 def parts(dataset: Dataset, text_field: str) -> list[Part]:
     """The documents of the dataset, streamed. ConfigError for what `datasets` cannot load, in its words."""
     name, held = os.path.basename(dataset.name.rstrip("/")), dataset.val_split
-    if held == dataset.split:
-        raise ConfigError("--val_split", held, "is the split to train on", "Name another, or give --holdout.")
     sides = [("train", dataset.split), ("val", held)] if held else [("", dataset.split)]
     opened = [(side, split, _open(dataset, split, text_field)) for side, split in sides]
     return [

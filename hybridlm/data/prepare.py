@@ -56,7 +56,8 @@ def prepare(
     if holdout and (val_inputs or (dataset and dataset.val_split)):
         raise ConfigError("--holdout", holdout, "must be 0 where held-out documents are named")
     if dataset and dataset.split == dataset.val_split:
-        raise ConfigError("--val_split", dataset.val_split, "must be another than the one that is trained on")
+        fix = "Name another, or give --holdout."
+        raise ConfigError("--val_split", dataset.val_split, "is the split to train on", fix)
     if dataset and val_inputs:
         raise ConfigError("--val_input", val_inputs, "goes with --input; --dataset has --val_split")
     if shard_tokens < 1:
