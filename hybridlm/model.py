@@ -122,13 +122,18 @@ def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ..
         own = {name: f"layers.{index}.{name}" for name in names[spec]}
         held = {name for name, whole in own.items() if froze(whole, frozen)} | {*spec.frozen}
         result.append(spec._replace(frozen=tuple(name for name in own if name in held)))
-    others = ("embedding", "final_norm.scale", "final_norm.bias", "embedding_norm", "head", "shared")
+    others = ["embedding", "final_norm.scale"] + ["final_norm.bias"] * (model.norm == "layer")
+    others += ["embedding_norm"] * model.embedding_norm
+    others += ["head"] * (not model.tie_embeddings or froze("embedding", frozen))  # tied, it is the embedding
+    others += ["shared"] * any(mixers.load(spec.kind).shared_class is not None for spec in layers)
     every = [*others, *(f"layers.{index}.{n}" for index, spec in enumerate(layers) for n in names[spec])]
     for at, one in enumerate(stripped):
         named = [n for n in every if fnmatchcase(n, one)]
         within = [n for n in others if one.startswith(f"{n}.")]  # whose own names are not known here
         if not named and not within:
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
+            if model.tie_embeddings and fnmatchcase("head", one):
+                fix = "With model.tie_embeddings the head is the embedding."
             raise ConfigError("optimizer.freeze", one, "is the name of no parameter", fix)
         before = frozen[:at]
         taken = any(froze(n, before) for n in (*named, *within))
