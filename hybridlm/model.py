@@ -28,8 +28,6 @@ from hybridlm.stack import Cache
 if TYPE_CHECKING:
     from hybridlm.config import Config
 
-# What some models have, and `optimizer.freeze` may name for all.
-SOMETIMES = ("head", "final_norm.bias", "embedding_norm.scale", "embedding_norm.bias")
 Params = dict[str, jax.Array]
 Records = dict[str, jax.Array]
 
@@ -115,12 +113,16 @@ def in_training(definition: Definition, config: "Config") -> Definition:
 def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:
     """The layers with the names of those of their parameters that a pattern freezes."""
     names = list(canonical_shapes(Definition(model, layers, plan.plan(layers))))
-    names += [one for one in SOMETIMES if one not in names]
+    if model.tie_embeddings and froze("embedding", frozen):
+        names.append("head")  # it is the embedding
     for at, one in enumerate(frozen):
-        named = [name for name in names if fnmatchcase(name, one.removeprefix("!"))]
+        wanted = one.removeprefix("!")
+        named = [name for name in names if fnmatchcase(name, wanted)]
         if not named:
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
-            raise ConfigError("optimizer.freeze", one.removeprefix("!"), "is the name of no parameter", fix)
+            if model.tie_embeddings and fnmatchcase("head", wanted):
+                fix = "With model.tie_embeddings the head is the embedding."
+            raise ConfigError("optimizer.freeze", wanted, "is the name of no parameter", fix)
         if one.startswith("!") and not any(froze(name, frozen[:at]) for name in named):
             fix = f"All but these: '*, {one}'."
             raise ConfigError("optimizer.freeze", one, "takes out what nothing before it freezes", fix)
