@@ -82,7 +82,8 @@ def test_what_the_model_has_not_cannot_be_frozen(text, name):
 
 def test_names_below_a_norm_may_be_taken_out(text):
     freeze = ("embedding_norm.*", "!embedding_norm.bias")
-    normed = lambda freeze: tiny.config(text, optimizer__freeze=freeze, model__embedding_norm=True)
+    norms = {"model__embedding_norm": True, "model__norm": "layer"}
+    normed = lambda freeze: tiny.config(text, optimizer__freeze=freeze, **norms)
     model.build(configs.resolve(normed(freeze)))
     with pytest.raises(ConfigError, match="takes out what nothing before it"):
         model.build(configs.resolve(normed(freeze[1:])))
