@@ -11,7 +11,7 @@ from flax import nnx
 
 from hybridlm.context import Context
 from hybridlm.layers import ShortConv
-from hybridlm.mixers import Site, attention
+from hybridlm.mixers import Site, TokenMixer, attention
 
 TAPS = 4
 
@@ -23,6 +23,7 @@ class Config(attention.Config):
 
 class Mixer(attention.Mixer):
     config_class = Config
+    init_cache = TokenMixer.init_cache  # refuses: nothing is kept of the convolution's inputs
 
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         super().__init__(config, site, rngs=rngs)

@@ -1,5 +1,7 @@
 """Sweeps of recall: which layers their points have, and that their attention is behind a convolution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,9 @@ from launch import grid
 
 @pytest.mark.parametrize("layers, full", [("4", [3]), ("14", [3, 7, 11])])
 def test_recall(layers, full):
-    found = {run.name: run.config for run in grid.runs(grid.load(f"configs/sweeps/study_recall.py:{layers}"))}
+    sweep = grid.load(f"configs/sweeps/study_recall.py:{layers}")
+    few = dataclasses.replace(sweep, keep=lambda point: (point["mixer"], point["seed"]) == ("kda", 0))
+    found = {run.name: run.config for run in grid.runs(few)}
     one = found["kda_3-1_learning_rate0.001_seed0"]
     assert cost.full_layers(one) == full and isinstance(one.mixers["full"], conv_attention.Config)
     with pytest.raises(ConfigError, match="study_recall"):
@@ -26,9 +30,10 @@ def test_recall(layers, full):
 
 def test_joint_recall():
     """Two layers without MLPs; the pairs that are asked for are more than a linear layer keeps."""
-    runs = grid.runs(grid.load("configs/sweeps/joint_recall.py"))
+    sweep = grid.load("configs/sweeps/joint_recall.py")
+    runs = grid.runs(dataclasses.replace(sweep, keep=lambda point: point["seed"] == 0))
     full = {tuple(cost.full_layers(run.config)) for run in runs}
-    assert len(runs) == 7 * 2 * 3 and full == {(), (1,), (0, 1)}
+    assert len(runs) == 7 * 2 and full == {(), (1,), (0, 1)}
 
 
 def test_attention_behind_a_convolution():
@@ -37,6 +42,8 @@ def test_attention_behind_a_convolution():
     settings = {"kind": "attention", "num_heads": 2, "head_dim": 8}
     plain = made(attention.Mixer, attention.Config(**settings))
     behind = made(conv_attention.Mixer, conv_attention.Config(**settings))
+    with pytest.raises(ConfigError, match="cannot generate"):
+        behind.init_cache(1, 8, jnp.float32)
     x = jax.random.normal(jax.random.key(0), (2, 6, 16))
     context = lambda: Context(single_document(2, 6))
     taps = np.zeros((4, 16), np.float32)
