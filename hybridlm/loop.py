@@ -102,11 +102,8 @@ class Loop:
         )
         show.line("\n".join(said))
         rich.print(report.layer_table(one.config))
-        for held, field in (
-            (one.val_data, "data"),
-            *((held, f"val.{n}") for n, held in one.val_sets.items()),
-        ):
-            if why := overlap.warning(one.train_data.source, held.source, field):
+        for name, held in one.held_out().items():
+            if why := overlap.warning(one.train_data.source, held.source, name):
                 log.warning("%s", why)
 
     def say_determinism(self) -> None:
