@@ -185,15 +185,15 @@ def stabilizer(
     own is said by the rest.
     """
     given = jax.lax.stop_gradient((log_i, log_f, m_BH))
-    log_i, log_f, m_BH = (jnp.where(jnp.isfinite(x), x, 0) for x in given)
+    log_i, log_f, start_BH = (jnp.where(jnp.isfinite(x), x, 0) for x in given)
     if over := pieces.over(log_f.shape[1]):
         wide = ("batch", "time", "heads")
         op = lambda *args: _stabilizer_piece(*args, axis=over)
         run = per_shard(op, (wide, wide, ("batch", "time"), ("batch", "heads")), (wide, wide))
-        return run(log_i, log_f, rows.positions, m_BH)
+        return run(log_i, log_f, rows.positions, start_BH)
     starts = (rows.positions == 0)[..., None]
     reached = jnp.where(starts, jnp.maximum(log_f, log_i), log_i)
-    reached = reached.at[:, 0].max(log_f[:, 0] + m_BH)
+    reached = reached.at[:, 0].max(log_f[:, 0] + start_BH)
     join = lambda a, b: (a[0] + b[0], jnp.maximum(a[1] + b[0], b[1]))
     pairs = jnp.where(starts, FORGET, log_f), reached
     m = jax.lax.associative_scan(join, pairs, axis=1)[1]
