@@ -91,9 +91,8 @@ class Loop:
         show.line("\n".join(said))
         rich.print(report.layer_table(self.config))
         one = self.members[0]
-        sets = {"data": one.val_data} | {f"val.{name}": data for name, data in one.val_sets.items()}
-        for field, held in sets.items():
-            if why := overlap.warning(one.train_data.source, held.source, field):
+        for name, held in one.held_out().items():
+            if why := overlap.warning(one.train_data.source, held.source, name):
                 log.warning("%s", why)
 
     def say_determinism(self) -> None:

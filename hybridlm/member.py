@@ -72,10 +72,15 @@ class Member:
             "fingerprint": self.train_data.fingerprint,
             "format": checkpoint.FORMAT,
             "teacher": self.teachers(),
+            "held_out": {name: one.fingerprint for name, one in self.held_out().items()},
         }
         self.metrics: Metrics = {}
         self.saved: dict[str, Any] = {}
         self.failed = ""
+
+    def held_out(self) -> dict[str, data.Dataset]:
+        """What is validated on, by the fields that name it."""
+        return {"data": self.val_data} | {f"val.{name}": one for name, one in self.val_sets.items()}
 
     def identity(self) -> dict[str, str]:
         """What every process of a run must have in common, as name -> value."""
@@ -129,7 +134,11 @@ class Member:
             before = configs.resolve(ConfigDict(self.saved["config"]))
             saved = saved | {"config": configs.portable(before)}  # with the defaults of fields that are new
         if not self.stage_begin < start <= self.config.train.steps:  # saved by another stage, of other rows
-            saved = saved | {"fingerprint": self.record["fingerprint"]}
+            saved = saved | {"fingerprint": self.record["fingerprint"], "held_out": {}}
+        for name, now in self.record["held_out"].items():
+            if saved.get("held_out", {}).get(name, now) != now:
+                said = "%s holds out others than up to step %d: losses on them do not compare"
+                log.warning(said, name, start)
         checkpoint.check_unchanged(saved, self.record)
         if start > self.whole.train.steps:
             problem = f"the checkpoint is already at step {start}"

@@ -116,6 +116,18 @@ def test_a_decayed_run_that_is_extended_is_warned(text, run, caplog):
     assert "0.001 at step 6, then 0.00325 (wsd over 8 steps): it had decayed and rises again" in caplog.text
 
 
+def test_held_out_text_that_changed_is_said(text, tmp_path, caplog):
+    """It decides no batch, so that the run goes on."""
+    (tmp_path / "a.txt").write_text("held out " * 20)
+    given = lambda steps: resolved(text, train__steps=steps, data__val_path=f"{tmp_path}/a.txt")
+    trainer.train(given(2), tmp_path / "run")
+    trainer.train(given(3), tmp_path / "run")
+    assert "holds out others" not in caplog.text
+    (tmp_path / "a.txt").write_text("other text " * 20)
+    trainer.train(given(4), tmp_path / "run")
+    assert "data holds out others than up to step 3: losses on them do not compare" in caplog.text
+
+
 def staged(text, first=2, last=4, **fields):
     c = tiny.config(text, model__pattern="retnet", optimizer__schedule="wsd", optimizer__decay_fraction=0.5)
     c.stages = {"order": ("a", "b"), "a": {"train": {"steps": first}}}

@@ -52,7 +52,7 @@ FIXED = (
 )
 RECORD = {
     "config": dict, "fingerprint": str, "format?": int, "skipped?": [untrusted.NATURAL],
-    "unwritten?": {str: (float, str, type(None))}, "teacher?": {str: str},
+    "unwritten?": {str: (float, str, type(None))}, "teacher?": {str: str}, "held_out?": {str: str},
 }  # fmt: skip
 SPENT = ("init_from", "init_gates")  # read at the start of a run, and never again
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
