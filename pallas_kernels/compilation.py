@@ -66,7 +66,7 @@ with contextlib.suppress(ImportError, AttributeError):
 
 # Two fifths of what Pallas writes of a kernel nothing uses, or are constants written before. Each call of the
 # kernel in a program carries all of it, for XLA to search and copy. "none" is no pattern: the rest stays.
-FOLD = "builtin.module(canonicalize{enable-patterns=none max-iterations=1 region-simplify=disabled})"
+FOLD = "builtin.module(canonicalize{enable-patterns=none max-iterations=1 region-simplify=disabled},cse)"
 with contextlib.suppress(ImportError, AttributeError):
     from jax.experimental.mosaic.gpu import core
     from jaxlib.mlir.passmanager import PassManager
