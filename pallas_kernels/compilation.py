@@ -64,14 +64,16 @@ with contextlib.suppress(ImportError, AttributeError):
     _library = mosaic_gpu._mosaic_gpu_ext
     _library._get_ptxas_isa_version = functools.cache(_library._get_ptxas_isa_version)
 
-# Two fifths of what Pallas writes of a kernel nothing uses, or are constants written before. Each call of the
+# Half of what Pallas writes of a kernel nothing uses, or was written before: constants, indices. Each call of the
 # kernel in a program carries all of it, for XLA to search and copy. "none" is no pattern: the rest stays.
 FOLD = "builtin.module(canonicalize{enable-patterns=none max-iterations=1 region-simplify=disabled},cse)"
-with contextlib.suppress(ImportError, AttributeError):
+with contextlib.suppress(ImportError, AttributeError, ValueError):  # a jax without it writes them as ever
     from jax.experimental.mosaic.gpu import core
     from jaxlib.mlir.passmanager import PassManager
 
     _written = core._run_serde_pass
+    with ir.Context():
+        PassManager.parse(FOLD)
 
     def _folded(module: ir.Module, *args: Any, **options: Any) -> ir.Module:
         if getattr(_thread, "inside", False):
