@@ -64,8 +64,8 @@ with contextlib.suppress(ImportError, AttributeError):
     _library = mosaic_gpu._mosaic_gpu_ext
     _library._get_ptxas_isa_version = functools.cache(_library._get_ptxas_isa_version)
 
-# Half of what Pallas writes of a kernel nothing uses, or was written before: constants, indices. Each call of the
-# kernel in a program carries all of it, for XLA to search and copy. "none" is no pattern: the rest stays.
+# Half of what Pallas writes of a kernel nothing uses, or was written before: constants, indices. Each call of
+# the kernel in a program carries all of it, for XLA to search and copy. "none": the rest is not rewritten.
 FOLD = "builtin.module(canonicalize{enable-patterns=none max-iterations=1 region-simplify=disabled},cse)"
 with contextlib.suppress(ImportError, AttributeError, ValueError):  # a jax without it writes them as ever
     from jax.experimental.mosaic.gpu import core
