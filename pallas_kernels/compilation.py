@@ -32,7 +32,8 @@ LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # said in the threa
 _kernel = Primitive("kernel")
 _kernel.multiple_results = True
 _known: set[bytes] = set()
-_waiting = threading.local()  # .programs: of the kernels of the program that this thread lowers
+# Of this thread. programs: of the kernels of the program that it lowers.  inside: it lowers one of them.
+_thread = threading.local()
 _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
 # A process that ends would wait for all that is queued: `atexit` comes after that, and only this before.
 threading._register_atexit(_threads.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
@@ -70,6 +71,24 @@ with contextlib.suppress(ImportError, AttributeError):
     _library = mosaic_gpu._mosaic_gpu_ext
     _library._get_ptxas_isa_version = functools.cache(_library._get_ptxas_isa_version)
 
+# Half of what Pallas writes of a kernel nothing uses, or was written before: constants, indices. Each call of
+# the kernel in a program carries all of it, for XLA to search and copy. "none": the rest is not rewritten.
+FOLD = "builtin.module(canonicalize{enable-patterns=none max-iterations=1 region-simplify=disabled},cse)"
+with contextlib.suppress(ImportError, AttributeError, ValueError):  # a jax without it writes them as ever
+    from jax.experimental.mosaic.gpu import core
+    from jaxlib.mlir.passmanager import PassManager
+
+    _written = core._run_serde_pass
+    with ir.Context():
+        PassManager.parse(FOLD)
+
+    def _folded(module: ir.Module, *args: Any, **options: Any) -> ir.Module:
+        if getattr(_thread, "inside", False):
+            PassManager.parse(FOLD, module.context).run(module.operation)
+        return _written(module, *args, **options)
+
+    core._run_serde_pass = _folded
+
 
 @_kernel.def_impl
 def _compute(*xs: Any, jaxpr: Any) -> Any:
@@ -88,12 +107,16 @@ def _batch(xs: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, list[int]]:
 
 def _lower(context: Any, *xs: Any, jaxpr: Any) -> Any:
     plain = context.replace(avals_in=jaxpr.in_avals)
-    results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(plain, *xs))
+    _thread.inside = True
+    try:
+        results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(plain, *xs))
+    finally:
+        _thread.inside = False
     found = attributes(results[0].owner) if here(context) else {}
     name = found.get("kernel_hash")
     if name and name not in _known:
         _known.add(name)
-        programs = _waiting.__dict__.setdefault("programs", [])
+        programs = _thread.__dict__.setdefault("programs", [])
         programs.append(_threads.submit(alone, found))
     return results
 
@@ -130,7 +153,7 @@ def alone(call: dict[str, Any], device: jax.Device | None = None) -> Any:
 
 def _compile(event: str, duration_secs: float, **_: Any) -> None:
     if event == LOWERED:
-        for program in _waiting.__dict__.pop("programs", []):
+        for program in _thread.__dict__.pop("programs", []):
             _threads.submit(_finish, program)  # what it raises XLA meets, too, at the call, and says
 
 

@@ -110,6 +110,12 @@ def _read(path):
     return Kernel(path.stem, registers, sum(map(int, spills)), constants)
 
 
+def without_lines(ptx):
+    """A kernel's PTX without the lines of the source that it is of."""
+    kept = (line.split("//")[0].rstrip() for line in ptx.splitlines())
+    return [line for line in kept if line and not re.match(r"\s*\.(loc|file)\b", line)]
+
+
 def constant_operands(ptx):
     """Left operands of wgmma in registers that were last moved from a literal, [(line, literal)]."""
     source, found = {}, []

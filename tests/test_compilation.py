@@ -96,6 +96,33 @@ def test_a_kernel_begins_once(program):
 
 @pytest.mark.aot
 @kernels_only
+def test_a_kernel_is_written_shorter_and_is_the_same(program, monkeypatch, tmp_path):
+    """By a quarter at least, without what nothing uses and what was written before: the PTX is the same."""
+    from jax.experimental.mosaic.gpu import core
+
+    from pallas_kernels import compilation
+
+    lower, begun = program
+    with hopper_aot.unlike_others(str(tmp_path)):
+        lower(RUN)
+        monkeypatch.setattr(core, "_run_serde_pass", compilation._written)  # as Pallas writes kernels
+        lower(lambda *arrays: RUN(*arrays))
+    jax.clear_caches()  # of kernels with a mark
+    assert len(begun) == 4
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    found = []
+    for number, kernel in enumerate(begun):
+        (folder := tmp_path / str(number)).mkdir()
+        monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
+        kernel.compile()
+        [ptx] = folder.glob("*.ptx")
+        found.append((len(kernel.as_text()), hopper_aot.without_lines(ptx.read_text())))
+    for (short, ptx), (whole, same) in zip(found[:2], found[2:], strict=True):
+        assert ptx == same and short < 0.75 * whole
+
+
+@pytest.mark.aot
+@kernels_only
 def test_ptxas_is_asked_for_its_version_once():
     """Not at each branch of a kernel, of which KDA has several."""
     from jax.experimental.mosaic.gpu import fragmented_array
