@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -112,9 +113,17 @@ def describe(kind: Any) -> str:
         return describe(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(describe, args))
     if origin is tuple:
         return f"a tuple of {describe(args[0])} each"
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}[kind]
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a string",
+        type(None): "None",
+    }[kind]
 
 
 def convert(kind: Any, value: Any) -> Any:
@@ -131,6 +140,8 @@ def convert(kind: Any, value: Any) -> Any:
         return value
     if origin is Literal and value in args and type(value) is type(args[args.index(value)]):
         return value
+    if origin in (types.UnionType, typing.Union):
+        return _alternative(convert, kind, value)
     if origin is tuple and isinstance(value, tuple | list):
         return tuple(convert(args[0], element) for element in value)
     if kind is float and type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value):
@@ -165,6 +176,8 @@ def _meant(kind: Any, text: str) -> Any:
         return _meant(args[0], text)
     if origin is Literal:
         return next((arg for arg in args if str(arg) == text), text)
+    if origin in (types.UnionType, typing.Union):
+        return _alternative(parse, kind, text)
     if origin is tuple:
         around = re.fullmatch(r"\s*(?:\([^()]*\)|\[[^\[\]]*\])\s*", text)  # a pattern may end in brackets
         text = text.strip()[1:-1] if around else text
@@ -172,12 +185,22 @@ def _meant(kind: Any, text: str) -> Any:
         return tuple(_meant(args[0], part.strip("'\"")) for part in parts if part)
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
+    if kind is type(None):
+        return None if text.lower() == "none" else text
     if kind is int and re.fullmatch(r"\s*[+-]?[0-9]{1,40}\s*", text):
         return int(text)
     if kind is float and text.isascii() and "_" not in text:
         with suppress(ValueError):
             return float(text)
     return text
+
+
+def _alternative(read: Read, union: Any, value: Any) -> Any:
+    """What the first of the union's kinds that takes ``value`` makes of it."""
+    for kind in get_args(union):
+        with suppress(ValueError):
+            return read(kind, value)
+    raise ValueError(f"must be {describe(union)}")
 
 
 def number(value: float) -> str:

@@ -231,13 +231,20 @@ class Member:
             for what, measure in measures.items():
                 metrics |= self.look(step, what, measure)
             if self.evaluate is not None:
-                tokenizer, evaluate = self.train_data.tokenizer, self.evaluate
-                tasks = lambda: evaluate(self.definition, params, tokenizer, step)
+                evaluate = self.evaluate
+                tasks = lambda: evaluate(self.definition, params, self.tokenizer(), step)
                 metrics |= self.look(step, "eval.tasks", tasks)
         if self.due(step, self.config.eval.sample_every_steps):
-            text = lambda: sample(self.config, self.definition, self.train_data.tokenizer, params)
+            text = lambda: sample(self.config, self.definition, self.tokenizer(), params)
             metrics |= self.look(step, "sample", text)
         self.write(step, metrics)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the data, which knows how texts end in the model that the run began with."""
+        found = self.train_data.tokenizer
+        if found is not None:
+            found.more_ends = weights.ends(self.workdir, found)
+        return found
 
     def look(self, step: int, what: str, measure: Callable[[], Metrics]) -> Metrics:
         """What ``measure`` finds. Looking never ends a run: an exception is an event, and nothing is found.

@@ -17,9 +17,10 @@ SAME_LENGTH = 32  # training documents that each is held against
 def warning(train: Source, held: Source, field: str) -> str:
     """Why the loss on ``held`` is none on new text: at least half of its longest documents are also among
     the training ones; "" otherwise.  field: of the config that names it."""
-    trained = list(_documents(train))
     looked = [(one, number) for one in _documents(held) for number in _longest(one)]
-    known = [one.name(number) for one, number in looked if any(_holds(t, one, number) for t in trained)]
+    lengths = np.unique([one.length_N[number] for one, number in looked])
+    alike = [(one, np.flatnonzero(np.isin(one.length_N, lengths))) for one in _documents(train)]
+    known = [one.name(number) for one, number in looked if any(_holds(*t, one, number) for t in alike)]
     if not known or 2 * len(known) < len(looked):
         return ""
     said = f"{field}: of the {len(looked)} longest held-out documents {len(known)} are trained on, too"
@@ -38,9 +39,12 @@ def _longest(documents: Documents) -> list[int]:
     return np.argsort(-documents.length_N, kind="stable")[:LONGEST].tolist()
 
 
-def _holds(documents: Documents, other: Documents, number: int) -> bool:
-    """Whether ``documents`` have that of ``other``; not where a file cannot be read, which is said later."""
-    same_N = np.flatnonzero(documents.length_N == other.length_N[number])[:SAME_LENGTH]
+def _holds(documents: Documents, among_N: np.ndarray, other: Documents, number: int) -> bool:
+    """Whether one ``among_N`` of ``documents`` is that of ``other``; not where a file cannot be read, as is
+    said later."""
+    same_N = among_N[documents.length_N[among_N] == other.length_N[number]][:SAME_LENGTH]
+    if not len(same_N):
+        return False
     with contextlib.suppress(RunError):
         wanted = _tokens(other, number)
         return any(np.array_equal(_tokens(documents, one), wanted) for one in same_N.tolist())
