@@ -25,7 +25,7 @@ from launch.state import POINT
 
 log = logging.getLogger("hybridlm")
 
-MFU = 0.25  # of the peak: what the 340M hybrid of docs/kernels.md reaches on an H100; small models less
+MFU = 0.25  # of the peak: what the 340M hybrid of docs/step.md reaches on an H100; small models less
 CPU = "cpu"
 
 

@@ -265,7 +265,7 @@ def test_packed_documents_equal_documents_apart(case):
 
 @pytest.mark.parametrize("case", [pytest.param("mlstm", marks=pytest.mark.once), *SLOW_APART])
 def test_what_is_not_finite_stays_in_its_document(case):
-    """Not the documents of softmax attention, whose weight of 0 times nan is nan (docs/kernels.md)."""
+    """Not the documents of softmax attention, whose weight of 0 times nan is nan (docs/kernels_other.md)."""
     graph, state, shared, _ = build(case)
     x, rows = inputs(1, LENGTH), jax.tree.map(lambda leaf: leaf[:1], rows_of_tokens())
     run = jax.jit(lambda x: nnx.merge(graph, state)(x, context(rows, shared, x))[0][0])

@@ -4,7 +4,7 @@ Three ways to tell it of them, each exact; the data choose while the step runs:
   `fused`     every row is one document, and nothing needs to be said;
   `packed`    rows of at most `DOCUMENTS` documents: each is a sequence of its own (cuDNN's ragged layout);
   `coded`     more: each document's number, in binary, in extra channels of q and k.
-docs/kernels.md has their times.
+docs/kernels_other.md has their times.
 """
 
 import math

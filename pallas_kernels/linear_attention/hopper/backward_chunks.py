@@ -1,7 +1,7 @@
 """The gradients of q, k, log_decay and beta of the delta rule, chunk by chunk: no chunk waits for another.
 
 With S the state that enters a chunk, dS the gradient of the one that leaves, U = V', dV from the reverse
-scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document (docs/kernels.md, section 4),
+scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document (docs/kernels_scan.md, section 4),
     E = scale D * (dO U^T)      F = -(D, j < i) * (dV U^T)
     dQ = scale e (dO S^T) + E K
     dK = [-e (dV S^T) + F K] + [f (U dS^T) + E^T Q + F^T K]

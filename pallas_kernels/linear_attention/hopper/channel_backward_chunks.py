@@ -7,7 +7,7 @@ number per token and channel), and E = tril(dO U^T), F = -(dV U^T, j < i) on pai
     dk = -e (dV S^T) + [rows of F with k] + f (U dS^T) + [columns of E with q and of F with k]
     dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>
 where a pair (i, j) has the factor exp(G_i - G_j) in every channel, made as in `channel_math`. dbeta_i =
-dV_i.U_i / beta_i^2 is the diagonal of dV U^T. docs/kernels.md, section 7, says why it is made so:
+dV_i.U_i / beta_i^2 is the diagonal of dV U^T. docs/kernels_channel.md, section 7, says why it is made so:
 
 - Channels are the rows of every tile, tokens its columns: scaled copies of q and k are left operands, made
   in registers.  Norms are factors of E, F and the gates: E'_ij = n_i E_ij m_j, F'_ij = m_i F_ij m_j (n, m:
