@@ -1,4 +1,5 @@
-"""Pairs of tokens of a chunk under a decay per key channel, exact for any decay (docs/kernels_channel.md, section 6).
+"""Pairs of tokens of a chunk under a decay per key channel, exact for any decay
+(docs/kernels_channel.md, section 6).
 
 Within a block of b tokens let m be the first token of its second half and E_i the sum of log-decays from m
 to i, or for i before m minus the sum after i. A pair j < i of the block has 2^(E_i - E_j) = 2^E_i 2^-E_j in

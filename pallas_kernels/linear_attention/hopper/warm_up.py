@@ -1,4 +1,5 @@
-"""Short walks: with steep decays a state has forgotten what it was a few chunks before (docs/kernels_channel.md, 6).
+"""Short walks: with steep decays a state has forgotten what it was a few chunks before
+(docs/kernels_channel.md, 6).
 
 Where the norm of what a piece's first few chunks and its last do to a state is below exp(LEAST), what came
 before is below the rounding of the state after them: the short scans walk only those, and M of the piece is

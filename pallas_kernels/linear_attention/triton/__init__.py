@@ -1,6 +1,7 @@
 """The portable backend of `linear_attention`: Pallas kernels in Triton for NVIDIA GPUs since Ampere.
 
-No decay, one decay per head or one per key channel; additive or delta. docs/kernels_portable.md has the design.
+No decay, one decay per head or one per key channel; additive or delta. The design:
+docs/kernels_portable.md.
 """
 
 import jax
