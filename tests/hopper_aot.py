@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 class Kernel(NamedTuple):
     """Registers a thread at launch, bytes a thread spills, constant registers that wgmma has on the left.
 
-    A constant there is wrong on hardware (docs/kernels_channel.md, section 6): `compile_for_hopper` refuses it.
+    A constant there is wrong on hardware (docs/kernels_channel.md, 6), so `compile_for_hopper` refuses it.
     """
 
     name: str
