@@ -91,6 +91,8 @@ class Loop:
         show.line("\n".join(said))
         rich.print(report.layer_table(self.config))
         one = self.members[0]
+        if start == one.stage_begin > 0:
+            return  # said when the run began
         for name, held in one.held_out().items():
             if why := overlap.warning(one.train_data.source, held.source, name):
                 log.warning("%s", why)

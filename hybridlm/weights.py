@@ -89,7 +89,7 @@ def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:
 
 def ends(workdir: Path, used: Tokenizer) -> tuple[int, ...]:
     """Ids after which the model that ``workdir`` was imported from ends a text; () where they are of another
-    tokenizer than ``used``."""
+    tokenizer than ``used``. Where the import brought no tokenizer file, those special in ``used``."""
     folder = workdir / CARRIED
     theirs = folder / TOKENIZER
     if not isinstance(used, FileTokenizer) or (theirs.is_file() and theirs.read_bytes() != used.content):
@@ -100,7 +100,9 @@ def ends(workdir: Path, used: Tokenizer) -> tuple[int, ...]:
     if isinstance(token, str):
         found.append(used.file.token_to_id(token))
     ids = [i for one in found for i in (one if isinstance(one, list) else [one]) if isinstance(i, int)]
-    return tuple(sorted({i for i in ids if 0 <= i < used.vocab_size}))
+    added = used.file.get_added_tokens_decoder()
+    known = range(used.vocab_size) if theirs.is_file() else [i for i, one in added.items() if one.special]
+    return tuple(sorted({i for i in ids if i in known}))
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ _known: set[bytes] = set()
 _thread = threading.local()
 _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
 # A process that ends would wait for all that is queued: `atexit` comes after that, and only this before.
-threading._register_atexit(_threads.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
+with contextlib.suppress(AttributeError):
+    threading._register_atexit(_threads.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
 
 
 def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:

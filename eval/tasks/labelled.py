@@ -74,8 +74,21 @@ class LabelTask:
         whole = plain(data.settings(self.data_config(subject.config.data, 1)))
         decisive = {n: v for n, v in sorted(whole.items()) if n not in ("val_examples", *OF_TRAINING)}
         seed = f", drawn with {setting.seed}" if setting.seed else ""
-        apart = ", each by itself" if self.whole else ""  # earlier releases wanted all of a row
+        # Earlier releases scored a row, also where several samples share it.
+        apart = ", each by itself" if self._own_length(self._held_out(subject, setting, 1), setting) else ""
         return f"{subject.definition.vocab_size} ids, {decisive}{seed}{apart}"
+
+    def _held_out(self, subject: Subject, setting: Setting, rows: int) -> data.Dataset:
+        return data.build(
+            self.data_config(subject.config.data, setting.samples),
+            split="val", batch_size=rows, seq_len=setting.length, seed=0,
+            vocab_size=subject.definition.vocab_size, held_out=setting.seed,
+        )  # fmt: skip
+
+    def _own_length(self, held_out: data.Dataset, setting: Setting) -> int:
+        """Of a sample, where several share a row; else 0."""
+        own = getattr(held_out.source, "length", setting.length)
+        return own if 2 * own <= setting.length else 0
 
     def chance(self, config: Config) -> float | None:
         settings = plain(data.settings(self.data_config(config.data, 1)))
@@ -84,13 +97,8 @@ class LabelTask:
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         rows = min(subject.rows_per_batch(setting.length), setting.samples)
-        held_out = data.build(
-            self.data_config(subject.config.data, setting.samples),
-            split="val", batch_size=rows, seq_len=setting.length, seed=0,
-            vocab_size=subject.definition.vocab_size, held_out=setting.seed,
-        )  # fmt: skip
-        own = getattr(held_out.source, "length", setting.length)
-        if 2 * own <= setting.length:
+        held_out = self._held_out(subject, setting, rows)
+        if own := self._own_length(held_out, setting):
             say_short(f"{self.name}@{setting.length}", own)
         scores: list[float] = []
         for index in range(held_out.num_batches or 0):

@@ -11,7 +11,9 @@ from hybridlm.data.source import Source
 from hybridlm.errors import RunError
 
 LONGEST = 16  # held-out documents that are looked for
+SHORTEST = 24  # tokens; shorter ones are alike by chance
 SAME_LENGTH = 32  # training documents that each is held against
+BEGINNING = 4096  # tokens that are compared
 
 
 def warning(train: Source, held: Source, field: str) -> str:
@@ -36,12 +38,15 @@ def _documents(source: Source) -> Iterator[Documents]:
 
 def _longest(documents: Documents) -> list[int]:
     """Few others are as long."""
-    return np.argsort(-documents.length_N, kind="stable")[:LONGEST].tolist()
+    found_N = np.argsort(-documents.length_N, kind="stable")[:LONGEST]
+    return found_N[documents.length_N[found_N] >= SHORTEST].tolist()
 
 
 def _holds(documents: Documents, among_N: np.ndarray, other: Documents, number: int) -> bool:
-    """Whether one ``among_N`` of ``documents`` is that of ``other``; not where a file cannot be read, as is
-    said later."""
+    """Whether one ``among_N`` of ``documents`` is that of ``other``, by length and beginning.
+
+    Not where a file cannot be read, as is said later.
+    """
     same_N = among_N[documents.length_N[among_N] == other.length_N[number]][:SAME_LENGTH]
     if not len(same_N):
         return False
@@ -52,5 +57,5 @@ def _holds(documents: Documents, among_N: np.ndarray, other: Documents, number: 
 
 
 def _tokens(documents: Documents, number: int) -> np.ndarray:
-    start = int(documents.start_N[number])
-    return documents.read(int(documents.shard_N[number]), start, start + int(documents.length_N[number]))
+    start, length = int(documents.start_N[number]), int(documents.length_N[number])
+    return documents.read(int(documents.shard_N[number]), start, start + min(length, BEGINNING))

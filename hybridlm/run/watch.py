@@ -89,10 +89,11 @@ class Watch:
         squares = by_parameter(jax.device_get(dict(squared_norms)), self.definition)
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":
-            first = first_not_finite(squares)
+            finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+            first = "update" if finite else first_not_finite(squares)
             said = f"update skipped ({numbers}); first gradient that is not finite, from the loss down: "
             said += first
-            if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            if finite:
                 said = f"update skipped, which is not finite where its gradient is ({numbers})"
             said += f"; {self.in_a_row} in a row, {self.skipped} in all"
             details: dict[str, Any] = {"first": first, "in_a_row": self.in_a_row, "skipped": self.skipped}
