@@ -42,8 +42,7 @@ def arguments(decay, delta):
     return x
 
 
-@pytest.mark.parametrize("decay, delta", [("channel", True), *SLOW])
-def test_values_and_gradients_interpreted(decay, delta):
+def check(decay, delta, interpret):
     x = arguments(decay, delta)
     ids = jnp.searchsorted(jnp.array([30, 40]), jnp.arange(T), side="right")[None]
     bars = jax.random.normal(jax.random.key(1), (B, T, HV, V)).astype(jnp.bfloat16), x["initial_state"] * 0.1
@@ -57,7 +56,7 @@ def test_values_and_gradients_interpreted(decay, delta):
         (gradients,) = pull((bars[0].astype(o.dtype), bars[1].astype(state.dtype)))
         return {"o": o, "state": state} | gradients
 
-    got = jax.jit(lambda x: run(triton.linear_attention, x, True))(x)
+    got = jax.jit(lambda x: run(triton.linear_attention, x, interpret))(x)
     with jax.enable_x64(True):
         exact = {name: a.astype(jnp.float64) for name, a in x.items()}
         want = jax.jit(lambda x: run(reference.linear_attention, x, False))(exact)
@@ -66,6 +65,19 @@ def test_values_and_gradients_interpreted(decay, delta):
     print(decay, delta, {name: f"{value:.1e}" for name, value in sorted(errors.items())})
     # What flash-linear-attention's tests of its chunk_gla allow (tests/ops/test_gla.py); bf16 rounds by 4e-3.
     assert all(value < (4e-3 if name == "o" else 5e-3) for name, value in errors.items()), errors
+    return got
+
+
+@pytest.mark.parametrize("decay, delta", [("channel", True), *SLOW])
+def test_values_and_gradients_interpreted(decay, delta):
+    check(decay, delta, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay, delta", FAMILIES)
+def test_on_gpu(decay, delta):
+    first, second = (check(decay, delta, False) for _ in range(2))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, first, second))
 
 
 def test_what_it_refuses():
