@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import session_text
 from eval import haystack, report, runner, tasks
 from eval.tasks import base, sessions
 from hybridlm.data import tokenizer
@@ -98,3 +99,18 @@ def test_turns_are_no_samples():
     assert "6.14 kB" in shown.getvalue() and "…" not in shown.getvalue()
     assert report.turns(named) == ["needles_turns@2048 by turn: 1.00 1.00 1.00 1.00 0.00"]
     assert tasks.choose("sessions", []) == sessions.TASKS and np.isfinite(result["low"])
+
+
+@pytest.mark.parametrize("kind", ["kv_turns", "needles_turns"])
+def test_documents_that_teach_sessions_have_every_answer_in_their_context(kind):
+    if kind.startswith("needles"):
+        pytest.importorskip("wonderwords")
+    texts = session_text.texts(1, [kind])
+    asked = TASKS[kind].sessions(BYTES, setting(session_text.LENGTHS[1], session_text.EACH))
+    assert not any(text.startswith(one.context) for text in texts for one in asked)
+    assert len(set(texts)) == session_text.EACH
+    for text in texts:
+        context, *questions = re.split(r"\n(?=Key: |What is the special)", text)
+        answers = [re.search(r'"([^"]+)"\n?$|text is (\d+)\.', one) for one in questions]
+        assert [one[1] or one[2] for one in answers] == [solve(context, f"\n{one}") for one in questions]
+        assert len(questions) == sessions.TURNS and len(text.encode()) < 2048

@@ -68,35 +68,45 @@ def test_slots_in_blocks_equal_the_whole(count, monkeypatch):
     np.testing.assert_allclose(o, expected[:, -count:], atol=2e-6)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_whole_blocks_of_slots_by_a_kernel(packed, monkeypatch):
-    """Of one document the two blocks before the chunk are one part, of several documents none is."""
+@pytest.mark.parametrize(
+    "documents, count, whole",
+    [("one", 14, (0, 2)), ("many", 14, (2, 2)), ("padded", 14, (2, 2)), ("padded", 6, (2, 4))],
+)
+def test_whole_blocks_of_slots_by_a_kernel(documents, count, whole, monkeypatch):
+    """What all of a chunk's queries see, from the first whole block behind the padding to the last before the
+    chunk, is one part; of several documents, none is."""
     monkeypatch.setattr(xla, "MAX_BLOCK", 4)
     monkeypatch.setattr(xla, "SCORES", 16)  # blocks of 4 slots
     monkeypatch.setattr(by_slots, "_by_kernel", lambda call: True)  # which computes it in XLA here
-    positions = POSITIONS if packed else np.broadcast_to(np.arange(23), (2, 23))
+    padded = [np.r_[:pad, : 23 - pad] for pad in (2, 6)]
+    positions = {"one": np.stack([np.arange(23)] * 2), "many": POSITIONS, "padded": np.stack(padded)}[
+        documents
+    ]
     q, k, v = make_arrays()
     sinks = np.float32(np.random.default_rng(1).normal(size=6))
     index, room = np.arange(23, dtype=np.int32), [(0, 0), (0, 30), (0, 0), (0, 0)]
-    first = (index - positions)[:, -14:]
-    arrays = q[:, -14:], np.pad(k, room), np.pad(v, room)
-    o = jax.jit(partial(over_slots, scale=0.4, sinks_H=sinks))(*arrays, index[-14:], first, np.arange(53))
-    np.testing.assert_allclose(o, naive(q, k, v, positions, 0.4, 0, sinks)[:, -14:], atol=2e-6)
-    low, start = jnp.max(jnp.asarray(first), axis=1), jnp.int32(9)
+    first = (index - positions)[:, -count:]
+    arrays = q[:, -count:], np.pad(k, room), np.pad(v, room)
+    o = jax.jit(partial(over_slots, scale=0.4, sinks_H=sinks))(*arrays, index[-count:], first, np.arange(53))
+    np.testing.assert_allclose(o, naive(q, k, v, positions, 0.4, 0, sinks)[:, -count:], atol=2e-6)
+    low, start = jnp.max(jnp.asarray(first), axis=1), jnp.int32(23 - count)
     _, blocks = by_slots._before(*arrays, low, start, jnp.arange(53), 4, 0.4)
-    assert blocks == (0 if packed else 2)
+    assert tuple(map(int, blocks)) == whole
 
 
 @pytest.mark.gpu
-def test_cudnn_over_slots_equals_blocks():
+@pytest.mark.parametrize("padding, whole", [(0, (0, 3)), (130, (1, 3))])
+def test_cudnn_over_slots_equals_blocks(padding, whole):
     """A chunk in the middle of a cache, in bfloat16: by cuDNN up to its own blocks, and in blocks alone."""
     rng = np.random.default_rng(0)
     q, k, v = (
         jnp.asarray(rng.normal(size=(2, *s)), jnp.bfloat16) for s in ((2048, 8, 128), *[(16384, 2, 128)] * 2)
     )
-    places = 7000 + jnp.arange(2048), jnp.zeros((2, 2048), jnp.int32), jnp.arange(16384)
+    low = jnp.asarray([0, padding], jnp.int32)
+    places = 7000 + jnp.arange(2048), jnp.broadcast_to(low[:, None], (2, 2048)), jnp.arange(16384)
     run = lambda: jax.jit(partial(over_slots, scale=0.09))(q, k, v, *places)
     with auto_means("xla"):
         expected = run()
-    assert by_slots._before(q, k, v, jnp.zeros(2, jnp.int32), places[0][0], places[2], 2048, 0.09)[1] == 3
+    found = by_slots._before(q, k, v, low, places[0][0], places[2], 2048, 0.09)
+    assert tuple(map(int, found[1])) == whole
     np.testing.assert_allclose(run().astype(jnp.float32), expected.astype(jnp.float32), atol=4e-3)

@@ -3,12 +3,14 @@
 A chunk of a prompt meets a cache of which most may be empty yet, and far longer than a block of scores. So
 queries go in large blocks, and slots in turn past each, with the largest logit and the sums so far (online
 softmax, arXiv 1805.02867). How many blocks of slots are met is known only as it runs: not for gradients.
-Of a single document the blocks before the chunk are seen by all queries whole: where a kernel computes such
-a part (`pallas_kernels.attention_part`), it does, and only the blocks that are left are gone past.
+The blocks between the first tokens that every query sees and the chunk, all of a prompt but its padding, are
+seen whole: where a kernel computes such a part (`pallas_kernels.attention_part`), it does, and only the
+blocks that are left are gone past.
 
 Shape legend: B batch, T queries, S slots, G key/value heads of R heads each (H = G R), K and V their dims.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -88,10 +90,12 @@ def over_slots(
             some_seen = Partial(
                 jnp.full(shape, UNSEEN), jnp.zeros(shape), jnp.zeros((*shape, v_BSGV.shape[-1]))
             )
+            number: Any = lambda n: n
             if before is not None:
-                numbers = jnp.maximum(numbers[0], before[1]), numbers[1]
-                some_seen = jax.tree.map(lambda x: cut(x, 3), before[0])
-            found = jax.lax.fori_loop(*numbers, lambda n, found: _merged(found, part(n)), some_seen)
+                some_seen, (begin, end) = jax.tree.map(lambda x: cut(x, 3), before[0]), before[1]
+                numbers = numbers[0], numbers[1] - (end - begin)
+                number = lambda n: jnp.where(n < begin, n, n + end - begin)
+            found = jax.lax.fori_loop(*numbers, lambda n, found: _merged(found, part(number(n))), some_seen)
         return _finished(found, sinks_H, axis).reshape(batch, queries, heads, -1).astype(v_BSGV.dtype)
 
     if queries == length:
@@ -108,25 +112,27 @@ def over_slots(
 def _before(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGV: jax.Array,
     low_B: jax.Array, start: jax.Array, index_S: jax.Array, size: int, scale: float,
-) -> tuple[Partial, jax.Array] | None:  # fmt: skip
-    """(of the blocks of ``size`` slots that every query sees whole, what is found; how many these are).
+) -> tuple[Partial, tuple[jax.Array, jax.Array]] | None:  # fmt: skip
+    """(of the blocks of ``size`` slots that every query sees whole, what is found; the first of them, and the
+    one behind them).
 
     low_B: the place of the first token that all queries of a row see.  start: the first query's place.
     None where no kernel computes it.
     """
     batch, length, heads, _ = q_BTHK.shape
     slots, groups = k_BSGK.shape[1:3]
-    blocks = jnp.where(
-        jnp.all(low_B <= index_S[0]), jnp.clip((start - index_S[0]) // size, 0, slots // size), 0
-    )
     same = lambda count: jnp.full(batch, count, jnp.int32)
-    call = PartCall(q_BTHK, k_BSGK, v_BSGV, same(length), same(blocks * size), scale, leading=True)
+    begin = jnp.clip(-(-(jnp.max(low_B) - index_S[0]) // size), 0, slots // size)
+    end = jnp.maximum(jnp.clip((start - index_S[0]) // size, 0, slots // size), begin)
+    call = PartCall(q_BTHK, k_BSGK, v_BSGV, same(length), same((end - begin) * size), scale, leading=True)
     if not _by_kernel(call):
         return None
-    o, log_sum = OP.compute(call)
+    # The kernel's keys are the leading ones: a copy, cheap beside what it does with them.
+    moved = lambda x: jnp.take(x, begin * size + jnp.arange(slots), axis=1, mode="clip")
+    o, log_sum = OP.compute(dataclasses.replace(call, k=moved(k_BSGK), v=moved(v_BSGV)))
     apart = lambda x: x.reshape(batch, groups, heads // groups, *x.shape[2:]).astype(jnp.float32)
-    some = jnp.broadcast_to(jnp.where(blocks > 0, 1.0, 0.0), log_sum.shape)
-    return Partial(apart(log_sum), apart(some), apart(jnp.moveaxis(o, 2, 1))), blocks
+    some = jnp.broadcast_to(jnp.where(end > begin, 1.0, 0.0), log_sum.shape)
+    return Partial(apart(log_sum), apart(some), apart(jnp.moveaxis(o, 2, 1))), (begin, end)
 
 
 def _by_kernel(call: PartCall) -> bool:
