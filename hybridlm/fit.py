@@ -4,6 +4,7 @@ On a GPU the layers are unrolled where much of them is kept (`hybridlm.remat` sa
 nothing is, or softmax attention's outputs alone: copying these is little beside making them for long rows.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import hashlib
@@ -32,6 +33,8 @@ LITTLE = ("mixer", "attention", "full")  # most of a layer is computed twice
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
 BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
 
+LEAST_TOKENS = 8192  # that a device has of a microbatch which is chosen: a GPU is busy with these
+OUTSIDE = 0.08  # of what a step needs, not in `held`: above what was measured, since nothing is compiled
 NO_MEMORY = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"  # how XLA says so, and CUDA
 
 
@@ -75,11 +78,59 @@ def step(
         raise RunError(_too_large(config, mesh, found.needs / available))
     if policy in LITTLE and (finer := _finer(config, mesh)):
         log.info("train.microbatches=%d may leave room to keep more, and compute less twice", finer[0])
-    if memo is not None:
-        with contextlib.suppress(OSError):  # the next start looks again
-            untrusted.write_text(memo, policy)
+    _note(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
     return found.run if agreed == policy else finish(agreed)
+
+
+def parted(
+    config: Config,
+    definition: Definition,
+    mesh: Mesh,
+    trace: Callable[[Config, Definition], Any],
+    available: int | None,
+) -> Config:
+    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which the policy that
+    keeps most fits in ``available`` bytes a device, by what ``trace`` makes of it; nothing is compiled.
+
+    A device has at least LEAST_TOKENS of each, or the whole batch. 1 where memory is unknown, or a loss
+    stands beside the tokens' own: that of experts' balance is of each microbatch by itself.
+    """
+    if config.train.microbatches:
+        return config
+    memo = _memo(config, mesh, f"microbatches-{available}")
+    number = int(said) if (said := _content(memo)).isdecimal() else 0
+    numbers = [m for m in _finer(config, mesh) if m == 1 or _tokens(config, mesh) >= m * LEAST_TOKENS]
+    if number not in numbers:
+        number = 1 if available is None else _fewest(config, definition, mesh, trace, available, numbers)
+        _note(memo, str(number))
+    number = processes.agree(number)
+    log.info("train.microbatches=0: %d of %d rows", number, config.train.batch_size // number)
+    return config.replace(train__microbatches=number)
+
+
+def _fewest(
+    config: Config, definition: Definition, mesh: Mesh, trace: Callable, available: int, numbers: list[int]
+) -> int:
+    room = (1 - OUTSIDE) * SHARE * available * mesh.size
+
+    def fits(number: int, policy: str) -> bool:
+        traced = trace(config.replace(train__microbatches=number), settled(definition, policy))
+        return held(traced.jaxpr.jaxpr) <= room
+
+    metrics = trace(config.replace(train__microbatches=1), settled(definition, FASTEST_FIRST[-1])).out_info[1]
+    if any(name.endswith("_loss") for name in metrics):
+        return 1
+    for policy in UNROLLED:
+        if fits(numbers[-1], policy):
+            return numbers[bisect.bisect_left(numbers[:-1], True, key=lambda number: fits(number, policy))]
+    return numbers[-1]
+
+
+def _tokens(config: Config, mesh: Mesh) -> int:
+    """Of a step, on each device."""
+    split = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp", "context"))
+    return config.train.batch_size * config.train.seq_len // split
 
 
 def _finer(config: Config, mesh: Mesh) -> list[int]:
@@ -99,11 +150,15 @@ def _too_large(config: Config, mesh: Mesh, times: float) -> str:
 
 
 @contextlib.contextmanager
-def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
-    """RunError for a step that runs out of memory after all; the next start then takes the next policy."""
+def outgrown(of: Callable[[], Config], mesh: Mesh) -> Iterator[None]:
+    """RunError for a step that runs out of memory after all; the next start then takes the next policy.
+
+    of: the config as `step` had it.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        config = of()
         if config.model.remat != "auto" or not any(one in str(error) for one in NO_MEMORY):
             raise
         memo = _memo(config, mesh)
@@ -116,10 +171,8 @@ def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
             else f"model.remat to one that keeps less ({', '.join(FASTEST_FIRST[1:])}), or "
         )
         fix = f"Set {less}train.microbatches higher."
-        if memo is not None and later:
-            with contextlib.suppress(OSError):
-                untrusted.write_text(memo, f"{later[0]}\n, since {known} ran out of memory")
-                fix = f"The same command goes on with {later[0]}, which keeps less."
+        if later and _note(memo, f"{later[0]}\n, since {known} ran out of memory"):
+            fix = f"The same command goes on with {later[0]}, which keeps less."
         raise RunError(f"{said}. {fix}") from error
 
 
@@ -228,17 +281,29 @@ def limit() -> int | None:
 
 def _noted(memo: Path | None) -> tuple[str, str]:
     """(the policy in ``memo``, why it and none before it); "" where there is none."""
-    if memo is None or not memo.is_file():
-        return "", ""
-    content = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace")
-    known, _, why = content.strip().partition("\n")
+    known, _, why = _content(memo).partition("\n")
     return (known, untrusted.terminal(why)) if known in FASTEST_FIRST else ("", "")
 
 
-def _memo(config: Config, mesh: Mesh) -> Path | None:
+def _content(memo: Path | None) -> str:
+    if memo is None or not memo.is_file():
+        return ""
+    return untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace").strip()
+
+
+def _note(memo: Path | None, what: str) -> bool:
+    """Whether it is kept; else the next start looks again."""
+    with contextlib.suppress(OSError):
+        if memo is not None:
+            untrusted.write_text(memo, what)
+            return True
+    return False
+
+
+def _memo(config: Config, mesh: Mesh, of: str = "remat") -> Path | None:
     """Where the choice for a run is kept: beside the compiled programs, if these are kept."""
     folder = programs.folder()
     if not folder or jax.process_count() > 1:  # of several processes one might find what another does not
         return None
     key = f"{jax.__version__} {jax.devices()[0].device_kind} {limit()} {dict(mesh.shape)} {config}"
-    return folder / f"remat-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return folder / f"{of}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
