@@ -7,6 +7,7 @@ nothing is, or softmax attention's outputs alone: copying these is little beside
 import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -29,6 +30,7 @@ log = logging.getLogger("hybridlm")
 # `none` keeps float32 arrays, too, and takes 2.5 times as long to compile.
 FASTEST_FIRST = ("most", "kernels", "dots", "mixer", "attention", "full")
 UNROLLED = ("most", "kernels", "dots", "mixer")
+SPLIT_FOR = ("kernels", "dots", "mixer")  # what `most` keeps besides gains no more than a microbatch costs
 LITTLE = ("mixer", "attention", "full")  # most of a layer is computed twice
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
 BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
@@ -90,8 +92,10 @@ def parted(
     trace: Callable[[Config, Definition], Any],
     available: int | None,
 ) -> Config:
-    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which the policy that
-    keeps most fits in ``available`` bytes a device, by what ``trace`` makes of it; nothing is compiled.
+    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which nothing dear is
+    computed twice, or least, in ``available`` bytes a device.
+
+    trace: makes the step of so many microbatches and a policy, by whose shapes it is found; none is compiled.
 
     A device has at least LEAST_TOKENS of each, or the whole batch. 1 where memory is unknown, or a loss
     stands beside the tokens' own: that of experts' balance is of each microbatch by itself.
@@ -114,16 +118,16 @@ def _fewest(
 ) -> int:
     room = (1 - OUTSIDE) * SHARE * available * mesh.size
 
-    def fits(number: int, policy: str) -> bool:
-        traced = trace(config.replace(train__microbatches=number), settled(definition, policy))
-        return held(traced.jaxpr.jaxpr) <= room
+    @functools.cache
+    def traced(number: int, policy: str) -> Any:
+        return trace(config.replace(train__microbatches=number), settled(definition, policy))
 
-    metrics = trace(config.replace(train__microbatches=1), settled(definition, FASTEST_FIRST[-1])).out_info[1]
-    if any(name.endswith("_loss") for name in metrics):
+    if any(name.endswith("_loss") for name in traced(numbers[-1], SPLIT_FOR[0]).out_info[1]):
         return 1
-    for policy in UNROLLED:
-        if fits(numbers[-1], policy):
-            return numbers[bisect.bisect_left(numbers[:-1], True, key=lambda number: fits(number, policy))]
+    for policy in SPLIT_FOR:
+        fits = lambda number, policy=policy: held(traced(number, policy).jaxpr.jaxpr) <= room
+        if fits(numbers[-1]):
+            return numbers[bisect.bisect_left(numbers[:-1], True, key=fits)]
     return numbers[-1]
 
 
