@@ -223,8 +223,8 @@ def test_where_memory_is_unknown_everything_is_kept(run):
 
 @pytest.fixture
 def chooses(monkeypatch, tmp_path):
-    """(config whose 16 rows are to be split; (config, number) -> bytes that `kernels` holds; (config, bytes of
-    a device) -> the number that is chosen and how many traces it took)."""
+    """(config whose 16 rows are to be split; (config, number) -> bytes that `kernels` holds;
+    (config, bytes of a device) -> the number that is chosen and how many traces it took)."""
     given = tiny.config("unused", model__remat="auto", model__pattern="retnet")
     given.train.update(batch_size=16, microbatches=0)
     config = configs.resolve(given)
