@@ -109,7 +109,7 @@ def parted(
         number = 1 if available is None else _fewest(config, definition, mesh, trace, available, numbers)
         _note(memo, str(number))
     number = processes.agree(number)
-    log.info("train.microbatches=0: %d of %d rows", number, config.train.batch_size // number)
+    log.info("train.microbatches=0: %d, of %d rows each", number, config.train.batch_size // number)
     return config.replace(train__microbatches=number)
 
 
