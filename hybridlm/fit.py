@@ -30,7 +30,7 @@ log = logging.getLogger("hybridlm")
 # `none` keeps float32 arrays, too, and takes 2.5 times as long to compile.
 FASTEST_FIRST = ("most", "kernels", "dots", "mixer", "attention", "full")
 UNROLLED = ("most", "kernels", "dots", "mixer")
-SPLIT_FOR = ("kernels", "dots", "mixer")  # what `most` keeps besides gains no more than a microbatch costs
+SPLIT_FOR = ("dots", "mixer")  # what others keep besides gains no more than a microbatch more costs
 LITTLE = ("mixer", "attention", "full")  # most of a layer is computed twice
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
 BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
@@ -92,8 +92,8 @@ def parted(
     trace: Callable[[Config, Definition], Any],
     available: int | None,
 ) -> Config:
-    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which nothing dear is
-    computed twice, or least, in ``available`` bytes a device.
+    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which projections are not
+    computed twice, or the MLP's first are not, in ``available`` bytes a device.
 
     trace: makes the step of so many microbatches and a policy, by whose shapes it is found; none is compiled.
 

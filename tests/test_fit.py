@@ -223,7 +223,7 @@ def test_where_memory_is_unknown_everything_is_kept(run):
 
 @pytest.fixture
 def chooses(monkeypatch, tmp_path):
-    """(config whose 16 rows are to be split; (config, number) -> bytes that `kernels` holds;
+    """(config whose 16 rows are to be split; (config, number) -> bytes that `dots` holds;
     (config, bytes of a device) -> the number that is chosen and how many traces it took)."""
     given = tiny.config("unused", model__remat="auto", model__pattern="retnet")
     given.train.update(batch_size=16, microbatches=0)
@@ -242,7 +242,7 @@ def chooses(monkeypatch, tmp_path):
         return known[traces[-1]]
 
     def held(config, number):
-        one = fit.settled(model.build(config), "kernels")
+        one = fit.settled(model.build(config), "dots")
         return fit.held(trace(config.replace(train__microbatches=number), one).jaxpr.jaxpr)
 
     def choose(config, available):
