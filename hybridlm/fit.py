@@ -79,7 +79,8 @@ def step(
     if found.run is None or found.needs > available:
         raise RunError(_too_large(config, mesh, found.needs / available))
     if policy in LITTLE and (finer := _finer(config, mesh)):
-        log.info("train.microbatches=%d may leave room to keep more, and compute less twice", finer[0])
+        hint = "train.microbatches=%d (0: found out) may leave room to keep more, and compute less twice"
+        log.info(hint, finer[0])
     _note(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
     return found.run if agreed == policy else finish(agreed)
@@ -92,8 +93,8 @@ def parted(
     trace: Callable[[Config, Definition], Any],
     available: int | None,
 ) -> Config:
-    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which projections are not
-    computed twice, or the MLP's first are not, in ``available`` bytes a device.
+    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which projections, or at
+    least the MLP's first, are not computed twice in ``available`` bytes a device.
 
     trace: makes the step of so many microbatches and a policy, by whose shapes it is found; none is compiled.
 
