@@ -130,7 +130,7 @@ def on_mesh(config: Config, key: Key, rows: int, steps: int, ready: Callable[[],
 def alone(config: Config, devices: int, rows: int, steps: int, ready: Callable[[], Any]) -> Row:
     """Losses of one device that accumulates what ``devices`` devices train on."""
     config = config.replace(
-        train__batch_size=rows * devices, train__microbatches=devices * config.train.microbatches,
+        train__batch_size=rows * devices, train__microbatches=devices * config.train.parts,
         mesh__data=1, mesh__fsdp=1, mesh__tensor=1, mesh__context=1,
     )  # fmt: skip
     batch = random_batch(rows * devices, config.train.seq_len, config.model.vocab_size)

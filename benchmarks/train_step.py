@@ -62,20 +62,25 @@ def measure(
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        build: Any = lambda definition: program.build(config, definition, mesh, None)
-        where, built = sharding.batch_sharding(mesh), build(definition)
+        build: Any = lambda definition, config: program.build(config, definition, mesh, None)
+        where, built = sharding.batch_sharding(mesh), build(definition, config)
         teacher = _teacher(config, built)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
+        stepped: Any = lambda config, definition: build(definition, config).step.trace(
+            built.shapes, rows, *teacher
+        )
         traced: list[Any] = []  # the last is the one that runs
 
         def trace(definition: Any) -> Any:
-            traced.append(build(definition).step.trace(built.shapes, rows, *teacher))
+            traced.append(stepped(config, definition))
             return traced[-1]
 
         lower = lambda definition: trace(definition).lower()
         if config.model.remat == "auto":
             from hybridlm import fit  # which an older checkout has not, or has with lowered steps
 
+            if not config.train.microbatches:
+                config = fit.parted(config, definition, mesh, stepped, fit.limit())
             run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
         else:
             run = lower(definition).compile()

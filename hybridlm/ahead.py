@@ -105,13 +105,18 @@ def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
     automatic = definition.model.remat == "auto"
     available = CARD_BYTES * 9 // 10  # as much as train.py lets XLA have
 
-    def step(policy: str) -> fit.Step:
+    def trace(config: Config, one: model.Definition) -> Any:
         # Built outside the mesh, where it would compute on devices that are not there.
-        one = fit.settled(definition, policy) if automatic else definition
         built: Any = program.build(config, one, mesh, None)
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
-            traced = built.step.trace(built.shapes, batch, *built.teacher)
-            most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
+            return built.step.trace(built.shapes, batch, *built.teacher)
+
+    config = fit.parted(config, definition, mesh, trace, available)
+
+    def step(policy: str) -> fit.Step:
+        traced = trace(config, fit.settled(definition, policy) if automatic else definition)
+        most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None
+        with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             return _compiled(traced, most)
 
     given = definition.model.remat

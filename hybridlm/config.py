@@ -220,6 +220,9 @@ def resolve(given: ConfigDict | FrozenConfigDict | Config) -> Config:
             getattr(sections[name], "check", lambda: None)()
     axes = sections["mesh"].sizes()
     check_batch(sections["train"], {axis: max(1, size) for axis, size in axes.items()})
+    if not sections["train"].microbatches and sections["model"].remat != "auto":
+        problem = f"is chosen with model.remat=auto only, which is {sections['model'].remat}"
+        raise ConfigError("train.microbatches", 0, problem, "Set one of the two.")
     definitions = {
         section: {
             name: _definition(section, definition, f"{section}.{name}")
@@ -294,8 +297,8 @@ def mlp_hidden(d_model: int) -> int:
 
 def check_batch(train: schema.Train, mesh: Mapping[str, int]) -> None:
     """A microbatch must split over the mesh axes data and fsdp, rows over context. mesh: sizes without -1."""
-    if train.batch_size // train.microbatches % (mesh["data"] * mesh["fsdp"]):
-        product = f"{train.microbatches} * {mesh['data']} * {mesh['fsdp']}"
+    if train.batch_size // train.parts % (mesh["data"] * mesh["fsdp"]):
+        product = f"{train.parts} * {mesh['data']} * {mesh['fsdp']}"
         problem = f"must be a multiple of train.microbatches * mesh.data * mesh.fsdp = {product}"
         raise ConfigError("train.batch_size", train.batch_size, problem)
     blocks = 2 * mesh.get("context", 1)

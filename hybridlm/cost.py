@@ -159,7 +159,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     moments += total if config.optimizer.ema else 0
     context = mesh.get("context", 1)
     shards = mesh["fsdp"] * mesh["tensor"] * context
-    rows = train.batch_size / train.microbatches / (mesh["data"] * mesh["fsdp"])
+    rows = train.batch_size / train.parts / (mesh["data"] * mesh["fsdp"])
     tokens = rows * train.seq_len / context
     # A projection of d_model * F parameters leaves F activations; copies before and after it triple that.
     work = [row.active_parameters / definition.d_model / mesh["tensor"] for row in table]

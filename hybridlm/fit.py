@@ -4,8 +4,10 @@ On a GPU the layers are unrolled where much of them is kept (`hybridlm.remat` sa
 nothing is, or softmax attention's outputs alone: copying these is little beside making them for long rows.
 """
 
+import bisect
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -28,10 +30,13 @@ log = logging.getLogger("hybridlm")
 # `none` keeps float32 arrays, too, and takes 2.5 times as long to compile.
 FASTEST_FIRST = ("most", "kernels", "dots", "mixer", "attention", "full")
 UNROLLED = ("most", "kernels", "dots", "mixer")
+SPLIT_FOR = ("dots", "mixer")  # what others keep besides gains no more than a microbatch more costs
 LITTLE = ("mixer", "attention", "full")  # most of a layer is computed twice
 SHARE = 0.97  # of the allocator's memory that a step may need: the rest is lost between its blocks
 BESIDE = 0.04  # the share of what a step needs that is not in `held`, at least: 0.05 to 0.07 measured
 
+LEAST_TOKENS = 8192  # that a device has of a microbatch which is chosen: a GPU is busy with these
+OUTSIDE = 0.08  # of what a step needs, not in `held`: above what was measured, since nothing is compiled
 NO_MEMORY = "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"  # how XLA says so, and CUDA
 
 
@@ -74,12 +79,63 @@ def step(
     if found.run is None or found.needs > available:
         raise RunError(_too_large(config, mesh, found.needs / available))
     if policy in LITTLE and (finer := _finer(config, mesh)):
-        log.info("train.microbatches=%d may leave room to keep more, and compute less twice", finer[0])
-    if memo is not None:
-        with contextlib.suppress(OSError):  # the next start looks again
-            untrusted.write_text(memo, policy)
+        hint = "train.microbatches=%d (0: found out) may leave room to keep more, and compute less twice"
+        log.info(hint, finer[0])
+    _note(memo, policy)
     agreed = FASTEST_FIRST[processes.agree(FASTEST_FIRST.index(policy))]
     return found.run if agreed == policy else finish(agreed)
+
+
+def parted(
+    config: Config,
+    definition: Definition,
+    mesh: Mesh,
+    trace: Callable[[Config, Definition], Any],
+    available: int | None,
+) -> Config:
+    """``config`` with a number in place of `train.microbatches` = 0: the fewest with which projections, or at
+    least the MLP's first, are not computed twice in ``available`` bytes a device.
+
+    trace: makes the step of so many microbatches and a policy, by whose shapes it is found; none is compiled.
+
+    A device has at least LEAST_TOKENS of each, or the whole batch. 1 where memory is unknown, or a loss
+    stands beside the tokens' own: that of experts' balance is of each microbatch by itself.
+    """
+    if config.train.microbatches:
+        return config
+    memo = _memo(config, mesh, f"microbatches-{available}")
+    number = int(said) if (said := _content(memo)).isdecimal() else 0
+    numbers = [m for m in _finer(config, mesh) if m == 1 or _tokens(config, mesh) >= m * LEAST_TOKENS]
+    if number not in numbers:
+        number = 1 if available is None else _fewest(config, definition, mesh, trace, available, numbers)
+        _note(memo, str(number))
+    number = processes.agree(number)
+    log.info("train.microbatches=0: %d, of %d rows each", number, config.train.batch_size // number)
+    return config.replace(train__microbatches=number)
+
+
+def _fewest(
+    config: Config, definition: Definition, mesh: Mesh, trace: Callable, available: int, numbers: list[int]
+) -> int:
+    room = (1 - OUTSIDE) * SHARE * available * mesh.size
+
+    @functools.cache
+    def traced(number: int, policy: str) -> Any:
+        return trace(config.replace(train__microbatches=number), settled(definition, policy))
+
+    if any(name.endswith("_loss") for name in traced(numbers[-1], SPLIT_FOR[0]).out_info[1]):
+        return 1
+    for policy in SPLIT_FOR:
+        fits = lambda number, policy=policy: held(traced(number, policy).jaxpr.jaxpr) <= room
+        if fits(numbers[-1]):
+            return numbers[bisect.bisect_left(numbers[:-1], True, key=fits)]
+    return numbers[-1]
+
+
+def _tokens(config: Config, mesh: Mesh) -> int:
+    """Of a step, on each device."""
+    split = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp", "context"))
+    return config.train.batch_size * config.train.seq_len // split
 
 
 def _finer(config: Config, mesh: Mesh) -> list[int]:
@@ -99,11 +155,15 @@ def _too_large(config: Config, mesh: Mesh, times: float) -> str:
 
 
 @contextlib.contextmanager
-def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
-    """RunError for a step that runs out of memory after all; the next start then takes the next policy."""
+def outgrown(of: Callable[[], Config], mesh: Mesh) -> Iterator[None]:
+    """RunError for a step that runs out of memory after all; the next start then takes the next policy.
+
+    of: the config as `step` had it.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        config = of()
         if config.model.remat != "auto" or not any(one in str(error) for one in NO_MEMORY):
             raise
         memo = _memo(config, mesh)
@@ -116,10 +176,8 @@ def outgrown(config: Config, mesh: Mesh) -> Iterator[None]:
             else f"model.remat to one that keeps less ({', '.join(FASTEST_FIRST[1:])}), or "
         )
         fix = f"Set {less}train.microbatches higher."
-        if memo is not None and later:
-            with contextlib.suppress(OSError):
-                untrusted.write_text(memo, f"{later[0]}\n, since {known} ran out of memory")
-                fix = f"The same command goes on with {later[0]}, which keeps less."
+        if later and _note(memo, f"{later[0]}\n, since {known} ran out of memory"):
+            fix = f"The same command goes on with {later[0]}, which keeps less."
         raise RunError(f"{said}. {fix}") from error
 
 
@@ -228,17 +286,29 @@ def limit() -> int | None:
 
 def _noted(memo: Path | None) -> tuple[str, str]:
     """(the policy in ``memo``, why it and none before it); "" where there is none."""
-    if memo is None or not memo.is_file():
-        return "", ""
-    content = untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace")
-    known, _, why = content.strip().partition("\n")
+    known, _, why = _content(memo).partition("\n")
     return (known, untrusted.terminal(why)) if known in FASTEST_FIRST else ("", "")
 
 
-def _memo(config: Config, mesh: Mesh) -> Path | None:
+def _content(memo: Path | None) -> str:
+    if memo is None or not memo.is_file():
+        return ""
+    return untrusted.read_bytes(memo, "the choice of model.remat").decode(errors="replace").strip()
+
+
+def _note(memo: Path | None, what: str) -> bool:
+    """Whether it is kept; else the next start looks again."""
+    with contextlib.suppress(OSError):
+        if memo is not None:
+            untrusted.write_text(memo, what)
+            return True
+    return False
+
+
+def _memo(config: Config, mesh: Mesh, of: str = "remat") -> Path | None:
     """Where the choice for a run is kept: beside the compiled programs, if these are kept."""
     folder = programs.folder()
     if not folder or jax.process_count() > 1:  # of several processes one might find what another does not
         return None
     key = f"{jax.__version__} {jax.devices()[0].device_kind} {limit()} {dict(mesh.shape)} {config}"
-    return folder / f"remat-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return folder / f"{of}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -23,6 +23,7 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
+from hybridlm.config import Config
 from hybridlm.data import Dataset, overlap
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
@@ -46,10 +47,10 @@ class Loop:
         rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
         bytes_of = members[0].train_data.token_bytes
         self.begins = members[0].stage_begin
-        self.build = lambda definition: program.build(
-            self.config, definition, mesh, bytes_of, rates, self.begins
+        self.build = lambda config, definition: program.build(
+            config, definition, mesh, bytes_of, rates, self.begins
         )
-        self.program = self.build(self.definition)
+        self.program = self.build(self.config, self.definition)
         self.teacher: tuple[Any, ...] = ()
         self.again = 0.0  # FLOPs that the step computes a second time
         self.apart, self.join, self.like = program.by_layer(self.definition, self.program)
@@ -81,7 +82,7 @@ class Loop:
             if start < self.config.train.steps:
                 window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
                 stack.callback(window.close)
-                with fit.outgrown(self.config, self.mesh):
+                with fit.outgrown(lambda: self.config, self.mesh):
                     self.loop(ready, start, window)
 
     @logbook.harmless("saying what the run is")
@@ -217,13 +218,17 @@ class Loop:
 
         shapes = ready() if self.several else self.program.shapes
 
-        def trace(definition: Definition) -> Any:
-            built = self.program if definition is self.definition else self.build(definition)
-            traced = built.step.trace(shapes, batch, *self.teacher)
-            # The last that is traced is the one that runs.
-            self.again = recomputation.flops(traced.jaxpr.jaxpr, self.config, len(self.members))
-            return traced
+        def traced(config: Config, definition: Definition) -> Any:
+            built = self.program if definition is self.definition else self.build(config, definition)
+            return built.step.trace(shapes, batch, *self.teacher)
 
+        def trace(definition: Definition) -> Any:
+            found = traced(self.config, definition)
+            # The last that is traced is the one that runs.
+            self.again = recomputation.flops(found.jaxpr.jaxpr, self.config, len(self.members))
+            return found
+
+        self.config = fit.parted(self.config, self.definition, self.mesh, traced, fit.limit())
         executable = fit.step(self.config, self.definition, self.mesh, trace, ready)
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable

@@ -58,7 +58,7 @@ def _devices(mesh: Mapping[str, int]) -> str:
 
 def choices(config: Config, program: Any, runs: int = 1) -> list[Choice]:
     """The backend of every op in the training step's forward pass; traces it, computes nothing."""
-    rows = config.train.batch_size // config.train.microbatches
+    rows = config.train.batch_size // config.train.parts
     row = jax.ShapeDtypeStruct((rows, config.train.seq_len), np.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
     params = program.shapes["params"]

@@ -223,7 +223,7 @@ class Gradients:
         metadata: dict[str, lm.Meta],
         shardings: dict[str, NamedSharding],
     ):
-        self.microbatches, self.layout = config.train.microbatches, definition.layout
+        self.microbatches, self.layout = config.train.parts, definition.layout
         self.objective, self.shardings = objective, shardings
         self.frozen = [name for name, meta in metadata.items() if not meta.trained]
         self.rules = {name: meta.rule for name, meta in metadata.items() if meta.rule and not meta.frozen}

@@ -162,7 +162,8 @@ class Optimizer:
 class Train:
     """steps: optimiser updates.  batch_size: sequences per update, over all devices and microbatches.
     seq_len: tokens per sequence.  seed: of parameters, order of the data and samples.
-    microbatches: parts of a batch whose gradients are accumulated.
+    microbatches: parts of a batch whose gradients are accumulated; 0, with model.remat=auto: the fewest with
+        which a device's memory has room for the outputs of projections, found when the step is traced.
     max_skipped: updates in a row that are skipped for a loss or gradient that is not finite, or for being so;
         one more ends the run.
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
@@ -176,20 +177,25 @@ class Train:
     batch_size: Positive = 32
     seq_len: Positive = 1024
     seed: Annotated[int, Limits(0, 2**63 - 1)] = 0
-    microbatches: Positive = 1
+    microbatches: Count = 1
     max_skipped: Count = 8
     max_minutes: NonNegative = 0.0
     compilation_cache: str = "auto"
     profile_steps: tuple[int, ...] = ()
 
     def check(self) -> None:
-        if self.batch_size % self.microbatches:
+        if self.batch_size % self.parts:
             problem = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("microbatches", self.microbatches, problem)
         window = self.profile_steps
         if window and not (len(window) == 2 and 1 <= window[0] <= window[1] <= self.steps):
             problem = f"must be the first and the last step of a window in 1 to train.steps = {self.steps}"
             raise ConfigError("profile_steps", window, problem, "For example 10, 12.")
+
+    @property
+    def parts(self) -> int:
+        """``microbatches``; before they are chosen 1."""
+        return self.microbatches or 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tiny
 
 from hybridlm import config as configs
 from hybridlm import fit, model, program, remat, sharding, trainer
-from hybridlm.errors import RunError
+from hybridlm.errors import ConfigError, RunError
 
 GIB = 2**30
 
@@ -205,10 +205,11 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     for then, wanted in (
         ("with mixer", "mixer"), ("with attention", "attention"), ("with full", "full"), (last, "full"),
     ):  # fmt: skip
-        with pytest.raises(RunError, match=then), fit.outgrown(config, mesh):
+        with pytest.raises(RunError, match=then), fit.outgrown(lambda: config, mesh):
             full()
         assert memo.read_text().partition("\n")[0] == wanted
-    with pytest.raises(jax.errors.JaxRuntimeError), fit.outgrown(config.replace(model__remat="full"), mesh):
+    fixed = config.replace(model__remat="full")
+    with pytest.raises(jax.errors.JaxRuntimeError), fit.outgrown(lambda: fixed, mesh):
         full()
 
 
@@ -218,3 +219,84 @@ def test_where_memory_is_unknown_everything_is_kept(run):
     with jax.set_mesh(mesh):
         fit.step(config, definition, mesh, traced(run, seen)[0])
     assert seen == [("none", True)]
+
+
+@pytest.fixture
+def chooses(monkeypatch, tmp_path):
+    """(config whose 16 rows are to be split; (config, number) -> bytes that `dots` holds;
+    (config, bytes of a device) -> the number that is chosen and how many traces it took)."""
+    given = tiny.config("unused", model__remat="auto", model__pattern="retnet")
+    given.train.update(batch_size=16, microbatches=0)
+    config = configs.resolve(given)
+    mesh = sharding.make_mesh(config.mesh)
+    row = jax.ShapeDtypeStruct((16, config.train.seq_len), np.int32)
+    batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), row)
+    traces, known = [], {}
+
+    def trace(config, one):
+        traces.append((config.train.microbatches, one.model, one.layers))
+        if traces[-1] not in known:
+            built = program.build(config, one, mesh, None)
+            with jax.set_mesh(mesh):
+                known[traces[-1]] = built.step.trace(built.shapes, batch)
+        return known[traces[-1]]
+
+    def held(config, number):
+        one = fit.settled(model.build(config), "dots")
+        return fit.held(trace(config.replace(train__microbatches=number), one).jaxpr.jaxpr)
+
+    def choose(config, available):
+        traces.clear()
+        return fit.parted(config, model.build(config), mesh, trace, available).train.microbatches, len(traces)
+
+    monkeypatch.setattr(fit, "_memo", lambda config, mesh, of="remat": tmp_path / of)
+    monkeypatch.setattr(fit, "LEAST_TOKENS", config.train.seq_len)
+    return config, held, choose
+
+
+def test_the_fewest_microbatches_that_fit(chooses, monkeypatch):
+    """Of memory that a number of them just needs, that number; found again without a trace."""
+    config, held, choose = chooses
+    enough = lambda number: int(held(config, number) / fit.SHARE / (1 - fit.OUTSIDE)) + 8
+    for number in (1, 4):
+        available = enough(number)
+        chosen, traces = choose(config, available)
+        assert chosen == number and traces <= 5
+        assert choose(config, available) == (number, 0)
+    assert choose(config, GIB // 2**20)[0] == 16  # what fits in nothing is not made worse
+    assert choose(config, None) == (1, 0)
+    monkeypatch.setattr(fit, "LEAST_TOKENS", 4 * config.train.seq_len)
+    assert choose(config, 2**11)[0] == 4
+
+
+def test_a_loss_of_whole_batches_is_not_split(chooses):
+    """Experts' balance is of each microbatch by itself: another number would be another objective."""
+    choose = chooses[-1]
+    experts = configs.mlp("moe", num_experts=4, top_k=2, hidden=16)
+    given = tiny.config("unused", model__remat="auto", model__pattern="retnet/experts full")
+    given.mlps = {"experts": experts}
+    given.train.update(batch_size=16, microbatches=0)
+    assert choose(configs.resolve(given), 2**10)[0] == 1
+
+
+def test_microbatches_are_chosen_with_auto_only():
+    with pytest.raises(
+        ConfigError, match=r"train.microbatches = 0: is chosen with model.remat=auto only, which"
+    ):
+        configs.resolve(tiny.config("unused", model__remat="dots", train__microbatches=0))
+
+
+@pytest.mark.once
+def test_a_run_chooses_its_microbatches(tmp_path, monkeypatch):
+    """Trained so, 4 of 2 rows, its losses are those of a run in one; its record says 0 again."""
+    (tmp_path / "text.txt").write_text("a line of text\n" * 500)
+    monkeypatch.setattr(fit, "_fewest", lambda *args: 4)
+    monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
+    found = {}
+    for number in (0, 1):
+        config = tiny.config(str(tmp_path / "text.txt"), model__remat="auto", train__microbatches=number)
+        trainer.train(configs.resolve(config), tmp_path / str(number))
+        found[number] = [line["loss"] for line in tiny.lines(tmp_path / str(number))]
+        assert configs.of_run(tmp_path / str(number)).train.microbatches == number
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert found[0] != found[1]  # added up in another order

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import pytest
+from jax._src import compiler
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hybridlm import config as configs
@@ -127,6 +128,15 @@ def test_programs_used_longest_ago_go_first(tmp_path):
     os.utime(tmp_path / "jax-2-a" / "new-cache", (9, 1))  # read since
     programs.prune(tmp_path, 7)
     assert sorted(path.name for path in tmp_path.rglob("*-cache")) == ["new-cache", "x-cache"]
+
+
+def test_results_of_trials_are_kept_beside_programs(cache, tmp_path):
+    """What XLA found fastest for products of these shapes, for programs that differ elsewhere: a default of
+    jax, which another may not have."""
+    programs.enable(str(tmp_path))
+    options = compiler.get_compile_options(1, 1)
+    built = options.executable_build_options  # which the next is a part of, and does not keep alive
+    assert built.debug_options.xla_gpu_per_fusion_autotune_cache_dir.startswith(f"{tmp_path}/")
 
 
 def test_where_programs_are_kept(cache, tmp_path, monkeypatch, caplog):

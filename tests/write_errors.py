@@ -62,6 +62,7 @@ def cases(scratch: Path) -> list[tuple[str, list[str]]]:
         ("repetition of nothing", [QUICK, "--config.model.pattern=kda*0 full"]),
         ("heads that do not divide", [QUICK, "--config.model.d_model=250"]),
         ("batch not divisible by the mesh", [QUICK, "--config.mesh.fsdp=3"]),
+        ("microbatches to be found, but not what is kept", [QUICK, "--config.train.microbatches=0"]),
         ("microbatches do not divide the batch", [QUICK, "--config.train.microbatches=3"]),
         ("mesh larger than the machine", [QUICK, workdir, *mesh512]),
         ("vocabulary smaller than the tokenizer's", [QUICK, workdir, "--config.model.vocab_size=200"]),
