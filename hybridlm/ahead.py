@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import fit, model, program, sharding
+from hybridlm import fit, lent, model, program, sharding
 from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from pallas_kernels import H100, auto_means, compiled_for
@@ -108,7 +108,7 @@ def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
     def step(policy: str) -> fit.Step:
         # Built outside the mesh, where it would compute on devices that are not there.
         one = fit.settled(definition, policy) if automatic else definition
-        built: Any = program.build(config, one, mesh, None)
+        built: Any = program.build(config, one, mesh, None, lent=lent.names([config]))
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             traced = built.step.trace(built.shapes, batch, *built.teacher)
             most = available * mesh.size if automatic and policy != fit.FASTEST_FIRST[-1] else None

@@ -22,7 +22,7 @@ import numpy as np
 import rich
 from jax.sharding import Mesh
 
-from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
+from hybridlm import fit, init_from, lent, opening, program, recomputation, report, sharding
 from hybridlm.data import Dataset, overlap
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
@@ -46,8 +46,9 @@ class Loop:
         rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
         bytes_of = members[0].train_data.token_bytes
         self.begins = members[0].stage_begin
+        shared = frozenset() if self.several else lent.names(members[0].parts())
         self.build = lambda definition: program.build(
-            self.config, definition, mesh, bytes_of, rates, self.begins
+            self.config, definition, mesh, bytes_of, rates, self.begins, shared
         )
         self.program = self.build(self.definition)
         self.teacher: tuple[Any, ...] = ()
