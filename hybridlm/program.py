@@ -38,8 +38,8 @@ class Program(NamedTuple):
         the state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
     shapes: of the state of one run, with shardings.
-    teacher: (shapes,) of the parameters, with shardings, of the objective's teacher but those that the student
-        lends it, which `step` and `evaluate` take after the batch as they are, not donated; () without one.
+    teacher: (shapes,) of the parameters, with shardings, of the objective's teacher but what the student
+        lends it; `step` and `evaluate` take them after the batch, as they are, not donated; () without one.
     """
 
     init: Callable[[jax.Array], State]
