@@ -4,8 +4,21 @@ import jax
 import numpy as np
 import pytest
 
+from hybridlm import (
+    ahead,
+    init_from,
+    lent,
+    member,
+    model,
+    plan,
+    program,
+    report,
+    schema,
+    sharding,
+    stages,
+    trainer,
+)
 from hybridlm import config as configs
-from hybridlm import init_from, lent, member, model, plan, program, schema, sharding, stages, trainer
 from tests import tiny
 
 FROZEN = ("embedding", "final_norm*", "layers.*.m*_norm*", "layers.*.mlp.*", "layers.1.*")
@@ -62,7 +75,7 @@ def test_the_same_numbers_in_less_memory(text, teacher, microbatches):
     assert shared[4].keys() == {"head"} | own and len(borrowed) > len(own)
 
 
-def test_only_what_came_from_the_teacher_and_was_never_trained(text, teacher, tmp_path):
+def test_only_what_came_from_the_teacher_and_was_never_trained(text, teacher, tmp_path, monkeypatch):
     """Names by stage: what an earlier stage trained, another source brought or a rule made is not lent."""
     config = student(text, teacher, ())
     config.stages = {
@@ -76,6 +89,13 @@ def test_only_what_came_from_the_teacher_and_was_never_trained(text, teacher, tm
     assert lent.names(parts[:1]) == {"embedding"} | mlp(0) | mlp(1) | mlp(2) | mlp(3)
     assert lent.names(parts[:2]) == {"embedding"} | mlp(1) | mlp(2) | mlp(3)
     assert not lent.names(parts)
+    asked = []
+    monkeypatch.setattr(
+        ahead, "needs", lambda *given: asked.append(given) or ahead.Needs("full", 1, 2, {}, 0)
+    )
+    said = report.compiled(configs.resolve(config), "h100:1")
+    assert [names for _, _, names in asked] == [lent.names(parts[:n]) for n in (1, 2, 3)]
+    assert [one.train.steps for one, _, _ in asked] == [1, 2, 3] and len(said) == 6
     config.stages = {}
     config.optimizer.freeze = FROZEN
     kept = {name for name in lent.names([configs.resolve(config)]) if ".mixer." in name}
