@@ -111,9 +111,7 @@ def build(
         metrics |= looked | gradients.measured(sums) | unevenness(batch, windows)
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
-    def evaluate(params: Any, batch: Batch, *teacher: lm.Params) -> Sums:
-        return objective.evaluate(params, named(*teacher) | named(lend(params)), batch)
-
+    evaluate = lambda params, batch, *own: objective.evaluate(params, named(*own) | named(lend(params)), batch)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     options = compiler_options(config, mesh)
     if rates is not None:
