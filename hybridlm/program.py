@@ -111,7 +111,7 @@ def build(
         metrics |= looked | gradients.measured(sums) | unevenness(batch, windows)
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
-    evaluate = lambda params, batch, *own: objective.evaluate(params, named(*own) | named(lend(params)), batch)
+    evaluate = lambda params, batch, *own: objective.evaluate(params, named(*own) | lend(params), batch)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     options = compiler_options(config, mesh)
     if rates is not None:
@@ -203,7 +203,7 @@ def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:
 def teaching(
     ours: lm.Definition, theirs: lm.Definition | None, mesh: Mesh, lent: frozenset[str]
 ) -> tuple[tuple[State, ...], Callable[[lm.Params], lm.Params]]:
-    """(`Program.teacher`, the student's parameters -> the rest of the teacher's, in its dtype).
+    """(`Program.teacher`, the student's parameters -> the rest of the teacher's in its dtype, `named`).
 
     Lent are the stacks of which ``lent`` has every layer, where both models have them of the same layers.
     """
@@ -219,7 +219,7 @@ def teaching(
         and there == layers(ours, name, known[name])
     }
     own = {name: leaf for name, leaf in needed.items() if name not in dtypes}
-    return (own,), lambda params: {name: params[name].astype(dtype) for name, dtype in dtypes.items()}
+    return (own,), lambda params: named({name: params[name].astype(low) for name, low in dtypes.items()})
 
 
 def named(teacher: lm.Params | None = None) -> lm.Params:
@@ -271,7 +271,7 @@ class Gradients:
         return jax.lax.scan(add, zeros, split)[0]
 
     def _one(self, weights: lm.Params, batch: Batch, *teacher: lm.Params) -> tuple[lm.Params, Sums]:
-        frozen = part(weights, self.frozen) | named(*teacher) | named(self.lend(weights))
+        frozen = part(weights, self.frozen) | named(*teacher) | self.lend(weights)
         loss = lambda trained: self.objective.loss(trained, frozen, batch, self.wanted)
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(part(weights, self.shardings))
         if self.microbatches == 1:
