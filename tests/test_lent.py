@@ -110,3 +110,18 @@ def test_a_plan_like_another():
     assert found.items() == tuple("ccdcdd") and str(found) == str(layout).replace("a", "c").replace("b", "d")
     assert plan.like(layout, "cccccc").indices()[0][0].tolist() == layout.indices()[0][0].tolist()
     assert plan.like(layout, "abcdef") == plan.plan("abcdef") and plan.like(layout, "aa") == plan.plan("aa")
+
+
+@pytest.mark.slow
+def test_a_run_of_stages_writes_the_same_lines(text, teacher, tmp_path, monkeypatch):
+    """Lent in the first stage, less in the second, validations between them."""
+    config = student(text, teacher, (), eval__every_steps=1)
+    config.stages = {
+        "order": ("first", "second"),
+        "first": {"train": {"steps": 2}, "optimizer": {"freeze": FROZEN}},
+        "second": {"train": {"steps": 2}, "optimizer": {"freeze": ("embedding",)}},
+    }
+    trainer.train(configs.resolve(config), tmp_path / "lent")
+    monkeypatch.setattr(lent, "names", lambda parts: frozenset())
+    trainer.train(configs.resolve(config), tmp_path / "apart")
+    assert tiny.lines(tmp_path / "lent") == tiny.lines(tmp_path / "apart")
