@@ -6,10 +6,16 @@ A parameter that came from the teacher as it is, and that no stage so far has tr
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
+
 from hybridlm import init_from, model, stack
+from hybridlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from hybridlm.config import Config
+
+FIELD = "objective.teacher"
 
 
 def names(parts: Sequence["Config"]) -> frozenset[str]:
@@ -20,7 +26,7 @@ def names(parts: Sequence["Config"]) -> frozenset[str]:
     teacher, source = str(getattr(parts[-1].objective, "teacher", "")), parts[-1].init_from
     if not teacher or not source or init_from.split(teacher) != init_from.split(source):
         return frozenset()
-    theirs, ours = model.build(init_from.described(teacher, "objective.teacher")), model.build(parts[-1])
+    theirs, ours = model.build(init_from.described(teacher, FIELD)), model.build(parts[-1])
     there, here = model.canonical_shapes(theirs), model.canonical_shapes(ours)
     found = {
         name
@@ -30,6 +36,25 @@ def names(parts: Sequence["Config"]) -> frozenset[str]:
     for part in parts:
         found &= _frozen(model.build(part))
     return frozenset(found)
+
+
+def check(lent: frozenset[str], teacher: str, definition: model.Definition, params: model.Params) -> None:
+    """ConfigError if ``params``, of a run that goes on, are not the teacher's in what they lend it: it began
+    with those of another."""
+    if not lent:
+        return
+    metadata = model.metadata(definition)
+    with init_from.source(teacher, FIELD) as other:
+        for stacked in (name for name in params if metadata[name].frozen):
+            for name, ours in model.unstack(definition, {stacked: params[stacked]}).items():
+                value = other.read(name) if name in lent else None
+                if value is None:
+                    continue
+                theirs = jax.make_array_from_callback(value.shape, ours.sharding, value.__getitem__)
+                if not jnp.array_equal(ours, theirs):
+                    problem = f"has other values of {name!r} than this run, which never trained it"
+                    fix = "Bring back the init_from and the teacher that the run began with."
+                    raise ConfigError(FIELD, teacher, problem, fix)
 
 
 def _unmapped(name: str, ours: model.Definition, theirs: model.Definition) -> bool:

@@ -19,6 +19,7 @@ from hybridlm import (
     trainer,
 )
 from hybridlm import config as configs
+from hybridlm.errors import ConfigError
 from tests import tiny
 
 FROZEN = ("embedding", "final_norm*", "layers.*.m*_norm*", "layers.*.mlp.*", "layers.1.*")
@@ -61,6 +62,7 @@ def trained(config, names):
     return losses, jax.device_get(state["params"]), sums, argument_bytes, theirs[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_same_numbers_in_less_memory(text, teacher, microbatches):
     """Against the same steps with a teacher that borrows nothing, in the sizes that the names make."""
@@ -98,10 +100,29 @@ def test_only_what_came_from_the_teacher_and_was_never_trained(text, teacher, tm
     assert [one.train.steps for one, _, _ in asked] == [1, 2, 3] and len(said) == 6
     config.stages = {}
     config.optimizer.freeze = FROZEN
-    kept = {name for name in lent.names([configs.resolve(config)]) if ".mixer." in name}
+    one = configs.resolve(config)
+    names, definition = lent.names([one]), model.build(one)
+    kept = {name for name in names if ".mixer." in name}
     assert kept and all(name.startswith("layers.1.") for name in kept)
+    fresh = jax.jit(lambda key: model.init(definition, key))(jax.random.key(3))
+    with init_from.source(teacher) as other:
+        theirs, _ = init_from.load(other, definition, fresh)
+    lent.check(names, str(teacher), definition, theirs)
+    with pytest.raises(ConfigError, match="which never trained it"):
+        lent.check(names, str(teacher), definition, theirs | {"embedding": fresh["embedding"]})
     config.init_from = str(tmp_path)
     assert not lent.names([configs.resolve(config)])
+
+
+@pytest.mark.slow
+def test_a_run_that_began_with_another_teacher_is_refused(text, teacher, tmp_path):
+    """It resumes with its own, and is told apart from one of other values of what it never trained."""
+    other = tmp_path / "other"
+    trainer.train(configs.resolve(tiny.config(text, model__pattern="full*4", train__steps=2)), other)
+    trainer.train(configs.resolve(student(text, teacher, train__steps=1)), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"objective.teacher.*other values of 'embedding'"):
+        trainer.train(configs.resolve(student(text, other, train__steps=2)), tmp_path / "run")
+    trainer.train(configs.resolve(student(text, teacher, train__steps=2)), tmp_path / "run")
 
 
 def test_a_plan_like_another():
