@@ -85,16 +85,21 @@ def absent(devices: str) -> list[Any]:
     return list(made.devices)
 
 
-def needs(config: Config, devices: str) -> Needs:
-    """Compiles the step of a resolved config for ``devices``; minutes for large models."""
-    policy, done = compiled_step(config, devices)
+def needs(config: Config, devices: str, borrowed: frozenset[str] = frozenset()) -> Needs:
+    """Compiles the step of a resolved config for ``devices``; minutes for large models.
+
+    borrowed: what a teacher has of the student (`hybridlm.lent`).
+    """
+    policy, done = compiled_step(config, devices, borrowed)
     found = done.run.memory_analysis()
     hlo = done.run.as_text()
     seconds = sum(sent(hlo, _seconds).values())
     return Needs(policy, found.argument_size_in_bytes, found.temp_size_in_bytes, sent(hlo), seconds)
 
 
-def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
+def compiled_step(
+    config: Config, devices: str, borrowed: frozenset[str] = frozenset()
+) -> tuple[str, fit.Step]:
     """(the policy of `model.remat`, the step of a resolved config compiled for ``devices``)."""
     mesh = sharding.make_mesh(config.mesh, absent(devices))
     configs.check_batch(config.train, mesh.shape)
@@ -107,7 +112,7 @@ def compiled_step(config: Config, devices: str) -> tuple[str, fit.Step]:
 
     def trace(config: Config, one: model.Definition) -> Any:
         # Built outside the mesh, where it would compute on devices that are not there.
-        built: Any = program.build(config, one, mesh, None)
+        built: Any = program.build(config, one, mesh, None, lent=borrowed)
         with jax.set_mesh(mesh), compiled_for(H100), auto_means("hopper", "xla"):
             return built.step.trace(built.shapes, batch, *built.teacher)
 

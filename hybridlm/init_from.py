@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hybridlm import config as configs
-from hybridlm import lora, mapping, model, program, stack, untrusted, weights
+from hybridlm import lora, mapping, model, objectives, program, stack, untrusted, weights
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.run import checkpoint, seal
@@ -182,8 +182,10 @@ def teacher(config: configs.Config, built: program.Program) -> tuple[model.Param
     if not built.teacher:
         return ()
     (shapes,) = built.teacher
+    taught = objectives.build(config.objective, model.build(config)).teacher
+    assert taught is not None
+    layout = taught.layout
     with source(config.objective.teacher, "objective.teacher") as other:  # type: ignore[attr-defined]
-        layout = other.definition.layout
         flat = {}
         for name, leaf in stack.shapes_apart(layout, shapes).items():
             value = np.asarray(other.arrays[name]).astype(leaf.dtype)
@@ -200,13 +202,7 @@ def load(
     gates: config.init_gates.
     """
     ours = model.unstack(definition, params)
-    taken = [
-        name
-        for name, leaf in ours.items()
-        if name in other.arrays
-        and tuple(other.arrays[name].shape) == leaf.shape
-        and _same_kind(name, definition, other.definition)
-    ]
+    taken = alike(ours, definition, other.arrays, other.definition)
     mapped, why = _mixers(other, definition, {name: leaf.shape for name, leaf in ours.items()}, gates)
     for name in (*taken, *mapped):
         loaded = mapped[name].value if name in mapped else other.read(name)
@@ -241,6 +237,17 @@ def _mixers(
         found |= {start + name: one for name, one in made.items()}
         why |= {f"layer {index}": problem} if problem else {}
     return found, why
+
+
+def alike(
+    ours: Mapping[str, Any], definition: model.Definition, theirs: Mapping[str, Any], other: model.Definition
+) -> list[str]:
+    """Names of ``ours``, arrays or shapes of the definition's parameters, that have theirs as they are."""
+    return [
+        name
+        for name, leaf in ours.items()
+        if name in theirs and tuple(theirs[name].shape) == leaf.shape and _same_kind(name, definition, other)
+    ]
 
 
 def _same_kind(name: str, ours: model.Definition, theirs: model.Definition) -> bool:

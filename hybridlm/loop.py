@@ -22,7 +22,7 @@ import numpy as np
 import rich
 from jax.sharding import Mesh
 
-from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
+from hybridlm import fit, init_from, lent, opening, program, recomputation, report, sharding
 from hybridlm.config import Config
 from hybridlm.data import Dataset, overlap
 from hybridlm.errors import ConfigError, Stopped
@@ -47,8 +47,9 @@ class Loop:
         rates = [one.config.optimizer.learning_rate for one in members] if self.several else None
         bytes_of = members[0].train_data.token_bytes
         self.begins = members[0].stage_begin
+        self.lent = frozenset() if self.several else lent.names(members[0].parts())
         self.build = lambda config, definition: program.build(
-            config, definition, mesh, bytes_of, rates, self.begins
+            config, definition, mesh, bytes_of, rates, self.begins, self.lent
         )
         self.program = self.build(self.config, self.definition)
         self.teacher: tuple[Any, ...] = ()
@@ -128,17 +129,25 @@ class Loop:
         With several processes it is there at once: they come in one order to what they do together.
         """
         if jax.process_count() > 1:
-            state = self.begin(start)
+            state = self.checked(start)
             return lambda: state
 
         def begin() -> State:
             with jax.set_mesh(self.mesh):  # which is a thread's own
-                return self.begin(start)
+                return self.checked(start)
 
         maker = ThreadPoolExecutor(1, "state")
         made = maker.submit(contextvars.copy_context().run, begin)
         maker.shutdown(wait=False)
         return made.result
+
+    def checked(self, start: int) -> State:
+        """`begin`; of a run that goes on, what the teacher borrows is the teacher's."""
+        state = self.begin(start)
+        if 0 < start < self.config.train.steps:
+            teacher = self.members[0].teacher
+            lent.check(self.lent, teacher, self.definition, state["params"])
+        return state
 
     def begin(self, start: int) -> State:
         """The state at step ``start``: where a stage begins, parameters of the one before, the rest new."""

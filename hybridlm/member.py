@@ -146,6 +146,10 @@ class Member:
         if before is not None and start > self.stage_begin:
             self.say_rates(dict(stages.split(before, configs.resolve))[self.stage_begin], start)
 
+    def parts(self) -> list[Config]:
+        """The configs of the run's stages up to this one."""
+        return [one for begin, one in stages.split(self.whole, configs.resolve) if begin <= self.stage_begin]
+
     def teachers(self) -> dict[str, str]:
         """The teacher's folder, however it was spelt, and which parameters it has now; {} without one."""
         if not self.teacher:

@@ -74,6 +74,21 @@ def runs(items: Iterable[Hashable]) -> tuple[Run, ...]:
     return tuple(Run(item, len(list(equal))) for item, equal in itertools.groupby(items))
 
 
+def like(layout: Plan, items: Sequence[Hashable]) -> Plan:
+    """The plan of ``items`` with the segments and runs of ``layout``, where that is of as many and those of
+    each of its runs are equal; else `plan`."""
+    if layout.num_layers != len(items):
+        return plan(items)
+    segments = []
+    for segment, table in zip(layout.segments, layout.indices(), strict=True):
+        found = [list(dict.fromkeys(items[i] for i in indices.flat)) for indices in table]
+        if any(len(distinct) > 1 for distinct in found):
+            return plan(items)
+        own = (run._replace(item=item) for run, (item,) in zip(segment.runs, found, strict=True))
+        segments.append(segment._replace(runs=tuple(own)))
+    return Plan(tuple(segments))
+
+
 def plan(items: Sequence[Hashable]) -> Plan:
     """The plan of ``items``, one a layer, with the fewest runs, then the fewest segments, the longest body.
 

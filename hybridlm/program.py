@@ -38,8 +38,8 @@ class Program(NamedTuple):
         the state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
     shapes: of the state of one run, with shardings.
-    teacher: (shapes,) of the parameters, with shardings, of the objective's teacher, which `step` and
-        `evaluate` then take after the batch, as they are and not donated; () without one.
+    teacher: (shapes,) of the parameters, with shardings, of the objective's teacher but what the student
+        lends it; `step` and `evaluate` take them after the batch, as they are, not donated; () without one.
     """
 
     init: Callable[[jax.Array], State]
@@ -56,12 +56,14 @@ def build(
     token_bytes: np.ndarray | None,
     rates: Sequence[float] | None = None,
     begin: int = 0,
+    lent: frozenset[str] = frozenset(),
 ) -> Program:
     """Everything that runs on devices, for a resolved ``config``; nothing is compiled yet.
 
     token_bytes: bytes per token id, at most vocab_size long; None leaves bits per byte out.
     rates: the learning rates of R runs together; None for one run with the config's.
     begin: the step after which a stage begins: learning rates are of what is left of train.steps.
+    lent: of one run, canonical names of parameters that the teacher has of the student (`hybridlm.lent`).
     """
     metadata = lm.metadata(definition)
     trained = {name: meta for name, meta in metadata.items() if meta.trained}
@@ -83,10 +85,10 @@ def build(
     shapes = jax.eval_shape(init, jax.random.key(0))
     param_shardings = sharding.param_shardings(metadata, shapes["params"], mesh)
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
-    gradients = Gradients(config, definition, trains, metadata, part(param_shardings, trained))
     windows = lm.windows(definition) if "context" in mesh.shape else ()
     tame = optimizer.tame(config.optimizer, max(rates or (config.optimizer.learning_rate,)), factors)
-    taught = () if objective.teacher is None else (teacher_shapes(objective.teacher, mesh),)
+    taught, lend = teaching(definition, objective.teacher, mesh, lent)
+    gradients = Gradients(config, definition, trains, metadata, part(param_shardings, trained), lend)
 
     def step(state: State, batch: Batch, rate: Any, *teacher: lm.Params) -> tuple[State, dict[str, Any]]:
         params = state["params"]
@@ -109,9 +111,7 @@ def build(
         metrics |= looked | gradients.measured(sums) | unevenness(batch, windows)
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
-    def evaluate(params: Any, batch: Batch, *teacher: lm.Params) -> Sums:
-        return objective.evaluate(params, named(*teacher), batch)
-
+    evaluate = lambda params, batch, *own: objective.evaluate(params, named(*own) | lend(params), batch)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     options = compiler_options(config, mesh)
     if rates is not None:
@@ -200,6 +200,28 @@ def teacher_shapes(teacher: lm.Definition, mesh: Mesh) -> State:
     return {n: jax.ShapeDtypeStruct(x.shape, low(n), sharding=where[n]) for n, x in shapes.items()}
 
 
+def teaching(
+    ours: lm.Definition, theirs: lm.Definition | None, mesh: Mesh, lent: frozenset[str]
+) -> tuple[tuple[State, ...], Callable[[lm.Params], lm.Params]]:
+    """(`Program.teacher`, the student's parameters -> the rest of the teacher's in its dtype, `named`).
+
+    Lent are the stacks of which ``lent`` has every layer, where both models have them of the same layers.
+    """
+    if theirs is None:
+        return (), lambda params: {}
+    needed, known = teacher_shapes(theirs, mesh), lm.shapes(ours)
+    layers = lambda one, name, leaf: list(stack.shapes_apart(one.layout, {name: leaf}))
+    dtypes = {
+        name: leaf.dtype
+        for name, leaf in needed.items()
+        if name in known
+        and lent.issuperset(there := layers(theirs, name, leaf))
+        and there == layers(ours, name, known[name])
+    }
+    own = {name: leaf for name, leaf in needed.items() if name not in dtypes}
+    return (own,), lambda params: named({name: params[name].astype(low) for name, low in dtypes.items()})
+
+
 def named(teacher: lm.Params | None = None) -> lm.Params:
     """A teacher's parameters as an objective finds them among the frozen ones."""
     return {objectives.TEACHER + name: value for name, value in (teacher or {}).items()}
@@ -222,9 +244,10 @@ class Gradients:
         objective: objectives.Objective,
         metadata: dict[str, lm.Meta],
         shardings: dict[str, NamedSharding],
+        lend: Callable[[lm.Params], lm.Params],
     ):
         self.microbatches, self.layout = config.train.parts, definition.layout
-        self.objective, self.shardings = objective, shardings
+        self.objective, self.shardings, self.lend = objective, shardings, lend
         self.frozen = [name for name, meta in metadata.items() if not meta.trained]
         self.rules = {name: meta.rule for name, meta in metadata.items() if meta.rule and not meta.frozen}
         self.definition, self.tau = definition, config.optimizer.qk_clip
@@ -248,7 +271,7 @@ class Gradients:
         return jax.lax.scan(add, zeros, split)[0]
 
     def _one(self, weights: lm.Params, batch: Batch, *teacher: lm.Params) -> tuple[lm.Params, Sums]:
-        frozen = part(weights, self.frozen) | named(*teacher)
+        frozen = part(weights, self.frozen) | named(*teacher) | self.lend(weights)
         loss = lambda trained: self.objective.loss(trained, frozen, batch, self.wanted)
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(part(weights, self.shardings))
         if self.microbatches == 1:

@@ -5,7 +5,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, groups, member, model, stages
+from hybridlm import ahead, cost, data, groups, lent, member, model, stages
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.data import mixture
@@ -67,8 +67,20 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
     for name, value in facts(config, mesh).items():
         show.line(f"{name:<28} {value}", console)
     show.line(full_layers(config), console)
-    for name, value in ahead.lines(ahead.needs(config, devices), devices).items() if devices else ():
+    for name, value in compiled(config, devices).items() if devices else ():
         show.line(f"{name:<28} {value}", console)
+
+
+def compiled(config: Config, devices: str) -> dict[str, str]:
+    """What the step, or that of each stage, takes on ``devices``, as name -> text."""
+    if not config.stages:
+        return ahead.lines(ahead.needs(config, devices, lent.names([config])), devices)
+    found: dict[str, str] = {}
+    parts = [one for _, one in stages.split(config, configs.resolve)]
+    for count, name in enumerate(config.stages[stages.ORDER], 1):
+        needs = ahead.needs(parts[count - 1], devices, lent.names(parts[:count]))
+        found |= {f"{name}: {said}": value for said, value in ahead.lines(needs, devices).items()}
+    return found
 
 
 def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:

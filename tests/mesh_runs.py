@@ -15,6 +15,7 @@ from hybridlm import (
     ahead,
     init_from,
     layers,
+    lent,
     loss,
     loss_blocks,
     member,
@@ -78,13 +79,14 @@ def distilled(folder: Path) -> dict:
     terms = {"kl": 1.0, "hidden": 0.5, "transfer": 0.5, "weights": 0.1, "next_token": 0.1, "temperature": 2.0}
     student.objective = configs.objective("distil", teacher=str(teacher), top_k=20, **terms)
     student.train.microbatches = 2
+    student.init_from = str(teacher)
     config = configs.resolve(student)
-    source = member.build_data(config, "train")
+    source, names = member.build_data(config, "train"), lent.names([config])
     result: dict = {}
     for sizes in (MESHES[0], MESHES[-1]):
         mesh = sharding.make_mesh(schema.Mesh(*sizes))
         with jax.set_mesh(mesh):
-            built = program.build(config, model.build(config), mesh, source.token_bytes)
+            built = program.build(config, model.build(config), mesh, source.token_bytes, lent=names)
             taught = init_from.teacher(config, built)
             state = built.init(jax.random.key(0))
             losses = []

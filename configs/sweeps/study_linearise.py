@@ -4,13 +4,15 @@
     python -m launch.sweep --config=configs/sweeps/study_linearise.py:runs/teacher,seeds --workdir=runs/seeds
     python -m launch.sweep --config=configs/sweeps/study_linearise.py:runs/teacher,0+1+7 --workdir=runs/chosen
 
-The second line is two more seeds of Gated DeltaNet, pure and 3:1; the third Gated DeltaNet with those layers
+The second line is two more seeds of all but KDA, pure and 3:1; the third Gated DeltaNet with those layers
 full (`python -m hybridlm.layer_choice` names some), three seeds, to hold against 3:1. The argument is the
 teacher's workdir, whose batches, widths and text the conversions have, and a fifth of whose steps: one in a
 hundred in which each new mixer learns its attention's outputs (Hedgehog's maps: its weights), then the KL of
 the logits. `gla+swa` is Liger's layer, gated linear attention of gates made of keys beside a window of 64;
 `featuremap` is Hedgehog.
 """
+
+from typing import Any
 
 from hybridlm import init_from
 from hybridlm.errors import ConfigError
@@ -24,6 +26,12 @@ HEDGEHOG = {
     "stages.transfer.objective.weights": 1.0,
     "stages.transfer.optimizer.freeze": "*, !*_maps.*",
 }
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gdn": ("delta", {}),
+    "kda": ("channels", {}),
+    "gla+swa": ("liger", LIGER),
+    "featuremap": ("hedgehog", HEDGEHOG),
+}
 
 
 def get_sweep(arg: str = "runs/teacher") -> Sweep:
@@ -36,12 +44,11 @@ def get_sweep(arg: str = "runs/teacher") -> Sweep:
         problem = f"a fifth of the teacher's steps is {steps}; at least 20 are needed, one in 20 for transfer"
         raise ConfigError("--config", f"study_linearise.py:{arg}", problem)
     transfer = steps // 20
-    mixers = zipped(
-        axis("mixer", "gdn", "kda", "gla+swa", "featuremap"),
-        axis("recipe", delta={}, channels={}, liger=LIGER, hedgehog=HEDGEHOG),
+    mixers = lambda *names: zipped(
+        axis("mixer", *names), axis("recipe", **{RECIPES[name][0]: RECIPES[name][1] for name in names})
     )
-    grid = [mixers, axis("ratio", "pure", "3:1", "1:1")]
-    seeds = [axis("mixer", "gdn"), axis("ratio", "pure", "3:1"), axis("seed", 1, 2)]
+    grid = [mixers(*RECIPES), axis("ratio", "pure", "3:1", "1:1")]
+    seeds = [mixers("gdn", "gla+swa", "featuremap"), axis("ratio", "pure", "3:1"), axis("seed", 1, 2)]
     chosen = [axis("mixer", "gdn"), axis("ratio", part), axis("seed", 0, 1, 2)]
     return Sweep(
         base=f"configs/linearise.py:teacher={teacher},{{mixer}},{{ratio}}",

@@ -18,7 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hybridlm import distillation, init_from, mimicry, mixers, mup, objectives
+from hybridlm import distillation, init_from, mimicry, mixers, mup, objectives, plan
 from hybridlm import model as lm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Above, Count, NonNegative
@@ -77,7 +77,10 @@ class Objective(objectives.Objective):
         super().__init__(config, definition, token_bytes)
         theirs = lm.build(init_from.described(config.teacher, "objective.teacher"))
         model = dataclasses.replace(theirs.model, dtype=definition.model.dtype, remat="none")
-        self.teacher: lm.Definition = dataclasses.replace(theirs, model=model)
+        # What the student does not train can be the teacher's too, stacked as it is there (`hybridlm.lent`).
+        held = any(spec.frozen for spec in definition.layers)
+        layout = plan.like(definition.layout, theirs.layers) if held else theirs.layout
+        self.teacher: lm.Definition = dataclasses.replace(theirs, model=model, layout=layout)
         pairs = zip(theirs.layers, definition.layers, strict=False)
         self.changed = [i for i, (one, other) in enumerate(pairs) if one.config != other.config]
         self._check()
