@@ -51,6 +51,7 @@ class Mixture:
 
     def __init__(self, components: dict[str, Source], weights: dict[str, float], view: View):
         self.names, self.sources, self.view = list(components), list(components.values()), view
+        self.weights = weights
         self.counts = _round([weights[name] for name in self.names], self.names)
         self.vocab_size = max(one.vocab_size for one in self.sources)
         tokenizers = {s.tokenizer.fingerprint: s.tokenizer for s in self.sources if s.tokenizer is not None}
@@ -79,6 +80,15 @@ class Mixture:
         """How often ``rows`` training rows read each component that has an end."""
         each = zip(self.names, self.counts, self.sources, strict=True)
         return {name: rows * count / BLOCK / one.num_rows for name, count, one in each if one.num_rows}
+
+    def check_batch(self, batch_size: int) -> None:
+        """ConfigError for a component that is read more than once in a training batch."""
+        for name, times in self.epochs(batch_size).items() if self.view.split == "train" else ():
+            if times > 1:
+                rows = self.sources[self.names.index(name)].num_rows
+                allowed = f"asks for {times * rows:.3g} rows of a batch of {batch_size}, of {rows} that there are"
+                fix = "Lower it, add data, or shorten batch or rows."
+                raise ConfigError(f"components.{name}.weight", self.weights[name], allowed, fix)
 
     def _places(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The component of each row, and its index there."""
