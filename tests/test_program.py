@@ -75,7 +75,9 @@ def test_freezing_nothing_or_everything_is_refused(text, freeze, problem):
 def test_what_the_model_has_not_cannot_be_frozen(text, name):
     """With tied embeddings there is no head: what was frozen so was trained."""
     with pytest.raises(ConfigError, match="is the name of no parameter"):
-        groups.check(configs.resolve(tiny.config(text, optimizer__freeze=(name,), model__tie_embeddings=True)))
+        groups.check(
+            configs.resolve(tiny.config(text, optimizer__freeze=(name,), model__tie_embeddings=True))
+        )
     both = tiny.config(text, optimizer__freeze=("embedding", "head"), model__tie_embeddings=True)
     assert model.is_frozen(model.build(configs.resolve(both)), "embedding")
 

@@ -86,7 +86,9 @@ class Mixture:
         for name, times in self.epochs(batch_size).items() if self.view.split == "train" else ():
             if times > 1:
                 rows = self.sources[self.names.index(name)].num_rows
-                allowed = f"asks for {times * rows:.3g} rows of a batch of {batch_size}, of {rows} that there are"
+                allowed = (
+                    f"asks for {times * rows:.3g} rows of a batch of {batch_size}, of {rows} that there are"
+                )
                 fix = "Lower it, add data, or shorten batch or rows."
                 raise ConfigError(f"components.{name}.weight", self.weights[name], allowed, fix)
 
