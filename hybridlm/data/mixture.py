@@ -71,9 +71,10 @@ class Mixture:
         self._block = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:
+        counts = self.counts if self.num_rows is None else [one.num_rows or 0 for one in self.sources]
         return "; ".join(
-            f"{name} ({count / BLOCK:.1%}): {one.describe()}"
-            for name, count, one in zip(self.names, self.counts, self.sources, strict=True)
+            f"{name} ({count / sum(counts):.1%}): {one.describe()}"
+            for name, count, one in zip(self.names, counts, self.sources, strict=True)
         )
 
     def epochs(self, rows: float) -> dict[str, float]:
