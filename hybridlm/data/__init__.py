@@ -169,7 +169,7 @@ def build(
     if split == "train" and source.num_rows is not None and source.num_rows < batch_size:
         allowed = f"is more than the {source.num_rows} rows of {seq_len} tokens that the training data fill"
         raise ConfigError("train.batch_size", batch_size, allowed, "Add data, or shorten batch or rows.")
-    if isinstance(source, mixture.Mixture):
+    if split == "train" and isinstance(source, mixture.Mixture):
         with under(prefix):
             source.check_batch(batch_size)
     return Dataset(source, view, batch_size, rows, pieces if split == "train" else 1)

@@ -84,11 +84,11 @@ class Mixture:
 
     def check_batch(self, batch_size: int) -> None:
         """ConfigError for a component that is read more than once in a training batch."""
-        for name, times in self.epochs(batch_size).items() if self.view.split == "train" else ():
-            if times > 1:
-                rows = self.sources[self.names.index(name)].num_rows
+        for name, count, one in zip(self.names, self.counts, self.sources, strict=True):
+            rows = batch_size * count / BLOCK
+            if one.num_rows and rows > one.num_rows:
                 allowed = (
-                    f"asks for {times * rows:.3g} rows of a batch of {batch_size}, of {rows} that there are"
+                    f"asks for {rows:.3g} rows of a batch of {batch_size}, of {one.num_rows} that there are"
                 )
                 fix = "Lower it, add data, or shorten batch or rows."
                 raise ConfigError(f"components.{name}.weight", self.weights[name], allowed, fix)
