@@ -92,12 +92,13 @@ def train(flags: argparse.Namespace, overrides: dict[str, str]) -> None:
         log.warning("checkpoint.keep_best = %d: %s", config.checkpoint.keep_best, why)
     if flags.devices and not flags.dry_run:
         raise ConfigError("--devices", flags.devices, "names GPUs that are not there", "Add --dry_run.")
+    tasks = in_loop.build(config)
     if flags.dry_run:
         trainer.say_unwarmed(config)
         report.dry_run(config, rich.get_console(), flags.devices)
         return
     workdir = Path(flags.workdir or default_workdir(flags.config))
-    trainer.train(config, workdir, flags.resume, in_loop.build(config))
+    trainer.train(config, workdir, flags.resume, tasks)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The model under test: text in, text or probabilities out, in batches of few shapes."""
 
+import contextlib
 import dataclasses
 import logging
 import zlib
@@ -227,7 +228,18 @@ def load(
     config, definition, params, step = weights.load(workdir, step, ema)
     tokens = tokenizers.load(tokenizer, "--tokenizer") if tokenizer else weights.tokenizer(workdir, config)
     if tokens is not None:
+        if tokenizer:
+            _warn_of_another(workdir, config, tokens)
         tokens.more_ends = weights.ends(Path(workdir), tokens)
         weights.check_fits(tokens, definition.vocab_size)
     checkpoint = seal.identity(Path(workdir) / "checkpoints" / str(step))
     return Subject(definition, params, tokens, config, step, batch_tokens, checkpoint)
+
+
+def _warn_of_another(workdir: str | Path, config: Config, given: tokenizers.Tokenizer) -> None:
+    """Says that ``given`` is not the run's own tokenizer, where that is to be found."""
+    with contextlib.suppress(ConfigError):
+        own = weights.tokenizer(workdir, config)
+        if own is not None and own.fingerprint != given.fingerprint:
+            said = "--tokenizer %s is not the run's own, %s: its ids mean something else to the model"
+            log.warning(said, given.name, own.name)

@@ -18,7 +18,19 @@ from typing import Any, Literal
 import yaml
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from hybridlm import config_file, mixers, mlps, mup, objectives, pattern, qk_clip, schema, stages, untrusted
+from hybridlm import (
+    config_file,
+    mixers,
+    mlps,
+    mup,
+    objectives,
+    pattern,
+    plan,
+    qk_clip,
+    schema,
+    stages,
+    untrusted,
+)
 from hybridlm import data as data_kinds
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.fields import Named, build, checked, fields, mapping, parse, plain, under
@@ -261,11 +273,17 @@ def _move(values: dict[str, Any]) -> None:
 
 
 def _filled(model: schema.Model, names: tuple[str, ...], known: Mapping[str, Any]) -> schema.Model:
-    """``model`` with what follows from the rest."""
-    _check_norms(model, {pattern.split(name)[0] for name in names}, known)
-    hidden = model.mlp_hidden or mlp_hidden(model.d_model)
-    layers = len(pattern.fill(names, model.num_layers))
-    return dataclasses.replace(model, num_layers=layers, mlp_hidden=hidden)
+    """``model`` with what follows from the rest, and without names that no layer has."""
+    layers = pattern.fill(names, model.num_layers)
+    used = {pattern.split(name)[0] for name in layers}
+    _check_norms(model, used, known)
+    return dataclasses.replace(
+        model,
+        pattern=model.pattern if set(names) <= set(layers) else str(plan.plan(layers)),
+        num_layers=len(layers),
+        mlp_hidden=model.mlp_hidden or mlp_hidden(model.d_model),
+        post_norm=tuple(name for name in model.post_norm if name in used),
+    )
 
 
 def _check_norms(model: schema.Model, used: Collection[str], known: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hybridlm import loss, mixers, mlps, model
+from hybridlm import groups, loss, mixers, mlps, model, optimizer
 from hybridlm.block import Spec
 from hybridlm.config import Config
 from hybridlm.kinds import Settings
@@ -56,7 +56,10 @@ class Layer(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Estimated bytes per device. activations: kept between forward and backward, plus one layer at work."""
+    """Estimated bytes per device. activations: kept between forward and backward, plus one layer at work.
+
+    optimizer: with the average, and the updated weights beside the old where updates are looked at.
+    """
 
     parameters: float
     gradients: float
@@ -156,7 +159,7 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     table, total = layers(config), parameters(config)
     in_blocks = sum(row.parameters for row in table)
     moments = 2 * total - (in_blocks if config.optimizer.name == "muon" else 0)  # Muon keeps one, AdamW two
-    moments += total if config.optimizer.ema else 0
+    moments += total * (bool(config.optimizer.ema) + (not tame(config)))
     context = mesh.get("context", 1)
     shards = mesh["fsdp"] * mesh["tensor"] * context
     rows = train.batch_size / train.parts / (mesh["data"] * mesh["fsdp"])
@@ -174,6 +177,12 @@ def memory(config: Config, mesh: Mapping[str, int]) -> Memory:
     activations = tokens * elements * definition.dtype.itemsize + max(one_layer, logits)
     copies = 2 if train.microbatches > 1 else 1  # of the gradients: the sum so far and the next
     return Memory(4 * total / shards, copies * 4 * total / shards, 4 * moments / shards, activations)
+
+
+def tame(config: Config) -> bool:
+    """`optimizer.tame` of a resolved config."""
+    factors = groups.factors(model.build(config), config.optimizer)
+    return optimizer.tame(config.optimizer, config.optimizer.learning_rate, factors)
 
 
 def matched_mlp_hidden(config: Config, target: int, multiple: int = 64) -> int:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_ar
 
 from hybridlm.errors import ConfigError, nearest
 
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 T = TypeVar("T")
 Read = Callable[[Any, Any], Any]  # `convert` or `parse`
 
@@ -107,7 +108,7 @@ def mapping(values: Any, prefix: str) -> None:
 
 
 def describe(kind: Any) -> str:
-    """What a field of annotation ``kind`` accepts, in words."""
+    """What a field of annotation ``kind`` accepts, in words; TypeError for one that no config can give."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return describe(args[0])
@@ -115,15 +116,11 @@ def describe(kind: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin in (types.UnionType, typing.Union):
         return " or ".join(map(describe, args))
-    if origin is tuple:
+    if origin is tuple and args[1:] == (...,):
         return f"a tuple of {describe(args[0])} each"
-    return {
-        int: "a whole number",
-        float: "a number",
-        bool: "True or False",
-        str: "a string",
-        type(None): "None",
-    }[kind]
+    if kind not in WORDS:
+        raise TypeError(f"a field cannot be a {getattr(kind, '__name__', kind)}")
+    return WORDS[kind]
 
 
 def convert(kind: Any, value: Any) -> Any:

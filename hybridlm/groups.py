@@ -1,4 +1,4 @@
-"""Learning rates by groups of parameters' names: `optimizer.groups`, as factors of an update.
+"""Parameters by patterns of their names: `optimizer.groups`, as factors of an update; `optimizer.freeze`.
 
 Where layers of a stack have factors of their own, these are an array over it: the plan stays as it is.
 """
@@ -8,11 +8,45 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from hybridlm import model, mup, schema, stack
+from hybridlm import config as configs
+from hybridlm import model, mup, schema, stack, stages
+from hybridlm.config import Config
 from hybridlm.errors import ConfigError
 from hybridlm.optimizer import Factors, group
 
 NEAREST = 3  # names in an error
+
+
+def check(config: Config) -> None:
+    """ConfigError for patterns, of any stage, that name no parameter or leave nothing to train.
+
+    Of what is to be trained: where a run is read, an earlier release may have taken them.
+    """
+    for _, one in stages.split(config, configs.resolve):
+        definition = model.build(one)
+        factors(definition, one.optimizer)
+        if definition.frozen:
+            _check_frozen(definition)
+
+
+def _check_frozen(definition: model.Definition) -> None:
+    frozen, tied = definition.frozen, definition.model.tie_embeddings
+    names = list(model.canonical_shapes(definition))
+    if tied and model.froze("embedding", frozen):
+        names.append("head")  # it is the embedding
+    for at, one in enumerate(frozen):
+        wanted = one.removeprefix("!")
+        named = [name for name in names if fnmatchcase(name, wanted)]
+        if not named:
+            fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
+            if tied and fnmatchcase("head", wanted):
+                fix = "With model.tie_embeddings the head is the embedding."
+            raise ConfigError("optimizer.freeze", wanted, "is the name of no parameter", fix)
+        if one.startswith("!") and not any(model.froze(name, frozen[:at]) for name in named):
+            fix = f"All but these: '*, {one}'."
+            raise ConfigError("optimizer.freeze", one, "takes out what nothing before it freezes", fix)
+    if not any(meta.trained for meta in model.metadata(definition).values()):
+        raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
 
 
 def factors(definition: model.Definition, config: schema.Optimizer) -> Factors:

@@ -64,7 +64,7 @@ class Member:
         self.datasets = (self.train_data, self.val_data, *self.val_sets.values())
         self.definition = lm.build(config)
         self.teacher: str = getattr(config.objective, "teacher", "")
-        groups.factors(self.definition, config.optimizer)  # refuses what fits no parameter,
+        groups.check(config)  # refuses what fits no parameter,
         objectives.build(config.objective, self.definition)  # and no teacher of another vocabulary
         self.record: dict[str, Any] = {
             "config": configs.portable(self.whole),

@@ -18,7 +18,6 @@ from flax import nnx
 from hybridlm import fp8, lora, loss, mixers, mlps, mup, pattern, plan, schema, stack
 from hybridlm.block import Block, Spec, norm
 from hybridlm.context import Context
-from hybridlm.errors import ConfigError
 from hybridlm.layers import Rule, embed, normal, param
 from hybridlm.mixers import Site
 from hybridlm.rows import Rows
@@ -98,10 +97,7 @@ def build(config: "Config") -> Definition:
     fp8.check(model, layers)
     frozen, exact = config.optimizer.freeze, dataclasses.replace(model, matmul="dtype")
     layers = _frozen(exact, layers, frozen) if frozen else layers
-    definition = Definition(exact, layers, plan.plan(layers), frozen)
-    if frozen and not any(meta.trained for meta in metadata(definition).values()):
-        raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
-    return definition
+    return Definition(exact, layers, plan.plan(layers), frozen)
 
 
 def in_training(definition: Definition, config: "Config") -> Definition:
@@ -112,22 +108,8 @@ def in_training(definition: Definition, config: "Config") -> Definition:
 
 def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:
     """The layers with the names of those of their parameters that a pattern freezes."""
-    names = list(canonical_shapes(Definition(model, layers, plan.plan(layers))))
-    if model.tie_embeddings and froze("embedding", frozen):
-        names.append("head")  # it is the embedding
-    for at, one in enumerate(frozen):
-        wanted = one.removeprefix("!")
-        named = [name for name in names if fnmatchcase(name, wanted)]
-        if not named:
-            fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
-            if model.tie_embeddings and fnmatchcase("head", wanted):
-                fix = "With model.tie_embeddings the head is the embedding."
-            raise ConfigError("optimizer.freeze", wanted, "is the name of no parameter", fix)
-        if one.startswith("!") and not any(froze(name, frozen[:at]) for name in named):
-            fix = f"All but these: '*, {one}'."
-            raise ConfigError("optimizer.freeze", one, "takes out what nothing before it freezes", fix)
     own: list[list[str]] = [[] for _ in layers]
-    for name in names:
+    for name in canonical_shapes(Definition(model, layers, plan.plan(layers))):
         if name.startswith("layers."):
             _, index, rest = name.split(".", 2)
             if froze(name, frozen) or rest in layers[int(index)].frozen:

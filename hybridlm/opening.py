@@ -1,4 +1,5 @@
-"""What a run says before its first step: six lines, one for fp8, one if no public format has the model."""
+"""What a run says before its first step: six lines, and one each for fp8, for updates that are looked at, and
+for a model that no public format has."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from pallas_kernels import Choice, explain
 from pallas_kernels.dispatch import KERNELS
 
 CUDA = "Python >= 3.12 and `pip install 'hybridlm[cuda]'` (jax >= 0.11.2 with CUDA 12)"
+
+UNTAMED = "with this learning rate, decay, b1, b2 and eps they may not be finite where gradients are"
 
 
 def lines(run: Member, start: int, mesh: Mapping[str, int], program: Any, runs: int = 1) -> list[str]:
@@ -38,6 +41,8 @@ def lines(run: Member, start: int, mesh: Mapping[str, int], program: Any, runs: 
     }
     if config.model.matmul == "fp8":
         said["matmul"] = fp8.said(config.model, build(config).layers)
+    if not cost.tame(config):
+        said["updates"] = "are looked at, with the weights twice in memory: " + UNTAMED
     try:
         from hybridlm.convert import families  # training knows no converter: it asks them, here alone
 

@@ -5,7 +5,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm import ahead, cost, data, groups, lent, member, model, stages
+from hybridlm import ahead, cost, data, groups, lent, member, stages
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.data import mixture
@@ -61,7 +61,7 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
     """
     mesh = config.mesh.over(ahead.parse(devices) if devices else jax.device_count())
     configs.check_batch(config.train, mesh)
-    groups.factors(model.build(config), config.optimizer)
+    groups.check(config)
     show.line(configs.to_yaml(config), console)
     console.print(layer_table(config))
     for name, value in facts(config, mesh).items():

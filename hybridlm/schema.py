@@ -162,8 +162,10 @@ class Optimizer:
 class Train:
     """steps: optimiser updates.  batch_size: sequences per update, over all devices and microbatches.
     seq_len: tokens per sequence.  seed: of parameters, order of the data and samples.
-    microbatches: parts of a batch whose gradients are accumulated; 0, with model.remat=auto: the fewest with
-        which a device's memory has room for the outputs of projections, found when the step is traced.
+    microbatches: parts of a batch whose gradients are accumulated. The curve is the same but for rounding,
+        and for balance losses (experts, MoM, SSE), which are of each part by itself. 0, with
+        model.remat=auto: the fewest with which a device's memory has room for the outputs of projections,
+        found when the step is traced.
     max_skipped: updates in a row that are skipped for a loss or gradient that is not finite, or for being so;
         one more ends the run.
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.

@@ -44,7 +44,8 @@ def regular(path: str | Path, what: str) -> os.stat_result:
     if not stat.S_ISREG(state.st_mode):
         kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(state.st_mode), "a device")
-        raise ConfigError(what, str(path), f"is {kind}, not a file", "Give a file that can be read twice.")
+        fix = "Name a file in it." if kind == "a directory" else "Give a file that can be read twice."
+        raise ConfigError(what, str(path), f"is {kind}, not a file", fix)
     return state
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hybridlm import config as configs
-from hybridlm import config_file, cost, pattern
+from hybridlm import config_file, cost, groups, pattern
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.run import private
 
@@ -240,7 +240,9 @@ def _run(sweep: Sweep, point: Point, overrides: Mapping[str, str], known: dict[s
     bare = {name for name in label if name in (*LAYERS, *placeholders) or _labelled(point[name])}
     varying = {*names, *(name for extra in sweep.also for name in extra)}
     own = [v if k in bare else f"{k.split('.')[-1]}{v}" for k, v in label.items() if v and k in varying]
-    return Run(_name("_".join(own)), label, spec, texts, _config(spec, texts))
+    config = _config(spec, texts)
+    groups.check(config)
+    return Run(_name("_".join(own)), label, spec, texts, config)
 
 
 def _name(text: str) -> str:

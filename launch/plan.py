@@ -16,12 +16,12 @@ from rich.table import Table
 from eval import tasks
 from eval.tasks import labelled
 from hybridlm import config as configs
-from hybridlm import cost, stages, untrusted
-from hybridlm.errors import ConfigError, nearest
+from hybridlm import cost, member, stages, untrusted
+from hybridlm.errors import ConfigError, RunError, nearest
 from hybridlm.report import quantity
 from hybridlm.run import checkpoint, private, show
 from launch.grid import Run
-from launch.state import POINT
+from launch.state import POINT, status
 
 log = logging.getLogger("hybridlm")
 
@@ -164,6 +164,32 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
         for run in runs
     ]
     untrusted.write_json(workdir / "sweep.json", record | {"runs": listed})
+
+
+def other_data(runs: Sequence[Run], workdir: Path) -> list[str]:
+    """Of each kind of data that unfinished runs will read, the oldest finished run that read others there."""
+    states = {run.name: status(workdir / run.name, run.config.train.steps).state for run in runs}
+    what = lambda run: repr((run.config.data, run.config.val))
+    waiting = {what(run) for run in runs if states[run.name] != "finished"}
+    finished: dict[str, list[Run]] = {}
+    for run in runs:
+        if states[run.name] == "finished" and what(run) in waiting:
+            finished.setdefault(what(run), []).append(run)
+    age = lambda run: (workdir / run.name / "metrics.jsonl").stat().st_mtime
+    return [one.name for one in (min(alike, key=age) for alike in finished.values()) if _others(one, workdir)]
+
+
+def _others(run: Run, workdir: Path) -> bool:
+    """Whether the data of a finished run have changed; not where they, or its record, cannot be read here."""
+    last = stages.split(run.config, configs.resolve)[-1][1]
+    path = workdir / run.name / "checkpoints" / str(last.train.steps) / "run" / "metadata"
+    try:
+        record = untrusted.read_json(path, "run", {"fingerprint": str, "held_out?": {str: str}})
+        now = {split: member.build_data(last, split).fingerprint for split in ("train", "val")}
+    except (ConfigError, RunError):
+        return False
+    then = {"train": record["fingerprint"], "val": record.get("held_out", {}).get("data", now["val"])}
+    return then != now
 
 
 def _written(path: Path) -> Any:

@@ -108,6 +108,9 @@ def run(runs: list[grid.Run], workdir: Path, vmap: bool, flags: argparse.Namespa
     with Lock(workdir):
         command = private.hide(f"python -m launch.sweep {untrusted.shell(sys.argv[1:])}")
         plan.write(runs, workdir, {"command": command})
+        for name in plan.other_data(runs, workdir):
+            said = f"the data have changed since {name} was trained: runs before and after cannot be compared"
+            show.line(f"{said}. Give another --workdir to train all of them on the new data.")
         if flags.launcher == "local":
             return 1 if run_local(runs, workdir, vmap, settings, flags) else 0
         hand_over(engine, local.jobs(runs, workdir, vmap), workdir, settings, flags.no_submit)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 import train
 from hybridlm import config as configs
-from hybridlm import config_file, fields, mixers, schema
+from hybridlm import config_file, fields, mixers, pattern, schema
 from hybridlm.errors import ConfigError
 from launch import grid
 
@@ -145,6 +145,29 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["model"]["pattern"] == "kda*3 full"
     assert configs.resolve(config_file.from_json(path)) == config
     assert configs.resolve(configs.load(str(path), {"train.seed": "3"})).train.seed == 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model.num_layers": "3"},  # kda*3 full without its end
+        {
+            "model.num_layers": "6",
+            "model.pattern": "(swa:a swa@a)*2 kda/none full/moe",
+            "model.post_norm": "kda,full",
+        },
+        {"model.num_layers": "5", "model.pattern": "(swa:a swa@a)*2 kda/none full/moe"},
+        {"model.pattern": "kda", "model.post_norm": "full,kda"},
+        {"model.num_layers": "3", "stages.order": "a", "stages.a.train.steps": "3"},
+    ],
+)
+def test_what_is_written_down_is_read_whatever_layers_are_cut_off(given, tmp_path: Path) -> None:
+    """Neither pattern nor norms name mixers or MLPs that no layer has, which are left out."""
+    config = configs.resolve(configs.load(QUICKSTART, given))
+    whole = pattern.fill(pattern.parse(given.get("model.pattern", "kda*3 full")), config.model.num_layers)
+    assert pattern.fill(pattern.parse(config.model.pattern), config.model.num_layers) == whole
+    (tmp_path / "config.json").write_text(configs.to_json(config))
+    assert configs.of_run(tmp_path) == config
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,13 @@ def test_a_kind_that_cannot_be_had(kind, problem):
     [
         ("exits", "raise SystemExit(0)", "cannot be imported (SystemExit: 0). It fails at line 1 of "),
         ("other", "Mixen = int", "the module has no Mixer. Did you mean 'Mixen'?"),
-        ("no_type", "x: dict = dataclasses.field(default_factory=dict)", "no config can give (KeyError"),
+        (
+            "no_type",
+            "x: dict = dataclasses.field(default_factory=dict)",
+            "(TypeError: a field cannot be a dict)",
+        ),
+        ("any_tuple", "x: tuple = ()", "no config can give (TypeError: a field cannot be a tuple)"),
+        ("pair", "x: tuple[int, str] = (1, 'a')", "no config can give (TypeError: a field cannot be"),
         ("nowhere", "x: 'Nowhere' = 3", "no config can give (NameError"),
         ("no_default", "_: dataclasses.KW_ONLY\n    x: int", "no config can give (TypeError"),
         ("no_methods", "x: int = 3", "does not define __call__, __init__, cost"),

@@ -147,6 +147,7 @@ def mixture_of(**part):
 
 
 TEXT = {"kind": "text", "path": "python-stdlib:"}
+MQAR = {"kind": "mqar", "weight": 1}
 REFUSALS = [
     ({"kind": "txt"}, {}, "data.kind", "Did you mean 'text'"),
     (TEXT | {"path": ""}, {}, "data.path", "must name files"),
@@ -171,6 +172,12 @@ REFUSALS = [
     (mixture_of(**TEXT, weight=0), {}, "data.components.a.weight", "must be above 0"),
     (mixture_of(kind="x", weight=1), {}, "data.components.a.kind", "one of"),
     (mixture_of(kind="shards", path="gone", weight=1), {}, "data.components.a.path", "is no directory"),
+    (
+        {"kind": "mixture", "components": {"a": MQAR | {"train_examples": 7, "weight": 9}, "b": MQAR}},
+        {"batch_size": 16},
+        "data.components.a.weight",
+        "asks for 14.4 rows of a batch of 16, of 7 that there are",
+    ),
     (mixture_of(**TEXT, weight=1) | {"path": "x"}, {}, "data.path", "no such field"),
 ]
 

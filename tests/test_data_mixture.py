@@ -59,6 +59,8 @@ def test_rows_are_a_function_of_index_and_seed():
 def test_validation_is_one_even_pass_over_all():
     source = mixture([1, 9, 5], "val", sizes=[10, 30, 5])
     assert source.num_rows == 45
+    assert source.describe() == "s0 (22.2%): 10 rows; s1 (66.7%): 30 rows; s2 (11.1%): 5 rows"
+    assert mixture([1, 9, 0.5], sizes=[10, 30, 5]).describe().startswith("s0 (9.5%): 10 rows; s1 (85.7%)")
     names, places = source.rows(np.arange(45))["tokens"].T
     assert np.bincount(names).tolist() == [10, 30, 5]
     for c in range(3):

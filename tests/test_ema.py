@@ -53,6 +53,18 @@ def test_it_is_numpys(run):
                 np.testing.assert_array_equal(leaf, now[name])
 
 
+def test_a_run_that_froze_what_its_model_has_not_is_read(run, tmp_path):
+    """As 0.1.0 took it; to be trained it is refused (test_program)."""
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    written = json.loads(path.read_text())
+    written["optimizer"]["freeze"].append("embedding_norm")
+    path.write_text(json.dumps(written))
+    outgoing.export_hf(tmp_path / "run", tmp_path / "out")
+    for name, leaf in by_name(tmp_path / "run", ema=True).items():
+        np.testing.assert_array_equal(leaf, by_name(run, ema=True)[name])
+
+
 @pytest.mark.once
 def test_it_is_validated_beside_the_weights(text, run, tmp_path):
     """A run that starts from it and learns nothing has its loss, and has no average of its own."""

@@ -319,8 +319,9 @@ def test_damaged_results(tmp_path, content):
         runner.read(tmp_path / "eval.json")
 
 
-def test_the_tokenizer_beside_the_weights_is_the_one(workdir, tmp_path):
-    """Beside them first, then an import's own, then the data's; ids that the model has not are refused."""
+def test_the_tokenizer_beside_the_weights_is_the_one(workdir, tmp_path, caplog):
+    """Beside them first, then an import's own, then the data's; ids that the model has not are refused, and
+    a tokenizer that is given in place of the run's own is said."""
     vocabulary = {character: index for index, character in enumerate("abcdefgh")}
     written = lambda extra: json.dumps(
         {"version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None,
@@ -333,6 +334,10 @@ def test_the_tokenizer_beside_the_weights_is_the_one(workdir, tmp_path):
     found = lambda config: weights.tokenizer(tmp_path, config).fingerprint
     imported = tokenizers.load(str(tmp_path / "hf" / "tokenizer.json")).fingerprint
     assert found(config) == imported
+    subject.load(workdir, tokenizer="bytes")
+    assert not caplog.text
+    subject.load(workdir, tokenizer=str(tmp_path / "hf" / "tokenizer.json"))
+    assert "tokenizer.json is not the run's own, bytes: its ids mean something else" in caplog.text
     assert found(config.replace(init_from="elsewhere")) == "bytes"  # trained from one, on data of its own
     (tmp_path / "tokenizer.json").write_text(written({"own": 9}))
     assert found(config) not in (imported, "bytes")

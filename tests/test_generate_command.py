@@ -186,3 +186,31 @@ def test_an_imported_model_writes(tmp_path, capsys, caplog):
     tokens.write(tmp_path / "out", weights.tokenizer(tmp_path / "run", config), config)
     named = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert named == {"bos_token_id": words - 1, "eos_token_id": [words - 1, *end["eos_token_id"]]}
+    samples_end(tmp_path, config, words)
+
+
+def samples_end(folder: Path, config: configs.Config, words: int) -> None:
+    """What a run from the import in ``folder``/run writes while it trains ends as `generate`'s texts do."""
+    start, file = "w3 w5 ", folder / "public" / "tokenizer.json"
+
+    def text(workdir: Path, own: weights.Tokenizer) -> list[str]:
+        loaded, how = weights.load(workdir), generate.Sampling(temperature=1.0)
+        options = {"max_new_tokens": 8, "seed": config.train.seed, "sampling": how}
+        prompt = [own.doc_id, *own.encode(start)]
+        return generate.complete(loaded.definition, loaded.params, own, [prompt], **options)[0].split()
+
+    endless = text(folder / "run", weights.tokenizers.load(str(file)))
+    end = {"eos_token_id": [int(endless[1][1:])]}
+    (folder / "run" / "hf" / "generation_config.json").write_text(json.dumps(end))
+    (folder / "words.txt").write_text(
+        "\n".join(" ".join(f"w{i % words}" for i in range(90)) for _ in range(9))
+    )
+    data = configs.data("text", path=str(folder / "words.txt"), tokenizer=str(file))
+    given = configs.ConfigDict(config.to_dict() | {"data": data, "init_from": str(folder / "run")})
+    given.train.update(steps=1, batch_size=2, seq_len=16)
+    given.optimizer.learning_rate = 1e-9
+    given["eval"].update(batches=1, sample_prompt=start, sample_tokens=8, temperature=1.0)
+    trainer.train(configs.resolve(given), folder / "new")
+    written = tiny.lines(folder / "new")[-1]["sample"].removeprefix(start).split()
+    own = weights.tokenizer(folder / "new", configs.of_run(folder / "new"))
+    assert written == text(folder / "new", own) == endless[: endless.index(endless[1])]

@@ -145,6 +145,16 @@ BAD: list[tuple[str, Sweep, list[str]]] = [
         ["axes = 'steps2': is the same run as steps1"],
     ),
     (
+        "no parameter",
+        Sweep(MQAR, [axis("optimizer.freeze", "embedding", "layers.9.*")], SMALL),
+        ["optimizer.freeze = 'layers.9.*'", "(at optimizer.freeze=layers.9.*)"],
+    ),
+    (
+        "no parameter of a stage",
+        Sweep(MQAR, [axis("seed", 0)], {**SMALL, **STAGE, "stages.a.optimizer.freeze": "layers.9.*"}),
+        ["optimizer.freeze = 'layers.9.*'"],
+    ),
+    (
         "unmatchable",
         Sweep(MQAR, [axis("mixer", "kda")], {**SMALL, "mixers.kda.num_heads": 8}, match="parameters"),
         ["cannot bring"],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hybridlm import untrusted
+from hybridlm import trainer, untrusted
 from hybridlm.run.lock import Lock
 from launch import grid, local, plan, state, sweep
 from launch.grid import Sweep, axis
@@ -306,6 +306,30 @@ def test_the_real_worker(tmp_path: Path, capsys):
     assert "tokens/s" not in (tmp_path / "w" / "report.html").read_text()  # of two in one program
     assert "Fatal" not in (tmp_path / "w" / "pure_seed0" / "log.txt").read_text()
     assert (tmp_path / "w" / "report.html").exists()
+
+
+@pytest.mark.once
+def test_data_that_changed_between_runs_are_said(tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text("a line of text\n" * 40)
+    fields = {
+        "mixer": "full",
+        "ratio": "pure",
+        "mixers.full.head_dim": 8,
+        "model.d_model": 16,
+        "model.num_layers": 1,
+    }
+    fields |= {"model.vocab_size": 260, "data.kind": "text", "data.path": str(text), "train.seq_len": 16}
+    fields |= {"train.batch_size": 2, "train.steps": 1, "eval.batches": 1}
+    runs = grid.runs(Sweep("configs/mqar.py", [axis("seed", 0, 1)], fields))
+    assert plan.other_data(runs, tmp_path) == []
+    trainer.train(runs[0].config, tmp_path / runs[0].name)
+    assert plan.other_data(runs, tmp_path) == []
+    text.write_text("another line of text\n" * 40)
+    assert plan.other_data(runs, tmp_path) == [runs[0].name]
+    assert plan.other_data(runs[:1], tmp_path) == []  # nothing is left to train
+    text.unlink()
+    assert plan.other_data(runs, tmp_path) == []
 
 
 @pytest.mark.slow

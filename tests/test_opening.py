@@ -9,7 +9,7 @@ from jax._src import compiler
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hybridlm import config as configs
-from hybridlm import opening, trainer, weights
+from hybridlm import cost, opening, trainer, weights
 from hybridlm.convert import families
 from hybridlm.errors import ConfigError
 from hybridlm.run import programs
@@ -31,6 +31,17 @@ def test_six_lines(text, tmp_path, capsys):
     assert said[4].endswith("/run") and said[5].endswith("1 to 2, a new run")
     trainer.train(config.replace(train__steps=3), tmp_path / "run")
     assert "3 to 3, resumed at step 2" in capsys.readouterr().out
+
+
+def test_updates_that_are_looked_at(text, tmp_path, capsys):
+    """The weights of a step that may be taken back are there twice: said, and in the estimate."""
+    one = {"data": 1, "fsdp": 1, "tensor": 1}
+    calm, wild = (configs.resolve(tiny.config(text, train__steps=1, optimizer__b1=b1)) for b1 in (0.9, 0.99))
+    more = cost.memory(wild, one).optimizer - cost.memory(calm, one).optimizer
+    assert more == 4 * cost.parameters(calm)
+    for at, config in (("calm", calm), ("wild", wild)):
+        trainer.train(config, tmp_path / at)
+        assert ("updates  are looked at" in capsys.readouterr().out) == (config is wild)
 
 
 def test_tokens_of_a_staged_run_are_those_of_its_stages(text, tmp_path, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import member, model, program, sharding, trees
+from hybridlm import groups, member, model, program, sharding, trees
 from hybridlm.errors import ConfigError
 from hybridlm.objectives import next_token
 from tests import tiny
@@ -68,14 +68,16 @@ def test_what_is_frozen_stays_and_has_no_state(text):
 )
 def test_freezing_nothing_or_everything_is_refused(text, freeze, problem):
     with pytest.raises(ConfigError, match=problem):
-        model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze)))
+        groups.check(configs.resolve(tiny.config(text, optimizer__freeze=freeze)))
 
 
 @pytest.mark.parametrize("name", ["head", "embedding_norm", "final_norm.bias", "shared"])
 def test_what_the_model_has_not_cannot_be_frozen(text, name):
     """With tied embeddings there is no head: what was frozen so was trained."""
     with pytest.raises(ConfigError, match="is the name of no parameter"):
-        model.build(configs.resolve(tiny.config(text, optimizer__freeze=(name,), model__tie_embeddings=True)))
+        groups.check(
+            configs.resolve(tiny.config(text, optimizer__freeze=(name,), model__tie_embeddings=True))
+        )
     both = tiny.config(text, optimizer__freeze=("embedding", "head"), model__tie_embeddings=True)
     assert model.is_frozen(model.build(configs.resolve(both)), "embedding")
 
@@ -84,9 +86,9 @@ def test_names_below_a_norm_may_be_taken_out(text):
     freeze = ("embedding_norm.*", "!embedding_norm.bias")
     norms = {"model__embedding_norm": True, "model__norm": "layer"}
     normed = lambda freeze: tiny.config(text, optimizer__freeze=freeze, **norms)
-    model.build(configs.resolve(normed(freeze)))
+    groups.check(configs.resolve(normed(freeze)))
     with pytest.raises(ConfigError, match="takes out what nothing before it"):
-        model.build(configs.resolve(normed(freeze[1:])))
+        groups.check(configs.resolve(normed(freeze[1:])))
 
 
 @dataclasses.dataclass(frozen=True)

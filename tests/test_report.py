@@ -55,6 +55,11 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert told in caplog.text
 
 
+def test_a_dry_run_refuses_tasks_that_training_would(capsys) -> None:
+    assert train.main([f"--config={QUICKSTART}", "--dry_run", "--config.eval.tasks=passky"]) == 2
+    assert "eval.tasks = 'passky': there is no such task" in capsys.readouterr().err
+
+
 def test_overrides_that_no_stage_heeds_are_said() -> None:
     parts: dict[str, object] = {
         "order": ("a", "b"),

@@ -64,7 +64,7 @@ def test_depth_counts_brackets_outside_of_texts():
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     refused("is a pipe, not a file", untrusted.read_bytes, tmp_path / "pipe", "--input")
-    refused("is a directory", untrusted.read_bytes, tmp_path, "--input")
+    refused("is a directory, not a file. Name a file in it", untrusted.read_bytes, tmp_path, "--input")
     refused("is a device", untrusted.read_bytes, "/dev/zero", "--input")
     refused("No such file", untrusted.read_bytes, tmp_path / "gone", "--input")
     refused("null byte", untrusted.read_bytes, "a\0b", "--input")

@@ -153,7 +153,7 @@ def build(
     rows: those of each batch that this process reads; None: all.  pieces: devices that share a training row.
     prefix: of the fields in errors.
     Raises ConfigError for settings that name nothing readable, for data that need more ids than the model
-    has, and for training data that do not fill one batch.
+    has, and for training data, or a part of a mixture, that do not fill their rows of one batch.
     """
     if batch_size < 1:
         raise ConfigError("train.batch_size", batch_size, "must be positive")
@@ -169,6 +169,9 @@ def build(
     if split == "train" and source.num_rows is not None and source.num_rows < batch_size:
         allowed = f"is more than the {source.num_rows} rows of {seq_len} tokens that the training data fill"
         raise ConfigError("train.batch_size", batch_size, allowed, "Add data, or shorten batch or rows.")
+    if split == "train" and isinstance(source, mixture.Mixture):
+        with under(prefix):
+            source.check_batch(batch_size)
     return Dataset(source, view, batch_size, rows, pieces if split == "train" else 1)
 
 

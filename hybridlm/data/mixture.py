@@ -51,6 +51,7 @@ class Mixture:
 
     def __init__(self, components: dict[str, Source], weights: dict[str, float], view: View):
         self.names, self.sources, self.view = list(components), list(components.values()), view
+        self.weights = weights
         self.counts = _round([weights[name] for name in self.names], self.names)
         self.vocab_size = max(one.vocab_size for one in self.sources)
         tokenizers = {s.tokenizer.fingerprint: s.tokenizer for s in self.sources if s.tokenizer is not None}
@@ -70,15 +71,27 @@ class Mixture:
         self._block = functools.lru_cache(maxsize=2)(self._shuffle)
 
     def describe(self) -> str:
+        counts = self.counts if self.num_rows is None else [one.num_rows or 0 for one in self.sources]
         return "; ".join(
-            f"{name} ({count / BLOCK:.1%}): {one.describe()}"
-            for name, count, one in zip(self.names, self.counts, self.sources, strict=True)
+            f"{name} ({count / sum(counts):.1%}): {one.describe()}"
+            for name, count, one in zip(self.names, counts, self.sources, strict=True)
         )
 
     def epochs(self, rows: float) -> dict[str, float]:
         """How often ``rows`` training rows read each component that has an end."""
         each = zip(self.names, self.counts, self.sources, strict=True)
         return {name: rows * count / BLOCK / one.num_rows for name, count, one in each if one.num_rows}
+
+    def check_batch(self, batch_size: int) -> None:
+        """ConfigError for a component that is read more than once in a training batch."""
+        for name, count, one in zip(self.names, self.counts, self.sources, strict=True):
+            rows = batch_size * count / BLOCK
+            if one.num_rows and rows > one.num_rows:
+                allowed = (
+                    f"asks for {rows:.3g} rows of a batch of {batch_size}, of {one.num_rows} that there are"
+                )
+                fix = "Lower it, add data, or shorten batch or rows."
+                raise ConfigError(f"components.{name}.weight", self.weights[name], allowed, fix)
 
     def _places(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The component of each row, and its index there."""

@@ -38,7 +38,7 @@ class Config(over.Config):
     memories: to choose from.  top_k: that each token goes to.  shared: whether there is one of every token.
     single_kv: keys and values of all memories are of one projection each.
     single_gates: with it, their gates, too: memories differ by the tokens that they get alone (FLA).
-    balance_loss: weight of the load-balancing loss.
+    balance_loss: weight of the load-balancing loss, of each microbatch (train.microbatches) by itself.
     """
 
     memories: Annotated[int, Limits(1, 256)] = 4

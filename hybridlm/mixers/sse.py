@@ -36,7 +36,7 @@ class Config(over.Config):
     partitions: to choose from, beside the one of every token.  top_k: that each token writes and reads.
     rank: of the low-rank maps.
     rows: channels of k that a token writes to; 0: k is what the mixer makes of it.
-    balance_loss: weight of the load-balancing loss.
+    balance_loss: weight of the load-balancing loss, of each microbatch (train.microbatches) by itself.
     """
 
     of: str = "gla"

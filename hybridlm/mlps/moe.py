@@ -53,7 +53,8 @@ class Config(mlps.Config):
         highest sum of their two best experts are eligible; 1, 1 for no groups.
     shared_hidden: width of the expert that every token goes to; 0 for none.
     shared_gate: the shared expert is scaled by sigmoid(W_s x) (Qwen).
-    balance_loss: weight of the load-balancing loss, which is averaged over the stack's expert layers.
+    balance_loss: weight of the load-balancing loss, which is averaged over the stack's expert layers. It is
+        of each microbatch by itself: with other train.microbatches the curve is a little different.
     """
 
     num_experts: Positive = 8
