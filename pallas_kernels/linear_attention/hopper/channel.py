@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
+from pallas_kernels.linear_attention.hopper import one_pass_steps, pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.channel_scan import ChannelScan, Scanned
 from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved, Tiles, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
@@ -26,8 +26,10 @@ def channel_forward(
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
     if choice is None and serves(inputs):
-        two = table.forward(inputs.k.shape, inputs.v.shape)
-        otherwise = lambda: channel_forward(inputs, final=final, keep=keep, choice=two)
+        two, inputs = table.forward(inputs.k.shape, inputs.v.shape), one_pass_steps.as_read(inputs)
+        otherwise = lambda: channel_forward(
+            one_pass_steps.natural(inputs), final=final, keep=keep, choice=two
+        )
         if keep:
             return one_pass_kept(inputs, final=final, otherwise=otherwise)
         return one_pass_forward(inputs, final=final, otherwise=lambda: otherwise()[0]), None

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import table, warm_up
+from pallas_kernels.linear_attention.hopper import one_pass_steps, table, warm_up
 from pallas_kernels.linear_attention.hopper.backward import Gradients
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients, value_slices
@@ -56,7 +56,8 @@ def channel_gradients(
         state_gradients, dv, first = scan(inputs, tiles, do, d_state)
     else:
         otherwise = lambda: scan(inputs, channel_tiles(inputs, keep=True), do, d_state)
-        state_gradients, dv, first = one_pass_reverse(inputs, saved.wrong, do, d_state, otherwise=otherwise)
+        read = one_pass_steps.as_read(inputs)
+        state_gradients, dv, first = one_pass_reverse(read, saved.wrong, do, d_state, otherwise=otherwise)
     delta = inputs.beta is not None
     blocks = batch * value_heads * value_slices(inputs.v.shape[3]) * (length // C)  # of one chunk each
     dq, dk, d_log_decay, error = chunk_gradients(

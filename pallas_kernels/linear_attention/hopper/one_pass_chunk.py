@@ -21,11 +21,12 @@ CHANNELS = 128
 
 class Widths(NamedTuple):
     """Channels in a row of the tiles that right operands are made of, of q and k, and of log-decays: as many
-    as the tokens that are summed over, or 64 where channels are."""
+    as the tokens that are summed over, or 64 where channels are.  half: log-decays are float16, in base 2."""
 
     qk: int
     g: int
     reverse: bool = False
+    half: bool = False
 
 
 FORWARD = Widths(64, ROWS)
@@ -34,7 +35,7 @@ REVERSE, ADDITIVE_REVERSE = Widths(2 * ROWS, 64, True), Widths(ROWS, 64, True)
 
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
-    bf16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64] or None (additive);
+    bf16, or the bits of float16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64] or None (additive);
     norms: [3, 64] or None."""
 
     qk: Any
@@ -79,13 +80,13 @@ class Chunk(Warp):
 
         self.memory, self.strides = raw[:3], (raw.strides[0], *raw.strides)
 
-        first = arith.muli(self.c, integer(2))
+        first, one = arith.muli(self.c, integer(2)), 0x3C00 if widths.half else 0x3F80
         pair = [
-            arith.select(arith.cmpi(arith.CmpIPredicate.uge, self.r, column), integer(one), self.zero)
-            for column, one in ((first, 0x3F80), (arith.addi(first, integer(1)), 0x3F800000))
+            arith.select(arith.cmpi(arith.CmpIPredicate.uge, self.r, column), integer(bits), self.zero)
+            for column, bits in ((first, one), (arith.addi(first, integer(1)), one << 16))
         ]
         own = arith.addi(*pair)
-        self.triangle = [own, integer(0x3F803F80), self.zero, own]
+        self.triangle = [own, integer(one << 16 | one), self.zero, own]
 
     def number(self, x: float) -> Any:
         return mgpu.c(x, ir.F32Type.get())
@@ -173,6 +174,8 @@ class Chunk(Warp):
 
     def sums_of(self, steps: list) -> list:
         """G in base 2 of log-decays as a right operand."""
+        if self.widths.half:
+            return self.product(self.triangle, steps, kind="f16")
         least = integer(int(np.asarray(LEAST, BF16).view(np.uint16)) * 0x10001)
         ptx = "max.NaN.bf16x2 $0, $1, $2;"
         steps = [utils.inline_ptx(ptx, x, least, result_types=i32()) for x in steps]

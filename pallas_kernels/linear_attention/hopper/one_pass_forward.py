@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_attention.hopper import channel_math, table, two_parts
+from pallas_kernels.linear_attention.hopper import channel_math, one_pass_steps, table, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import C
 from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN, ChannelSaved, Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
@@ -24,6 +24,7 @@ from pallas_kernels.linear_attention.hopper.one_pass_reverse import ReversePass
 from pallas_kernels.linear_attention.hopper.requirements import TESTED
 
 LEAST_WALK = 2  # tiles
+HALF = 8  # tokens of half a chunk of 16
 _Exact = tuple[Scanned, ChannelSaved | None]
 
 
@@ -33,15 +34,17 @@ def serves(inputs: Inputs) -> bool:
     On a jax on which no GPU has run its tests it is not: the self-test is of smaller calls.
     """
     i = inputs
-    if i.log_decay is None or i.log_decay.dtype != jnp.bfloat16:
+    if i.log_decay is None or i.over is not None or i.strong:
         return False
-    plain = i.segment is None and i.over is None and not i.strong
-    tested = i.interpret or jax.__version__ in TESTED
-    return plain and tested and table.one_pass(i.k.shape, i.v.shape)
+    versions = one_pass_steps.TESTED if one_pass_steps.wanted(i) else TESTED
+    return (i.interpret or jax.__version__ in versions) and table.one_pass(i.k.shape, i.v.shape)
 
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:
-    """o and, if `final`, the state after the last token; otherwise: the same by the two kernels."""
+    """o and, if `final`, the state after the last token; otherwise: the same by the two kernels.
+
+    Here and below inputs are those of `one_pass_steps.as_read`.
+    """
     return _exact(
         OnePass(inputs, None, final)(), None, lambda: (otherwise(), None), delta=inputs.beta is not None
     )[0]
@@ -56,11 +59,31 @@ def one_pass_kept(
     first, last = carry[0] * carry[1], carry[2] * carry[3]
     # Sums of half a block are the furthest from its middle.
     over = lambda *sums: jnp.min(functools.reduce(jnp.minimum, sums), -1) < 2.0**-channel_math.RANGE
-    eight = jnp.min(out.norms[..., SPAN, :], -1) < -channel_math.RANGE
-    span = jnp.where(over(*carry), jnp.where(eight, 2.0, 16.0), jnp.where(over(first, last), 32.0, 64.0))
+    least, beyond = out.norms[..., SPAN, :], (over(*carry), over(first, last))
+    if inputs.segment is not None:
+        least, beyond = _of_documents(inputs.segment, least, beyond)
+    eight = jnp.min(least, -1) < -channel_math.RANGE
+    span = jnp.where(beyond[0], jnp.where(eight, 2.0, 16.0), jnp.where(beyond[1], 32.0, 64.0))
     norms = jnp.where(jnp.arange(3)[:, None] == SPAN, span[..., None, None], out.norms)
     kept = ChannelSaved(_numbers(norms, first * last), out.states, out.values)
     return _exact(out, kept, otherwise, delta=inputs.beta is not None)
+
+
+def _of_documents(segment: jax.Array, least: jax.Array, beyond: tuple) -> tuple[jax.Array, tuple]:
+    """least [B, HV, T/C, C] and beyond, whether 16, and 32, tokens forget too much, without the resets.
+
+    In tiles where a document starts the least of a sum is taken for the sum of the least of eight tokens.
+    """
+    tiles = least.shape[2]
+    starts = one_pass_steps.resets(segment, HALF).reshape(len(segment), 1, tiles, C)
+    least = least - one_pass_steps.RESET * starts
+    sums = least[..., HALF - 1 :: HALF]
+    found: list = []
+    for known in beyond:
+        sums = sums[..., ::2] + sums[..., 1::2]
+        few = jnp.min(sums, -1) < -channel_math.RANGE
+        found.append(jnp.where(jnp.max(starts, -1) > 0, few, known))
+    return least, tuple(found)
 
 
 def one_pass_reverse(

@@ -43,7 +43,7 @@ def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float,
     and what underflows is below 2^-30. Levels are of tokens: so rows do not depend on later ones, in no bit.
     """
     if interpret:
-        return _interpreted(tile, l2norm, scale, widths.reverse)
+        return _interpreted(tile, l2norm, scale, widths)
     arranged = [(plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n)) for n in widths[:2]]
     given = blocks.present(tile._asdict())
     refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * (len(given) + 1)
@@ -58,12 +58,15 @@ def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float,
     return run(*given.values(), *raw[:3])
 
 
-def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> jax.Array:
+def _interpreted(tile: Tile, l2norm: bool, scale: float, widths: Widths) -> jax.Array:
     k, q = jnp.moveaxis(tile.qk[...].reshape(4, 2, ROWS, CHANNELS).astype(F32), 1, 0)
     product = lambda a, b: jnp.einsum("wic,wjc->wij", a, b, precision=lax.Precision.HIGHEST)
-    steps = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).reshape(4, ROWS, CHANNELS)
-    triangle = jnp.tril(jnp.ones((ROWS, ROWS), F32))
-    total = jnp.einsum("ij,wjc->wic", triangle, steps.astype(F32), precision=lax.Precision.HIGHEST) * LOG2E
+    if widths.half:
+        steps, base = lax.bitcast_convert_type(tile.g[...], jnp.float16).astype(F32), 1.0
+    else:
+        steps, base = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).astype(F32), LOG2E
+    triangle, steps = jnp.tril(jnp.ones((ROWS, ROWS), F32)), steps.reshape(4, ROWS, CHANNELS)
+    total = jnp.einsum("ij,wjc->wic", triangle, steps, precision=lax.Precision.HIGHEST) * base
     beta = jnp.zeros((4, ROWS)) if tile.beta is None else tile.beta[...].reshape(4, ROWS)
     size, own = beta * jnp.sum(k * k, -1), jnp.sum(k * q, -1, keepdims=True)
     norm = lambda x: (
@@ -83,7 +86,7 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> jax.A
     keys, scores = lax.fori_loop(0, levels, level, (jnp.zeros((4, ROWS, ROWS)),) * 2)
     decay = jnp.exp2(total)
     tile.qk[...] = (
-        jnp.stack([-k * decay if reverse else k * decay, q * decay], 1).astype(BF16).reshape(2 * C, -1)
+        jnp.stack([-k * decay if widths.reverse else k * decay, q * decay], 1).astype(BF16).reshape(2 * C, -1)
     )
     tile.g[...] = (k * jnp.exp2(total[:, -1:] - total)).astype(BF16).reshape(C, CHANNELS)
     tile.carry[...] = decay[:, -1]

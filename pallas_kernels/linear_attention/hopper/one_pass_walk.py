@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
+from pallas_kernels.linear_attention.hopper import blocks, one_pass_steps, one_pass_tiles
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
@@ -32,7 +32,7 @@ HOLDING, PREPARING = 2, 2  # warpgroups: with 64 values each; with every other t
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """inputs: bf16 log-decays per channel, K = V = 128, no documents; delta rule, or additive (beta None).
+    """inputs: with log-decays of `one_pass_steps.as_read`, K = V = 128; delta rule, or additive (beta None).
 
     count: None or how many tiles of a head are walked, at least two, [B, HV] int32; of the others, and of
     what comes at the end, results are undefined.
@@ -55,6 +55,11 @@ class Walk:
         return self.inputs.beta is not None
 
     @property
+    def half(self) -> bool:
+        """Whether log-decays are float16."""
+        return self.inputs.log_decay is not None and self.inputs.log_decay.dtype == jnp.float16
+
+    @property
     def turns(self) -> int:
         """A place, and who prepares in it: each waits at every phase of a barrier."""
         return self.stages * PREPARING
@@ -64,8 +69,9 @@ class Walk:
         """The arrays that tiles are prepared from."""
         i = self.inputs
         assert i.k.shape[3] == i.v.shape[3] == CHANNELS
-        assert i.log_decay is not None and i.log_decay.dtype == BF16
-        return dict(q=i.q, k=i.k, g=i.log_decay, beta=i.beta, count=self.count)
+        assert self.half or not one_pass_steps.wanted(i)
+        steps = lax.bitcast_convert_type(i.log_decay, BF16) if self.half else i.log_decay
+        return dict(q=i.q, k=i.k, g=steps, beta=i.beta, count=self.count)
 
     def launch(self, name: str, arrays: dict, results: dict, scratch: dict, hold: Callable) -> dict[str, Any]:
         """Results by name.  hold(at, wg): what a warpgroup with state does; scratch: what that wants."""
@@ -94,7 +100,7 @@ class Walk:
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
-        name = ("delta" if self.delta else "additive") + "_channel_" + name
+        name = ("delta" if self.delta else "additive") + "_channel_" + name + "_half" * self.half
         return blocks.launch(
             name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
             threads=HOLDING + PREPARING, interpret=i.interpret,
