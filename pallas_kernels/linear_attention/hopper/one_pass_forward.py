@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention.hopper.one_pass_reverse import ReversePass
 from pallas_kernels.linear_attention.hopper.requirements import TESTED
 
 LEAST_WALK = 2  # tiles
-HALF = 8  # tokens of half a chunk of 16
+SHORT = 8  # tokens of half a chunk of 16
 _Exact = tuple[Scanned, ChannelSaved | None]
 
 
@@ -36,7 +36,7 @@ def serves(inputs: Inputs) -> bool:
     i = inputs
     if i.log_decay is None or i.over is not None or i.strong:
         return False
-    versions = one_pass_steps.TESTED if one_pass_steps.wanted(i) else TESTED
+    versions = TESTED if one_pass_steps.plain(i) else one_pass_steps.TESTED
     return (i.interpret or jax.__version__ in versions) and table.one_pass(i.k.shape, i.v.shape)
 
 
@@ -60,8 +60,10 @@ def one_pass_kept(
     # Sums of half a block are the furthest from its middle.
     over = lambda *sums: jnp.min(functools.reduce(jnp.minimum, sums), -1) < 2.0**-channel_math.RANGE
     least, beyond = out.norms[..., SPAN, :], (over(*carry), over(first, last))
-    if inputs.segment is not None:
-        least, beyond = _of_documents(inputs.segment, least, beyond)
+    starts = one_pass_steps.starts(inputs, C)
+    if starts is not None:
+        some = starts[:, None, C - 1 :: C] > 0
+        beyond = tuple(jnp.where(some, x, y) for x, y in zip(_beyond(least), beyond, strict=True))
     eight = jnp.min(least, -1) < -channel_math.RANGE
     span = jnp.where(beyond[0], jnp.where(eight, 2.0, 16.0), jnp.where(beyond[1], 32.0, 64.0))
     norms = jnp.where(jnp.arange(3)[:, None] == SPAN, span[..., None, None], out.norms)
@@ -69,21 +71,17 @@ def one_pass_kept(
     return _exact(out, kept, otherwise, delta=inputs.beta is not None)
 
 
-def _of_documents(segment: jax.Array, least: jax.Array, beyond: tuple) -> tuple[jax.Array, tuple]:
-    """least [B, HV, T/C, C] and beyond, whether 16, and 32, tokens forget too much, without the resets.
+def _beyond(least: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether 16, and 32, tokens of a tile may forget more than 2^-`RANGE`, [B, HV, T/C]: where a document
+    starts the carry does not say that. Sums of the least of eight tokens are below the least sum.
 
-    In tiles where a document starts the least of a sum is taken for the sum of the least of eight tokens.
+    least: of each token, [B, HV, T/C, C], as `prepare` says.
     """
-    tiles = least.shape[2]
-    starts = one_pass_steps.resets(segment, HALF).reshape(len(segment), 1, tiles, C)
-    least = least - one_pass_steps.RESET * starts
-    sums = least[..., HALF - 1 :: HALF]
-    found: list = []
-    for known in beyond:
-        sums = sums[..., ::2] + sums[..., 1::2]
-        few = jnp.min(sums, -1) < -channel_math.RANGE
-        found.append(jnp.where(jnp.max(starts, -1) > 0, few, known))
-    return least, tuple(found)
+    eights = least[..., SHORT - 1 :: SHORT]
+    sixteens = eights[..., ::2] + eights[..., 1::2]
+    sums = sixteens, sixteens[..., ::2] + sixteens[..., 1::2]
+    first, second = (jnp.min(x, -1) < -channel_math.RANGE for x in sums)
+    return first, second
 
 
 def one_pass_reverse(

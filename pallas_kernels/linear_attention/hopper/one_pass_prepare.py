@@ -85,11 +85,17 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, widths: Widths) -> jax.
     levels = (jnp.max(-total[:, -1]) / RANGE).astype(jnp.int32) + 1
     keys, scores = lax.fori_loop(0, levels, level, (jnp.zeros((4, ROWS, ROWS)),) * 2)
     decay = jnp.exp2(total)
-    tile.qk[...] = (
-        jnp.stack([-k * decay if widths.reverse else k * decay, q * decay], 1).astype(BF16).reshape(2 * C, -1)
-    )
-    tile.g[...] = (k * jnp.exp2(total[:, -1:] - total)).astype(BF16).reshape(C, CHANNELS)
-    tile.carry[...] = decay[:, -1]
+    x, z, written = k * decay, q * decay, k * jnp.exp2(total[:, -1:] - total)
+    carry = decay[:, -1]
+    if tile.starts is not None:
+        starts = tile.starts[...].reshape(4, ROWS)
+        same, first, last = starts[:, :, None] == starts[:, None], starts == 0, starts == starts[:, -1:]
+        keys, scores = (jnp.where(same, pairs, 0.0) for pairs in (keys, scores))
+        x, z = (jnp.where(first[..., None], a, 0.0) for a in (x, z))
+        written, carry = jnp.where(last[..., None], written, 0.0), jnp.where(first[:, -1:], carry, 0.0)
+    tile.qk[...] = jnp.stack([-x if widths.reverse else x, z], 1).astype(BF16).reshape(2 * C, -1)
+    tile.g[...] = written.astype(BF16).reshape(C, CHANNELS)
+    tile.carry[...] = carry
     minus = -beta[..., None] * jnp.tril(keys, -1)
     m = inverse.Parts(inverse.Interpreted())
     high = lax.optimization_barrier(minus.astype(jnp.float16))
@@ -139,11 +145,13 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> list:
     )
     if delta:
         beta = m.by_row(m.beta)
-        lower = m.times([*first, zero, zero, *corner[:2]], beta)
+        lower = m.times(m.of_one_document([*first, zero, zero, *corner[:2]]), beta)
         parts = inverse.Parts(m)
         inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
         own_pairs(INVERSE, m.less_identity(inverses))
-    own_pairs(SCORES, m.with_diagonal(m.below([*second, zero, zero, *corner[2:]]), m.by_rows(own)))
+    scores = m.of_one_document([*second, zero, zero, *corner[2:]])
+    own_pairs(SCORES, m.with_diagonal(m.below(scores), m.by_rows(own)))
+    m.part_documents()
     m.put_norms([list(map(m.least_of_row, least))], SPAN)
     sizes = [beta[0], beta[2]] if delta else [zero, zero]
     return sizes if l2norm or not delta else m.times(sizes, squares)

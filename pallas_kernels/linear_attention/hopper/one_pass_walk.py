@@ -69,22 +69,24 @@ class Walk:
         """The arrays that tiles are prepared from."""
         i = self.inputs
         assert i.k.shape[3] == i.v.shape[3] == CHANNELS
-        assert self.half or not one_pass_steps.wanted(i)
+        assert i.log_decay is not None and (self.half or i.log_decay.dtype == BF16)
         steps = lax.bitcast_convert_type(i.log_decay, BF16) if self.half else i.log_decay
-        return dict(q=i.q, k=i.k, g=steps, beta=i.beta, count=self.count)
+        starts = one_pass_steps.starts(i, ROWS)
+        return dict(q=i.q, k=i.k, g=steps, beta=i.beta, starts=starts, count=self.count)
 
     def launch(self, name: str, arrays: dict, results: dict, scratch: dict, hold: Callable) -> dict[str, Any]:
         """Results by name.  hold(at, wg): what a warpgroup with state does; scratch: what that wants."""
         i = self.inputs
         batch, length, heads, value_heads, *_ = i.sizes
-        stages, turns = self.stages, self.turns
+        stages, turns, documents = self.stages, self.turns, i.segment is not None
         scratch = scratch | dict(
             qk=blocks.smem((stages, 2 * C, CHANNELS), BF16, width=self.widths.qk),  # of each chunk k, then q
             g=blocks.smem((stages, C, CHANNELS), BF16, width=self.widths.g),  # then what is written
             carry=plgpu.SMEM((stages, C // ROWS, CHANNELS), F32),
             pairs=one_pass_tiles.pairs(stages),
             beta=plgpu.SMEM((stages, C), F32) if self.delta else None,
-            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 1 + self.delta, num_barriers=turns),
+            starts=plgpu.SMEM((stages, C), F32) if documents else None,
+            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 1 + self.delta + documents, num_barriers=turns),
             values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=turns),
@@ -100,7 +102,7 @@ class Walk:
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
-        name = ("delta" if self.delta else "additive") + "_channel_" + name + "_half" * self.half
+        name = ("delta" if self.delta else "additive") + "_channel_" + name + "_half" * self.half + "_documents" * documents
         return blocks.launch(
             name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
             threads=HOLDING + PREPARING, interpret=i.interpret,
@@ -138,6 +140,8 @@ class Walk:
         plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
         if self.delta:
             plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
+        if hasattr(smem, "starts"):
+            plgpu.copy_gmem_to_smem(refs.starts.at[at.b, rows], smem.starts.at[slot], barrier)
 
     def raw(self, at: SimpleNamespace, n: Any) -> Raw:
         refs, rows, key_heads = at.refs, self.rows(at, n), self.inputs.k.shape[2]
