@@ -92,7 +92,8 @@ def prepared(monkeypatch, widths, k, q, g, beta, starts, l2norm, scale):
 def test_thread_by_thread(l2norm, start, kind, monkeypatch):
     """What chunks read of q, k and log-decays, and what a chunk's outputs, or gradients, are made of it.
 
-    start: None, or log-decays are float16 and in the four chunks a document starts at four tokens from this on.
+    start: None, or log-decays are float16 and a document starts at this token of the first chunk, the next of
+    the second and so on, and one more in the second.
     """
     widths, delta = KINDS[kind]
     widths = widths._replace(half=start is not None)
@@ -112,7 +113,9 @@ def test_thread_by_thread(l2norm, start, kind, monkeypatch):
         given, starts = steps.view(BF16), starts.astype(np.float32).ravel()
     else:
         given = g
-        steps = np.maximum(g.astype(np.float64), np.float64(np.asarray(one_pass_chunk.LEAST, BF16))) / np.log(2)
+        steps = np.maximum(g.astype(np.float64), np.float64(np.asarray(one_pass_chunk.LEAST, BF16))) / np.log(
+            2
+        )
     memory, sizes = prepared(monkeypatch, widths, k, q, given, beta, starts, l2norm, scale)
 
     k, q, g = (x.astype(np.float64) for x in (k, q, steps.reshape(4, 16, 128)))
@@ -143,7 +146,8 @@ def test_thread_by_thread(l2norm, start, kind, monkeypatch):
         assert not np.where(keep, 0, got).any()
     between = np.exp2(np.minimum(total[:, :, None] - total[:, None], 0))  # not a ratio: exact however steep
     pairs = [
-        np.tril(np.einsum("wic,wjc,wijc->wij", a.reshape(4, 16, 128), k.reshape(4, 16, 128), between), n) * same
+        np.tril(np.einsum("wic,wjc,wijc->wij", a.reshape(4, 16, 128), k.reshape(4, 16, 128), between), n)
+        * same
         for a, n in ((k, -1), (q, 0))
     ]
     check_chunks(rng, widths.reverse, beta, *pairs)

@@ -55,9 +55,10 @@ def channel_gradients(
     if saved.wrong is None:
         state_gradients, dv, first = scan(inputs, tiles, do, d_state)
     else:
-        otherwise = lambda: scan(inputs, channel_tiles(inputs, keep=True), do, d_state)
-        read = one_pass_steps.as_read(inputs)
-        state_gradients, dv, first = one_pass_reverse(read, saved.wrong, do, d_state, otherwise=otherwise)
+        inputs = one_pass_steps.as_read(inputs)
+        given = lambda: one_pass_steps.natural(inputs)
+        otherwise = lambda: scan(inputs, channel_tiles(given(), keep=True), do, d_state)
+        state_gradients, dv, first = one_pass_reverse(inputs, saved.wrong, do, d_state, otherwise=otherwise)
     delta = inputs.beta is not None
     blocks = batch * value_heads * value_slices(inputs.v.shape[3]) * (length // C)  # of one chunk each
     dq, dk, d_log_decay, error = chunk_gradients(

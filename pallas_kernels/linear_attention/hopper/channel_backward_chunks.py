@@ -35,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, channel_math
+from pallas_kernels.linear_attention.hopper import blocks, channel_math, one_pass_steps
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.channel_backward_copies import (
     BF16,
@@ -79,6 +79,7 @@ def chunk_gradients(
     """dq, dk, dlog_decay [B, T, N, K] bf16, dV.U [B, N, T] float32 (delta), N of HV, slices.
 
     Shared memory holds 128 values of a head: of a wider one every slice (of 128 or 64) adds a summand.
+    Log-decays may be those of `one_pass_steps.as_read`.
     norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
     needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
     values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
@@ -87,7 +88,8 @@ def chunk_gradients(
     chunks, slices = length // C, value_slices(value_dim)
     workers, blocks_v = key_dim // C, value_dim // slices // C
     delta, documents = dv is not None, inputs.segment is not None
-    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do)
+    decay, half = one_pass_steps.in_bf16(inputs), one_pass_steps.half(inputs)
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=decay, u=values, do=do)
     arrays |= dict(h=states, g=state_gradients, norms=norms, carry=carry)
     arrays |= dict(dv=dv) | (dict(segment=inputs.segment, entering=inputs.entering) if documents else {})
     direct = arrays["decay"].dtype != BF16  # log-decays go through registers
@@ -111,6 +113,7 @@ def chunk_gradients(
             first_value=blocks.rem(summand, slices) * (blocks_v * C),
             wg=wg,
             inputs=inputs,
+            half=half,
             **flags,
             **sizes,
         )
@@ -120,7 +123,7 @@ def chunk_gradients(
         blocks.finish_together(s["done"])
 
     grid = dict(b=batch, h=value_heads * slices, n=pl.cdiv(chunks, run))
-    name = ("delta_" if delta else "additive_") + "channel_gradients"
+    name = ("delta_" if delta else "additive_") + "channel_gradients" + "_half" * half
     out = blocks.launch(
         name, body, arrays, results, buffers(**flags, **sizes), grid, threads=workers + 1,
         interpret=inputs.interpret,

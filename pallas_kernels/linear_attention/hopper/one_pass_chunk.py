@@ -35,8 +35,9 @@ REVERSE, ADDITIVE_REVERSE = Widths(2 * ROWS, 64, True), Widths(ROWS, 64, True)
 
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
-    bf16, or the bits of float16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64] or None (additive);
-    norms: [3, 64] or None; starts: of documents, in a token's chunk up to it, [64] float32 or None."""
+    bf16, or the bits of float16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64]
+    or None (additive); norms: [3, 64] or None; starts: documents that start in a token's chunk, up to it, [64]
+    float32 or None."""
 
     qk: Any
     g: Any
@@ -269,8 +270,8 @@ class Chunk(Warp):
         return [arith.select(arith.cmpf(equal_, i, j), x, self.number(0.0)) for i, j, x in pairs]
 
     def part_documents(self) -> None:
-        """Clears what tokens of other documents than that before the chunk would read of the state, what those
-        of others than its last would write to it, and the carry if these are two."""
+        """Clears what tokens after the chunk's first start of a document would read of the state, what those
+        before its last would write to it, and the carry if there is one."""
         if self.starts is None:
             return
         after = lambda x, y: arith.cmpf(arith.CmpFPredicate.OLT, y, x)

@@ -1,18 +1,19 @@
-"""What one_pass*.py reads of log-decays that are not bf16, and of documents: made by XLA, once a pass."""
+"""What one_pass*.py reads of log-decays that are not bf16, and of documents: made by XLA."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.linear_attention.hopper import channel_math
 from pallas_kernels.linear_attention.hopper.blocks import F32, LOG2E
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16, F16 = jnp.bfloat16, jnp.float16
-# Versions of jax on which a GPU has run the tests of the kernels that read float16 or documents. None has yet,
-# so such calls are other kernels', but for interpreted ones.
+# Versions of jax on which a GPU has run the tests of the kernels that read float16 or documents: none yet, so
+# such calls are other kernels', but for interpreted ones.
 TESTED: tuple[str, ...] = ()
 
 
@@ -28,6 +29,16 @@ def as_read(inputs: Inputs) -> Inputs:
     if log_decay.dtype == BF16:
         return inputs
     return dataclasses.replace(inputs, log_decay=channel_math.steps(log_decay))
+
+
+def half(inputs: Inputs) -> bool:
+    """Whether log-decays are those that `as_read` made."""
+    return inputs.log_decay is not None and inputs.log_decay.dtype == F16
+
+
+def in_bf16(inputs: Inputs) -> Any:
+    """The log-decays; float16 ones as the bits of bf16, in whose buffers they lie."""
+    return lax.bitcast_convert_type(inputs.log_decay, BF16) if half(inputs) else inputs.log_decay
 
 
 def natural(inputs: Inputs) -> Inputs:

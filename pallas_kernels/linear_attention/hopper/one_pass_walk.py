@@ -57,7 +57,7 @@ class Walk:
     @property
     def half(self) -> bool:
         """Whether log-decays are float16."""
-        return self.inputs.log_decay is not None and self.inputs.log_decay.dtype == jnp.float16
+        return one_pass_steps.half(self.inputs)
 
     @property
     def turns(self) -> int:
@@ -69,9 +69,8 @@ class Walk:
         """The arrays that tiles are prepared from."""
         i = self.inputs
         assert i.k.shape[3] == i.v.shape[3] == CHANNELS
-        assert i.log_decay is not None and (self.half or i.log_decay.dtype == BF16)
-        steps = lax.bitcast_convert_type(i.log_decay, BF16) if self.half else i.log_decay
-        starts = one_pass_steps.starts(i, ROWS)
+        steps, starts = one_pass_steps.in_bf16(i), one_pass_steps.starts(i, ROWS)
+        assert steps.dtype == BF16
         return dict(q=i.q, k=i.k, g=steps, beta=i.beta, starts=starts, count=self.count)
 
     def launch(self, name: str, arrays: dict, results: dict, scratch: dict, hold: Callable) -> dict[str, Any]:
@@ -86,7 +85,9 @@ class Walk:
             pairs=one_pass_tiles.pairs(stages),
             beta=plgpu.SMEM((stages, C), F32) if self.delta else None,
             starts=plgpu.SMEM((stages, C), F32) if documents else None,
-            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 1 + self.delta + documents, num_barriers=turns),
+            filled=plgpu.Barrier(
+                num_arrivals=2 * (C // ROWS) + 1 + self.delta + documents, num_barriers=turns
+            ),
             values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=turns),
@@ -102,7 +103,13 @@ class Walk:
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
             blocks.finish_together(at.smem.done)
 
-        name = ("delta" if self.delta else "additive") + "_channel_" + name + "_half" * self.half + "_documents" * documents
+        name = (
+            ("delta" if self.delta else "additive")
+            + "_channel_"
+            + name
+            + "_half" * self.half
+            + "_documents" * documents
+        )
         return blocks.launch(
             name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
             threads=HOLDING + PREPARING, interpret=i.interpret,
