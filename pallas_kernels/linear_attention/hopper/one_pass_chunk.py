@@ -36,8 +36,8 @@ REVERSE, ADDITIVE_REVERSE = Widths(2 * ROWS, 64, True), Widths(ROWS, 64, True)
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
     bf16, or the bits of float16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64]
-    or None (additive); norms: [3, 64] or None; starts: documents that start in a token's chunk, up to it, [64]
-    float32 or None."""
+    or None (additive); norms: [3, 64] or None; starts: how many documents start in a token's chunk, up to it,
+    [64] float32 or None."""
 
     qk: Any
     g: Any
@@ -264,7 +264,7 @@ class Chunk(Warp):
             return block
         place = arith.addi(arith.muli(self.warp, integer(ROWS)), arith.muli(self.c, integer(2)))
         address = arith.addi(address_of(self.starts), arith.muli(place, integer(4)))
-        columns = [self.shared(address, 4 * column) for column in (0, 1, 8, 9)]
+        columns = [self.shared(arith.addi(address, integer(4 * column))) for column in (0, 1, 8, 9)]
         pairs = zip(self.by_row(self.starts), [*columns[:2] * 2, *columns[2:] * 2], block, strict=True)
         equal_ = arith.CmpFPredicate.OEQ
         return [arith.select(arith.cmpf(equal_, i, j), x, self.number(0.0)) for i, j, x in pairs]

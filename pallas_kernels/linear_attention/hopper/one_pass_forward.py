@@ -63,7 +63,7 @@ def one_pass_kept(
     starts = one_pass_steps.starts(inputs, C)
     if starts is not None:
         some = starts[:, None, C - 1 :: C] > 0
-        beyond = tuple(jnp.where(some, x, y) for x, y in zip(_beyond(least), beyond, strict=True))
+        beyond = jax.tree.map(functools.partial(jnp.where, some), _beyond(least), beyond)
     eight = jnp.min(least, -1) < -channel_math.RANGE
     span = jnp.where(beyond[0], jnp.where(eight, 2.0, 16.0), jnp.where(beyond[1], 32.0, 64.0))
     norms = jnp.where(jnp.arange(3)[:, None] == SPAN, span[..., None, None], out.norms)

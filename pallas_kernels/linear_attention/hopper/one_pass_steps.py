@@ -38,7 +38,8 @@ def half(inputs: Inputs) -> bool:
 
 def in_bf16(inputs: Inputs) -> Any:
     """The log-decays; float16 ones as the bits of bf16, in whose buffers they lie."""
-    return lax.bitcast_convert_type(inputs.log_decay, BF16) if half(inputs) else inputs.log_decay
+    log_decay: Any = inputs.log_decay
+    return lax.bitcast_convert_type(log_decay, BF16) if half(inputs) else log_decay
 
 
 def natural(inputs: Inputs) -> Inputs:

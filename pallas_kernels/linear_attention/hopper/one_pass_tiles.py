@@ -167,13 +167,11 @@ class Warp(inverse.Warp):
         """Numbers [64] float32, of a block's rows, for the eight places that a thread has."""
         row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
         address = arith.addi(address_of(memory), arith.muli(row, integer(4)))
-        first, second = self.shared(address), self.shared(address, 32)
+        first, second = map(self.shared, (address, arith.addi(address, integer(32))))
         return [first, first, second, second] * 2
 
-    def shared(self, address: Any, offset: int = 0) -> Any:
+    def shared(self, address: Any) -> Any:
         """A float32 in shared memory."""
-        if offset:
-            address = arith.addi(address, integer(offset))
         ptx = "ld.shared.f32 $0, [$1];"
         return utils.inline_ptx(ptx, address, result_types=ir.F32Type.get(), has_side_effects=True)
 
