@@ -36,8 +36,11 @@ def serves(inputs: Inputs) -> bool:
     i = inputs
     if i.log_decay is None or i.over is not None or i.strong:
         return False
-    versions = TESTED if one_pass_steps.plain(i) else one_pass_steps.TESTED
-    return (i.interpret or jax.__version__ in versions) and table.one_pass(i.k.shape, i.v.shape)
+    version = jax.__version__
+    tested = version in one_pass_steps.TESTED
+    if one_pass_steps.plain(i):
+        tested = i.interpret or version in TESTED
+    return tested and table.one_pass(i.k.shape, i.v.shape)
 
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:

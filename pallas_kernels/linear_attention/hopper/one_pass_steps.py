@@ -13,7 +13,7 @@ from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 # Versions of jax on which a GPU has run the tests of the kernels that read float16 or documents: none yet, so
-# such calls are other kernels', but for interpreted ones.
+# such calls are other kernels', interpreted ones too.
 TESTED: tuple[str, ...] = ()
 
 
