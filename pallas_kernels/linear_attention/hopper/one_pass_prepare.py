@@ -36,6 +36,7 @@ def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float,
     In reverse -x in the place of x, and the pairs are to be read transposed. Additive: no x and no A.
     If `norms` is there, 1 / |k| and scale / |q| go to it, and of each token the least, over channels, of G in
     base 2 or, of a chunk's last eight tokens, of the sum of the last eight log-decays.
+    If `starts` is there, all of these are 0 where they would reach over a document's start.
     Returns beta |k|^2 of each token [64] float32.
 
     Where G falls below -`RANGE` pairs are made again, level by level: at level s the keys whose -G is from s
