@@ -1,14 +1,12 @@
 """Where the GPU time of a program goes, by kernel: what `benchmarks.train_step --profile` prints."""
 
 import collections
+import functools
 import glob
 import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
-
-import jax
-from jax.profiler import ProfileData
 
 GROUPS = (  # the first pattern that a kernel's name holds says what it is
     ("recurrence", r"scan|chunk|channel|delta_|additive_"),
@@ -24,6 +22,9 @@ def kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
 
     ``run`` must return what it computes: the trace ends when that is ready.
     """
+    import jax
+    from jax.profiler import ProfileData
+
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
@@ -39,11 +40,31 @@ def kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
     return sorted(((name, len(ms), sum(ms)) for name, ms in spent.items()), key=lambda row: -row[2])
 
 
+def torch_kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """As `kernels`, of what PyTorch launches."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    rows = [(one.key, one.count, one.self_device_time_total / 1e3) for one in profile.key_averages()]
+    return sorted((row for row in rows if row[2]), key=lambda row: -row[2])
+
+
 def microseconds(calls: int, run: Callable[[], Any]) -> float:
     """On the device, a call: the mean of ``calls`` after a first one."""
+    import jax
+
     jax.block_until_ready(run())
-    rows = kernels(lambda: [run() for _ in range(calls)])
+    rows = kernels(functools.partial(again, calls, run))
     return sum(ms for _, _, ms in rows) / calls * 1e3
+
+
+def again(calls: int, run: Callable[[], Any]) -> Any:
+    """What the last of ``calls`` calls returns; what the others do is not kept."""
+    for _ in range(calls):
+        last = run()
+    return last
 
 
 def table(rows: list[tuple[str, int, float]], top: int = 25) -> str:

@@ -23,7 +23,7 @@ from benchmarks.vmapped import Case, Layer
 from hybridlm import config as configs
 from hybridlm import model
 from hybridlm.data import mqar
-from hybridlm.data.source import Batch, View
+from hybridlm.data.source import Batch
 
 TRAIN = [(64, 4, 100_000), (128, 8, 20_000), (256, 16, 20_000), (256, 32, 20_000), (256, 64, 20_000)]
 TEST = [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
@@ -60,9 +60,8 @@ STUDY: dict[str, tuple[list[Layer], str]] = {
 
 def rows(length: int, pairs: int, examples: int, seq_len: int, vocab: int, split: str) -> Batch:
     """All rows of one slice."""
-    sizes = {"train_examples": examples, "val_examples": examples}
-    config = mqar.Config(slices=f"({length}, {pairs})", random_non_queries=False, **sizes)
-    return vmapped.every_row(config.open(View(split, seq_len, 0, vocab)))
+    task = mqar.Config(slices=f"({length}, {pairs})", random_non_queries=False)
+    return vmapped.rows(task, split, seq_len, vocab, examples)
 
 
 def state_elements(layers: Sequence[Layer], d_model: int) -> float:

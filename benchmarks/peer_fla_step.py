@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -134,17 +134,6 @@ def timed(step: Step, tokens: Any, steps: int) -> Row:
     }
 
 
-def kernels(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
-    """As `gpu_profile.kernels`, of what PyTorch launches."""
-    import torch
-
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    rows = [(one.key, one.count, one.self_device_time_total / 1e3) for one in profile.key_averages()]
-    return sorted((row for row in rows if row[2]), key=lambda row: -row[2])
-
-
 def attempts(spec: str, args: argparse.Namespace, fields: dict[str, str]) -> Iterator[Row]:
     """Rows of FLA's model: a loss a row, then compiled; what it refuses, and what it then does unchecked."""
     import gpu_profile
@@ -183,7 +172,7 @@ def attempts(spec: str, args: argparse.Namespace, fields: dict[str, str]) -> Ite
             continue
         yield said | row | {"mfu": flops * row["tokens_per_second"]}
         if args.profile:
-            print(gpu_profile.table(kernels(functools.partial(step, tokens))), flush=True)
+            print(gpu_profile.table(gpu_profile.torch_kernels(functools.partial(step, tokens))), flush=True)
 
 
 def fill(spec: str, number: int, args: argparse.Namespace, fields: dict[str, str]) -> None:

@@ -4,17 +4,15 @@ Peers are imported where they are used: a process holds one of them, and any may
 """
 
 import functools
-import glob
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import gpu_profile
 import numpy as np
 
 OPS = ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla")
 CASES = ("plain", "hard")
-GATES = ("usual", "slow", "steep")
 
 
 class Shape(NamedTuple):
@@ -106,6 +104,13 @@ def median_ms(run: Callable[[], Any], wait: Callable[[Any], Any], groups: int = 
     return sorted(group(calls) for _ in range(groups))[groups // 2]
 
 
+def by_kernel(
+    profiled: Callable[..., list[tuple[str, int, float]]], run: Callable[[], Any]
+) -> dict[str, float]:
+    """Milliseconds a call that each kernel takes on the device; profiled: of `gpu_profile`."""
+    return {name: ms / 10 for name, _, ms in profiled(functools.partial(gpu_profile.again, 10, run))}
+
+
 class Jax:
     """Ours, as the dispatcher chooses or by a backend's name, or jla, as functions of a dict of arrays."""
 
@@ -192,24 +197,8 @@ class Jax:
                 run = functools.partial(function, x)
                 row[f"{name}_ms"] = median_ms(run, jax.block_until_ready)
                 if profile:
-                    row[f"{name}_kernels"] = self.kernels(run)
+                    row[f"{name}_kernels"] = by_kernel(gpu_profile.kernels, run)
         return row
-
-    def kernels(self, run: Callable[[], Any], calls: int = 10) -> dict[str, float]:
-        """Milliseconds a call that each kernel takes on the device."""
-        jax = self.jax
-        total: dict[str, float] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for _ in range(calls):
-                    out = run()
-                jax.block_until_ready(out)
-            (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-            planes = jax.profiler.ProfileData.from_file(path).planes
-            lines = [line for plane in planes if "GPU" in plane.name for line in plane.lines]
-            for event in (event for line in lines if "Stream" in line.name for event in line.events):
-                total[event.name] = total.get(event.name, 0.0) + event.duration_ns / 1e6 / calls
-        return total
 
     def results(self, op: str, alone: Callable) -> dict[str, list[dict[str, np.ndarray]]]:
         """By case, of two runs."""
@@ -290,10 +279,7 @@ class Fla:
         row: dict[str, Any] = {"peer": self.name}
         with alone():
             x = self.draw(op, shape)
-            runs = {
-                "fwd": lambda: self.attend(op, x, False)[0],
-                "fwd_bwd": lambda: self.both(op, x),
-            }
+            runs = {"fwd": lambda: self.attend(op, x, False)[0], "fwd_bwd": lambda: self.both(op, x)}
             for name, run in runs.items():
                 start = time.perf_counter()
                 run()
@@ -307,17 +293,8 @@ class Fla:
                 del out
                 row[f"{name}_ms"] = median_ms(run, lambda _: synchronize())
                 if profile:
-                    row[f"{name}_kernels"] = self.kernels(run)
+                    row[f"{name}_kernels"] = by_kernel(gpu_profile.torch_kernels, run)
         return row
-
-    def kernels(self, run: Callable[[], Any], calls: int = 10) -> dict[str, float]:
-        """As `Jax.kernels`."""
-        with self.torch.profiler.profile(activities=[self.torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(calls):
-                run()
-            self.torch.cuda.synchronize()
-        times = {e.key: e.self_device_time_total / 1e3 / calls for e in profile.key_averages()}
-        return {name: ms for name, ms in times.items() if ms}
 
     def results(self, op: str, alone: Callable) -> dict[str, list[dict[str, np.ndarray]]]:
         with alone():

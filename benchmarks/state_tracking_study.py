@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import vmapped
 from benchmarks.vmapped import Case, Layer
 from hybridlm.data import state_tracking
-from hybridlm.data.source import Batch, View
+from hybridlm.data.source import Batch
 
 HEADS = {"num_heads": 4, "head_dim": 32}
 STUDY: dict[str, Layer] = {
@@ -39,9 +39,8 @@ STUDY: dict[str, Layer] = {
 def rows(group: str, count: int, length: int, split: str) -> Batch:
     """``group`` is a group's name; "S3-swaps" draws from its exchanges of two points alone."""
     name, _, only = group.partition("-")
-    sizes = {"train_examples": count, "val_examples": count}
-    config = state_tracking.Config(group=name, only_swaps=only == "swaps", **sizes)
-    return vmapped.every_row(config.open(View(split, length, 0, 128)))
+    task = state_tracking.Config(group=name, only_swaps=only == "swaps")
+    return vmapped.rows(task, split, length, 128, count)
 
 
 def main() -> None:

@@ -31,7 +31,13 @@ MAD_VOCAB = {"noisy_in_context_recall": 32, "memorization": 256}
 MAD_LENGTH = {"memorization": 32, "selective_copying": 256}
 SIZED = {"phonebook": ("entries", (4, 8, 16)), "latent_recall": ("pairs", (4, 8, 16))}
 # task -> ids, tokens of a row
-SHAPES = {
+TASKS = {
+    **dict.fromkeys(copying.TASKS, (512, 256)),
+    "induction": (20, 30),
+    "stack": (512, 256),
+    "joint_recall": (64, joint_recall.length(8, 8)),
+    **{task: (MAD_VOCAB.get(task, 16), MAD_LENGTH.get(task, 128)) for task in mad.TASKS},
+    **dict.fromkeys(state_tracking.GROUPS, (128, 128)),
     "counting": (128, 65),
     "phonebook": (256, phonebook.length(16)),
     "latent_recall": (256, latent_recall.length(16)),
@@ -39,7 +45,6 @@ SHAPES = {
     "listops": (32, 2000),
     "pathfinder": (pathfinder.VOCABULARY, pathfinder.length(32)),
 }
-TASKS = (*copying.TASKS, "stack", "joint_recall", *mad.TASKS, *state_tracking.GROUPS, *SHAPES)
 
 
 def get_config(arg: str = "palindrome,kda") -> ConfigDict:
@@ -48,35 +53,26 @@ def get_config(arg: str = "palindrome,kda") -> ConfigDict:
         allowed = "must be TASK or TASK,PATTERN with TASK one of " + ", ".join(TASKS)
         raise ConfigError("--config", f"synthetic.py:{arg}", allowed, nearest(task, TASKS))
     config = load("configs/mqar.py:" + (pattern or "kda"))
+    config.data, (config.model.vocab_size, config.train.seq_len) = _data(task), TASKS[task]
     config.model.tie_embeddings = False
     config.train.batch_size = 128
-    if task == "induction":
-        config.data, config.model.vocab_size, config.train.seq_len = data("copying", task=task), 20, 30
-    elif task in copying.TASKS:
-        config.data, config.model.vocab_size = data("copying", task=task), 512
-    elif task == "stack":
-        config.data, config.model.vocab_size = data("stack"), 512
-    elif task == "joint_recall":
-        config.data, config.model.vocab_size = data("joint_recall"), 64
-        config.train.seq_len = joint_recall.length(8, 8)
-    elif task in SHAPES:
-        config.data, (config.model.vocab_size, config.train.seq_len) = _data(task), SHAPES[task]
-    elif task in mad.TASKS:
-        examples = 256 if task == "memorization" else 12_800
-        config.data = data("mad", task=task, train_examples=examples)
-        config.model.vocab_size = MAD_VOCAB.get(task, 16)
-        config.train.seq_len = MAD_LENGTH.get(task, 128)
-        config.train.steps = 200 * examples // 128
+    if task in mad.TASKS:
+        config.train.steps = 200 * config.data.train_examples // 128
         config.model.mlp_hidden = 256
-    else:
-        config.data, config.model.vocab_size = data("state_tracking", group=task), 128
-        config.model.num_layers, config.train.seq_len = 1, 128
+    if task in state_tracking.GROUPS:
+        config.model.num_layers = 1
         config.optimizer.weight_decay = 1e-6
     return config
 
 
 def _data(task: str) -> ConfigDict:
-    """Of one size, or a mixture of `SIZED` ones, of which the easy ones teach."""
+    """Those of `SIZED` are mixtures of sizes, of which the easy ones teach."""
+    if task in copying.TASKS:
+        return data("copying", task=task)
+    if task in mad.TASKS:
+        return data("mad", task=task, train_examples=256 if task == "memorization" else 12_800)
+    if task in state_tracking.GROUPS:
+        return data("state_tracking", group=task)
     if task not in SIZED:
         return data(task)
     field, sizes = SIZED[task]

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from rich.progress import Progress as Bars
 
 from eval import curves, haystack, report, runner, subject, tasks
+from eval.tasks import natural
 from hybridlm import commands, sharding, untrusted
 from hybridlm.errors import ConfigError, RunError
 from hybridlm.run import cli, private, tracking
@@ -80,6 +81,8 @@ def listing() -> str:
 def evaluate(flags: argparse.Namespace, console: Console) -> None:
     chosen = tasks.choose(flags.suite, [name for name in flags.tasks.split(",") if name])
     wanted = plan(flags)
+    if flags.data_dir and not any(isinstance(task, natural.NaturalTask) for task in chosen):
+        raise ConfigError("--data_dir", flags.data_dir, "is read by none of these tasks", "Leave it out.")
     if not flags.workdir:
         raise ConfigError("--workdir", "", "must name the run to evaluate")
     workdir = Path(flags.workdir)
@@ -107,7 +110,7 @@ def evaluate(flags: argparse.Namespace, console: Console) -> None:
     console.print(report.table(shown, title))
     for line in (*report.turns(shown), *(f"{what} while training: {one}" for what, one in learnt.items())):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    report.plot(results, title, folder / "eval.png")
+    report.plot(runner.known_of(folder, tested), title, folder / "eval.png")  # and another evaluation's
     tracker = tracking.Wandb(workdir, tested.config, tested.config.log.wandb_mode)
     prefix = "ema/" if flags.ema else ""
     tracker.log(tested.step, {prefix + key: value for key, value in runner.metrics(shown.items()).items()})

@@ -5,6 +5,8 @@ from pathlib import Path
 from eval import tasks
 from eval.convergence import Convergence, of
 from eval.tasks import labelled
+from hybridlm import config as configs
+from hybridlm import stages
 from hybridlm.config import Config
 from hybridlm.run import logbook
 
@@ -15,13 +17,14 @@ def convergence(workdir: Path, config: Config) -> dict[str, Convergence]:
         lines = logbook.read(workdir / "metrics.jsonl")
     except (OSError, ValueError, RecursionError):
         return {}
-    per_step = config.train.batch_size * config.train.seq_len
+    parts = stages.parts(config, configs.resolve)
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():
             wanted = name.startswith("eval/") or (name == "val_accuracy" and "val_bpb" not in line)
             if wanted and isinstance(value, int | float) and isinstance(line.get("step"), int):
-                curves.setdefault(name, []).append((float(line["step"] * per_step), float(value)))
+                seen = stages.tokens(parts, line["step"])
+                curves.setdefault(name, []).append((float(seen), float(value)))
     found = {name: of(curve, _guess(name, config)) for name, curve in curves.items() if len(curve) > 1}
     return {name: one for name, one in found.items() if one is not None}
 

@@ -16,7 +16,7 @@ from eval.runner import Result
 from eval.statistics import Z
 
 LEVEL = 0.05  # of the family of all comparisons of a run with the baseline
-OF_THE_RUN = {"step", "checkpoint"}  # of a result's identity: what two runs need not have in common
+OF_THE_RUN = {"step", "checkpoint", "ends"}  # of a result's identity: what two runs need not have in common
 GRID = 2520  # to which differences are rounded: exact for shares of up to ten answers
 
 

@@ -118,6 +118,7 @@ def _warn(name: str, error: Exception) -> None:
 def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
     """What two equal measurements have in common."""
     tokens = subject.tokenizer.fingerprint if subject.tokenizer and task.text else None
+    ends = subject.tokenizer.more_ends if subject.tokenizer and task.text else ()
     return {
         "step": subject.step,
         "checkpoint": subject.checkpoint,
@@ -127,6 +128,7 @@ def _identity(subject: Subject, task: Task, setting: Setting) -> dict[str, Any]:
         "haystack": setting.haystack.fingerprint if task.text else None,
         "data_dir": private.hide(setting.data_dir),
         "examples": task.examples(subject, setting) if hasattr(task, "examples") else None,
+        **({"ends": list(ends)} if ends else {}),
     }
 
 
@@ -135,15 +137,20 @@ def read(path: Path) -> dict[str, Result]:
     return read_whole(path)["results"] if path.exists() else {}
 
 
+def known_of(folder: Path, subject: Subject) -> dict[str, Result]:
+    """What the files in ``folder`` hold of the subject's checkpoint; see `taken_up`."""
+    names = f"eval-{subject.step}.json", "eval.json"
+    every = [item for name in names for item in read(folder / name).items()]
+    return {name: result for name, result in every if _of(subject, result)}
+
+
 def taken_up(folder: Path, subject: Subject) -> dict[str, Result]:
     """What was measured of the subject's checkpoint before, from ``folder``.
 
     eval.json is of one checkpoint. Results of another go to eval-<its step>.json, from where they come back
     if that checkpoint is evaluated again.
     """
-    path, found = folder / "eval.json", dict[str, Result]()
-    for one in (path.with_name(f"eval-{subject.step}.json"), path):
-        found |= {name: result for name, result in read(one).items() if _of(subject, result)}
+    path, found = folder / "eval.json", known_of(folder, subject)
     others = [result["identity"]["step"] for result in read(path).values() if not _of(subject, result)]
     if others:
         aside = path.with_name(f"eval-{others[-1]}.json")

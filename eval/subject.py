@@ -227,6 +227,7 @@ def load(
     config, definition, params, step = weights.load(workdir, step, ema)
     tokens = tokenizers.load(tokenizer, "--tokenizer") if tokenizer else weights.tokenizer(workdir, config)
     if tokens is not None:
+        tokens.more_ends = weights.ends(Path(workdir), tokens)
         weights.check_fits(tokens, definition.vocab_size)
     checkpoint = seal.identity(Path(workdir) / "checkpoints" / str(step))
     return Subject(definition, params, tokens, config, step, batch_tokens, checkpoint)

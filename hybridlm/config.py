@@ -37,36 +37,22 @@ MOVED = {"train.z_loss": "objective.z_loss"}  # since 0.1.0
 STANDARD: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("attention", {}),
     "swa": ("attention", {"window": 512}),
-    "mla": ("mla", {}),
-    "parallel": ("parallel", {}),
     "fox": ("attention", {"forget_gate": True, "rope_theta": 0.0}),
     "deltanet": ("delta_net", {}),
     "gdn": ("gated_delta_net", {}),
-    "kda": ("kda", {}),
-    "gla": ("gla", {}),
-    "hgrn": ("hgrn", {}),
-    "hgrn2": ("hgrn2", {}),
-    "retnet": ("retnet", {}),
-    "mamba2": ("mamba2", {}),
-    "mamba": ("mamba", {}),
+    "gdn2": ("gated_delta_net2", {}),
     "deltaproduct": ("delta_product", {}),
     "gdp": ("gated_delta_product", {}),
-    "lightning": ("lightning", {}),
-    "rglru": ("rglru", {}),
-    "mlstm": ("mlstm", {}),
     "featuremap": ("feature_map", {}),
-    "based": ("based", {}),
-    "comba": ("comba", {}),
-    "gdn2": ("gated_delta_net2", {}),
     "gatedconv": ("gated_conv", {}),
-    "rwkv6": ("rwkv6", {}),
-    "rwkv7": ("rwkv7", {}),
-    "s4d": ("s4d", {}),
     "loglinear": ("log_linear", {}),
-    "mom": ("mom", {}),
-    "sse": ("sse", {}),
     "sharedblock": ("shared_block", {}),
 }
+OWN_NAMES = (
+    "mla", "parallel", "kda", "gla", "hgrn", "hgrn2", "retnet", "mamba2", "mamba", "lightning", "rglru",
+    "mlstm", "based", "comba", "rwkv6", "rwkv7", "s4d", "mom", "sse",
+)  # fmt: skip
+STANDARD |= {kind: (kind, {}) for kind in OWN_NAMES}
 STANDARD_MLPS = {"dense": "swiglu", "moe": "moe", "channel_mix": "channel_mix", "none": "none"}
 
 

@@ -157,9 +157,13 @@ def source(path: str | Path, field: str = "init_from") -> Iterator[Source]:
 
 
 def identity(path: str | Path) -> str:
-    """Which parameters there are at ``path`` now: of a workdir its newest checkpoint; "" of a public one."""
-    found = untrusted.numbered(split(path)[0] / "checkpoints")
-    return f"{found[-1].name} {seal.identity(found[-1])}" if found else ""
+    """Which parameters there are at ``path`` now: of a workdir its newest checkpoint, of a public folder a
+    sample of its files (`seal.sampled`); "" where there is neither."""
+    folder, _ = split(path)
+    if found := untrusted.numbered(folder / "checkpoints"):
+        return f"{found[-1].name} {seal.identity(found[-1])}"
+    files = [file for file in (folder / "config.json", *folder.glob("*.safetensors")) if file.is_file()]
+    return seal.sampled(files) if files else ""
 
 
 def without_factors(config: configs.Config) -> configs.Config:

@@ -23,7 +23,7 @@ import rich
 from jax.sharding import Mesh
 
 from hybridlm import fit, init_from, opening, program, recomputation, report, sharding
-from hybridlm.data import Dataset
+from hybridlm.data import Dataset, overlap
 from hybridlm.errors import ConfigError, Stopped
 from hybridlm.member import Member, Metrics, due, held_out
 from hybridlm.model import Definition
@@ -87,21 +87,15 @@ class Loop:
     @logbook.harmless("saying what the run is")
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, and its layers, before anything is compiled."""
-        one = self.members[0]
-        datasets = {"": one.train_data, "held out": one.val_data}
-        datasets |= {f"val.{name}": dataset for name, dataset in one.val_sets.items()}
-        said = opening.lines(
-            one.config,
-            one.workdir,
-            start,
-            self.mesh.shape,
-            self.program,
-            datasets,
-            len(self.members),
-            one.whole,
-        )
+        said = opening.lines(self.members[0], start, self.mesh.shape, self.program, len(self.members))
         show.line("\n".join(said))
-        rich.print(report.layer_table(one.config))
+        rich.print(report.layer_table(self.config))
+        one = self.members[0]
+        if start == one.stage_begin > 0:
+            return  # said when the run began
+        for name, held in one.held_out().items():
+            if why := overlap.warning(one.train_data.source, held.source, name):
+                log.warning("%s", why)
 
     def say_determinism(self) -> None:
         if jax.default_backend() == "gpu" and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
@@ -165,18 +159,11 @@ class Loop:
 
     def from_others(self, state: State) -> State:
         """``state`` with parameters of init_from."""
-        others, definition = self.config.init_from, self.definition
-        loaded = [
-            init_from.start(
-                others,
-                definition,
-                self.own(state, r)["params"],
-                one.workdir,
-                one.train_data.tokenizer,
-                self.config.init_gates,
-            )
-            for r, one in enumerate(self.members)
-        ]
+        gates, loaded = self.config.init_gates, []
+        for r, one in enumerate(self.members):
+            fresh, tokens = self.own(state, r)["params"], one.train_data.tokenizer
+            path = self.config.init_from
+            loaded += [init_from.start(path, self.definition, fresh, one.workdir, tokens, gates)]
         return state | {"params": self.stacked(loaded)}
 
     def own(self, whole: dict[str, Any], r: int) -> dict[str, Any]:

@@ -14,13 +14,24 @@ from ml_collections import ConfigDict
 
 import hybridlm
 from hybridlm import config as configs
-from hybridlm import cost, data, generate, groups, init_from, objectives, optimizer, untrusted, weights
+from hybridlm import (
+    cost,
+    data,
+    generate,
+    groups,
+    init_from,
+    objectives,
+    optimizer,
+    stages,
+    untrusted,
+    weights,
+)
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.data.tokenizer import Tokenizer
 from hybridlm.errors import ConfigError
 from hybridlm.program import NORMS, State, per_token
-from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tensorboard
+from hybridlm.run import checkpoint, logbook, private, processes, replay, sound, tracking
 from hybridlm.run.lock import Lock
 from hybridlm.run.watch import Watch
 
@@ -61,10 +72,15 @@ class Member:
             "fingerprint": self.train_data.fingerprint,
             "format": checkpoint.FORMAT,
             "teacher": self.teachers(),
+            "held_out": {name: one.fingerprint for name, one in self.held_out().items()},
         }
         self.metrics: Metrics = {}
         self.saved: dict[str, Any] = {}
         self.failed = ""
+
+    def held_out(self) -> dict[str, data.Dataset]:
+        """What is validated on, by the fields that name it."""
+        return {"data": self.val_data} | {f"val.{name}": one for name, one in self.val_sets.items()}
 
     def identity(self) -> dict[str, str]:
         """What every process of a run must have in common, as name -> value."""
@@ -79,7 +95,7 @@ class Member:
 
     def open(self, stack: ExitStack, resume: str) -> None:
         """Takes the workdir and opens its checkpoints, until ``stack`` closes."""
-        tensorboard.check(self.config.log.tensorboard and processes.first())
+        tracking.check_tensorboard(self.config.log.tensorboard and processes.first())
         sound.check_place(self.workdir / "checkpoints")
         self.lock = stack.enter_context(Lock(self.workdir)) if processes.first() else None
         if processes.first() and resume != "never":
@@ -118,13 +134,17 @@ class Member:
             before = configs.resolve(ConfigDict(self.saved["config"]))
             saved = saved | {"config": configs.portable(before)}  # with the defaults of fields that are new
         if not self.stage_begin < start <= self.config.train.steps:  # saved by another stage, of other rows
-            saved = saved | {"fingerprint": self.record["fingerprint"]}
+            saved = saved | {"fingerprint": self.record["fingerprint"], "held_out": {}}
+        for name, now in self.record["held_out"].items():
+            if saved.get("held_out", {}).get(name, now) != now:
+                said = "%s holds out others than up to step %d: losses on them do not compare"
+                log.warning(said, name, start)
         checkpoint.check_unchanged(saved, self.record)
         if start > self.whole.train.steps:
             problem = f"the checkpoint is already at step {start}"
-            raise ConfigError("train.steps", self.whole.train.steps, problem, "Raise it.")
-        if before is not None and not self.whole.stages:
-            self.say_rates(before, start)
+            raise ConfigError(*stages.last_steps(self.whole), problem, "Raise it.")
+        if before is not None and start > self.stage_begin:
+            self.say_rates(dict(stages.split(before, configs.resolve))[self.stage_begin], start)
 
     def teachers(self) -> dict[str, str]:
         """The teacher's folder, however it was spelt, and which parameters it has now; {} without one."""
@@ -135,23 +155,26 @@ class Member:
 
     def check_teacher(self) -> None:
         """ConfigError if the folder of the teacher has other parameters than when the run began."""
+        # An older version recorded "" of a public one.
         known = (self.saved.get("teacher", {}), self.record["teacher"])
-        if any(one.get(folder, now) != now for one in known for folder, now in self.teachers().items()):
-            problem = "has another newest checkpoint than when this run began"
-            fix = "Bring that one back, or start anew in another --workdir."
+        if any((one.get(folder) or now) != now for one in known for folder, now in self.teachers().items()):
+            problem = "has another newest checkpoint, or other files, than when this run began"
+            fix = "Bring those back, or start anew in another --workdir."
             raise ConfigError("objective.teacher", self.teacher, problem, fix)
 
     def say_rates(self, old: Config, start: int) -> None:
         """Says what the learning rate will do if it goes on otherwise than in ``old``, the checkpoint's."""
-        rate = lambda one, count: float(optimizer.schedule(one.optimizer, one.train.steps)(count))
+        begin = self.stage_begin
+        of = lambda one: optimizer.schedule(one.optimizer, one.train.steps - begin)
+        rate = lambda one, step: float(of(one)(step - begin))
         last, now = rate(old, start - 1), rate(self.config, start)
         end = start >= old.train.steps
         unchanged = math.isclose(now, last if end else rate(old, start), rel_tol=1e-6)
         if unchanged or start >= self.config.train.steps:
             return
-        schedule, steps = self.config.optimizer.schedule, self.config.train.steps
+        schedule, steps = self.config.optimizer.schedule, self.config.train.steps - begin
         said = f"learning rate: {last:.3g} at step {start}, then {now:.3g} ({schedule} over {steps} steps)"
-        if now > 1.05 * last and last < 0.95 * rate(old, max(0, old.optimizer.warmup_steps - 1)):
+        if now > 1.05 * last and last < 0.95 * rate(old, begin + max(0, old.optimizer.warmup_steps - 1)):
             fix = "to extend a run without that, resume it from a checkpoint before its decay"
             log.warning("%s: it had decayed and rises again; %s", said, fix)
         else:
@@ -179,9 +202,10 @@ class Member:
         config = self.config.replace(train__steps=stage, train__profile_steps=())
         replay.dump(dump, config, first, state, self.train_data.whole_batch(first - 1))
         self.failed = (
-            f"step {step}: loss or gradient is not finite, {self.watch.in_a_row} updates in a row since step "
-            f"{first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} repeats step "
-            f"{first}; events.jsonl names the samples. Lower the learning rate, or look at the data."
+            f"step {step}: loss, gradient or update is not finite, {self.watch.in_a_row} updates in a row "
+            f"since step {first}; earlier checkpoints are intact. python -m hybridlm.run.replay {dump} "
+            f"repeats step {first}; events.jsonl names the samples. Lower the learning rate, or look at the "
+            "data."
         )
 
     def save(self, step: int, state: State, rates: Metrics) -> None:
@@ -207,13 +231,20 @@ class Member:
             for what, measure in measures.items():
                 metrics |= self.look(step, what, measure)
             if self.evaluate is not None:
-                tokenizer, evaluate = self.train_data.tokenizer, self.evaluate
-                tasks = lambda: evaluate(self.definition, params, tokenizer, step)
+                evaluate = self.evaluate
+                tasks = lambda: evaluate(self.definition, params, self.tokenizer(), step)
                 metrics |= self.look(step, "eval.tasks", tasks)
         if self.due(step, self.config.eval.sample_every_steps):
-            text = lambda: sample(self.config, self.definition, self.train_data.tokenizer, params)
+            text = lambda: sample(self.config, self.definition, self.tokenizer(), params)
             metrics |= self.look(step, "sample", text)
         self.write(step, metrics)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the data, which knows how texts end in the model that the run began with."""
+        found = self.train_data.tokenizer
+        if found is not None:
+            found.more_ends = weights.ends(self.workdir, found)
+        return found
 
     def look(self, step: int, what: str, measure: Callable[[], Metrics]) -> Metrics:
         """What ``measure`` finds. Looking never ends a run: an exception is an event, and nothing is found.
@@ -283,13 +314,7 @@ def sample(config: Config, definition: lm.Definition, tokenizer: Tokenizer | Non
     if tokenizer is None or not wanted.sample_tokens:
         return {}
     prompt = [tokenizer.doc_id, *tokenizer.encode(wanted.sample_prompt)]
-    tokens = generate.generate(
-        definition,
-        params,
-        [prompt],
-        max_new_tokens=wanted.sample_tokens,
-        sampling=generate.Sampling(temperature=wanted.temperature),
-        seed=config.train.seed,
-        stop=tokenizer.doc_id,
-    )
-    return {"sample": wanted.sample_prompt + tokenizer.decode_after(prompt, tokens[0])}
+    how = generate.Sampling(temperature=wanted.temperature)
+    options: dict[str, Any] = {"max_new_tokens": wanted.sample_tokens, "seed": config.train.seed}
+    [text] = generate.complete(definition, params, tokenizer, [prompt], sampling=how, **options)
+    return {"sample": wanted.sample_prompt + text}

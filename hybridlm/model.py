@@ -17,7 +17,6 @@ from flax import nnx
 
 from hybridlm import fp8, lora, loss, mixers, mlps, mup, pattern, plan, schema, stack
 from hybridlm.block import Block, Spec, norm
-from hybridlm.block import abstract as abstract_block
 from hybridlm.context import Context
 from hybridlm.errors import ConfigError
 from hybridlm.layers import Rule, embed, normal, param
@@ -96,10 +95,9 @@ def build(config: "Config") -> Definition:
     names = pattern.fill(pattern.parse(model.pattern), model.num_layers)
     specs = {name: spec(name) for name in dict.fromkeys(names)}
     layers = lora.placed(config, tuple(specs[name] for name in names))
-    frozen = config.optimizer.freeze
-    layers = _frozen(model, layers, frozen) if frozen else layers
     fp8.check(model, layers)
-    exact = dataclasses.replace(model, matmul="dtype")
+    frozen, exact = config.optimizer.freeze, dataclasses.replace(model, matmul="dtype")
+    layers = _frozen(exact, layers, frozen) if frozen else layers
     definition = Definition(exact, layers, plan.plan(layers), frozen)
     if frozen and not any(meta.trained for meta in metadata(definition).values()):
         raise ConfigError("optimizer.freeze", frozen, "leaves nothing to train")
@@ -114,29 +112,27 @@ def in_training(definition: Definition, config: "Config") -> Definition:
 
 def _frozen(model: schema.Model, layers: tuple[Spec, ...], frozen: tuple[str, ...]) -> tuple[Spec, ...]:
     """The layers with the names of those of their parameters that a pattern freezes."""
-    names, result = {}, []
-    stripped = [one.removeprefix("!") for one in frozen]
-    for spec in dict.fromkeys(layers):
-        names[spec] = list(_flat(nnx.state(abstract_block(model, spec))))
-    for index, spec in enumerate(layers):
-        own = {name: f"layers.{index}.{name}" for name in names[spec]}
-        held = {name for name, whole in own.items() if froze(whole, frozen)} | {*spec.frozen}
-        result.append(spec._replace(frozen=tuple(name for name in own if name in held)))
-    others = ("embedding", "final_norm.scale", "final_norm.bias", "embedding_norm", "head", "shared")
-    every = [*others, *(f"layers.{index}.{n}" for index, spec in enumerate(layers) for n in names[spec])]
-    for at, one in enumerate(stripped):
-        named = [n for n in every if fnmatchcase(n, one)]
-        within = [n for n in others if one.startswith(f"{n}.")]  # whose own names are not known here
-        if not named and not within:
+    names = list(canonical_shapes(Definition(model, layers, plan.plan(layers))))
+    if model.tie_embeddings and froze("embedding", frozen):
+        names.append("head")  # it is the embedding
+    for at, one in enumerate(frozen):
+        wanted = one.removeprefix("!")
+        named = [name for name in names if fnmatchcase(name, wanted)]
+        if not named:
             fix = "Names are layers.3.mixer.q_proj.kernel, embedding, head ...; * stands for anything."
-            raise ConfigError("optimizer.freeze", one, "is the name of no parameter", fix)
-        before = frozen[:at]
-        taken = any(froze(n, before) for n in (*named, *within))
-        taken |= any(p.startswith(f"{n}.") for n in within for p in before)
-        if frozen[at].startswith("!") and not taken:
-            fix = f"All but these: '*, {frozen[at]}'."
-            raise ConfigError("optimizer.freeze", frozen[at], "takes out what nothing before it freezes", fix)
-    return tuple(result)
+            if model.tie_embeddings and fnmatchcase("head", wanted):
+                fix = "With model.tie_embeddings the head is the embedding."
+            raise ConfigError("optimizer.freeze", wanted, "is the name of no parameter", fix)
+        if one.startswith("!") and not any(froze(name, frozen[:at]) for name in named):
+            fix = f"All but these: '*, {one}'."
+            raise ConfigError("optimizer.freeze", one, "takes out what nothing before it freezes", fix)
+    own: list[list[str]] = [[] for _ in layers]
+    for name in names:
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            if froze(name, frozen) or rest in layers[int(index)].frozen:
+                own[int(index)].append(rest)
+    return tuple(spec._replace(frozen=tuple(held)) for spec, held in zip(layers, own, strict=True))
 
 
 class LM(nnx.Module):

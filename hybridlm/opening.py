@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from hybridlm import cost, fp8, report
 from hybridlm.config import Config
-from hybridlm.data import Dataset
+from hybridlm.member import Member
 from hybridlm.model import build
 from hybridlm.run import private
 from pallas_kernels import Choice, explain
@@ -19,25 +18,22 @@ from pallas_kernels.dispatch import KERNELS
 CUDA = "Python >= 3.12 and `pip install 'hybridlm[cuda]'` (jax >= 0.11.2 with CUDA 12)"
 
 
-def lines(
-    config: Config, workdir: Path, start: int, mesh: Mapping[str, int], program: Any,
-    datasets: Mapping[str, Dataset], runs: int = 1, whole: Config | None = None,
-) -> list[str]:  # fmt: skip
+def lines(run: Member, start: int, mesh: Mapping[str, int], program: Any, runs: int = 1) -> list[str]:
     """What a user wants to know at once, a line each.
 
-    start: the step resumed from.  datasets: for training, then held out, by name.
-    runs: that share ``program``.  whole: the run's config, where ``config`` is that of a stage.
+    start: the step resumed from.  runs: that share ``program``.
     """
+    config = run.config
     summary, steps = cost.summary(config), config.train.steps
-    (_, train), *held = datasets.items()
-    held_out = "; ".join(f"{name}: {one.source.describe()}" for name, one in held)
+    held = {"held out": run.val_data, **{f"val.{name}": one for name, one in run.val_sets.items()}}
+    held_out = "; ".join(f"{name}: {one.source.describe()}" for name, one in held.items())
     begins = f"resumed at step {start:,}" if start else "a new run"
     said = {
         "devices": _devices(mesh),
         "kernels": kernels(choices(config, program, runs)),
         "model": f"{summary['parameters']:,} parameters, {summary['plan']}; {report.full_layers(config)}",
-        "data": f"{report.amount(whole or config, train)}; {held_out}",
-        "workdir": private.hide(str(workdir)),
+        "data": f"{report.amount(run.whole, run.train_data)}; {held_out}",
+        "workdir": private.hide(str(run.workdir)),
         "steps": f"all {steps:,} are done" if start == steps else f"{start + 1:,} to {steps:,}, {begins}",
     }
     if config.model.matmul == "fp8":

@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
 from hybridlm import schema
 
 MUON_RMS = 0.2
+LEAST_EPS = 1e-20  # beside the root of a square that underflows
 
 Schedule = Callable[[jax.Array], jax.Array]
 Factors = Mapping[str, tuple[Any, Any]]
@@ -57,6 +59,18 @@ def unwarmed(config: schema.Optimizer, steps: int) -> str:
     end = config.learning_rate * steps / config.warmup_steps
     said = f"optimizer.warmup_steps = {config.warmup_steps} are more than its {steps} steps"
     return f"{said}: the learning rate ends at {end:.3g}, not {config.learning_rate:.3g}, and never decays"
+
+
+def tame(config: schema.Optimizer, peak: float, factors: Factors) -> bool:
+    """Whether gradients that are finite make updates that are, and weights, whatever they are.
+
+    b1^2 < b2 bounds AdamW's quotient (Kingma & Ba 2015, section 2.1), eps does so where squares underflow,
+    and what Muon makes is orthogonal. ``peak``: the largest learning rate.
+    """
+    rates, decays = zip((1.0, 1.0), *factors.values(), strict=True)
+    rate = peak * max(map(np.max, rates))
+    shrinks = rate * config.weight_decay * max(map(np.max, decays)) <= 2
+    return rate <= 1 and shrinks and config.b1**2 < config.b2 and config.eps >= LEAST_EPS
 
 
 def ema_rate(decay: float, count: jax.Array) -> jax.Array:

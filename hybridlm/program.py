@@ -25,6 +25,7 @@ log = logging.getLogger("hybridlm")
 
 State = dict[str, Any]
 NORMS = "squared_norms"
+UPDATED = "update_finite"  # a metric where an update may be what is not: 0 then
 
 
 class Program(NamedTuple):
@@ -33,8 +34,8 @@ class Program(NamedTuple):
 
     init: key (or keys [R]) -> state: params, opt_state, and step, the number of updates applied; with
         optimizer.ema also ema, the average of the trained parameters.
-    step: (state, batch) -> (state, metrics). A loss or gradient that is not finite changes nothing in the
-        state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
+    step: (state, batch) -> (state, metrics). A loss, gradient or update that is not finite changes nothing in
+        the state, on all devices alike, and shows in the metrics: scalars, and `squared_norms`.
     evaluate: (params, batch) -> sums for `per_token`.
     shapes: of the state of one run, with shardings.
     teacher: (shapes,) of the parameters, with shardings, of the objective's teacher, which `step` and
@@ -84,6 +85,8 @@ def build(
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
     gradients = Gradients(config, definition, trains, metadata, part(param_shardings, trained))
     windows = lm.windows(definition) if "context" in mesh.shape else ()
+    # What looks at updates reads and keeps all of them once more.
+    tame = optimizer.tame(config.optimizer, max(rates or (config.optimizer.learning_rate,)), factors)
     taught = () if objective.teacher is None else (teacher_shapes(objective.teacher, mesh),)
 
     def step(state: State, batch: Batch, rate: Any, *teacher: lm.Params) -> tuple[State, dict[str, Any]]:
@@ -98,10 +101,14 @@ def build(
         updates, opt_state = tx.update(grads, state["opt_state"], part(params, trained))
         changed = optax.apply_updates(part(params, trained), updates)
         changed |= gradients.clipped(changed, sums) | gradients.ruled(params, sums)
+        if not tame:
+            finite &= jnp.all(jnp.stack([jnp.isfinite(one).all() for one in changed.values()]))
         new = {"params": params | changed, "opt_state": opt_state}
         new |= averaged(config.optimizer.ema, part(new["params"], trained), state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
+        if not tame:
+            metrics[UPDATED] = finite
         if windows:
             metrics["attention_imbalance"] = imbalance(batch["positions"], windows)
         if gradients.tau:

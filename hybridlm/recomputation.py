@@ -5,13 +5,15 @@ as the scores in the backward pass of softmax attention, is in neither.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
+
+import jax.extend.core
 
 from hybridlm import model
 from hybridlm.config import Config
 from hybridlm.remat import ATTENTION, RECURRENCES
 
+KERNELS = ("pallas_call", "core_map", "mpmd_map")  # of whose insides nothing is counted
 AGAIN = "rematted_computation"  # what `jax.checkpoint` calls it
 
 
@@ -44,7 +46,8 @@ def _count(jaxpr: Any, inside: bool) -> tuple[float, set[str]]:
         elif marked and name in PRODUCTS:
             total += PRODUCTS[name](one)
         else:
-            parts = [_count(part, marked) for part in _jaxprs(one)]
+            inner = () if name in KERNELS else jax.extend.core.jaxprs_in_params(one.params)
+            parts = [_count(part, marked) for part in inner]
             numbers = [number for number, _ in parts]
             total += _times(one) * (max(numbers) if name == "cond" else sum(numbers))
             kernels = kernels.union(*(names for _, names in parts))
@@ -63,17 +66,6 @@ def _ragged(one: Any) -> float:
 
 
 PRODUCTS = {"dot_general": _dot, "ragged_dot": _ragged, "ragged_dot_general": _ragged}
-
-
-def _jaxprs(one: Any) -> Iterator[Any]:
-    """What an equation calls, but the insides of kernels."""
-    if one.primitive.name in ("pallas_call", "core_map", "mpmd_map"):
-        return
-    for value in one.params.values():
-        for part in value if isinstance(value, (tuple, list)) else (value,):
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield part
 
 
 def _times(one: Any) -> int:

@@ -1,7 +1,7 @@
 """What the backward pass keeps of each layer, apart from its input: the choices of `model.remat`.
 
 Keeping costs memory, recomputing time. Under a scan what is kept is copied into stacks and out of them again,
-which on a GPU costs as much as computing it (docs/kernels.md, 8), but for softmax attention over long rows.
+which on a GPU costs as much as computing it (docs/step.md, 8), but for softmax attention over long rows.
 """
 
 from collections.abc import Callable

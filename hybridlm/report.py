@@ -8,6 +8,7 @@ from rich.table import Table
 from hybridlm import ahead, cost, data, groups, member, model, stages
 from hybridlm import config as configs
 from hybridlm.config import Config
+from hybridlm.data import mixture
 from hybridlm.errors import ConfigError
 from hybridlm.run import show
 
@@ -74,7 +75,7 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
     """What is worth knowing before a run, as name -> text."""
     summary, train, memory = cost.summary(config), config.train, cost.memory(config, mesh)
     tokens, flops = train.batch_size * train.seq_len, cost.train_flops_per_token(config)
-    total = stages.tokens(config, configs.resolve)
+    total = stages.tokens(stages.parts(config, configs.resolve))
     idle = summary["parameters"] != summary["active_parameters"]
     active = f", of which a token touches {summary['active_parameters']:,}" if idle else ""
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory._asdict().items())
@@ -104,9 +105,13 @@ def _data(config: Config, split: str, name: str = "") -> str:
 def amount(config: Config, dataset: data.Dataset) -> str:
     """How much there is to train on, and how often the run reads it."""
     train = config.train
-    read = stages.tokens(config, configs.resolve)
+    read = stages.tokens(stages.parts(config, configs.resolve))
     said = f"{dataset.source.describe()}; the run reads {quantity(read, '')} tokens"
-    return said + (f", {read / train.seq_len / dataset.num_rows:.3g} epochs" if dataset.num_rows else "")
+    rows = read / train.seq_len
+    if isinstance(dataset.source, mixture.Mixture):
+        each = dataset.source.epochs(rows).items()
+        return said + "".join(f", {name} {count:.3g} epochs" for name, count in each)
+    return said + (f", {rows / dataset.num_rows:.3g} epochs" if dataset.num_rows else "")
 
 
 def quantity(value: float, unit: str) -> str:

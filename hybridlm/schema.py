@@ -140,7 +140,7 @@ class Optimizer:
     decay_fraction: Fraction = 0.1
     b1: Memory = 0.9
     b2: Memory = 0.95
-    eps: Above = 1e-8
+    eps: Annotated[float, Limits(1e-30, 1e9)] = 1e-8  # of float32, and above 0 there
     weight_decay: NonNegative = 0.1
     clip_norm: NonNegative = 1.0
     muon_momentum: Memory = 0.95
@@ -163,8 +163,8 @@ class Train:
     """steps: optimiser updates.  batch_size: sequences per update, over all devices and microbatches.
     seq_len: tokens per sequence.  seed: of parameters, order of the data and samples.
     microbatches: parts of a batch whose gradients are accumulated.
-    max_skipped: updates in a row that are skipped for a loss or gradient that is not finite; one more ends
-        the run.
+    max_skipped: updates in a row that are skipped for a loss or gradient that is not finite, or for being so;
+        one more ends the run.
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
     compilation_cache: folder that keeps compiled programs for the next start; "auto": in the user's cache
         folder ($XDG_CACHE_HOME), "": none. $JAX_COMPILATION_CACHE_DIR goes before it.

@@ -59,15 +59,13 @@ def make_mesh(config: schema.Mesh, devices: Sequence[jax.Device] | None = None) 
     A mesh smaller than the machine uses the first devices and says so; a larger one is a ConfigError.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = config.sizes()
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    for name, size in sizes.items():
+    sizes = config.over(len(devices))
+    total = math.prod(sizes.values())
+    for name, size in config.sizes().items():
+        fixed = total // sizes[name]
         if size == -1 and len(devices) % fixed:
             problem = f"the other mesh axes multiply to {fixed}, which does not divide {len(devices)} devices"
             raise ConfigError(f"mesh.{name}", size, problem)
-        if size == -1:
-            sizes[name] = len(devices) // fixed
-    total = math.prod(sizes.values())
     if total > len(devices) or (total < len(devices) and jax.process_count() > 1):
         problem = f"must multiply to the number of devices, {len(devices)}"
         raise ConfigError("mesh", sizes, problem, "Set mesh.data=-1.")

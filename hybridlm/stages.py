@@ -8,7 +8,7 @@ One workdir, one count of steps, one order of data. A stage begins with the para
 left in its last checkpoint, and with a fresh optimiser and schedule.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -107,7 +107,24 @@ def split(config: "Config", resolve: Resolve) -> list[tuple[int, "Config"]]:
     return found
 
 
-def tokens(config: "Config", resolve: Resolve) -> int:
-    """Trained on in all: a stage may have a batch and rows of its own."""
-    parts = ((one.train.steps - begin, one.train) for begin, one in split(config, resolve))
-    return sum(steps * train.batch_size * train.seq_len for steps, train in parts)
+def last_steps(config: "Config") -> tuple[str, int]:
+    """The field by which a run becomes longer, and its value."""
+    if not config.stages:
+        return "train.steps", config.train.steps
+    last = config.stages[ORDER][-1]
+    return f"{FIELD}.{last}.train.steps", config.stages[last]["train"]["steps"]
+
+
+def parts(config: "Config", resolve: Resolve) -> list[tuple[int, int]]:
+    """(last step, tokens of each of its steps) of each stage, which may have a batch and rows of its own."""
+    each = [one.train for _, one in split(config, resolve)]
+    return [(train.steps, train.batch_size * train.seq_len) for train in each]
+
+
+def tokens(of: Sequence[Sequence[int]], after: int | None = None) -> int:
+    """Trained on in the first ``after`` steps, or in all, of a run of these `parts`."""
+    begin = total = 0
+    for end, each in of:
+        total += max(0, (end if after is None else min(end, after)) - begin) * each
+        begin = end
+    return total

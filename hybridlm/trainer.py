@@ -3,6 +3,7 @@
 Several are `Member`s of one loop, under `jax.vmap`; a member that fails leaves the others alone.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from hybridlm import config as configs
-from hybridlm import cost, sharding, stages
+from hybridlm import cost, optimizer, sharding, stages
 from hybridlm.config import Config
 from hybridlm.data import baselines
 from hybridlm.errors import ConfigError, RunError
@@ -19,6 +20,8 @@ from hybridlm.loop import Loop
 from hybridlm.member import Evaluate, Member, Metrics
 from hybridlm.run import cli, interrupt, logbook, picture, private, processes, programs, show
 from pallas_kernels import auto_means
+
+log = logging.getLogger("hybridlm")
 
 
 def train(
@@ -58,6 +61,8 @@ def together(
     config = resolved[0]
     programs.enable(config.train.compilation_cache)
     workdirs = [workdir.absolute() for workdir in workdirs]
+    if processes.first():
+        say_unwarmed(config)  # of all members: only seed and rate differ
     with (
         interrupt.Stop(config.train.max_minutes) as stop,
         cli.stored(workdirs[0], "Checkpoints saved before are intact."),
@@ -84,6 +89,13 @@ def together(
             if not member.failed:
                 draw(member)
     return members
+
+
+def say_unwarmed(config: Config) -> None:
+    """Warns of a run, or a stage, that ends before the learning rate is at its peak."""
+    for begin, one in stages.split(config, configs.resolve):
+        if why := optimizer.unwarmed(one.optimizer, one.train.steps - begin):
+            log.warning("%s: %s", "the run" if one is config else f"the stage after step {begin}", why)
 
 
 def stage(members: Sequence[Member], mesh: Mesh, stop: interrupt.Stop, resume: str) -> None:

@@ -83,7 +83,31 @@ def tokenizer(workdir: str | Path, config: Config) -> Tokenizer | None:
     found = tokenizers.load(str(own)) if own else config.data.load_tokenizer()
     if found is not None:
         check_fits(found, config.model.vocab_size)
+        found.more_ends = ends(Path(workdir), found)
     return found
+
+
+def ends(workdir: Path, used: Tokenizer) -> tuple[int, ...]:
+    """Ids after which the model that ``workdir`` was imported from ends a text; () where they are of another
+    tokenizer than ``used``. Where the import brought no tokenizer file, those special in ``used``."""
+    folder = workdir / CARRIED
+    theirs = folder / TOKENIZER
+    if not isinstance(used, FileTokenizer) or (theirs.is_file() and theirs.read_bytes() != used.content):
+        return ()
+    found = [read(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    token = read(folder / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str):
+        found.append(used.file.token_to_id(token))
+    ids = [i for one in found for i in (one if isinstance(one, list) else [one]) if isinstance(i, int)]
+    added = used.file.get_added_tokens_decoder()
+    known = range(used.vocab_size) if theirs.is_file() else [i for i, one in added.items() if one.special]
+    return tuple(sorted({i for i in ids if i in known}))
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON object that an import brought; {} where there is none."""
+    return untrusted.read_json(file, "--workdir", dict) if file.is_file() else {}
 
 
 def keep_tokenizer(workdir: Path, used: Tokenizer | None) -> None:

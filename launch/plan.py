@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +13,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from eval import tasks
+from eval.tasks import labelled
 from hybridlm import config as configs
 from hybridlm import cost, stages, untrusted
 from hybridlm.errors import ConfigError, nearest
 from hybridlm.report import quantity
 from hybridlm.run import checkpoint, private, show
-from launch import guess
 from launch.grid import Run
 from launch.state import POINT
 
 log = logging.getLogger("hybridlm")
 
-MFU = 0.25  # of the peak: what the 340M hybrid of docs/kernels.md reaches on an H100; small models less
+MFU = 0.25  # of the peak: what the 340M hybrid of docs/step.md reaches on an H100; small models less
 CPU = "cpu"
 
 
@@ -53,7 +55,7 @@ def facts(runs: Sequence[Run]) -> dict[str, Facts]:
             summary = cost.summary(config)
             sizes = {name: summary[name] for name in Facts._fields if name in summary}
             known[key] = Facts(**sizes, tokens=1, flops=cost.train_flops_per_token(config))
-        tokens = stages.tokens(config, configs.resolve)
+        tokens = stages.tokens(stages.parts(config, configs.resolve))
         result[run.name] = known[key]._replace(tokens=tokens, flops=known[key].flops * tokens)
     return result
 
@@ -115,6 +117,22 @@ def dry_run(runs: Sequence[Run], console: Console, device: str, mfu: float) -> N
     say(f"states: {quantity(min(states), 'B')} to {quantity(max(states), 'B')}, which are not matched")
 
 
+def guess(config: configs.Config) -> dict[str, float | None]:
+    """ "recall" and "loss" of an answer drawn from all that are possible; None where that is not defined.
+
+    config: resolved. The loss of text is that of a uniform token, ln V nats.
+    """
+    vocab = config.model.vocab_size
+    answers, recall = labelled.guess(config.data, vocab)
+    text = config.data.kind in ("text", "shards", "mixture")
+    loss = math.log(vocab) if text else math.log(answers) if answers else None
+    if config.eval.tasks:  # the mean of those measured in the loop
+        chances = [task.chance(config) for task in tasks.choose("", config.eval.tasks)]
+        known = [one for one in chances if one is not None]
+        recall = sum(known) / len(known) if len(known) == len(chances) else None
+    return {"recall": recall, "loss": loss}
+
+
 def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
     """sweep.json, and point.json in a folder for each run. ConfigError for a folder of another run."""
     known = facts(runs)
@@ -137,9 +155,10 @@ def write(runs: Sequence[Run], workdir: Path, record: dict[str, Any]) -> None:
             "point": run.point,
             "command": [private.hide(word) for word in run.command()],
             "steps": run.config.train.steps,
+            "parts": stages.parts(run.config, configs.resolve),
             "learning_rate": run.config.optimizer.learning_rate,
             "width": run.config.model.d_model,
-            "guess": guess.of(run.config),
+            "guess": guess(run.config),
             **known[run.name]._asdict(),
         }
         for run in runs

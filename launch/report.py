@@ -88,7 +88,7 @@ def _by_layers(measured: Sequence[Mean], metric: str) -> str:
     seeds = max(len(mean.runs) for mean in measured)
     over = f"Means over up to {seeds} seeds, below them 95% intervals." if seeds > 1 else "One seed each."
     rates = {run.point.get(name) for mean in measured for run in mean.runs for name in results.RATE} - {None}
-    chosen = " Of several learning rates the best for each point." if len(rates) > 1 else ""
+    chosen = " Of the learning rates with the most seeds the best for each point." if len(rates) > 1 else ""
     known = [run.guess[metric] for mean in measured for run in mean.runs]
     levels = sorted({level for level in known if level is not None})
     guess = f" Guessing gets {' or '.join(f'{level:.3f}' for level in levels)}." if levels else ""
@@ -216,6 +216,11 @@ def _notes(found: Sequence[Result]) -> str:
     note = "Every run finished."
     if missing:
         note = f"{len(missing)} of {len(found)} runs did not finish and are in no figure: {names}."
+    for metric, title in TITLES.items():
+        of_all = {r.name: getattr(r, metric) for r in found if r.state == "finished"}
+        lacking = [name for name, value in of_all.items() if value is None]
+        if lacking and len(lacking) < len(of_all):
+            note += f" {title}: not a number at the end of {', '.join(lacking)}, in no figure of it."
     note += " Full layers are counted from 0."
     if len(missing) < len(found) and not any(r.tokens_per_second for r in found):
         note += " No speed is shown: these runs shared a device or a program, or ran on different ones."

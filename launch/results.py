@@ -16,7 +16,7 @@ from scipy import stats
 
 from eval import convergence
 from eval.convergence import Convergence
-from hybridlm import commands, untrusted
+from hybridlm import commands, stages, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import private
 from launch import machine, state
@@ -29,7 +29,7 @@ RUN = {
     "name": str, "point": {str: str}, "full_layers": [untrusted.NATURAL], "num_layers": untrusted.NATURAL,
     "steps": untrusted.NATURAL, "tokens": untrusted.NATURAL, "parameters": untrusted.NATURAL,
     "state_bytes": untrusted.NATURAL, "cache_bytes": untrusted.NATURAL, "width?": untrusted.NATURAL,
-    "learning_rate?": float, "guess?": {str: (float, type(None))},
+    "parts?": [[untrusted.NATURAL]], "learning_rate?": float, "guess?": {str: (float, type(None))},
 }  # fmt: skip
 COPIED = ("name", "full_layers", "num_layers", "parameters", "tokens", "steps")  # as they are there
 SWEEP = {"runs": [RUN], "command?": str, "checkpoints?": bool}
@@ -149,6 +149,7 @@ def _checked(record: Any, path: Path) -> dict[str, Any]:
         name, full, layers = run["name"], run["full_layers"], run["num_layers"]
         untrusted.inside(path.parent, name, "sweep.json", links=True)
         need(min(layers, run["steps"], run["parameters"], run["tokens"]) > 0, f"a count of {name!r} is 0")
+        need(all(len(part) == 2 for part in run.get("parts", ())), f"the parts of {name!r}")
         need(len(set(full)) == len(full) and all(index < layers for index in full), f"layers of {name!r}")
     return record | {
         "command": private.shown(record.get("command", "")),
@@ -168,9 +169,9 @@ def _result(workdir: Path, run: dict[str, Any], checkpoints: bool) -> Result:
     starts = state.starts(folder)
     noted = starts[-1] if starts else {}
     alone = machine.alone(starts) and not any(state.number(r, "packed") not in (None, 1) for r in records)
-    per_step = run["tokens"] / run["steps"]
+    parts = run.get("parts", [[run["steps"], run["tokens"] // run["steps"]]])
     curves = {
-        name: [(r["step"] * per_step, v) for r in records if (v := measure(r)) is not None]
+        name: [(float(stages.tokens(parts, r["step"])), v) for r in records if (v := measure(r)) is not None]
         for name, measure in (("recall", _recall), ("loss", _loss))
     }
     return Result(
@@ -210,7 +211,10 @@ def _loss(record: dict[str, Any]) -> float | None:
 
 
 def means(results: Sequence[Result], metric: str) -> list[Mean]:
-    """Means over seeds of the finished runs that have ``metric``; of several learning rates the best one."""
+    """Means over seeds of the finished runs that have ``metric``; of several learning rates the best one.
+
+    A rate at which a seed diverged is not the best by the others: only rates with the most runs are compared.
+    """
     groups: dict[tuple, dict[str, list[Result]]] = {}
     for result in results:
         if getattr(result, metric) is None:
@@ -220,7 +224,7 @@ def means(results: Sequence[Result], metric: str) -> list[Mean]:
         groups.setdefault(rest, {}).setdefault(rate, []).append(result)
     sign = 1 if metric in HIGHER else -1
     return [
-        max((_mean(runs, metric) for runs in rates.values()), key=lambda m: sign * m.value)
+        max((_mean(runs, metric) for runs in rates.values()), key=lambda m: (len(m.runs), sign * m.value))
         for rates in groups.values()
     ]
 

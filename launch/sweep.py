@@ -67,7 +67,21 @@ def main(argv: Sequence[str]) -> int:
     return cli.run(lambda: sweep(flags, overrides), "the same command continues")
 
 
+def check(flags: argparse.Namespace) -> None:
+    """ConfigError for a flag that the others leave without effect."""
+    for name, default in (("device", ""), ("mfu", plan.MFU)):
+        if getattr(flags, name) != default and not flags.dry_run:
+            raise ConfigError(f"--{name}", getattr(flags, name), "is of the hours in --dry_run", "Add that.")
+    if flags.no_submit and flags.launcher == "local":
+        fix = "Name another --launcher, or list the runs with --dry_run."
+        raise ConfigError("--no_submit", True, "is of job files, which the local launcher has none of", fix)
+    if flags.retry and flags.launcher != "local":
+        fix = "The jobs of that take up every run that is not finished."
+        raise ConfigError("--retry", True, f"is of the local launcher, not of {flags.launcher}", fix)
+
+
 def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
+    check(flags)
     console = rich.get_console()
     definition = grid.load(flags.config)
     runs = grid.runs(definition, overrides)
@@ -75,6 +89,10 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
         reasons = {train.idle(run.config, field) for run in runs if field in run.overrides}
         if "" not in reasons:
             show.line(f"{field} has no effect in any run: {min(reasons)}", console)
+    rows = sorted({run.config.eval.batches * run.config.train.batch_size for run in runs})
+    if len(rows) > 1:
+        said = f"held-out losses are over eval.batches * train.batch_size rows, {rows[0]} to {rows[-1]} here"
+        show.line(f"{said}: zip an axis of eval.batches with that of the batch, for the same rows", console)
     if flags.dry_run:
         plan.dry_run(runs, console, flags.device or _device(), flags.mfu)
         return 0

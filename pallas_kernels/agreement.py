@@ -6,10 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import logger
+from pallas_kernels.dispatch import here, logger
 
 # A relative error of results in bf16, and of their gradients: kernels have half, wrong ones have 1.
 TOLERANCE = 2e-2
+
+
+def self_test(name: str, results: Callable[[], Mapping[str, tuple[Any, Any]]]) -> str | None:
+    """`disagreement` of kernels that are asked on every GPU, with every jax."""
+    return disagreement(name, f"compute capability {here().capability} with jax {jax.__version__}", results)
 
 
 def disagreement(name: str, where: str, results: Callable[[], Mapping[str, tuple[Any, Any]]]) -> str | None:

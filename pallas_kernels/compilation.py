@@ -24,22 +24,31 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 from jaxlib.mlir import ir
 
+from pallas_kernels.linear_attention.call import varying
+
 TARGET = "mosaic_gpu_v2"  # the custom call that jax 0.11.2 and 0.12.0.1 make of a kernel
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # said in the thread that has lowered a program
 
 _kernel = Primitive("kernel")
 _kernel.multiple_results = True
 _known: set[bytes] = set()
-_waiting = threading.local()  # .programs: of the kernels of the program that this thread lowers
+# Of this thread. programs: of the kernels of the program that it lowers.  inside: it lowers one of them.
+_thread = threading.local()
 _threads = ThreadPoolExecutor(thread_name_prefix="kernel")
+# A process that ends would wait for all that is queued: `atexit` comes after that, and only this before.
+with contextlib.suppress(AttributeError):
+    threading._register_atexit(_threads.shutdown, wait=False, cancel_futures=True)  # type: ignore[attr-defined]
 
 
 def kernel(run: Callable[..., Any], *arrays: jax.Array) -> Any:
     """run(*arrays), the call of a kernel; where it is lowered for the GPU here, it is compiled.
 
-    One that writes into an argument, a reference, stays as it is: only JAX's own primitives may.
+    It is traced with arrays that vary along no axis of a mesh, nor do its results: what a kernel holds of one
+    that does and what it makes itself have one type in its loops. One that writes into an argument, a
+    reference, stays as it is: only JAX's own primitives may.
     """
-    jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*arrays))
+    plain = [jax.ShapeDtypeStruct(x.shape, x.dtype) if varying(x) else x for x in arrays]
+    jaxpr, results = _roomy(lambda: jax.make_jaxpr(run, return_shape=True)(*plain))
     call = jaxpr_as_fun(jaxpr) if jaxpr.effects else functools.partial(_kernel.bind, jaxpr=jaxpr)
     return jax.tree.unflatten(jax.tree.structure(results), call(*arrays))
 
@@ -63,6 +72,24 @@ with contextlib.suppress(ImportError, AttributeError):
     _library = mosaic_gpu._mosaic_gpu_ext
     _library._get_ptxas_isa_version = functools.cache(_library._get_ptxas_isa_version)
 
+# Half of what Pallas writes of a kernel nothing uses, or was written before: constants, indices. Each call of
+# the kernel in a program carries all of it, for XLA to search and copy. "none": the rest is not rewritten.
+FOLD = "builtin.module(canonicalize{enable-patterns=none max-iterations=1 region-simplify=disabled},cse)"
+with contextlib.suppress(ImportError, AttributeError, ValueError):  # a jax without it writes them as ever
+    from jax.experimental.mosaic.gpu import core
+    from jaxlib.mlir.passmanager import PassManager
+
+    _written = core._run_serde_pass
+    with ir.Context():
+        PassManager.parse(FOLD)
+
+    def _folded(module: ir.Module, *args: Any, **options: Any) -> ir.Module:
+        if getattr(_thread, "inside", False):
+            PassManager.parse(FOLD, module.context).run(module.operation)
+        return _written(module, *args, **options)
+
+    core._run_serde_pass = _folded
+
 
 @_kernel.def_impl
 def _compute(*xs: Any, jaxpr: Any) -> Any:
@@ -80,12 +107,17 @@ def _batch(xs: Any, dims: Any, *, jaxpr: Any) -> tuple[Any, list[int]]:
 
 
 def _lower(context: Any, *xs: Any, jaxpr: Any) -> Any:
-    results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(context, *xs))
+    plain = context.replace(avals_in=jaxpr.in_avals)
+    _thread.inside = True
+    try:
+        results = _roomy(lambda: mlir.lower_fun(jaxpr_as_fun(jaxpr), multiple_results=True)(plain, *xs))
+    finally:
+        _thread.inside = False
     found = attributes(results[0].owner) if here(context) else {}
     name = found.get("kernel_hash")
     if name and name not in _known:
         _known.add(name)
-        programs = _waiting.__dict__.setdefault("programs", [])
+        programs = _thread.__dict__.setdefault("programs", [])
         programs.append(_threads.submit(alone, found))
     return results
 
@@ -122,7 +154,7 @@ def alone(call: dict[str, Any], device: jax.Device | None = None) -> Any:
 
 def _compile(event: str, duration_secs: float, **_: Any) -> None:
     if event == LOWERED:
-        for program in _waiting.__dict__.pop("programs", []):
+        for program in _thread.__dict__.pop("programs", []):
             _threads.submit(_finish, program)  # what it raises XLA meets, too, at the call, and says
 
 

@@ -5,7 +5,7 @@ computes everything everywhere. The others are kernels, imported only where they
 function with the op's name that computes a call, and, if it is one of `KERNELS`,
 
     supports(call) -> str | None     why it cannot compute a call of these shapes and dtypes; needs no device
-    runs_on(device) -> str | None    why it cannot run on a device
+    runs_on(device) -> str | None    why it cannot run on a device of its platform
     self_test() -> str | None        why its results are wrong here; asked once a process, at first use
     kind(call)                       may be absent; else self_test takes it, and is asked once a kind
 
@@ -33,6 +33,12 @@ class Device(NamedTuple):
 
     platform: str
     capability: str | None = None
+
+    def before_ampere(self) -> str | None:
+        """Why kernels for NVIDIA GPUs since Ampere cannot run on it, or None."""
+        if float(self.capability or 0) >= 8.0:
+            return None
+        return f"compute capability {self.capability or 'unknown'} (NVIDIA, 8.0 or newer)"
 
 
 H100 = Device("gpu", "9.0")

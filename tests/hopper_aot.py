@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 class Kernel(NamedTuple):
     """Registers a thread at launch, bytes a thread spills, constant registers that wgmma has on the left.
 
-    A constant there is wrong on hardware (docs/kernels.md, section 6), so `compile_for_hopper` refuses it.
+    A constant there is wrong on hardware (docs/kernels_channel.md, 6), so `compile_for_hopper` refuses it.
     """
 
     name: str
@@ -108,6 +108,12 @@ def _read(path):
     constants = len(constant_operands(path.with_suffix(".ptx").read_text()))
     registers = int(re.findall(r"Used (\d+) registers", text)[0])
     return Kernel(path.stem, registers, sum(map(int, spills)), constants)
+
+
+def without_lines(ptx):
+    """A kernel's PTX without the lines of the source that it is of."""
+    kept = (line.split("//")[0].rstrip() for line in ptx.splitlines())
+    return [line for line in kept if line and not re.match(r"\s*\.(loc|file)\b", line)]
 
 
 def constant_operands(ptx):

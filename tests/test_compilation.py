@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import hopper_aot
@@ -47,6 +49,18 @@ def test_a_kernel_writes_in_place(wrap):
     assert (wrap(run)(jnp.zeros(3)) == 1).all()
 
 
+@kernels_only
+def test_a_process_that_ends_waits_for_no_queued_kernel():
+    script = """if True:
+        import time
+        from pallas_kernels import compilation
+        for _ in range(1000):
+            compilation._threads.submit(lambda: (time.sleep(0.01), print("compiled", flush=True)))
+    """
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout.count("compiled") < 1000 and not ended.stderr
+
+
 @pytest.fixture
 def program(monkeypatch):
     """(lower: function -> program for an absent GPU, the programs of its kernels that were begun)."""
@@ -78,6 +92,33 @@ def test_a_kernel_begins_once(program):
     lower(RUN)
     lower(lambda *arrays: jax.tree.map(jnp.sin, RUN(*arrays)))
     assert len(begun) == len({kernel.as_text() for kernel in begun}) == 2
+
+
+@pytest.mark.aot
+@kernels_only
+def test_a_kernel_is_written_shorter_and_is_the_same(program, monkeypatch, tmp_path):
+    """By a quarter at least, without what nothing uses and what was written before: the PTX is the same."""
+    from jax.experimental.mosaic.gpu import core
+
+    from pallas_kernels import compilation
+
+    lower, begun = program
+    with hopper_aot.unlike_others(str(tmp_path)):
+        lower(RUN)
+        monkeypatch.setattr(core, "_run_serde_pass", compilation._written)  # as Pallas writes kernels
+        lower(lambda *arrays: RUN(*arrays))
+    jax.clear_caches()  # of kernels with a mark
+    assert len(begun) == 4
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    found = []
+    for number, kernel in enumerate(begun):
+        (folder := tmp_path / str(number)).mkdir()
+        monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
+        kernel.compile()
+        [ptx] = folder.glob("*.ptx")
+        found.append((len(kernel.as_text()), hopper_aot.without_lines(ptx.read_text())))
+    for (short, ptx), (whole, same) in zip(found[:2], found[2:], strict=True):
+        assert ptx == same and short < 0.75 * whole
 
 
 @pytest.mark.aot

@@ -1,11 +1,6 @@
 """Sequences cut over devices (`mesh.context`) against whole ones, on simulated devices."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,23 +10,13 @@ from hybridlm import ahead, cost
 from hybridlm import config as configs
 from hybridlm.errors import ConfigError
 from tests import tiny
-from tests.flags import FAST
-
-ROOT = Path(__file__).parents[1]
+from tests.flags import on_eight_devices
 
 
 @pytest.fixture(scope="module")
 def eight():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
-    }
     parts = ["errors", "steps", "resumed", "facts", "whole", "decoding"]
-    command = [sys.executable, "-m", "tests.context_runs", *parts]
-    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(run.stdout.splitlines()[-1])
+    return on_eight_devices("tests.context_runs", *parts)
 
 
 @pytest.mark.slow

@@ -6,10 +6,7 @@ flash-linear-attention and transformers computed in float64.
 
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,9 +23,8 @@ from hybridlm.convert import evaluate, families, incoming, outgoing, tensors
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 from tests import tiny
-from tests.flags import FAST
+from tests.flags import on_eight_devices
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden" / "models"
 NAMES = ("fla_deltanet", "fla_log_linear_mamba2", "fla_rwkv7", "kimi_linear", "minimax", "nemotron_h",
          "qwen3_next", "zamba2")  # fmt: skip
@@ -91,7 +87,7 @@ def test_greedy_continuation(name: str, root: Path) -> None:
     prompts = run.expected["input_ids"][:, : int(run.expected["prompt_len"])].tolist()
     want = run.expected["greedy_tokens"]
     with jax.default_matmul_precision("highest"):
-        got = generate.generate(run.definition, run.params, prompts, max_new_tokens=want.shape[1])
+        got = generate.continuations(run.definition, run.params, prompts, max_new_tokens=want.shape[1])
     np.testing.assert_array_equal(got, want)
 
 
@@ -102,7 +98,7 @@ def test_decoding_has_multipliers_and_caps(name: str, root: Path) -> None:
     run, length = imported(name, root), 9
     ids = run.expected["input_ids"][:, :length]
     with jax.default_matmul_precision("highest"):
-        got = generate.generate(run.definition, run.params, ids.tolist(), max_new_tokens=6)
+        got = generate.continuations(run.definition, run.params, ids.tolist(), max_new_tokens=6)
     whole = evaluate.logits(run.definition, run.params, np.concatenate([ids, got], axis=1))
     np.testing.assert_array_equal(got, whole.argmax(-1)[:, length - 1 : -1])
 
@@ -158,11 +154,7 @@ def test_gradients(root: Path) -> None:
 @pytest.mark.parametrize("name", ["qwen3_next", "zamba2"])
 def test_training_goes_on_over_a_mesh(name: str, tmp_path: Path) -> None:
     """Gated DeltaNet, gated attention and experts, or a shared block, imported: 8 devices as one."""
-    flags = f"--xla_force_host_platform_device_count=8 {FAST}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "tests.convert_mesh", GOLDEN / name, tmp_path]
-    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    one, eight = np.array(json.loads(run.stdout.splitlines()[-1]))
+    one, eight = np.array(on_eight_devices("tests.convert_mesh", GOLDEN / name, tmp_path))
     assert one[-1, 0] < one[0, 0] or name == "zamba2"  # its loss goes up and down in three steps
     np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
     np.testing.assert_allclose(eight, one, rtol=5e-4)  # Adam turns rounding of small gradients into steps

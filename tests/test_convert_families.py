@@ -12,7 +12,6 @@ import pytest
 from hybridlm import model
 from hybridlm.convert import families
 from hybridlm.convert.family import same_model
-from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 
 SHAPES = json.loads((Path(__file__).parent / "golden" / "models" / "shapes.json").read_text())
@@ -227,9 +226,9 @@ def test_configs_and_rules_of(name: str) -> None:
     """config.json -> definition -> config.json -> the same; rules invert; names are the published ones."""
     values = SHAPES[name]["config"] if name in SHAPES else EXTRA[name]
     family = families.FAMILIES[values["model_type"]]
-    definition = model.build(family.read(Fields(values)).config())
+    definition = model.build(family.architecture(values).config())
     written = family.write(definition, values["model_type"])
-    assert not same_model(definition, model.build(family.read(Fields(written)).config()))
+    assert not same_model(definition, model.build(family.architecture(written).config()))
     planned = families.plan(definition, family, written)
     if name in SHAPES:
         assert planned.shapes == {key: tuple(shape) for key, shape in SHAPES[name]["shapes"].items()}
@@ -257,7 +256,7 @@ def test_layers_of_released_configs() -> None:
         "mla_use_nope": True,
         "moe_layer_freq": 1,
     }
-    layers = families.FAMILIES["kimi_linear"].read(Fields(kimi)).layers
+    layers = families.FAMILIES["kimi_linear"].architecture(kimi).layers
     assert layers == ["kda", *["kda/moe"] * 2, "mla/moe", *["kda/moe"] * 3, "mla/moe"] + [
         *["kda/moe"] * 3, "mla/moe",
     ] * 4 + ["kda/moe"] * 2 + ["mla/moe"]  # fmt: skip
@@ -270,7 +269,7 @@ def test_layers_of_released_configs() -> None:
         "full_attention_interval": 2,
         "mlp_only_layers": [],
     }
-    found = families.FAMILIES["qwen3_next"].read(Fields(qwen))
+    found = families.FAMILIES["qwen3_next"].architecture(qwen)
     assert found.layers == ["gdn/moe", "full/moe"] * 2
     assert found.mixers["full"].rope_theta == 1e7
 
@@ -368,7 +367,7 @@ def test_layers_of_released_configs() -> None:
 def test_what_a_config_may_not_ask_for(name: str, changes: dict, field: str) -> None:
     values = (SHAPES[name]["config"] if name in SHAPES else EXTRA[name]) | changes
     with pytest.raises(ConfigError) as caught:
-        families.FAMILIES[values["model_type"]].read(Fields(values))
+        families.FAMILIES[values["model_type"]].architecture(values)
     assert caught.value.field == f"config.json: {field}"
 
 
@@ -376,7 +375,7 @@ def test_what_fields_that_are_missing_or_null_stand_for() -> None:
     """The defaults of the published config classes, which are not those of other families."""
     retnet = {k: v for k, v in SHAPES["fla_retnet"]["config"].items() if k not in ("hidden_ratio",)}
     retnet |= {"intermediate_size": None, "hidden_size": 768, "num_heads": 4, "temperature": 0.6}
-    read = lambda values: families.FAMILIES[values["model_type"]].read(Fields(values))
+    read = lambda values: families.FAMILIES[values["model_type"]].architecture(values)
     assert read(retnet).model["mlp_hidden"] == 1024  # fla's RetNet has a ratio of 2
     assert read(retnet | {"hidden_ratio": None}).model["mlp_hidden"] == 2048
     hgrn2 = SHAPES["fla_hgrn2"]["config"] | {"hidden_size": 64, "num_heads": 3, "expand_ratio": 16}

@@ -1,7 +1,9 @@
 """Datasets of the `datasets` library, from folders of this machine; names on the hub go the same way."""
 
 import json
+import re
 import sys
+import types
 
 import pytest
 
@@ -74,6 +76,32 @@ def test_what_cannot_be_loaded_is_one_line(datasets, tmp_path, change, field, me
         prepare(change.get("inputs", ""), str(tmp_path / "out"), "bytes", dataset=dataset, **options)
     assert error.value.field == field and "\n" not in str(error.value)
     assert not {path.name for path in tmp_path.iterdir()} - {*before, "cache"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val_split=test"], "--val_split = 'test': names no part of .* without splits"),
+        (["--split=test"], "--split = 'test': names no part of"),
+        (["--dataset_config=en"], "--dataset_config = 'en': has no meaning"),
+        (["--val_split=train"], "--val_split = 'train': is the split to train on"),
+        ([], ""),
+    ],
+)
+def test_a_split_of_what_has_none_is_refused(tmp_path, monkeypatch, capsys, flags, message):
+    """What was saved as one set was read whole whatever was asked for: held out and trained on alike."""
+
+    class Rows(list):
+        column_names = ("text",)
+
+    library = types.SimpleNamespace(
+        DatasetDict=dict, load_from_disk=lambda path: Rows({"text": text} for text in TEXTS)
+    )
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    (tmp_path / "state.json").touch()
+    made = ["--dataset", str(tmp_path), "--output", str(tmp_path / "out"), "--tokenizer", "bytes"]
+    assert main([*made, *flags]) == (2 if message else 0)
+    assert re.search(message, capsys.readouterr().err) and (tmp_path / "out").exists() == (not message)
 
 
 def test_without_the_library_it_is_named(tmp_path, monkeypatch, capsys):

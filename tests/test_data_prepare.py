@@ -237,6 +237,9 @@ def test_held_out_files_can_be_named(tmp_path):
     assert read_back(tmp_path / "out", "val")[0] == ["text 4", "text 5"]
     with pytest.raises(ConfigError, match="holds out every file"):
         prepare(f"{tmp_path}/*.txt", str(tmp_path / "o"), "bytes", val_inputs=f"{tmp_path}/*.txt")
+    (tmp_path / "empty.jsonl").write_text('{"text": null}\n{"text": ""}\n')
+    with pytest.raises(ConfigError, match=r"--val_input = .*gives no tokens to hold out"):
+        prepare(f"{tmp_path}/*.txt", str(tmp_path / "o"), "bytes", val_inputs=f"{tmp_path}/empty.jsonl")
 
 
 def test_null_texts_are_counted_in_every_format(tmp_path, capsys):
@@ -360,7 +363,12 @@ def test_the_commands_of_the_docs(tmp_path, monkeypatch, corpus):
             assert read_back(tmp_path / command[command.index("--output") + 1], "val")[0]
 
 
-def test_flags_of_a_dataset_without_one(capsys):
-    flags = ["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", "--val_split", "validation"]
-    assert main(flags) == 2
-    assert "--val_split = 'validation': is of a dataset" in capsys.readouterr().err
+@pytest.mark.parametrize("flag", ["--dataset_config", "--split", "--val_split"])
+def test_flags_of_a_dataset_without_one(capsys, flag):
+    assert main(["--input", "a.txt", "--output", "out", "--tokenizer", "bytes", flag, "train"]) == 2
+    assert f"{flag} = 'train': is of a dataset" in capsys.readouterr().err
+
+
+def test_a_split_that_is_trained_on_is_not_held_out(capsys):
+    assert main(["--dataset", "any", "--val_split", "train", "--output", "out", "--tokenizer", "bytes"]) == 2
+    assert "--val_split = 'train': is the split to train on" in capsys.readouterr().err

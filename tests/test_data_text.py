@@ -84,6 +84,7 @@ def test_fingerprint_follows_the_content(corpus):
         ({"path": "{}/*.txt", "val_path": "{}/*.txt"}, "val_path", "holds out every file"),
         ({"path": "{}/a.JSONL.gz", "holdout": 0.0}, "path", "holds records, not one text"),
         ({"path": "{}/*.txt", "val_path": "{}/gone"}, "val_path", "does not exist"),
+        ({"path": "{}/0*.txt", "val_path": "{}/empty.txt", "split": "val"}, "val_path", "gives no tokens"),
         ({"path": "{}/*.txt", "tokenizer": "gone.json"}, "tokenizer", "No such file"),
         ({"path": "{}/a.jsonl", "holdout": 0.0}, "path", "Run python -m hybridlm.data.prepare"),
     ],

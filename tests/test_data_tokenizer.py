@@ -76,10 +76,11 @@ def test_invalid_utf8_is_replaced_and_counted(byte_level):
     assert file.replaced == 2
 
 
-def test_padding_and_truncation_of_the_file_are_off(tmp_path, byte_level):
+def test_padding_truncation_and_dropout_of_the_file_are_off(tmp_path, byte_level):
     spec = tokenizers.Tokenizer.from_file(byte_level)
     spec.enable_truncation(2)
     spec.enable_padding(length=50)
+    spec.model.dropout = 0.9
     spec.save(str(tmp_path / "padded.json"))
     text = TEXTS[0] * 20
     assert tokenizer.load(str(tmp_path / "padded.json")).encode(text) == tokenizer.load(byte_level).encode(
@@ -97,6 +98,20 @@ def test_a_file_without_separator_gets_one_past_its_vocabulary(tmp_path):
     assert (file.doc_id, file.vocab_size) == (size, size + 1)
     assert file.token_bytes.shape == (size + 1,) and file.token_bytes[-1] == 0
     assert file.decode([size, *file.encode("def"), size + 5]) == "def"
+
+
+@pytest.mark.parametrize(
+    "special", [("<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"), ("<|endoftext|>", "<|startoftext|>")]
+)
+def test_the_first_token_of_a_public_model_separates_documents(tmp_path, special):
+    """DeepSeek's, and that of LFM2 and Jamba, which have another special token of a common name."""
+    path = train(
+        tmp_path / "t.json",
+        decoder=decoders.ByteLevel(),
+        pre_tokenizer=pre_tokenizers.ByteLevel(),
+        special=special,
+    )
+    assert tokenizer.load(path).doc_id == 1
 
 
 def test_sentencepiece_pieces_are_bytes(tmp_path):

@@ -29,11 +29,6 @@ def resolved(text, **fields):
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     trainer.train(resolved(text), workdir)

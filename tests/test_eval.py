@@ -192,7 +192,7 @@ def test_what_cannot_be_measured_is_left_out_by_name(loaded, caplog):
         runner.measure(mute, [tasks.TASKS["passkey"]], plan())
 
 
-def test_command_line(workdir, capsys):
+def test_command_line(workdir, capsys, monkeypatch):
     run = lambda *flags: command.main([f"--workdir={workdir}", *flags])
     assert run("--tasks=passkey,induction", "--lengths=512", "--samples=3") == 0
     shown = capsys.readouterr().out
@@ -210,6 +210,14 @@ def test_command_line(workdir, capsys):
     before = (workdir / "eval.json").stat().st_mtime_ns
     assert run("--tasks=passkey", "--lengths=512", "--samples=3") == 0
     assert (workdir / "eval.json").stat().st_mtime_ns == before  # nothing was measured again
+    drawn: list[str] = []
+    (workdir / "eval.json").unlink()
+    monkeypatch.setattr(command.report, "table", lambda shown, title: runner.write(
+        workdir / "eval.json", stored["results"], {"step": 3}  # as another evaluation may meanwhile
+    ))  # fmt: skip
+    monkeypatch.setattr(command.report, "plot", lambda results, title, path: drawn.extend(results))
+    assert run("--tasks=passkey", "--lengths=512", "--samples=3") == 0
+    assert set(drawn) == set(stored["results"])
     capsys.readouterr()
     assert command.main(["--list"]) == 0
     listed = capsys.readouterr().out
@@ -231,6 +239,7 @@ def test_command_line(workdir, capsys):
         (["--tasks=induction", "--seed=-1"], "at least 0"),
         (["--tasks=passkey", "--haystack=none.txt"], "cannot be read"),
         (["--tasks=passkey", "--workdir=none"], "no config.json"),
+        (["--tasks=passkey", "--data_dir=x"], "--data_dir = 'x': is read by none of these tasks"),
         (["--tasks=passkey", "--step=7"], "no checkpoint at step 7: there are checkpoints at steps 3"),
     ],
 )

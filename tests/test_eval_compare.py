@@ -81,7 +81,7 @@ def test_what_was_not_asked_the_same_is_not_compared():
     other = {f"t@{n}": result("t", n, scores(0.5, n)) for n in (1, 2, 3, 4)}
     other["t@2"]["identity"] = BASE | {"tokenizer": "x", "seed": 3}
     other["t@3"].pop("scores")
-    other["t@1"]["identity"] = BASE | {"step": 77}
+    other["t@1"]["identity"] = BASE | {"step": 77, "ends": [2]}
     found, refused = paired.differences(mine, other)
     assert set(found) == {"t@1", "t@4"} and found["t@4"].mean == 0
     assert refused == {"t@2": "another seed, tokenizer",

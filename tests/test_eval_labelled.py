@@ -9,6 +9,7 @@ import pytest
 
 from eval import runner, tasks
 from eval.haystack import load as haystack
+from eval.tasks import labelled
 from hybridlm import config as configs
 from hybridlm import data
 from hybridlm import model as lm
@@ -58,6 +59,26 @@ def test_labels_are_as_many_as_the_chance_says(subject, name):
 
     done = []
     assert task.run(Guesser, setting, done.append).tolist() == [1.0] * 64 and sum(done) == 64
+
+
+def test_samples_that_share_a_row_are_scored_each(subject, caplog):
+    """Of two phonebooks to a row one is answered but for its last digit: half are right, and not none."""
+    task = tasks.TASKS["phonebook_4"]
+
+    class Half:
+        config, definition = subject.config, subject.definition
+        rows_per_batch = staticmethod(lambda length: 3)
+
+        def token_scores(self, batch):
+            right = batch["targets"] >= 0
+            for row in right:
+                row[np.flatnonzero(row)[-1:]] = False
+            return None, right
+
+    labelled.say_short.cache_clear()
+    scores = task.run(Half(), asked(length=2 * task.lengths[0], samples=8), lambda done: None)
+    assert scores.tolist() == [1, 0] * 4
+    assert f"its samples have {task.lengths[0]} tokens each" in caplog.text
 
 
 def test_label_tasks_have_other_samples_with_another_seed(subject):

@@ -5,11 +5,12 @@ import gzip
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eval import haystack, tasks
+from eval import haystack, runner, tasks
 from eval.tasks import base, latent_match, natural, passkey, phonebook, ruler, ruler_qa
 from hybridlm.data import tokenizer
 from hybridlm.errors import ConfigError
@@ -299,6 +300,21 @@ def test_natural_tasks_on_local_files(tmp_path, name):
         got = NATURAL[name].run(subject, setting(samples=5, data_dir=str(tmp_path)), lambda done: None)
         assert got.tolist() == [score]
         assert subject.prompts == [PROMPTS[name]]
+
+
+def test_local_files_that_changed_are_measured_again(tmp_path):
+    subject = SimpleNamespace(step=1, checkpoint="c", tokenizer=BYTES)
+    tasks = [NATURAL["drop"], NATURAL["nq"]]  # the latter has no file: that is said when it is run
+    plan = runner.Plan((128,), setting(data_dir=str(tmp_path)))
+    path = tmp_path / "drop.jsonl"
+    path.write_text(json.dumps(DOCS["drop"]) + "\n")
+    known = {
+        runner.name_of(task, one): {"identity": runner._identity(subject, task, one)}
+        for task, one in runner.missing(subject, tasks, plan, {})
+    }
+    assert len(known) == 2 and not runner.missing(subject, tasks, plan, known)
+    path.write_text(path.read_text() * 2)
+    assert [task.name for task, _ in runner.missing(subject, tasks, plan, known)] == ["drop"]
 
 
 def test_the_window_is_laid_around_the_answer():

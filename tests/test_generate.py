@@ -136,7 +136,7 @@ def equations(jaxpr):
 def test_greedy_tokens_are_those_of_the_full_forward_and_independent_of_the_batch():
     definition, params = built("gdn swa")
     prompts = [[5], list(range(40, 70)), [7, 8, 9]]
-    make = lambda prompts, **kw: generate.generate(definition, params, prompts, max_new_tokens=6, **kw)
+    make = lambda prompts, **kw: generate.continuations(definition, params, prompts, max_new_tokens=6, **kw)
     together = make(prompts)
     for prompt, new in zip(prompts, together, strict=True):
         whole = np.zeros((1, 40), np.int64)
@@ -144,7 +144,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_and_independent_of_the_batc
         best = np.argmax(full_forward(definition, params, whole)[0], axis=-1)
         assert best[len(prompt) - 1 : len(prompt) + 5].tolist() == new
     first = together[1]
-    assert make(prompts, stop=first[2])[1] == first[: first.index(first[2])]
+    assert make(prompts, stops=[first[2]])[1] == first[: first.index(first[2]) + 1]
     hot = Sampling(temperature=2.0)
     assert make(prompts, sampling=hot, seed=1) == make(prompts, sampling=hot, seed=1)
     assert make(prompts, sampling=hot, seed=1) != make(prompts, sampling=hot, seed=2)
@@ -243,5 +243,5 @@ def test_buckets_are_few_and_fit():
 )
 def test_refusals(fields, field):
     with pytest.raises(ConfigError) as caught:
-        generate.generate(None, None, **({"prompts": [[1]], "max_new_tokens": 1} | fields))
+        generate.continuations(None, None, **({"prompts": [[1]], "max_new_tokens": 1} | fields))
     assert caught.value.field == field

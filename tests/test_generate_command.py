@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from hybridlm import config as configs
 from hybridlm import generate, trainer, weights
-from hybridlm.convert import incoming
+from hybridlm.convert import incoming, tokens
 from hybridlm.generate import chat
 from hybridlm.generate.__main__ import Until, main
 from tests import tiny
@@ -82,6 +82,7 @@ def test_interactive(run, capsys, monkeypatch):
     [
         ([], "--prompt"),
         (["--prompt=a", "--top_p=0"], "top_p"),
+        (["--prompt=a", "--temperature=nan"], "temperature"),
         (["--prompt=a", "--checkpoint=3"], "no checkpoint at step 3: there are checkpoints at steps 2"),
         (["--prompt=a", "-n=0"], "--n = 0"),
         (["--prompt=a", "--seed=-1"], "--seed"),
@@ -137,12 +138,12 @@ def alphabet() -> list[str]:
 def test_a_chat_template(tmp_path):
     pytest.importorskip("jinja2", reason="the extra `test` brings jinja2")
     chatting(tmp_path)
-    tokens = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
-    found = chat.find(tmp_path, tokens)
+    own = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
+    found = chat.find(tmp_path, own)
     ids = found.encode([{"role": "user", "content": "Hi"}])
     assert ids.count(256) == 2 and ids.count(257) == 1  # read as special tokens, not as their letters
-    assert tokens.decode(ids) == "user\nHiassistant"
-    assert found.ends == [257, 258]
+    assert own.decode(ids) == "user\nHiassistant"
+    assert weights.ends(tmp_path, own) == (257, 258)
     with pytest.raises(configs.ConfigError, match="refuses these messages: no"):
         found.encode([{"role": "system", "content": "Hi"}])
 
@@ -150,15 +151,15 @@ def test_a_chat_template(tmp_path):
 def test_a_chat_template_without_jinja_is_said(tmp_path, monkeypatch):
     chatting(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "jinja2.sandbox", None)
-    tokens = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
+    own = weights.tokenizers.load(str(tmp_path / "tokenizer.json"))
     with pytest.raises(configs.ConfigError, match="pip install jinja2"):
-        chat.find(tmp_path, tokens)
-    assert chat.find(tmp_path / "hf", tokens) is None
+        chat.find(tmp_path, own)
+    assert chat.find(tmp_path / "hf", own) is None
 
 
 @pytest.mark.once
-def test_an_imported_model_writes(tmp_path, capsys):
-    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it."""
+def test_an_imported_model_writes(tmp_path, capsys, caplog):
+    """The golden folder of FLA's DeltaNet with a tokenizer of its size beside it, and an end of texts."""
     folder = tmp_path / "public"
     shutil.copytree(GOLDEN / "fla_deltanet", folder)
     words = json.loads((folder / "config.json").read_text())["vocab_size"]
@@ -166,6 +167,22 @@ def test_an_imported_model_writes(tmp_path, capsys):
     file.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     file.save(str(folder / "tokenizer.json"))
     incoming.import_hf(folder, tmp_path / "run")
+    assert (
+        f"begin with id {words - 1}, which separates documents in tokenizer.json; config.json" in caplog.text
+    )
     text = written(capsys, f"--workdir={tmp_path / 'run'}", "--prompt=w3 w5", "--max_new_tokens=4")
     names = text.split()
     assert names[:2] == ["w3", "w5"] and 2 < len(names) <= 6 and all(name[0] == "w" for name in names)
+    end = {"eos_token_id": [int(names[2][1:])]}
+    (tmp_path / "run" / "hf" / "generation_config.json").write_text(json.dumps(end))
+    text = written(capsys, f"--workdir={tmp_path / 'run'}", "--prompt=w3 w5", "--max_new_tokens=4")
+    assert text.split() == names[:2]
+    other = weights.tokenizers.load(str(folder / "tokenizer.json"))
+    other.content += b" "
+    assert weights.ends(tmp_path / "run", other) == ()  # another tokenizer's ids mean something else
+
+    config = configs.of_run(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    tokens.write(tmp_path / "out", weights.tokenizer(tmp_path / "run", config), config)
+    named = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert named == {"bos_token_id": words - 1, "eos_token_id": [words - 1, *end["eos_token_id"]]}

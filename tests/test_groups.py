@@ -17,11 +17,6 @@ FIELDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def wanted(name):
     """(rate, decay) of a parameter, by what GROUPS says in words."""
     if name.startswith("layers.1.mlp."):

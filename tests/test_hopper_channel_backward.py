@@ -16,7 +16,7 @@ if hopper_aot.NO_KERNELS:
 
 from test_hopper_backward import inverse_parts
 
-from pallas_kernels.linear_attention.hopper import channel, channel_backward, inputs, table, two_parts
+from pallas_kernels.linear_attention.hopper import backward, channel, inputs, table, two_parts
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
 from pallas_kernels.padding import pad_time
 
@@ -152,7 +152,7 @@ def kernel_gradients(call, kept, do, d_state, pieces=1):
         values=None if call.beta is None else pad_time(jnp.asarray(kept["u"], BF16), prepared.k.shape[1]),
         moves=moves,
     )
-    return channel_backward.channel_gradients(prepared, saved, do, d_state, value_tile=64)
+    return backward.gradients(prepared, saved, do, d_state, table.Choice(64))
 
 
 def check(call, do, d_state, pieces=1):
@@ -249,7 +249,7 @@ def test_compiles_without_spills(shape):
 
     def gradients(arrays, saved, do):
         prepared = inputs.Inputs(**arrays, scale=K**-0.5, l2norm=delta, interpret=False)
-        return channel_backward.channel_gradients(prepared, saved, do, None)
+        return backward.gradients(prepared, saved, do, None)
 
     report = hopper_aot.compile_for_hopper(gradients, arrays, saved, values)
     assert len(report) == 2 + (pieces > 1), report

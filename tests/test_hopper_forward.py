@@ -21,9 +21,10 @@ from test_hopper_backward import less_identity, make_case, relative_error
 from pallas_kernels import linear_attention
 from pallas_kernels.linear_attention import hopper
 from pallas_kernels.linear_attention.hopper import inverse, table
-from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
-from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
+from pallas_kernels.linear_attention.hopper.forward import forward_pass
 from pallas_kernels.linear_attention.hopper.forward_scan import ROLES
+from pallas_kernels.linear_attention.hopper.head_tiles import chunk_inverses
+from pallas_kernels.linear_attention.hopper.inputs import prepare
 from pallas_kernels.linear_attention.hopper.table import Choice
 
 # Relative RMS error: o and V' are rounded to bf16 (1.7e-3) and made of bf16 products.
@@ -56,7 +57,7 @@ def test_interpreted(name, capfd):
     call = dataclasses.replace(make_case(**options)[0], interpret=True)
     o, final, kept = oracle(call)
     inputs = prepare(call)
-    out, inverses, _ = forward_pass(inputs, final=True, keep=True, choice=choice)
+    out, saved = forward_pass(inputs, final=True, keep=True, choice=choice)
     length, tokens = inputs.k.shape[1], call.q.shape[1]
     assert relative_error(out.o[:, :tokens], o) < TOLERANCE
     assert relative_error(jnp.swapaxes(out.final, 2, 3), final) < TOLERANCE
@@ -65,7 +66,7 @@ def test_interpreted(name, capfd):
         np.testing.assert_allclose(out.gates, chunk_oracle.gates(call, length), rtol=1e-4, atol=1e-4)
         assert relative_error(out.values[:, :tokens], np.asarray(kept["u"])[:, :tokens]) < TOLERANCE
         want = less_identity(kept["A"])[:, :, :tokens]
-        assert relative_error(inverses.high[:, :, :tokens], want) < TOLERANCE
+        assert relative_error(saved.inverses.high[:, :, :tokens], want) < TOLERANCE
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 

@@ -97,9 +97,12 @@ def test_outputs_are_those_without_gradients(monkeypatch):
     np.testing.assert_array_equal(alone.final, with_gradients.final)
 
 
-def test_traces_under_shard_map_and_vmap(monkeypatch):
-    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: True)
-    call = dataclasses.replace(struct_call(2, 128, 1), output_final_state=False)
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_traces_under_shard_map_and_vmap(monkeypatch, one_pass):
+    """With a state that enters, which varies along the mesh axis where a loop's own zeros do not."""
+    monkeypatch.setattr(table, "one_pass", lambda k_shape, v_shape: one_pass)
+    state = jax.ShapeDtypeStruct((2, 1, 128, 128), jnp.float32)
+    call = dataclasses.replace(struct_call(2, 128, 1), initial_state=state)
     output = lambda call, q: hopper.linear_attention(dataclasses.replace(call, q=q))[0]
     gradient = lambda call: jax.vjp(functools.partial(output, call), call.q)[1](call.v)[0]
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -17,10 +17,10 @@ import test_hopper_backward as heads
 import test_hopper_channel_backward as channels
 
 from pallas_kernels.linear_attention import hopper, xla
-from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
+from pallas_kernels.linear_attention.hopper.backward import gradients
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
-from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
-from pallas_kernels.linear_attention.hopper.forward import forward_pass, prepare
+from pallas_kernels.linear_attention.hopper.forward import forward_pass
+from pallas_kernels.linear_attention.hopper.inputs import prepare
 from pallas_kernels.linear_attention.hopper.table import Choice
 from pallas_kernels.linear_attention.op import normalize
 from pallas_kernels.linear_attention.pieces import summarize
@@ -50,15 +50,14 @@ class Gathers:
 
 def by_head(call, do, pieces):
     inputs, choice = prepare(call), Choice(64, pieces)
-    out, inverses, moves = forward_pass(inputs, final=False, keep=True, choice=choice)
-    saved = Saved(out.gates, out.states, inverses, out.values, moves, out.scores)
+    out, saved = forward_pass(inputs, final=False, keep=True, choice=choice)
     return out.o, gradients(inputs, saved, do, None, choice)
 
 
 def by_channel(call, do, pieces):
     inputs = prepare(call)
     out, saved = channel_forward(inputs, final=False, keep=True, choice=Choice(64, pieces))
-    return out.o, channel_gradients(inputs, saved, do, None, 64)
+    return out.o, gradients(inputs, saved, do, None, Choice(64))
 
 
 CASES = {  # the run, its cases and their options, tokens, pieces of a device, whether the second one goes on

@@ -8,7 +8,7 @@ import pytest
 from hybridlm import config as configs
 from hybridlm import cost
 from hybridlm.errors import ConfigError
-from launch import grid, guess, plan, sweep
+from launch import grid, plan, sweep
 from launch.grid import Sweep, axis, zipped
 
 MQAR = "configs/mqar.py"
@@ -178,11 +178,16 @@ def test_zip_of_unequal_lengths():
             ["whole number"],
         ),
         (["--config=configs/sweeps/ratio_mqar.py", "--launcher=xpk"], ["--engine cluster", "must be given"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--no_submit"], ["--no_submit", "local launcher"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--retry", "--launcher=xpk"], ["--retry", "not of xpk"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--device=H100"], ["--device = 'H100'", "--dry_run"]),
+        (["--config=configs/sweeps/ratio_mqar.py", "--mfu=0.3"], ["--mfu = 0.3", "--dry_run"]),
     ],
 )
 def test_bad_command(
-    arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
+    monkeypatch.setattr(sweep, "run_local", lambda *args: pytest.fail("trained"))
     workdir = tmp_path / "sweep"
     assert sweep.main([*arguments, f"--workdir={workdir}"]) == 2
     message = capsys.readouterr().err
@@ -226,7 +231,7 @@ def test_a_run_called_like_a_file_of_the_sweep(tmp_path: Path):
 
 def test_guessing():
     """MQAR asks for one of the values, half of the ids; text for any id; tasks in the loop for their own."""
-    of = lambda spec, **fields: guess.of(
+    of = lambda spec, **fields: plan.guess(
         configs.resolve(configs.load(spec, {k.replace("__", "."): v for k, v in fields.items()}))
     )
     assert of(MQAR) == {"recall": 1 / 4096, "loss": pytest.approx(math.log(4096))}
@@ -259,3 +264,16 @@ def test_fields_that_no_run_heeds_are_said(capsys: pytest.CaptureFixture[str]):
         "mixers.gla.num_heads has no effect in any run: no layer of model.pattern names that mixer" in shown
     )
     assert shown.count("has no effect") == 1
+    assert "held-out losses" not in shown
+
+
+def test_losses_over_unequal_rows_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    axes = "axis('train.batch_size', 4, 8), axis('eval.batches', 6, {})"
+    file = tmp_path / "sizes.py"
+    code = "from launch.grid import Sweep, axis, zipped\n\n\ndef get_sweep():\n"
+    code += "    return Sweep('{}', [zipped({})])\n"
+    base = Path("configs/quickstart.py").absolute()
+    for batches, said in ((6, True), (3, False)):
+        file.write_text(code.format(base, axes.format(batches)))
+        assert sweep.main([f"--config={file}", "--dry_run"]) == 0
+        assert ("train.batch_size rows, 24 to 48 here" in capsys.readouterr().out) == said

@@ -40,6 +40,14 @@ def test_the_page_stands_alone(text: bool, tmp_path: Path):
     assert rows[0]["loss"]  # a task has a loss too
 
 
+def test_a_finished_run_without_the_number_is_said(tmp_path: Path):
+    """A validation that failed, or a loss that is not finite, is null in the last line."""
+    write(tmp_path, text=True)
+    change(tmp_path, "gla_pure_1", val_loss=None)
+    shown = report.write(tmp_path).read_text()
+    assert re.search(r"loss: not a number at the end of [^.]*gla_pure_1", shown)
+
+
 def test_columns_stand_to_one_side_and_hyphens_break_no_word():
     """A median that was not reached ("> 3 M") stands under the others, "12:1" under "pure"."""
     html = report._table(["ratio", "after tokens"], [["pure", "> 3 M"], ["12:1", "2 M"]])

@@ -48,6 +48,23 @@ def test_the_best_learning_rate_is_taken(tmp_path: Path):
              (("1e-3", "0", 0.2), ("1e-3", "1", 0.4), ("1e-2", "0", 0.9), ("1e-2", "1", 0.0))]  # fmt: skip
     (mean,) = results.means(tried, "recall")
     assert mean.value == pytest.approx(0.45) and mean.runs[0].point["learning_rate"] == "1e-2"
+    tried[-1] = tried[-1]._replace(recall=None)  # diverged, while the seed that is left has the best number
+    (mean,) = results.means(tried, "recall")
+    assert mean.value == pytest.approx(0.3) and mean.runs[0].point["learning_rate"] == "1e-3"
+
+
+def test_tokens_of_a_curve_are_those_of_the_stages(tmp_path: Path):
+    """Steps 5 and 10 of a stage with 3 tokens a step, 20 of one with 30 behind it."""
+    write(tmp_path, text=True)
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    record["runs"][0] |= {"parts": [[12, 3], [20, 30]], "tokens": 12 * 3 + 8 * 30}
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    _, found = results.read(tmp_path)
+    assert [tokens for tokens, _ in found[0].curves["loss"]] == [30, 276]
+    record["runs"][0]["parts"] = [[12, 3, 1]]
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="the parts of"):
+        results.read(tmp_path)
 
 
 def test_series_end_in_attention_alone_and_leave_placements_out(tmp_path: Path):

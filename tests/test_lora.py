@@ -18,11 +18,6 @@ pytestmark = pytest.mark.once  # test_optimizer and test_layers have what jax do
 LORA = ("layers.*.mixer.[qo]_proj.kernel = 3/6", "layers.1.mlp.up.kernel=2")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def plain(text):
     c = tiny.config(text, model__pattern="full*2", train__steps=4)
     c.mixers.full.head_dim = 4  # as public transformers have it

@@ -215,6 +215,8 @@ FAMILIES = ("attention", "mla", "kda", "hgrn", "mamba2", "rwkv7", "mlstm", "mom"
 mark = lambda case: pytest.mark.slow if " " in case else pytest.mark.once
 ONE_A_KIND = [case if case in FAMILIES else pytest.param(case, marks=mark(case)) for case in CASES]
 
+SLOW_APART = [pytest.param(case, marks=pytest.mark.slow) for case in ("kda", "hgrn", "mamba", "rwkv6")]
+
 
 @pytest.mark.parametrize("case", ONE_A_KIND)
 def test_decoding_equals_the_whole(case):
@@ -259,6 +261,19 @@ def test_packed_documents_equal_documents_apart(case):
     for one, other in zip(jax.tree.leaves(dstate), jax.tree.leaves(dstate_apart), strict=True):
         close(other, one, 2e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(dstate))  # every parameter takes part
+
+
+@pytest.mark.parametrize("case", [pytest.param("mlstm", marks=pytest.mark.once), *SLOW_APART])
+def test_what_is_not_finite_stays_in_its_document(case):
+    """Not the documents of softmax attention, whose weight of 0 times nan is nan (docs/kernels_other.md)."""
+    graph, state, shared, _ = build(case)
+    x, rows = inputs(1, LENGTH), jax.tree.map(lambda leaf: leaf[:1], rows_of_tokens())
+    run = jax.jit(lambda x: nnx.merge(graph, state)(x, context(rows, shared, x))[0][0])
+    outside = [*range(5), *range(12, LENGTH)]  # of document 1, from its third token on
+    y, *others = (np.asarray(run(x.at[0, 5].set(value))) for value in (0.0, np.nan, np.inf))
+    for other in others:
+        close(other[outside], y[outside], 1e-5)
+        assert not np.isfinite(other[5]).all()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The stack: scans against unrolled layers, packing, decode caches, and metadata."""
+"""The stack: scans against unrolled layers, packing, and metadata."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from hybridlm import config as configs
 from hybridlm import model, stack
-from hybridlm.rows import Rows, single_document
+from hybridlm.rows import Rows
 from tests.tiny import loss_fn
 
 SMALL = {"num_heads": 2, "head_dim": 8}
@@ -121,32 +121,6 @@ def test_packed_documents_equal_documents_apart(params):
     loss, grads = jax.tree.map(jnp.add, first, second)
     np.testing.assert_allclose(packed[0], loss, rtol=1e-6)
     assert relative_error(packed[1], grads) < 1e-5
-
-
-@pytest.mark.slow
-def test_prefill_and_steps_equal_the_full_forward(params):
-    tokens = packed_batch()["tokens"][:, :24]
-    rows = single_document(2, 24)
-
-    @jax.jit
-    def decode(params):
-        lm = model.merge(HYBRID, params)
-        cache = lm.init_cache(2, 32)
-        hidden = []
-        for start, stop in ((0, 11), (11, 18)):  # prefill in two pieces
-            piece = Rows(rows.segment_ids[:, start:stop], rows.positions[:, start:stop])
-            states, cache = lm(tokens[:, start:stop], piece, cache)
-            hidden.append(states)
-        blocks = lm.unstacked()
-        for t in range(18, 24):
-            state, cache = lm.step(
-                tokens[:, t], Rows(rows.segment_ids[:, t], rows.positions[:, t]), cache, blocks
-            )
-            hidden.append(state[:, None])
-        return jnp.concatenate(hidden, 1)
-
-    full = jax.jit(lambda p: model.merge(HYBRID, p)(tokens, rows)[0])(params)
-    np.testing.assert_allclose(decode(params), full, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -16,11 +16,6 @@ from pallas_kernels import Choice
 from tests import tiny
 
 
-@pytest.fixture
-def text(tmp_path):
-    return tiny.write_text(tmp_path)
-
-
 def test_six_lines(text, tmp_path, capsys):
     config = configs.resolve(tiny.config(text, train__steps=2))
     trainer.train(config, tmp_path / "run")

@@ -131,3 +131,18 @@ def test_clipping_does_not_change_the_shape_of_the_state():
     assert [k for k, _ in jax.tree_util.tree_leaves_with_path(clipped)] == [
         k for k, _ in jax.tree_util.tree_leaves_with_path(free)
     ]
+
+
+def test_where_an_update_may_overflow():
+    """Ordinary settings are tame, whatever factors lower the rate; what bounds no update is not."""
+    layers = np.array([0.5, 3.0], np.float32)[:, None]
+    tame = lambda peak=1e-3, factors=None, **fields: optimizer.tame(settings(**fields), peak, factors or {})
+    assert tame() and tame(factors={"a": (0.1, 0.0), "b": (layers, 1.0)}) and tame(name="muon", b1=0.95)
+    assert not tame(1.1) and not tame(0.4, {"a": (layers, 1.0)}) and not tame(b1=0.99)
+    assert not tame(0.5, {"a": (1.0, layers)}, weight_decay=2.0) and not tame(eps=1e-25)
+    # The first update of any gradient, and of one that comes back from nothing, stays below what is said.
+    tx = optimizer.build(settings(warmup_steps=0, clip_norm=0.0, eps=1e-20), STEPS, METADATA)
+    for size in (1e-38, 1e-19, 1e-8, 1e18):
+        grads = jax.tree.map(lambda x, size=size: size * jnp.ones_like(x), tree(0))
+        updates, _ = tx.update(grads, tx.init(tree(0)), tree(0))
+        assert all(np.abs(leaf).max() < 0.02 for leaf in jax.tree.leaves(updates))

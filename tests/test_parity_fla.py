@@ -23,7 +23,6 @@ import pytest
 from hybridlm import generate, model
 from hybridlm.convert import evaluate, families, incoming, outgoing
 from hybridlm.convert.family import same_model
-from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 from tests import tiny
@@ -166,7 +165,7 @@ def test_names_and_shapes(cls: str, seed: int, fla: Any, tmp_path: Path) -> None
     renamed = {key if key in shapes else source.family.rename(key): shape for key, shape in want.items()}
     assert shapes == renamed, settings
     written = source.family.write(definition, source.model_type)
-    assert not same_model(definition, model.build(source.family.read(Fields(written)).config()))
+    assert not same_model(definition, model.build(source.family.architecture(written).config()))
 
 
 def fla_model(models: Any, name: str):
@@ -268,7 +267,7 @@ def test_both_ways(name: str, fla: Any, tmp_path: Path, monkeypatch: pytest.Monk
     prompt = torch.tensor(ids[:, :20], device=DEVICE)
     tokens = net.generate(prompt, max_new_tokens=8, do_sample=False)[:, 20:].cpu().numpy()
     with jax.default_matmul_precision("highest"):
-        got = generate.generate(definition, params, ids[:, :20].tolist(), max_new_tokens=8)
+        got = generate.continuations(definition, params, ids[:, :20].tolist(), max_new_tokens=8)
     print(f"{name}: {errors}, greedy tokens {got} {tokens.tolist()}", flush=True)
     assert errors["logits"] < 1e-4 and errors["first 50 tokens"] < 1e-4 and errors["export"] < 1e-5
     assert errors["worst gradient"] < 1e-3

@@ -12,11 +12,6 @@ from hybridlm.run import profile
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, steps):
     return configs.resolve(tiny.config(text, model__pattern="retnet", train__profile_steps=steps))
 

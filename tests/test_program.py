@@ -14,11 +14,6 @@ from hybridlm.objectives import next_token
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def prepared(text, **fields):
     """(resolved config, definition, program, a state, a function that takes a step)."""
     config = configs.resolve(tiny.config(text, **fields))
@@ -76,11 +71,22 @@ def test_freezing_nothing_or_everything_is_refused(text, freeze, problem):
         model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze)))
 
 
+@pytest.mark.parametrize("name", ["head", "embedding_norm", "final_norm.bias", "shared"])
+def test_what_the_model_has_not_cannot_be_frozen(text, name):
+    """With tied embeddings there is no head: what was frozen so was trained."""
+    with pytest.raises(ConfigError, match="is the name of no parameter"):
+        model.build(configs.resolve(tiny.config(text, optimizer__freeze=(name,), model__tie_embeddings=True)))
+    both = tiny.config(text, optimizer__freeze=("embedding", "head"), model__tie_embeddings=True)
+    assert model.is_frozen(model.build(configs.resolve(both)), "embedding")
+
+
 def test_names_below_a_norm_may_be_taken_out(text):
     freeze = ("embedding_norm.*", "!embedding_norm.bias")
-    model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze, model__embedding_norm=True)))
+    norms = {"model__embedding_norm": True, "model__norm": "layer"}
+    normed = lambda freeze: tiny.config(text, optimizer__freeze=freeze, **norms)
+    model.build(configs.resolve(normed(freeze)))
     with pytest.raises(ConfigError, match="takes out what nothing before it"):
-        model.build(configs.resolve(tiny.config(text, optimizer__freeze=freeze[1:])))
+        model.build(configs.resolve(normed(freeze[1:])))
 
 
 @dataclasses.dataclass(frozen=True)

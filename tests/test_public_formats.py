@@ -6,7 +6,6 @@ from hybridlm import config as configs
 from hybridlm import model
 from hybridlm.convert import families
 from hybridlm.convert.family import same_model
-from hybridlm.convert.fields import Fields
 
 DEFAULTS = {
     "configs/quickstart.py": "kda",
@@ -33,7 +32,7 @@ def test_defaults_have_a_public_format(spec: str) -> None:
     assert families.public_format(config) == (DEFAULTS[spec], "")
     definition = model.build(config)
     values = families.written(definition)[1]
-    read = families.FAMILIES[DEFAULTS[spec]].read(Fields(values)).config()
+    read = families.FAMILIES[DEFAULTS[spec]].architecture(values).config()
     assert not same_model(model.build(read), definition)
 
 

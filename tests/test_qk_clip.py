@@ -16,11 +16,6 @@ TAU = 0.02
 PATTERN = "mha mla:c mla@c heads/none mha:k mha@k/none"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def config(text, pattern=PATTERN, **fields):
     c = tiny.config(text, model__pattern=pattern, **fields)
     sizes = {"num_heads": 4, "head_dim": 4}

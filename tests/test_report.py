@@ -3,13 +3,14 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
 import train
 from hybridlm import config as configs
-from hybridlm import report, stages
+from hybridlm import member, report, stages
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -66,7 +67,10 @@ def test_overrides_that_no_stage_heeds_are_said() -> None:
     config = configs.resolve(values)
     assert config.train.steps == 5
     tokens = 2 * config.train.batch_size * config.train.seq_len + 3 * config.train.batch_size * 16
-    assert stages.tokens(config, configs.resolve) == tokens == 4288
+    assert stages.tokens(stages.parts(config, configs.resolve)) == tokens == 4288
+    each = [config.train.batch_size * config.train.seq_len] * 2 + [config.train.batch_size * 16] * 3
+    parts_ = stages.parts(config, configs.resolve)
+    assert [stages.tokens(parts_, step) for step in range(6)] == [sum(each[:step]) for step in range(6)]
     assert report.facts(config, {"data": 1, "fsdp": 1, "tensor": 1})["tokens"].startswith(
         "4.29 k in 5 steps, "
     )
@@ -100,3 +104,22 @@ def test_layer_table_shows_the_settings_of_a_name_once() -> None:
 )
 def test_quantity(value: float, unit: str, text: str) -> None:
     assert report.quantity(value, unit) == text
+
+
+def test_how_often_each_part_of_a_mixture_is_read(tmp_path) -> None:
+    """Against the rows themselves: a part of one short text is read over and over, an endless task is not."""
+    (tmp_path / "a.txt").write_bytes(b"ab" * 100)
+    given = configs.load(
+        QUICKSTART, {"model.vocab_size": "300", "train.steps": "2048", "train.batch_size": "4"}
+    )
+    given.train.seq_len = 32
+    parts = {"text": configs.data("text", path=f"{tmp_path}/a.txt", weight=3.0), "task": configs.data("mqar")}
+    given.data = configs.data("mixture", components=parts)
+    config = configs.resolve(given)
+    dataset = member.build_data(config, "train")
+    origins = [origin.partition(":")[0] for origin in dataset.source.ids(np.arange(4 * 2048))]
+    often = (
+        origins.count("text")
+        / dict(zip(dataset.source.names, dataset.source.sources, strict=True))["text"].num_rows
+    )
+    assert report.amount(config, dataset).endswith(f"262 k tokens, text {often:.3g} epochs")

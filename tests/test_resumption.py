@@ -16,11 +16,6 @@ from tests import tiny
 pytestmark = pytest.mark.once  # test_trainer and test_checkpoint resume on every jax
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **fields):
     every = {"train__steps": 6, "checkpoint__every_steps": 2, "checkpoint__keep_last": 3}
     decay = {"optimizer__schedule": "wsd", "optimizer__decay_fraction": 0.5}
@@ -119,6 +114,40 @@ def test_a_damaged_checkpoint_stays_on_its_file_system(text, whole, run, tmp_pat
 def test_a_decayed_run_that_is_extended_is_warned(text, run, caplog):
     trainer.train(resolved(text, train__steps=8), run)
     assert "0.001 at step 6, then 0.00325 (wsd over 8 steps): it had decayed and rises again" in caplog.text
+
+
+def test_held_out_text_that_changed_is_said(text, tmp_path, caplog):
+    """It decides no batch, so that the run goes on."""
+    (tmp_path / "a.txt").write_text("held out " * 20)
+    given = lambda steps: resolved(text, train__steps=steps, data__val_path=f"{tmp_path}/a.txt")
+    trainer.train(given(2), tmp_path / "run")
+    trainer.train(given(3), tmp_path / "run")
+    assert "holds out others" not in caplog.text
+    (tmp_path / "a.txt").write_text("other text " * 20)
+    trainer.train(given(4), tmp_path / "run")
+    assert "data holds out others than up to step 3: losses on them do not compare" in caplog.text
+
+
+def staged(text, first=2, last=4, **fields):
+    c = tiny.config(text, model__pattern="retnet", optimizer__schedule="wsd", optimizer__decay_fraction=0.5)
+    c.stages = {"order": ("a", "b"), "a": {"train": {"steps": first}}}
+    c.stages["b"] = {"train": {"steps": last} | fields}
+    return configs.resolve(c)
+
+
+def test_the_last_stage_may_change_as_a_run_without_stages(text, tmp_path, caplog):
+    trainer.train(staged(text), tmp_path)
+    changed, ended = "a resumed run cannot change it", "= 3: the checkpoint is already at step 6"
+    for change, why in ("a.first", changed), ("b.batch_size", changed), ("b.last", ended):
+        stage, name = change.split(".")
+        field = f"stages.{stage}.train.{name if name == 'batch_size' else 'steps'}"
+        with pytest.raises(ConfigError, match=f"{field} .*{why}"):
+            trainer.train(staged(text, **{name: 4 if name == "batch_size" else 3}), tmp_path)
+    trainer.train(staged(text, last=6), tmp_path)
+    last = tiny.lines(tmp_path)
+    assert [line["step"] for line in last] == list(range(1, 9))
+    assert last[6]["learning_rate"] == pytest.approx(0.01 * (1 - 0.9 * 2 / 3))  # update 5 of 6, 2 of decay
+    assert "0.001 at step 6, then 0.004 (wsd over 6 steps): it had decayed and rises again" in caplog.text
 
 
 def test_another_pattern_is_refused_in_two_lines(text, run):

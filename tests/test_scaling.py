@@ -1,27 +1,17 @@
 """benchmarks.scaling on simulated devices, and a run of 8 devices that goes on with fewer."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 
 from benchmarks import scaling
-from tests.flags import FAST
-from tests.process_runs import ROOT
+from tests.flags import on_eight_devices
 from tests.scaling_runs import SAVED, STEPS
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    flags = f"--xla_force_host_platform_device_count=8 {FAST}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "tests.scaling_runs", str(tmp_path_factory.mktemp("scaling"))]
-    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(run.stdout.splitlines()[-1])
+    return on_eight_devices("tests.scaling_runs", tmp_path_factory.mktemp("scaling"))
 
 
 @pytest.mark.slow

@@ -134,3 +134,23 @@ def test_damage_is_found_on_every_way_of_reading(saved):
             with pytest.raises(RunError, match=r"/5: damaged checkpoint: .*; remove that directory"):
                 read()
         assert saves.record(3) == record(3)
+
+
+def test_a_sample_tells_files_apart(tmp_path):
+    """By name, size and content; a long file that was trained further differs everywhere."""
+    small, long = tmp_path / "small", tmp_path / "long"
+    small.write_bytes(bytes(range(256)) * 40)
+    long.write_bytes(bytes(3 << 20))
+    first = seal.sampled([small, long])
+    assert seal.sampled([long, small]) == first and len(first) == 16
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert seal.sampled((tmp_path / "copy").iterdir()) == first
+    flip(small)
+    assert (other := seal.sampled([small, long])) != first
+    long.write_bytes(b"\1" * (3 << 20))
+    assert seal.sampled([small, long]) not in (first, other)
+    flip(small)
+    long.write_bytes(bytes((3 << 20) - 1) + b"\1")  # its very end
+    assert seal.sampled([small, long]) not in (first, other)
+    long.write_bytes(bytes((3 << 20) + 1))
+    assert seal.sampled([small, long]) != first

@@ -1,9 +1,4 @@
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +10,8 @@ from jax.sharding import PartitionSpec
 from hybridlm import config as configs
 from hybridlm import model, schema, sharding
 from hybridlm.errors import ConfigError
-from tests.flags import FAST
+from tests.flags import on_eight_devices
 
-ROOT = Path(__file__).parents[1]
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
 
 
@@ -83,15 +77,7 @@ def test_everything_is_inert_without_a_mesh():
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     """What mesh_runs.py found on 8 simulated devices."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {FAST}",
-    }
-    command = [sys.executable, "-m", "tests.mesh_runs", tmp_path_factory.mktemp("eight")]
-    run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-    return json.loads(run.stdout.splitlines()[-1])
+    return on_eight_devices("tests.mesh_runs", tmp_path_factory.mktemp("eight"))
 
 
 def test_every_mesh_gives_the_curve_of_one_device(eight):

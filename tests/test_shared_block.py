@@ -10,7 +10,6 @@ from hybridlm import config as configs
 from hybridlm import cost, model
 from hybridlm.convert import families
 from hybridlm.convert.family import same_model
-from hybridlm.convert.fields import Fields
 from hybridlm.errors import ConfigError
 from hybridlm.rows import single_document
 from tests.tiny import loss_fn
@@ -147,5 +146,5 @@ def test_released_sizes():
         (1215064704, dict(hidden_size=2048, num_hidden_layers=38, layers_block_type=hybrid, mamba_d_state=128,
                           n_mamba_heads=64, use_shared_attention_adapter=True)),
     ):  # fmt: skip
-        read = families.FAMILIES["zamba2"].read(Fields({"vocab_size": 32000} | values)).config()
+        read = families.FAMILIES["zamba2"].architecture({"vocab_size": 32000} | values).config()
         assert cost.parameters(read) == count

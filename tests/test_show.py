@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 from hybridlm.run import cli, private
 
 handler = RichHandler(console=rich.get_console(), show_time=False, show_path=False)
-handler.addFilter(private.Filter())
+handler.addFilter(private.log_filter)
 logging.basicConfig(format="%(message)s", handlers=[handler], force=True)
 
 def body():

@@ -80,12 +80,14 @@ def test_against_naive_softmax(path, window, monkeypatch):
         np.testing.assert_allclose((np.asarray(grad) * direction).sum(), slope, rtol=1e-4, atol=5 * tolerance)
 
 
-@pytest.mark.parametrize("window", [0, 6])
-def test_sinks_and_forget_gates(window, monkeypatch):
-    """Values in float32 and float64 and, along a direction, every gradient."""
+@pytest.mark.parametrize("window, everything", [(0, None), (6, -np.inf), (0, -1e38)])
+def test_sinks_and_forget_gates(window, everything, monkeypatch):
+    """Values in float32 and float64 and, along a direction, every gradient; some gates forget all."""
     monkeypatch.setattr(xla, "MAX_BLOCK", 8)
     rng = np.random.default_rng(3)
     arrays = [*make_arrays(), np.float32(rng.normal(size=6)), np.float32(-rng.exponential(size=(2, 23, 6)))]
+    if everything is not None:
+        arrays[4][rng.uniform(size=(2, 23, 6)) < 0.2] = everything
     ids = np.cumsum(POSITIONS == 0, axis=1)
 
     def run(q, k, v, sinks, log_forget, backend="xla"):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from hybridlm import config as configs
-from hybridlm import init_from, model, objectives
+from hybridlm import init_from, model, objectives, stages
 from hybridlm.convert.tensors import shards, write
 from hybridlm.errors import ConfigError
+from hybridlm.member import Member
 from hybridlm.objectives import TEACHER
 from hybridlm.rows import Rows
 from launch import grid
@@ -113,6 +114,27 @@ def test_a_public_teacher_brings_its_tokenizer_and_no_text(tmp_path):
     assert load(**{"data.path": "*.txt"}).data.tokenizer == "bytes"  # the folder has none
     (folder / "tokenizer.json").write_text("{}")
     assert load(**{"data.path": "*.txt"}).data.tokenizer == str(folder / "tokenizer.json")
+
+
+def test_a_public_teacher_must_stay_as_it_was(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    folder = written("qwen3", tmp_path / "teacher")
+    config = configs.load(f"configs/linearise.py:teacher={folder},gdn,1:1", {"data.path": "*.txt"})
+    config.data = configs.data("copying", task="palindrome")
+    (_, stage), *_ = stages.split(configs.resolve(config), configs.resolve)
+    run = Member(stage, tmp_path / "run", None, np.arange(stage.train.batch_size))
+    run.check_teacher()
+    [weights] = folder.glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-8] + bytes(8))
+    with pytest.raises(ConfigError, match=r"or other files, than when this run began.*Bring those back"):
+        run.check_teacher()
+    run.record["teacher"] = dict.fromkeys(run.record["teacher"], "")  # of a version that knew none
+    run.check_teacher()
+    run.saved["teacher"] = run.teachers()  # as a resumption finds it
+    weights.write_bytes(content)
+    with pytest.raises(ConfigError, match="or other files"):
+        run.check_teacher()
 
 
 def test_norms_stay_where_they_stand(tmp_path):

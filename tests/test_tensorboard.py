@@ -1,18 +1,17 @@
-"""Event files, read back by a decoder of their own: TensorFlow's records, protobuf's wire format.
-
-https://www.tensorflow.org/tutorials/load_data/tfrecord, https://protobuf.dev/programming-guides/encoding
-"""
+"""Event files, read back: TensorFlow's records (https://www.tensorflow.org/tutorials/load_data/tfrecord) by a
+decoder of their own, the messages by protobuf."""
 
 import errno
 import importlib.util
 import struct
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from hybridlm import config as configs
 from hybridlm import trainer
 from hybridlm.errors import ConfigError
-from hybridlm.run import logbook, tensorboard
+from hybridlm.run import logbook, tracking
 from tests import tiny
 from tests.test_logbook import config, line
 
@@ -41,43 +40,17 @@ def records(content):
         content = content[16 + length :]
 
 
-def message(data):
-    """Field number -> its values: numbers, or the bytes of a length-delimited or fixed field."""
-    found, at = {}, 0
-
-    def varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        tag = varint()
-        if tag & 7 == 0:
-            value = varint()
-        else:
-            size = {1: 8, 5: 4}.get(tag & 7) or varint()
-            at, value = at + size, data[at : at + size]
-        found.setdefault(tag >> 3, []).append(value)
-    return found
-
-
 def read(folder):
     """({(step, tag): float or text}, the steps that sessions begin at), of all files in order."""
     values, begins = {}, []
     for path in sorted(folder.iterdir()):
-        first, *events = [message(data) for data in records(path.read_bytes())]
-        assert first[3] == [b"brain.Event:2"]
+        first, *events = map(event_pb2.Event.FromString, records(path.read_bytes()))
+        assert first.file_version == "brain.Event:2"
         for event in events:
-            [step] = event[2]
-            begins += [step for _ in event.get(7, ())]
-            for value in (message(one) for summary in event.get(5, ()) for one in message(summary)[1]):
-                [tag] = value[1]
-                number = struct.unpack("<f", value[2][0])[0] if 2 in value else message(value[8][0])[8][0]
-                values[step, tag.decode()] = number
+            begins += [event.step] * event.HasField("session_log")
+            for value in event.summary.value:
+                [number] = value.tensor.string_val or [value.simple_value]
+                values[event.step, value.tag] = number
     return values, begins
 
 
@@ -120,7 +93,7 @@ def test_without_the_extra_it_is_refused_before_anything_is_done(tmp_path, monke
     asked = importlib.util.find_spec
     without = lambda name, *more: None if name == "tensorboardX" else asked(name, *more)
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    tensorboard.check(False)
+    tracking.check_tensorboard(False)
     (tmp_path / "text").mkdir()
     given = configs.resolve(tiny.config(tiny.write_text(tmp_path / "text"), log__tensorboard=True))
     with pytest.raises(ConfigError, match=r"log.tensorboard = True: needs tensorboardX.*\[tensorboard"):

@@ -11,6 +11,8 @@ from hybridlm import trainer
 from hybridlm.errors import Stopped
 from hybridlm.run import interrupt
 from hybridlm.run.checkpoint import Checkpoints
+from launch import worker
+from launch.state import POINT
 
 pytestmark = pytest.mark.once  # test_vmapped trains runs together on every jax
 SMALL = {
@@ -115,3 +117,14 @@ def test_stopped_and_resumed(together, tmp_path: Path, monkeypatch: pytest.Monke
 def test_alike():
     assert trainer.alike(resolved()) == trainer.alike(resolved(train__seed="7", optimizer__learning_rate="1"))
     assert trainer.alike(resolved()) != trainer.alike(resolved(train__steps="7"))
+
+
+def test_a_worker_says_that_a_run_never_warms_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    """Once of all that are trained together."""
+    chosen = [resolved(train__seed=seed, optimizer__warmup_steps="40") for seed in "01"]
+    workdirs = folders(tmp_path, "ab")
+    for config, workdir in zip(chosen, workdirs, strict=True):
+        (workdir / POINT).write_text(json.dumps(config.to_dict()))
+    monkeypatch.setattr(trainer, "stage", lambda *args: None)
+    assert worker.work(workdirs) == 0
+    assert caplog.text.count("the run: optimizer.warmup_steps = 40 are more than its 12 steps") == 1

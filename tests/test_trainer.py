@@ -24,11 +24,6 @@ from tests import tiny
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **fields):
     return configs.resolve(tiny.config(text, **fields))
 
@@ -144,7 +139,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(text, tmp_path):
         checkpoint__every_steps=1,
         train__max_skipped=1,
     )
-    with pytest.raises(RunError, match=r"step \d: loss or gradient is not finite, 2 updates in a row"):
+    with pytest.raises(RunError, match=r"step \d: .* update is not finite, 2 updates in a row"):
         trainer.train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints") as saves:  # the last one written before is whole
         record = saves.record(saves.steps()[-1])
@@ -252,7 +247,7 @@ def test_looking_never_costs_a_step(text, tmp_path, monkeypatch, caplog):
     def broken(*args, **options):
         raise UnicodeDecodeError("utf-8", b"x", 0, 1, "of the test")
 
-    for module, name in ((loop.Loop, "validated"), (generate, "generate"), (picture, "plot")):
+    for module, name in ((loop.Loop, "validated"), (generate, "complete"), (picture, "plot")):
         monkeypatch.setattr(module, name, broken)
     trainer.train(config, tmp_path, evaluate=broken)
     assert [line["step"] for line in tiny.lines(tmp_path)] == [1, 2, 3, 4]

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import pytest
 import triton_aot
 
-from pallas_kernels import dispatch, explain, linear_attention
+from pallas_kernels import agreement, dispatch, explain, linear_attention
 from pallas_kernels.dispatch import Device
 from pallas_kernels.linear_attention import reference, trial, triton
 from pallas_kernels.linear_attention.op import OP, normalize
-from pallas_kernels.linear_attention.triton import requirements
 
 B, T, H, HV, K, V = 1, 100, 1, 2, 64, 64
 FAMILIES = [(decay, delta) for decay in ("none", "head", "channel") for delta in (False, True)]
@@ -64,7 +63,9 @@ def test_values_and_gradients_interpreted(decay, delta):
         want = jax.jit(lambda x: run(reference.linear_attention, x, False))(exact)
         error = lambda a, b: float(jnp.linalg.norm(jnp.asarray(a, jnp.float64) - b) / jnp.linalg.norm(b))
         errors = {name: error(got[name], want[name]) for name in want}
-    assert max(errors.values()) < 6e-3, errors  # bf16 rounds by 4e-3
+    print(decay, delta, {name: f"{value:.1e}" for name, value in sorted(errors.items())})
+    # What flash-linear-attention's tests of its chunk_gla allow (tests/ops/test_gla.py); bf16 rounds by 4e-3.
+    assert all(value < (4e-3 if name == "o" else 5e-3) for name, value in errors.items()), errors
 
 
 def test_what_it_refuses():
@@ -107,7 +108,7 @@ def test_the_self_test_itself_interpreted(decay, delta):
     kind = trial.Kind(decay, delta)
     assert trial.kind(trial.small_call(kind)) == kind and triton.supports(trial.small_call(kind)) is None
     results = trial.compare(triton.linear_attention, kind, interpret=True)
-    assert requirements.self_test("linear_attention", lambda: results) is None
+    assert agreement.self_test("linear_attention", lambda: results) is None
 
 
 def test_traced_inside_shard_map():

@@ -12,11 +12,6 @@ from hybridlm.run import logbook, picture
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **sets):
     given = tiny.config(text, model__pattern="retnet", train__steps=2, eval__every_steps=1)
     given.val = {name: configs.data(**settings) for name, settings in sets.items()}

@@ -20,11 +20,6 @@ from hybridlm.run.checkpoint import Checkpoints
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return tiny.write_text(tmp_path_factory.mktemp("text"))
-
-
 def resolved(text, **fields):
     return configs.resolve(tiny.config(text, model__pattern="retnet", **fields))
 
@@ -79,6 +74,26 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_named(text, tmp_pat
     trainer.train(config, tmp_path)  # from step 4, in the middle of a row of two
     assert tiny.lines(tmp_path) == shorter
     assert [event["step"] for event in events(tmp_path)] == [3, 4, 6]
+
+
+@pytest.mark.once
+def test_an_update_that_is_not_finite_is_skipped(text, tmp_path, caplog):
+    """Where its loss and gradient are: the second, by the decay of weights that the first made huge."""
+    huge = {"learning_rate": 1e9, "weight_decay": 1e9, "groups": ("head=99999/99999",), "warmup_steps": 0}
+    options = {f"optimizer__{name}": value for name, value in (huge | {"freeze": ("*", "!head")}).items()}
+    config = resolved(text, train__max_skipped=1, **options)
+    with pytest.raises(RunError, match="update is not finite, 2 updates in a row since step 2"):
+        trainer.train(config, tmp_path)
+    assert "step 2: update skipped, which is not finite where its gradient is" in caplog.text
+    assert [math.isfinite(event["grad_norm"]) for event in events(tmp_path)] == [True, True]
+    source, mesh = member.build_data(config, "train"), sharding.make_mesh(schema.Mesh(1, 1, 1))
+    built = program.build(config, model.build(config), mesh, None)
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "dump-2" / "checkpoints") as saves:
+        _, join, like = program.by_layer(model.build(config), built)
+        end, start = join(saves.restore(saves.steps()[-1], like)), built.init(jax.random.key(0))
+        first, metrics = built.step(start, sharding.put_batch(source.batch(0), mesh))
+    jax.tree.map(np.testing.assert_array_equal, first, end)
+    assert metrics["update_finite"] and np.isfinite(end["params"]["head"]).all()
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ are drawn from the model's whole vocabulary, as in training.
 """
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +32,7 @@ from hybridlm.data import (
 )
 from hybridlm.fields import plain
 
+log = logging.getLogger("hybridlm")
 Settings = Mapping[str, Any]
 DECIDE = ("kind", "task", "group")  # which settings make a task; others are its size
 OF_TRAINING = ("train_examples", "weight")
@@ -71,7 +74,21 @@ class LabelTask:
         whole = plain(data.settings(self.data_config(subject.config.data, 1)))
         decisive = {n: v for n, v in sorted(whole.items()) if n not in ("val_examples", *OF_TRAINING)}
         seed = f", drawn with {setting.seed}" if setting.seed else ""
-        return f"{subject.definition.vocab_size} ids, {decisive}{seed}"
+        # Earlier releases scored a row, also where several samples share it.
+        apart = ", each by itself" if self._own_length(self._held_out(subject, setting, 1), setting) else ""
+        return f"{subject.definition.vocab_size} ids, {decisive}{seed}{apart}"
+
+    def _held_out(self, subject: Subject, setting: Setting, rows: int) -> data.Dataset:
+        return data.build(
+            self.data_config(subject.config.data, setting.samples),
+            split="val", batch_size=rows, seq_len=setting.length, seed=0,
+            vocab_size=subject.definition.vocab_size, held_out=setting.seed,
+        )  # fmt: skip
+
+    def _own_length(self, held_out: data.Dataset, setting: Setting) -> int:
+        """Of a sample, where several share a row; else 0."""
+        own = getattr(held_out.source, "length", setting.length)
+        return own if 2 * own <= setting.length else 0
 
     def chance(self, config: Config) -> float | None:
         settings = plain(data.settings(self.data_config(config.data, 1)))
@@ -80,21 +97,29 @@ class LabelTask:
 
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         rows = min(subject.rows_per_batch(setting.length), setting.samples)
-        held_out = data.build(
-            self.data_config(subject.config.data, setting.samples),
-            split="val", batch_size=rows, seq_len=setting.length, seed=0,
-            vocab_size=subject.definition.vocab_size, held_out=setting.seed,
-        )  # fmt: skip
+        held_out = self._held_out(subject, setting, rows)
+        if own := self._own_length(held_out, setting):
+            say_short(f"{self.name}@{setting.length}", own)
         scores: list[float] = []
         for index in range(held_out.num_batches or 0):
             batch = held_out.batch(index)
-            counted = (batch["targets"] >= 0).sum(axis=1)
-            correct = subject.token_scores(batch)[1].sum(axis=1)
+            there = batch["targets"] >= 0
+            ids = batch["segment_ids"]  # a row may hold several examples
+            example = (np.arange(len(ids))[:, None] * (ids.max() + 1) + ids)[there]
+            counted = np.bincount(example)
+            correct = np.bincount(example, subject.token_scores(batch)[1][there])
             real = counted > 0  # the last batch is filled up with padding
             share = correct[real] / counted[real]
             scores += (np.floor(share) if self.whole else share).tolist()
             progress(int(real.sum()))
         return np.array(scores)
+
+
+@functools.cache
+def say_short(name: str, length: int) -> None:
+    """Says, once, that the contexts of a measurement are not as long as asked."""
+    said = "%s: its samples have %d tokens each, several to a row: their context is no longer than that"
+    log.warning(said, name, length)
 
 
 def _mad_choices(settings: Settings, vocab: int) -> int:

@@ -9,7 +9,9 @@ greedy, up to 48 tokens or a newline; an answer counts if it occurs in the compl
 The window: a document is cut to the tokens around its answer, so scores depend on the tokenizer.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -56,6 +58,14 @@ class NaturalTask:
     def chance(self, config: Config) -> float | None:
         return None
 
+    def examples(self, subject: Subject, setting: Setting) -> str | None:
+        """A hash of the local file; None of what is downloaded, or cannot be read, which `run` says."""
+        if setting.data_dir:
+            with contextlib.suppress(ConfigError):
+                content = untrusted.read_bytes(self.local(setting.data_dir), "--data_dir")
+                return hashlib.sha256(content).hexdigest()
+        return None
+
     def run(self, subject: Subject, setting: Setting, progress: Progress) -> np.ndarray:
         room = setting.length - MAX_NEW_TOKENS
         if room < 1:
@@ -77,9 +87,12 @@ class NaturalTask:
         """The harness leaves out documents with a centre of one character."""
         return bool(answers(doc)) and all(len(first(doc[field])) > 1 for field in self.centre)
 
+    def local(self, data_dir: str) -> Path:
+        return Path(data_dir).expanduser() / f"{self.name}.jsonl"
+
     def docs(self, data_dir: str) -> list[Doc]:
         if data_dir:
-            return read(Path(data_dir).expanduser() / f"{self.name}.jsonl", self)
+            return read(self.local(data_dir), self)
         try:
             import datasets
         except ImportError as error:

@@ -33,7 +33,6 @@ def read(fields: Fields) -> Architecture:
     mlp = configs.mlp("swiglu", **mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps))
     multiplier = fields.get("embedding_multiplier", 1.0)
     model = settings(fields, d_model, eps, embedding_multiplier=multiplier, logit_divisor=_inverse(fields))
-    fields.finish()
     return Architecture([f"{kind}/{MLP}"] * layers, parts | {kind: both}, {MLP: mlp}, model)
 
 
@@ -48,17 +47,13 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     types(definition, FORMAT)  # refuses layers of other kinds
     model = definition.model
     return outline(
-        definition, FORMAT, "FalconH1", model_type, "rms_norm_eps",
+        definition, FAMILY, model_type, "rms_norm_eps",
         hidden_act="silu", embedding_multiplier=model.embedding_multiplier,
         lm_head_multiplier=nearby(lambda x: 1 / x, model.logit_divisor, 1 / model.logit_divisor),
     )  # fmt: skip
 
 
 FAMILY = Family(
-    FORMAT,
-    {"falcon_h1": "FalconH1"},
-    read,
-    write,
-    norms=lambda layer_type: ("input_layernorm", "pre_ff_layernorm"),
+    FORMAT, {"falcon_h1": "FalconH1"}, read, write, norms=("input_layernorm", "pre_ff_layernorm"),
     final_norm="final_layernorm",
-)
+)  # fmt: skip

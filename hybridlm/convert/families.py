@@ -28,7 +28,6 @@ from hybridlm.convert import (
     zamba2,
 )
 from hybridlm.convert.family import Family, Unsayable, same_model
-from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.errors import ConfigError, nearest, one_of
 
@@ -68,7 +67,7 @@ def read_config(directory: str | Path) -> Source:
         values, model_type = _text(values, file), MULTIMODAL[model_type]
     one_of(f"{CONFIG}: model_type", model_type, sorted(FAMILIES))
     family = FAMILIES[model_type]
-    return Source(Path(directory), values, model_type, family, family.read(Fields(values)).config())
+    return Source(Path(directory), values, model_type, family, family.architecture(values).config())
 
 
 def _text(values: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def written(definition: model.Definition, model_type: str = "") -> tuple[str, di
         try:
             FAMILIES[name].check(definition)
             values = FAMILIES[name].write(definition, name)
-            config = FAMILIES[name].read(Fields(values)).config()
+            config = FAMILIES[name].architecture(values).config()
         except Unsayable as error:
             unknown.append(f"{name} ({error.allowed})")
             continue

@@ -19,6 +19,7 @@ from hybridlm.errors import ConfigError
 
 SHORT = {kind: name for name, (kind, settings) in configs.STANDARD.items() if not settings}
 SPARSE, NO_MLP = "moe", "none"
+FULL, LINEAR = "full_attention", "linear_attention"  # layer types of many formats
 SETTINGS = (
     "d_model", "vocab_size", "norm", "embedding_norm", "norm_eps", "norm_unit_offset", "tie_embeddings",
     "embedding_multiplier", "residual_multiplier", "logit_divisor", "logit_cap", "mup_base_width",
@@ -53,7 +54,8 @@ class Family:
     read: config.json -> Architecture.
     write: (Definition, model_type) -> config.json, ConfigError where there is none. What cannot be said may
         be left out: the caller reads it back and compares.
-    norms: layer type -> names of a layer's two norms; of a layer without an MLP the first counts.
+    norms: names of a layer's two norms; of a layer without an MLP the first counts.
+    norms_of: layer type -> the same, of types that have others.
     embedding: its name.  body: prefix of the layers and of the norm after them, which is ``final_norm``.
     layers: what they are called.
     embedding_norm: of a family that has one.
@@ -67,7 +69,8 @@ class Family:
     classes: Mapping[str, str]
     read: Callable[[Fields], Architecture]
     write: Callable[[model.Definition, str], dict[str, Any]]
-    norms: Callable[[str], tuple[str, str]] = lambda kind: ("input_layernorm", "post_attention_layernorm")
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    norms_of: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     embedding: str = "model.embed_tokens.weight"
     body: str = "model."
     final_norm: str = "norm"
@@ -77,6 +80,13 @@ class Family:
     unused: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda values: ()
     multimodal: Mapping[str, str] = dataclasses.field(default_factory=dict)
     derived: Callable[[model.Definition, Mapping[str, Any]], list[Rule]] = lambda definition, values: []
+
+    def architecture(self, values: Mapping[str, Any]) -> Architecture:
+        """What ``values``, a config.json, say; ConfigError for a field that `read` did not take."""
+        fields = Fields(values)
+        found = self.read(fields)
+        fields.finish()
+        return found
 
     def check(self, definition: model.Definition) -> None:
         """Unsayable for a kind of layer that the format has not: the first thing to be told."""
@@ -99,7 +109,7 @@ class Family:
             found += [rule.under(f"shared.{mixer}.", self.body) for rule in shared]
         for index, spec in enumerate(definition.layers):
             mixer_, mlp = mixer_format(spec, name), mlp_format(spec, name)
-            before, after = self.norms(mixer_.layer_type)
+            before, after = self.norms_of.get(mixer_.layer_type, self.norms)
             layer = [] if spec.config.norms_itself else normed("mixer_norm", before)
             layer += normed("mlp_norm", after) if spec.mlp_kind != NO_MLP else []
             layer += [rule.under("mixer.", mixer_.module) for rule in mixer_.rules(spec.config, d_model)]
@@ -208,7 +218,7 @@ def assemble(
 def describe(definition: model.Definition, family: Family, model_type: str) -> dict[str, Any]:
     """The inverse of `assemble`, with layer_types."""
     return outline(
-        definition, family.format, family.classes[model_type], model_type, "rms_norm_eps",
+        definition, family, model_type, "rms_norm_eps",
         hidden_act="silu", layer_types=types(definition, family.format),
         intermediate_size=definition.d_model,  # of a model without dense layers
     )  # fmt: skip
@@ -264,22 +274,24 @@ def settings(fields: Fields, d_model: int, eps: float, tied: bool = False, **oth
 
 
 def outline(
-    definition: model.Definition, format: str, prefix: str, model_type: str,
+    definition: model.Definition, family: Family, model_type: str,
     eps: str = "norm_eps", specs: Iterable[Spec] | None = None, **others: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """config.json, ``others`` in it.
 
-    prefix: of the classes' names.  eps: the field of the norms'.  specs: the layers that it says, not all.
+    eps: the field of the norms'.  specs: the layers that it says, not all.
     """
     return {
-        "architectures": [f"{prefix}ForCausalLM"],
+        "architectures": [f"{family.classes[model_type]}ForCausalLM"],
         "model_type": model_type,
         "hidden_size": definition.d_model,
         "num_hidden_layers": len(definition.layers),
         eps: definition.model.norm_eps,
         "tie_word_embeddings": definition.model.tie_embeddings,
         "vocab_size": definition.vocab_size,
-    } | others | said(definition.layers if specs is None else specs, format, definition.d_model)  # fmt: skip
+        **others,
+        **said(definition.layers if specs is None else specs, family.format, definition.d_model),
+    }
 
 
 def every_type(definition: model.Definition, format: str) -> None:

@@ -67,6 +67,19 @@ class Fields:
             raise self.refuse(name, f"must be from 1 to {most:,}")
         return value
 
+    def table(self, names: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+        """By setting, of (field, what a missing one is[, the most it may be]): `public.told` writes them.
+
+        Whole numbers are at least 1.
+        """
+        found = {}
+        for ours, (name, default, *most) in names.items():
+            if type(default) is int:
+                found[ours] = self.size(name, most[0] if most else MAX_SIZE, default)
+            else:
+                found[ours] = self.get(name, default)
+        return found
+
     def _whole(self, name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refuse(name, "must be a whole number")

@@ -9,27 +9,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hybridlm import config as configs
-from hybridlm.convert.family import (
-    SHORT,
-    Architecture,
-    Family,
-    Unsayable,
-    define,
-    kinds,
-    mixer_format,
-    num_layers,
-    outline,
-    settings,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import Architecture, Family, Unsayable
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
 ATTENTION = "transformer"  # model_type of the layers that a hybrid's ``attn`` names
-KINDS = kinds("fla")
+KINDS = family.kinds("fla")
 
 
 def read(fields: Fields) -> Architecture:
-    model_type, layers_ = fields.values["model_type"], num_layers(fields)
+    model_type, layers_ = fields.values["model_type"], family.num_layers(fields)
     d_model, eps = fields.size("hidden_size"), fields.get("norm_eps", 1e-6)
     fields.only("hidden_act", "swish")
     fields.only("elementwise_affine", True)
@@ -42,16 +32,15 @@ def read(fields: Fields) -> Architecture:
     kind, own = KINDS[model_type]
     values = own.read(fields, d_model, eps)
     kind = values.pop("kind", kind)  # where one model_type has several
-    name = SHORT[kind]
-    definitions = define(name, kind, values)
+    name = family.SHORT[kind]
+    definitions = family.define(name, kind, values)
     layers = [name] * layers_
     for number, (indices, definition) in enumerate(_attention(fields, d_model, layers_)):
         attention = f"attention_{number}"
         definitions[attention] = definition
         for index in indices:
             layers[index] = attention
-    around = settings(fields, d_model, eps, mlp_hidden=hidden)
-    fields.finish()
+    around = family.settings(fields, d_model, eps, mlp_hidden=hidden)
     return Architecture(layers, definitions, {}, around)
 
 
@@ -78,16 +67,16 @@ def _attention(fields: Fields, d_model: int, layers: int) -> list[tuple[list[int
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    own = [s for s in definition.layers if mixer_format(s, "fla").layer_type == model_type]
+    own = [s for s in definition.layers if family.mixer_format(s, "fla").layer_type == model_type]
     if not own:
         raise Unsayable("model.pattern", model_type, "has no layer of this kind")
-    prefix = FAMILY.classes[model_type]
-    values = outline(definition, "fla", prefix, model_type, specs=own, hidden_act="swish")
+    values = family.outline(definition, FAMILY, model_type, specs=own, hidden_act="swish")
     attn: list[dict[str, Any]] = []
     for index, spec in enumerate(definition.layers):
-        if spec in own or mixer_format(spec, "fla").layer_type != ATTENTION:
+        said = family.mixer_format(spec, "fla")
+        if spec in own or said.layer_type != ATTENTION:
             continue
-        one = mixer_format(spec, "fla").write(spec.config.explicit(definition.d_model), definition.d_model)
+        one = said.write(spec.config.explicit(definition.d_model), definition.d_model)
         del one["qk_norm"]
         same = next((other for other in attn if other | {"layers": []} == one | {"layers": []}), None)
         if same is None:
@@ -106,11 +95,6 @@ def rename(name: str) -> str:
 
 
 FAMILY = Family(
-    "fla",
-    {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
-    read,
-    write,
-    norms=lambda layer_type: ("attn_norm", "mlp_norm"),
-    embedding="model.embeddings.weight",
-    rename=rename,
-)
+    "fla", {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
+    norms=("attn_norm", "mlp_norm"), embedding="model.embeddings.weight", rename=rename,
+)  # fmt: skip

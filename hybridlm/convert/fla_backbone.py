@@ -8,25 +8,14 @@ both. Source: fla 0.6.0, fla/models; transformers 5.24, models/mamba2.
 from typing import Any
 
 from hybridlm import config as configs
-from hybridlm.convert.family import (
-    BACKBONE,
-    NO_MLP,
-    SHORT,
-    Architecture,
-    Family,
-    alone,
-    define,
-    kinds,
-    num_layers,
-    outline,
-    settings,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
 FORMAT = "fla_backbone"
-KINDS = kinds(FORMAT)
-WITHOUT = {"mamba2"}  # an MLP
+KINDS = family.kinds(FORMAT)
+WITHOUT = {"mamba2": ("norm", "")}  # an MLP: names of their norms
 
 
 def hidden(d_model: int) -> int:
@@ -36,21 +25,22 @@ def hidden(d_model: int) -> int:
 
 def read(fields: Fields) -> Architecture:
     kind, own = KINDS[fields.values["model_type"]]
-    layers, d_model = num_layers(fields), fields.size("hidden_size")
+    layers, d_model = family.num_layers(fields), fields.size("hidden_size")
     eps = fields.either("norm_eps", "layer_norm_epsilon", 1e-5)
     fields.only("hidden_act", "silu", "swish")
     fields.only("attnres_block_size", None)
-    definitions = define(SHORT[kind], kind, own.read(fields, d_model, eps))
-    model = settings(fields, d_model, eps, mlp_hidden=hidden(d_model))
-    fields.finish()
+    definitions = family.define(family.SHORT[kind], kind, own.read(fields, d_model, eps))
+    model = family.settings(fields, d_model, eps, mlp_hidden=hidden(d_model))
     bare = own.layer_type in WITHOUT
-    name = SHORT[kind] + f"/{NO_MLP}" * bare
-    return Architecture([name] * layers, definitions, {NO_MLP: configs.mlp(NO_MLP)} if bare else {}, model)
+    name = family.SHORT[kind] + f"/{family.NO_MLP}" * bare
+    return Architecture(
+        [name] * layers, definitions, {family.NO_MLP: configs.mlp(family.NO_MLP)} if bare else {}, model
+    )
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    alone(definition, FORMAT, model_type)
-    fields = outline(definition, FORMAT, FAMILY.classes[model_type], model_type, hidden_act="silu")
+    family.alone(definition, FORMAT, model_type)
+    fields = family.outline(definition, FAMILY, model_type, hidden_act="silu")
     fields.pop("intermediate_size", None)
     if model_type in WITHOUT:
         fields["layer_norm_epsilon"] = definition.model.norm_eps
@@ -58,10 +48,6 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    FORMAT,
-    {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
-    read,
-    write,
-    norms=lambda layer_type: ("norm" if layer_type in WITHOUT else "mixer_norm", "mlp_norm"),
-    **BACKBONE,
-)
+    FORMAT, {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
+    norms=("mixer_norm", "mlp_norm"), norms_of=WITHOUT, **family.BACKBONE,
+)  # fmt: skip

@@ -11,17 +11,8 @@ import numpy as np
 
 from hybridlm import config as configs
 from hybridlm import model
-from hybridlm.convert.family import (
-    SHORT,
-    Architecture,
-    Family,
-    alone,
-    define,
-    kinds,
-    num_layers,
-    outline,
-    settings,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.errors import ConfigError
@@ -29,31 +20,29 @@ from hybridlm.mlps import channel_mix
 from hybridlm.model import Definition
 
 FORMAT, MLP = "fla_rwkv", "channel_mix"
-KINDS = kinds(FORMAT)
+KINDS = family.kinds(FORMAT)
 SAID: dict[str, Any] = {"hidden_act": "sqrelu", "norm_bias": True, "attn": None}
 
 
 def read(fields: Fields) -> Architecture:
     kind, own = KINDS[fields.values["model_type"]]
-    layers, d_model, eps = num_layers(fields), fields.size("hidden_size"), fields.get("norm_eps", 1e-5)
+    layers, d_model, eps = family.num_layers(fields), fields.size("hidden_size"), fields.get("norm_eps", 1e-5)
     for name, value in SAID.items():
         fields.only(name, value)
-    definitions = define(SHORT[kind], kind, own.read(fields, d_model, eps))
+    definitions = family.define(family.SHORT[kind], kind, own.read(fields, d_model, eps))
     mlp = {MLP: configs.mlp(MLP, **channel_mix.Mlp.public[FORMAT].read(fields, d_model, eps))}
     first = fields.get("norm_first", True)
-    around = settings(fields, d_model, eps, norm="layer", embedding_norm=first)
-    fields.finish()
-    return Architecture([f"{SHORT[kind]}/{MLP}"] * layers, definitions, mlp, around)
+    around = family.settings(fields, d_model, eps, norm="layer", embedding_norm=first)
+    return Architecture([f"{family.SHORT[kind]}/{MLP}"] * layers, definitions, mlp, around)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    alone(definition, FORMAT, model_type)
+    family.alone(definition, FORMAT, model_type)
     for spec in definition.layers:
         if spec.mlp_kind != MLP:
             raise ConfigError("mlps", spec.name, f"has MLPs of kind {MLP}, not {spec.mlp_kind}")
     first = definition.model.embedding_norm
-    prefix = FAMILY.classes[model_type]
-    return outline(definition, FORMAT, prefix, model_type, norm_first=first, **SAID)
+    return family.outline(definition, FAMILY, model_type, norm_first=first, **SAID)
 
 
 class Rwkv(Family):
@@ -71,11 +60,6 @@ class Rwkv(Family):
 
 
 FAMILY = Rwkv(
-    FORMAT,
-    {model_type: own.architecture for model_type, (_, own) in KINDS.items()},
-    read,
-    write,
-    norms=lambda layer_type: ("attn_norm", "ffn_norm"),
-    embedding="model.embeddings.weight",
-    embedding_norm="layers.0.pre_norm",
-)
+    FORMAT, {model_type: own.architecture for model_type, (_, own) in KINDS.items()}, read, write,
+    norms=("attn_norm", "ffn_norm"), embedding="model.embeddings.weight", embedding_norm="layers.0.pre_norm",
+)  # fmt: skip

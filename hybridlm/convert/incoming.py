@@ -226,4 +226,8 @@ def _tokenizer(file: Path, workdir: Path, vocab_size: int) -> None:
     if found.vocab_size > vocab_size:
         log.warning("%s has %d ids, the model %d; %s", TOKENIZER, found.vocab_size, vocab_size, fix)
         return
+    first = untrusted.read_json(file.with_name(CONFIG), "--hf", dict).get("bos_token_id")
+    if isinstance(first, int) and first != found.doc_id:
+        said = "texts begin with id %d, which separates documents in %s; config.json has bos_token_id %d"
+        log.warning(said, found.doc_id, TOKENIZER, first)
     untrusted.write_bytes(workdir / TOKENIZER, file.read_bytes())

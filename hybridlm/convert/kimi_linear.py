@@ -5,38 +5,22 @@ Sources: transformers 5.23, models/kimi_linear; the checkpoint layout is that of
 
 from typing import Any
 
-from hybridlm.convert.family import (
-    PREDICTING,
-    Architecture,
-    Family,
-    assemble,
-    describe,
-    every_type,
-    first_dense,
-    first_dense_fields,
-    kinds,
-    num_layers,
-    predicting,
-    untied,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
-FULL, LINEAR = "full_attention", "linear_attention"
-
 
 def read(fields: Fields) -> Architecture:
-    layers = num_layers(fields)
+    layers = family.num_layers(fields)
     types = _layer_types(fields, layers)
-    fields.ignore("model_max_length", *PREDICTING)
-    found = assemble(fields, "kimi_linear", types, first_dense(fields, layers, 1), eps=1e-5)
-    fields.finish()
-    return found
+    fields.ignore("model_max_length", *family.PREDICTING)
+    return family.assemble(fields, "kimi_linear", types, family.first_dense(fields, layers, 1), eps=1e-5)
 
 
 def _layer_types(fields: Fields, layers: int) -> list[str]:
     """layer_types, or the lists of linear_attn_config, which count from 1."""
-    types = fields.layers("layer_types", kinds("kimi_linear"), layers)
+    types = fields.layers("layer_types", family.kinds("kimi_linear"), layers)
     lists = fields.sub("linear_attn_config") or Fields({})
     full, kda = (lists.indices(name, 1, layers) for name in ("full_attn_layers", "kda_layers"))
     if full is None:
@@ -50,12 +34,12 @@ def _layer_types(fields: Fields, layers: int) -> list[str]:
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    every_type(definition, "kimi_linear")
-    untied(definition)
-    values = describe(definition, FAMILY, model_type)
+    family.every_type(definition, "kimi_linear")
+    family.untied(definition)
+    values = family.describe(definition, FAMILY, model_type)
     places = lambda wanted: [at + 1 for at, one in enumerate(values["layer_types"]) if one == wanted]
     values["linear_attn_config"] |= {"full_attn_layers": places(FULL), "kda_layers": places(LINEAR)}
-    return values | first_dense_fields(definition)
+    return values | family.first_dense_fields(definition)
 
 
 def rename(name: str) -> str:
@@ -63,4 +47,6 @@ def rename(name: str) -> str:
     return name.replace(".block_sparse_moe.", ".mlp.")
 
 
-FAMILY = Family("kimi_linear", {"kimi_linear": "KimiLinear"}, read, write, rename=rename, unused=predicting)
+FAMILY = Family(
+    "kimi_linear", {"kimi_linear": "KimiLinear"}, read, write, rename=rename, unused=family.predicting
+)

@@ -6,18 +6,8 @@ Source: transformers 5.24, models/lfm2.
 from typing import Any
 
 from hybridlm import mlps
-from hybridlm.convert.family import (
-    SHORT,
-    Architecture,
-    Family,
-    definitions,
-    every_type,
-    kinds,
-    num_layers,
-    outline,
-    settings,
-    types,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
@@ -31,31 +21,25 @@ IDLE = (
 
 
 def read(fields: Fields) -> Architecture:
-    layers, d_model, eps = num_layers(fields), fields.size("hidden_size"), fields.get("norm_eps", 1e-5)
-    known = kinds(FORMAT)
+    layers, d_model, eps = family.num_layers(fields), fields.size("hidden_size"), fields.get("norm_eps", 1e-5)
+    known = family.kinds(FORMAT)
     full = fields.indices("full_attn_idxs", 0, layers - 1)
     named = fields.layers("layer_types", known, layers) or [
         FULL if full is None or index in full else "conv" for index in range(layers)
     ]
     fields.ignore(*IDLE)
-    found = definitions(fields, FORMAT, d_model, eps)
+    found = family.definitions(fields, FORMAT, d_model, eps)
     hidden = mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"]
-    model = settings(fields, d_model, eps, tied=True, mlp_hidden=hidden)
+    model = family.settings(fields, d_model, eps, tied=True, mlp_hidden=hidden)
     model["tie_embeddings"] = fields.get("tie_embedding", model["tie_embeddings"])
-    fields.finish()
-    return Architecture([SHORT[known[one][0]] for one in named], found, {}, model)
+    return Architecture([family.SHORT[known[one][0]] for one in named], found, {}, model)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    every_type(definition, FORMAT)
-    return outline(definition, FORMAT, "Lfm2", model_type, layer_types=types(definition, FORMAT))
+    family.every_type(definition, FORMAT)
+    return family.outline(definition, FAMILY, model_type, layer_types=family.types(definition, FORMAT))
 
 
 FAMILY = Family(
-    FORMAT,
-    {"lfm2": "Lfm2"},
-    read,
-    write,
-    norms=lambda layer_type: ("operator_norm", "ffn_norm"),
-    final_norm="embedding_norm",
+    FORMAT, {"lfm2": "Lfm2"}, read, write, norms=("operator_norm", "ffn_norm"), final_norm="embedding_norm"
 )

@@ -8,18 +8,8 @@ Source: transformers 5.24, models/mamba and models/falcon_mamba.
 from typing import Any
 
 from hybridlm import config as configs
-from hybridlm.convert.family import (
-    BACKBONE,
-    SHORT,
-    Architecture,
-    Family,
-    Unsayable,
-    kinds,
-    num_layers,
-    outline,
-    settings,
-    types,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import Architecture, Family, Unsayable
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
@@ -32,38 +22,30 @@ IDLE = (
 
 
 def read(fields: Fields) -> Architecture:
-    family = FAMILIES[fields.values["model_type"]]
-    layers, d_model = num_layers(fields), fields.size("hidden_size")
+    this = FAMILIES[fields.values["model_type"]]
+    layers, d_model = family.num_layers(fields), fields.size("hidden_size")
     fields.only("hidden_act", "silu")
     fields.ignore(*IDLE)
     eps = fields.get("layer_norm_epsilon", 1e-5)
-    [(kind, own)] = kinds(family.format).values()
+    [(kind, own)] = family.kinds(this.format).values()
     fields.only("intermediate_size", None, fields.get("expand", 2) * d_model)
     definition = configs.mixer(kind, **own.read(fields, d_model, eps))
-    model = settings(fields, d_model, eps, tied=True)
-    fields.finish()
+    model = family.settings(fields, d_model, eps, tied=True)
     mlp = {"none": configs.mlp("none")}
-    return Architecture([f"{SHORT[kind]}/none"] * layers, {SHORT[kind]: definition}, mlp, model)
+    return Architecture([f"{family.SHORT[kind]}/none"] * layers, {family.SHORT[kind]: definition}, mlp, model)
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    types(definition, model_type)  # refuses layers of other kinds
+    family.types(definition, model_type)  # refuses layers of other kinds
     for spec in definition.layers:
         if spec.mlp_kind != "none":
             raise Unsayable("mlps", spec.name, "has layers without MLPs alone")
-    prefix = FAMILIES[model_type].classes[model_type]
-    return outline(definition, model_type, prefix, model_type, "layer_norm_epsilon", hidden_act="silu")
+    own = FAMILIES[model_type]
+    return family.outline(definition, own, model_type, "layer_norm_epsilon", hidden_act="silu")
 
 
 def _family(model_type: str, prefix: str) -> Family:
-    return Family(
-        model_type,
-        {model_type: prefix},
-        read,
-        write,
-        norms=lambda layer_type: ("norm", ""),
-        **BACKBONE,
-    )
+    return Family(model_type, {model_type: prefix}, read, write, norms=("norm", ""), **family.BACKBONE)
 
 
 FAMILIES = {

@@ -5,49 +5,39 @@ Source: transformers 5.24, models/bamba, models/granitemoehybrid and models/jamb
 
 from typing import Any
 
-from hybridlm.convert.family import (
-    Architecture,
-    Family,
-    assemble,
-    describe,
-    every_type,
-    num_layers,
-    sparse,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family
 from hybridlm.convert.fields import Fields
 from hybridlm.model import Definition
 
-FULL, LINEAR = "full_attention", "linear_attention"
 EARLIER = {"attention": FULL, "mamba": LINEAR}  # names of layers before transformers 5
 IDLE = ("mamba_chunk_size", "num_logits_to_keep", "use_mamba_kernels", "use_mambapy", "use_associative_scan",
         "calc_logits_for_entire_prompt", "n_ctx")  # fmt: skip
 
 
 def read_bamba(fields: Fields) -> Architecture:
-    layers = num_layers(fields)
+    layers = family.num_layers(fields)
     full = fields.indices("attn_layer_indices", 0, layers - 1) or []
     fields.only("mlp_bias", False)
     fields.only("partial_rotary_factor", 0.5)
     fields.ignore("z_loss_coefficient", "attn_rotary_emb", *IDLE)
     types = [FULL if index in full else LINEAR for index in range(layers)]
-    found = assemble(fields, "bamba", types, [False] * layers, eps=1e-5)
-    fields.finish()
-    return found
+    return family.assemble(fields, "bamba", types, [False] * layers, eps=1e-5)
 
 
 def write_bamba(definition: Definition, model_type: str) -> dict[str, Any]:
-    every_type(definition, "bamba")
-    values = describe(definition, BAMBA, model_type)
+    family.every_type(definition, "bamba")
+    values = family.describe(definition, BAMBA, model_type)
     return values | {"attn_layer_indices": _places(values.pop("layer_types"))}
 
 
 def read_granite(fields: Fields) -> Architecture:
-    layers = num_layers(fields)
+    layers = family.num_layers(fields)
     types = fields.layers("layer_types", (FULL, LINEAR, *EARLIER), layers) or [LINEAR] * layers
     experts = fields.get("num_local_experts", 8) > 0
     multipliers = {name: fields.get(name, 1.0) for name in ("embedding_multiplier", "residual_multiplier")}
     fields.ignore("mamba_chunk_size", "init_method", "normalization_function", "layers_block_type")
-    found = assemble(
+    return family.assemble(
         fields,
         "granitemoehybrid",
         [EARLIER.get(one, one) for one in types],
@@ -56,14 +46,12 @@ def read_granite(fields: Fields) -> Architecture:
         logit_divisor=fields.get("logits_scaling", 1.0),
         **multipliers,
     )
-    fields.finish()
-    return found
 
 
 def write_granite(definition: Definition, model_type: str) -> dict[str, Any]:
-    every_type(definition, "granitemoehybrid")
+    family.every_type(definition, "granitemoehybrid")
     model = definition.model
-    return describe(definition, GRANITE, model_type) | {
+    return family.describe(definition, GRANITE, model_type) | {
         "embedding_multiplier": model.embedding_multiplier,
         "residual_multiplier": model.residual_multiplier,
         "logits_scaling": model.logit_divisor,
@@ -71,7 +59,7 @@ def write_granite(definition: Definition, model_type: str) -> dict[str, Any]:
 
 
 def read_jamba(fields: Fields) -> Architecture:
-    layers = num_layers(fields)
+    layers = family.num_layers(fields)
     full = _periodic(fields, "attn_layer", layers, 8, 4)
     experts = _periodic(fields, "expert_layer", layers, 2, 1)
     if fields.size("num_experts", default=16) == 1:
@@ -79,9 +67,7 @@ def read_jamba(fields: Fields) -> Architecture:
     fields.only("mamba_inner_layernorms", True)
     fields.only("sliding_window", None)
     fields.ignore(*IDLE)
-    found = assemble(fields, "jamba", [FULL if one else LINEAR for one in full], experts)
-    fields.finish()
-    return found
+    return family.assemble(fields, "jamba", [FULL if one else LINEAR for one in full], experts)
 
 
 def _periodic(fields: Fields, name: str, layers: int, period: int, offset: int) -> list[bool]:
@@ -92,9 +78,9 @@ def _periodic(fields: Fields, name: str, layers: int, period: int, offset: int) 
 
 
 def write_jamba(definition: Definition, model_type: str) -> dict[str, Any]:
-    every_type(definition, "jamba")
-    values = describe(definition, JAMBA, model_type)
-    experts = [index for index, has in enumerate(sparse(definition)) if has]
+    family.every_type(definition, "jamba")
+    values = family.describe(definition, JAMBA, model_type)
+    experts = [index for index, has in enumerate(family.sparse(definition)) if has]
     values |= _period("attn_layer", _places(values.pop("layer_types")), len(definition.layers))
     values |= _period("expert_layer", experts, len(definition.layers))
     return values | ({} if experts else {"num_experts": 1})
@@ -111,11 +97,9 @@ def _places(types: list[str]) -> list[int]:
     return [index for index, one in enumerate(types) if one == FULL]
 
 
-def _two(layer_type: str) -> tuple[str, str]:
-    return "input_layernorm", "pre_ff_layernorm"
-
-
-BAMBA = Family("bamba", {"bamba": "Bamba"}, read_bamba, write_bamba, _two, final_norm="final_layernorm")
+# Of Bamba and Jamba.
+NAMES: dict[str, Any] = {"norms": ("input_layernorm", "pre_ff_layernorm"), "final_norm": "final_layernorm"}
+BAMBA = Family("bamba", {"bamba": "Bamba"}, read_bamba, write_bamba, **NAMES)
 GRANITE = Family("granitemoehybrid", {"granitemoehybrid": "GraniteMoeHybrid"}, read_granite, write_granite)
-JAMBA = Family("jamba", {"jamba": "Jamba"}, read_jamba, write_jamba, _two, final_norm="final_layernorm")
+JAMBA = Family("jamba", {"jamba": "Jamba"}, read_jamba, write_jamba, **NAMES)
 FAMILIES = (BAMBA, GRANITE, JAMBA)

@@ -11,42 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from hybridlm.convert.family import (
-    SHORT,
-    Architecture,
-    Family,
-    Unsayable,
-    assemble,
-    describe,
-    kinds,
-    num_layers,
-    sparse,
-    types,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import FULL, LINEAR, Architecture, Family, Unsayable
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.rules import Rule, derived
 from hybridlm.errors import ConfigError
 from hybridlm.model import Definition
 
-FULL, LINEAR = "full_attention", "linear_attention"
 NAMES = {FULL: "full_attn", LINEAR: "linear_attn", "": "mlp"}  # of the factors; "": of every MLP
 BLOCK, MAX_BLOCK = 256, 4096
 MAX_FACTOR = 1e5
 
 
 def read(fields: Fields) -> Architecture:
-    layers = num_layers(fields)
+    layers = family.num_layers(fields)
     found = fields.layers("layer_types", (FULL, LINEAR), layers)
     found = found or [LINEAR if index % 2 else FULL for index in range(layers)]
     fields.size("block_size", MAX_BLOCK, default=BLOCK)
-    halves = {SHORT[kind]: name for name, (kind, _) in kinds("minimax").items()}
+    halves = {family.SHORT[kind]: name for name, (kind, _) in family.kinds("minimax").items()}
     streams = [f"{mixer}.mixer={_factors(fields, of)}" for mixer, of in halves.items() if of in found]
     streams.append(f"*.mlp={_factors(fields, '')}")
     for name in NAMES:  # of layers that are not there
         _factors(fields, name)
-    result = assemble(fields, "minimax", found, [True] * layers, eps=1e-5, stream_norm=tuple(streams))
-    fields.finish()
-    return result
+    return family.assemble(fields, "minimax", found, [True] * layers, eps=1e-5, stream_norm=tuple(streams))
 
 
 def _factors(fields: Fields, half: str) -> str:
@@ -59,10 +46,10 @@ def _factors(fields: Fields, half: str) -> str:
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
-    if not all(sparse(definition)):
+    if not all(family.sparse(definition)):
         raise Unsayable("model.pattern", definition.model.pattern, "has experts in every layer")
-    values = describe(definition, FAMILY, model_type) | {"block_size": BLOCK}
-    for spec, kind in zip(definition.layers, types(definition, "minimax"), strict=True):
+    values = family.describe(definition, FAMILY, model_type) | {"block_size": BLOCK}
+    for spec, kind in zip(definition.layers, family.types(definition, "minimax"), strict=True):
         stream = dict(spec.stream)
         for half, name in (("mixer", NAMES[kind]), ("mlp", NAMES[""])):
             if half not in stream:
@@ -76,7 +63,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
 def decays(definition: Definition, values: Mapping[str, Any]) -> list[Rule]:
     """Rules of what transformers keeps of lightning attention's decays."""
     found, block = [], values.get("block_size") or BLOCK
-    for index, kind in enumerate(types(definition, "minimax")):
+    for index, kind in enumerate(family.types(definition, "minimax")):
         if kind == LINEAR:
             heads = definition.layers[index].config.explicit(definition.d_model).num_heads
             shapes = {

@@ -10,19 +10,8 @@ from typing import Any
 
 from hybridlm import config as configs
 from hybridlm import mlps
-from hybridlm.convert.family import (
-    BACKBONE,
-    NO_MLP,
-    SHORT,
-    SPARSE,
-    Architecture,
-    Family,
-    definitions,
-    kinds,
-    mixer_format,
-    outline,
-    settings,
-)
+from hybridlm.convert import family
+from hybridlm.convert.family import Architecture, Family
 from hybridlm.convert.fields import MAX_LAYERS, Fields
 from hybridlm.convert.rules import Rule
 from hybridlm.model import Definition
@@ -30,7 +19,7 @@ from hybridlm.model import Definition
 FORMAT = "nemotron_h"
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 EARLIER = {"mamba": "linear_attention", "attention": "full_attention"}  # names before transformers 5
-MLPS = {"mlp": "relu2", "moe": SPARSE}
+MLPS = {"mlp": "relu2", "moe": family.SPARSE}
 IDLE = (
     "num_hidden_layers", "num_logits_to_keep", "use_mamba_kernels", "expand", "chunk_size", "time_step_max",
     "time_step_limit", "time_step_floor", "mamba_ssm_cache_dtype", "residual_in_fp32", "hidden_dropout",
@@ -43,25 +32,26 @@ def read(fields: Fields) -> Architecture:
     for name, value in (("mlp_hidden_act", "relu2"), ("mlp_bias", False), ("sliding_window", None)):
         fields.only(name, value)
     fields.ignore(*IDLE)
-    known = kinds(FORMAT)
+    known = family.kinds(FORMAT)
     layers: list[str] = []
     for one in _blocks(fields):
         if one in known:
-            layers.append(SHORT[known[one][0]])
+            layers.append(family.SHORT[known[one][0]])
         elif layers and "/" not in layers[-1]:
             layers[-1] += f"/{MLPS[one]}"
         else:
             raise fields.refuse(
                 "layers_block_type", "must have a mixer before each MLP", "Blocks here are pairs."
             )
-    found = definitions(fields, FORMAT, d_model, eps)
+    found = family.definitions(fields, FORMAT, d_model, eps)
     mlp = {
         kind: configs.mlp(kind, **mlps.load(kind).public[FORMAT].read(fields, d_model, eps))
-        for kind in (*MLPS.values(), NO_MLP)
+        for kind in (*MLPS.values(), family.NO_MLP)
     }
-    model = settings(fields, d_model, eps)
-    fields.finish()
-    return Architecture([one if "/" in one else f"{one}/{NO_MLP}" for one in layers], found, mlp, model)
+    model = family.settings(fields, d_model, eps)
+    return Architecture(
+        [one if "/" in one else f"{one}/{family.NO_MLP}" for one in layers], found, mlp, model
+    )
 
 
 def _blocks(fields: Fields) -> list[str]:
@@ -81,10 +71,10 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     by_kind = {kind: block for block, kind in MLPS.items()}
     blocks = []
     for spec in definition.layers:
-        blocks.append(mixer_format(spec, FORMAT).layer_type)
+        blocks.append(family.mixer_format(spec, FORMAT).layer_type)
         blocks += [by_kind[spec.mlp_kind]] if spec.mlp_kind in by_kind else []
-    values = outline(
-        definition, FORMAT, "NemotronH", model_type, "layer_norm_epsilon",
+    values = family.outline(
+        definition, FAMILY, model_type, "layer_norm_epsilon",
         layers_block_type=blocks, mlp_hidden_act="relu2",
     )  # fmt: skip
     del values["num_hidden_layers"]  # of blocks
@@ -96,7 +86,7 @@ class NemotronH(Family):
         """A layer's MLP is the block after its mixer's there."""
         starts = [0]
         for spec in definition.layers:
-            starts.append(starts[-1] + (1 if spec.mlp_kind == NO_MLP else 2))
+            starts.append(starts[-1] + (1 if spec.mlp_kind == family.NO_MLP else 2))
 
         def placed(rule: Rule) -> Rule:
             found = re.match(r"layers\.(\d+)\.(mlp)?", rule.ours[0])
@@ -110,11 +100,7 @@ class NemotronH(Family):
 
 
 FAMILY = NemotronH(
-    FORMAT,
-    {"nemotron_h": "NemotronH"},
-    read,
-    write,
-    norms=lambda layer_type: ("norm", "norm"),
+    FORMAT, {"nemotron_h": "NemotronH"}, read, write, norms=("norm", "norm"),
     unused=lambda values: ("mtp.",),
-    **BACKBONE | {"rename": lambda name: name.replace("model.", "backbone.", 1)},
-)
+    **family.BACKBONE | {"rename": lambda name: name.replace("model.", "backbone.", 1)},
+)  # fmt: skip

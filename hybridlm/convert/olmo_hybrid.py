@@ -21,9 +21,7 @@ def read(fields: Fields) -> Architecture:
     if types is None:
         types = ["full_attention" if index % 4 == 3 else "linear_attention" for index in range(layers)]
         types[-1] = types[-1] if "full_attention" in types else "full_attention"
-    found = assemble(fields, "olmo_hybrid", types, [False] * layers, post_norm=("full",))
-    fields.finish()
-    return found
+    return assemble(fields, "olmo_hybrid", types, [False] * layers, post_norm=("full",))
 
 
 def write(definition: Definition, model_type: str) -> dict[str, Any]:
@@ -39,11 +37,4 @@ def rename(name: str) -> str:
     return renamed.replace(".post_attention_layernorm.", ".feedforward_layer_norm.")
 
 
-FAMILY = Family(
-    "olmo_hybrid",
-    {"olmo_hybrid": "OlmoHybrid"},
-    read,
-    write,
-    lambda layer_type: NORMS[layer_type],
-    rename=rename,
-)
+FAMILY = Family("olmo_hybrid", {"olmo_hybrid": "OlmoHybrid"}, read, write, norms_of=NORMS, rename=rename)

@@ -50,6 +50,11 @@ def nearby(f: Callable[[float], float], target: float, x: float) -> float:
     )
 
 
+def told(config: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The inverse of `Fields.table`."""
+    return {field: getattr(config, ours) for ours, (field, *_) in names.items()}
+
+
 def linears(names: str) -> list[Rule]:
     """Linears by their first letters: "qkvo" has the same name on both sides."""
     return [linear(f"{name}_proj", f"{name}_proj") for name in names]

@@ -47,9 +47,7 @@ def _hf(
 ) -> Format[Any]:  # fmt: skip
     """Of transformers' models, whose defaults differ. None, 0: what Llama had.
 
-    turned: share of the channels that turn; 1: no other is known.
-
-    fixed: what cannot be said.
+    turned: share of the channels that turn; 1: no other is known.  fixed: what cannot be said.
     """
 
     rotates = fixed.get("rope_theta") != 0

@@ -5,44 +5,39 @@ from typing import TYPE_CHECKING, Any
 
 from hybridlm.convert import rules
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format
+from hybridlm.convert.public import Format, told
 from hybridlm.convert.rules import fused_rules, relu2_rules, swiglu_rules
 
 if TYPE_CHECKING:
     from hybridlm.mlps.moe import Config
 
 MAX_EXPERTS = 1 << 16
+SIGMOID: dict[str, Any] = {
+    "router": "sigmoid",
+    "selection_bias": True,
+    "balance_loss": 0.0,
+}  # DeepSeek-V3's way to choose
 
 
 def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[Any]:
     """Of Qwen3-Next and Qwen3.5, whose defaults differ. always_normal: ``normalize`` is no choice."""
+    names: dict[str, Any] = {
+        "num_experts": ("num_experts", num_experts, MAX_EXPERTS),
+        "top_k": ("num_experts_per_tok", top_k),
+        "hidden": ("moe_intermediate_size", 512),
+        "shared_hidden": ("shared_expert_intermediate_size", 512),
+    }
+    names |= {} if always_normal else {"normalize": ("norm_topk_prob", True)}
 
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
         if always_normal:
             fields.only("norm_topk_prob", True)
-        return {
-            "num_experts": fields.size("num_experts", MAX_EXPERTS, default=num_experts),
-            "top_k": fields.get("num_experts_per_tok", top_k),
-            "hidden": fields.get("moe_intermediate_size", 512),
-            "normalize": fields.get("norm_topk_prob", True),
-            "shared_hidden": fields.get("shared_expert_intermediate_size", 512),
-            "shared_gate": True,
-            "balance_loss": _balance(fields),
-        }
+        return fields.table(names) | {"shared_gate": True, "balance_loss": _balance(fields)}
 
     def write(config: "Config", d_model: int) -> dict[str, Any]:
-        return (
-            ({} if always_normal else {"norm_topk_prob": config.normalize})
-            | {
-                "num_experts": config.num_experts,
-                "num_experts_per_tok": config.top_k,
-                "moe_intermediate_size": config.hidden,
-                "shared_expert_intermediate_size": config.shared_hidden,
-            }
-            | _balance_fields(config)
-        )
+        return told(config, names) | _balance_fields(config)
 
-    def names(config: "Config", d_model: int) -> list[rules.Rule]:
+    def own_rules(config: "Config", d_model: int) -> list[rules.Rule]:
         each = _swiglus(config, LLAMA)
         shared = [
             *swiglu_rules("shared.", "shared_expert."),
@@ -50,7 +45,7 @@ def _qwen(num_experts: int, top_k: int, always_normal: bool = False) -> Format[A
         ]
         return [rules.linear("router", "gate"), *each, *shared]
 
-    return Format(read, write, names, "mlp.", "sparse")
+    return Format(read, write, own_rules, "mlp.", "sparse")
 
 
 def _kimi_read(
@@ -62,18 +57,15 @@ def _kimi_read(
         fields.only(name, value)
     fields.ignore("use_grouped_topk", "topk_method", "aux_loss_alpha", "seq_aux", "output_router_logits")
     hidden = fields.get("moe_intermediate_size", hidden)
-    return {
+    return SIGMOID | {
         "num_experts": fields.either("num_experts", "num_local_experts", num_experts, MAX_EXPERTS),
         "top_k": fields.either("num_experts_per_token", "num_experts_per_tok", 8),
         "hidden": hidden,
-        "router": "sigmoid",
         "normalize": fields.either("moe_renormalize", "norm_topk_prob", True),
         "scale": fields.get("routed_scaling_factor", scale),
-        "selection_bias": True,
         "num_groups": fields.either("num_expert_group", "n_group", groups[0]),
         "top_groups": fields.get("topk_group", groups[1]),
         "shared_hidden": hidden * fields.either("num_shared_experts", "n_shared_experts", 1),
-        "balance_loss": 0.0,
     }
 
 
@@ -103,63 +95,50 @@ def _ling_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     return found
 
 
+DEEPSEEK = {
+    "num_experts": ("n_routed_experts", 256, MAX_EXPERTS),
+    "top_k": ("num_experts_per_tok", 8),
+    "hidden": ("moe_intermediate_size", 2048),
+    "normalize": ("norm_topk_prob", True),
+    "scale": ("routed_scaling_factor", 2.5),
+    "num_groups": ("n_group", 8),
+    "top_groups": ("topk_group", 4),
+}
+
+
 def _deepseek_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     for name, value in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1)):
         fields.only(name, value)
     fields.ignore("aux_loss_alpha", "seq_aux", "ep_size", "output_router_logits", "router_aux_loss_coef")
-    hidden = fields.size("moe_intermediate_size", default=2048)
-    return {
-        "num_experts": fields.either("n_routed_experts", "num_local_experts", 256, MAX_EXPERTS),
-        "top_k": fields.get("num_experts_per_tok", 8),
-        "hidden": hidden,
-        "router": "sigmoid",
-        "normalize": fields.get("norm_topk_prob", True),
-        "scale": fields.get("routed_scaling_factor", 2.5),
-        "selection_bias": True,
-        "num_groups": fields.get("n_group", 8),
-        "top_groups": fields.get("topk_group", 4),
-        "shared_hidden": hidden * fields.size("n_shared_experts", default=1),
-        "balance_loss": 0.0,
-    }
+    found = SIGMOID | fields.table(DEEPSEEK)
+    found["num_experts"] = fields.either("n_routed_experts", "num_local_experts", 256, MAX_EXPERTS)
+    return found | {"shared_hidden": found["hidden"] * fields.size("n_shared_experts", default=1)}
 
 
 def _deepseek_write(config: "Config", d_model: int) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": config.hidden,
-        "n_routed_experts": config.num_experts,
-        "num_experts_per_tok": config.top_k,
-        "n_shared_experts": config.shared_hidden // config.hidden,
-        "norm_topk_prob": config.normalize,
-        "routed_scaling_factor": config.scale,
-        "n_group": config.num_groups,
-        "topk_group": config.top_groups,
-    }
+    return told(config, DEEPSEEK) | {"n_shared_experts": config.shared_hidden // config.hidden}
+
+
+NEMOTRON = {
+    "num_experts": ("n_routed_experts", 8, MAX_EXPERTS),
+    "top_k": ("num_experts_per_tok", 2),
+    "hidden": ("moe_intermediate_size", 7688),
+    "normalize": ("norm_topk_prob", True),
+    "scale": ("routed_scaling_factor", 1.0),
+    "num_groups": ("n_group", 1),
+    "top_groups": ("topk_group", 1),
+    "shared_hidden": ("moe_shared_expert_intermediate_size", 7688),
+}
 
 
 def _nemotron_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     fields.only("moe_latent_size", None)
     fields.ignore("n_shared_experts", "moe_shared_expert_overlap", "output_router_logits")
-    return {
-        "num_experts": fields.size("n_routed_experts", MAX_EXPERTS, default=8),
-        "top_k": fields.get("num_experts_per_tok", 2),
-        "hidden": fields.size("moe_intermediate_size", default=7688),
-        "expert": "relu2",
-        "router": "sigmoid",
-        "normalize": fields.get("norm_topk_prob", True),
-        "scale": fields.get("routed_scaling_factor", 1.0),
-        "selection_bias": True,
-        "num_groups": fields.get("n_group", 1),
-        "top_groups": fields.get("topk_group", 1),
-        "shared_hidden": fields.size("moe_shared_expert_intermediate_size", default=7688),
-        "balance_loss": 0.0,
-    }
+    return SIGMOID | fields.table(NEMOTRON) | {"expert": "relu2"}
 
 
 def _nemotron_write(config: "Config", d_model: int) -> dict[str, Any]:
-    return _deepseek_write(config, d_model) | {
-        "n_shared_experts": 1,
-        "moe_shared_expert_intermediate_size": config.shared_hidden,
-    }
+    return told(config, NEMOTRON) | {"n_shared_experts": 1}
 
 
 def _nemotron_rules(config: "Config", d_model: int) -> list[rules.Rule]:
@@ -205,68 +184,59 @@ def _balance_fields(config: "Config") -> dict[str, Any]:
     }
 
 
+JAMBA = {
+    "num_experts": ("num_experts", 16, MAX_EXPERTS),
+    "top_k": ("num_experts_per_tok", 2),
+    "hidden": ("intermediate_size", 14336),
+}
+
+
 def _jamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    return {
-        "num_experts": fields.size("num_experts", MAX_EXPERTS, default=16),
-        "top_k": fields.get("num_experts_per_tok", 2),
-        "hidden": fields.size("intermediate_size", default=14336),
-        "normalize": False,
-        "balance_loss": _balance(fields),
-    }
+    return fields.table(JAMBA) | {"normalize": False, "balance_loss": _balance(fields)}
 
 
 def _jamba_write(config: "Config", d_model: int) -> dict[str, Any]:
-    return {
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.top_k,
-        "intermediate_size": config.hidden,
-    } | _balance_fields(config)
+    return told(config, JAMBA) | _balance_fields(config)
 
 
 def _jamba_rules(config: "Config", d_model: int) -> list[rules.Rule]:
     return [rules.linear("router", "router"), *_swiglus(config, LLAMA)]
 
 
+MINIMAX = JAMBA | {"num_experts": ("num_local_experts", 8, MAX_EXPERTS)}
+
+
 def _minimax_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     fields.only("router_jitter_noise", 0.0)
-    return {
-        "num_experts": fields.either("num_local_experts", "num_experts", 8, MAX_EXPERTS),
-        "top_k": fields.get("num_experts_per_tok", 2),
-        "hidden": fields.size("intermediate_size", default=14336),
-        "balance_loss": _balance(fields),
-    }
+    experts = fields.either("num_local_experts", "num_experts", 8, MAX_EXPERTS)
+    return fields.table(MINIMAX) | {"num_experts": experts, "balance_loss": _balance(fields)}
 
 
 def _minimax_write(config: "Config", d_model: int) -> dict[str, Any]:
-    values = _jamba_write(config, d_model)
-    return values | {"num_local_experts": values.pop("num_experts")}
+    return told(config, MINIMAX) | _balance_fields(config)
 
 
 def _minimax_rules(config: "Config", d_model: int) -> list[rules.Rule]:
     return [rules.linear("router", "gate"), *_swiglus(config, MIXTRAL)]
 
 
+GRANITE = {
+    "num_experts": ("num_local_experts", 8, MAX_EXPERTS),
+    "top_k": ("num_experts_per_tok", 2),
+    "hidden": ("intermediate_size", 11008),
+    "shared_hidden": ("shared_intermediate_size", 1024),
+}
+
+
 def _granite_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     fields.ignore("num_experts_per_tok", "intermediate_size", "router_aux_loss_coef", "output_router_logits")
-    count = fields.get("num_local_experts", 8)
-    if not count:  # a dense model, which has no use for this
+    if not fields.get("num_local_experts", 8):  # a dense model, which has no use for this
         return {}
-    return {
-        "num_experts": fields.size("num_local_experts", MAX_EXPERTS, default=8),
-        "top_k": fields.get("num_experts_per_tok", 2),
-        "hidden": fields.size("intermediate_size", default=11008),
-        "shared_hidden": fields.size("shared_intermediate_size", default=1024),
-        "balance_loss": _balance(fields),
-    }
+    return fields.table(GRANITE) | {"balance_loss": _balance(fields)}
 
 
 def _granite_write(config: "Config", d_model: int) -> dict[str, Any]:
-    return {
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.top_k,
-        "intermediate_size": config.hidden,
-        "shared_intermediate_size": config.shared_hidden,
-    } | _balance_fields(config)
+    return told(config, GRANITE) | _balance_fields(config)
 
 
 def _granite_rules(config: "Config", d_model: int) -> list[rules.Rule]:
@@ -284,11 +254,7 @@ FORMATS: dict[str, Format[Any]] = {
     "qwen3_5_moe": _qwen(num_experts=256, top_k=8, always_normal=True),
     "kimi_linear": Format(_kimi_read, _kimi_write, _kimi_rules, "block_sparse_moe.", "sparse"),
     "deepseek_v3": Format(
-        _deepseek_read,
-        _deepseek_write,
-        functools.partial(_kimi_rules, names=LLAMA),
-        "mlp.",
-        "sparse",
+        _deepseek_read, _deepseek_write, functools.partial(_kimi_rules, names=LLAMA), "mlp.", "sparse"
     ),
     "bailing_hybrid": Format(
         _ling_read,

@@ -21,7 +21,6 @@ def read(fields: Fields) -> Architecture:
     if SLIDING in types and not sliding:
         raise fields.refuse("use_sliding_window", "must be true where layer_types has sliding_attention")
     found = assemble(fields, "qwen3", types, [False] * layers)
-    fields.finish()
     windowed = ConfigDict(found.mixers["full"].to_dict() | {"window": window})
     names = ["swa" if name == SLIDING else name for name in found.layers]
     return found._replace(layers=names, mixers=found.mixers | {"swa": windowed})

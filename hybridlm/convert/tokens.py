@@ -83,7 +83,8 @@ def write(folder: Path, own: Tokenizer | None, config: Config) -> None:
     untrusted.write_json(
         folder / "tokenizer_config.json", described | tokens | {"model_max_length": config.train.seq_len}
     )
-    ids = {"bos_token_id": own.doc_id, "eos_token_id": own.doc_id}
+    ends = list(own.ends) if own.more_ends else own.doc_id  # a student ends its texts as its teacher did
+    ids = {"bos_token_id": own.doc_id, "eos_token_id": ends}
     untrusted.write_json(folder / "generation_config.json", ids)
 
 

@@ -31,7 +31,6 @@ def read(fields: Fields) -> Architecture:
     hidden = mlps.load("swiglu").public[FORMAT].read(fields, d_model, eps)["hidden"]
     cap = fields.get("output_logit_soft_cap", 30.0)
     model = settings(fields, d_model, eps, mlp_hidden=hidden, logit_cap=cap)
-    fields.finish()
     return Architecture([kind] * layers, {kind: definition}, {}, model)
 
 
@@ -40,19 +39,12 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not definition.model.logit_cap:
         raise ConfigError("model.logit_cap", 0.0, "must be above 0 in this format")
     return outline(
-        definition, FORMAT, "xLSTM", model_type, embedding_dim=definition.d_model,
+        definition, FAMILY, model_type, embedding_dim=definition.d_model,
         num_blocks=len(definition.layers), output_logit_soft_cap=definition.model.logit_cap,
     )  # fmt: skip
 
 
 FAMILY = Family(
-    FORMAT,
-    {"xlstm": "xLSTM"},
-    read,
-    write,
-    norms=lambda layer_type: ("norm_mlstm", "norm_ffn"),
-    embedding="backbone.embeddings.weight",
-    body="backbone.",
-    final_norm="out_norm",
-    layers="blocks",
-)
+    FORMAT, {"xlstm": "xLSTM"}, read, write, norms=("norm_mlstm", "norm_ffn"),
+    embedding="backbone.embeddings.weight", body="backbone.", final_norm="out_norm", layers="blocks",
+)  # fmt: skip

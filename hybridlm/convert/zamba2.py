@@ -38,7 +38,6 @@ def read(fields: Fields) -> Architecture:
     mixers[INNER] = configs.mixer(mamba[0], **mamba[1].read(fields, d_model, eps))
     fields.ignore(*IDLE)
     model = settings(fields, d_model, eps, tied=True)
-    fields.finish()
     layers = [f"{names.get(index, INNER)}/{NO_MLP}" for index in range(len(blocks))]
     return Architecture(layers, mixers, {NO_MLP: configs.mlp(NO_MLP)}, model)
 
@@ -60,7 +59,7 @@ def write(definition: Definition, model_type: str) -> dict[str, Any]:
     if not definition.model.tie_embeddings:
         raise ConfigError("model.tie_embeddings", False, "shares blocks only beside a tied head")
     return outline(
-        definition, FORMAT, "Zamba2", model_type, "rms_norm_eps",
+        definition, FAMILY, model_type, "rms_norm_eps",
         layers_block_type=blocks, num_mem_blocks=len(names), hidden_act="gelu",
     )  # fmt: skip
 
@@ -90,10 +89,5 @@ class Zamba2(Family):
 
 
 FAMILY = Zamba2(
-    FORMAT,
-    {"zamba2": "Zamba2"},
-    read,
-    write,
-    norms=lambda layer_type: ("input_layernorm", ""),
-    final_norm="final_layernorm",
+    FORMAT, {"zamba2": "Zamba2"}, read, write, norms=("input_layernorm", ""), final_norm="final_layernorm"
 )

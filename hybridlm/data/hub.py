@@ -48,12 +48,21 @@ def _open(dataset: Dataset, split: str, text_field: str) -> Any:
     saved = [os.path.join(path, name) for name in ("dataset_dict.json", "state.json")]
     try:
         if any(map(os.path.exists, saved)):
+            if dataset.config:
+                allowed = f"has no meaning for {dataset.name}, which `save_to_disk` wrote"
+                raise ConfigError("--dataset_config", dataset.config, allowed, "Leave it out.")
             rows = datasets.load_from_disk(path)
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[split]
+            elif split != Dataset.split or dataset.val_split:
+                flag = "--val_split" if dataset.val_split else "--split"
+                allowed = f"names no part of {dataset.name}, which was saved without splits"
+                raise ConfigError(flag, dataset.val_split or split, allowed, "Leave it out; --holdout cuts.")
         else:
             source = path if os.path.isdir(path) else dataset.name
             rows = datasets.load_dataset(source, dataset.config or None, split=split, streaming=True)
+    except ConfigError:
+        raise
     except Exception as error:  # of the library, the network, the formats that it reads
         raise _refusal(dataset.name, f"cannot be loaded ({split})", error) from error
     names = rows.column_names  # None where only reading tells

@@ -75,6 +75,11 @@ class Mixture:
             for name, count, one in zip(self.names, self.counts, self.sources, strict=True)
         )
 
+    def epochs(self, rows: float) -> dict[str, float]:
+        """How often ``rows`` training rows read each component that has an end."""
+        each = zip(self.names, self.counts, self.sources, strict=True)
+        return {name: rows * count / BLOCK / one.num_rows for name, count, one in each if one.num_rows}
+
     def _places(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The component of each row, and its index there."""
         origin_B, place_B = np.empty(len(index_B), np.int64), np.empty(len(index_B), np.int64)

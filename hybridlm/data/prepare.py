@@ -55,6 +55,9 @@ def prepare(
         raise ConfigError("--holdout", holdout, "must be in [0, 1)")
     if holdout and (val_inputs or (dataset and dataset.val_split)):
         raise ConfigError("--holdout", holdout, "must be 0 where held-out documents are named")
+    if dataset and dataset.split == dataset.val_split:
+        fix = "Name another, or give --holdout."
+        raise ConfigError("--val_split", dataset.val_split, "is the split to train on", fix)
     if dataset and val_inputs:
         raise ConfigError("--val_input", val_inputs, "goes with --input; --dataset has --val_split")
     if shard_tokens < 1:
@@ -74,6 +77,9 @@ def prepare(
             tokens = tokenizer.load(str(folder / "tokenizer.json"), "--tokenizer")
         job = _Job(tokens, folder, holdout, shard_tokens, dataset.name if dataset else inputs)
         job.write(parts)
+        named = ("--val_split", dataset.val_split) if dataset else ("--val_input", val_inputs)
+        if named[1] and not job.writers["val"].documents:
+            raise ConfigError(*named, "gives no tokens to hold out", "Check the files.")
         return job.finish()
 
 
@@ -229,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--dataset", default="", help="a folder, or a name on the Hugging Face hub, that `datasets` can load"
     )
     parser.add_argument("--dataset_config", default="", help="configuration of the dataset")
-    parser.add_argument("--split", default="train", help="split of the dataset to train on")
+    parser.add_argument("--split", default="", help="split of the dataset to train on (train)")
     parser.add_argument("--val_split", default="", help="split of the dataset to hold out")
     args = parser.parse_args(arguments)
     return cli.run(lambda: report(args), "nothing was kept")
@@ -238,10 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
 def report(args: argparse.Namespace) -> None:
     """Prepares as the flags say, and prints what came of it."""
     start = time.monotonic()
-    for name in ("dataset_config", "val_split"):
+    for name in ("dataset_config", "split", "val_split"):
         if getattr(args, name) and not args.dataset:
             raise ConfigError(f"--{name}", getattr(args, name), "is of a dataset", "Give --dataset, too.")
-    dataset = hub.Dataset(args.dataset, args.dataset_config, args.split, args.val_split)
+    dataset = hub.Dataset(args.dataset, args.dataset_config, args.split or "train", args.val_split)
     index = prepare(
         ",".join(args.input),
         args.output,

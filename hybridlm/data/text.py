@@ -47,7 +47,9 @@ class Config(source.Config):
 
     def open(self, view: View) -> PackedDocuments:
         tokens = tokenizer.load(self.tokenizer)
-        return PackedDocuments(_documents(_texts(self, view.split), tokens, self), tokens, view)
+        field = "val_path" if view.split == "val" and self.val_path else "path"
+        named = (field, getattr(self, field))
+        return PackedDocuments(_documents(_texts(self, view.split), tokens, named), tokens, view)
 
 
 def nothing() -> ConfigError:
@@ -95,12 +97,15 @@ def _read(file: files.File, field: str) -> tuple[str, bytes]:
     return file.key, documents.whole(file, field, fix)
 
 
-def _documents(given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, config: Config) -> Documents:
+def _documents(
+    given: list[tuple[str, bytes]], tokens: tokenizer.Tokenizer, named: tuple[str, str]
+) -> Documents:
+    """named: the field that named the files, and its value."""
     keys, texts = [key for key, _ in given], [text for _, text in given]
     arrays = [a for at in range(0, len(texts), BATCH) for a in tokens.documents(texts[at : at + BATCH])]
     kept = [i for i, array in enumerate(arrays) if len(array) > 1]
     if not kept:
-        raise ConfigError("path", config.path, "gives no tokens: its files are empty")
+        raise ConfigError(*named, "gives no tokens: its files are empty")
     if len(kept) < len(arrays):
         log.warning(
             "data: left out %d of %d documents, which are empty", len(arrays) - len(kept), len(arrays)

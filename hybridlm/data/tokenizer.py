@@ -34,6 +34,9 @@ SEPARATORS = (
     "<bos>",
     "<s>",
     "[BOS]",
+    "<｜begin▁of▁sentence｜>",
+    "<beginning_of_sentence>",
+    "<|startoftext|>",
     "<|endoftext|>",
     "<|end_of_text|>",
     "<eos>",
@@ -47,6 +50,7 @@ class Tokenizer:
     """Bytes as tokens: ids 0..255 are the bytes and 256 is the separator ``<doc>``.
 
     doc_id: the id that stands before every document and is the target of its last token.
+    ends: ids after which a text is complete: doc_id, and what a public model has besides (`weights.ends`).
     pieces: the bytes that each id stands for, b"" for special ids; None where ids have no fixed bytes.
     replaced: documents so far whose invalid UTF-8 was replaced by U+FFFD (never for bytes: they are kept).
     """
@@ -56,9 +60,14 @@ class Tokenizer:
     vocab_size = 257
     doc_id = 256
     replaced = 0
+    more_ends: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         self.pieces: list[bytes] | None = [bytes([byte]) for byte in range(256)] + [b""]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return self.doc_id, *self.more_ends
 
     @property
     def token_bytes(self) -> np.ndarray | None:
@@ -106,9 +115,9 @@ class Tokenizer:
 class FileTokenizer(Tokenizer):
     """A `tokenizers` JSON file, used as it is but for what would change a training text silently.
 
-    Padding, truncation and automatic special tokens are off, and special tokens spelt out in a text are read
-    as the plain text that they are. The separator is the file's own (see SEPARATORS) or, if it has none, one
-    id added past its vocabulary.
+    Padding, truncation, dropout of merges and automatic special tokens are off, and special tokens spelt out
+    in a text are read as the plain text that they are. The separator is the file's own (see SEPARATORS) or,
+    if it has none, one id added past its vocabulary.
     """
 
     def __init__(self, path: str, field: str = "tokenizer"):
@@ -117,8 +126,7 @@ class FileTokenizer(Tokenizer):
         with self._library(NO_FILE, "It was refused with: "):
             self.file = tokenizers.Tokenizer.from_buffer(self.content)
         with self._library("cannot be set up"):
-            self.file.no_padding()
-            self.file.no_truncation()
+            whole(self.file)
             self.file.encode_special_tokens = True
             vocabulary = self.file.get_vocab(with_added_tokens=True)
             added = self.file.get_added_tokens_decoder()
@@ -305,6 +313,14 @@ def load(name: str, field: str = "tokenizer") -> Tokenizer:
     ConfigError for ``field`` if there is no such file, or, later, where it fails.
     """
     return Tokenizer() if name == "bytes" else FileTokenizer(name, field)
+
+
+def whole(file: tokenizers.Tokenizer) -> None:
+    """Turns off what makes something else of a text than its tokens."""
+    file.no_padding()
+    file.no_truncation()
+    if getattr(file.model, "dropout", None):
+        file.model.dropout = None  # of merges, at random: no text would be read twice alike
 
 
 def report(tokenizer: Tokenizer, text_bytes: int, token_bytes: int) -> None:

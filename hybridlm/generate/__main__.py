@@ -67,7 +67,7 @@ class Writer:
 
     def write(self, prompt: list[int]) -> Iterator[tuple[int, str]]:
         """(row, text that was added to it) as it comes; rows are the ``n`` samples."""
-        flags, ends = self.flags, {self.tokenizer.doc_id, *(self.chat.ends if self.chat else ())}
+        flags, ends = self.flags, self.tokenizer.ends
         streams = [self.tokenizer.stream(prompt) for _ in range(flags.n)]
         untils = [Until(flags.stop) for _ in range(flags.n)]
         blocks = generate.stream(

@@ -9,8 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from hybridlm import untrusted
-from hybridlm.data.tokenizer import FileTokenizer
+from hybridlm import untrusted, weights
+from hybridlm.data.tokenizer import FileTokenizer, whole
 from hybridlm.errors import ConfigError
 from hybridlm.init_from import CARRIED
 
@@ -18,12 +18,9 @@ Message = dict[str, str]  # role, content
 
 
 class Chat:
-    """tokenizer: the run's.  template: Jinja.  special: names such as bos_token and what they stand for.
+    """tokenizer: the run's.  template: Jinja.  special: names such as bos_token and what they stand for."""
 
-    ends: ids after which an answer is complete.
-    """
-
-    def __init__(self, tokenizer: FileTokenizer, template: str, special: dict[str, str], ends: list[int]):
+    def __init__(self, tokenizer: FileTokenizer, template: str, special: dict[str, str]):
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
@@ -32,10 +29,9 @@ class Chat:
         options: Any = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
         self.environment = ImmutableSandboxedEnvironment(**options)  # as transformers sets it up
         self.environment.globals["raise_exception"] = _refuse
-        self.template, self.special, self.ends = template, special, ends
+        self.template, self.special = template, special
         self.tokens = tokenizers.Tokenizer.from_buffer(tokenizer.content)  # reads special tokens as such
-        self.tokens.no_padding()
-        self.tokens.no_truncation()
+        whole(self.tokens)
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Ids of ``messages`` up to where the answer begins; ConfigError for what the template refuses."""
@@ -55,7 +51,7 @@ def find(workdir: Path, tokenizer: Any) -> Chat | None:
     folder = workdir / CARRIED
     if not isinstance(tokenizer, FileTokenizer):
         return None
-    described = _read(folder / "tokenizer_config.json")
+    described = weights.read(folder / "tokenizer_config.json")
     template = described.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
@@ -67,14 +63,7 @@ def find(workdir: Path, tokenizer: Any) -> Chat | None:
     content = lambda token: token.get("content") if isinstance(token, dict) else token
     special = {name: content(token) for name, token in described.items() if name.endswith("_token")}
     known = {name: token for name, token in special.items() if isinstance(token, str)}
-    ends = [_read(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-    ids = [i for end in ends for i in (end if isinstance(end, list) else [end]) if isinstance(i, int)]
-    end = tokenizer.file.token_to_id(known.get("eos_token", ""))
-    return Chat(tokenizer, template, known, sorted({*ids, *([] if end is None else [end])}))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return untrusted.read_json(file, "--workdir", dict) if file.is_file() else {}
+    return Chat(tokenizer, template, known)
 
 
 def _refuse(message: str) -> None:

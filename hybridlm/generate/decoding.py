@@ -177,37 +177,28 @@ def continuations(
     return [[token for token in row.tolist() if token >= 0] for row in out]
 
 
-def generate(
-    definition: lm.Definition, params: lm.Params, prompts: Sequence[Sequence[int]], *,
-    stop: int | None = None, **options: Any,
-) -> list[list[int]]:  # fmt: skip
-    """Continuations of ``prompts`` (see `stream`), cut before the token ``stop``."""
-    stops = [] if stop is None else [stop]
-    rows = continuations(definition, params, prompts, stops=stops, **options)
-    return [row[:-1] if row[-1] == stop else row for row in rows]
-
-
 def complete(
     definition: lm.Definition, params: lm.Params, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *,
     stop: Sequence[str] = (), **options: Any,
 ) -> list[str]:  # fmt: skip
     """Texts that ``prompts`` (token ids) go on with, cut before the first of the ``stop`` strings.
 
-    A row ends early at the document separator and at a token whose text holds a stop string; a stop string
-    that spans tokens is cut from the text afterwards, and an empty one stops nothing. options: of `stream`.
+    A row ends early at one of the tokenizer's ``ends`` and at a token whose text holds a stop string; a stop
+    string that spans tokens is cut from the text afterwards, and an empty one stops nothing.
+    options: of `stream`.
     """
     rows = continuations(definition, params, prompts, stops=stop_tokens(tokenizer, stop), **options)
     return [written(tokenizer, prompt, row, stop) for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> list[int]:
-    """The document separator, and what holds a ``stop`` string."""
+    """What ends a text, and what holds a ``stop`` string."""
     encoded = [text.encode() for text in stop if text]
     pieces = enumerate(tokenizer.pieces or ())
-    return [tokenizer.doc_id, *(i for i, piece in pieces if any(text in piece for text in encoded))]
+    return [*tokenizer.ends, *(i for i, piece in pieces if any(text in piece for text in encoded))]
 
 
 def written(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int], stop: Sequence[str]) -> str:
     """The text of ``tokens`` behind ``prompt``, cut before the first of the ``stop`` strings."""
-    text = tokenizer.decode_after(prompt, [token for token in tokens if token not in (-1, tokenizer.doc_id)])
+    text = tokenizer.decode_after(prompt, [token for token in tokens if token not in (-1, *tokenizer.ends)])
     return text[: min([text.find(s) for s in stop if s and s in text], default=len(text))]

@@ -1,5 +1,6 @@
 """How a token is drawn from logits."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,8 +17,8 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
     def check(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError("temperature", self.temperature, "must be >= 0 (0 is greedy)")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError("temperature", self.temperature, "must be >= 0 (0 is greedy) and finite")
         if self.top_k < 0:
             raise ConfigError("top_k", self.top_k, "must be >= 0 (0 keeps every token)")
         if not 0 < self.top_p <= 1:

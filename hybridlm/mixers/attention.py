@@ -93,7 +93,6 @@ class Config(mixers.Config):
         if self.rotary_dim % 2:
             rotated = f"head_dim = {self.head_dim} rotates {self.rotary_dim} channels"
             raise ConfigError("rotary_fraction", self.rotary_fraction, f"{rotated}, which must be even")
-
         if self.sink_tokens and not self.window:
             problem = "are those that a window would lose: without one every token is seen"
             raise ConfigError("sink_tokens", self.sink_tokens, problem, "Set window, or sink_tokens=0.")

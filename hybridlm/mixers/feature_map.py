@@ -34,15 +34,7 @@ from hybridlm.convert.public import Format, linears, multi_head, multi_head_fiel
 from hybridlm.convert.rules import Rule, bias, linear, norm
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, NonNegative, Positive
-from hybridlm.layers import (
-    Initializer,
-    Linear,
-    RecurrentCache,
-    elementwise,
-    matrix,
-    merge_heads,
-    split_heads,
-)
+from hybridlm.layers import Initializer, Linear, RecurrentCache, elementwise, matrix, merge_heads, split_heads
 from hybridlm.linear_mixer import Inputs, LinearMixer, recurrence
 from hybridlm.mixers import Cost, Site
 from hybridlm.rotary import rotate

@@ -13,32 +13,13 @@ from flax import nnx
 
 from hybridlm import linear_mixer
 from hybridlm.context import Context
+from hybridlm.convert import rules
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, grouped, grouped_fields, linears
-from hybridlm.convert.rules import (
-    Rule,
-    concatenated,
-    conv,
-    convs,
-    interleaved,
-    linear,
-    norm,
-    same,
-    short_convs,
-)
+from hybridlm.convert.public import Format, grouped, grouped_fields, linears, told
+from hybridlm.convert.rules import Rule
 from hybridlm.fields import Positive
 from hybridlm.layers import Linear, param
-from hybridlm.linear_mixer import (
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    dt_bias_init,
-    log_uniform,
-    near_none,
-    softplus_decay,
-    softplus_of_keys,
-    write_strength,
-)
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import KeyGates, Site
 
 
@@ -55,10 +36,10 @@ class Config(linear_mixer.GroupedConfig):
         return 3 * d_model // 4
 
     def near_attention(self) -> dict[str, float]:
-        return near_none("b_proj.kernel") | {"a_proj.kernel": 0.0}
+        return linear_mixer.near_none("b_proj.kernel") | {"a_proj.kernel": 0.0}
 
     def gates_of_keys(self) -> KeyGates:
-        return softplus_of_keys(("a_proj.kernel",), "b_proj.kernel")
+        return linear_mixer.softplus_of_keys(("a_proj.kernel",), "b_proj.kernel")
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -77,47 +58,43 @@ def _fla_write(config: Config, d_model: int) -> dict[str, Any]:
 
 def _fla_rules(config: Config, d_model: int) -> list[Rule]:
     gate = "g" if config.output_gate != "none" else ""
-    found = [*linears(f"qkvoab{gate}"), *short_convs("qkv", "qkv", config.conv_size)]
-    return [*found, norm("o_norm", "o_norm"), *_decay(loose=True)]
+    found = [*linears(f"qkvoab{gate}"), *rules.short_convs("qkv", "qkv", config.conv_size)]
+    return [*found, rules.norm("o_norm", "o_norm"), *_decay(loose=True)]
 
 
 def _decay(loose: bool = False) -> list[Rule]:
-    return [same(name, name, loose=loose) for name in ("A_log", "dt_bias")]
+    return [rules.same(name, name, loose=loose) for name in ("A_log", "dt_bias")]
 
 
-def _hf_read(fields: Fields, heads: int, num_v: int, key: int, value: int, eps: float) -> dict[str, Any]:
-    """Of transformers' models, whose defaults and norms' eps are given."""
+def _hf(heads: int, num_v: int, key: int, value: int) -> dict[str, tuple[str, int]]:
+    """Fields of transformers' models, whose defaults differ."""
     return {
-        "num_heads": fields.size("linear_num_key_heads", default=heads),
-        "num_v_heads": fields.get("linear_num_value_heads", num_v),
-        "head_dim": fields.get("linear_key_head_dim", key),
-        "v_head_dim": fields.get("linear_value_head_dim", value),
-        "conv_size": fields.get("linear_conv_kernel_dim", 4),
-        "norm_eps": eps,
+        "num_heads": ("linear_num_key_heads", heads),
+        "num_v_heads": ("linear_num_value_heads", num_v),
+        "head_dim": ("linear_key_head_dim", key),
+        "v_head_dim": ("linear_value_head_dim", value),
+        "conv_size": ("linear_conv_kernel_dim", 4),
     }
+
+
+QWEN = _hf(16, 32, 128, 128)
 
 
 def _hf_write(config: Config, d_model: int) -> dict[str, Any]:
-    return {
-        "linear_num_key_heads": config.num_heads,
-        "linear_num_value_heads": config.num_v_heads,
-        "linear_key_head_dim": config.head_dim,
-        "linear_value_head_dim": config.v_head_dim,
-        "linear_conv_kernel_dim": config.conv_size,
-    }
+    return told(config, QWEN)
 
 
 def _qwen_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-    return _hf_read(fields, 16, 32, 128, 128, eps)
+    return fields.table(QWEN) | {"norm_eps": eps}
 
 
 def _qwen_rules(config: Config, d_model: int) -> list[Rule]:
     heads = config.heads(d_model)
     widths = (heads.key_width, heads.key_width, heads.value_width)
     return [
-        concatenated([f"{name}_conv" for name in "qkv"], widths, "conv1d", conv),
-        norm("o_norm", "norm"),
-        linear("o_proj", "out_proj"),
+        rules.concatenated([f"{name}_conv" for name in "qkv"], widths, "conv1d", rules.conv),
+        rules.norm("o_norm", "norm"),
+        rules.linear("o_proj", "out_proj"),
         *_decay(),
     ]
 
@@ -129,8 +106,8 @@ def _qwen3_next_rules(config: Config, d_model: int) -> list[Rule]:
     qkvz, value = [f"{name}_proj" for name in "qkvg"], share * heads.value
     return [
         *_qwen_rules(config, d_model),
-        interleaved(qkvz, (heads.key, heads.key, value, value), "in_proj_qkvz"),
-        interleaved(("b_proj", "a_proj"), (share, share), "in_proj_ba"),
+        rules.interleaved(qkvz, (heads.key, heads.key, value, value), "in_proj_qkvz"),
+        rules.interleaved(("b_proj", "a_proj"), (share, share), "in_proj_ba"),
     ]
 
 
@@ -139,8 +116,11 @@ def _qwen3_5_rules(config: Config, d_model: int) -> list[Rule]:
     widths = (heads.key_width, heads.key_width, heads.value_width)
     return [
         *_qwen_rules(config, d_model),
-        concatenated([f"{name}_proj" for name in "qkv"], widths, "in_proj_qkv", linear),
-        *(linear(f"{ours}_proj", f"in_proj_{theirs}") for ours, theirs in zip("gba", "zba", strict=True)),
+        rules.concatenated([f"{name}_proj" for name in "qkv"], widths, "in_proj_qkv", rules.linear),
+        *(
+            rules.linear(f"{ours}_proj", f"in_proj_{theirs}")
+            for ours, theirs in zip("gba", "zba", strict=True)
+        ),
     ]
 
 
@@ -154,8 +134,8 @@ def _olmo_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     heads = fields.size("num_attention_heads")
     linear_heads = fields.size("linear_num_key_heads", default=heads)
     key = fields.get("linear_key_head_dim", int(0.75 * d_model / linear_heads))
-    sizes = _hf_read(fields, heads, heads, key, 2 * key, OLMO_NORM_EPS)
-    return sizes | {"neg_eigval": fields.get("linear_allow_neg_eigval", True)}
+    sizes = fields.table(_hf(heads, heads, key, 2 * key))
+    return sizes | {"norm_eps": OLMO_NORM_EPS, "neg_eigval": fields.get("linear_allow_neg_eigval", True)}
 
 
 def _olmo_write(config: Config, d_model: int) -> dict[str, Any]:
@@ -164,8 +144,8 @@ def _olmo_write(config: Config, d_model: int) -> dict[str, Any]:
 
 def _olmo_rules(config: Config, d_model: int) -> list[Rule]:
     """The convolutions are one at run time there, which transformers 5.23 saves cut into equal parts."""
-    joined = convs([f"{name}_conv" for name in "qkv"], [f"{name}_conv1d" for name in "qkv"])
-    return [*linears("qkvoabg"), joined, norm("o_norm", "o_norm"), *_decay()]
+    joined = rules.convs([f"{name}_conv" for name in "qkv"], [f"{name}_conv1d" for name in "qkv"])
+    return [*linears("qkvoabg"), joined, rules.norm("o_norm", "o_norm"), *_decay()]
 
 
 LINEAR = ("linear_attn.", "linear_attention")
@@ -188,9 +168,11 @@ class Mixer(LinearMixer):
         heads, self.neg_eigval = self.heads, config.neg_eigval
         self.a_proj = Linear(d_model, heads.num_v, rngs=rngs)
         self.b_proj = Linear(d_model, heads.num_v, rngs=rngs)
-        self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(0, 16), decay=False)
-        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
+        self.A_log = param(rngs, (heads.num_v,), ("heads",), linear_mixer.log_uniform(0, 16), decay=False)
+        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), linear_mixer.dt_bias_init, decay=False)
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
-        log_decay_BTH = softplus_decay(self.a_proj(x_BTD), self.A_log[...], self.dt_bias[...])
-        return Inputs(q, k, v, log_decay_BTH, write_strength(self.b_proj(x_BTD), self.neg_eigval))
+        log_decay_BTH = linear_mixer.softplus_decay(self.a_proj(x_BTD), self.A_log[...], self.dt_bias[...])
+        return Inputs(
+            q, k, v, log_decay_BTH, linear_mixer.write_strength(self.b_proj(x_BTD), self.neg_eigval)
+        )

@@ -18,18 +18,7 @@ from flax import nnx
 from hybridlm import linear_mixer
 from hybridlm.context import Context
 from hybridlm.layers import Linear, param, split_heads
-from hybridlm.linear_mixer import (
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    dt_bias_init,
-    log_uniform,
-    low_rank_recurrence,
-    near_none,
-    softplus_decay,
-    softplus_of_keys,
-    write_strength,
-)
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import KeyGates, Site
 from hybridlm.rows import Rows
 from pallas_kernels.linear_attention.call import l2_normalize
@@ -42,10 +31,12 @@ class Config(linear_mixer.GroupedConfig):
     output_gate: OutputGate = "sigmoid"
 
     def near_attention(self) -> dict[str, float]:
-        return near_none("b_proj.kernel", "w_proj.kernel") | {"f_b_proj.kernel": 0.0}
+        return linear_mixer.near_none("b_proj.kernel", "w_proj.kernel") | {"f_b_proj.kernel": 0.0}
 
     def gates_of_keys(self) -> KeyGates:
-        return softplus_of_keys(("f_a_proj.kernel", "f_b_proj.kernel"), "b_proj.kernel", "w_proj.kernel")
+        return linear_mixer.softplus_of_keys(
+            ("f_a_proj.kernel", "f_b_proj.kernel"), "b_proj.kernel", "w_proj.kernel"
+        )
 
 
 class Mixer(LinearMixer):
@@ -59,8 +50,8 @@ class Mixer(LinearMixer):
         self.f_b_proj = Linear(heads.value, heads.key_width, rngs=rngs, axes=(None, "heads"))
         self.b_proj = Linear(d_model, heads.key_width, rngs=rngs, exact=True)
         self.w_proj = Linear(d_model, heads.value_width, rngs=rngs, exact=True)
-        self.A_log = param(rngs, (heads.num,), ("heads",), log_uniform(1, 16), decay=False)
-        self.dt_bias = param(rngs, (heads.key_width,), ("heads",), dt_bias_init, decay=False)
+        self.A_log = param(rngs, (heads.num,), ("heads",), linear_mixer.log_uniform(1, 16), decay=False)
+        self.dt_bias = param(rngs, (heads.key_width,), ("heads",), linear_mixer.dt_bias_init, decay=False)
 
     def inputs(self, x_BTD: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> Inputs:
         """beta is e [B, T, H, K], v is w * v."""
@@ -68,10 +59,10 @@ class Mixer(LinearMixer):
             split_heads(y, self.heads.key) for y in (self.f_b_proj(self.f_a_proj(x_BTD)), self.b_proj(x_BTD))
         )
         dt_bias_HK = split_heads(self.dt_bias[...], self.heads.key)
-        log_decay = softplus_decay(f_BTHK, self.A_log[...][:, None], dt_bias_HK)
+        log_decay = linear_mixer.softplus_decay(f_BTHK, self.A_log[...][:, None], dt_bias_HK)
         w = jax.nn.sigmoid(split_heads(self.w_proj(x_BTD), self.heads.value).astype(jnp.float32))
         written = (w * v.astype(jnp.float32)).astype(v.dtype)
-        return Inputs(q, k, written, log_decay, write_strength(e_BTHK, self.neg_eigval))
+        return Inputs(q, k, written, log_decay, linear_mixer.write_strength(e_BTHK, self.neg_eigval))
 
     def recur(self, inputs: Inputs, rows: Rows, state: Any) -> tuple[jax.Array, Any]:
         q, k = (l2_normalize(x.astype(jnp.float32)).astype(x.dtype) for x in inputs[:2])
@@ -85,4 +76,4 @@ def erase(inputs: Inputs, rows: Rows, state: jax.Array | None) -> tuple[jax.Arra
     group = v.shape[2] // k.shape[2]
     q, k, log_decay, e = (jnp.repeat(x, group, axis=2) for x in (q, k, log_decay, e))
     reads = (jnp.exp(log_decay) * e * k.astype(jnp.float32)).astype(k.dtype)
-    return low_rank_recurrence(q, k, v, reads, -k, log_decay, rows=rows, state=state)
+    return linear_mixer.low_rank_recurrence(q, k, v, reads, -k, log_decay, rows=rows, state=state)

@@ -22,14 +22,7 @@ from hybridlm.convert.public import Format, grouped, grouped_fields, linears
 from hybridlm.convert.rules import Rule, bias, linear, norm, reshaped, same, short_convs
 from hybridlm.fields import INT32, Limits
 from hybridlm.layers import Linear, param, side_by_side, split_heads, zeros
-from hybridlm.linear_mixer import (
-    NEAR_NONE,
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    near_none,
-    softplus_of_keys,
-)
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import KeyGates, Site
 
 
@@ -64,15 +57,15 @@ class Config(linear_mixer.GroupedConfig):
         return ("f_proj.kernel",) if self.decay_rank < 0 else ("f_a_proj.kernel", "f_b_proj.kernel")
 
     def near_attention(self) -> dict[str, float]:
-        found = near_none("b_proj.kernel") | {self.decay_matrices[-1]: 0.0}
+        found = linear_mixer.near_none("b_proj.kernel") | {self.decay_matrices[-1]: 0.0}
         if bound := -self.lower_bound:
-            found["dt_bias"] = -math.log(bound / min(NEAR_NONE, bound / 2) - 1)
+            found["dt_bias"] = -math.log(bound / min(linear_mixer.NEAR_NONE, bound / 2) - 1)
         return found
 
     def gates_of_keys(self) -> KeyGates | None:
         if self.lower_bound:
             return None
-        return softplus_of_keys(self.decay_matrices, "b_proj.kernel")
+        return linear_mixer.softplus_of_keys(self.decay_matrices, "b_proj.kernel")
 
 
 def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:

@@ -13,23 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers, pieces
+from hybridlm import layers, mixers, pieces
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm, same
 from hybridlm.fields import Count, Epsilon, Positive
-from hybridlm.layers import (
-    Linear,
-    RecurrentCache,
-    RMSNorm,
-    ShortConv,
-    convolve,
-    elementwise,
-    ones,
-    param,
-    uniform,
-)
+from hybridlm.layers import Linear, RecurrentCache, RMSNorm, ShortConv
 from hybridlm.linear_mixer import dt_bias_init
 from hybridlm.mixers import Cost, Site
 from hybridlm.recurrent_mixer import RecurrentMixer, cut
@@ -141,18 +131,18 @@ class Mixer(RecurrentMixer):
         self.dbc_proj = Linear(self.width, sum(self.sizes), rngs=rngs, axes=("heads", None))
         if config.dbc_norm == "scaled":
             self.dbc_norms = nnx.List(RMSNorm(size, rngs=rngs, eps=config.norm_eps) for size in self.sizes)
-        init = uniform(-(rank**-0.5), rank**-0.5)
+        init = layers.uniform(-(rank**-0.5), rank**-0.5)
         self.dt_proj = Linear(rank, self.width, rngs=rngs, axes=(None, "heads"), init=init)
-        self.dt_bias = param(rngs, (self.width,), ("heads",), dt_bias_init, decay=False)
-        self.A_log = param(rngs, (self.width, state), ("heads", None), counted, decay=False)
-        self.D = param(rngs, (self.width,), ("heads",), ones, decay=False)
+        self.dt_bias = layers.param(rngs, (self.width,), ("heads",), dt_bias_init, decay=False)
+        self.A_log = layers.param(rngs, (self.width, state), ("heads", None), counted, decay=False)
+        self.D = layers.param(rngs, (self.width,), ("heads",), layers.ones, decay=False)
         self.o_proj = Linear(self.width, d_model, rngs=rngs, axes=("heads", "embed"))
 
     def mixed(
         self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
     ) -> tuple[jax.Array, RecurrentCache]:
         past = None if fresh else before.history
-        (x,), history = convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past, silu=True)
+        (x,), history = layers.convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past, silu=True)
         r, B, C = self._dbc(x)
         dt = jax.nn.softplus(self.dt_proj(r).astype(jnp.float32) + self.dt_bias[...])
         y, state = selective_scan(x, dt, self.A_log[...], B, C, context.rows, before.state)
@@ -222,7 +212,7 @@ def _scan(
         flat = lambda a: a.reshape(batch, size, -1)
         log_decay = flat(-jnp.exp(A_log) * dt[..., None])
         written = flat((dt * x)[..., None] * B[:, :, None])
-        h, state_BM = elementwise(written, log_decay, rows, state_BM)
+        h, state_BM = layers.elementwise(written, log_decay, rows, state_BM)
         return state_BM, jnp.einsum("btfn,btn->btf", h.reshape(batch, size, width, -1), C)
 
     floats = (a.astype(jnp.float32) for a in (x, dt, B, C))

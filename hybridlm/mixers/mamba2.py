@@ -17,21 +17,12 @@ from flax import nnx
 from hybridlm import linear_mixer, mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format
+from hybridlm.convert.public import Format, told
 from hybridlm.convert.rules import Rule, bias, concatenated, conv, linear, norm, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, Limits, NonNegative, Positive
 from hybridlm.layers import Linear, RMSNorm, merge_heads, ones, param, uniform
-from hybridlm.linear_mixer import (
-    NEAR_NONE,
-    GroupedConfig,
-    Heads,
-    Inputs,
-    LinearMixer,
-    dt_bias_init,
-    inverse_softplus,
-    log_uniform,
-)
+from hybridlm.linear_mixer import GroupedConfig, Heads, Inputs, LinearMixer
 from hybridlm.mixers import Cost, Site
 
 
@@ -85,7 +76,11 @@ class Config(mixers.Config):
 
     def near_attention(self) -> dict[str, float]:
         """dt, which also scales what is written, is 1."""
-        return {"dt_proj.kernel": 0.0, "dt_bias": inverse_softplus(1.0), "A_log": math.log(NEAR_NONE)}
+        return {
+            "dt_proj.kernel": 0.0,
+            "dt_bias": linear_mixer.inverse_softplus(1.0),
+            "A_log": math.log(linear_mixer.NEAR_NONE),
+        }
 
 
 SAID = {"use_bias": False, "use_conv_bias": True, "rmsnorm": True}
@@ -169,45 +164,31 @@ def fla_rules(
     ]
 
 
-# Heads, their width, groups, state, taps, expansion, biases of projections and convolution.
-OF_HYBRIDS = ("n_heads", "d_head", "n_groups", "d_state", "d_conv", "expand", "proj_bias", "conv_bias")
-
-
 def _hybrid(heads: int, state: int, inner_width: str = "") -> Format[Config]:
     """Of transformers' hybrids, whose defaults are given.  inner_width: a field of it, which may be null."""
-    num, width, groups, size, taps, expand, *biases = (f"mamba_{name}" for name in OF_HYBRIDS)
+    names = {
+        "num_heads": ("mamba_n_heads", heads), "n_groups": ("mamba_n_groups", 1),
+        "state_size": ("mamba_d_state", state), "conv_size": ("mamba_d_conv", 4),
+    }  # fmt: skip
+    biases = {"mamba_proj_bias": False, "mamba_conv_bias": True}
 
     def read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
-        for name, value in zip(biases, (False, True), strict=True):
+        for name, value in biases.items():
             fields.only(name, value)
-        count = fields.size(num, default=heads)
-        inner = fields.get(expand, 2) * d_model
+        sizes, inner = fields.table(names), fields.get("mamba_expand", 2) * d_model
         if inner_width and not (inner_width in fields.values and fields.values[inner_width] is None):
             inner = fields.size(inner_width, default=1024)
         fields.ignore(inner_width)
-        head_dim = fields.part(num, inner, count)
-        fields.only(width, "auto", head_dim)
+        head_dim = fields.part("mamba_n_heads", inner, sizes["num_heads"])
+        fields.only("mamba_d_head", "auto", head_dim)
         low, high = _limits(fields)
-        return {
-            "num_heads": count,
-            "head_dim": head_dim,
-            "n_groups": fields.size(groups, default=1),
-            "state_size": fields.size(size, default=state),
-            "conv_size": fields.size(taps, default=4),
-            "dt_min": low,
-            "dt_max": high,
-            "norm_eps": eps,
-        }
+        return sizes | {"head_dim": head_dim, "dt_min": low, "dt_max": high, "norm_eps": eps}
 
     def write(config: Config, d_model: int) -> dict[str, Any]:
         inner = config.num_heads * config.head_dim
-        if not inner_width:
-            _expanded(config, d_model)
-        values = config.num_heads, config.head_dim, config.n_groups, config.state_size, config.conv_size
-        found = dict(zip((num, width, groups, size, taps), values, strict=True))
+        width = {inner_width: inner} if inner_width else {"mamba_expand": _expanded(config, d_model)}
         limits = {"time_step_limit": [config.dt_min, config.dt_max or INFINITE[1]]}
-        said = (inner_width or expand, *biases), (inner if inner_width else inner // d_model, False, True)
-        found |= dict(zip(*said, strict=True))
+        found = told(config, names) | {"mamba_d_head": config.head_dim} | width | biases
         return found | (limits if config.dt_min or config.dt_max else {})
 
     return Format(read, write, fla_rules, "mamba.", "linear_attention")
@@ -249,13 +230,12 @@ def _nemotron_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     for name, value in (("mamba_hidden_act", "silu"), ("mamba_proj_bias", False), ("use_bias", False)):
         fields.only(name, value)
     fields.only("use_conv_bias", True)
-    sizes = {ours: fields.size(name, default=default) for ours, (name, default) in NEMOTRON.items()}
-    return sizes | {"dt_min": fields.get("time_step_min", 0.001), "norm_eps": eps}
+    return fields.table(NEMOTRON) | {"dt_min": fields.get("time_step_min", 0.001), "norm_eps": eps}
 
 
 def _nemotron_write(config: Config, d_model: int) -> dict[str, Any]:
-    sizes = {theirs: getattr(config, ours) for ours, (theirs, _) in NEMOTRON.items()}
-    return sizes | {"time_step_min": config.dt_min, "use_bias": False, "use_conv_bias": True}
+    said = {"time_step_min": config.dt_min, "use_bias": False, "use_conv_bias": True}
+    return told(config, NEMOTRON) | said
 
 
 ZAMBA = {
@@ -266,15 +246,15 @@ ZAMBA = {
 
 def _zamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     """The output norm's eps is fixed there."""
-    sizes = {ours: fields.size(name, default=default) for ours, (name, default) in ZAMBA.items()}
+    sizes = fields.table(ZAMBA)
     width = fields.get("mamba_expand", 2) * d_model
     sizes["head_dim"] = fields.part("n_mamba_heads", width, sizes["num_heads"])
     return sizes | {"dt_min": fields.get("time_step_min", 0.001), "norm_eps": 1e-5}
 
 
 def _zamba_write(config: Config, d_model: int) -> dict[str, Any]:
-    sizes = {theirs: getattr(config, ours) for ours, (theirs, _) in ZAMBA.items()}
-    return sizes | {"mamba_expand": _expanded(config, d_model), "time_step_min": config.dt_min}
+    said = {"mamba_expand": _expanded(config, d_model), "time_step_min": config.dt_min}
+    return told(config, ZAMBA) | said
 
 
 class Mixer(LinearMixer):
@@ -300,8 +280,8 @@ class Mixer(LinearMixer):
         self.dt_min, self.dt_max = config.dt_min, config.dt_max or jnp.inf
         width, bound = heads.value_width, (heads.value_width * site.num_layers) ** -0.5
         self.dt_proj = Linear(site.d_model, heads.num_v, rngs=rngs)
-        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), dt_bias_init, decay=False)
-        self.A_log = param(rngs, (heads.num_v,), ("heads",), log_uniform(1, 16), decay=False)
+        self.dt_bias = param(rngs, (heads.num_v,), ("heads",), linear_mixer.dt_bias_init, decay=False)
+        self.A_log = param(rngs, (heads.num_v,), ("heads",), linear_mixer.log_uniform(1, 16), decay=False)
         self.D = param(rngs, (heads.num_v,), ("heads",), ones, decay=False)
         for name, multiplier in zip("gvkq", config.multipliers, strict=False):
             getattr(self, f"{name}_proj").multiplier = multiplier

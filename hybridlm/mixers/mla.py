@@ -21,7 +21,7 @@ from flax import nnx
 from hybridlm import mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
-from hybridlm.convert.public import Format, rope_fields
+from hybridlm.convert.public import Format, rope_fields, told
 from hybridlm.convert.rules import Rule, divided, linear, norm, permuted
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Epsilon, NonNegative, Positive, Theta
@@ -119,6 +119,11 @@ class Config(mixers.Config):
         return dataclasses.replace(self, num_heads=self.heads(d_model), yarn=stretched)
 
 
+SIZES = {
+    "kv_lora_rank": ("kv_lora_rank", 512),
+    "qk_nope_head_dim": ("qk_nope_head_dim", 128),
+    "v_head_dim": ("v_head_dim", 128),
+}
 KIMI_NORM_EPS = 1e-6  # of the latents there, whatever rms_norm_eps is
 
 
@@ -131,26 +136,18 @@ def _kimi_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     )
     heads = fields.size("num_attention_heads", default=32)
     fields.only("num_key_value_heads", None, heads)
-    return {
+    return fields.table(SIZES) | {
         "num_heads": heads,
         "q_lora_rank": fields.get("q_lora_rank", 0),
-        "kv_lora_rank": fields.get("kv_lora_rank", 512),
-        "qk_nope_head_dim": fields.get("qk_nope_head_dim", 128),
         "qk_rope_head_dim": fields.get("qk_rope_head_dim", 64),
-        "v_head_dim": fields.get("v_head_dim", 128),
         "rope_theta": 0.0,
         "norm_eps": KIMI_NORM_EPS,
     }
 
 
 def _sizes(config: Config) -> dict[str, Any]:
-    return {
-        "q_lora_rank": config.q_lora_rank or None,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_nope_head_dim": config.qk_nope_head_dim,
-        "qk_rope_head_dim": config.qk_rope_head_dim,
-        "v_head_dim": config.v_head_dim,
-    }
+    own = {"q_lora_rank": config.q_lora_rank or None, "qk_rope_head_dim": config.qk_rope_head_dim}
+    return told(config, SIZES) | own
 
 
 def _kimi_write(config: Config, d_model: int) -> dict[str, Any]:
@@ -178,17 +175,13 @@ def _fla_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     theta, rotated = fields.rope()
     if rotated != 1:
         raise fields.refuse("partial_rotary_factor", "must be 1: all shared channels rotate")
-    sizes = {
-        "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
-        "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
-    }
-    fields.only("qk_head_dim", sum(sizes.values()))
+    sizes, rope = fields.table(SIZES), fields.size("qk_rope_head_dim", default=64)
+    fields.only("qk_head_dim", sizes["qk_nope_head_dim"] + rope)
     direct = "q_lora_rank" in fields.values and fields.values["q_lora_rank"] is None
     return sizes | {
         "num_heads": fields.size("num_heads", default=16),
         "q_lora_rank": fields.get("q_lora_rank", 0 if direct else 64),
-        "kv_lora_rank": fields.size("kv_lora_rank", default=512),
-        "v_head_dim": fields.size("v_head_dim", default=128),
+        "qk_rope_head_dim": rope,
         "rope_theta": theta,
         "norm_eps": FLA_NORM_EPS,
     }
@@ -223,13 +216,10 @@ def _deepseek_read(
     heads = fields.size("num_attention_heads", default=heads)
     fields.only("num_key_value_heads", None, heads)
     direct = "q_lora_rank" in fields.values and fields.values["q_lora_rank"] is None
-    return {
+    return fields.table(SIZES) | {
         "num_heads": heads,
         "q_lora_rank": fields.get("q_lora_rank", 0 if direct else q_rank),
-        "kv_lora_rank": fields.size("kv_lora_rank", default=512),
-        "qk_nope_head_dim": fields.size("qk_nope_head_dim", default=128),
         "qk_rope_head_dim": fields.size("qk_rope_head_dim", default=64),
-        "v_head_dim": fields.size("v_head_dim", default=128),
         "rope_theta": fields.rope(theta=theta, stretched=True)[0],
         "yarn": fields.yarn(every=True),
         "norm_eps": KIMI_NORM_EPS,
@@ -245,12 +235,8 @@ def _deepseek_write(config: Config, d_model: int) -> dict[str, Any]:
 
 def _deepseek_rules(config: Config, d_model: int) -> list[Rule]:
     """Kimi's but that neighbours turn together there, channels half the width apart here."""
-    heads, nope, rope, rank = (
-        config.num_heads,
-        config.qk_nope_head_dim,
-        config.qk_rope_head_dim,
-        config.kv_lora_rank,
-    )
+    heads, rank = config.num_heads, config.kv_lora_rank
+    nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
     halves = np.arange(rope).reshape(-1, 2).T.ravel()
     of_head = np.concatenate([np.arange(nope), nope + halves])
     order = {

@@ -23,14 +23,7 @@ from hybridlm.convert.rules import Rule, linear, norm, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, NonNegative
 from hybridlm.layers import Linear, RecurrentCache, RMSNorm, elementwise, merge_heads, normal, param, zeros
-from hybridlm.linear_mixer import (
-    NEAR_NONE,
-    Inputs,
-    LinearMixer,
-    OutputGate,
-    inverse_softplus,
-    recurrence,
-)
+from hybridlm.linear_mixer import Inputs, LinearMixer, OutputGate
 from hybridlm.mixers import Cost, Site
 from hybridlm.rows import Rows, continued
 from hybridlm.sharding import per_shard
@@ -66,7 +59,7 @@ class Config(linear_mixer.Config):
         return cost._replace(state=cost.state + heads.num + n, flops=cost.flops + 5 * n)
 
     def near_attention(self) -> dict[str, float]:
-        return {"i_bias": 0.0, "f_bias": -inverse_softplus(NEAR_NONE)}
+        return {"i_bias": 0.0, "f_bias": -linear_mixer.inverse_softplus(linear_mixer.NEAR_NONE)}
 
 
 def _hf_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
@@ -166,7 +159,7 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
         log_f += before - m
         log_f -= jax.lax.stop_gradient(jnp.maximum(log_f, 0))  # a minimum halves gradients at 0
     written = (v.astype(jnp.float32) * i[..., None]).astype(v.dtype)
-    o, C = recurrence(Inputs(q, k, written, log_f), rows, None if state is None else state["C"])
+    o, C = linear_mixer.recurrence(Inputs(q, k, written, log_f), rows, None if state is None else state["C"])
     after = {"C": C, "m": m[:, -1]}
     if config.normalizer:
         x, flat = merge_heads(k.astype(jnp.float32) * i[..., None]), jnp.repeat(log_f, key, axis=-1)
@@ -179,18 +172,24 @@ def mlstm(inputs: Inputs, rows: Rows, state: Any, config: Config) -> tuple[jax.A
 def stabilizer(
     log_i: jax.Array, log_f: jax.Array, rows: Rows, m_BH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(m [B, T, H] after ``m_BH``, m before each token), without a gradient: it moves h by eps only."""
+    """(m [B, T, H] after ``m_BH``, m before each token), without a gradient: it moves h by eps only.
+
+    What is not finite counts as 0, since no sum would keep it out of the next document: what it spoils of its
+    own is said by the rest.
+    """
+    given = jax.lax.stop_gradient((log_i, log_f, m_BH))
+    log_i, log_f, start_BH = (jnp.where(jnp.isfinite(x), x, 0) for x in given)
     if over := pieces.over(log_f.shape[1]):
         wide = ("batch", "time", "heads")
         op = lambda *args: _stabilizer_piece(*args, axis=over)
         run = per_shard(op, (wide, wide, ("batch", "time"), ("batch", "heads")), (wide, wide))
-        return run(*jax.lax.stop_gradient((log_i, log_f, rows.positions, m_BH)))
+        return run(log_i, log_f, rows.positions, start_BH)
     starts = (rows.positions == 0)[..., None]
     reached = jnp.where(starts, jnp.maximum(log_f, log_i), log_i)
-    reached = reached.at[:, 0].max(log_f[:, 0] + m_BH)
+    reached = reached.at[:, 0].max(log_f[:, 0] + start_BH)
     join = lambda a, b: (a[0] + b[0], jnp.maximum(a[1] + b[0], b[1]))
     pairs = jnp.where(starts, FORGET, log_f), reached
-    m = jax.lax.associative_scan(join, jax.lax.stop_gradient(pairs), axis=1)[1]
+    m = jax.lax.associative_scan(join, pairs, axis=1)[1]
     return m, jnp.concatenate([m_BH[:, None], m[:, :-1]], axis=1)
 
 

@@ -12,25 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hybridlm import mixers
+from hybridlm import layers, mixers
 from hybridlm.context import Context
 from hybridlm.convert.fields import Fields
 from hybridlm.convert.public import Format
 from hybridlm.convert.rules import Rule, bias, conv, linear, same
 from hybridlm.errors import ConfigError
 from hybridlm.fields import Count, Positive
-from hybridlm.layers import (
-    Linear,
-    RecurrentCache,
-    ShortConv,
-    convolve,
-    elementwise,
-    merge_heads,
-    normal,
-    param,
-    split_heads,
-    zeros,
-)
+from hybridlm.layers import Linear, RecurrentCache, ShortConv
 from hybridlm.mixers import Cost, Site, whole_heads
 from hybridlm.recurrent_mixer import RecurrentMixer
 from hybridlm.rows import Rows
@@ -105,13 +94,15 @@ class BlockLinear(nnx.Module):
     """y = x W + bias with W block-diagonal: kernel [H, K, K], bias [H, K], x and y [..., H * K]."""
 
     def __init__(self, blocks: int, size: int, *, rngs: nnx.Rngs):
-        self.kernel = param(rngs, (blocks, size, size), ("heads", None, None), normal(size**-0.5), decay=True)
-        self.bias = param(rngs, (blocks, size), ("heads", None), zeros, decay=False)
+        self.kernel = layers.param(
+            rngs, (blocks, size, size), ("heads", None, None), layers.normal(size**-0.5), decay=True
+        )
+        self.bias = layers.param(rngs, (blocks, size), ("heads", None), layers.zeros, decay=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x_H = split_heads(x, self.kernel.shape[1])
+        x_H = layers.split_heads(x, self.kernel.shape[1])
         y = jnp.einsum("...hk,hkl->...hl", x_H, self.kernel[...].astype(x.dtype))
-        return merge_heads(y.astype(jnp.float32) + self.bias[...])
+        return layers.merge_heads(y.astype(jnp.float32) + self.bias[...])
 
 
 class Mixer(RecurrentMixer):
@@ -123,14 +114,14 @@ class Mixer(RecurrentMixer):
     def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, sizes = site.d_model, config.explicit(site.d_model)
         self.state_shape, self.conv_size = (sizes.width,), config.conv_size
-        init, final = normal(d_model**-0.5), normal((2 / site.num_layers / sizes.width) ** 0.5)
+        init, final = layers.normal(d_model**-0.5), layers.normal((2 / site.num_layers / sizes.width) ** 0.5)
         self.x_proj = Linear(d_model, sizes.width, rngs=rngs, bias=config.bias, init=init)
         self.y_proj = Linear(d_model, sizes.width, rngs=rngs, bias=config.bias, init=init)
         if config.conv_size:
             self.x_conv = ShortConv(sizes.width, config.conv_size, rngs=rngs, bias=True)
         self.input_gate = BlockLinear(sizes.num_heads, sizes.head_dim, rngs=rngs)
         self.recurrent_gate = BlockLinear(sizes.num_heads, sizes.head_dim, rngs=rngs)
-        self.recurrent_param = param(rngs, (sizes.width,), ("heads",), radius, decay=False)
+        self.recurrent_param = layers.param(rngs, (sizes.width,), ("heads",), radius, decay=False)
         self.o_proj = Linear(
             sizes.width, d_model, rngs=rngs, axes=("heads", "embed"), bias=config.bias, init=final
         )
@@ -139,7 +130,7 @@ class Mixer(RecurrentMixer):
         self, x_BTD: jax.Array, context: Context, before: RecurrentCache, fresh: bool
     ) -> tuple[jax.Array, RecurrentCache]:
         past = None if fresh else before.history
-        (x,), history = convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past)
+        (x,), history = layers.convolve(self.convs, (self.x_proj(x_BTD),), context.rows, past)
         gates = self.input_gate(x), self.recurrent_gate(x)
         h, state = rg_lru(x, *gates, self.recurrent_param[...], context.rows, before.state)
         gate = jax.nn.gelu(self.y_proj(x_BTD).astype(jnp.float32), approximate=True)
@@ -157,7 +148,7 @@ def rg_lru(
     log_a = -8 * jax.nn.sigmoid(recurrent_gate) * jax.nn.softplus(p)
     root = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), 1e-8))  # the floor bounds its slope
     root = jnp.where((rows.positions == 0)[..., None], 1.0, root)
-    return elementwise(root * jax.nn.sigmoid(input_gate) * x.astype(jnp.float32), log_a, rows, state)
+    return layers.elementwise(root * jax.nn.sigmoid(input_gate) * x.astype(jnp.float32), log_a, rows, state)
 
 
 def radius(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -150,7 +150,7 @@ def _zamba_read(fields: Fields, d_model: int, eps: float) -> dict[str, Any]:
     }
 
 
-def _zamba_write(config: Any, d_model: int) -> dict[str, Any]:
+def _zamba_write(config: Config, d_model: int) -> dict[str, Any]:
     if config.part.kind != INNER:
         raise ConfigError("of", config.part.kind, f"must be of kind {INNER} in this format")
     if not config.adapter_rank:
@@ -167,7 +167,7 @@ def _zamba_write(config: Any, d_model: int) -> dict[str, Any]:
     }
 
 
-def _zamba_rules(config: Any, d_model: int) -> list[Rule]:
+def _zamba_rules(config: Config, d_model: int) -> list[Rule]:
     """Of a layer's own; its adapters are among the tensors of the shared block."""
     own, width = mixers.public(INNER)["zamba2"].rules(config.part, d_model), config.width(d_model)
     inner = [rule.under("inner.", "mamba_decoder.mamba.") for rule in own]
@@ -181,7 +181,7 @@ def _zamba_rules(config: Any, d_model: int) -> list[Rule]:
     return found
 
 
-def _zamba_shared(config: Any) -> list[Rule]:
+def _zamba_shared(config: Config) -> list[Rule]:
     widths = (config.hidden, config.hidden)
     return [
         norm("norm", f"{BLOCK}input_layernorm"),
@@ -204,7 +204,7 @@ class Mixer(TokenMixer):
         "zamba2": Format(_zamba_read, _zamba_write, _zamba_rules, "", "hybrid", shared=_zamba_shared)
     }
 
-    def __init__(self, config: Any, site: Site, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, site: Site, *, rngs: nnx.Rngs):
         d_model, rank, hidden = site.d_model, config.adapter_rank, config.width(site.d_model)
         self.attention, self.d_model = config.attention(site.mup), d_model
         self.rank, self.attention_rank = rank, rank if config.attention_adapters else 0

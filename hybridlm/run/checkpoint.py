@@ -35,12 +35,13 @@ FORMAT = 2  # in the record: parameters by layer (1, without a number: stacked, 
 CHUNK_BYTES = 1 << 25  # on disk, of arrays that are written in pieces
 COMPRESSOR = {"id": "zstd", "level": 1}  # Orbax's own
 
+SEEN = "data.fingerprint"
 # What a resumed run has in common with its checkpoint: parameters in shape and meaning, and the data order.
 FIXED = (
     "model",
     "mixers",
     "mlps",
-    "data.fingerprint",
+    SEEN,
     "train.seed",
     "train.batch_size",
     "train.seq_len",
@@ -51,7 +52,7 @@ FIXED = (
 )
 RECORD = {
     "config": dict, "fingerprint": str, "format?": int, "skipped?": [untrusted.NATURAL],
-    "unwritten?": {str: (float, str, type(None))}, "teacher?": {str: str},
+    "unwritten?": {str: (float, str, type(None))}, "teacher?": {str: str}, "held_out?": {str: str},
 }  # fmt: skip
 SPENT = ("init_from", "init_gates")  # read at the start of a run, and never again
 PATTERN, SHOWN = "model.pattern", 8  # of the differences
@@ -293,12 +294,11 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
 
     Data are the same when their fingerprint is, wherever they lie.
     """
-    found = changes(*(r["config"] | {"data.fingerprint": r["fingerprint"]} for r in (saved, record)))
-    refused = [name for name in found if _under(name, FIXED) and not _under(name, FREE)]
-    if "data.fingerprint" in refused:
-        refused += [name for name in found if _under(name, ("data",)) and name not in refused]
-        refused.remove("data.fingerprint")
-        refused.append("data.fingerprint")  # what a user set is named before what follows from it
+    found = changes(*(r["config"] | {SEEN: r["fingerprint"]} for r in (saved, record)))
+    judged = {name: _of_last(name, record["config"]) for name in found}
+    fixed = (*FIXED, "data") if SEEN in found else FIXED
+    refused = [name for name, one in judged.items() if _under(one, fixed) and not _under(one, FREE)]
+    refused.sort(key=SEEN.__eq__)  # what a user set is named before what follows from it
     if PATTERN in refused and _respelt(*found[PATTERN], record["config"]):
         refused.remove(PATTERN)
     if PATTERN in refused:  # most other differences follow from it, and none is what was meant
@@ -318,6 +318,12 @@ def check_unchanged(saved: dict[str, Any], record: dict[str, Any]) -> None:
             log.warning("no effect on a resumed run, whose parameters are the checkpoint's: %s", change)
         else:
             log.info("resumed with a change: %s", change)
+
+
+def _of_last(name: str, config: dict[str, Any]) -> str:
+    """``name`` without stages.<the last>, whose settings may change as those of a run without stages."""
+    order = config.get("stages", {}).get("order", ("",))
+    return name.removeprefix(f"stages.{order[-1]}.")
 
 
 def _respelt(before: str, after: str, config: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from rich.table import Column
 from hybridlm import untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
-from hybridlm.run import show, tensorboard, tracking
+from hybridlm.run import show, tracking
 
 log = logging.getLogger("hybridlm")
 
@@ -122,7 +122,7 @@ class Logbook:
         self.bar = Bar(start, config.train.steps, quiet=not first)
         self.trackers = (
             tracking.Wandb(workdir, config, config.log.wandb_mode if first else "disabled"),
-            tensorboard.Board(workdir, config.log.tensorboard and first, start),
+            tracking.Board(workdir, config.log.tensorboard and first, start),
         )
         self.kept = truncate(self.path, start) if first else []
         self.last = self.kept[-1]["step"] if self.kept else 0

@@ -32,23 +32,21 @@ def reveal(text: str) -> str:
     return re.sub(r"(?<=/)\$USER(?![\w.-])", _user(), text)
 
 
-class Filter(logging.Filter):
+def log_filter(record: logging.LogRecord) -> bool:
     """`hide` for every line of a log, and nothing in it that steers a terminal. It cannot fail."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        try:
-            text = record.getMessage()
-        except Exception as error:
-            text = f"{record.msg} (cannot be filled in: {error})"
-        record.msg, record.args = shown(text, lines=True), ()
-        return True
+    try:
+        text = record.getMessage()
+    except Exception as error:
+        text = f"{record.msg} (cannot be filled in: {error})"
+    record.msg, record.args = shown(text, lines=True), ()
+    return True
 
 
 def plain_log() -> None:
-    """Has the log written to stderr, a line each, through `Filter`."""
+    """Has the log written to stderr, a line each, through `log_filter`."""
     logging.basicConfig(format="%(message)s", force=True)
     for handler in logging.getLogger().handlers:
-        handler.addFilter(Filter())
+        handler.addFilter(log_filter)
     logging.getLogger("hybridlm").setLevel(logging.INFO)
 
 

@@ -1,14 +1,16 @@
-"""Where a run's numbers go besides metrics.jsonl; Weights & Biases.
+"""Where a run's numbers go besides metrics.jsonl: Weights & Biases, TensorBoard.
 
 Trackers can never fail the run: what fails in one is logged once and ends it.
 """
 
 import contextlib
+import importlib.util
 import logging
 import netrc
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +19,11 @@ from urllib.parse import urlparse
 from hybridlm import config as configs
 from hybridlm import untrusted
 from hybridlm.config import Config
+from hybridlm.errors import ConfigError
 
 log = logging.getLogger("hybridlm")
 
+FLUSH_SECONDS = 10.0
 NONE_OF_OURS = (Exception, SystemExit)  # what others' code may end with, which ends no run
 
 # W&B would record who ran the program where: command line, paths, host, account, git remote.
@@ -113,3 +117,60 @@ def has_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, ValueError, netrc.NetrcParseError):
         return False
+
+
+def check_tensorboard(wanted: bool) -> None:
+    """ConfigError if it is wanted and cannot be had."""
+    if wanted and importlib.util.find_spec("tensorboardX") is None:
+        fix = "pip install 'hybridlm[tensorboard]', or leave it off."
+        raise ConfigError("log.tensorboard", wanted, "needs tensorboardX, which is not installed", fix)
+
+
+class Board(Tracker):
+    """TensorBoard's event file of one start of a run, in `tensorboard/` of the workdir: the numbers and
+    samples of metrics.jsonl. ``wanted`` False writes nothing and imports nothing.
+
+    start: the step resumed from; 0 for a new run. A resumption begins another file, which tells TensorBoard
+        to forget what came after the checkpoint.
+
+    Written as they come, without tensorboardX's thread (its queue would stop the run once a full disk has
+    ended that) and without its file names, which hold the host's.
+    """
+
+    name = "TensorBoard"
+
+    def __init__(self, workdir: Path, wanted: bool, start: int):
+        if not wanted:
+            return
+        with self.guarded("did not start"):
+            from tensorboardX import summary
+            from tensorboardX.proto import event_pb2
+            from tensorboardX.record_writer import RecordWriter
+
+            self.summary, self.event = summary, event_pb2.Event
+            folder = workdir / "tensorboard"
+            folder.mkdir(exist_ok=True)
+            self.writer = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns()}"))
+            self._write(file_version="brain.Event:2")
+            begins = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=start + 1, session_log=begins)
+            self._flush()
+            self.on = True
+
+    def send(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            make = self.summary.text if isinstance(value, str) else self.summary.scalar
+            self._write(step=step, summary=make(name, value))
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def end(self, failed: bool) -> None:
+        self.writer.flush()
+        self.writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        self.writer.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+
+    def _flush(self) -> None:
+        self.writer.flush()
+        self.flushed = time.monotonic()

@@ -19,6 +19,7 @@ import numpy as np
 from hybridlm import model as lm
 from hybridlm import stack
 from hybridlm.errors import first_line
+from hybridlm.program import UPDATED
 from hybridlm.run import logbook
 
 log = logging.getLogger("hybridlm")
@@ -58,7 +59,7 @@ class Watch:
     def see(self, step: int, metrics: Mapping[str, float], squared_norms: Mapping[str, jax.Array]) -> Metrics:
         """``metrics`` of ``step`` without those that are not finite; with ``skipped``, the count so far."""
         loss, norm = metrics["loss"], metrics["grad_norm"]
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm) and metrics.get(UPDATED, 1.0):
             self.in_a_row = 0
             if jump := self._jump(loss, norm):
                 self._report(step, jump, metrics, squared_norms)
@@ -67,7 +68,7 @@ class Watch:
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             self._report(step, "skipped", metrics, squared_norms)
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value) and name != UPDATED}
         return finite | {"skipped": self.skipped}
 
     def _jump(self, loss: float, norm: float) -> str | None:
@@ -88,9 +89,13 @@ class Watch:
         squares = by_parameter(jax.device_get(dict(squared_norms)), self.definition)
         numbers = f"loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}"
         if event == "skipped":
-            first = first_not_finite(squares)
+            finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+            first = "update" if finite else first_not_finite(squares)
             said = f"update skipped ({numbers}); first gradient that is not finite, from the loss down: "
-            said += f"{first}; {self.in_a_row} in a row, {self.skipped} in all"
+            said += first
+            if finite:
+                said = f"update skipped, which is not finite where its gradient is ({numbers})"
+            said += f"; {self.in_a_row} in a row, {self.skipped} in all"
             details: dict[str, Any] = {"first": first, "in_a_row": self.in_a_row, "skipped": self.skipped}
         else:
             total = sum(squares.values())

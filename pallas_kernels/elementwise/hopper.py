@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.elementwise import walks
 from pallas_kernels.elementwise.call import Call
-from pallas_kernels.elementwise.walks import At, Token, Values
+from pallas_kernels.elementwise.walks import At, Job, Values
 from pallas_kernels.linear_attention.hopper import blocks, requirements
 from pallas_kernels.linear_attention.hopper.blocks import F32
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
@@ -61,16 +61,9 @@ class Walk(walks.Walk):
     few: ClassVar[int] = 48
     fill: ClassVar[int] = 128
 
-    def run(
-        self,
-        token: Token,
-        name: str,
-        read: Sequence[jax.Array],
-        like: Sequence[jax.Array],
-        starts: Sequence[jax.Array],
-        before: jax.Array | None = None,
-    ) -> list[jax.Array]:
+    def run(self, job: Job) -> list[jax.Array]:
         """See `walks.Walk`."""
+        name, token, read, like, starts, before = job
         batch, length, features = read[0].shape
         rows, tiles = self.rows, length // self.rows // self.pieces
         stages = min(tiles, RING // sum(rows * CHANNELS * array.dtype.itemsize for array in read))
@@ -144,7 +137,6 @@ class Walk(walks.Walk):
             body,
             name=f"elementwise_{name}",
             interpret=self.interpret,
-            manual_barriers=True,
             out_type=[jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (*like, *starts)],
             grid=(features // CHANNELS, self.pieces, batch),
             grid_names=("f", "p", "b"),

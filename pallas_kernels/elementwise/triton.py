@@ -8,7 +8,6 @@ Shape legend as in `walks`; a tile is RUNS runs.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -16,15 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import agreement
+from pallas_kernels.dispatch import Device
 from pallas_kernels.elementwise import walks
 from pallas_kernels.elementwise.call import Call
-from pallas_kernels.elementwise.walks import At, Token, Values
-from pallas_kernels.linear_attention.triton import requirements
+from pallas_kernels.elementwise.walks import At, Job, Token, Values
 from pallas_kernels.linear_attention.triton.launch import launch
-from pallas_kernels.linear_attention.triton.requirements import runs_on
 from pallas_kernels.linear_attention.triton.tiles import F32
-
-__all__ = ["elementwise_recurrence", "runs_on", "self_test", "supports"]
 
 CHANNELS = 32
 RUNS = 8
@@ -44,10 +41,13 @@ def elementwise_recurrence(call: Call, pieces: int | None = None) -> tuple[jax.A
     return walks.recurrence(Walk, call, ROWS, RUNS * ROWS, pieces)
 
 
+runs_on = Device.before_ampere
+
+
 def self_test() -> str | None:
-    """See `requirements.self_test`."""
+    """See `agreement.self_test`."""
     results = lambda: walks.trial(elementwise_recurrence, 2 * RUNS * ROWS, CHANNELS)
-    return requirements.self_test("elementwise_recurrence", results)
+    return agreement.self_test("elementwise_recurrence", results)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +56,9 @@ class Walk(walks.Walk):
     few: ClassVar[int] = 96
     fill: ClassVar[int] = 256
 
-    def run(
-        self,
-        token: Token,
-        name: str,
-        read: Sequence[jax.Array],
-        like: Sequence[jax.Array],
-        starts: Sequence[jax.Array],
-        before: jax.Array | None = None,
-    ) -> list[jax.Array]:
+    def run(self, job: Job) -> list[jax.Array]:
         """See `walks.Walk`."""
+        name, token, read, like, starts, before = job
         batch, length, features = read[0].shape
         runs = length // ROWS
         of_tokens = pl.BlockSpec((None, runs, ROWS, CHANNELS), lambda f, p, b: (b, 0, 0, f))

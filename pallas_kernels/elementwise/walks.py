@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,23 @@ class At:
 
 
 Token = Callable[[At, Values, Values], tuple[Values, Values]]
+
+
+class Job(NamedTuple):
+    """What a walk does: its results are arrays like ``like`` of what ``token`` returns first, then the last
+    carries, like ``starts``.
+
+    read: x or the gradients of h, log-decays and, with ``before``, h.  starts: [B, P, F], of the state and,
+    without ``like``, of the product of decays.  before: [B, F]; h is then read one token late, with it for
+    the first token.
+    """
+
+    name: str
+    token: Token
+    read: Sequence[jax.Array]
+    like: Sequence[jax.Array]
+    starts: Sequence[jax.Array]
+    before: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +87,8 @@ class Walk:
             pieces *= 2
         return pieces
 
-    def run(
-        self,
-        token: Token,
-        name: str,
-        read: Sequence[jax.Array],
-        like: Sequence[jax.Array],
-        starts: Sequence[jax.Array],
-        before: jax.Array | None = None,
-    ) -> list[jax.Array]:
-        """[arrays like ``like`` of what ``token`` returns first, then the last carries, like ``starts``].
-
-        read: x or the gradients of h, log-decays and, with ``before``, h.  starts: [B, P, F], of the state
-        and, without ``like``, of the product of decays.  before: [B, F]; h is then read one token late, with
-        it for the first token.
-        """
+    def run(self, job: Job) -> list[jax.Array]:
+        """The results of a walk."""
         raise NotImplementedError  # each backend's own: this class is what they share
 
     def alone(self, at: At, x: Any, log_decay: Any, state: Any, product: Any) -> Values:
@@ -104,14 +108,14 @@ class Walk:
             state = exp(log_decay) * at.unless_start(state) + x
             return [state], [state]
 
-        h, ends = self.run(token, "states", [x, log_decay], [x], [start])
+        h, ends = self.run(Job("states", token, [x, log_decay], [x], [start]))
         return h, ends
 
     def summary(self, x: jax.Array, log_decay: jax.Array) -> Piece:
         """What each piece does to the state, or with ``reverse`` (x are the gradients of h) its gradient."""
         token: Token = lambda at, values, carry: ([], self.alone(at, *values, *carry))
         start = jnp.zeros((x.shape[0], self.pieces, x.shape[2]), F32)
-        alone, decay = self.run(token, "summary", [x, log_decay], [], [start, start + 1])
+        alone, decay = self.run(Job("summary", token, [x, log_decay], [], [start, start + 1]))
         reset = None
         if self.words is not None:
             reset = jnp.any(self.words.reshape(*start.shape[:2], -1) != 0, axis=-1, keepdims=True)
@@ -131,8 +135,8 @@ class Walk:
             moved = exp(log_decay) * dx
             return [dx, at.unless_start(moved * before)], [at.unless_start(moved)]
 
-        read = [dh, log_decay, h]
-        dx, dlog_decay, ends = self.run(token, "gradients", read, [dh, log_decay], [start], before=state)
+        job = Job("gradients", token, [dh, log_decay, h], [dh, log_decay], [start], before=state)
+        dx, dlog_decay, ends = self.run(job)
         return dx, dlog_decay, ends
 
 

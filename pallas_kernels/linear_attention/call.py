@@ -5,10 +5,11 @@ Shape legend: B batch, T time, H key heads, HV value heads (a multiple of H), K 
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Arrays = TypeVar("Arrays")
 Out = TypeVar("Out")
@@ -64,6 +65,11 @@ class Call(QKV):
         """Value heads per key head: value head h reads key head h // group."""
         return self.v.shape[2] // self.q.shape[2]
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether the log-decay is per key channel."""
+        return self.log_decay is not None and self.log_decay.ndim == 4
+
     def starts(self) -> jax.Array | None:
         """Where a document starts that does not start its row, bool [B, T]; None for one document a row."""
         if self.segment_ids is None:
@@ -76,6 +82,18 @@ class Call(QKV):
             return self.initial_state
         batch, _, heads, value_dim = self.v.shape
         return self.zeros((batch, heads, self.q.shape[3], value_dim))
+
+    def like(self, **gradients: jax.Array | None) -> "Call":
+        """The gradients of the arguments as a backward pass returns them: in their dtypes, None for None."""
+
+        def one(name: str, x: Any) -> Any:
+            if x is None:
+                return None
+            given = gradients.get(name)
+            return np.zeros(x.shape, jax.dtypes.float0) if given is None else given.astype(x.dtype)
+
+        names = (*gradients, "segment_ids", "continues")
+        return dataclasses.replace(self, **{name: one(name, getattr(self, name)) for name in names})
 
     def zeros(self, shape: tuple[int, ...]) -> jax.Array:
         """Zeros in `compute_dtype`, varying over the mesh axes of the arguments (inside `shard_map`)."""

@@ -2,12 +2,8 @@
 
 import contextlib
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-
-from pallas_kernels.documents import document_starts
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -43,8 +39,3 @@ def scale_of(scale: float | None, key_dim: int) -> float:
         if math.isfinite(scale):
             return float(scale)
     raise ValueError(f"scale = {scale!r}: must be a finite Python number (or None for K**-0.5)")
-
-
-def count_changes(segment_ids: Any, shape: tuple[int, int]) -> jax.Array:
-    """Ids [B, T] of any integer type as int32: 0 at the first token, one more at every change."""
-    return jnp.cumsum(document_starts(segment_ids, shape), axis=1, dtype=jnp.int32)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Op
+from pallas_kernels.documents import document_starts
 from pallas_kernels.linear_attention.call import Call, alike
-from pallas_kernels.linear_attention.checks import count_changes, expect, floating, heads_fit, scale_of
+from pallas_kernels.linear_attention.checks import expect, floating, heads_fit, scale_of
 
 OP = Op("linear_attention", __package__, ("hopper", "triton", "xla"))
 
@@ -111,10 +112,11 @@ def normalize(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float | None =
     if call.axis is not None and (state is not None or call.output_final_state or call.continues is None):
         raise ValueError(f"axis = {call.axis!r}: takes continues, no initial_state and no output_final_state")
     expect("initial_state", state, {(batch, value_heads, key_dim, value_dim)})
+    starts = None if ids is None else document_starts(ids, (batch, length))
     return alike(
         dataclasses.replace(
             call,
             initial_state=None if state is None else jnp.asarray(state, call.compute_dtype),
-            segment_ids=None if ids is None else count_changes(ids, (batch, length)),
+            segment_ids=None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32),
         )
     )

@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import agreement
+from pallas_kernels.dispatch import Device
 from pallas_kernels.linear_attention import reference
 from pallas_kernels.linear_attention.call import l2_normalize
-from pallas_kernels.linear_attention.triton import requirements
 from pallas_kernels.linear_attention.triton.launch import launch
-from pallas_kernels.linear_attention.triton.requirements import runs_on
 from pallas_kernels.linear_attention_step.call import StepCall
-
-__all__ = ["linear_attention_step", "runs_on", "self_test", "supports"]
 
 KEY_DIMS = (64, 128, 256)
 SLICE = 64  # of the values of a head, that a block of threads takes
@@ -54,9 +52,12 @@ def linear_attention_step(call: StepCall) -> tuple[jax.Array, jax.Array]:
     return run(*call.arrays)
 
 
+runs_on = Device.before_ampere
+
+
 def self_test() -> str | None:
-    """See `requirements.self_test`."""
-    return requirements.self_test("linear_attention_step", _trial)
+    """See `agreement.self_test`."""
+    return agreement.self_test("linear_attention_step", _trial)
 
 
 def _trial() -> dict[str, tuple[jax.Array, jax.Array]]:

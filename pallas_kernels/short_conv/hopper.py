@@ -105,7 +105,6 @@ def _kernel(body: Any, name: str, out_type: Any, shape: tuple, interpret: Any) -
         body,
         name=name,
         interpret=interpret,
-        manual_barriers=True,
         out_type=out_type,
         grid=(batch, length // RUN, features // (THREADS * _channels(features))),
         grid_names=("b", "n", "f"),

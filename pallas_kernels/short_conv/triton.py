@@ -9,16 +9,14 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.linear_attention.triton import requirements
+from pallas_kernels import agreement
+from pallas_kernels.dispatch import Device
 from pallas_kernels.linear_attention.triton.launch import launch
-from pallas_kernels.linear_attention.triton.requirements import runs_on
 from pallas_kernels.linear_attention.triton.tiles import F32
 from pallas_kernels.short_conv import kernels, walk
 from pallas_kernels.short_conv.call import ConvCall
 from pallas_kernels.short_conv.kernels import Kernels
 from pallas_kernels.short_conv.walk import RUN, Strip
-
-__all__ = ["runs_on", "self_test", "short_conv", "supports"]
 
 LEAST, MOST = 64, 512  # features of a block, a power of two
 WARP = 128  # features of a warp, or LEAST: a thread's loads are four bf16 wide, or two
@@ -37,9 +35,12 @@ def short_conv(call: ConvCall) -> jax.Array:
     return kernels.short_conv(Kernels(convolve, gradients), call)
 
 
+runs_on = Device.before_ampere
+
+
 def self_test() -> str | None:
-    """See `requirements.self_test`."""
-    return requirements.self_test("short_conv", lambda: kernels.trial(short_conv))
+    """See `agreement.self_test`."""
+    return agreement.self_test("short_conv", lambda: kernels.trial(short_conv))
 
 
 def convolve(x: jax.Array, taps: jax.Array, reach: jax.Array, silu: bool, interpret: bool) -> jax.Array:

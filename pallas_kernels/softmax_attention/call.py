@@ -21,6 +21,7 @@ class AttentionCall:
     sinks: None or [H], a logit more in each softmax, without a value.
     forgotten: None or float32 [B, T, H], the sum of log forget gates up to each token: its logit for token s
         gains forgotten_t - forgotten_s.
+    since: None or int32 [B, T, H], the last token up to each at which all before was forgotten; 0 for none.
     sink_tokens: with a window, the first tokens of each document that all its later ones see besides.
     """
 
@@ -33,6 +34,7 @@ class AttentionCall:
     sinks: jax.Array | None = None
     forgotten: jax.Array | None = None
     sink_tokens: int = 0
+    since: jax.Array | None = None
 
     def document(self) -> jax.Array:
         """Where each query's document starts in the row: int32 [B, T] or [1, T]."""
@@ -42,10 +44,14 @@ class AttentionCall:
         return jax.lax.cummax(jnp.where(self.starts, index_1T, 0), axis=1)
 
     def first(self) -> jax.Array:
-        """The first place in the row that each query may see, but for sink tokens: the same shape."""
+        """The first place in the row that each query may see, but for sink tokens: the same shape.
+
+        With ``since``, that of each head: int32 [B, T, H].
+        """
         index_1T = jnp.arange(self.q.shape[1], dtype=jnp.int32)[None]
         document = self.document()
-        return jnp.maximum(document, index_1T - self.window + 1) if self.window else document
+        first = jnp.maximum(document, index_1T - self.window + 1) if self.window else document
+        return first if self.since is None else jnp.maximum(first[..., None], self.since)
 
     def sink_places(self) -> jax.Array:
         """`sink_places` of all queries: int32 [B, T, sink_tokens]."""

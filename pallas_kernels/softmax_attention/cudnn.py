@@ -4,7 +4,7 @@ Three ways to tell it of them, each exact; the data choose while the step runs:
   `fused`     every row is one document, and nothing needs to be said;
   `packed`    rows of at most `DOCUMENTS` documents: each is a sequence of its own (cuDNN's ragged layout);
   `coded`     more: each document's number, in binary, in extra channels of q and k.
-benchmarks/documents.py times them.
+docs/kernels_other.md has their times.
 """
 
 import math
@@ -57,13 +57,7 @@ def _hopper() -> bool:
     return float(dispatch.here().capability or 9) >= 9
 
 
-def runs_on(device: Device) -> str | None:
-    """None if cuDNN's fused kernel runs on ``device``, else the reason why not."""
-    if device.platform != "gpu":
-        return f"the platform is {device.platform}"
-    if float(device.capability or 0) < 8:
-        return f"compute capability {device.capability or 'unknown'} (8.0 or more)"
-    return None
+runs_on = Device.before_ampere
 
 
 def self_test() -> str | None:

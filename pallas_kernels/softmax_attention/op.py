@@ -8,6 +8,8 @@ from pallas_kernels.documents import document_starts
 from pallas_kernels.linear_attention.checks import floating, scale_of
 from pallas_kernels.softmax_attention.call import AttentionCall
 
+FORGETS = -1e30  # a log forget gate below forgets everything before it, whatever the logits
+
 OP = Op("softmax_attention", __package__, ("cudnn", "xla"))
 
 
@@ -39,6 +41,7 @@ def softmax_attention(
         scale: a Python number; K**-0.5 when None.
         window: tokens that a query sees, its own included; 0 for the whole document.
         sinks: None or floating [H].  log_forget: None or floating [B, T, H], at most 0; summed in float32.
+            -inf (below -1e30) forgets everything before the token, and has a gradient of 0.
         sink_tokens: how many of a document's first tokens stay in sight; needs a window, and no log_forget.
         backend: "reference" (all T x T scores, the oracle), "xla" (blockwise, in memory linear in T), "cudnn"
             (its fused kernel; 16-bit arrays) or "auto": cudnn where it can, else xla, logged once per reason.
@@ -73,8 +76,12 @@ def softmax_attention(
     starts = None if segment_ids is None else document_starts(segment_ids, (batch, length))
     if not batch or not length:
         return jnp.zeros((batch, length, heads, value_dim), v.dtype)
-    forgotten = None
+    forgotten = since = None
     if log_forget is not None:
-        forgotten = jnp.cumsum(log_forget, axis=1, dtype=jnp.promote_types(log_forget.dtype, jnp.float32))
-    call = AttentionCall(q, k, v, starts, scale_of(scale, dim), window, sinks, forgotten, sink_tokens)
+        everything = log_forget < FORGETS  # no part of the sums, which would hide or lose what is added after
+        kept = jnp.where(everything, 0, log_forget)
+        forgotten = jnp.cumsum(kept, axis=1, dtype=jnp.promote_types(log_forget.dtype, jnp.float32))
+        index_T1 = jnp.arange(length, dtype=jnp.int32)[:, None]
+        since = jax.lax.cummax(jnp.where(everything, index_T1, 0), axis=1)
+    call = AttentionCall(q, k, v, starts, scale_of(scale, dim), window, sinks, forgotten, sink_tokens, since)
     return OP.compute(call, backend)

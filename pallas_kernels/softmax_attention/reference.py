@@ -17,11 +17,13 @@ def softmax_attention(call: AttentionCall) -> jax.Array:
         c_BHT = jnp.moveaxis(call.forgotten.astype(dtype), 2, 1)
         scores += c_BHT[..., None] - c_BHT[..., None, :]
     index = jnp.arange(q.shape[1])
-    seen = (index <= index[:, None]) & (index >= call.first()[..., None])
+    first = call.first()
+    first_BHT = first[:, None] if call.since is None else jnp.moveaxis(first, 2, 1)
+    seen = (index <= index[:, None]) & (index >= first_BHT[..., None])
     if call.sink_tokens:
-        start = call.document()[..., None]
+        start = call.document()[:, None, :, None]
         seen |= (index <= index[:, None]) & (index >= start) & (index < start + call.sink_tokens)
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    scores = jnp.where(seen, scores, -jnp.inf)
     if call.sinks is not None:
         sinks = jnp.broadcast_to(call.sinks.astype(dtype)[:, None, None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)

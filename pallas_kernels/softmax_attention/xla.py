@@ -23,7 +23,8 @@ SCORES = 1 << 21  # scores a block per row and head: blocks shrink as S grows
 def softmax_attention(call: AttentionCall) -> jax.Array:
     """See `pallas_kernels.softmax_attention`."""
     index_T = jnp.arange(call.q.shape[1], dtype=jnp.int32)
-    first_BT = jnp.broadcast_to(call.first(), call.q.shape[:2])
+    first_BT = call.first()
+    first_BT = jnp.broadcast_to(first_BT, (*call.q.shape[:2], *first_BT.shape[2:]))
     first = (call.k, call.v, call.sink_places()) if call.sink_tokens else None
     return blockwise(
         call.q, call.k, call.v, index_T, first_BT, index_T, scale=call.scale, window=call.window,
@@ -49,7 +50,7 @@ def blockwise(
     """o [B, T, H, V]: softmax(scale q k^T) v over the keys s with first <= index_S[s] <= index_T[t].
 
     index_T, index_S: int32 place of each query and key in the row; a negative index_S is an empty slot.
-    first_BT: the first place that each query may see; at most its own.
+    first_BT: the first place that each query may see; at most its own.  Or [B, T, H], that of each head.
     window: with keys in order, the last of them the queries' own (index_S = arange, or a halo before it),
         the most that a query sees, to skip the rest; 0: no bound.
     sinks_H, forgotten_BTH, forgotten_BSH: see `AttentionCall`; forgotten of queries and of keys.
@@ -88,7 +89,8 @@ def blockwise(
             if forgotten is not None:
                 forgotten = forgotten[0], jax.lax.dynamic_slice_in_dim(forgotten[1], low, span, axis=1)
         bias = None if forgotten is None else (cut(forgotten[0], axis=1), forgotten[1])
-        seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(low_BT, 0)[..., None])
+        low = low_BT[:, None, None] if low_BT.ndim == 2 else by_head(low_BT, k.shape[2])
+        seen = (place_S <= place_T[:, None]) & (place_S >= jnp.maximum(low, 0)[..., None])
         own = None if own is None else (*own[:2], cut(own[2], axis=1))
         return _softmax(cut(q, axis=1), k, v, seen, scale, sinks, bias, own)
 
@@ -99,6 +101,11 @@ def blockwise(
     o = jax.lax.map(lambda start: attend_block(start, *arrays), starts)
     o = jnp.moveaxis(o, 0, 1).reshape(o.shape[1], blocks * block, *o.shape[3:])[:, :length]
     return checkpoint_name(o, KEPT)
+
+
+def by_head(x_BTH: jax.Array, groups: int) -> jax.Array:
+    """[B, G, H / G, T], as scores have them before the axis of keys."""
+    return jnp.moveaxis(x_BTH.reshape(*x_BTH.shape[:2], groups, -1), 1, 3)
 
 
 def gathered(x_BFGK: jax.Array, at: jax.Array) -> jax.Array:
@@ -149,7 +156,7 @@ def _softmax(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    seen_BTS: jax.Array,
+    seen: jax.Array,
     scale: float,
     sinks_H: jax.Array | None,
     forgotten: tuple[jax.Array, jax.Array] | None,
@@ -160,10 +167,9 @@ def _softmax(
     q = q.reshape(batch, length, groups, heads // groups, dim)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32) * scale
     if forgotten is not None:
-        by_head = lambda c: jnp.moveaxis(c.reshape(*c.shape[:2], groups, heads // groups), 1, 3)
-        now, then = map(by_head, forgotten)
+        now, then = (by_head(c, groups) for c in forgotten)
         scores += now[..., None] - then[..., None, :]
-    scores, keys = jnp.where(seen_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min), k.shape[1]
+    scores, keys = jnp.where(seen, scores, jnp.finfo(jnp.float32).min), k.shape[1]
     if own is not None:
         k_own, v_own = (gathered(x, jnp.maximum(own[2], 0)) for x in own[:2])
         more = jnp.einsum("btgrk,btngk->bgrtn", q, k_own, preferred_element_type=jnp.float32) * scale

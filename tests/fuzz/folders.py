@@ -17,7 +17,6 @@ import numpy as np
 
 from hybridlm import model
 from hybridlm.convert import families, incoming, outgoing, tensors
-from hybridlm.convert.fields import Fields
 from tests.fuzz.changes import VALUES, in_bytes, in_json
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
@@ -65,7 +64,7 @@ class Cases:
         if len(definition.layers) <= 8 and source.config.model.d_model <= 4096:
             families.plan(definition, source.family, source.values)
             written = source.family.write(definition, source.model_type)
-            source.family.read(Fields(written)).config()
+            source.family.architecture(written).config()
 
     def index(self, chance: random.Random, folder: Path) -> None:
         values: Any = {"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}

@@ -9,15 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.hopper import requirements, table, wide
-from pallas_kernels.linear_attention.hopper.backward import Saved, gradients
-from pallas_kernels.linear_attention.hopper.channel import ChannelSaved, channel_forward
-from pallas_kernels.linear_attention.hopper.channel_backward import channel_gradients
-from pallas_kernels.linear_attention.hopper.forward import forward_pass
+from pallas_kernels.linear_attention.hopper.backward import gradients
+from pallas_kernels.linear_attention.hopper.channel import channel_forward
+from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved
+from pallas_kernels.linear_attention.hopper.forward import Saved, forward_pass
 from pallas_kernels.linear_attention.hopper.inputs import LEAST_DECAY, prepare
 from pallas_kernels.linear_attention.hopper.requirements import runs_on
 from pallas_kernels.linear_attention.pieces import entered
@@ -36,7 +35,7 @@ def supports(call: Call) -> str | None:
         return f"dtype {', '.join(dtypes)} of q, k, v (bfloat16 only)"
     if key_dim not in KEY_DIMS or not wide.slices(value_dim):
         return f"head dims K = {key_dim}, V = {value_dim} (K 64, 128 or 256, V a multiple of 64)"
-    if key_dim == 256 and call.beta is not None and per_channel(call):
+    if key_dim == 256 and call.beta is not None and call.per_channel:
         return "K = 256 with the delta rule and a decay per channel"
     if key_dim == 256 and call.beta is None and call.qk_l2norm:
         return "K = 256 with an additive update and qk_l2norm"
@@ -52,11 +51,6 @@ def supports(call: Call) -> str | None:
 def self_test() -> str | None:
     """See `requirements.self_test`."""
     return requirements.self_test("linear_attention", lambda: trial.results(linear_attention))
-
-
-def per_channel(call: Call) -> bool:
-    """Whether the log-decay is per key channel."""
-    return wide.per_channel(call)
 
 
 def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
@@ -85,44 +79,18 @@ def _forward(call: Call) -> tuple[tuple[jax.Array, jax.Array | None], tuple[Call
 
 def _backward(kept: tuple[Call, _Saved], cotangents: tuple[jax.Array, jax.Array | None]) -> tuple[Call]:
     call, saved = kept
-    differentiate: Any = channel_gradients if per_channel(call) else gradients
-    d = differentiate(prepare(call), saved, *cotangents)
-
-    if call.log_decay is not None and not per_channel(call):  # exp(log_decay) is 0, and so is its gradient
-        d = d._replace(log_decay=jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d.log_decay))
-
-    def like(x: Any, gradient: Any) -> Any:
-        return None if x is None else gradient.astype(x.dtype)
-
-    def like_integers(x: Any) -> Any:
-        return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
-
-    return (
-        dataclasses.replace(
-            call,
-            q=like(call.q, d.q),
-            k=like(call.k, d.k),
-            v=like(call.v, d.v),
-            log_decay=like(call.log_decay, d.log_decay),
-            beta=like(call.beta, d.beta),
-            initial_state=like(call.initial_state, d.state),
-            segment_ids=like_integers(call.segment_ids),
-            continues=like_integers(call.continues),
-        ),
-    )
+    d = gradients(prepare(call), saved, *cotangents)
+    d_log_decay: Any = d.log_decay
+    if call.log_decay is not None and not call.per_channel:  # exp(log_decay) is 0, and so is its gradient
+        d_log_decay = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, d_log_decay)
+    return (call.like(q=d.q, k=d.k, v=d.v, log_decay=d_log_decay, beta=d.beta, initial_state=d.state),)
 
 
 _attend = differentiable(_primal, _forward, _backward)
 
 
 def _run(call: Call, keep: bool) -> tuple[tuple[jax.Array, jax.Array | None], _Saved | None]:
-    inputs, final = prepare(call), call.output_final_state
-    out: Any
-    saved: _Saved | None
-    if per_channel(call):
-        out, saved = channel_forward(inputs, final=final, keep=keep)
-    else:
-        out, inverses, moves = forward_pass(inputs, final=final, keep=keep)
-        saved = Saved(out.gates, out.states, inverses, out.values, moves, out.scores) if keep else None
+    run: Any = channel_forward if call.per_channel else forward_pass
+    out, saved = run(prepare(call), final=call.output_final_state, keep=keep)
     state = None if out.final is None else jnp.swapaxes(out.final, 2, 3)
     return (out.o[:, : call.q.shape[1]], state), saved

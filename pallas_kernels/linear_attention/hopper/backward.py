@@ -1,12 +1,13 @@
-"""The backward pass with no decay or one decay per head.
+"""The backward pass.
 
-Additive: one reverse scan makes every gradient. Delta: a reverse scan, then all chunks at once.
+Additive: one reverse scan makes every gradient. Delta: a reverse scan, then all chunks at once; so too with a
+decay per key channel (channel.py).
 The forward keeps, per chunk of 64 tokens and value head, the state that enters, the inverse A, V' and eight
 numbers per token (`gates`); nothing of the forward is recomputed but the 64 x 64 products of q and k.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,34 +17,17 @@ from pallas_kernels.linear_attention.hopper.backward_additive import additive_gr
 from pallas_kernels.linear_attention.hopper.backward_chunks import chunk_gradients
 from pallas_kernels.linear_attention.hopper.backward_scan import reverse_scan
 from pallas_kernels.linear_attention.hopper.blocks import F32
+from pallas_kernels.linear_attention.hopper.channel import channel_gradients
+from pallas_kernels.linear_attention.hopper.channel_tiles import ChannelSaved
+from pallas_kernels.linear_attention.hopper.forward import Saved
 from pallas_kernels.linear_attention.hopper.hard_queries import hard_queries
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
-from pallas_kernels.linear_attention.hopper.two_parts import Inverse
-from pallas_kernels.linear_attention.hopper.wide_backward import wide_gradients
-from pallas_kernels.linear_attention.hopper.wide_reverse import wide_reverse
+from pallas_kernels.linear_attention.hopper.wide_chunks import wide_gradients
+from pallas_kernels.linear_attention.hopper.wide_scan import wide_reverse
 from pallas_kernels.padding import pad_time
 
-CHUNK_RUN = 4  # chunks that a block of threads of the chunk kernel takes in turn; 4 to 32 measured equal
 WIDEST_CHUNKS = 128  # channels and values of a head whose chunk kernel has all in shared memory at once
-
-
-class Saved(NamedTuple):
-    """What the forward keeps beside its inputs; T is padded to whole chunks.
-
-    states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
-    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses (`two_parts.Inverse`),
-    values V' [B, T, HV, V] bf16.
-    moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
-    scores: P of `HeadTiles`, K = 256 only.
-    """
-
-    gates: jax.Array | None
-    states: jax.Array
-    inverses: Inverse | None = None
-    values: jax.Array | None = None
-    moves: jax.Array | None = None
-    scores: jax.Array | None = None
 
 
 class Gradients(NamedTuple):
@@ -59,38 +43,41 @@ class Gradients(NamedTuple):
 
 def gradients(
     inputs: Inputs,
-    saved: Saved,
+    saved: Saved | ChannelSaved,
     do: jax.Array,
     d_state: jax.Array | None,
     choice: table.Choice | None = None,
 ) -> Gradients:
-    """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None."""
-    choice = choice or table.backward(inputs.k.shape, inputs.v.shape, saved.inverses is not None)
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, tokens = inputs.v.shape[2], do.shape[1]
+    """do: [B, T, HV, V], T not padded.  d_state: gradient of the final state [B, HV, K, V] or None.
+
+    The gradient of a decay per key channel is [B, T, HV, K], of the decay's dtype.
+    """
+    (batch, length, heads, value_heads, key_dim, _), tokens = inputs.sizes, do.shape[1]
+    by_channel = isinstance(saved, ChannelSaved)
     do = pad_time(do, length).astype(jnp.bfloat16)
     if d_state is not None:
         d_state = jnp.swapaxes(d_state.astype(F32), 2, 3)
-    if saved.inverses is None:
-        dq, dk, dv, d_log_decay, first = _additive(inputs, saved, do, d_state, choice)
-        d_beta = None
-    else:
-        dq, dk, dv, d_log_decay, d_beta, first = _delta(inputs, saved, do, d_state, choice)
+    make: Any = channel_gradients if by_channel else _additive if inputs.beta is None else _delta
+    if choice is None and by_channel:
+        choice = table.forward(inputs.k.shape, inputs.v.shape)
+    choice = choice or table.backward(inputs.k.shape, inputs.v.shape, inputs.beta is not None)
+    dq, dk, dv, d_log_decay, d_beta, first = make(inputs, saved, do, d_state, choice)
 
-    def over_group(x: jax.Array) -> jax.Array:
-        if value_heads == heads:
-            return x[:, :tokens]
-        grouped = x.reshape(batch, length, heads, value_heads // heads, key_dim).astype(F32)
-        return grouped.sum(3).astype(x.dtype)[:, :tokens]
+    def added(x: jax.Array, heads: int) -> jax.Array:
+        """[B, T, N, K] as [B, tokens, heads, K]: value heads of a group and slices of V are summands."""
+        if x.shape[2] != heads:
+            x = x.reshape(batch, length, heads, -1, key_dim).astype(F32).sum(3).astype(x.dtype)
+        return x[:, :tokens]
 
     def per_token(x: jax.Array | None) -> jax.Array | None:  # [B, HV, T] -> [B, T, HV]
         return None if x is None else jnp.swapaxes(x, 1, 2)[:, :tokens]
 
+    steps: Any = inputs.log_decay
     return Gradients(
-        over_group(dq),
-        over_group(dk),
+        added(dq, heads),
+        added(dk, heads),
         dv[:, :tokens],
-        per_token(d_log_decay),
+        added(d_log_decay, value_heads).astype(steps.dtype) if by_channel else per_token(d_log_decay),
         per_token(d_beta),
         jnp.swapaxes(first, 2, 3),
     )
@@ -99,7 +86,7 @@ def gradients(
 def _additive(
     inputs: Inputs, saved: Saved, do: jax.Array, d_state: jax.Array | None, choice: table.Choice
 ) -> tuple:
-    """dq, dk, dv, dlog_decay [B, HV, T], dS_0^T."""
+    """dq, dk, dv, dlog_decay [B, HV, T], no dbeta, dS_0^T."""
     count = choice.pieces
     if count > 1 or inputs.over is not None:
         scan = functools.partial(reverse_scan, inputs, None, None, do, None)
@@ -107,7 +94,7 @@ def _additive(
         *_, alone = scan(value_tile=choice.value_tile, pieces=count, summary=True, walk=walks and walks.first)
         d_state = pieces.chain(pieces.factors(inputs, count), alone, d_state, reverse=True, over=inputs.over)
     *out, first = additive_gradients(inputs, saved.states, do, d_state, pieces=count)
-    return *out, first[::count]
+    return *out, None, first[::count]
 
 
 def _delta(
@@ -131,9 +118,8 @@ def _delta(
         state_gradients, dv, first = scan(ends, pieces=count)
         first = first[::count]
     wide = max(inputs.k.shape[3], inputs.v.shape[3]) > WIDEST_CHUNKS
-    chunks = wide_gradients if wide else functools.partial(chunk_gradients, run=CHUNK_RUN)
     given = Chunks(saved.gates, saved.states, state_gradients, saved.values, do, dv)
-    dq, dk, per_token = chunks(inputs, given)
+    dq, dk, per_token = (wide_gradients if wide else chunk_gradients)(inputs, given)
     dq = hard_queries(inputs, saved.inverses, given, dq)
     d_log_decay = None if inputs.log_decay is None else per_token[:, :, 0]
     return dq, dk, dv, d_log_decay, per_token[:, :, 1], first

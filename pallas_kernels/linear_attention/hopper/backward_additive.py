@@ -20,13 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, chunk_math
-from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, NORM_Q, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.gates import write_gates
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import BF16, CARRY, F32, NORM_K, NORM_Q, READ_Q, WRITE, C
+from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient, write_gates
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
-BF16 = jnp.bfloat16
-SMEM_BYTES = 227 * 1024
 # Registers a thread of the warpgroups that hold state, make gradients and copy, by those that hold state.
 REGISTERS = {1: (208, 232, 40), 2: (144, 200, 24)}
 
@@ -48,7 +46,6 @@ def additive_gradients(
     chunks, tiles = length // C, value_dim // C
     count = chunks // pieces
     decays = inputs.log_decay is not None
-    interpret = inputs.interpret
     shape, over = (C, key_dim), range(tiles)
     registers = REGISTERS[tiles]
 
@@ -62,7 +59,7 @@ def additive_gradients(
     results |= dict(first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32))
     stage = 2 * 2 * C * (key_dim + value_dim) + 3 * 4 * C
     fixed = 2 * (2 * tiles * C * key_dim + 2 * C * C) + 6 * 1024
-    stages = max(2, min(4, count, (SMEM_BYTES - fixed) // stage))
+    stages = blocks.stages(count, stage, fixed)
     scratch = dict(
         q_s=blocks.smem((stages, C, key_dim), BF16),
         k_s=blocks.smem((stages, C, key_dim), BF16),
@@ -84,7 +81,6 @@ def additive_gradients(
         p_ready=plgpu.Barrier(),  # P is in pairs_s, and gate_s is written
         taken=plgpu.Barrier(),  # v_s and g_s have been read
         stepped=plgpu.Barrier(num_arrivals=tiles),  # q_s, k_s, P, gate_s have been read, kept_s is written
-        done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
@@ -92,8 +88,8 @@ def additive_gradients(
         key_head = blocks.div(head, value_heads // heads)
         b, last = blocks.div(piece, pieces), (blocks.rem(piece, pieces) + 1) * count - 1
 
-        def rows(i: Any) -> Any:
-            return pl.ds((last - i) * C, C)
+        rows = lambda i: pl.ds((last - i) * C, C)
+        multiply = blocks.sums_of_products
 
         def hide_zero() -> None:
             s["zero_s"].at[wg][...] = plgpu.layout_cast(jnp.zeros((C,), F32), blocks.ROWS)
@@ -117,7 +113,7 @@ def additive_gradients(
                 slot = blocks.rem(i, stages)
                 q_s, k_s, gate_s = s["q_s"].at[slot], s["k_s"].at[slot], s["gate_s"]
                 by_token = lambda row: blocks.by_col(blocks.col_vector(gate_s.at[row]))
-                blocks.store(s["g_s"].at[wg], g.astype(BF16), interpret=interpret)
+                blocks.store(s["g_s"].at[wg], g.astype(BF16))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["g_ready"])
                 pl.when(i > 0)(lambda: release(i - 1))
@@ -131,7 +127,7 @@ def additive_gradients(
                         part = jnp.sum(g[:, first : first + C] * h, axis=1)
                         kept = part if kept is None else kept + part
                     s["kept_s"].at[blocks.rem(i, 2), wg][...] = kept
-                dv = blocks.matmul((s["g_s"].at[wg + zero], k_s.T), interpret=interpret)
+                dv = blocks.matmul((s["g_s"].at[wg + zero], k_s.T))
                 do_t = s["do_s"].at[slot, wg].T
                 plgpu.barrier_wait(s["p_ready"])
                 dv = dv * by_token(WRITE)
@@ -139,7 +135,6 @@ def additive_gradients(
                 dv, g = blocks.matmul(
                     (do_t, s["pairs_s"].at[zero], dv),
                     (read_t, q_s, g * gate_s[CARRY, 0]),
-                    interpret=interpret,
                 )
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["stepped"])
@@ -147,7 +142,7 @@ def additive_gradients(
                     plgpu.barrier_arrive(s["h_free"])
                 plgpu.barrier_wait(s["taken"])
                 dv_s = s["v_s"].at[slot, wg]
-                blocks.store(dv_s, dv.astype(BF16), interpret=interpret, transposed=True)
+                blocks.store(dv_s, dv.astype(BF16), transposed=True)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(dv_s, refs["dv"].at[b, rows(i), head, columns])
                 return g
@@ -157,9 +152,6 @@ def additive_gradients(
             refs["first"].at[piece, head, columns][...] = g
             plgpu.wait_smem_to_gmem(0)
 
-        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
-            return chunk_math.sums_of_products(*sums, interpret=interpret)
-
         def pairs(slot: Any, scores: jax.Array, raw: jax.Array) -> None:
             """gate_s; P and E to pairs_s."""
             numbers = s["vectors_s"].at[slot] if len(vectors) else None
@@ -167,12 +159,12 @@ def additive_gradients(
                 inputs, vectors, numbers, s["gate_s"],
                 q=s["q_s"].at[slot], k=s["k_s"].at[slot], every=inputs.l2norm,
             )  # fmt: skip
-            decay = blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+            decay = blocks.pair_decay(blocks.causal(segment), sums)
             decay *= blocks.by_row(norm_q)
             if inputs.l2norm:
                 decay *= blocks.by_col(blocks.col_vector(s["gate_s"].at[NORM_K]))
-            blocks.store(s["pairs_s"].at[0], (scores * decay).astype(BF16), interpret=interpret)
-            blocks.store(s["pairs_s"].at[1], (raw * decay).astype(BF16), interpret=interpret)
+            blocks.store(s["pairs_s"].at[0], (scores * decay).astype(BF16))
+            blocks.store(s["pairs_s"].at[1], (raw * decay).astype(BF16))
 
         def decay_gradient(i: Any, d_sum: jax.Array, leaving: jax.Array, gate_s: Any) -> None:
             sums_s = s["sums_s"]
@@ -182,7 +174,7 @@ def additive_gradients(
             kept = [blocks.col_vector(s["kept_s"].at[blocks.rem(i, 2), j]) for j in over]
             end = blocks.col_vector(sums_s.at[1]) + sum(kept[1:], kept[0]) * gate_s[CARRY, 0]
             own = blocks.col_vector(sums_s.at[0])
-            sums_s.at[2][...] = chunk_math.log_decay_gradient(own, end, hidden_zero())
+            sums_s.at[2][...] = log_decay_gradient(own, end, hidden_zero())
 
         def finish(d: jax.Array, x_s: Any, gate_s: Any, row: int, factor: float) -> tuple[jax.Array, Any]:
             """The gradient of x, for l2norm without its part along x, in bf16; inner products x_i.d_i."""
@@ -230,8 +222,8 @@ def additive_gradients(
                     decay_gradient(i, along_q - along_k, leaving, gate_s)
                 else:
                     plgpu.commit_smem()  # every warp has read q_s, k_s
-                blocks.store(q_s, dq, interpret=interpret)
-                blocks.store(k_s, dk, interpret=interpret)
+                blocks.store(q_s, dq)
+                blocks.store(k_s, dk)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_s, refs["dq"].at[b, rows(i), head])
                 plgpu.copy_smem_to_gmem(k_s, refs["dk"].at[b, rows(i), head])
@@ -283,10 +275,6 @@ def additive_gradients(
         blocks.role(wg == tiles, make_gradients, increase=registers[1])
         blocks.role(wg == tiles + 1, issue_copies, decrease=registers[2])
 
-        blocks.finish_together(s["done"])
-
     grid = dict(b=batch * pieces, h=value_heads)
-    out = blocks.launch(
-        "additive_gradients", body, arrays, results, scratch, grid, threads=tiles + 2, interpret=interpret
-    )
+    out = blocks.launch(inputs, "additive_gradients", body, arrays, results, scratch, grid, threads=tiles + 2)
     return out["dq"], out["dk"], out["dv"], out.get("d_log"), out["first"]

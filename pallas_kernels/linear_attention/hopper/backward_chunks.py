@@ -1,19 +1,16 @@
 """The gradients of q, k, log_decay and beta of the delta rule, chunk by chunk: no chunk waits for another.
 
 With S the state that enters a chunk, dS the gradient of the one that leaves, U = V', dV from the reverse
-scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document, the gradients of the products q_i.k_j and
-k_i.k_j are
+scan, and D_ij = exp(G_i - G_j) on pairs j <= i of one document (docs/kernels_scan.md, section 4),
     E = scale D * (dO U^T)      F = -(D, j < i) * (dV U^T)
-and then
     dQ = scale e (dO S^T) + E K
-    dK = [-e (dV S^T) + F K] + [f (U dS^T) + E^T Q + F^T K].
-Every term of dQ and of the first bracket carries a factor exp(G_i), every term of the second exp(-G_i), so
-    dG_i = q_i.dQ_i + k_i.[first] - k_i.[second],    dG_C += sum_i k_i.(f U dS^T)_i + exp(G_C) <S, dS>.
+    dK = [-e (dV S^T) + F K] + [f (U dS^T) + E^T Q + F^T K]
+    dG_i = q_i.dQ_i + k_i.[first] - k_i.[second],    dG_C += sum_i k_i.(f U dS^T)_i + exp(G_C) <S, dS>
 What must cancel between far tokens does: row and column sums use the same bf16 E, F and float32 sums.
 dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
 
-Two warpgroups take half of the key dimension each; the first also makes E, the second F.
-A third issues copies.
+Two warpgroups take half of the key dimension each; the first also makes E, the second F. A third issues
+copies.
 """
 
 from typing import Any
@@ -24,37 +21,34 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, chunk_math
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
 # Rows of `sums_s`, one set a warpgroup (half of the key dimension): dG without its dG_C terms, k_i.(f U
 # dS^T)_i, <S, dS> over a block of values, and (second warpgroup) dV_i.U_i.
 DECAY, LEAVING, KEPT, ERROR = range(4)
+RUN = 4  # chunks that a block of threads takes in turn
 
 
-def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq, dk [B, T, HV, K] bf16, one per value head; dlog_decay (junk without decay) and dbeta [B, HV, 2, T].
-
-    run: chunks that one block of threads takes in turn.
-    """
+def chunk_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk [B, T, HV, K] BF16, one a value head; dlog_decay (junk without decay), dbeta [B, HV, 2, T]."""
     batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group = value_heads // heads
     chunks = length // C
     half, blocks_v = key_dim // 2, value_dim // C
     documents, decays = inputs.segment is not None, inputs.log_decay is not None
-    interpret = inputs.interpret
-    bf16 = jnp.bfloat16
     slots = 2
     tile = (C, half)
 
     scratch = dict(
-        qk_s=blocks.smem((slots, 2, 2, C, half), bf16),  # q, k by halves of the key dimension
-        u_s=blocks.smem((blocks_v, C, C), bf16),
-        d_s=blocks.smem((2, blocks_v, C, C), bf16),  # dO, dV
-        h_s=blocks.smem((2, blocks_v, C, half), bf16),
-        g_s=blocks.smem((2, blocks_v, C, half), bf16),
-        e_s=blocks.smem((2, C, C), bf16),  # E, F
+        qk_s=blocks.smem((slots, 2, 2, C, half), BF16),  # q, k by halves of the key dimension
+        u_s=blocks.smem((blocks_v, C, C), BF16),
+        d_s=blocks.smem((2, blocks_v, C, C), BF16),  # dO, dV
+        h_s=blocks.smem((2, blocks_v, C, half), BF16),
+        g_s=blocks.smem((2, blocks_v, C, half), BF16),
+        e_s=blocks.smem((2, C, C), BF16),  # E, F
         gate_s=plgpu.SMEM((slots, 8, C), F32),
         segment_s=plgpu.SMEM((slots, C), F32) if documents else None,
         norm_s=plgpu.SMEM((2, 2, C), F32) if inputs.l2norm else None,
@@ -67,22 +61,22 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
         h_filled=plgpu.Barrier(num_arrivals=4 * blocks_v),
         h_free=plgpu.Barrier(num_arrivals=2),
         both=plgpu.Barrier(num_arrivals=2),
-        done=plgpu.Barrier(num_arrivals=3),
     )
 
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do)
     arrays |= dict(h=given.states, g=given.state_gradients, gates=given.gates, dv=given.dv)
     arrays |= dict(segment=inputs.segment)
-    keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), bf16)
+    keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
     numbers = jax.ShapeDtypeStruct((batch, value_heads, 2, length), F32)
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
-        b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * run
+        b, head, first = lax.axis_index("b"), lax.axis_index("h"), lax.axis_index("n") * RUN
         warpgroup = lax.axis_index("wg")
         key_head = blocks.div(head, group)
-        steps = jnp.minimum(run, chunks - first)
+        steps = jnp.minimum(RUN, chunks - first)
 
         sync = lambda: blocks.meet(s["both"])
+        multiply = blocks.sums_of_products
 
         def copy(source: Any, target: Any, barrier: Any) -> None:
             plgpu.copy_gmem_to_smem(source, target, barrier)
@@ -136,10 +130,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
         def left(ref: Any) -> Any:
             """A [C, C] left operand; two operands in shared memory must be swizzled alike, so narrow halves
             of K want it in registers."""
-            return ref if half == C else blocks.tile(ref, bf16)
-
-        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
-            return chunk_math.sums_of_products(*sums, interpret=interpret)
+            return ref if half == C else blocks.tile(ref, BF16)
 
         def pair_gradients(wg: Any, gate_s: Any, segment_s: Any, error_s: Any) -> None:
             """E (first warpgroup) or F (second) to e_s; dV_i.U_i (second)."""
@@ -150,13 +141,13 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
                 keep = keep & (
                     blocks.by_row(blocks.row_vector(segment_s)) == blocks.by_col(blocks.col_vector(segment_s))
                 )
-            sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
+            sums = blocks.row_and_col(gate_s.at[blocks.SUM])
             norm = blocks.row_vector(gate_s.at[blocks.NORM_Q - wg * (blocks.NORM_Q - blocks.NORM_K)]) * (
                 1.0 - 2.0 * wg.astype(F32)
             )
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
             raw = raw * blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
-            blocks.store(s["e_s"].at[wg], raw.astype(bf16), interpret=interpret)
+            blocks.store(s["e_s"].at[wg], raw.astype(BF16))
 
         def per_token(wg: Any, gate_s: Any, sums_s: Any) -> jax.Array:
             """dlog_decay (first warpgroup) or dbeta (second) of the chunk."""
@@ -168,9 +159,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
                 blocks.col_vector(sums_s.at[0, row]) + blocks.col_vector(sums_s.at[1, row])
                 for row in (DECAY, LEAVING, KEPT)
             )
-            d_log = chunk_math.log_decay_gradient(
-                d_sum, leaving + kept * gate_s[blocks.CARRY, 0], wg - warpgroup
-            )
+            d_log = log_decay_gradient(d_sum, leaving + kept * gate_s[blocks.CARRY, 0], wg - warpgroup)
             return jnp.where(wg == 0, d_log, error)
 
         def gradients() -> None:
@@ -238,8 +227,8 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
                     norm = blocks.row_vector(gate_s.at[blocks.NORM_K])
                     along = blocks.row_vector(norm_s.at[0, 1]) + blocks.row_vector(norm_s.at[1, 1])
                     dk = dk + blocks.tile(k_s) * blocks.by_row(along * norm * norm * -1.0, tile)
-                blocks.store(q_s, dq.astype(bf16), interpret=interpret)
-                blocks.store(k_s, dk.astype(bf16), interpret=interpret)
+                blocks.store(q_s, dq.astype(BF16))
+                blocks.store(k_s, dk.astype(BF16))
                 s["out_s"].at[wg][...] = per_token(wg, gate_s, s["sums_s"].at[blocks.rem(i, 2)])
                 plgpu.commit_smem()
                 target = (b, pl.ds(n * C, C), head, pl.ds(wg * half, half))
@@ -253,11 +242,7 @@ def chunk_gradients(inputs: Inputs, given: Chunks, *, run: int) -> tuple[jax.Arr
         blocks.role(warpgroup < 2, gradients, increase=232)
         blocks.role(warpgroup == 2, issue_copies, decrease=40)
 
-        blocks.finish_together(s["done"])
-
-    grid = dict(b=batch, h=value_heads, n=pl.cdiv(chunks, run))
+    grid = dict(b=batch, h=value_heads, n=pl.cdiv(chunks, RUN))
     results = dict(dq=keys, dk=keys, numbers=numbers)
-    out = blocks.launch(
-        "delta_chunk_gradients", body, arrays, results, scratch, grid, threads=3, interpret=interpret
-    )
+    out = blocks.launch(inputs, "delta_chunk_gradients", body, arrays, results, scratch, grid, threads=3)
     return out["dq"], out["dk"], out["numbers"]

@@ -2,8 +2,9 @@
 
 With dS the gradient of the state that leaves a chunk, and e, f, P, A as in forward.py,
     dV' = P^T dO + f K dS
-    dV  = beta A^T dV'                 (additive: dV = dV')
-    dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV      (additive: without the last term)
+    dV  = beta A^T dV'
+    dS <- exp(G_C) dS + scale (e Q)^T dO - (e K)^T dV
+An additive update has only its summary here, without the last term of dS (else: backward_additive.py).
 One block of threads per sequence (or piece of one, pieces.py), value head and slice of V. Two or one
 warpgroups hold dS^T, 64 values by K, in registers; one computes P and scale e Q a chunk ahead; one issues the
 copies. The dS that enters each step and dV are stored: backward_chunks.py makes everything else of them, all
@@ -13,19 +14,16 @@ chunks at once.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.gates import write_gates
-from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors, fetch_values
 
 AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
-SMEM_BYTES = 227 * 1024
 # Registers a thread of the warpgroups that hold state, prepare and copy, by warpgroups that hold state.
 REGISTERS = {1: (232, 232, 40), 2: (184, 120, 24)}
 
@@ -48,53 +46,46 @@ def reverse_scan(
     d_state: dS^T after each piece [B * pieces, HV, V, K] float32, or None.  summary: only the last result,
     None for the others.  walk: None or how far for a summary: `warm_up.Walks.first`.
     """
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
-    group = value_heads // heads
-    chunks = length // C
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
+    group, chunks = value_heads // heads, length // C
     count = chunks // pieces  # that one block of threads takes
     tiles = value_tile // C
     registers = REGISTERS[tiles]
     delta, output = inverses is not None, not summary
-    chained = delta or output  # whether dV is wanted: with the delta rule it drives dS
-    documents = chained and inputs.segment is not None
-    interpret = inputs.interpret
-    bf16 = jnp.bfloat16
+    documents = delta and inputs.segment is not None
 
-    vectors = Vectors(inputs, ("log_decay", "segment", "entering") if gates is None else ())
+    vectors = Vectors(inputs, () if delta else ("log_decay", "segment", "entering"))
 
-    stage = 2 * ((1 + chained) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
+    stage = 2 * ((1 + delta) * C * key_dim + tiles * C * C + delta * C * C) + 9 * 4 * C
     fixed = 2 * (AHEAD * C * C + tiles * C * C + tiles * C * key_dim) + 8 * 1024
-    fewest = count if walk is None else warm_up.chunks(count)
-    stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
+    stages = blocks.stages(count if walk is None else warm_up.chunks(count), stage, fixed)
 
-    loads = 1 + chained + tiles + delta + documents + (len(vectors) if gates is None else 1)
+    loads = 1 + tiles + 3 * delta + documents + len(vectors)
     scratch = dict(
-        q_s=blocks.smem((stages, C, key_dim), bf16),
-        k_s=blocks.smem((stages, C, key_dim), bf16) if chained else None,
-        do_s=blocks.smem((stages, tiles, C, C), bf16),
-        high_s=blocks.smem((stages, C, C), bf16) if delta else None,
+        q_s=blocks.smem((stages, C, key_dim), BF16),
+        k_s=blocks.smem((stages, C, key_dim), BF16) if delta else None,
+        do_s=blocks.smem((stages, tiles, C, C), BF16),
+        high_s=blocks.smem((stages, C, C), BF16) if delta else None,
         gate_s=plgpu.SMEM((stages, 8, C), F32),
         vectors_s=plgpu.SMEM((stages, len(vectors), C), F32) if len(vectors) else None,
         segment_s=plgpu.SMEM((stages, C), F32) if documents else None,
-        p_s=blocks.smem((AHEAD, C, C), bf16) if chained else None,
-        dv_s=blocks.smem((tiles, C, C), bf16),  # before, if a chunk is hard: A's second part
-        g_s=blocks.smem((tiles, C, key_dim), bf16) if output else None,
+        p_s=blocks.smem((AHEAD, C, C), BF16) if delta else None,
+        dv_s=blocks.smem((tiles, C, C), BF16),  # before, if a chunk is hard: A's second part
+        g_s=blocks.smem((tiles, C, key_dim), BF16) if output else None,
         filled=plgpu.Barrier(num_arrivals=loads, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
         p_ready=plgpu.Barrier(num_barriers=AHEAD),
         p_free=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
         low=plgpu.Barrier(num_barriers=tiles) if delta else None,
-        done=plgpu.Barrier(num_arrivals=tiles + 2),
     )
 
     arrays: dict[str, Any] = dict(q=inputs.q, do=do, gates=gates, **vectors.named)
-    arrays |= dict(k=inputs.k if chained else None, **two_parts.named(inverses))
+    arrays |= dict(k=inputs.k if delta else None, **two_parts.named(inverses))
     arrays |= dict(segment=inputs.segment if documents else None, last=d_state, walk=walk)
-    states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), bf16)
+    states = jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16)
     results = dict(
         states=states if output else None,
-        dv=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), bf16) if output else None,
+        dv=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16) if output else None,
         first=jax.ShapeDtypeStruct((batch * pieces, value_heads, value_dim, key_dim), F32),
     )
 
@@ -110,17 +101,15 @@ def reverse_scan(
         def fill(i: Any, slot: Any) -> None:
             n = last - i
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
-            if chained:
+            if delta:
                 plgpu.copy_gmem_to_smem(refs["k"].at[b, rows, key_head], s["k_s"].at[slot], barrier)
             plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, key_head], s["q_s"].at[slot], barrier)
-            if gates is not None:
+            if delta:
                 plgpu.copy_gmem_to_smem(refs["gates"].at[b, head, n], s["gate_s"].at[slot], barrier)
             if len(vectors):
                 vectors.copy(refs, s["vectors_s"].at[slot], barrier, b, head, rows)
-            for tile in range(tiles):
-                columns = pl.ds(value_block * value_tile + tile * C, C)
-                source = refs["do"].at[b, rows, head, columns]
-                plgpu.copy_gmem_to_smem(source, s["do_s"].at[slot, tile], barrier)
+            place = b, rows, head
+            fetch_values(refs["do"], place, value_block * value_tile, s["do_s"], slot, barrier, tiles)
             if delta:
                 plgpu.copy_gmem_to_smem(refs["high"].at[b, head, rows], s["high_s"].at[slot], barrier)
             if documents:
@@ -136,41 +125,38 @@ def reverse_scan(
                 if delta:
                     low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
                     two_parts.load_low(hard > 0.0, low, s["dv_s"].at[mine], s["low"].at[mine])
-                g_lo = g.astype(bf16)
+                g_lo = g.astype(BF16)
                 if output:
                     target = refs["states"].at[b, head, n, columns]
-                    blocks.send(s["g_s"].at[mine], g_lo, target, interpret=interpret)
+                    blocks.send(s["g_s"].at[mine], g_lo, target)
                 plgpu.barrier_wait(s["filled"].at[slot])
-                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T), interpret=interpret) if chained else None
+                dv = blocks.matmul((g_lo, s["k_s"].at[slot].T)) if delta else None
                 return g, dv
 
             def step(i: Any, g: jax.Array, dv: Any, parts: int, hard: Any) -> jax.Array:
                 n, mine = last - i, wg + (0 if hard is None else two_parts.hidden_zero(hard))
                 slot, ahead = blocks.rem(i, stages), blocks.rem(i, AHEAD)
                 q_s, gate_s, do_s = (s[x].at[slot] for x in ("q_s", "gate_s", "do_s"))
-                k_s: Any = s["k_s"].at[slot] if chained else None
-                if chained:
-                    dv = two_parts.add_rest(dv, g, k_s, parts, interpret=interpret)
+                if delta:
+                    k_s = s["k_s"].at[slot]
+                    dv = two_parts.add_rest(dv, g, k_s, parts)
                     dv = dv * blocks.by_col(blocks.col_vector(gate_s.at[blocks.WRITE]))
                 plgpu.barrier_wait(s["p_ready"].at[ahead])
                 written = (do_s.at[mine].T, q_s, g * gate_s[blocks.CARRY, 0])
-                if chained:
-                    dv, g = blocks.matmul(
-                        (do_s.at[mine].T, s["p_s"].at[ahead], dv), written, interpret=interpret
-                    )
+                if not delta:
+                    g = blocks.matmul(written)
                 else:
-                    g = blocks.matmul(written, interpret=interpret)
-                if delta:
+                    dv, g = blocks.matmul((do_s.at[mine].T, s["p_s"].at[ahead], dv), written)
                     beta = blocks.col_vector(gate_s.at[blocks.BETA])
                     back = beta * blocks.col_vector(gate_s.at[blocks.READ_K]) * -1.0
                     pair = s["high_s"].at[slot], s["dv_s"].at[mine], s["low"].at[mine]
-                    dx = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
-                    seen = two_parts.split(dx * blocks.by_col(back), parts, interpret=interpret)
-                    (g,) = sums_of_products(([(part, k_s) for part in seen], g), interpret=interpret)
+                    dx = two_parts.times_inverse(dv, *pair, parts)
+                    seen = two_parts.split(dx * blocks.by_col(back), parts)
+                    (g,) = blocks.sums_of_products(([(part, k_s) for part in seen], g))
                     dv = dx * blocks.by_col(beta)
                 if output:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    blocks.store(s["dv_s"].at[mine], dv.astype(bf16), interpret=interpret, transposed=True)
+                    blocks.store(s["dv_s"].at[mine], dv.astype(BF16), transposed=True)
                 plgpu.commit_smem()  # also before the arrivals: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["p_free"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])
@@ -195,25 +181,21 @@ def reverse_scan(
                 def _() -> None:
                     plgpu.barrier_wait(s["p_free"].at[ahead])
 
-                if chained:
-                    k_s = s["k_s"].at[slot]
-                    sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
-                    segment = None
-                    if documents:
-                        ids = s["segment_s"].at[slot]
-                        segment = blocks.row_vector(ids), blocks.col_vector(ids)
-                    scores = blocks.matmul((q_s, k_s.T), interpret=interpret)
+                if delta:
+                    sums = blocks.row_and_col(gate_s.at[blocks.SUM])
+                    segment = blocks.row_and_col(s["segment_s"].at[slot]) if documents else None
+                    scores = blocks.matmul((q_s, s["k_s"].at[slot].T))
                     plgpu.commit_smem()  # every warp is done with q before it is overwritten
-                    scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+                    scores *= blocks.pair_decay(blocks.causal(segment), sums)
                     scores *= blocks.by_row(blocks.row_vector(gate_s.at[blocks.NORM_Q]))
                     scores *= blocks.by_col(blocks.col_vector(gate_s.at[blocks.NORM_K]))
-                    blocks.store(s["p_s"].at[ahead], scores.astype(bf16), interpret=interpret)
-                if gates is None:
+                    blocks.store(s["p_s"].at[ahead], scores.astype(BF16))
+                else:
                     numbers = s["vectors_s"].at[slot] if len(vectors) else None
                     write_gates(inputs, vectors, numbers, gate_s, q=q_s, every=False)
                 read = blocks.by_row(blocks.row_vector(gate_s.at[blocks.READ_Q]), (C, key_dim))
-                read_q = (blocks.tile(q_s) * read).astype(bf16)
-                blocks.store(q_s, read_q, interpret=interpret)
+                read_q = (blocks.tile(q_s) * read).astype(BF16)
+                blocks.store(q_s, read_q)
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(s["p_ready"].at[ahead])
                 plgpu.barrier_arrive(s["free"].at[slot])
@@ -224,13 +206,10 @@ def reverse_scan(
         blocks.role(wg < tiles, hold_state, increase=registers[0])
         change = {"decrease" if tiles == 2 else "increase": registers[1]}
         blocks.role(wg == tiles, prepare_chunk, **change)
-        blocks.role(
-            wg == tiles + 1, lambda: blocks.refill(fill, s["free"], steps, stages), decrease=registers[2]
-        )
-
-        blocks.finish_together(s["done"])
+        copy = lambda: blocks.refill(fill, s["free"], steps, stages)
+        blocks.role(wg == tiles + 1, copy, decrease=registers[2])
 
     grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
     name = ("delta_reverse_" if delta else "additive_reverse_") + ("summary" if summary else "scan")
-    out = blocks.launch(name, body, arrays, results, scratch, grid, threads=tiles + 2, interpret=interpret)
+    out = blocks.launch(inputs, name, body, arrays, results, scratch, grid, threads=tiles + 2)
     return out.get("states"), out.get("dv"), out["first"]

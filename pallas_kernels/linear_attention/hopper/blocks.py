@@ -24,7 +24,8 @@ from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
 LOG2E = math.log2(math.e)
-F32 = jnp.float32
+F32, BF16 = jnp.float32, jnp.bfloat16
+SMEM_BYTES = 227 * 1024  # of a block of threads
 
 # Rows of a chunk's `gates` [8, C]. Token i reads the state S0 before the chunk with weight e_i = exp(G_i)
 # if it is of the document that enters the chunk, else 0; its write is in the state after it with weight f_i
@@ -37,33 +38,31 @@ ROWS = WGMMA.reduce(1)  # one number per row of a tile
 COLS = WGMMA.reduce(0)  # one number per column
 
 
-def kernel(
-    body: Callable, *, name: str, interpret: Any, manual_barriers: bool = False, **options: Any
-) -> Callable:
+# Whether the kernel whose body is traced will be interpreted; Pallas's interpreter has not all instructions.
+interpreted = jax.make_user_context(False)
+
+
+def kernel(body: Callable, *, name: str, interpret: Any, **options: Any) -> Callable:
     """`plgpu.kernel` with Lane semantics (Warpgroup inference breaks transposed and row-shifted views).
 
-    manual_barriers: no barrier around each store to shared memory; the body puts commit_smem (a fence and a
-    barrier of the warpgroup) between a store and what reads it, and between a read and what overwrites it.
+    No barrier is put around each store to shared memory: the body has commit_smem (a fence and a barrier of
+    the warpgroup) between a store and what reads it, and between a read and what overwrites it.
     """
     params = plgpu.CompilerParams(
-        approx_math=True,
-        unsafe_no_auto_barriers=manual_barriers,
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
     )
     if interpret is True:
         interpret = plgpu.InterpretGPUParams(detect_races=True)
 
-    def same(*refs: Any, **scratch: Any) -> None:
-        unnumbered(name)
-        plain_host()
-        body(*refs, **scratch)
+    def traced(*refs: Any, **scratch: Any) -> None:
+        if not interpret:
+            unnumbered(name)
+            plain_host()
+        with interpreted(bool(interpret)):
+            body(*refs, **scratch)
 
     run = plgpu.kernel(
-        body if interpret else same,
-        compiler_params=params,
-        interpret=interpret or None,
-        kernel_name=name,
-        **options,
+        traced, compiler_params=params, interpret=interpret or None, kernel_name=name, **options
     )
 
     def call(*arrays: jax.Array) -> Any:
@@ -114,6 +113,7 @@ def present(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def launch(
+    inputs: Any,
     name: str,
     body: Callable,
     arrays: Mapping[str, Any],
@@ -121,29 +121,32 @@ def launch(
     scratch: Mapping[str, Any],
     grid: Mapping[str, int],
     *,
-    threads: int,
-    interpret: Any,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Results by name of `kernel` for body(refs, smem): dicts of arrays and results, and of buffers.
 
-    What is None is absent.  threads: warpgroups of a block, axis "wg"; barriers are manual.
+    inputs: an `Inputs`, for its `interpret`.  arrays, results, scratch: what is None is absent.
+    threads: warpgroups of a block, axis "wg"; None for one, without that axis. They end together: none may
+        leave while another still issues wgmma (an illegal instruction on hardware).
     """
-    arrays, results = present(arrays), present(results)
+    arrays, results, scratch = present(arrays), present(results), present(scratch)
+    if threads is not None and threads > 1:
+        scratch |= dict(done=plgpu.Barrier(num_arrivals=threads))
 
     def named(*refs: Any, **smem: Any) -> None:
         body(dict(zip([*arrays, *results], refs, strict=True)), smem)
+        if "done" in smem:
+            meet(smem["done"])
 
     out = kernel(
         named,
         name=name,
-        interpret=interpret,
-        manual_barriers=True,
+        interpret=inputs.interpret,
         out_type=list(results.values()),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=threads,
-        thread_name="wg",
-        scratch_types=present(scratch),
+        scratch_types=scratch,
+        **({} if threads is None else dict(num_threads=threads, thread_name="wg")),
     )(*arrays.values())
     return dict(zip(results, out, strict=True))
 
@@ -173,6 +176,11 @@ def last(count: Any, most: int) -> list:
     return [count - n for n in range(min(most, count) if isinstance(count, int) else most, 0, -1)]
 
 
+def stages(chunks: int, stage: int, fixed: int) -> int:
+    """How many buffers of ``stage`` bytes, two to four, for ``chunks``, where ``fixed`` bytes are others'."""
+    return max(2, min(4, chunks, (SMEM_BYTES - fixed) // stage))
+
+
 def smem(shape: Sequence[int], dtype: Any, width: int | None = None) -> Any:
     """A shared-memory tile that TMA fills and wgmma reads: tiled and swizzled along the last axis.
 
@@ -187,14 +195,12 @@ def _arrangement(width: int, dtype: Any) -> tuple[tuple, int]:
     return (plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)), swizzle
 
 
-def store(
-    ref: Any, value: jax.Array, *, interpret: Any, transposed: bool = False, width: int | None = None
-) -> None:
+def store(ref: Any, value: jax.Array, *, transposed: bool = False, width: int | None = None) -> None:
     """ref[...] = value (or value^T) for a tile from `smem`, with no barrier.
 
     Unlike Pallas's own store it does not load the old contents (which no compiler removes): half the traffic.
     """
-    if interpret:
+    if interpreted.value:
         (ref.T if transposed else ref)[...] = value
         return
     transforms, swizzle = _arrangement(width or ref.shape[-1], value.dtype)
@@ -208,10 +214,10 @@ def store(
     write(value, ref)
 
 
-def send(tile: Any, value: jax.Array, target: Any, *, interpret: Any) -> None:
+def send(tile: Any, value: jax.Array, target: Any) -> None:
     """target[...] = value in bfloat16, by way of a tile that all copies but the last have left."""
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # what the tile held has left
-    store(tile, value.astype(jnp.bfloat16), interpret=interpret)
+    store(tile, value.astype(BF16))
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, target)
 
@@ -223,12 +229,12 @@ def state(ref: Any, shape: tuple[int, int], place: tuple) -> jax.Array:
     return plgpu.load(ref.at[place], layout=WGMMA, optimized=False)
 
 
-def write(ref: Any, value: jax.Array, *, interpret: Any) -> None:
+def write(ref: Any, value: jax.Array) -> None:
     """ref[...] = value for a tile in registers and any part of an array in global memory.
 
     Newer versions of Pallas refuse rows that fill no whole 32-byte sectors, unless told that it is meant.
     """
-    if interpret or not hasattr(plgpu, "store"):
+    if interpreted.value or not hasattr(plgpu, "store"):
         ref[...] = value
     else:
         plgpu.store(ref, value, optimized=False)
@@ -255,6 +261,11 @@ def col_vector(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=COLS)
 
 
+def row_and_col(ref: Any) -> tuple[jax.Array, jax.Array]:
+    """A vector as a number per row and as one per column."""
+    return row_vector(ref), col_vector(ref)
+
+
 def by_row(vector: jax.Array, shape: tuple[int, int] = (C, C)) -> jax.Array:
     return lax.broadcast_in_dim(vector, shape, [0])
 
@@ -275,48 +286,51 @@ def zeros(shape: tuple[int, int]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, F32), WGMMA)
 
 
-def matmul(*products: tuple, interpret: Any) -> Any:
-    """float32 tiles `init + a @ b` for each product (a, b) or (a, b, init); all are in flight together.
+def sums_of_products(
+    *sums: tuple[Sequence[tuple], Any], meanwhile: Callable[[], None] = lambda: None
+) -> tuple[jax.Array, ...]:
+    """`start + a @ b + c @ d + ...` for each sum ([(a, b), (c, d), ...], start); all are in flight together.
 
-    a: a 16-bit tile in registers or shared memory; b: in shared memory; init: a float32 tile or None. To
-    read an accumulator is only to wait, with no data dependency that the compiler sees, so it may move
-    arithmetic before the wait (seen on hardware as silent zeros): the optimization barrier is part of the
-    product.
+    start: a float32 tile, or the shape of one to start from zero.  a: a 16-bit tile in registers or shared
+    memory; b: in shared memory.  meanwhile: what is done until they are there. To read an accumulator is
+    only to wait, with no data dependency that the compiler sees, so it may move arithmetic before the wait
+    (seen on hardware as silent zeros): the optimization barrier is part of the product.
     """
-    products = tuple((*product, None)[:3] for product in products)
-    if interpret:  # the interpreter has no wgmma on registers
-        out = tuple(_interpreted(*product) for product in products)
-        return out[0] if len(out) == 1 else out
+    if interpreted.value:  # no wgmma on registers
+        meanwhile()
+        return tuple(_interpreted_sum(pairs, start) for pairs, start in sums)
 
-    def issue(accumulators: Any) -> None:
-        for accumulator, (a, b, _) in zip(accumulators, products, strict=True):
-            plgpu.wgmma(accumulator, a, b)
+    def accumulate(accs: Any) -> None:
+        for acc, (pairs, _) in zip(accs, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(acc, a, b)
+        meanwhile()
 
-    def fresh(*accumulators: Any) -> tuple:
-        issue(accumulators)
-        return tuple(accumulator[...] for accumulator in accumulators)
+    if all(isinstance(start, tuple) for _, start in sums):
 
-    shapes = [(a.shape[0], b.shape[1]) for a, b, _ in products]
-    if all(init is None for *_, init in products):
-        out = pl.run_scoped(fresh, *[plgpu.ACC(shape, F32) for shape in shapes])
+        def from_zero(*accs: Any) -> tuple[jax.Array, ...]:
+            accumulate(accs)
+            return tuple(acc[...] for acc in accs)
+
+        out = pl.run_scoped(from_zero, *[plgpu.ACC(shape, F32) for _, shape in sums])
     else:
-        starts = [
-            zeros(shape) if init is None else init for shape, (*_, init) in zip(shapes, products, strict=True)
-        ]
-        out = pl.run_state(issue)(tuple(map(plgpu.ACC.init, starts)))
-    out = lax.optimization_barrier(tuple(out))
+        starts = [zeros(start) if isinstance(start, tuple) else start for _, start in sums]
+        out = pl.run_state(accumulate)(tuple(plgpu.ACC.init(start) for start in starts))
+    return tuple(lax.optimization_barrier(tuple(out)))
+
+
+def _interpreted_sum(pairs: Sequence[tuple], start: Any) -> jax.Array:
+    out = jnp.zeros(start, F32) if isinstance(start, tuple) else start
+    for a, b in pairs:
+        out = out + jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
+    return out
+
+
+def matmul(*products: tuple) -> Any:
+    """float32 tiles `init + a @ b` for each product (a, b) or (a, b, init): see `sums_of_products`."""
+    sums = [([(a, b)], *(init or [(a.shape[0], b.shape[1])])) for a, b, *init in products]
+    out = sums_of_products(*sums)
     return out[0] if len(out) == 1 else out
-
-
-def products(*operands: tuple, interpret: Any) -> tuple:
-    """`matmul`, with a tuple as its result for any number of products."""
-    out = matmul(*operands, interpret=interpret) if operands else ()
-    return (out,) if len(operands) == 1 else out
-
-
-def _interpreted(a: Any, b: Any, init: jax.Array | None) -> jax.Array:
-    out = jnp.dot(a[...].astype(F32), b[...].astype(F32), precision=lax.Precision.HIGHEST)
-    return out if init is None else out + init
 
 
 def inverse_norms(halves: Any) -> jax.Array:
@@ -337,9 +351,9 @@ def cumulative(step_col: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(col_index() <= row_index(), by_col(step_col), 0.0), axis=1)
 
 
-def causal(strict: bool, segment: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """Pairs (i, j), j <= i (j < i if strict), of one document; segment: its number per row and per column."""
-    keep = row_index() > col_index() if strict else row_index() >= col_index()
+def causal(segment: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Pairs (i, j), j <= i, of one document; segment: its number per row and per column."""
+    keep = row_index() >= col_index()
     if segment is not None:
         keep = keep & (by_row(segment[0]) == by_col(segment[1]))
     return keep
@@ -356,11 +370,6 @@ def meet(barrier: Any) -> None:
     """Returns when as many warpgroups as ``barrier`` counts are here."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
-
-
-def finish_together(done: Any) -> None:
-    """No warpgroup may leave while another still issues wgmma (an illegal instruction on hardware)."""
-    meet(done)
 
 
 def role(here: Any, run: Callable[[], None], *, increase: int = 0, decrease: int = 0) -> None:

@@ -5,21 +5,16 @@ the reverse scan, q and k normalised and q scaled, e = exp(G) and f = exp(G_C - 
 number per token and channel), and E = tril(dO U^T), F = -(dV U^T, j < i) on pairs of one document,
     dq = e (dO S^T) + [rows of E with k]
     dk = -e (dV S^T) + [rows of F with k] + f (U dS^T) + [columns of E with q and of F with k]
-where a pair (i, j) has the factor exp(G_i - G_j) in every channel, made as in `channel_math`: with offsets
-D_i from the middle of a block, row i has 2^D_i and column j 2^-D_j. Channels are the rows of every tile,
-tokens its columns: then the scaled copies of q and k are left operands,
-    rows:    dq^T = 2^D (k 2^-D)^T E^T        columns:  dk^T = 2^-D (q 2^D)^T E
-and go from the registers in which they are made into the product; sums over tokens are sums along rows.
-Norms are factors of E, F and the gates, so that the sums are the gradients of q and k as they are:
-    E'_ij = n_i E_ij m_j,   F'_ij = m_i F_ij m_j     (n, m: norms of q, k by token)
-but for what l2norm takes out along q and k.
+    dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>
+where a pair (i, j) has the factor exp(G_i - G_j) in every channel, made as in `channel_math`. dbeta_i =
+dV_i.U_i / beta_i^2 is the diagonal of dV U^T. docs/kernels_channel.md, section 7, says why it is made so:
 
-The gradient of G is elementwise: what a row gains with exp(G_i) it has times q_i or k_i, what a column
-loses with exp(-G_j) times k_j. Both are products of the same bf16 tiles with float32 sums, so what must
-cancel between far tokens does. The diagonal of E has no decay and stays out, and so does the last token's
-f = 1: under strong decay nothing large is left whose difference would be rounded.
-    dlog_decay_t = sum_{i >= t} dG_i,    dG_C += sum_i k_i (f U dS^T)_i + exp(G_C) <S, dS>.
-dbeta_i = dV_i.U_i / beta_i^2 is the diagonal of dV U^T.
+- Channels are the rows of every tile, tokens its columns: scaled copies of q and k are left operands, made
+  in registers.  Norms are factors of E, F and the gates: E'_ij = n_i E_ij m_j, F'_ij = m_i F_ij m_j (n, m:
+  norms of q, k by token), so that the sums are the gradients of q and k as they are, but for what l2norm
+  takes out.
+- dG is what a row gains with exp(G_i), times q_i or k_i, less what a column loses with exp(-G_j), times
+  k_j. The diagonal of E has no decay and stays out, and so does the last token's f = 1.
 
 A warpgroup has 64 channels; the first also makes E, the last F. A further one issues copies
 (channel_backward_copies.py). Results leave through the buffers that q, k and bf16 log-decays came in.
@@ -36,14 +31,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, one_pass_steps
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.channel_backward_copies import (
-    BF16,
-    HALF,
-    ONES,
-    buffers,
-    issue_copies,
-)
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.channel_backward_copies import HALF, ONES, buffers, issue_copies
 from pallas_kernels.linear_attention.hopper.channel_backward_pairs import (
     HALF_TILE,
     TILE,
@@ -53,7 +42,7 @@ from pallas_kernels.linear_attention.hopper.channel_backward_pairs import (
     rounded,
     two_parts,
 )
-from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q, SPAN
+from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q, SPAN, ChannelSaved
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 REGISTERS = (240, 24)  # a thread that works, that copies, with two warpgroups at work
@@ -66,11 +55,8 @@ def value_slices(value_dim: int) -> int:
 
 def chunk_gradients(
     inputs: Inputs,
-    norms: jax.Array,
-    carry: jax.Array,
-    states: jax.Array,
+    saved: ChannelSaved,
     state_gradients: jax.Array,
-    values: jax.Array,
     do: jax.Array,
     dv: jax.Array | None,
     *,
@@ -80,17 +66,17 @@ def chunk_gradients(
 
     Shared memory holds 128 values of a head: of a wider one every slice (of 128 or 64) adds a summand.
     Log-decays may be those of `one_pass_steps.as_read`.
-    norms: [B, HV, T/C, 3, C] float32: 1 / |k|, scale / |q|, tokens in a block of the finest level the chunk
-    needs.  carry: [B, HV, T/C, K] float32.  states, state_gradients: [B, HV, T/C, V, K] bf16.
-    values, do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one block of threads takes in turn.
+    state_gradients: [B, HV, T/C, V, K] bf16.  do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one
+    block of threads takes in turn.
     """
     batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     chunks, slices = length // C, value_slices(value_dim)
     workers, blocks_v = key_dim // C, value_dim // slices // C
     delta, documents = dv is not None, inputs.segment is not None
     decay, half = one_pass_steps.in_bf16(inputs), one_pass_steps.half(inputs)
+    values = inputs.v if saved.values is None else saved.values
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=decay, u=values, do=do)
-    arrays |= dict(h=states, g=state_gradients, norms=norms, carry=carry)
+    arrays |= dict(h=saved.states, g=state_gradients, norms=saved.tiles.norms, carry=saved.tiles.carry)
     arrays |= dict(dv=dv) | (dict(segment=inputs.segment, entering=inputs.entering) if documents else {})
     direct = arrays["decay"].dtype != BF16  # log-decays go through registers
 
@@ -120,14 +106,12 @@ def chunk_gradients(
         more, fewer = REGISTERS if workers == 2 else (0, 0)
         blocks.role(wg < workers, lambda: Worker(refs, s, at).run(), increase=more)
         blocks.role(wg == workers, lambda: issue_copies(refs, s, at), decrease=fewer)
-        blocks.finish_together(s["done"])
 
     grid = dict(b=batch, h=value_heads * slices, n=pl.cdiv(chunks, run))
     name = ("delta_" if delta else "additive_") + "channel_gradients" + "_half" * half
     out = blocks.launch(
-        name, body, arrays, results, buffers(**flags, **sizes), grid, threads=workers + 1,
-        interpret=inputs.interpret,
-    )  # fmt: skip
+        inputs, name, body, arrays, results, buffers(**flags, **sizes), grid, threads=workers + 1
+    )
     return out["dq"], out["dk"], out["d_decay"], out.get("error")
 
 

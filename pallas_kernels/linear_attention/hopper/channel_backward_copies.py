@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 
-BF16, F16 = jnp.bfloat16, jnp.float16
+F16 = jnp.float16
 ONES = 8  # columns of the least product
 HALF = C // 2  # tokens of a half: gradients are kept as two halves, for fewer registers in flight
 
@@ -54,7 +54,6 @@ def buffers(*, workers: int, blocks_v: int, delta: bool, documents: bool, direct
         h_filled=plgpu.Barrier(num_arrivals=2 * workers * blocks_v),
         h_free=plgpu.Barrier(num_arrivals=workers),
         both=plgpu.Barrier(num_arrivals=workers),
-        done=plgpu.Barrier(num_arrivals=workers + 1),
     )
 
 

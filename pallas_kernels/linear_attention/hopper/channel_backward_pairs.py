@@ -3,7 +3,6 @@
 See channel_backward_chunks.py for the formulas, channel_backward_copies.py for the buffers.
 """
 
-import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, channel_math, chunk_math
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.channel_backward_copies import BF16, F16, HALF
+from pallas_kernels.linear_attention.hopper import blocks, channel_math
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.channel_backward_copies import F16, HALF
 from pallas_kernels.linear_attention.hopper.channel_tiles import NORM_K, NORM_Q
 
 TILE, HALF_TILE = (C, C), (C, HALF)
@@ -34,9 +33,7 @@ class Pairs:
 
     def __init__(self, refs: dict[str, Any], s: dict[str, Any], at: SimpleNamespace) -> None:
         self.refs, self.s, self.at = refs, s, at
-        self.interpret = at.inputs.interpret
-        self.store = functools.partial(blocks.store, interpret=self.interpret)
-        self.multiply = functools.partial(chunk_math.sums_of_products, interpret=self.interpret)
+        self.store, self.multiply = blocks.store, blocks.sums_of_products
         self.sync = lambda: blocks.meet(s["both"])
 
     # What the next steps name. The 0 in it is unknown to the compiler and new each time: else it lifts the

@@ -14,18 +14,14 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, fetch, fetch_values
 
-BF16 = jnp.bfloat16
-SMEM_BYTES = 226 * 1024
 REGISTERS = (232, 40)  # a thread, with two warpgroups that hold state: those, and the one that copies
 
 
@@ -48,12 +44,10 @@ def reverse_scan(
     walk: None or how far for a summary: `warm_up.Walks.first`.  lead: None or the chunks after each piece
     that it walks before it: `warm_up.leads`; d_state is then of the state after the last piece.
     """
-    batch, length, _, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
+    batch, length, _, value_heads, key_dim, value_dim = inputs.sizes
     chunks, count = length // C, length // C // pieces
     wide = value_tile // C
     delta = tiles.inverses is not None
-    interpret = inputs.interpret
     factors = dict(write=tiles.write, read_q=tiles.read_q, read_k=tiles.read_k)
     inverses = two_parts.named(tiles.inverses)
     pairs = dict(scores=tiles.scores, high=inverses["high"])
@@ -62,9 +56,8 @@ def reverse_scan(
     arrays |= dict(walk=walk, lead=lead)
 
     stage = 2 * C * (key_dim * len(factors) + C * (len(pairs) + wide)) + 2048
-    fixed = 2 * wide * C * (C + key_dim * (not summary))
-    fewest = count if walk is None else warm_up.chunks(count)
-    stages = max(2, min(4, fewest, (SMEM_BYTES - fixed) // stage))
+    fixed = 2 * wide * C * (C + key_dim * (not summary)) + 1024
+    stages = blocks.stages(count if walk is None else warm_up.chunks(count), stage, fixed)
     scratch = {name: blocks.smem((stages, C, key_dim), BF16) for name in factors}
     scratch |= {name: blocks.smem((stages, C, C), BF16) for name in pairs}
     scratch |= dict(
@@ -72,7 +65,6 @@ def reverse_scan(
         carry=plgpu.SMEM((stages, key_dim), F32),
         filled=plgpu.Barrier(num_arrivals=len(scratch) + wide + 1 + delta, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=wide, num_barriers=stages),
-        done=plgpu.Barrier(num_arrivals=wide + 1),
     )
     if delta:
         scratch |= dict(beta=plgpu.SMEM((stages, C), F32), low=plgpu.Barrier(num_barriers=wide))
@@ -101,23 +93,11 @@ def reverse_scan(
             n = after - 1 - i
             rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
 
-            def copy(source: Any, target: Any) -> None:
-                plgpu.copy_gmem_to_smem(source, target.at[slot], barrier)
-
-            copy(refs["write"].at[b, rows, head], s["write"])
-            for tile in range(wide):
-                columns = pl.ds(value_block * value_tile + tile * C, C)
-                plgpu.copy_gmem_to_smem(
-                    refs["do"].at[b, rows, head, columns], s["do"].at[slot, tile], barrier
-                )
-            for name in pairs:
-                copy(refs[name].at[b, head, rows], s[name])
-            copy(refs["carry"].at[b, head, n], s["carry"])
-            for name in factors:
-                if name != "write":
-                    copy(refs[name].at[b, rows, head], s[name])
-            if delta:
-                copy(refs["beta"].at[b, head, rows], s["beta"])
+            keys, pairs = (b, rows, head), (b, head, rows)
+            fetch(refs, s, slot, barrier, write=keys)
+            fetch_values(refs["do"], keys, value_block * value_tile, s["do"], slot, barrier, wide)
+            fetch(refs, s, slot, barrier, scores=pairs, high=pairs, carry=(b, head, n))
+            fetch(refs, s, slot, barrier, read_q=keys, read_k=keys, beta=pairs)
 
         def hold_state() -> None:
             columns = pl.ds(value_block * value_tile + wg * C, C)
@@ -135,31 +115,30 @@ def reverse_scan(
                 ds_lo = ds.astype(BF16)
                 if not silent:
                     target = refs["ds"].at[b, head, n, columns]
-                    blocks.send(s["ds"].at[wg], ds_lo, target, interpret=interpret)
+                    blocks.send(s["ds"].at[wg], ds_lo, target)
                 plgpu.barrier_wait(s["filled"].at[slot])
-                return ds, blocks.matmul((ds_lo, s["write"].at[slot].T), interpret=interpret)
+                return ds, blocks.matmul((ds_lo, s["write"].at[slot].T))
 
             def step(silent: bool, i: Any, ds: jax.Array, dv: jax.Array, parts: int, hard: Any) -> jax.Array:
                 n, slot = after - 1 - i, blocks.rem(i, stages)
                 mine = wg + (0 if hard is None else two_parts.hidden_zero(hard))
                 do_s = s["do"].at[slot, mine]
                 carry = blocks.by_col(blocks.col_vector(s["carry"].at[slot]), (C, key_dim))
-                dv = two_parts.add_rest(dv, ds, s["write"].at[slot], parts, interpret=interpret)
+                dv = two_parts.add_rest(dv, ds, s["write"].at[slot], parts)
                 dv, ds = blocks.matmul(
                     (do_s.T, s["scores"].at[slot], dv),
                     (do_s.T, s["read_q"].at[slot], ds * carry),
-                    interpret=interpret,
                 )
                 if delta:
                     pair = s["high"].at[slot], s["dv"].at[mine], s["low"].at[mine]
-                    dv = two_parts.times_inverse(dv, *pair, parts, interpret=interpret)
+                    dv = two_parts.times_inverse(dv, *pair, parts)
                     dv = dv * blocks.by_col(blocks.col_vector(s["beta"].at[slot]))
-                    seen = two_parts.split(dv * -1.0, parts, interpret=interpret)
+                    seen = two_parts.split(dv * -1.0, parts)
                     seen = [(part, s["read_k"].at[slot]) for part in seen]
-                    (ds,) = sums_of_products((seen, ds), interpret=interpret)
+                    (ds,) = blocks.sums_of_products((seen, ds))
                 if not silent:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    blocks.store(s["dv"].at[mine], dv.astype(BF16), interpret=interpret, transposed=True)
+                    blocks.store(s["dv"].at[mine], dv.astype(BF16), transposed=True)
                 plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
                 plgpu.barrier_arrive(s["free"].at[slot])
                 if not silent:
@@ -177,9 +156,8 @@ def reverse_scan(
         more, fewer = REGISTERS if wide == 2 else (0, 0)
         blocks.role(wg < wide, hold_state, increase=more)
         blocks.role(wg == wide, lambda: blocks.refill(fill, s["free"], steps, stages), decrease=fewer)
-        blocks.finish_together(s["done"])
 
     grid = dict(b=batch * pieces, h=value_heads, v=value_dim // value_tile)
     name = "channel_reverse_" + ("summary" if summary else "scan")
-    out = blocks.launch(name, body, arrays, results, scratch, grid, threads=wide + 1, interpret=interpret)
+    out = blocks.launch(inputs, name, body, arrays, results, scratch, grid, threads=wide + 1)
     return out.get("ds"), out.get("dv"), out["first"]

@@ -1,17 +1,15 @@
-"""Pairs of tokens of a chunk under a decay per key channel, exact for any decay.
+"""Pairs of tokens of a chunk under a decay per key channel, exact for any decay
+(docs/kernels_channel.md, section 6).
 
-Within a block of b tokens let m be the first token of its second half and E_i the sum of log-decays from m to
-i, or for i before m minus the sum after i. A pair j < i of the block needs 2^(E_i - E_j) = 2^E_i 2^-E_j in
-every channel, two scaled copies of the tile and one product. For i in the second half and j in the first both
-factors are at most 1; for j in the second half 2^-E_j may overflow. So the levels b = 128 (a first half
-before the chunk), 64, ..., 2 give to a row i of second halves its pairs of the block, until a level was exact
-for all of them, with no |E_i| above RANGE: then row i is settled. All rows are after one level with ordinary
-gates, four with log-decays of -5 a step, and seven with any. Every anchor is at or before row i, and what
-settles it is too: so a row does not depend on later tokens, in no bit.
+Within a block of b tokens let m be the first token of its second half and E_i the sum of log-decays from m
+to i, or for i before m minus the sum after i. A pair j < i of the block has 2^(E_i - E_j) = 2^E_i 2^-E_j in
+every channel: two scaled copies of the tile and one product. The levels b = 128 (a first half before the
+chunk), 64, ..., 2 give to a row i of second halves its pairs of the block, until a level was exact for all
+of them, with no |E_i| above RANGE: then the row is settled. What settles it is at or before it: so a row
+does not depend on later tokens, in no bit.
 
-E is a product of a matrix of 0, 1 and -1 with the log-decays: sums of terms of one sign, so nothing cancels.
-The products take the log-decays in float16 and accumulate in float32. Rounding a sum of x by at most x 2^-12
-moves exp(-x) by at most x exp(-x) 2^-12 < 1e-4.
+E is a product of a matrix of 0, 1 and -1 with the log-decays in float16, sums of terms of one sign in
+float32: rounding a sum of x by at most x 2^-12 moves exp(-x) by less than 1e-4.
 """
 
 import functools
@@ -112,9 +110,9 @@ def _flags(keep: jax.Array, value: Any) -> jax.Array:
     return jnp.where(keep, jnp.asarray(value, F16), jnp.zeros((), F16))
 
 
-def sums(which: jax.Array, steps: Any, *, interpret: Any) -> jax.Array:
+def sums(which: jax.Array, steps: Any) -> jax.Array:
     """`which` @ `steps`, a float16 tile [C, 64] in shared memory: float32 sums in base 2."""
-    return blocks.matmul((which, steps), interpret=interpret)
+    return blocks.matmul((which, steps))
 
 
 def next_size(size: jax.Array, reach: Any) -> jax.Array:
@@ -127,13 +125,13 @@ def next_size(size: jax.Array, reach: Any) -> jax.Array:
     return jnp.where(done, 0, size >> 1)
 
 
-def any_row(x: jax.Array, *, interpret: Any) -> jax.Array:
+def any_row(x: jax.Array) -> jax.Array:
     """A row of a tile [C, C] whose rows are the same bits, as a number per column.
 
     No exchange between threads: each has its own row. Were the rows equal but for rounding, so would be
     the result of two runs.
     """
-    if interpret:
+    if blocks.interpreted.value:
         return x[0]
 
     @plgpu.inline_mgpu(

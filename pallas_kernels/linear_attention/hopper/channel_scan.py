@@ -16,23 +16,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper import blocks, forward_scan, two_parts
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.channel_tiles import Tiles
-from pallas_kernels.linear_attention.hopper.forward_scan import (
-    SMEM_BYTES,
-    Scanned,
-    Wanted,
-    advance,
-    hold,
-    keep_state,
-    send,
-    times_inverse,
-)
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.forward_scan import Scanned, Wanted
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, fetch, fetch_values
 
-BF16 = jnp.bfloat16
-REGISTERS = {1: (232, 40), 2: (232, 40)}  # a thread that holds state, that copies; by state warpgroups
+REGISTERS = 232, 40  # of a thread that holds state, that copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +68,8 @@ class ChannelScan(Wanted):
         sent = lambda name: name == "o" or results[name] is not None  # o also takes A's second part
         outgoing = {name: shape for name, shape in outgoing.items() if sent(name)}
         bytes_of = lambda shapes: 2 * sum(map(math.prod, shapes.values()))
-        room = SMEM_BYTES - bytes_of(outgoing) - 1024
         each = bytes_of(stage) + 4 * (key_dim + C * delta)
-        stages = self.stages(chunks, room // each)
+        stages = self.stages(chunks, each, bytes_of(outgoing) + 1024)
         scratch = {name: blocks.smem((stages, *shape), BF16) for name, shape in stage.items()}
         scratch |= {name: blocks.smem(shape, BF16) for name, shape in outgoing.items()}
         scratch |= dict(
@@ -89,32 +78,23 @@ class ChannelScan(Wanted):
                 num_arrivals=len(stage) + 1 + delta + values * (slices - 1), num_barriers=stages
             ),
             free=plgpu.Barrier(num_arrivals=slices, num_barriers=stages),
-            done=plgpu.Barrier(num_arrivals=slices + 1),
         )
         if delta:
             scratch |= dict(beta=plgpu.SMEM((stages, C), F32), low=plgpu.Barrier(num_barriers=slices))
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
-            at = self.place(
-                refs, smem, chunks, stages=stages, slices=slices, delta=delta, interpret=i.interpret,
-                values=values, key_dim=key_dim,
-            )  # fmt: skip
+            sizes = dict(stages=stages, slices=slices, key_dim=key_dim)
+            at = self.place(refs, smem, chunks, delta=delta, values=values, **sizes)
             wg, at.first_value = at.wg, at.value_block * self.value_tile
             if self.lead is not None:
                 at.lead = at.refs.lead[at.piece, at.head]
                 at.first, at.count = at.first - at.lead, at.count + at.lead
-            state_registers, copy_registers = REGISTERS[slices]
-
-            blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=state_registers)
-            blocks.role(wg == slices, lambda: self.issue_copies(at), decrease=copy_registers)
-
-            blocks.finish_together(at.smem.done)
+            blocks.role(wg < slices, lambda: self.hold_state(at, wg), increase=REGISTERS[0])
+            blocks.role(wg == slices, lambda: self.issue_copies(at), decrease=REGISTERS[1])
 
         grid = dict(b=batch * self.pieces, h=value_heads, v=value_dim // self.value_tile)
         name = ("delta" if delta else "additive") + "_channel_" + self.mode
-        out = blocks.launch(
-            name, body, arrays, results, scratch, grid, threads=slices + 1, interpret=i.interpret
-        )
+        out = blocks.launch(i, name, body, arrays, results, scratch, grid, threads=slices + 1)
         return Scanned(**out)
 
     def issue_copies(self, at: SimpleNamespace) -> None:
@@ -124,30 +104,17 @@ class ChannelScan(Wanted):
             chunk = at.first + n
             rows, barrier = pl.ds(chunk * C, C), smem.filled.at[slot]
 
-            def copy(name: str, source: Any) -> None:
-                plgpu.copy_gmem_to_smem(source, getattr(smem, name).at[slot], barrier)
-
-            if at.delta:
-                copy("read_k", refs.read_k.at[at.b, rows, at.head])
-            if at.output:
-                copy("read_q", refs.read_q.at[at.b, rows, at.head])
-            for tile in range(at.slices if at.values else 0):
-                columns = pl.ds(at.first_value + tile * C, C)
-                plgpu.copy_gmem_to_smem(
-                    refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
-                )
-            if at.delta:
-                copy("beta", refs.beta.at[at.b, at.head, rows])
-                copy("high", refs.high.at[at.b, at.head, rows])
-            if at.output:
-                copy("scores", refs.scores.at[at.b, at.head, rows])
-            copy("write", refs.write.at[at.b, rows, at.head])
-            copy("carry", refs.carry.at[at.b, at.head, chunk])
+            keys, pairs = (at.b, rows, at.head), (at.b, at.head, rows)
+            given = vars(refs), vars(smem), slot, barrier
+            fetch(*given, read_k=keys, read_q=keys)
+            if at.values:
+                fetch_values(refs.v, keys, at.first_value, smem.v, slot, barrier, at.slices)
+            fetch(*given, beta=pairs, high=pairs, scores=pairs, write=keys, carry=(at.b, at.head, chunk))
 
         blocks.refill(fill, smem.free, at.count, at.stages)
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
-        i, smem, refs = self.inputs, at.smem, at.refs
+        smem, refs = at.smem, at.refs
         columns = pl.ds(at.first_value + wg * C, C)
         shape = (C, at.key_dim)
         initial = getattr(refs, "initial", None)
@@ -167,30 +134,30 @@ class ChannelScan(Wanted):
             two_parts.load_low(parts == 2, low, smem.o.at[wg], smem.low.at[wg] if at.delta else None)
             state_lo = state.astype(BF16)
             if at.keep:
-                keep_state(at, wg, state_lo, at.first + n, columns)
+                forward_scan.keep_state(at, wg, state_lo, at.first + n, columns)
             plgpu.barrier_wait(smem.filled.at[slot])
-            reads = [(state_lo, smem.read_k.at[slot].T)] if at.delta else []
-            reads += [(state_lo, smem.read_q.at[slot].T)] if at.output else []
-            read = blocks.products(*reads, interpret=i.interpret)
+            keys = [smem.read_k.at[slot].T] if at.delta else []
+            keys += [smem.read_q.at[slot].T] if at.output else []
+            read = forward_scan.read_by(state_lo, keys)
             value: Any = blocks.tile(smem.v.at[slot, wg].T) if at.values else 0.0
             if at.delta:
                 value = (value - read[0]) * blocks.by_col(blocks.col_vector(smem.beta.at[slot]))
-                value = times_inverse(at, wg, value, smem.high.at[slot].T, parts, hard)
+                value = forward_scan.times_inverse(at, wg, value, smem.high.at[slot].T, parts, hard)
             carry = lambda: blocks.by_col(blocks.col_vector(smem.carry.at[slot]), shape)
             seen = lambda: (smem.scores.at[slot].T, read[-1])
             written = lambda: (value, smem.write.at[slot], state * carry())
-            state = advance(at, wg, value, seen, written, parts, hard)
+            state = forward_scan.advance(at, wg, value, seen, written, parts, hard)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(smem.free.at[slot])
-            send(at, wg, rows, columns)
+            forward_scan.send(at, wg, rows, columns)
             return state
 
         start: Any = 0
         if self.lead is not None:
             start = at.lead
             quiet = SimpleNamespace(**vars(at) | dict(output=False, keep=False, count=at.lead))
-            state = hold(quiet, functools.partial(step, quiet), state)
-        state = hold(at, functools.partial(step, at), state, start)
+            state = forward_scan.hold(quiet, functools.partial(step, quiet), state)
+        state = forward_scan.hold(at, functools.partial(step, at), state, start)
         if self.final or not at.output:
             refs.final.at[at.piece, at.head, columns][...] = state
         plgpu.wait_smem_to_gmem(0)

@@ -9,11 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, channel_math, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
 
-BF16 = jnp.bfloat16
 NORM_K, NORM_Q, SPAN = range(3)  # rows of `Tiles.norms`
 
 
@@ -56,10 +54,9 @@ class ChannelSaved(NamedTuple):
 def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     i = inputs
     assert i.log_decay is not None
-    batch, length, heads, key_dim = i.k.shape
-    value_heads = i.v.shape[2]
+    batch, length, heads, value_heads, key_dim, _ = i.sizes
     group, chunks, halves = value_heads // heads, length // C, key_dim // C
-    delta, interpret = i.beta is not None, i.interpret
+    delta = i.beta is not None
     vectors = Vectors(i, ("beta", "segment", "entering"))
     keys = jax.ShapeDtypeStruct((batch, length, value_heads, key_dim), BF16)
     square = jax.ShapeDtypeStruct((batch, value_heads, length, C), BF16)
@@ -74,28 +71,27 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
     if keep:
         results |= dict(norms=jax.ShapeDtypeStruct((batch, value_heads, chunks, 3, C), F32))
 
-    def body(*refs: Any, **s: Any) -> None:
-        q_ref, k_ref, decay_ref, *rest = refs
-        vector_refs = rest[: len(vectors)]
-        out = dict(zip(results, rest[len(vectors) :], strict=True))
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, n = (lax.axis_index(name) for name in ("b", "h", "n"))
         rows, key_head = pl.ds(n * C, C), blocks.div(head, group)
-        decay_s, (x_s, scores_s, *inverse_s) = s["decay_or_products"]
-        q_s, k_s, steps_s, in_s, norm_s = (s[name] for name in ("q", "k", "steps", "vectors", "norms"))
+        decay_s, products_s = s["decay_or_products"]
+        x_s, scores_s = products_s[:2]
+        q_s, k_s, steps_s, norm_s = (s[name] for name in ("q", "k", "steps", "norms"))
+        in_s: Any = s.get("vectors")
         decay_ready, ready = s["decay_ready"], s["ready"]
 
         for half in range(halves):
             columns = pl.ds(half * C, C)
-            plgpu.copy_gmem_to_smem(decay_ref.at[b, rows, head, columns], decay_s.at[half], decay_ready)
+            plgpu.copy_gmem_to_smem(refs["decay"].at[b, rows, head, columns], decay_s.at[half], decay_ready)
         for half in range(halves):
             columns = pl.ds(half * C, C)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head, columns], k_s.at[half], ready)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head, columns], q_s.at[half], ready)
-        vectors.copy(vector_refs, in_s, ready, b, head, rows)
+            plgpu.copy_gmem_to_smem(refs["k"].at[b, rows, key_head, columns], k_s.at[half], ready)
+            plgpu.copy_gmem_to_smem(refs["q"].at[b, rows, key_head, columns], q_s.at[half], ready)
+        vectors.copy(refs, in_s, ready, b, head, rows)
         plgpu.barrier_wait(decay_ready)
         for half in range(halves):
             steps = channel_math.steps(blocks.tile(decay_s.at[half]))
-            blocks.store(steps_s.at[half], steps, interpret=interpret)
+            blocks.store(steps_s.at[half], steps)
         plgpu.barrier_wait(ready)
 
         if delta:
@@ -125,23 +121,22 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
             far = one * 0.0
             left: list = [[], []]
             for half in range(halves):  # one after the other: both at once are too many registers
-                offset = channel_math.sums(middle, steps_s.at[slots[half]], interpret=interpret)
+                offset = channel_math.sums(middle, steps_s.at[slots[half]])
                 far = jnp.maximum(far, jnp.max(jnp.abs(offset), axis=1))
                 up, k = jnp.exp2(offset), blocks.tile(k_s.at[slots[half]])
                 left[0].append((blocks.tile(q_s.at[slots[half]]) * up).astype(BF16))
                 left[1].append((k * up).astype(BF16))
-                blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16), interpret=interpret)
+                blocks.store(x_s.at[slots[half]], (k * jnp.exp2(-offset)).astype(BF16))
             served = channel_math.unsettled(size, reach, zero)
             reach = jnp.where(served, far, reach)
             s["reach"][...] = reach
             plgpu.commit_smem()
             zero = channel_math.hidden_zero(s["reach"])
-            new = sums_of_products(
+            new = blocks.sums_of_products(
                 *[
                     ([(x, x_s.at[half + zero].T) for half, x in enumerate(row)], (C, C))
                     for row in left[: len(old)]
                 ],
-                interpret=interpret,
             )
             pairs = channel_math.within(size, served, zero)
             found = [jnp.where(pairs, x, y) for x, y in zip(new, old, strict=True)]
@@ -176,47 +171,43 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
             products *= blocks.by_row(row_scale)
             return products if same is None else jnp.where(same, products, 0.0)
 
-        blocks.store(scores_s, finish(found[0], norm_q).astype(BF16), interpret=interpret)
+        blocks.store(scores_s, finish(found[0], norm_q).astype(BF16))
 
         for half in range(halves):
             zero = channel_math.hidden_zero(s["reach"])
             up_to, after = channel_math.up_to(zero), channel_math.after(zero)
             every = channel_math.every(s["reach"])
-            ends = channel_math.sums(every, steps_s.at[half], interpret=interpret)
-            end = channel_math.any_row(ends, interpret=interpret)
+            ends = channel_math.sums(every, steps_s.at[half])
+            end = channel_math.any_row(ends)
             s["carry"].at[pl.ds(half * C, C)][...] = jnp.exp2(end) * carry
-            total = channel_math.sums(up_to, steps_s.at[half], interpret=interpret)
+            total = channel_math.sums(up_to, steps_s.at[half])
             decay, k = jnp.exp2(total), blocks.tile(k_s.at[half])
             q = blocks.tile(q_s.at[half]) * blocks.by_row(norm_q * read) * decay
-            blocks.store(q_s.at[half], q.astype(BF16), interpret=interpret)
+            blocks.store(q_s.at[half], q.astype(BF16))
             if delta:
                 seen = k * blocks.by_row(norm_k * read) * decay
-                blocks.store(k_s.at[half], seen.astype(BF16), interpret=interpret)
-            later = channel_math.sums(after, steps_s.at[half], interpret=interpret)
+                blocks.store(k_s.at[half], seen.astype(BF16))
+            later = channel_math.sums(after, steps_s.at[half])
             written = k * blocks.by_row(norm_k * write) * jnp.exp2(later)
-            blocks.store(x_s.at[half], written.astype(BF16), interpret=interpret)
+            blocks.store(x_s.at[half], written.astype(BF16))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scores_s, out["scores"].at[b, head, rows])
+        plgpu.copy_smem_to_gmem(scores_s, refs["scores"].at[b, head, rows])
         if keep:
-            plgpu.copy_smem_to_gmem(norm_s, out["norms"].at[b, head, n])
-        plgpu.copy_smem_to_gmem(s["carry"], out["carry"].at[b, head, n])
+            plgpu.copy_smem_to_gmem(norm_s, refs["norms"].at[b, head, n])
+        plgpu.copy_smem_to_gmem(s["carry"], refs["carry"].at[b, head, n])
         for half in range(halves):
             columns = pl.ds(half * C, C)
-            plgpu.copy_smem_to_gmem(q_s.at[half], out["read_q"].at[b, rows, head, columns])
-            plgpu.copy_smem_to_gmem(x_s.at[half], out["write"].at[b, rows, head, columns])
+            plgpu.copy_smem_to_gmem(q_s.at[half], refs["read_q"].at[b, rows, head, columns])
+            plgpu.copy_smem_to_gmem(x_s.at[half], refs["write"].at[b, rows, head, columns])
             if delta:
-                plgpu.copy_smem_to_gmem(k_s.at[half], out["read_k"].at[b, rows, head, columns])
+                plgpu.copy_smem_to_gmem(k_s.at[half], refs["read_k"].at[b, rows, head, columns])
         if delta:
             lower = finish(found[1], norm_k * blocks.row_vector(vectors.get("beta", in_s)))
-            to = two_parts.Inverse(*(out[name] for name in two_parts.Inverse._fields))
-            high_s, low_s = inverse_s
-            two_parts.store_inverse(lower, high_s, low_s, s, to, (b, head, n), interpret=interpret)
+            high_s, low_s = products_s[2:]
+            two_parts.store_inverse(lower, high_s, low_s, s, refs, (b, head, n))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    products = (
-        blocks.smem((halves, C, C), BF16),
-        *[blocks.smem((C, C), BF16)] * (1 + 2 * delta),
-    )
+    products = blocks.smem((halves, C, C), BF16), *[blocks.smem((C, C), BF16)] * (1 + 2 * delta)
     scratch = dict(
         q=blocks.smem((halves, C, C), BF16),
         k=blocks.smem((halves, C, C), BF16),
@@ -228,23 +219,11 @@ def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:
         carry=plgpu.SMEM((key_dim,), F32),
         decay_ready=plgpu.Barrier(num_arrivals=halves),
         ready=plgpu.Barrier(num_arrivals=2 * halves + len(vectors)),
+        **(two_parts.scratch() if delta else {}),
     )
-    scratch |= two_parts.scratch() if delta else {}
-    scratch = {name: value for name, value in scratch.items() if value is not None}
-
-    def with_optional(*refs: Any, **s: Any) -> None:
-        body(*refs, **(dict(vectors=None) | s))
-
-    tiles = blocks.kernel(
-        with_optional,
-        name=("delta_" if delta else "additive_") + "channel_tiles",
-        interpret=interpret,
-        manual_barriers=True,
-        out_type=list(results.values()),
-        grid=(batch, value_heads, chunks),
-        grid_names=("b", "h", "n"),
-        scratch_types=scratch,
-    )(i.q, i.k, i.log_decay, *vectors.arrays)
-    found = dict(zip(results, tiles, strict=True))
-    parts = [found.pop(name) for name in two_parts.Inverse._fields if delta]
-    return Tiles(**found, inverses=two_parts.Inverse(*parts) if delta else None)
+    name = ("delta_" if delta else "additive_") + "channel_tiles"
+    arrays = dict(q=i.q, k=i.k, decay=i.log_decay, **vectors.named)
+    grid = dict(b=batch, h=value_heads, n=chunks)
+    out = blocks.launch(i, name, body, arrays, results, scratch, grid)
+    parts = [out.pop(name) for name in two_parts.Inverse._fields if delta]
+    return Tiles(**out, inverses=two_parts.Inverse(*parts) if delta else None)

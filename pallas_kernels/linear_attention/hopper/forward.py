@@ -15,31 +15,45 @@ With K = 256 (delta only) `head_tiles` and `wide_scan` take the places of `chunk
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 
 from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
-from pallas_kernels.linear_attention.hopper.forward_inverse import chunk_inverses
 from pallas_kernels.linear_attention.hopper.forward_scan import Scan, Scanned
-from pallas_kernels.linear_attention.hopper.head_tiles import head_tiles
-from pallas_kernels.linear_attention.hopper.inputs import Inputs, prepare
+from pallas_kernels.linear_attention.hopper.head_tiles import chunk_inverses, head_tiles
+from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.two_parts import Inverse
 from pallas_kernels.linear_attention.hopper.wide_scan import wide_scan
 
-__all__ = ["Inputs", "forward_pass", "prepare"]
+
+class Saved(NamedTuple):
+    """What the forward keeps beside its inputs; T is padded to whole chunks.
+
+    states: S^T before each chunk, [B, HV, T/C, V, K] bf16.
+    None if additive: gates [B, HV, T/C, 8, C] float32 (see blocks), inverses (`two_parts.Inverse`),
+    values V' [B, T, HV, V] bf16.
+    moves: what each piece does to the state (pieces.py), None if the forward took sequences whole.
+    scores: P of `HeadTiles`, K = 256 only.
+    """
+
+    gates: jax.Array | None
+    states: jax.Array
+    inverses: Inverse | None = None
+    values: jax.Array | None = None
+    moves: jax.Array | None = None
+    scores: jax.Array | None = None
 
 
 def forward_pass(
     inputs: Inputs, *, final: bool, keep: bool, choice: table.Choice | None = None
-) -> tuple[Scanned, Inverse | None, jax.Array | None]:
-    """(results, A - I, moves): `final` for the last state, `keep` for what the backward pass wants.
-
-    moves: what each piece does to the state (`pieces.chain`), None without pieces.
-    """
+) -> tuple[Scanned, Saved | None]:
+    """(results, what the backward pass wants if `keep`); `final` for the last state."""
     if inputs.k.shape[3] > table.WIDEST_KEY:
         tiles = head_tiles(inputs)
         out = wide_scan(inputs, tiles, final=final, keep=keep)
-        return out._replace(gates=tiles.gates, scores=tiles.scores), tiles.inverses, None
+        saved = Saved(tiles.gates, out.states, tiles.inverses, out.values, scores=tiles.scores)
+        return out, saved if keep else None
     choice = choice or table.forward(inputs.k.shape, inputs.v.shape)
     inverses = None if inputs.beta is None else chunk_inverses(inputs)
     moves = None
@@ -49,7 +63,7 @@ def forward_pass(
     out = Scan(inputs, inverses, choice.value_tile, pieces=choice.pieces, final=final, keep=keep)()
     if final and choice.pieces > 1:
         out = out._replace(final=out.final[choice.pieces - 1 :: choice.pieces])
-    return out, inverses, moves
+    return out, Saved(out.gates, out.states, inverses, out.values, moves) if keep else None
 
 
 def _starts(inputs: Inputs, inverses: Inverse | None, choice: table.Choice) -> tuple[jax.Array, jax.Array]:

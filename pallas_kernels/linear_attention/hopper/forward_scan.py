@@ -17,14 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts, warm_up
-from pallas_kernels.linear_attention.hopper.blocks import CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import BF16, CARRY, F32, NORM_K, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.gates import write_gates
-from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, Vectors, fetch, fetch_values
 
-BF16 = jnp.bfloat16
 AHEAD = 2  # chunks that may be prepared before the state warpgroups take them
-SMEM_BYTES = 227 * 1024
 
 
 class Roles(NamedTuple):
@@ -41,6 +38,7 @@ class Roles(NamedTuple):
         return self.state + self.prepare + 1
 
 
+LAUNCHED = 128  # registers a thread of a block of four warpgroups
 ROLES = {64: Roles(1, 2, 232, 128, 24), 128: Roles(2, 1, 192, 104, 24)}  # by values in a slice of V
 
 
@@ -51,7 +49,7 @@ class Scanned(NamedTuple):
     moves: what each piece does to the state it starts from: S^T after it when it starts from the identity and
     writes no values, [B * pieces, HV, K, K] float32.
     states: S^T before each chunk [B, HV, T/C, V, K] bf16.  With the delta rule also gates [B, HV, T/C, 8, C]
-    float32 and values, V' [B, T, HV, V] bf16; scores: those of `HeadTiles`, where K is more than 128.
+    float32 and values, V' [B, T, HV, V] bf16.
     """
 
     o: Any = None
@@ -60,7 +58,6 @@ class Scanned(NamedTuple):
     gates: Any = None
     states: Any = None
     values: Any = None
-    scores: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,10 +76,10 @@ class Wanted:
     keep: bool = False
     walk: jax.Array | None = None
 
-    def stages(self, chunks: int, room: int) -> int:
-        """Buffers for chunks: `room`, but no more than a block of threads walks chunks."""
+    def stages(self, chunks: int, stage: int, fixed: int) -> int:
+        """`blocks.stages` for as many chunks as a block of threads walks."""
         run = chunks // self.pieces
-        return max(2, min(4, run if self.walk is None else warm_up.chunks(run), room))
+        return blocks.stages(run if self.walk is None else warm_up.chunks(run), stage, fixed)
 
     def results(
         self, whole: tuple[int, int], heads: int, value_dim: int, key_dim: int, *, delta: bool
@@ -124,21 +121,19 @@ class Scan(Wanted):
 
     def __call__(self) -> Scanned:
         i = self.inputs
-        batch, length, heads, key_dim = i.k.shape
-        value_heads, value_dim = i.v.shape[2:]
+        batch, length, heads, value_heads, key_dim, value_dim = i.sizes
         output, delta = self.mode == "output", self.inverses is not None
         moves = delta and not output  # one warpgroup holds 64 values, the other 64 rows of the moves
         roles = ROLES[128 if moves else self.value_tile]
         tiles = roles.state
         value_tiles = 1 if moves else tiles
         chunks = length // C
-        names = ("log_decay", "beta", "segment", "entering")
-        vectors = Vectors(i, names)
+        vectors = Vectors(i, ("log_decay", "beta", "segment", "entering"))
 
         stage = 2 * C * (key_dim * (1 + output) + C * (value_tiles + delta)) + 4 * C * len(vectors)
         fixed = AHEAD * (2 * C * C * output + 32 * C)
         fixed += 2 * tiles * C * (C + self.keep * (key_dim + C * delta)) + 10 * 1024
-        stages = self.stages(chunks, (SMEM_BYTES - fixed) // stage)
+        stages = self.stages(chunks, stage, fixed)
 
         results = self.results((batch, length), value_heads, value_dim, key_dim, delta=delta)
         if moves:
@@ -165,13 +160,12 @@ class Scan(Wanted):
             ready=plgpu.Barrier(num_barriers=AHEAD),
             taken=plgpu.Barrier(num_arrivals=tiles, num_barriers=AHEAD),
             low=plgpu.Barrier(num_barriers=tiles) if delta else None,
-            done=plgpu.Barrier(num_arrivals=roles.threads),
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
             at = self.place(
                 refs, smem, chunks, stages=stages, value_tiles=value_tiles, roles=roles, vectors=vectors,
-                delta=delta, interpret=i.interpret, key_dim=key_dim, keep_gates=self.keep and delta,
+                delta=delta, key_dim=key_dim, keep_gates=self.keep and delta,
             )  # fmt: skip
             wg, value_block = at.wg, at.value_block
             at.key_head = blocks.div(at.head, value_heads // heads)
@@ -179,30 +173,21 @@ class Scan(Wanted):
             at.first_value = value_tile * (C if moves else self.value_tile)
             at.first_key = blocks.rem(value_block, key_dim // C) * C
 
-            @pl.when(wg < (1 if moves else tiles))
-            def _() -> None:
-                self.hold_state(at, 0 if moves else wg)
-
+            more, fewer = roles.state_registers, roles.prepare_registers
+            mine = 0 if moves else wg
+            blocks.role(wg < (1 if moves else tiles), lambda: self.hold_state(at, mine), increase=more)
             if moves:
-                pl.when(wg == 1)(lambda: self.hold_state(at, 0, moves=True))
-
-            @pl.when((wg >= tiles) & (wg < tiles + roles.prepare))
-            def _() -> None:
-                action = "increase" if roles.prepare_registers > 128 else "decrease"
-                if roles.prepare_registers != 128:
-                    plgpu.set_max_registers(roles.prepare_registers, action=action)
-                self.prepare_chunks(at, wg - tiles)
-
+                blocks.role(wg == 1, lambda: self.hold_state(at, 0, moves=True), increase=more)
+            preparing, prepare = wg >= tiles, lambda: self.prepare_chunks(at, wg - tiles)
+            preparing &= wg < tiles + roles.prepare
+            blocks.role(preparing, prepare, decrease=0 if fewer == LAUNCHED else fewer)
             copying = wg == tiles + roles.prepare
             blocks.role(copying, lambda: self.issue_copies(at), decrease=roles.copy_registers)
-            blocks.finish_together(at.smem.done)
 
         value_blocks = max(value_dim, key_dim) // C if moves else value_dim // self.value_tile
         grid = dict(b=batch * self.pieces, h=value_heads, v=value_blocks)
         name = ("delta_" if delta else "additive_") + self.mode
-        out = blocks.launch(
-            name, body, arrays, results, scratch, grid, threads=roles.threads, interpret=i.interpret
-        )
+        out = blocks.launch(i, name, body, arrays, results, scratch, grid, threads=roles.threads)
         return Scanned(**out)
 
     def issue_copies(self, at: SimpleNamespace) -> None:
@@ -210,16 +195,10 @@ class Scan(Wanted):
 
         def fill(n: Any, slot: Any) -> None:
             rows, barrier = pl.ds((at.first + n) * C, C), smem.filled.at[slot]
-            plgpu.copy_gmem_to_smem(refs.k.at[at.b, rows, at.key_head], smem.k.at[slot], barrier)
-            if at.output:
-                plgpu.copy_gmem_to_smem(refs.q.at[at.b, rows, at.key_head], smem.q.at[slot], barrier)
-            if at.delta:
-                plgpu.copy_gmem_to_smem(refs.high.at[at.b, at.head, rows], smem.high.at[slot], barrier)
-            for tile in range(at.value_tiles):
-                columns = pl.ds(at.first_value + tile * C, C)
-                plgpu.copy_gmem_to_smem(
-                    refs.v.at[at.b, rows, at.head, columns], smem.v.at[slot, tile], barrier
-                )
+            keys, pairs = (at.b, rows, at.key_head), (at.b, at.head, rows)
+            fetch(vars(refs), vars(smem), slot, barrier, k=keys, q=keys, high=pairs)
+            place = at.b, rows, at.head
+            fetch_values(refs.v, place, at.first_value, smem.v, slot, barrier, at.value_tiles)
             if len(at.vectors):
                 at.vectors.copy(vars(refs), smem.vectors.at[slot], barrier, at.b, at.head, rows)
 
@@ -269,16 +248,15 @@ class Scan(Wanted):
         norm_q, sums, segment = write_gates(i, at.vectors, numbers, gates, q=q, k=k, every=at.keep_gates)
         if not at.output:
             return
-        scores = blocks.matmul((q, k.T), interpret=i.interpret) * blocks.by_row(norm_q)
+        scores = blocks.matmul((q, k.T)) * blocks.by_row(norm_q)
         if i.l2norm:
             scores *= blocks.by_col(blocks.col_vector(gates.at[NORM_K]))
-        scores *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
-        blocks.store(smem.scores.at[ahead], scores.astype(BF16), interpret=i.interpret)
+        scores *= blocks.pair_decay(blocks.causal(segment), sums)
+        blocks.store(smem.scores.at[ahead], scores.astype(BF16))
 
     def hold_state(self, at: SimpleNamespace, wg: Any, moves: bool = False) -> None:
         """The state of 64 values; with ``moves`` of 64 rows of the identity, without values."""
-        plgpu.set_max_registers(at.roles.state_registers, action="increase")
-        i, smem, refs = self.inputs, at.smem, at.refs
+        smem, refs = at.smem, at.refs
         columns = pl.ds((at.first_key if moves else at.first_value) + wg * C, C)
         shape = (C, at.key_dim)
         if moves:
@@ -298,9 +276,9 @@ class Scan(Wanted):
             if at.keep:
                 keep_state(at, wg, state_lo, at.first + n, columns)
             plgpu.barrier_wait(smem.filled.at[slot])
-            reads = [(state_lo, k.T)] if at.delta else []
-            reads += [(state_lo, smem.q.at[slot].T)] if at.output else []
-            read = blocks.products(*reads, interpret=i.interpret)
+            keys = [k.T] if at.delta else []
+            keys += [smem.q.at[slot].T] if at.output else []
+            read = read_by(state_lo, keys)
             plgpu.barrier_wait(smem.ready.at[ahead])
             value: Any = 0.0 if moves else blocks.tile(smem.v.at[slot, wg].T)
             if at.delta:
@@ -336,11 +314,16 @@ def hold(at: SimpleNamespace, step: Callable, state: jax.Array, start: Any = 0) 
     return two_parts.loop(at.count, step, state, hardness if at.delta else None, start=start)
 
 
+def read_by(state: jax.Array, keys: list) -> tuple[jax.Array, ...]:
+    """The state times each of the tiles."""
+    return blocks.sums_of_products(*[([(state, key)], (C, C)) for key in keys]) if keys else ()
+
+
 def times_inverse(
     at: SimpleNamespace, mine: Any, value: jax.Array, high: Any, parts: int, hard: Any
 ) -> jax.Array:
     low = at.smem.o.at[mine].T, at.smem.low.at[mine]
-    return two_parts.times_inverse(value, high, *low, parts, hard, interpret=at.interpret)
+    return two_parts.times_inverse(value, high, *low, parts, hard)
 
 
 def advance(
@@ -357,25 +340,25 @@ def advance(
     value: V'.  seen: what multiplies it for the outputs, and what they are without it.  written: V' as the
     state gets it, what multiplies that, and what is left of the state.
     """
-    split = functools.partial(two_parts.split, parts=parts, interpret=at.interpret)
+    split = functools.partial(two_parts.split, parts=parts)
 
     def after() -> tuple:
         new, keys, kept = written()
         return [(part, keys) for part in split(new)], kept
 
     if not at.output:
-        return sums_of_products(after(), interpret=at.interpret)[0]
+        return blocks.sums_of_products(after())[0]
     values = split(value, hard=hard)
 
     def outputs() -> tuple:
         scores, read = seen()
         return [(part, scores) for part in values], read
 
-    o, state = two_parts.products(outputs, after, parts=parts, interpret=at.interpret)
+    o, state = two_parts.products(outputs, after, parts=parts)
     wait_for_last(at)
-    blocks.store(at.smem.o.at[wg], o.astype(BF16), interpret=at.interpret, transposed=True)
+    blocks.store(at.smem.o.at[wg], o.astype(BF16), transposed=True)
     if at.keep and at.delta:
-        blocks.store(at.smem.values.at[wg], values[0], interpret=at.interpret, transposed=True)
+        blocks.store(at.smem.values.at[wg], values[0], transposed=True)
     return state
 
 
@@ -386,7 +369,7 @@ def wait_for_last(at: SimpleNamespace) -> None:
 
 def keep_state(at: SimpleNamespace, wg: Any, state: jax.Array, chunk: Any, columns: Any) -> None:
     wait_for_last(at)
-    blocks.store(at.smem.states.at[wg], state, interpret=at.interpret)
+    blocks.store(at.smem.states.at[wg], state)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(at.smem.states.at[wg], at.refs.states.at[at.b, at.head, chunk, columns])
 

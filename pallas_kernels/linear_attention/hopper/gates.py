@@ -44,7 +44,7 @@ def write_gates(
         read, write, carry = jnp.exp2(sum_row), jnp.exp2(last - sum_row), jnp.exp2(last)
     if vectors.has("segment"):
         ids = vectors.get("segment", numbers)
-        segment = blocks.row_vector(ids), blocks.col_vector(ids)
+        segment = blocks.row_and_col(ids)
         entering, leaving = vectors.get("entering", numbers)[0], ids[C - 1]
         read = jnp.where(segment[0] == entering, read, 0.0)
         write = jnp.where(segment[0] == leaving, write, 0.0)
@@ -64,3 +64,13 @@ def write_gates(
         if every:
             gates.at[blocks.NORM_Q][...] = norm_q
     return norm_q, sums, segment
+
+
+def log_decay_gradient(d_sum: jax.Array, d_end: jax.Array, shift: Any = 0) -> jax.Array:
+    """Numbers per row from numbers per column: log_decay_t is part of G_i for every i >= t, and of G_C.
+
+    d_sum: gradient of G_i.  d_end: numbers whose sum is the gradient of G_C.  shift: 0, or a zero unknown to
+    the compiler, which then cannot keep the mask in registers over a loop.
+    """
+    later = blocks.col_index() >= blocks.row_index() + shift
+    return jnp.sum(jnp.where(later, blocks.by_col(d_sum), 0.0) + blocks.by_col(d_end), axis=1)

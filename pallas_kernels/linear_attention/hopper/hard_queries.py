@@ -1,10 +1,9 @@
 """dq of hard chunks (`two_parts`) with sums of two bf16, written over what the chunk gradients made of it.
 
-There E = scale D * (dO U^T) reads U = V' in one bf16, felt as A's rounding is. What rounding took off is not
-kept; but U = A beta (V - e K S), so
+Since U = A beta (V - e K S) is kept in one bf16, E = scale D * (dO U^T) is made here without it:
     dO U^T = Y A^T,    Y = (dO V^T - (dO S^T) (e K)^T) beta
-which wants nothing of U, and of which dO S^T is in dQ = scale e (dO S^T) + E K besides. A, Y and E are in two
-parts. One warpgroup a block of threads takes a run of chunks, and is gone at once where none of it is hard.
+with A, Y and E in two parts. One warpgroup a block of threads takes a run of chunks, and is gone at once
+where none of it is hard.
 """
 
 import functools
@@ -19,11 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.call import varying
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
-BF16 = jnp.bfloat16
 RUN = 16  # chunks a block of threads
 
 
@@ -31,8 +28,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
     """dq [B, T, HV, K] bf16, one per value head, with that of hard chunks computed again, in place."""
     _, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group, chunks, parts = value_heads // heads, length // C, key_dim // C
-    documents, interpret = inputs.segment is not None, inputs.interpret
-    matmul = functools.partial(blocks.matmul, interpret=interpret)
+    documents = inputs.segment is not None
 
     # In place by a reference, which may not vary along axes of a mesh (`varying`): there apart.
     result = None if varying(dq) else jax.new_ref(dq)
@@ -84,7 +80,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
                 slot = blocks.rem(j, 2)
                 plgpu.barrier_wait(s["ready"].at[slot])
                 d_s, other_s = s["values"].at[slot, 0], s["values"].at[slot, 1]
-                total = matmul((d_s, other_s.T if turned else other_s, total))
+                total = blocks.matmul((d_s, other_s.T if turned else other_s, total))
                 plgpu.commit_smem()  # all have read, before the next copies
                 return total
 
@@ -94,12 +90,10 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
         def pairs_of(y: jax.Array) -> jax.Array:
             """E of Y."""
             high, low = s["inverse"].at[0].T, s["inverse"].at[1].T
-            e = two_parts.times_inverse(y, high, low, s["low_filled"], 2, interpret=interpret)
-            segment = None
-            if documents:
-                segment = blocks.row_vector(s["segment"]), blocks.col_vector(s["segment"])
-            sums = row(blocks.SUM), col(blocks.SUM)
-            e *= blocks.pair_decay(blocks.causal(strict=False, segment=segment), sums)
+            e = two_parts.times_inverse(y, high, low, s["low_filled"], 2)
+            segment = blocks.row_and_col(s["segment"]) if documents else None
+            sums = blocks.row_and_col(gates.at[blocks.SUM])
+            e *= blocks.pair_decay(blocks.causal(segment), sums)
             return e * by_row(blocks.NORM_Q) * by_col(blocks.NORM_K)
 
         def write(n: Any) -> None:
@@ -116,7 +110,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
                 q_s, k_s = s["q"].at[part], s["k"].at[part]
                 x = from_state(part)
                 along += jnp.sum(blocks.tile(q_s) * x, axis=1)
-                return *matmul((x.astype(BF16), k_s.T, seen), (q_s, k_s.T, scores)), along
+                return *blocks.matmul((x.astype(BF16), k_s.T, seen), (q_s, k_s.T, scores)), along
 
             none = blocks.zeros((C, C))
             seen, scores, along = lax.fori_loop(0, parts, read, (none, none, jnp.sum(none, axis=1)))
@@ -124,17 +118,17 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
             along = along * row(blocks.READ_Q) + jnp.sum(e * scores, axis=1)  # q.dq
             norm = row(blocks.NORM_Q) * (1 / inputs.scale)
             along *= norm * norm
-            e_parts = two_parts.split(e, 2, interpret=interpret)
+            e_parts = two_parts.split(e, 2)
 
             @pl.loop(0, parts)
             def _(part: Any) -> None:
                 q_s, k_s = s["q"].at[part], s["k"].at[part]
                 start = from_state(part) * by_row(blocks.READ_Q)
-                (out,) = sums_of_products(([(x, k_s) for x in e_parts], start), interpret=interpret)
+                (out,) = blocks.sums_of_products(([(x, k_s) for x in e_parts], start))
                 if inputs.l2norm:  # take out the part along q
                     out -= blocks.tile(q_s) * blocks.by_row(along)
                 target = refs["dq"].at[b, rows, head, channels(part)]
-                blocks.send(q_s, out, target, interpret=interpret)
+                blocks.send(q_s, out, target)
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -150,7 +144,7 @@ def hard_queries(inputs: Inputs, inverses: two_parts.Inverse, given: Chunks, dq:
 
     grid = dict(b=inputs.q.shape[0], h=value_heads, n=pl.cdiv(chunks, RUN))
     results = dict(dq=jax.ShapeDtypeStruct(dq.shape, BF16) if result is None else None)
-    out = blocks.launch("hard_queries", body, arrays, results, scratch, grid, threads=1, interpret=interpret)
+    out = blocks.launch(inputs, "hard_queries", body, arrays, results, scratch, grid, threads=1)
     if result is not None:
         return jax.freeze(result)
     hard = jnp.swapaxes(inverses.hard.reshape(*inverses.hard.shape[:2], length), 1, 2) > 0.0

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.call import QKV, Call
@@ -81,7 +82,7 @@ def prepare(call: Call) -> Inputs:
     if beta is not None:
         beta = jnp.where(jnp.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
     log_decay = call.log_decay
-    if log_decay is not None and log_decay.ndim == 4:
+    if log_decay is not None and call.per_channel:
         steps = log_decay if log_decay.dtype == jnp.bfloat16 else log_decay.astype(F32)
         log_decay = pad_time(steps, length)
     elif log_decay is not None:
@@ -103,31 +104,43 @@ def prepare(call: Call) -> Inputs:
     )
 
 
+def fetch(refs: Any, smem: Any, slot: Any, barrier: Any, **places: tuple) -> None:
+    """Starts copies to ``slot`` of buffers from places in arrays of the same names, of those there are."""
+    for name, place in places.items():
+        if name in refs:
+            plgpu.copy_gmem_to_smem(refs[name].at[place], smem[name].at[slot], barrier)
+
+
+def fetch_values(
+    ref: Any, place: tuple, first: Any, buffer: Any, slot: Any, barrier: Any, tiles: int
+) -> None:
+    """As many tiles of C values, from the ``first`` one on, of tokens at ``place``."""
+    for tile in range(tiles):
+        columns = pl.ds(first + tile * C, C)
+        plgpu.copy_gmem_to_smem(ref.at[(*place, columns)], buffer.at[slot, tile], barrier)
+
+
 class Vectors:
-    """The numbers per token that a kernel reads: rows of a shared-memory buffer [rows, C]."""
+    """The numbers per token that a kernel reads: rows of a shared-memory buffer [rows, C].
+
+    named: those of ``names`` that there are, by the names that they have among a kernel's arrays.
+    """
 
     def __init__(self, inputs: Inputs, names: Sequence[str]):
-        self.names = [name for name in names if getattr(inputs, name) is not None]
-        self.arrays = [getattr(inputs, name) for name in self.names]
+        arrays = {"in_" + name: getattr(inputs, name) for name in names}
+        self.named = {name: array for name, array in arrays.items() if array is not None}
 
     def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def named(self) -> dict[str, jax.Array]:
-        """The arrays by the names that they have among a kernel's."""
-        return {"in_" + name: array for name, array in zip(self.names, self.arrays, strict=True)}
+        return len(self.named)
 
     def copy(self, refs: Any, buffer: Any, barrier: Any, b: Any, head: Any, rows: Any) -> None:
-        """refs: of the arrays in order, or those of all of a kernel's by name."""
-        if isinstance(refs, dict):
-            refs = [refs[name] for name in self.named]
-        for row, (array, ref) in enumerate(zip(self.arrays, refs, strict=True)):
-            source = ref.at[b, rows] if array.ndim == 2 else ref.at[b, head, rows]
+        """refs: of all of a kernel's arrays, by name."""
+        for row, (name, array) in enumerate(self.named.items()):
+            source = refs[name].at[b, rows] if array.ndim == 2 else refs[name].at[b, head, rows]
             plgpu.copy_gmem_to_smem(source, buffer.at[row], barrier)
 
     def get(self, name: str, buffer: Any) -> Any:
-        return buffer.at[self.names.index(name)]
+        return buffer.at[list(self.named).index("in_" + name)]
 
     def has(self, name: str) -> bool:
-        return name in self.names
+        return "in_" + name in self.named

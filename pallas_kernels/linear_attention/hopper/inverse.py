@@ -18,10 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.linear_attention.hopper.blocks import F32, WGMMA, C
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, WGMMA, C, interpreted
 
 ROWS = 16  # of a warp, and the size of its blocks
-F16, BF16 = jnp.float16, jnp.bfloat16
+F16 = jnp.float16
 SLOTS = 6
 X_00, X_11, X_22, L_20, L_21, X_10 = range(SLOTS)  # the blocks that pass between warps
 
@@ -31,7 +31,7 @@ def exchange() -> Any:
     return plgpu.SMEM((2 * SLOTS * 4 * 32,), jnp.int32)
 
 
-def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tuple[jax.Array, jax.Array]:
+def unit_lower_inverse(lower: jax.Array, exchange: Any) -> tuple[jax.Array, jax.Array]:
     """(I + L)^-1 - I in two bf16, L the part of `lower` [C, C] below the diagonal, by block doubling.
 
     With X the inverse of the diagonal blocks of size s and B the blocks of L just below them, the inverse
@@ -42,7 +42,7 @@ def unit_lower_inverse(lower: jax.Array, exchange: Any, *, interpret: Any) -> tu
     minus = lower * -1.0
     high = lax.optimization_barrier(minus.astype(F16))
     low = (minus - high.astype(F32)).astype(F16)
-    if interpret:
+    if interpreted.value:
         cut = lambda x: [x[:, j : j + ROWS].reshape(-1, ROWS, ROWS) for j in range(0, C, ROWS)]
         blocks = _inverse(Parts(Interpreted()), list(zip(cut(high), cut(low), strict=True)))
         join = lambda blocks: jnp.concatenate([block.reshape(C, ROWS) for block in blocks], axis=1)

@@ -21,8 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import F32, C, sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
 from pallas_kernels.linear_attention.hopper.one_pass_chunk import CHANNELS, FORWARD
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
@@ -103,7 +102,7 @@ class OnePass(Walk):
         at.refs.first_wrong.at[at.b, at.head, pl.ds(first_tile * C, C)][...] = first
 
     def hold_state(self, at: SimpleNamespace, wg: Any) -> None:
-        i, smem, refs = self.inputs, at.smem, at.refs
+        smem, refs = at.smem, at.refs
         columns = pl.ds(wg * C, C)
         parts = [pl.ds(half * C, C) for half in range(HALVES)]
         initial = getattr(refs, "initial", None)
@@ -113,7 +112,7 @@ class OnePass(Walk):
 
         def step(n: Any, state: tuple) -> tuple:
             for half, part in zip(state, parts, strict=True) if self.keep else ():
-                blocks.store(smem.states.at[wg].at[:, part], half.astype(BF16), interpret=i.interpret)
+                blocks.store(smem.states.at[wg].at[:, part], half.astype(BF16))
             self.wait_for_tile(at, wg, n)
             if self.keep:
                 plgpu.commit_smem()
@@ -133,7 +132,7 @@ class OnePass(Walk):
         state = lax.fori_loop(0, at.count, step, state)
         if self.final:
             for part, x in zip(parts, state, strict=True):
-                blocks.write(refs.final.at[at.b, at.head, columns, part], x, interpret=i.interpret)
+                blocks.write(refs.final.at[at.b, at.head, columns, part], x)
         plgpu.wait_smem_to_gmem(0)
 
     def send_kept(self, at: SimpleNamespace, wg: Any, n: Any) -> None:
@@ -158,20 +157,20 @@ class OnePass(Walk):
         value = blocks.tile(smem.v.at[wg, blocks.rem(n, AHEAD)].at[tokens].T, F32 if self.delta else BF16)
         if self.delta:
             beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
-        (read,) = sums_of_products((pairs, (C, read_by.size)), interpret=i.interpret)
+        (read,) = sums_of_products((pairs, (C, read_by.size)))
         made, values = smem.pairs.at[slot, chunk], value
         if self.delta:
             values = one_pass_tiles.values_of(read, value, beta, made, interpret=i.interpret)
 
         def finish() -> None:
             o = one_pass_tiles.outputs_of(read, values, made, interpret=i.interpret)
-            blocks.store(smem.o.at[wg].at[tokens], o, interpret=i.interpret, transposed=True)
+            blocks.store(smem.o.at[wg].at[tokens], o, transposed=True)
             if self.keep and self.delta:
                 kept = smem.kept.at[wg].at[tokens]
-                blocks.store(kept, values, interpret=i.interpret, transposed=True)
+                blocks.store(kept, values, transposed=True)
 
         carry = [blocks.by_col(blocks.col_vector(smem.carry.at[slot, chunk].at[part])) for part in parts]
         keys = [smem.g.at[slot].at[tokens, part] for part in parts]
         kept = [part * factor for part, factor in zip(state, carry, strict=True)]
         sums = [([(values, key)], part) for key, part in zip(keys, kept, strict=True)]
-        return sums_of_products(*sums, interpret=i.interpret, meanwhile=finish)
+        return sums_of_products(*sums, meanwhile=finish)

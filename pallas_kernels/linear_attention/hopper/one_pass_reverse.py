@@ -17,8 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import F32, C, sums_of_products
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
 from pallas_kernels.linear_attention.hopper.one_pass_chunk import ADDITIVE_REVERSE, CHANNELS, REVERSE
 from pallas_kernels.linear_attention.hopper.one_pass_walk import AHEAD, BF16, HOLDING, PREPARING, Walk
@@ -59,7 +58,7 @@ class ReversePass(Walk):
         return at.tiles - 1 - n
 
     def hold_gradient(self, at: SimpleNamespace, wg: Any) -> None:
-        i, smem, refs = self.inputs, at.smem, at.refs
+        smem, refs = at.smem, at.refs
         columns = pl.ds(wg * C, C)
         ds = blocks.state(getattr(refs, "last", None), (C, CHANNELS), (at.b, at.head, columns))
         for n in range(min(AHEAD, at.tiles)):
@@ -67,7 +66,7 @@ class ReversePass(Walk):
 
         def step(n: Any, ds: jax.Array) -> jax.Array:
             target = refs.ds.at[at.b, at.head, self.tile(at, n), columns]
-            blocks.send(smem.ds.at[wg], ds, target, interpret=i.interpret)
+            blocks.send(smem.ds.at[wg], ds, target)
             self.wait_for_tile(at, wg, n)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for chunk in reversed(range(C // ROWS)):
@@ -87,7 +86,7 @@ class ReversePass(Walk):
         do = blocks.tile(smem.v.at[wg, blocks.rem(n, AHEAD)].at[tokens].T, BF16)
         if self.delta:
             beta = blocks.by_col(blocks.col_vector(smem.beta.at[slot].at[tokens]), (C, ROWS))
-        read = blocks.matmul((ds.astype(BF16), written), interpret=i.interpret)
+        read = blocks.matmul((ds.astype(BF16), written))
         made = smem.pairs.at[slot, chunk]
         if self.delta:
             both = one_pass_tiles.gradients_of(read, do, beta, made, interpret=i.interpret)
@@ -97,9 +96,9 @@ class ReversePass(Walk):
             dv = one_pass_tiles.additive_gradients_of(read, do, made, interpret=i.interpret)
 
         def finish() -> None:
-            blocks.store(smem.dv.at[wg].at[tokens], dv, interpret=i.interpret, transposed=True)
+            blocks.store(smem.dv.at[wg].at[tokens], dv, transposed=True)
 
         carry = blocks.by_col(blocks.col_vector(smem.carry.at[slot, chunk]), (C, CHANNELS))
         keys = smem.qk.at[slot].at[read_by]
-        (ds,) = sums_of_products(([(both, keys)], ds * carry), interpret=i.interpret, meanwhile=finish)
+        (ds,) = sums_of_products(([(both, keys)], ds * carry), meanwhile=finish)
         return ds

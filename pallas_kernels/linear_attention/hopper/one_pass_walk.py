@@ -91,7 +91,6 @@ class Walk:
             values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=turns),
-            done=plgpu.Barrier(num_arrivals=HOLDING + PREPARING),
         )
 
         def body(refs: dict[str, Any], smem: dict[str, Any]) -> None:
@@ -101,7 +100,6 @@ class Walk:
             at.count = at.tiles if self.count is None else refs["count"][b, head]
             blocks.role(wg < HOLDING, lambda: hold(at, wg), increase=STATE)
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
-            blocks.finish_together(at.smem.done)
 
         name = (
             ("delta" if self.delta else "additive")
@@ -111,8 +109,8 @@ class Walk:
             + "_documents" * documents
         )
         return blocks.launch(
-            name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
-            threads=HOLDING + PREPARING, interpret=i.interpret,
+            i, name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
+            threads=HOLDING + PREPARING,
         )  # fmt: skip
 
     def tile(self, at: SimpleNamespace, n: Any) -> Any:

@@ -20,11 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, inverse
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
-BF16 = jnp.bfloat16
 LARGEST = 1.01  # beta |k|^2 of an ordinary token: 1, and what rounding may add
 
 
@@ -70,37 +68,31 @@ def find_hard(inputs: Inputs, beta: Any, keys: list, scratch: dict[str, Any]) ->
 
 
 def store_inverse(
-    lower: jax.Array,
-    high_s: Any,
-    low_s: Any,
-    scratch: dict[str, Any],
-    out: Inverse,
-    at: tuple,
-    *,
-    interpret: Any,
+    lower: jax.Array, high_s: Any, low_s: Any, scratch: dict[str, Any], refs: dict[str, Any], at: tuple
 ) -> None:
-    """Inverts I + L, L the part of `lower` [C, C] below the diagonal, and starts the copies to `out`.
+    """Inverts I + L, L the part of `lower` [C, C] below the diagonal, and starts the copies to `refs`.
 
-    high_s, low_s: tiles [C, C] that nobody reads any more.  out: references.  at: sequence, head, chunk.
+    high_s, low_s: tiles [C, C] that nobody reads any more.  refs: by name, those of `Inverse` among others.
+    at: sequence, head, chunk.
     """
     b, head, n = at
     rows, hard_s = pl.ds(n * C, C), scratch["hard"].at[1]
-    high, low = inverse.unit_lower_inverse(lower, scratch["exchange"], interpret=interpret)  # with barriers
-    blocks.store(high_s, high, interpret=interpret)
+    high, low = inverse.unit_lower_inverse(lower, scratch["exchange"])  # with barriers
+    blocks.store(high_s, high)
     ordinary = C - hard_s[0].astype(jnp.int32)
     token = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=blocks.ROWS)
     late = blocks.by_row(jnp.where(token >= ordinary, 1.0, 0.0))
-    blocks.store(low_s, (low.astype(F32) * late).astype(BF16), interpret=interpret)
+    blocks.store(low_s, (low.astype(F32) * late).astype(BF16))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(high_s, out.high.at[b, head, rows])
-    plgpu.copy_smem_to_gmem(hard_s, out.hard.at[b, head, n])
+    plgpu.copy_smem_to_gmem(high_s, refs["high"].at[b, head, rows])
+    plgpu.copy_smem_to_gmem(hard_s, refs["hard"].at[b, head, n])
 
     @pl.when(hard_s[0] > 0.0)
     def _() -> None:
-        plgpu.copy_smem_to_gmem(low_s, out.low.at[b, head, rows])
+        plgpu.copy_smem_to_gmem(low_s, refs["low"].at[b, head, rows])
 
 
-def split(x: jax.Array, parts: int, hard: Any = None, room: Any = None, *, interpret: Any) -> list[Any]:
+def split(x: jax.Array, parts: int, hard: Any = None, room: Any = None) -> list[Any]:
     """x [C, C] float32 as a sum of one or two bf16, in registers; the second in `room`, a tile, if given.
 
     hard: `Inverse.hard`, only those tokens, by column, are of two parts; None: all.
@@ -114,7 +106,7 @@ def split(x: jax.Array, parts: int, hard: Any = None, room: Any = None, *, inter
     rest = rest.astype(BF16)
     if room is None:
         return [high, rest]
-    blocks.store(room, rest, interpret=interpret)
+    blocks.store(room, rest)
     plgpu.commit_smem()
     return [high, room]
 
@@ -163,26 +155,18 @@ def load_low(wanted: Any, source: Any, target: Any, ready: Any) -> None:
 
 
 def times_inverse(
-    x: jax.Array,
-    high: Any,
-    low: Any,
-    ready: Any,
-    parts: int,
-    hard: Any = None,
-    room: Any = None,
-    *,
-    interpret: Any,
+    x: jax.Array, high: Any, low: Any, ready: Any, parts: int, hard: Any = None, room: Any = None
 ) -> jax.Array:
     """x A, or x A^T with both tiles transposed; x, hard and room as in `split`."""
-    operands = split(x, parts, hard, room, interpret=interpret)
+    operands = split(x, parts, hard, room)
     pairs = [(operands[0], high)]
     if parts == 2:
         plgpu.barrier_wait(ready)
         pairs += [(operands[1], high), (operands[0], low)]
-    return sums_of_products((pairs, x), interpret=interpret)[0]
+    return blocks.sums_of_products((pairs, x))[0]
 
 
-def add_rest(out: Any, x: Any, keys: Any, parts: int, rounded: Any = None, *, interpret: Any) -> jax.Array:
+def add_rest(out: Any, x: Any, keys: Any, parts: int, rounded: Any = None) -> jax.Array:
     """out [C, C] and, of two parts, what rounding x [C, K] to bf16 took off, times keys^T.
 
     rounded: x in bf16 in shared memory, where there are no registers to keep it in.
@@ -191,12 +175,12 @@ def add_rest(out: Any, x: Any, keys: Any, parts: int, rounded: Any = None, *, in
         part, columns = x[:, start : start + C], pl.ds(start, C)
         high = part.astype(BF16).astype(F32) if rounded is None else blocks.tile(rounded.at[:, columns])
         rest = (part - high).astype(BF16)
-        out = blocks.matmul((rest, keys.at[:, columns].T, out), interpret=interpret)
+        out = blocks.matmul((rest, keys.at[:, columns].T, out))
     return out
 
 
-def products(*sums: Callable[[], tuple], parts: int, interpret: Any) -> tuple[jax.Array, ...]:
+def products(*sums: Callable[[], tuple], parts: int) -> tuple[jax.Array, ...]:
     """`sums_of_products` of what `sums` return; of two parts one after the other, for want of registers."""
     if parts == 1:
-        return sums_of_products(*(one() for one in sums), interpret=interpret)
-    return tuple(sums_of_products(one(), interpret=interpret)[0] for one in sums)
+        return blocks.sums_of_products(*(one() for one in sums))
+    return tuple(blocks.sums_of_products(one())[0] for one in sums)

@@ -1,15 +1,13 @@
-"""Short walks: with steep decays a state has forgotten what it was a few chunks before.
+"""Short walks: with steep decays a state has forgotten what it was a few chunks before
+(docs/kernels_channel.md, 6).
 
-A token's step on the state, (I - beta k k^T) Diag(exp g), has a norm of at most
-max(1, |1 - beta |k|^2|) exp(max over channels of g), and a stretch of tokens at most the product. Where that
-is below exp(LEAST) for a piece's first few chunks and for its last, what came before them is below the
-rounding of the state after them: so the short scans walk only those, and M of the piece is 0.
-The kernels read how far to walk, per piece and head, on the device; every other piece is walked whole. The
-results differ by less than float32 rounds, unless the state shrinks by e^(LEAST + 16) in so few tokens.
+Where the norm of what a piece's first few chunks and its last do to a state is below exp(LEAST), what came
+before is below the rounding of the state after them: the short scans walk only those, and M of the piece is
+0. How far to walk, per piece and head, kernels read on the device. Results differ by less than float32
+rounds, unless the state shrinks by e^(LEAST + 16) in so few tokens.
 
-A sequence too short for pieces, which cost two scans and a chain, is cut into runs all the same: the block of
-threads of a run walks the few chunks before it first, without outputs, or else all that is before it, which
-takes no longer than the sequence as a whole did (`leads`).
+A sequence too short for pieces is cut into runs all the same: the block of threads of a run first walks the
+few chunks before it, without outputs, or else all that is before it (`leads`).
 """
 
 from typing import NamedTuple

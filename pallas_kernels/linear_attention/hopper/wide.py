@@ -22,11 +22,6 @@ def slices(value_dim: int) -> int:
     return next((value_dim // width for width in SLICES if value_dim % width == 0), 0)
 
 
-def per_channel(call: Call) -> bool:
-    """Whether the log-decay is per key channel."""
-    return call.log_decay is not None and call.log_decay.ndim == 4
-
-
 def parts(call: Call) -> tuple[int, int]:
     """Into how many K and V of a head are cut. (1, 1): the kernels take it as it is.
 
@@ -38,7 +33,7 @@ def parts(call: Call) -> tuple[int, int]:
     count, key_dim = slices(call.v.shape[3]), call.q.shape[3] // halves
     if key_dim > table.WIDEST_KEY:
         return 1, 1
-    takes_slices = per_channel(call) or (call.beta is not None and key_dim == table.WIDEST_KEY)
+    takes_slices = call.per_channel or (call.beta is not None and key_dim == table.WIDEST_KEY)
     cut_heads = call.v.shape[2] * halves * count
     keys = (*call.k.shape[:3], key_dim)
     values = (*call.v.shape[:2], cut_heads, call.v.shape[3] // count)
@@ -86,7 +81,7 @@ def cut(call: Call) -> Call:
         q=keys(call.q),
         k=keys(call.k),
         v=v.reshape(batch, length, value_heads, value_dim // count),
-        log_decay=per_key_channel(decay) if decay is not None and per_channel(call) else per_head(decay),
+        log_decay=per_key_channel(decay) if decay is not None and call.per_channel else per_head(decay),
         beta=per_head(call.beta),
         initial_state=state,
     )

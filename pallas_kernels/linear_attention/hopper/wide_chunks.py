@@ -15,34 +15,50 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, chunk_math
-from pallas_kernels.linear_attention.hopper.blocks import F32, C
+from pallas_kernels.linear_attention.hopper import blocks
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
+from pallas_kernels.linear_attention.hopper.gates import log_decay_gradient
 from pallas_kernels.linear_attention.hopper.inputs import Chunks, Inputs
 
-BF16 = jnp.bfloat16
 SLICE = 2 * C  # channels of a block of threads
 STAGES = 3  # blocks of V on their way
+RUN = 4  # chunks that a block of threads takes in turn
 # Rows of `sums`, one set a warpgroup: dG without dG_C, numbers that add up to dG_C, q_i.dq_i, k_i.dk_i.
 DECAY, END, ALONG_Q, ALONG_K = range(4)
 # Rows of the last result: dlog_decay and dbeta; q_i.dq_i and k_i.dk_i.
 D_LOG, D_BETA, OUT_Q, OUT_K = range(4)
 
 
-def wide_chunk_gradients(
-    inputs: Inputs, given: Chunks, *, run: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def wide_gradients(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `backward_chunks.chunk_gradients`: dq, dk; dlog_decay and dbeta [B, HV, 2, T]."""
+    dq, dk, numbers = _of_slices(inputs, given)
+    total = numbers.sum(2)  # over slices of K
+    if inputs.l2norm and inputs.k.shape[3] > SLICE:
+        group = dq.shape[2] // inputs.q.shape[2]
+        gates = jnp.swapaxes(given.gates, 2, 3).reshape(*given.gates.shape[:2], 8, -1)
+
+        def across(d: jax.Array, x: jax.Array, along: jax.Array, norm: jax.Array) -> jax.Array:
+            """d without its part along x; along: x.d, norm: 1 / |x|, both [B, HV, T]."""
+            part = jnp.swapaxes(along * norm * norm, 1, 2)[..., None]
+            return (d.astype(F32) - jnp.repeat(x, group, axis=2).astype(F32) * part).astype(d.dtype)
+
+        dq = across(dq, inputs.q, total[:, :, OUT_Q], gates[:, :, blocks.NORM_Q] / inputs.scale)
+        dk = across(dk, inputs.k, total[:, :, OUT_K], gates[:, :, blocks.NORM_K])
+    return dq, dk, jnp.stack([total[:, :, D_LOG], numbers[:, :, 0, D_BETA]], 2)
+
+
+def _of_slices(inputs: Inputs, given: Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq, dk [B, T, HV, K] bf16, one per value head, and [B, HV, K/128, 4, T] float32 (D_LOG ... OUT_K).
 
     Of a slice of K: dlog_decay (junk without decay) is its share, dbeta the same in every slice. With l2norm
     and K = 256 dq and dk still have their parts along q and k; OUT_Q, OUT_K are a slice's share of their
-    products. run: chunks that one block of threads takes in turn.
+    products.
     """
     batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
     group, chunks = value_heads // heads, length // C
     slices, blocks_v = key_dim // SLICE, value_dim // C
     documents, decays = inputs.segment is not None, inputs.log_decay is not None
     project = inputs.l2norm and slices == 1
-    interpret = inputs.interpret
     late = min(STAGES, blocks_v) - 1  # the block of V behind which the next chunk's q and k are fetched
 
     arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, u=given.values, do=given.do, dv=given.dv)
@@ -65,16 +81,16 @@ def wide_chunk_gradients(
         filled=plgpu.Barrier(num_arrivals=7, num_barriers=STAGES),
         free=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         both=plgpu.Barrier(num_arrivals=2),
-        done=plgpu.Barrier(num_arrivals=3),
     )
 
     def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
         b, head, key_slice = (lax.axis_index(name) for name in ("b", "h", "k"))
-        first, warpgroup = lax.axis_index("n") * run, lax.axis_index("wg")
+        first, warpgroup = lax.axis_index("n") * RUN, lax.axis_index("wg")
         key_head = blocks.div(head, group)
-        steps = jnp.minimum(run, chunks - first)
+        steps = jnp.minimum(RUN, chunks - first)
 
         sync = lambda: blocks.meet(s["both"])
+        multiply = blocks.sums_of_products
 
         def channels(part: Any) -> Any:
             return pl.ds(key_slice * SLICE + part * C, C)
@@ -121,9 +137,6 @@ def wide_chunk_gradients(
             def _(turn: Any) -> None:
                 plgpu.barrier_wait(s["free"].at[blocks.rem(turn, STAGES)])
 
-        def multiply(*sums: tuple) -> tuple[jax.Array, ...]:
-            return chunk_math.sums_of_products(*sums, interpret=interpret)
-
         def over_values(i: Any) -> tuple[jax.Array, ...]:
             """dO S^T, U dS^T, dV S^T; dO U^T (first warpgroup) or dV U^T (second); <S, dS> by rows."""
 
@@ -157,9 +170,9 @@ def wide_chunk_gradients(
             gate_s = s["gates"]
             keep = blocks.row_index() >= blocks.col_index() + wg  # E has its diagonal, F has not
             if documents:
-                of_row, of_col = blocks.row_vector(s["segment"]), blocks.col_vector(s["segment"])
+                of_row, of_col = blocks.row_and_col(s["segment"])
                 keep = keep & (blocks.by_row(of_row) == blocks.by_col(of_col))
-            sums = blocks.row_vector(gate_s.at[blocks.SUM]), blocks.col_vector(gate_s.at[blocks.SUM])
+            sums = blocks.row_and_col(gate_s.at[blocks.SUM])
             sign = 1.0 - 2.0 * wg.astype(F32)
             norm = blocks.row_vector(gate_s.at[blocks.NORM_Q - wg * (blocks.NORM_Q - blocks.NORM_K)]) * sign
             raw = raw * blocks.pair_decay(keep, sums) * blocks.by_row(norm)
@@ -179,7 +192,7 @@ def wide_chunk_gradients(
             along = jnp.where(wg == 0, both(blocks.row_vector, ALONG_Q), both(blocks.row_vector, ALONG_K))
             if decays:
                 own, end = both(blocks.col_vector, DECAY), both(blocks.col_vector, END)
-                number = jnp.where(wg == 0, chunk_math.log_decay_gradient(own, end, wg - warpgroup), number)
+                number = jnp.where(wg == 0, log_decay_gradient(own, end, wg - warpgroup), number)
             return number, along
 
         def step(i: Any, none: None) -> None:
@@ -193,7 +206,7 @@ def wide_chunk_gradients(
             by_token = lambda row, factor=1.0: blocks.by_row(blocks.row_vector(gate_s.at[row]) * factor)
             diagonal = blocks.row_index() == blocks.col_index()
             error = jnp.sum(jnp.where(diagonal, raw, 0.0), axis=1)
-            blocks.store(s["pairs"].at[wg], pair_gradients(wg, raw).astype(BF16), interpret=interpret)
+            blocks.store(s["pairs"].at[wg], pair_gradients(wg, raw).astype(BF16))
             dq, dk = dq * by_token(blocks.READ_Q), dk * by_token(blocks.WRITE)
             seen = seen * by_token(blocks.READ_K, -1.0)
             if decays:
@@ -218,8 +231,8 @@ def wide_chunk_gradients(
             if project:
                 dq = across(dq, q_s, sums, ALONG_Q, blocks.NORM_Q, 1 / inputs.scale)
                 dk = across(dk, k_s, sums, ALONG_K, blocks.NORM_K, 1.0)
-            blocks.store(q_s, dq.astype(BF16), interpret=interpret)
-            blocks.store(k_s, dk.astype(BF16), interpret=interpret)
+            blocks.store(q_s, dq.astype(BF16))
+            blocks.store(k_s, dk.astype(BF16))
             s["out"].at[wg, 0][...], s["out"].at[wg, 1][...] = per_token(wg, sums, error)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s, refs["dq"].at[b, rows, head, channels(wg)])
@@ -234,11 +247,8 @@ def wide_chunk_gradients(
 
         blocks.role(warpgroup < 2, gradients, increase=240)
         blocks.role(warpgroup == 2, issue_copies, decrease=24)
-        blocks.finish_together(s["done"])
 
-    grid = dict(b=batch, h=value_heads, k=slices, n=pl.cdiv(chunks, run))
+    grid = dict(b=batch, h=value_heads, k=slices, n=pl.cdiv(chunks, RUN))
     results = dict(dq=keys, dk=keys, numbers=numbers)
-    out = blocks.launch(
-        "delta_wide_chunks", body, arrays, results, scratch, grid, threads=3, interpret=interpret
-    )
+    out = blocks.launch(inputs, "delta_wide_chunks", body, arrays, results, scratch, grid, threads=3)
     return out["dq"], out["dk"], out["numbers"]

@@ -1,9 +1,9 @@
-"""The scan over chunks of the delta rule for heads of up to 256 x any V, one decay per head or none.
+"""The scan of the delta rule, and its reverse (formulas: backward_scan.py), for heads of up to 256 x any V.
 
-A block of threads per sequence, value head and slice of 64 values: one warpgroup holds S^T (64 values by K,
-float32, in registers; 128 of a thread's 255 at K = 256) and runs the chain of products, one issues the
-copies. What does not depend on V is in `HeadTiles`. The state meets the products from shared memory: a
-second copy of it in registers would not fit.
+One decay per head or none. A block of threads per sequence, value head and slice of 64 values: one warpgroup
+holds S^T, or its gradient (64 values by K, float32, in registers; 128 of a thread's 255 at K = 256), and runs
+the chain of products, one issues the copies. What does not depend on V is in `HeadTiles`. The state meets the
+products from shared memory: a second copy of it in registers would not fit.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.linear_attention.hopper import blocks, two_parts
-from pallas_kernels.linear_attention.hopper.blocks import BETA, CARRY, F32, READ_K, READ_Q, WRITE, C
-from pallas_kernels.linear_attention.hopper.chunk_math import sums_of_products
+from pallas_kernels.linear_attention.hopper.blocks import BETA, BF16, CARRY, F32, READ_K, READ_Q, WRITE, C
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
 from pallas_kernels.linear_attention.hopper.head_tiles import HeadTiles
-from pallas_kernels.linear_attention.hopper.inputs import Inputs
+from pallas_kernels.linear_attention.hopper.inputs import Inputs, fetch
 
-BF16 = jnp.bfloat16
 STAGES = 2
 GATES = (READ_K, READ_Q, WRITE, BETA)  # the rows of `HeadTiles.gates` that a scan reads whole
 
@@ -37,14 +35,7 @@ def buffers(stages: int, key_dim: int) -> dict[str, Any]:
         filled=plgpu.Barrier(num_arrivals=5 + len(GATES), num_barriers=stages),
         free=plgpu.Barrier(num_barriers=stages),
         low=plgpu.Barrier(),
-        done=plgpu.Barrier(num_arrivals=2),
     )
-
-
-def two_roles(wg: Any, hold_state: Callable[[], None], copy: Callable[[], None], done: Any) -> None:
-    pl.when(wg == 0)(hold_state)
-    pl.when(wg == 1)(copy)
-    blocks.finish_together(done)
 
 
 def launch(
@@ -53,7 +44,7 @@ def launch(
     """A block of two warpgroups for each sequence, value head and slice of values."""
     batch, _, heads, value_dim = inputs.v.shape
     grid = dict(b=batch, h=heads, v=value_dim // C)
-    return blocks.launch(name, body, arrays, results, scratch, grid, threads=2, interpret=inputs.interpret)
+    return blocks.launch(inputs, name, body, arrays, results, scratch, grid, threads=2)
 
 
 def traced(n: Any) -> Any:
@@ -63,9 +54,8 @@ def traced(n: Any) -> Any:
 
 def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> Scanned:
     """`final` for the last state, `keep` for the states and V' that the backward pass wants."""
-    batch, length, heads, key_dim = inputs.k.shape
-    value_heads, value_dim = inputs.v.shape[2:]
-    group, chunks, interpret = value_heads // heads, length // C, inputs.interpret
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
+    group, chunks = value_heads // heads, length // C
     stages = min(STAGES, chunks)
     outputs = jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16)
     results: dict[str, Any] = dict(o=outputs)
@@ -112,40 +102,39 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
             two_parts.load_low(hard > 0.0, low, s["o"].at[zero], s["low"])
             if keep:
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's state has left
-            blocks.store(s["state"].at[0], state.astype(BF16), interpret=interpret)
+            blocks.store(s["state"].at[0], state.astype(BF16))
             plgpu.commit_smem()
             if keep:
                 plgpu.copy_smem_to_gmem(s["state"].at[0], refs["states"].at[b, head, n, columns])
             plgpu.barrier_wait(s["filled"].at[slot])
-            read = blocks.matmul((s["state"].at[zero], s["keys"].at[slot].T), interpret=interpret)
+            read = blocks.matmul((s["state"].at[zero], s["keys"].at[slot].T))
             value = blocks.tile(s["v"].at[slot].T) - read[:, :C] * by_token(slot, READ_K)
             return state, value * by_token(slot, BETA), read[:, C:] * by_token(slot, READ_Q), carry
 
         def step(n: Any, state: Any, value: Any, read: Any, carry: Any, parts: int, hard: Any) -> jax.Array:
             slot, rows = blocks.rem(n, stages), pl.ds(n * C, C)
             o_s, values_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("o", "values"))
-            room = dict(room=values_s, interpret=interpret)
             pair = s["high"].at[slot].T, o_s.T, s["low"]
-            value = two_parts.times_inverse(value, *pair, parts, hard, **room)
-            values = two_parts.split(value, parts, hard, **room)
+            value = two_parts.times_inverse(value, *pair, parts, hard, room=values_s)
+            values = two_parts.split(value, parts, hard, room=values_s)
             seen = lambda: ([(part, s["scores"].at[slot].T) for part in values], read)
 
             def written() -> tuple:
-                new = two_parts.split(value * by_token(slot, WRITE), parts, **room)
+                new = two_parts.split(value * by_token(slot, WRITE), parts, room=values_s)
                 return [(part, s["keys"].at[slot, pl.ds(0, C)]) for part in new], state * carry
 
             def leave(o: jax.Array) -> None:
                 plgpu.wait_smem_to_gmem(int(keep), wait_read_only=True)  # the last chunk's results have left
-                blocks.store(o_s, o.astype(BF16), interpret=interpret, transposed=True)
+                blocks.store(o_s, o.astype(BF16), transposed=True)
 
             if parts == 1:
-                o, state = sums_of_products(seen(), written(), interpret=interpret)
+                o, state = blocks.sums_of_products(seen(), written())
                 leave(o)
             else:
-                leave(*sums_of_products(seen(), interpret=interpret))
-                (state,) = sums_of_products(written(), interpret=interpret)
+                leave(*blocks.sums_of_products(seen()))
+                (state,) = blocks.sums_of_products(written())
             if keep:
-                blocks.store(values_s, values[0], interpret=interpret, transposed=True)
+                blocks.store(values_s, values[0], transposed=True)
             plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
             plgpu.barrier_arrive(s["free"].at[slot])
             if keep:
@@ -161,6 +150,96 @@ def wide_scan(inputs: Inputs, tiles: HeadTiles, *, final: bool, keep: bool) -> S
                 refs["final"].at[b, head, columns][...] = state
             plgpu.wait_smem_to_gmem(0)
 
-        two_roles(wg, hold_state, lambda: blocks.refill(fill, s["free"], chunks, stages), s["done"])
+        pl.when(wg == 0)(hold_state)
+        pl.when(wg == 1)(lambda: blocks.refill(fill, s["free"], chunks, stages))
 
     return Scanned(**launch("delta_wide_scan", inputs, body, arrays, results, scratch))
+
+
+def wide_reverse(
+    inputs: Inputs, tiles: HeadTiles, do: jax.Array, d_state: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dS^T after each chunk [B, HV, T/C, V, K], dV [B, T, HV, V], bf16; dS^T before the first, float32.
+
+    do: [B, T, HV, V] bf16.  d_state: dS^T after the last chunk [B, HV, V, K] float32, or None.
+    """
+    batch, length, heads, value_heads, key_dim, value_dim = inputs.sizes
+    group, chunks = value_heads // heads, length // C
+    stages = min(STAGES, chunks)
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, do=do, last=d_state, **tiles.named)
+    results = dict(
+        states=jax.ShapeDtypeStruct((batch, value_heads, chunks, value_dim, key_dim), BF16),
+        dv=jax.ShapeDtypeStruct((batch, length, value_heads, value_dim), BF16),
+        first=jax.ShapeDtypeStruct((batch, value_heads, value_dim, key_dim), F32),
+    )
+    scratch = dict(
+        q=blocks.smem((stages, C, key_dim), BF16),
+        k=blocks.smem((stages, C, key_dim), BF16),
+        do=blocks.smem((stages, C, C), BF16),
+        dv=blocks.smem((1, C, C), BF16),  # before, if a chunk is hard: A's second part
+        rest=blocks.smem((1, C, C), BF16),  # then: second parts of what multiplies A and k
+        **buffers(stages, key_dim),
+    )
+
+    def body(refs: dict[str, Any], s: dict[str, Any]) -> None:
+        b, head, value_block, wg = (lax.axis_index(name) for name in ("b", "h", "v", "wg"))
+        key_head = blocks.div(head, group)
+        columns = pl.ds(value_block * C, C)
+
+        number = lambda slot, row: blocks.col_vector(s["gates"].at[slot, GATES.index(row)])
+
+        def fill(i: Any, slot: Any) -> None:
+            n = chunks - 1 - traced(i)
+            rows, barrier = pl.ds(n * C, C), s["filled"].at[slot]
+            keys, pairs = (b, rows, key_head), (b, head, rows)
+            places = dict(k=keys, q=keys, do=(b, rows, head, columns), scores=pairs, high=pairs)
+            fetch(refs, s, slot, barrier, **places)
+            for place, row in enumerate(GATES):
+                source = refs["gates"].at[b, head, n, row]
+                plgpu.copy_gmem_to_smem(source, s["gates"].at[slot, place], barrier)
+
+        def begin(i: Any, g: jax.Array, hard: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """dS^T; (K dS)^T, of one part."""
+            n, slot, zero = chunks - 1 - i, blocks.rem(i, stages), two_parts.hidden_zero(hard)
+            low = lambda: refs["low"].at[b, head, pl.ds(n * C, C)]
+            two_parts.load_low(hard > 0.0, low, s["dv"].at[zero], s["low"])
+            target = refs["states"].at[b, head, n, columns]
+            blocks.send(s["state"].at[0], g, target)
+            plgpu.barrier_wait(s["filled"].at[slot])
+            return g, blocks.matmul((s["state"].at[zero], s["k"].at[slot].T))
+
+        def step(i: Any, g: jax.Array, dv: jax.Array, parts: int, hard: jax.Array) -> jax.Array:
+            n, slot = chunks - 1 - i, blocks.rem(i, stages)
+            dv_s, room_s, g_s = (s[x].at[two_parts.hidden_zero(hard)] for x in ("dv", "rest", "state"))
+            do_t = s["do"].at[slot].T
+            carry = refs["gates"][b, head, n, CARRY, 0]
+            dv = two_parts.add_rest(dv, g, s["k"].at[slot], parts, g_s)
+            dv = dv * blocks.by_col(number(slot, WRITE))
+            read_t = (blocks.tile(do_t) * blocks.by_col(number(slot, READ_Q))).astype(BF16)
+            dv, g = blocks.matmul(
+                (do_t, s["scores"].at[slot], dv),
+                (read_t, s["q"].at[slot], g * carry),
+            )
+            dx = two_parts.times_inverse(dv, s["high"].at[slot], dv_s, s["low"], parts, room=room_s)
+            back = number(slot, BETA) * number(slot, READ_K) * -1.0
+            seen = two_parts.split(dx * blocks.by_col(back), parts, room=room_s)
+            (g,) = blocks.sums_of_products(([(part, s["k"].at[slot]) for part in seen], g))
+            dv = dx * blocks.by_col(number(slot, BETA))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the last chunk's dV has left
+            blocks.store(dv_s, dv.astype(BF16), transposed=True)
+            plgpu.commit_smem()  # also before the arrival: TMA may then overwrite what was read here
+            plgpu.barrier_arrive(s["free"].at[slot])
+            plgpu.copy_smem_to_gmem(dv_s, refs["dv"].at[b, pl.ds(n * C, C), head, columns])
+            return g
+
+        def hold_state() -> None:
+            g = blocks.state(refs.get("last"), (C, key_dim), (b, head, columns))
+            g = two_parts.loop(chunks, step, g, lambda i: refs["hard"][b, head, chunks - 1 - i, 0], begin)
+            refs["first"].at[b, head, columns][...] = g
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(wg == 0)(hold_state)
+        pl.when(wg == 1)(lambda: blocks.refill(fill, s["free"], chunks, stages))
+
+    out = launch("delta_wide_reverse", inputs, body, arrays, results, scratch)
+    return out["states"], out["dv"], out["first"]

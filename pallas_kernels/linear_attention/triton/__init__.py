@@ -1,22 +1,22 @@
 """The portable backend of `linear_attention`: Pallas kernels in Triton for NVIDIA GPUs since Ampere.
 
-No decay, one decay per head or one per key channel; additive or delta. docs/kernels.md has the design.
+No decay, one decay per head or one per key channel; additive or delta. The design:
+docs/kernels_portable.md.
 """
 
 import jax
 
+from pallas_kernels import agreement
+from pallas_kernels.dispatch import Device
 from pallas_kernels.linear_attention import trial
 from pallas_kernels.linear_attention.call import Call, differentiable
 from pallas_kernels.linear_attention.trial import kind
-from pallas_kernels.linear_attention.triton import requirements
 from pallas_kernels.linear_attention.triton.additive import additive
 from pallas_kernels.linear_attention.triton.backward import Gradients, gradients
 from pallas_kernels.linear_attention.triton.chunks import Chunks, chunks
 from pallas_kernels.linear_attention.triton.inputs import prepare, spec, unprepare
 from pallas_kernels.linear_attention.triton.moves import moves
-from pallas_kernels.linear_attention.triton.requirements import runs_on
-from pallas_kernels.linear_attention.triton.reverse import reverse
-from pallas_kernels.linear_attention.triton.scan import Scanned, scan
+from pallas_kernels.linear_attention.triton.scan import Scanned, reverse, scan
 from pallas_kernels.padding import pad_time
 
 __all__ = ["kind", "linear_attention", "runs_on", "self_test", "supports"]
@@ -40,13 +40,12 @@ def supports(call: Call) -> str | None:
     return None
 
 
+runs_on = Device.before_ampere
+
+
 def self_test(kind: trial.Kind) -> str | None:
     """Why a small call of the kind differs from the token loop, if so."""
-    return requirements.self_test("linear_attention", lambda: trial.compare(linear_attention, kind))
-
-
-def linear_attention(call: Call) -> tuple[jax.Array, jax.Array | None]:
-    return _attend(call)
+    return agreement.self_test("linear_attention", lambda: trial.compare(linear_attention, kind))
 
 
 Kept = tuple[Call, Chunks, Scanned]
@@ -83,4 +82,4 @@ def _backward(kept: Kept, cotangents: tuple[jax.Array, jax.Array | None]) -> tup
     return (unprepare(call, d, back.first),)
 
 
-_attend = differentiable(_primal, _forward, _backward)
+linear_attention = differentiable(_primal, _forward, _backward)

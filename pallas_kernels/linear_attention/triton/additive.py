@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from pallas_kernels.linear_attention.triton.chunks import block, input_blocks
+from pallas_kernels.linear_attention.triton.arrays import run
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
-from pallas_kernels.linear_attention.triton.launch import launch
+from pallas_kernels.linear_attention.triton.moves import by_states
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 from pallas_kernels.linear_attention.triton.tokens import SLICE, Tokens, load, part, slices
 
@@ -26,24 +25,9 @@ def additive(
 
     do: [B, T, HV, V] bf16.  states, dstates: of `Scanned` and `Reversed`.
     """
-    B, T, HV, _ = inputs.v.shape
-    keys = jax.ShapeDtypeStruct((B, T, HV, inputs.q.shape[3]), BF16)
-    out = {"q": keys, "k": keys}
-    if "sum" in inputs.rows:
-        out["sum"] = jax.ShapeDtypeStruct((B, HV, T), F32)
     given = {"do": do, "states": states, "dstates": dstates}
-    return launch(
-        functools.partial(_kernel, spec),
-        "additive",
-        grid=(T // C, HV, B),
-        in_specs=[
-            input_blocks(spec, inputs),
-            {name: block(name.removeprefix("d"), x.shape) for name, x in given.items()},
-        ],
-        out_specs={name: block(name, x.shape) for name, x in out.items()},
-        out_shape=out,
-        interpret=spec.interpret,
-    )(inputs, given)
+    names = ("q", "k", *("sum",) * ("sum" in inputs.rows))
+    return run(spec, functools.partial(_kernel, spec), "additive", [inputs, given], names)
 
 
 def _kernel(spec: Spec, refs: Any, given: dict[str, Any], out: dict[str, Any]) -> None:
@@ -52,7 +36,7 @@ def _kernel(spec: Spec, refs: Any, given: dict[str, Any], out: dict[str, Any]) -
 
     def both(m: Any) -> tuple[Any, ...]:
         """dq, dk without what comes of norms; of dk the part from the state after; d total."""
-        read, written, total = _states(m, refs, given)
+        read, written, total = by_states(m, given, refs.v)
         written *= token.keys[:, None]
         dq = read * token.queries[:, None] + dot(dqk, refs.k[part(m)])
         return dq, written + dot(dqk, refs.q[part(m)], (0, 0)), written, total
@@ -103,18 +87,3 @@ def _products(spec: Spec, token: Tokens, refs: Any, given: dict[str, Any]) -> An
     dqk = jnp.where(token.visible, dscores, 0.0)
     dqk = dqk * (spec.scale * token.q_unit)[:, None] * token.k_unit[None, :]
     return (dqk if token.decay is None else dqk * token.decay).astype(BF16)
-
-
-def _states(m: Any, refs: Any, given: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """dO S^T, V dS^T and the sum over V of S dS, of the m-th slice of keys, float32."""
-
-    def add(n: Any, sums: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        read, written, total = sums
-        at = (pl.ds(n * SLICE, SLICE), pl.ds(m * SLICE, SLICE))
-        state, dstate = given["states"][at], given["dstates"][at]
-        read += dot(given["do"][part(n)], state)
-        written += dot(refs.v[part(n)], dstate)
-        return read, written, total + jnp.sum(state.astype(F32) * dstate.astype(F32), axis=0)
-
-    zeros = jnp.zeros((C, SLICE), F32)
-    return slices(refs.v, add, (zeros, zeros, jnp.zeros((SLICE,), F32)))

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.linear_attention.triton.arrays import run
 from pallas_kernels.linear_attention.triton.channels import channels, solved
-from pallas_kernels.linear_attention.triton.chunks import Chunks, block, input_blocks
+from pallas_kernels.linear_attention.triton.chunks import Chunks
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
-from pallas_kernels.linear_attention.triton.launch import launch
-from pallas_kernels.linear_attention.triton.moves import Moves
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot, grid
 from pallas_kernels.linear_attention.triton.tokens import Tokens, ends, load, part, slices
 
@@ -35,42 +34,20 @@ class Gradients(NamedTuple):
     steps: jax.Array | None = None
 
 
-def gradients(spec: Spec, inputs: Inputs, made: Chunks, d: Moves, dvalues: jax.Array) -> Gradients:
-    B, T, HV, V = inputs.v.shape
-    K = inputs.q.shape[3]
-    row = jax.ShapeDtypeStruct((B, HV, T), F32)
-    keys = jax.ShapeDtypeStruct((B, T, HV, K), BF16)
-    square = jax.ShapeDtypeStruct((B, HV, T, C), BF16)
-    out: dict[str, Any] = {"q": keys, "k": keys}
-    if spec.channel:
-        out = {"dqk": square, "q_row": row, "k_row": row} | ({"dkk": square} if spec.delta else {})
-    if spec.delta:
-        out |= {"v": jax.ShapeDtypeStruct((B, T, HV, V), BF16), "beta": row}
-    if "sum" in inputs.rows:
-        out["sum"] = row
-    values = {f"d{name}": x for name, x in d._asdict().items() if x is not None}
-    names = ("queries", "keys", "scores", "total", *(("w", "u", "inverse", "kk") if spec.delta else ()))
-    values |= {name: getattr(made, name) for name in names} | ({"dvalues": dvalues} if spec.delta else {})
-    results = launch(
-        functools.partial(_kernel, spec),
-        "gradients",
-        grid=(T // C, HV, B),
-        in_specs=[
-            input_blocks(spec, inputs),
-            {name: block(name.removeprefix("d"), x.shape) for name, x in values.items()},
-        ],
-        out_specs={name: block(name.removeprefix("d"), x.shape) for name, x in out.items()},
-        out_shape=out,
-        interpret=spec.interpret,
-    )(inputs, values)
+def gradients(
+    spec: Spec, inputs: Inputs, made: Chunks, d: dict[str, jax.Array], dvalues: jax.Array
+) -> Gradients:
+    """d: of `moves`.  dvalues: of `Reversed`."""
+    names = ["queries", "keys", "scores", "total", *("w", "u", "inverse", "kk") * spec.delta]
+    values = d | {name: getattr(made, name) for name in names} | ({"dvalues": dvalues} if spec.delta else {})
+    of_keys = ("dqk", "q_row", "k_row", *("dkk",) * spec.delta) if spec.channel else ("q", "k")
+    out = (*of_keys, *("v", "beta") * spec.delta, *("sum",) * ("sum" in inputs.rows))
+    results: Any = run(spec, functools.partial(_kernel, spec), "gradients", [inputs, values], out)
     if spec.channel:
         wanted = ("total", "inverse", "dqueries", "dkeys", "dtotal", "dw")
         passed = {name: values[name] for name in wanted if name in values}
-        passed |= {name: results.pop(name) for name in ("dqk", "dkk", "q_row", "k_row") if name in results}
-        results |= channels(spec, inputs, passed)
-    if not spec.delta:
-        results["v"] = dvalues
-    return Gradients(**results)
+        results |= channels(spec, inputs, passed | {name: results.pop(name) for name in of_keys})
+    return Gradients(**({"v": dvalues} | results))
 
 
 def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) -> None:

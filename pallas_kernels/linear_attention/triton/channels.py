@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.linear_attention.triton.chunks import block, input_blocks
+from pallas_kernels.linear_attention.triton.arrays import run
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
-from pallas_kernels.linear_attention.triton.launch import launch, warpgroup_products
+from pallas_kernels.linear_attention.triton.launch import warpgroup_products
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
     F32,
@@ -36,22 +36,8 @@ def channels(spec: Spec, inputs: Inputs, values: dict[str, jax.Array]) -> dict[s
     values: of `Chunks`, total and, for the delta rule, inverse; of `Moves`, dqueries, dkeys, dtotal, dw; of
     `backward`, dqk, dkk [B, HV, T, C] bf16, each plus its transposed, and q_row, k_row [B, HV, T] float32.
     """
-    B, T, HV, K = inputs.q.shape[0], inputs.q.shape[1], inputs.v.shape[2], inputs.q.shape[3]
-    keys = jax.ShapeDtypeStruct((B, T, HV, K), BF16)
-    out = {"q": keys, "k": keys, "steps": jax.ShapeDtypeStruct(keys.shape, F32)}
-    return launch(
-        functools.partial(_kernel, spec),
-        "channels",
-        grid=(T // C, HV, B),
-        slices=K // WIDTH,
-        in_specs=[
-            input_blocks(spec, inputs),
-            {name: block(name.removeprefix("d"), x.shape) for name, x in values.items()},
-        ],
-        out_specs={name: block(name, x.shape) for name, x in out.items()},
-        out_shape=out,
-        interpret=spec.interpret,
-    )(inputs, values)
+    kernel, count = functools.partial(_kernel, spec), spec.sizes["K"] // WIDTH
+    return run(spec, kernel, "channels", [inputs, values], ("q", "k", "steps"), slices=count)
 
 
 def _kernel(spec: Spec, refs: Any, made: dict[str, Any], out: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
+from pallas_kernels.linear_attention.triton.arrays import run
 from pallas_kernels.linear_attention.triton.inputs import Inputs, Spec
-from pallas_kernels.linear_attention.triton.launch import launch, warpgroup_products
+from pallas_kernels.linear_attention.triton.launch import warpgroup_products
 from pallas_kernels.linear_attention.triton.tiles import (
     BF16,
     F32,
@@ -50,66 +50,10 @@ class Chunks(NamedTuple):
 
 
 def chunks(spec: Spec, inputs: Inputs, keep: bool = False) -> Chunks:
-    B, T, HV, V = inputs.v.shape
-    K = inputs.q.shape[3]
-    square = jax.ShapeDtypeStruct((B, HV, T, C), BF16)
-    out = {
-        "queries": jax.ShapeDtypeStruct((B, T, HV, K), BF16),
-        "keys": jax.ShapeDtypeStruct((B, T, HV, K), BF16),
-        "scores": square,
-        "total": jax.ShapeDtypeStruct((B, HV, T // C, K), F32),
-    }
-    if spec.delta:
-        out |= {"w": out["keys"], "u": jax.ShapeDtypeStruct((B, T, HV, V), BF16)}
-    if spec.delta and keep:
-        out |= {"inverse": square, "kk": square}
-    made = launch(
-        functools.partial(_kernel, spec),
-        "chunks",
-        grid=(T // C, HV, B),
-        in_specs=[input_blocks(spec, inputs)],
-        out_specs={name: block(name, x.shape) for name, x in out.items()},
-        out_shape=out,
-        interpret=spec.interpret,
-    )(inputs)
+    names = ["queries", "keys", "scores", "total", *("w", "u") * spec.delta]
+    names += ("inverse", "kk") * (spec.delta and keep)
+    made = run(spec, functools.partial(_kernel, spec), "chunks", [inputs], names)
     return Chunks(**({"u": inputs.v} | made))
-
-
-SQUARES = ("scores", "inverse", "kk", "qk")
-ROWS = ("beta", "sum", "enter", "leave", "q_row", "k_row")
-
-
-def block(name: str, shape: tuple[int, ...], group: int = 1) -> pl.BlockSpec:
-    """A chunk's part of an array; without a name of those above, of [B, T, heads, features].
-
-    group: value heads that share a head.
-    """
-    if name in ROWS:  # [B, HV, T]
-        return pl.BlockSpec((None, None, C), lambda c, h, b: (b, h, c))
-    if name == "total":
-        return pl.BlockSpec((None, None, None, shape[3]), lambda c, h, b: (b, h, c, 0))
-    if name == "states":
-        return pl.BlockSpec((None, None, None, *shape[3:]), lambda c, h, b: (b, h, c, 0, 0))
-    if name in SQUARES:
-        return pl.BlockSpec((None, None, C, C), lambda c, h, b: (b, h, c, 0))
-    return pl.BlockSpec((None, C, None, shape[3]), lambda c, h, b: (b, c, h // group, 0))
-
-
-def input_blocks(spec: Spec, inputs: Inputs) -> Inputs:
-    token = pl.BlockSpec((None, C), lambda c, h, b: (b, c))
-    documents = inputs.documents and dict.fromkeys(inputs.documents, token)
-    if documents:
-        documents["carry"] = pl.BlockSpec((None, None), lambda c, h, b: (b, c))
-    key = block("k", inputs.k.shape, spec.group)
-    return Inputs(
-        q=key,
-        k=key,
-        v=block("v", inputs.v.shape),
-        steps=None if inputs.steps is None else block("steps", inputs.steps.shape),
-        rows={name: block(name, x.shape) for name, x in inputs.rows.items()},
-        documents=documents,
-        masks=inputs.masks if inputs.masks is None else pl.BlockSpec(inputs.masks.shape, lambda *_: (0,) * 4),
-    )
 
 
 def _kernel(spec: Spec, refs: Any, out: dict[str, Any]) -> None:

@@ -1,11 +1,9 @@
 """What the kernels read: padded to whole chunks, the numbers per token laid out by XLA."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.linear_attention.call import Call, alike
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, masks
@@ -15,7 +13,7 @@ LEAST_DECAY = -104.0  # exp is 0 in float32; a larger step would drown the other
 
 
 class Spec(NamedTuple):
-    """What is static. channel: a decay per key channel; delta: the delta rule."""
+    """What is static. channel: a decay per key channel; delta: the delta rule; sizes: by axis (`arrays`)."""
 
     channel: bool
     delta: bool
@@ -23,6 +21,7 @@ class Spec(NamedTuple):
     l2norm: bool
     interpret: bool
     group: int
+    sizes: dict[str, int]
 
 
 class Inputs(NamedTuple):
@@ -46,9 +45,11 @@ class Inputs(NamedTuple):
 
 
 def spec(call: Call) -> Spec:
-    channel = call.log_decay is not None and call.log_decay.ndim == 4
     delta = call.beta is not None
-    return Spec(channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group)
+    (batch, length, heads, value_dim), key_dim = call.v.shape, call.q.shape[3]
+    length = round_up(length, C)
+    sizes = dict(B=batch, T=length, H=heads, N=length // C, C=C, K=key_dim, V=value_dim)
+    return Spec(call.per_channel, delta, call.scale, call.qk_l2norm, call.interpret, call.group, sizes)
 
 
 def prepare(call: Call) -> Inputs:
@@ -58,7 +59,7 @@ def prepare(call: Call) -> Inputs:
     if call.beta is not None:
         rows["beta"] = _head_major(call.beta, length)
     steps = None
-    if call.log_decay is not None and call.log_decay.ndim == 4:
+    if call.log_decay is not None and call.per_channel:
         steps = pad_time(call.log_decay, length)
     documents = None if call.segment_ids is None else _documents(pad_time(call.segment_ids, length, "edge"))
     if steps is None and call.log_decay is not None:
@@ -107,15 +108,8 @@ def unprepare(call: Call, d: Any, dstate: jax.Array) -> Call:
         else:
             chunks = d.sum.reshape(*d.sum.shape[:2], -1, C)
             steps = rows(jnp.flip(jnp.cumsum(jnp.flip(chunks, -1), -1), -1).reshape(d.sum.shape))
-        steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps).astype(call.log_decay.dtype)
-    integers: Any = None if call.segment_ids is None else np.zeros(call.segment_ids.shape, jax.dtypes.float0)
-    return dataclasses.replace(
-        call,
-        q=keys(d.q).astype(call.q.dtype),
-        k=keys(d.k).astype(call.k.dtype),
-        v=d.v[:, :length].astype(call.v.dtype),
-        log_decay=steps,
-        beta=None if call.beta is None else rows(d.beta).astype(call.beta.dtype),
-        initial_state=None if call.initial_state is None else dstate,
-        segment_ids=integers,
-    )
+        steps = jnp.where(call.log_decay <= LEAST_DECAY, 0.0, steps)
+    return call.like(
+        q=keys(d.q), k=keys(d.k), v=d.v[:, :length], log_decay=steps,
+        beta=None if d.beta is None else rows(d.beta), initial_state=dstate,
+    )  # fmt: skip

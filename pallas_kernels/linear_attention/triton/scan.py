@@ -1,15 +1,20 @@
-"""The chunks in order, values in slices: the transposed state stays in registers, float32."""
+"""The chunks in order and in reverse, values in slices: the transposed state stays in registers, float32.
 
-from collections.abc import Callable
+In reverse it is the gradient of the state:
+    dV' = scores^T dO + keys dS
+    dS <- total dS + queries^T dO - w^T dV'
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.linear_attention.triton.arrays import run
 from pallas_kernels.linear_attention.triton.chunks import Chunks
 from pallas_kernels.linear_attention.triton.inputs import Spec
-from pallas_kernels.linear_attention.triton.launch import launch
 from pallas_kernels.linear_attention.triton.tiles import BF16, F32, C, dot
 
 
@@ -25,79 +30,44 @@ class Scanned(NamedTuple):
     values: jax.Array | None
 
 
-def slice_of(K: int) -> int:
-    """Values that one block of threads takes."""
-    return 64 if K <= 128 else 32
+class Reversed(NamedTuple):
+    """values: dV' [B, T, HV, V] bf16.  states: dS^T after each chunk [B, HV, T/C, V, K] bf16.
 
+    first: dS before the first token, [B, HV, K, V] float32.
+    """
 
-def stages_of(K: int) -> int:
-    """Of the scans: tiles of the next chunk are loaded ahead where two chunks' fit into 99 KiB."""
-    return 2 if K <= 128 else 1
+    values: jax.Array
+    states: jax.Array
+    first: jax.Array
 
 
 def scan(spec: Spec, made: Chunks, state: jax.Array | None, keep: bool) -> Scanned:
-    B, T, HV, V = made.u.shape
-    K = made.keys.shape[3]
-    width = slice_of(K)
     names = ("queries", "keys", "scores", "total", "u", "w")
     given = {name: getattr(made, name) for name in names} | {"state": state}
-    out = {"o": jax.ShapeDtypeStruct((B, T, HV, V), BF16), "final": jax.ShapeDtypeStruct((B, HV, K, V), F32)}
-    if keep:
-        out["states"] = jax.ShapeDtypeStruct((B, HV, T // C, V, K), BF16)
-    if keep and spec.delta:
-        out["values"] = out["o"]
-    blocks = head_blocks(T, K, width)
-    blocks |= {"u": blocks["values"], "o": blocks["values"]}
-    blocks |= {"state": state_block(K, width), "final": state_block(K, width)}
-    results = over_chunks(_kernel, "scan", spec, given, out, blocks)
+    wanted = ("o", "final", *("states",) * keep, *("values",) * (keep and spec.delta))
     kept: dict[str, Any] = {"states": None, "values": made.u if keep else None}
-    return Scanned(**(kept | results))
+    return Scanned(**(kept | _over_chunks(spec, _scan, "scan", given, wanted)))
 
 
-def over_chunks(
-    kernel: Callable[..., None],
-    name: str,
-    spec: Spec,
-    given: dict[str, Any],
-    out: dict[str, jax.ShapeDtypeStruct],
-    blocks: dict[str, pl.BlockSpec],
+def reverse(spec: Spec, made: Chunks, do: jax.Array, dstate: jax.Array | None) -> Reversed:
+    given = {name: getattr(made, name) for name in ("queries", "keys", "w", "scores", "total")}
+    given |= {"do": do, "dstate": dstate}
+    return Reversed(**_over_chunks(spec, _reverse, "reverse", given, ("values", "states", "first")))
+
+
+def _over_chunks(
+    spec: Spec, kernel: Callable[..., None], name: str, given: dict[str, Any], wanted: Sequence[str]
 ) -> dict[str, jax.Array]:
     """Results by name of ``kernel`` for each slice of values, head and sequence; what is None is absent."""
     given = {what: x for what, x in given.items() if x is not None}
-    B, _, heads, K = given["keys"].shape
-    V = out["states" if "states" in out else "o"].shape[3]
-    return launch(
-        kernel,
-        name,
-        grid=(V // slice_of(K), heads, B),
-        in_specs=[{what: blocks[what] for what in given}],
-        out_specs={what: blocks[what] for what in out},
-        out_shape=out,
-        warps=4 if K <= 128 else 8,
-        stages=stages_of(K),
-        interpret=spec.interpret,
-    )(given)
+    few = spec.sizes["K"] <= 128
+    cut = {"V": 64 if few else 32}  # values that one block of threads takes
+    # Tiles of the next chunk are loaded ahead where two chunks' fit into 99 KiB.
+    options = dict(warps=4 if few else 8, stages=2 if few else 1)
+    return run(spec, kernel, name, [given], wanted, cut, **options)
 
 
-def head_blocks(T: int, K: int, width: int) -> dict[str, pl.BlockSpec]:
-    """All tokens of a head: of `Chunks`, and of the slice of values and states that is one program's."""
-    keys = pl.BlockSpec((None, T, None, K), lambda n, h, b: (b, 0, h, 0))
-    return {
-        "queries": keys,
-        "keys": keys,
-        "w": keys,
-        "scores": pl.BlockSpec((None, None, T, C), lambda n, h, b: (b, h, 0, 0)),
-        "total": pl.BlockSpec((None, None, T // C, K), lambda n, h, b: (b, h, 0, 0)),
-        "values": pl.BlockSpec((None, T, None, width), lambda n, h, b: (b, 0, h, n)),
-        "states": pl.BlockSpec((None, None, T // C, width, K), lambda n, h, b: (b, h, 0, n, 0)),
-    }
-
-
-def state_block(K: int, width: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, K, width), lambda n, h, b: (b, h, 0, n))
-
-
-def _kernel(refs: dict[str, Any], out: dict[str, Any]) -> None:
+def _scan(refs: dict[str, Any], out: dict[str, Any]) -> None:
     T, K = refs["keys"].shape
     width = refs["u"].shape[1]
 
@@ -117,3 +87,22 @@ def _kernel(refs: dict[str, Any], out: dict[str, Any]) -> None:
 
     start = refs["state"][...].T if "state" in refs else jnp.zeros((width, K), F32)
     out["final"][...] = jax.lax.fori_loop(0, T // C, step, start).T
+
+
+def _reverse(refs: dict[str, Any], out: dict[str, Any]) -> None:
+    T, K = refs["keys"].shape
+    width = refs["do"].shape[1]
+
+    def step(n: Any, dstate_VK: Any) -> Any:
+        c = T // C - 1 - n
+        at = pl.ds(c * C, C)
+        held, do = dstate_VK.astype(BF16), refs["do"][at, :].T
+        out["states"][c] = held
+        values = dot(do, refs["scores"][at, :]) + dot(held, refs["keys"][at, :], (1, 1))
+        values = values.astype(BF16)
+        out["values"][at, :] = values.T
+        dstate_VK = dstate_VK * refs["total"][c][None, :] + dot(do, refs["queries"][at, :])
+        return dstate_VK - dot(values, refs["w"][at, :]) if "w" in refs else dstate_VK
+
+    start = refs["dstate"][...].T if "dstate" in refs else jnp.zeros((width, K), F32)
+    out["first"][...] = jax.lax.fori_loop(0, T // C, step, start).T
