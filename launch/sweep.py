@@ -19,7 +19,7 @@ import jax
 import rich
 
 import train
-from hybridlm import commands, untrusted
+from hybridlm import commands, idle, untrusted
 from hybridlm.errors import ConfigError
 from hybridlm.run import cli, private, show
 from hybridlm.run.lock import Lock
@@ -86,7 +86,7 @@ def sweep(flags: argparse.Namespace, overrides: dict[str, str]) -> int:
     definition = grid.load(flags.config)
     runs = grid.runs(definition, overrides)
     for field in dict.fromkeys(field for run in runs for field in run.overrides):
-        reasons = {train.idle(run.config, field) for run in runs if field in run.overrides}
+        reasons = {idle.override(run.config, field) for run in runs if field in run.overrides}
         if "" not in reasons:
             show.line(f"{field} has no effect in any run: {min(reasons)}", console)
     rows = sorted({run.config.eval.batches * run.config.train.batch_size for run in runs})

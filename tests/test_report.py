@@ -10,7 +10,7 @@ from rich.console import Console
 
 import train
 from hybridlm import config as configs
-from hybridlm import member, report, stages
+from hybridlm import idle, member, report, stages
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -74,10 +74,10 @@ def test_overrides_that_no_stage_heeds_are_said() -> None:
     assert report.facts(config, {"data": 1, "fsdp": 1, "tensor": 1})["tokens"].startswith(
         "4.29 k in 5 steps, "
     )
-    assert train.idle(config, "train.steps") == "every stage has its own"
-    assert train.idle(config, "stages.c.train.steps") == "the stage is not in stages.order"
+    assert idle.override(config, "train.steps") == "every stage has its own"
+    assert idle.override(config, "stages.c.train.steps") == "the stage is not in stages.order"
     for heeded in ("train.seq_len", "train.batch_size", "stages.order", "stages.a.train.steps", "init_from"):
-        assert train.idle(config, heeded) == ""
+        assert idle.override(config, heeded) == ""
 
 
 def test_layer_table_shows_the_settings_of_a_name_once() -> None:
