@@ -20,7 +20,7 @@ from test_hopper_warm_up import quick
 from pallas_kernels.linear_attention import hopper
 from pallas_kernels.linear_attention.hopper import one_pass_steps, table
 from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients
-from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN
+from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN, ChannelSaved, Tiles
 from pallas_kernels.linear_attention.hopper.inputs import prepare
 from pallas_kernels.linear_attention.hopper.one_pass import OnePass
 from pallas_kernels.linear_attention.hopper.one_pass_forward import serves
@@ -195,10 +195,9 @@ def test_compiles_with_few_spills(delta, packed):
         count = jnp.zeros((8, 16), jnp.int32) if delta else None
         kept = OnePass(given, count, True, keep=True)()
         ds, dv, first = ReversePass(given, count, given.v, None)()
-        values, dv = (kept.values, dv) if delta else (given.v, None)
-        of_chunks = chunk_gradients(
-            given, kept.norms, kept.carry[..., 0, :], kept.states, ds, values, given.v, dv, run=8
-        )
+        tiles = Tiles(None, None, kept.carry[..., 0, :], None, norms=kept.norms)  # the others are not read
+        saved = ChannelSaved(tiles, kept.states, kept.values if delta else None)
+        of_chunks = chunk_gradients(given, saved, ds, given.v, dv if delta else None, run=8)
         return OnePass(given, None, True)(), first, of_chunks
 
     kernels = hopper_aot.compile_for_hopper(every, call)
