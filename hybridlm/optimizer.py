@@ -64,6 +64,7 @@ def unwarmed(config: schema.Optimizer, steps: int) -> str:
 def tame(config: schema.Optimizer, peak: float, factors: Factors) -> bool:
     """Whether gradients that are finite make updates that are, and weights, whatever they are.
 
+    Where not, the step looks at them, and so reads and keeps all of them once more.
     b1^2 < b2 bounds AdamW's quotient (Kingma & Ba 2015, section 2.1), eps does so where squares underflow,
     and what Muon makes is orthogonal. ``peak``: the largest learning rate.
     """

@@ -85,7 +85,6 @@ def build(
     shardings = sharding.state_shardings(shapes, param_shardings, mesh)
     gradients = Gradients(config, definition, trains, metadata, part(param_shardings, trained))
     windows = lm.windows(definition) if "context" in mesh.shape else ()
-    # What looks at updates reads and keeps all of them once more.
     tame = optimizer.tame(config.optimizer, max(rates or (config.optimizer.learning_rate,)), factors)
     taught = () if objective.teacher is None else (teacher_shapes(objective.teacher, mesh),)
 
@@ -101,18 +100,13 @@ def build(
         updates, opt_state = tx.update(grads, state["opt_state"], part(params, trained))
         changed = optax.apply_updates(part(params, trained), updates)
         changed |= gradients.clipped(changed, sums) | gradients.ruled(params, sums)
-        if not tame:
-            finite &= jnp.all(jnp.stack([jnp.isfinite(one).all() for one in changed.values()]))
+        looked = {} if tame else {UPDATED: all_finite(changed)}
+        finite &= looked.get(UPDATED, True)
         new = {"params": params | changed, "opt_state": opt_state}
         new |= averaged(config.optimizer.ema, part(new["params"], trained), state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, {n: state[n] for n in new})
         metrics = per_token(sums) | {"grad_norm": grad_norm, "learning_rate": schedule(state["step"])}
-        if not tame:
-            metrics[UPDATED] = finite
-        if windows:
-            metrics["attention_imbalance"] = imbalance(batch["positions"], windows)
-        if gradients.tau:
-            metrics["max_logit"] = qk_clip.largest(sums["records"])
+        metrics |= looked | gradients.measured(sums) | unevenness(batch, windows)
         return kept | {"step": state["step"] + finite}, metrics | {NORMS: squares}
 
     def evaluate(params: Any, batch: Batch, *teacher: lm.Params) -> Sums:
@@ -268,6 +262,10 @@ class Gradients:
             return {}
         return qk_clip.clipped(self.layout, self.definition.d_model, params, sums["records"], self.tau)
 
+    def measured(self, sums: Sums) -> dict[str, jax.Array]:
+        """What the clipping goes by."""
+        return {"max_logit": qk_clip.largest(sums["records"])} if self.tau else {}
+
     def ruled(self, params: lm.Params, sums: Sums) -> lm.Params:
         """The parameters that a rule changes, after the batch that ``sums`` are of."""
         found: lm.Params = {}
@@ -278,6 +276,15 @@ class Gradients:
                 values[canonical] = rule.update(value, sums["records"][record])
             found |= stack.restack(self.layout, values, [name])
         return found
+
+
+def unevenness(batch: Batch, windows: Sequence[int]) -> dict[str, jax.Array]:
+    """Of attention's work over `mesh.context`, where there are ``windows`` of it."""
+    return {"attention_imbalance": imbalance(batch["positions"], windows)} if windows else {}
+
+
+def all_finite(arrays: lm.Params) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(one).all() for one in arrays.values()]))
 
 
 def squared_norms(grads: lm.Params) -> dict[str, jax.Array]:

@@ -50,7 +50,7 @@ def nearby(f: Callable[[float], float], target: float, x: float) -> float:
     )
 
 
-def told(config: Any, names: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+def told(config: object, names: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """The inverse of `Fields.table`."""
     return {field: getattr(config, ours) for ours, (field, *_) in names.items()}
 
