@@ -103,7 +103,8 @@ def channel_gradients(
     if saved.wrong is None:
         state_gradients, dv, first = scan(inputs, tiles, do, d_state)
     else:
-        inputs = one_pass_steps.as_read(inputs)
+        if saved.steps is not None:
+            inputs = dataclasses.replace(inputs, log_decay=saved.steps)
         given = lambda: one_pass_steps.natural(inputs)
         otherwise = lambda: scan(inputs, channel_tiles(given(), keep=True), do, d_state)
         state_gradients, dv, first = one_pass_reverse(inputs, saved.wrong, do, d_state, otherwise=otherwise)

@@ -36,11 +36,7 @@ def serves(inputs: Inputs) -> bool:
     i = inputs
     if i.log_decay is None or i.over is not None or i.strong:
         return False
-    version = jax.__version__
-    tested = version in one_pass_steps.TESTED
-    if one_pass_steps.plain(i):
-        tested = i.interpret or version in TESTED
-    return tested and table.one_pass(i.k.shape, i.v.shape)
+    return (i.interpret or jax.__version__ in TESTED) and table.one_pass(i.k.shape, i.v.shape)
 
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:
@@ -71,7 +67,9 @@ def one_pass_kept(
     span = jnp.where(beyond[0], jnp.where(eight, 2.0, 16.0), jnp.where(beyond[1], 32.0, 64.0))
     norms = jnp.where(jnp.arange(3)[:, None] == SPAN, span[..., None, None], out.norms)
     kept = ChannelSaved(_numbers(norms, first * last), out.states, out.values)
-    return _exact(out, kept, otherwise, delta=inputs.beta is not None)
+    done, saved = _exact(out, kept, otherwise, delta=inputs.beta is not None)
+    assert saved is not None
+    return done, saved._replace(steps=one_pass_steps.made(inputs))
 
 
 def _beyond(least: jax.Array) -> tuple[jax.Array, jax.Array]:

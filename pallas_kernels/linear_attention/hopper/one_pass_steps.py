@@ -12,14 +12,6 @@ from pallas_kernels.linear_attention.hopper.blocks import F32, LOG2E
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 
 BF16, F16 = jnp.bfloat16, jnp.float16
-# Versions of jax on which a GPU has run the tests of the kernels that read float16 or documents: none yet, so
-# such calls are other kernels', interpreted ones too.
-TESTED: tuple[str, ...] = ()
-
-
-def plain(inputs: Inputs) -> bool:
-    """Whether the kernels read the log-decays as they are, and no documents."""
-    return inputs.segment is None and inputs.log_decay is not None and inputs.log_decay.dtype == BF16
 
 
 def as_read(inputs: Inputs) -> Inputs:
@@ -29,6 +21,11 @@ def as_read(inputs: Inputs) -> Inputs:
     if log_decay.dtype == BF16:
         return inputs
     return dataclasses.replace(inputs, log_decay=channel_math.steps(log_decay))
+
+
+def made(inputs: Inputs) -> jax.Array | None:
+    """Of inputs of `as_read`, the log-decays that it made."""
+    return inputs.log_decay if half(inputs) else None
 
 
 def half(inputs: Inputs) -> bool:
