@@ -17,6 +17,7 @@ from test_hopper_backward import make_case, relative_error
 from test_hopper_forward import SHAPES, TOLERANCE, oracle, struct_call
 
 from pallas_kernels import linear_attention
+from pallas_kernels.linear_attention.hopper import table
 from pallas_kernels.linear_attention.hopper.channel import channel_forward
 from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN, channel_tiles
 from pallas_kernels.linear_attention.hopper.inputs import prepare
@@ -134,8 +135,10 @@ def struct_channel_call(shape, delta):
     [("full", True, True), ("full", False, False), ("few heads", True, False), ("mixed", False, True)],
 )
 def test_compiles_without_spills(shape, delta, keep):
-    run = lambda call: channel_forward(prepare(call), final=True, keep=keep)
-    kernels = hopper_aot.compile_for_hopper(run, struct_channel_call(shape, delta))
+    call = struct_channel_call(shape, delta)
+    choice = table.forward(call.k.shape, call.v.shape)  # or one pass would take it
+    run = lambda call: channel_forward(prepare(call), final=True, keep=keep, choice=choice)
+    kernels = hopper_aot.compile_for_hopper(run, call)
     assert kernels
     for kernel in kernels:  # a few registers of delta_channel_tiles at 128 channels
         assert kernel.spills <= (48 if "delta_channel_tiles" in kernel.name else 0), kernels

@@ -56,8 +56,9 @@ def unswizzled(words, rows, width):
 
 
 MEMORY = one_pass_chunk.Tile(
-    qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096, norms=(3 << 14) + 8192
-)
+    qk=0, g=1 << 15, beta=3 << 14, carry=(3 << 14) + 512, pairs=(3 << 14) + 4096, norms=(3 << 14) + 8192,
+    starts=(3 << 14) + 9216,
+)  # fmt: skip
 RAW = one_pass_chunk.Raw(*(1 << 16) + (np.arange(3) << 14), strides=(256, 256))
 KINDS = {  # how tiles are arranged, whether by the delta rule
     "forward": (one_pass_chunk.FORWARD, True),
@@ -67,7 +68,7 @@ KINDS = {  # how tiles are arranged, whether by the delta rule
 }
 
 
-def prepared(monkeypatch, widths, k, q, g, beta, l2norm, scale):
+def prepared(monkeypatch, widths, k, q, g, beta, starts, l2norm, scale):
     """(memory after a tile is prepared, beta |k|^2 of its tokens)."""
     memory = warp_emulator.patch(monkeypatch, inverse, one_pass_tiles, one_pass_chunk, one_pass_prepare)
     stacked = np.stack([a.reshape(4, 16, 128) for a in (k, q)], 1).reshape(128, 128)
@@ -75,18 +76,27 @@ def prepared(monkeypatch, widths, k, q, g, beta, l2norm, scale):
     memory.fill(MEMORY.g, swizzled(g, 2 * widths.g))
     for place, array in zip(RAW[:3], (k, q, g), strict=True):
         memory.fill(place, array)
-    places = MEMORY._replace(beta=None if beta is None else MEMORY.beta)
-    if beta is not None:
-        memory.fill(places.beta, beta)
+    optional = {name: x for name, x in (("beta", beta), ("starts", starts)) if x is not None}
+    places = MEMORY._replace(beta=None, starts=None)
+    places = places._replace(**{name: getattr(MEMORY, name) for name in optional})
+    for name, x in optional.items():
+        memory.fill(getattr(MEMORY, name), x)
     sizes = one_pass_prepare._prepare(one_pass_chunk.Chunk(places, RAW, widths), l2norm, scale)
     return memory, np.stack([x[::4].reshape(4, 8) for x in sizes], 1).ravel()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("l2norm", [True, False])
-def test_thread_by_thread(l2norm, kind, monkeypatch):
-    """What chunks read of q, k and log-decays, and what a chunk's outputs, or gradients, are made of it."""
+@pytest.mark.parametrize(
+    "l2norm, start", [(True, None), (False, None), (True, 0), (False, 4), (True, 8), (True, 12)]
+)
+def test_thread_by_thread(l2norm, start, kind, monkeypatch):
+    """What chunks read of q, k and log-decays, and what a chunk's outputs, or gradients, are made of it.
+
+    start: None, or log-decays are float16 and a document starts at this token of the first chunk, the next of
+    the second and so on, and one more in the second.
+    """
     widths, delta = KINDS[kind]
+    widths = widths._replace(half=start is not None)
     rng, scale = np.random.default_rng(0), 0.3
     k, q, g = (rng.normal(size=(64, 128)).astype(BF16) for _ in range(3))
     g = (-3 / (1 + np.exp(-g.astype(np.float32)))).astype(BF16)
@@ -94,10 +104,21 @@ def test_thread_by_thread(l2norm, kind, monkeypatch):
     if not l2norm:
         k = (k.astype(np.float32) * 0.1).astype(BF16)
     beta = rng.uniform(size=64).astype(np.float32) if delta else None
-    memory, sizes = prepared(monkeypatch, widths, k, q, g, beta, l2norm, scale)
+    starts, same = None, np.ones((4, 16, 16), bool)
+    if start is not None:
+        starts = np.stack([(np.arange(16) >= start + chunk) + 0.0 for chunk in range(4)])
+        starts[1, start + 2 :] += 1  # two
+        same = starts[:, :, None] == starts[:, None]
+        steps = np.maximum(g.astype(np.float32) / np.log(2), -128).astype(np.float16)
+        given, starts = steps.view(BF16), starts.astype(np.float32).ravel()
+    else:
+        given = g
+        steps = np.maximum(g.astype(np.float64), np.float64(np.asarray(one_pass_chunk.LEAST, BF16))) / np.log(
+            2
+        )
+    memory, sizes = prepared(monkeypatch, widths, k, q, given, beta, starts, l2norm, scale)
 
-    k, q, g = (x.astype(np.float64) for x in (k, q, g))
-    g = np.maximum(g, np.float64(np.asarray(one_pass_chunk.LEAST, BF16))).reshape(4, 16, 128) / np.log(2)
+    k, q, g = (x.astype(np.float64) for x in (k, q, steps.reshape(4, 16, 128)))
     total = np.cumsum(g, 1)
     assert set((total[:, -1].min(-1) < -one_pass_prepare.RANGE).tolist()) == {True, False}
     if delta:
@@ -113,16 +134,21 @@ def test_thread_by_thread(l2norm, kind, monkeypatch):
     read = lambda start, rows, width: unswizzled(words(start, rows * 64).view(BF16), rows, 2 * width)
     x, z = read(MEMORY.qk, 128, widths.qk).reshape(4, 2, 16, 128).swapaxes(0, 1).reshape(2, 64, 128)
     carry = words(MEMORY.carry, 512).view(np.float32).reshape(4, 128)
-    np.testing.assert_allclose(carry, decay[15::16], rtol=1e-4, atol=1e-37)
+    first, last, whole = same[:, 0].reshape(64, 1), same[:, -1].reshape(64, 1), same[:, 0, -1:]
+    if start is not None:  # before a chunk is the document of its first token unless that starts one
+        first, whole = (starts == 0)[:, None], (starts == 0)[15::16, None]
     written = k * np.exp2(total[:, -1:] - total).reshape(64, 128)
-    wanted = [(z, q * decay), (read(MEMORY.g, 64, widths.g), written)]
-    wanted += [(-x if widths.reverse else x, k * decay)] * delta
-    for got, want in wanted:
-        np.testing.assert_allclose(got.astype(np.float64), want, rtol=5e-3, atol=1e-37)
+    wanted = [(z, q * decay, first), (read(MEMORY.g, 64, widths.g), written, last)]
+    wanted += [(carry, decay[15::16], whole)] + [(-x if widths.reverse else x, k * decay, first)] * delta
+    for got, want, keep in wanted:
+        got = got.astype(np.float64)
+        np.testing.assert_allclose(got, np.where(keep, want, 0), rtol=5e-3, atol=1e-37)
+        assert not np.where(keep, 0, got).any()
     between = np.exp2(np.minimum(total[:, :, None] - total[:, None], 0))  # not a ratio: exact however steep
     pairs = [
-        np.tril(np.einsum("wic,wjc,wijc->wij", a.reshape(4, 16, 128), k.reshape(4, 16, 128), between), last)
-        for a, last in ((k, -1), (q, 0))
+        np.tril(np.einsum("wic,wjc,wijc->wij", a.reshape(4, 16, 128), k.reshape(4, 16, 128), between), n)
+        * same
+        for a, n in ((k, -1), (q, 0))
     ]
     check_chunks(rng, widths.reverse, beta, *pairs)
 
@@ -241,14 +267,17 @@ def test_what_is_served(monkeypatch):
     want = oracle(call)
     assert serves(prepare(call)) and o.shape == call.v.shape
     assert relative_error(o, want[0]) < TOLERANCE and relative_error(final, want[1]) < TOLERANCE
-    others = (
+    too = (
+        dict(beta=None),
         dict(segment_ids=jnp.zeros(call.q.shape[:2], jnp.int32)),
-        dict(strong=True),
         dict(log_decay=call.log_decay.astype(jnp.float32)),
+    )
+    others = (
+        dict(strong=True),
         dict(q=call.q[..., :64], k=call.k[..., :64], log_decay=call.log_decay[..., :64]),
     )
-    assert serves(prepare(dataclasses.replace(call, beta=None)))
-    assert not any(serves(prepare(dataclasses.replace(call, **other))) for other in others)
+    asked = lambda options: [serves(prepare(dataclasses.replace(call, **each))) for each in options]
+    assert all(asked(too)) and not any(asked(others))
     compiled = prepare(dataclasses.replace(call, interpret=False))
     for version, served in ((TESTED[-1], True), ("0.99.0", False)):
         monkeypatch.setattr(jax, "__version__", version)

@@ -159,6 +159,7 @@ def patch(monkeypatch, *modules):
         "st.shared.v2.f32": memory.store_numbers,
         "st.shared.f32": memory.store_numbers,
         "ld.shared.v4.b32": memory.load,
+        "bar.warp.sync": lambda: None,
     }
 
     def inline_ptx(ptx, *operands, predicate=None, **_):
@@ -185,7 +186,7 @@ def patch(monkeypatch, *modules):
             fptosi=lambda kind, x: x.astype(np.int64).astype(np.uint32),
             sitofp=lambda kind, x: np.asarray(x, np.float32),
             cmpf=lambda compare, a, b: compare(a, b),
-            CmpFPredicate=names(OLT=np.less),
+            CmpFPredicate=names(OLT=np.less, OEQ=np.equal),
             select=np.where,
             cmpi=lambda compare, a, b: compare(a, b),
             CmpIPredicate=names(eq=np.equal, ult=np.less, uge=np.greater_equal, ugt=np.greater),

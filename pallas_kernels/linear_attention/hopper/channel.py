@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.linear_attention.hopper import pieces, table, warm_up
+from pallas_kernels.linear_attention.hopper import one_pass_steps, pieces, table, warm_up
 from pallas_kernels.linear_attention.hopper.blocks import C
 from pallas_kernels.linear_attention.hopper.channel_backward_chunks import chunk_gradients, value_slices
 from pallas_kernels.linear_attention.hopper.channel_backward_scan import reverse_scan
@@ -38,8 +38,10 @@ def channel_forward(
 ) -> tuple[Scanned, ChannelSaved | None]:
     """(results, what the backward pass wants if `keep`); `final` for the state after the last token."""
     if choice is None and serves(inputs):
-        two = table.forward(inputs.k.shape, inputs.v.shape)
-        otherwise = lambda: channel_forward(inputs, final=final, keep=keep, choice=two)
+        two, inputs = table.forward(inputs.k.shape, inputs.v.shape), one_pass_steps.as_read(inputs)
+        otherwise = lambda: channel_forward(
+            one_pass_steps.natural(inputs), final=final, keep=keep, choice=two
+        )
         if keep:
             return one_pass_kept(inputs, final=final, otherwise=otherwise)
         return one_pass_forward(inputs, final=final, otherwise=lambda: otherwise()[0]), None
@@ -101,7 +103,10 @@ def channel_gradients(
     if saved.wrong is None:
         state_gradients, dv, first = scan(inputs, tiles, do, d_state)
     else:
-        otherwise = lambda: scan(inputs, channel_tiles(inputs, keep=True), do, d_state)
+        if saved.steps is not None:
+            inputs = dataclasses.replace(inputs, log_decay=saved.steps)
+        given = lambda: one_pass_steps.natural(inputs)
+        otherwise = lambda: scan(inputs, channel_tiles(given(), keep=True), do, d_state)
         state_gradients, dv, first = one_pass_reverse(inputs, saved.wrong, do, d_state, otherwise=otherwise)
     blocks = batch * value_heads * value_slices(value_dim) * (length // C)  # of one chunk each
     wanted = None if inputs.beta is None else dv

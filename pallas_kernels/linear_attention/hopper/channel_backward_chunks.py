@@ -30,7 +30,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, channel_math
+from pallas_kernels.linear_attention.hopper import blocks, channel_math, one_pass_steps
 from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, C
 from pallas_kernels.linear_attention.hopper.channel_backward_copies import HALF, ONES, buffers, issue_copies
 from pallas_kernels.linear_attention.hopper.channel_backward_pairs import (
@@ -65,6 +65,7 @@ def chunk_gradients(
     """dq, dk, dlog_decay [B, T, N, K] bf16, dV.U [B, N, T] float32 (delta), N of HV, slices.
 
     Shared memory holds 128 values of a head: of a wider one every slice (of 128 or 64) adds a summand.
+    Log-decays may be those of `one_pass_steps.as_read`.
     state_gradients: [B, HV, T/C, V, K] bf16.  do, dv: [B, T, HV, V] bf16; dv None: additive.  run: chunks one
     block of threads takes in turn.
     """
@@ -72,8 +73,9 @@ def chunk_gradients(
     chunks, slices = length // C, value_slices(value_dim)
     workers, blocks_v = key_dim // C, value_dim // slices // C
     delta, documents = dv is not None, inputs.segment is not None
+    decay, half = one_pass_steps.in_bf16(inputs), one_pass_steps.half(inputs)
     values = inputs.v if saved.values is None else saved.values
-    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=inputs.log_decay, u=values, do=do)
+    arrays: dict[str, Any] = dict(q=inputs.q, k=inputs.k, decay=decay, u=values, do=do)
     arrays |= dict(h=saved.states, g=state_gradients, norms=saved.tiles.norms, carry=saved.tiles.carry)
     arrays |= dict(dv=dv) | (dict(segment=inputs.segment, entering=inputs.entering) if documents else {})
     direct = arrays["decay"].dtype != BF16  # log-decays go through registers
@@ -97,6 +99,7 @@ def chunk_gradients(
             first_value=blocks.rem(summand, slices) * (blocks_v * C),
             wg=wg,
             inputs=inputs,
+            half=half,
             **flags,
             **sizes,
         )
@@ -105,7 +108,7 @@ def chunk_gradients(
         blocks.role(wg == workers, lambda: issue_copies(refs, s, at), decrease=fewer)
 
     grid = dict(b=batch, h=value_heads * slices, n=pl.cdiv(chunks, run))
-    name = ("delta_" if delta else "additive_") + "channel_gradients"
+    name = ("delta_" if delta else "additive_") + "channel_gradients" + "_half" * half
     out = blocks.launch(
         inputs, name, body, arrays, results, buffers(**flags, **sizes), grid, threads=workers + 1
     )

@@ -57,6 +57,8 @@ class Pairs:
         """Log-decays in base 2, float16, [channel, token]."""
         if self.at.direct:
             return blocks.tile(self.own("decay", 0).T, F16)
+        if self.at.half:
+            return lax.bitcast_convert_type(blocks.tile(self.own("decay", self.slot).T, BF16), F16)
         return channel_math.steps(blocks.tile(self.own("decay", self.slot).T))
 
     def offsets(self, steps: jax.Array, level: Any) -> tuple:

@@ -42,6 +42,8 @@ class ChannelSaved(NamedTuple):
 
     wrong: of one pass (one_pass_forward.py), which has no tiles but norms and carry: the first token of each
     head, [B, HV], from which on it was not right.
+    steps: of one pass, what it read of log-decays that are not bf16 (one_pass_steps.py): the backward pass
+    reads no others.
     """
 
     tiles: Tiles
@@ -49,6 +51,7 @@ class ChannelSaved(NamedTuple):
     values: jax.Array | None = None
     moves: jax.Array | None = None
     wrong: jax.Array | None = None
+    steps: jax.Array | None = None
 
 
 def channel_tiles(inputs: Inputs, *, keep: bool = False) -> Tiles:

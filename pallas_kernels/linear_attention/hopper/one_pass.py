@@ -58,7 +58,7 @@ class OnePass(Walk):
     keep: bool = False
 
     stages = property(lambda self: KEPT_STAGES if self.keep else STAGES)
-    widths = FORWARD
+    widths = property(lambda self: FORWARD._replace(half=self.half))
 
     def __call__(self) -> OnePassed:
         i = self.inputs

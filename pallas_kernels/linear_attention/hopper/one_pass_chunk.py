@@ -21,11 +21,12 @@ CHANNELS = 128
 
 class Widths(NamedTuple):
     """Channels in a row of the tiles that right operands are made of, of q and k, and of log-decays: as many
-    as the tokens that are summed over, or 64 where channels are."""
+    as the tokens that are summed over, or 64 where channels are.  half: log-decays are float16, in base 2."""
 
     qk: int
     g: int
     reverse: bool = False
+    half: bool = False
 
 
 FORWARD = Widths(64, ROWS)
@@ -34,8 +35,9 @@ REVERSE, ADDITIVE_REVERSE = Widths(2 * ROWS, 64, True), Widths(ROWS, 64, True)
 
 class Tile(NamedTuple):
     """64 tokens in shared memory.  qk: of every chunk k, then q, [4 x 32, 128] bf16; g: log-decays [64, 128]
-    bf16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64] or None (additive);
-    norms: [3, 64] or None."""
+    bf16, or the bits of float16; carry: [4, 128] float32; pairs: `one_pass_tiles.pairs` [4, 256]; beta: [64]
+    or None (additive); norms: [3, 64] or None; starts: how many documents start in a token's chunk, up to it,
+    [64] float32 or None."""
 
     qk: Any
     g: Any
@@ -43,6 +45,7 @@ class Tile(NamedTuple):
     pairs: Any
     beta: Any = None
     norms: Any = None
+    starts: Any = None
 
 
 class Raw(NamedTuple):
@@ -59,7 +62,7 @@ class Chunk(Warp):
 
     def __init__(self, tile: Tile, raw: Raw, widths: Widths = FORWARD):
         super().__init__(tile.pairs)
-        self.beta, self.norm_rows, self.widths = tile.beta, tile.norms, widths
+        self.beta, self.norm_rows, self.starts, self.widths = tile.beta, tile.norms, tile.starts, widths
         # A lane addresses a row of 8 x 8 numbers: of tokens 0-7, 8-15, then the same of the next channels.
         row, piece = arith.andi(self.lane, integer(7)), arith.shrui(self.lane, integer(4))
         eight = arith.muli(arith.andi(arith.shrui(self.lane, integer(3)), integer(1)), integer(2048))
@@ -76,16 +79,17 @@ class Chunk(Warp):
         self.of_steps = places(tile.g, 4096, widths.g)
         carry = arith.addi(address_of(tile.carry), arith.muli(self.warp, integer(4 * CHANNELS)))
         self.of_carry = arith.addi(carry, arith.muli(self.c, integer(8)))
+        self.places = tile.qk, tile.g, carry
 
         self.memory, self.strides = raw[:3], (raw.strides[0], *raw.strides)
 
-        first = arith.muli(self.c, integer(2))
+        first, one = arith.muli(self.c, integer(2)), 0x3C00 if widths.half else 0x3F80
         pair = [
-            arith.select(arith.cmpi(arith.CmpIPredicate.uge, self.r, column), integer(one), self.zero)
-            for column, one in ((first, 0x3F80), (arith.addi(first, integer(1)), 0x3F800000))
+            arith.select(arith.cmpi(arith.CmpIPredicate.uge, self.r, column), integer(bits), self.zero)
+            for column, bits in ((first, one), (arith.addi(first, integer(1)), one << 16))
         ]
         own = arith.addi(*pair)
-        self.triangle = [own, integer(0x3F803F80), self.zero, own]
+        self.triangle = [own, integer(one << 16 | one), self.zero, own]
 
     def number(self, x: float) -> Any:
         return mgpu.c(x, ir.F32Type.get())
@@ -173,6 +177,8 @@ class Chunk(Warp):
 
     def sums_of(self, steps: list) -> list:
         """G in base 2 of log-decays as a right operand."""
+        if self.widths.half:
+            return self.product(self.triangle, steps, kind="f16")
         least = integer(int(np.asarray(LEAST, BF16).view(np.uint16)) * 0x10001)
         ptx = "max.NaN.bf16x2 $0, $1, $2;"
         steps = [utils.inline_ptx(ptx, x, least, result_types=i32()) for x in steps]
@@ -251,6 +257,55 @@ class Chunk(Warp):
             for eight, number in enumerate(pair):
                 place = arith.addi(address, integer(4 * C * which + 32 * eight))
                 utils.inline_ptx("st.shared.f32 [$0], $1;", place, number, predicate=equal(self.c, self.zero))
+
+    def of_one_document(self, block: list) -> list:
+        """Of pairs of tokens, those that no document's start is between."""
+        if self.starts is None:
+            return block
+        place = arith.addi(arith.muli(self.warp, integer(ROWS)), arith.muli(self.c, integer(2)))
+        address = arith.addi(address_of(self.starts), arith.muli(place, integer(4)))
+        columns = [self.shared(arith.addi(address, integer(4 * column))) for column in (0, 1, 8, 9)]
+        pairs = zip(self.by_row(self.starts), [*columns[:2] * 2, *columns[2:] * 2], block, strict=True)
+        equal_ = arith.CmpFPredicate.OEQ
+        return [arith.select(arith.cmpf(equal_, i, j), x, self.number(0.0)) for i, j, x in pairs]
+
+    def part_documents(self) -> None:
+        """Clears what tokens after the chunk's first start of a document would read of the state, what those
+        before its last would write to it, and the carry if there is one."""
+        if self.starts is None:
+            return
+        after = lambda x, y: arith.cmpf(arith.CmpFPredicate.OLT, y, x)
+        first, _, second, *_ = self.by_row(self.starts)
+        last = self.last(second)
+        qk, g, carry = self.places
+        # Rows were put by other threads of the warp.
+        utils.inline_ptx("bar.warp.sync 0xffffffff;", convergent=True)
+        for which, number in enumerate((first, second)):
+            row = arith.addi(self.r, integer(8 * which))
+            for x in range(self.beta is None, 2):
+                start = arith.addi(address_of(qk), arith.muli(self.warp, integer(8192)))
+                self.clear(start, 4096 * x, row, self.widths.qk, after(number, self.number(0.0)))
+            start = arith.addi(address_of(g), arith.muli(self.warp, integer(4096)))
+            self.clear(start, 0, row, self.widths.g, after(last, number))
+        self.put_zeros(arith.addi(carry, arith.muli(self.lane, integer(16))), after(last, self.number(0.0)))
+
+    def clear(self, start: Any, offset: int, row: Any, width: int, wanted: Any) -> None:
+        """A row of a tile, by the four threads that have it: 16 pieces, of which some are swapped."""
+        eight, inner = arith.shrui(row, integer(3)), arith.andi(row, integer(7))
+        place = arith.addi(arith.muli(eight, integer(2048)), arith.muli(inner, integer(2 * width)))
+        in_row = width // 8
+        across, piece = self.zero, self.c
+        if in_row == 2:
+            across, piece = arith.shrui(self.c, integer(1)), arith.andi(self.c, integer(1))
+        place = arith.addi(place, arith.muli(across, integer(16 * width)))
+        place = arith.addi(arith.addi(start, place), arith.muli(piece, integer(16)))
+        for first in range(0, 16, 4):
+            inside = first // in_row * 16 * width + first % in_row * 16
+            self.put_zeros(arith.addi(place, integer(offset + inside)), wanted)
+
+    def put_zeros(self, address: Any, wanted: Any) -> None:
+        ptx = "st.shared.v4.b32 [$0], {$1, $2, $3, $4};"
+        utils.inline_ptx(ptx, address, *[self.zero] * 4, predicate=wanted)
 
     def put_carry(self, step: int, decay: list) -> None:
         """The chunk's last row."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear_attention.hopper import channel_math, table, two_parts
+from pallas_kernels.linear_attention.hopper import channel_math, one_pass_steps, table, two_parts
 from pallas_kernels.linear_attention.hopper.blocks import C
 from pallas_kernels.linear_attention.hopper.channel_tiles import SPAN, ChannelSaved, Tiles
 from pallas_kernels.linear_attention.hopper.forward_scan import Scanned
@@ -24,6 +24,7 @@ from pallas_kernels.linear_attention.hopper.one_pass_reverse import ReversePass
 from pallas_kernels.linear_attention.hopper.requirements import TESTED
 
 LEAST_WALK = 2  # tiles
+SHORT = 8  # tokens of half a chunk of 16
 _Exact = tuple[Scanned, ChannelSaved | None]
 
 
@@ -33,15 +34,16 @@ def serves(inputs: Inputs) -> bool:
     On a jax on which no GPU has run its tests it is not: the self-test is of smaller calls.
     """
     i = inputs
-    if i.log_decay is None or i.log_decay.dtype != jnp.bfloat16:
+    if i.log_decay is None or i.over is not None or i.strong:
         return False
-    plain = i.segment is None and i.over is None and not i.strong
-    tested = i.interpret or jax.__version__ in TESTED
-    return plain and tested and table.one_pass(i.k.shape, i.v.shape)
+    return (i.interpret or jax.__version__ in TESTED) and table.one_pass(i.k.shape, i.v.shape)
 
 
 def one_pass_forward(inputs: Inputs, *, final: bool, otherwise: Callable[[], Scanned]) -> Scanned:
-    """o and, if `final`, the state after the last token; otherwise: the same by the two kernels."""
+    """o and, if `final`, the state after the last token; otherwise: the same by the two kernels.
+
+    Here and below inputs are those of `one_pass_steps.as_read`.
+    """
     return _exact(
         OnePass(inputs, None, final)(), None, lambda: (otherwise(), None), delta=inputs.beta is not None
     )[0]
@@ -56,11 +58,31 @@ def one_pass_kept(
     first, last = carry[0] * carry[1], carry[2] * carry[3]
     # Sums of half a block are the furthest from its middle.
     over = lambda *sums: jnp.min(functools.reduce(jnp.minimum, sums), -1) < 2.0**-channel_math.RANGE
-    eight = jnp.min(out.norms[..., SPAN, :], -1) < -channel_math.RANGE
-    span = jnp.where(over(*carry), jnp.where(eight, 2.0, 16.0), jnp.where(over(first, last), 32.0, 64.0))
+    least, beyond = out.norms[..., SPAN, :], (over(*carry), over(first, last))
+    starts = one_pass_steps.starts(inputs, C)
+    if starts is not None:
+        some = starts[:, None, C - 1 :: C] > 0
+        beyond = jax.tree.map(functools.partial(jnp.where, some), _beyond(least), beyond)
+    eight = jnp.min(least, -1) < -channel_math.RANGE
+    span = jnp.where(beyond[0], jnp.where(eight, 2.0, 16.0), jnp.where(beyond[1], 32.0, 64.0))
     norms = jnp.where(jnp.arange(3)[:, None] == SPAN, span[..., None, None], out.norms)
     kept = ChannelSaved(_numbers(norms, first * last), out.states, out.values)
-    return _exact(out, kept, otherwise, delta=inputs.beta is not None)
+    done, saved = _exact(out, kept, otherwise, delta=inputs.beta is not None)
+    assert saved is not None
+    return done, saved._replace(steps=one_pass_steps.made(inputs))
+
+
+def _beyond(least: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether 16, and 32, tokens of a tile may forget more than 2^-`RANGE`, [B, HV, T/C]: where a document
+    starts the carry does not say that. Sums of the least of eight tokens are below the least sum.
+
+    least: of each token, [B, HV, T/C, C], as `prepare` says.
+    """
+    eights = least[..., SHORT - 1 :: SHORT]
+    sixteens = eights[..., ::2] + eights[..., 1::2]
+    sums = sixteens, sixteens[..., ::2] + sixteens[..., 1::2]
+    first, second = (jnp.min(x, -1) < -channel_math.RANGE for x in sums)
+    return first, second
 
 
 def one_pass_reverse(

@@ -36,6 +36,7 @@ def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float,
     In reverse -x in the place of x, and the pairs are to be read transposed. Additive: no x and no A.
     If `norms` is there, 1 / |k| and scale / |q| go to it, and of each token the least, over channels, of G in
     base 2 or, of a chunk's last eight tokens, of the sum of the last eight log-decays.
+    If `starts` is there, all of these are 0 where they would reach over a document's start.
     Returns beta |k|^2 of each token [64] float32.
 
     Where G falls below -`RANGE` pairs are made again, level by level: at level s the keys whose -G is from s
@@ -43,7 +44,7 @@ def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float,
     and what underflows is below 2^-30. Levels are of tokens: so rows do not depend on later ones, in no bit.
     """
     if interpret:
-        return _interpreted(tile, l2norm, scale, widths.reverse)
+        return _interpreted(tile, l2norm, scale, widths)
     arranged = [(plgpu.TilingTransform((8, n)), plgpu.SwizzleTransform(2 * n)) for n in widths[:2]]
     given = blocks.present(tile._asdict())
     refs = *map(plgpu.RefType, arranged), *[plgpu.RefType()] * (len(given) + 1)
@@ -58,12 +59,15 @@ def prepare(tile: Tile, raw: Raw, widths: Widths, *, l2norm: bool, scale: float,
     return run(*given.values(), *raw[:3])
 
 
-def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> jax.Array:
+def _interpreted(tile: Tile, l2norm: bool, scale: float, widths: Widths) -> jax.Array:
     k, q = jnp.moveaxis(tile.qk[...].reshape(4, 2, ROWS, CHANNELS).astype(F32), 1, 0)
     product = lambda a, b: jnp.einsum("wic,wjc->wij", a, b, precision=lax.Precision.HIGHEST)
-    steps = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).reshape(4, ROWS, CHANNELS)
-    triangle = jnp.tril(jnp.ones((ROWS, ROWS), F32))
-    total = jnp.einsum("ij,wjc->wic", triangle, steps.astype(F32), precision=lax.Precision.HIGHEST) * LOG2E
+    if widths.half:
+        steps, base = lax.bitcast_convert_type(tile.g[...], jnp.float16).astype(F32), 1.0
+    else:
+        steps, base = jnp.maximum(tile.g[...], jnp.asarray(LEAST, BF16)).astype(F32), LOG2E
+    triangle, steps = jnp.tril(jnp.ones((ROWS, ROWS), F32)), steps.reshape(4, ROWS, CHANNELS)
+    total = jnp.einsum("ij,wjc->wic", triangle, steps, precision=lax.Precision.HIGHEST) * base
     beta = jnp.zeros((4, ROWS)) if tile.beta is None else tile.beta[...].reshape(4, ROWS)
     size, own = beta * jnp.sum(k * k, -1), jnp.sum(k * q, -1, keepdims=True)
     norm = lambda x: (
@@ -82,11 +86,17 @@ def _interpreted(tile: Tile, l2norm: bool, scale: float, reverse: bool) -> jax.A
     levels = (jnp.max(-total[:, -1]) / RANGE).astype(jnp.int32) + 1
     keys, scores = lax.fori_loop(0, levels, level, (jnp.zeros((4, ROWS, ROWS)),) * 2)
     decay = jnp.exp2(total)
-    tile.qk[...] = (
-        jnp.stack([-k * decay if reverse else k * decay, q * decay], 1).astype(BF16).reshape(2 * C, -1)
-    )
-    tile.g[...] = (k * jnp.exp2(total[:, -1:] - total)).astype(BF16).reshape(C, CHANNELS)
-    tile.carry[...] = decay[:, -1]
+    x, z, written = k * decay, q * decay, k * jnp.exp2(total[:, -1:] - total)
+    carry = decay[:, -1]
+    if tile.starts is not None:
+        starts = tile.starts[...].reshape(4, ROWS)
+        same, first, last = starts[:, :, None] == starts[:, None], starts == 0, starts == starts[:, -1:]
+        keys, scores = (jnp.where(same, pairs, 0.0) for pairs in (keys, scores))
+        x, z = (jnp.where(first[..., None], a, 0.0) for a in (x, z))
+        written, carry = jnp.where(last[..., None], written, 0.0), jnp.where(first[:, -1:], carry, 0.0)
+    tile.qk[...] = jnp.stack([-x if widths.reverse else x, z], 1).astype(BF16).reshape(2 * C, -1)
+    tile.g[...] = written.astype(BF16).reshape(C, CHANNELS)
+    tile.carry[...] = carry
     minus = -beta[..., None] * jnp.tril(keys, -1)
     m = inverse.Parts(inverse.Interpreted())
     high = lax.optimization_barrier(minus.astype(jnp.float16))
@@ -136,11 +146,13 @@ def _prepare(m: Any, l2norm: bool, scale: float) -> list:
     )
     if delta:
         beta = m.by_row(m.beta)
-        lower = m.times([*first, zero, zero, *corner[:2]], beta)
+        lower = m.times(m.of_one_document([*first, zero, zero, *corner[:2]]), beta)
         parts = inverse.Parts(m)
         inverses = inverse.diagonal(parts, parts.rounded(m.below([arith.subf(zero, x) for x in lower])))
         own_pairs(INVERSE, m.less_identity(inverses))
-    own_pairs(SCORES, m.with_diagonal(m.below([*second, zero, zero, *corner[2:]]), m.by_rows(own)))
+    scores = m.of_one_document([*second, zero, zero, *corner[2:]])
+    own_pairs(SCORES, m.with_diagonal(m.below(scores), m.by_rows(own)))
+    m.part_documents()
     m.put_norms([list(map(m.least_of_row, least))], SPAN)
     sizes = [beta[0], beta[2]] if delta else [zero, zero]
     return sizes if l2norm or not delta else m.times(sizes, squares)

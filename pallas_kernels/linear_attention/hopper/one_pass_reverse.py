@@ -35,7 +35,7 @@ class ReversePass(Walk):
     d_state: jax.Array | None
 
     stages = PREPARING
-    widths = property(lambda self: REVERSE if self.delta else ADDITIVE_REVERSE)
+    widths = property(lambda self: (REVERSE if self.delta else ADDITIVE_REVERSE)._replace(half=self.half))
 
     def __call__(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, length, _, heads, *_ = self.inputs.sizes

@@ -167,12 +167,13 @@ class Warp(inverse.Warp):
         """Numbers [64] float32, of a block's rows, for the eight places that a thread has."""
         row = arith.addi(arith.muli(self.warp, integer(ROWS)), self.r)
         address = arith.addi(address_of(memory), arith.muli(row, integer(4)))
-        f32, ptx = ir.F32Type.get(), "ld.shared.f32 $0, [$1];"
-        first, second = (
-            utils.inline_ptx(ptx, at, result_types=f32, has_side_effects=True)
-            for at in (address, arith.addi(address, integer(32)))
-        )
+        first, second = map(self.shared, (address, arith.addi(address, integer(32))))
         return [first, first, second, second] * 2
+
+    def shared(self, address: Any) -> Any:
+        """A float32 in shared memory."""
+        ptx = "ld.shared.f32 $0, [$1];"
+        return utils.inline_ptx(ptx, address, result_types=ir.F32Type.get(), has_side_effects=True)
 
 
 def address_of(memory: Any) -> Any:

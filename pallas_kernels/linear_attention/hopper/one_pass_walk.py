@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_attention.hopper import blocks, one_pass_tiles
+from pallas_kernels.linear_attention.hopper import blocks, one_pass_steps, one_pass_tiles
 from pallas_kernels.linear_attention.hopper.blocks import F32, C
 from pallas_kernels.linear_attention.hopper.inputs import Inputs
 from pallas_kernels.linear_attention.hopper.inverse import ROWS
@@ -32,7 +32,7 @@ HOLDING, PREPARING = 2, 2  # warpgroups: with 64 values each; with every other t
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """inputs: bf16 log-decays per channel, K = V = 128, no documents; delta rule, or additive (beta None).
+    """inputs: with log-decays of `one_pass_steps.as_read`, K = V = 128; delta rule, or additive (beta None).
 
     count: None or how many tiles of a head are walked, at least two, [B, HV] int32; of the others, and of
     what comes at the end, results are undefined.
@@ -55,6 +55,11 @@ class Walk:
         return self.inputs.beta is not None
 
     @property
+    def half(self) -> bool:
+        """Whether log-decays are float16."""
+        return one_pass_steps.half(self.inputs)
+
+    @property
     def turns(self) -> int:
         """A place, and who prepares in it: each waits at every phase of a barrier."""
         return self.stages * PREPARING
@@ -64,21 +69,25 @@ class Walk:
         """The arrays that tiles are prepared from."""
         i = self.inputs
         assert i.k.shape[3] == i.v.shape[3] == CHANNELS
-        assert i.log_decay is not None and i.log_decay.dtype == BF16
-        return dict(q=i.q, k=i.k, g=i.log_decay, beta=i.beta, count=self.count)
+        steps, starts = one_pass_steps.in_bf16(i), one_pass_steps.starts(i, ROWS)
+        assert steps.dtype == BF16
+        return dict(q=i.q, k=i.k, g=steps, beta=i.beta, starts=starts, count=self.count)
 
     def launch(self, name: str, arrays: dict, results: dict, scratch: dict, hold: Callable) -> dict[str, Any]:
         """Results by name.  hold(at, wg): what a warpgroup with state does; scratch: what that wants."""
         i = self.inputs
         batch, length, heads, value_heads, *_ = i.sizes
-        stages, turns = self.stages, self.turns
+        stages, turns, documents = self.stages, self.turns, i.segment is not None
         scratch = scratch | dict(
             qk=blocks.smem((stages, 2 * C, CHANNELS), BF16, width=self.widths.qk),  # of each chunk k, then q
             g=blocks.smem((stages, C, CHANNELS), BF16, width=self.widths.g),  # then what is written
             carry=plgpu.SMEM((stages, C // ROWS, CHANNELS), F32),
             pairs=one_pass_tiles.pairs(stages),
             beta=plgpu.SMEM((stages, C), F32) if self.delta else None,
-            filled=plgpu.Barrier(num_arrivals=2 * (C // ROWS) + 1 + self.delta, num_barriers=turns),
+            starts=plgpu.SMEM((stages, C), F32) if documents else None,
+            filled=plgpu.Barrier(
+                num_arrivals=2 * (C // ROWS) + 1 + self.delta + documents, num_barriers=turns
+            ),
             values=plgpu.Barrier(num_barriers=HOLDING * AHEAD),
             ready=plgpu.Barrier(num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=HOLDING, num_barriers=turns),
@@ -92,7 +101,13 @@ class Walk:
             blocks.role(wg < HOLDING, lambda: hold(at, wg), increase=STATE)
             blocks.role(wg >= HOLDING, lambda: self.prepare_tiles(at, wg - HOLDING), decrease=PREPARE)
 
-        name = ("delta" if self.delta else "additive") + "_channel_" + name
+        name = (
+            ("delta" if self.delta else "additive")
+            + "_channel_"
+            + name
+            + "_half" * self.half
+            + "_documents" * documents
+        )
         return blocks.launch(
             i, name, body, arrays | self.keys, results, scratch, dict(b=batch, h=value_heads),
             threads=HOLDING + PREPARING,
@@ -130,6 +145,8 @@ class Walk:
         plgpu.copy_gmem_to_smem(refs.g.at[at.b, rows, at.head], smem.g.at[slot], barrier)
         if self.delta:
             plgpu.copy_gmem_to_smem(refs.beta.at[at.b, at.head, rows], smem.beta.at[slot], barrier)
+        if hasattr(smem, "starts"):
+            plgpu.copy_gmem_to_smem(refs.starts.at[at.b, rows], smem.starts.at[slot], barrier)
 
     def raw(self, at: SimpleNamespace, n: Any) -> Raw:
         refs, rows, key_heads = at.refs, self.rows(at, n), self.inputs.k.shape[2]

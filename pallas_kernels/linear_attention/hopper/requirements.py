@@ -13,7 +13,7 @@ from pallas_kernels.dispatch import Device
 OLDEST = (0, 11, 2)
 # On a GPU, as they are. Mosaic GPU changes between releases: on others a backend's results are tested once a
 # process (`self_test`).
-TESTED = ("0.11.2",)
+TESTED = ("0.11.2", "0.12.0.1")
 
 
 def why_not(version: str, python: tuple[int, ...]) -> str | None:
