@@ -132,8 +132,8 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
 
 
 def test_a_dump_of_a_stage_has_the_stages_schedule(text, tmp_path, monkeypatch):
-    """What a stage of 6 steps that begins after 3 is replayed with: its own count of updates goes to 6, and its
-    microbatches are those that there were."""
+    """What a stage of 6 steps that begins after 3 is replayed with: its own count of updates goes to 6, and
+    its microbatches are those that there were."""
     config = resolved(text, train__steps=9, train__profile_steps=(8, 9))
     one = member.Member(config, tmp_path, None, np.arange(config.train.batch_size), begin=3)
     one.watch = types.SimpleNamespace(in_a_row=2)
