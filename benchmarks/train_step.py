@@ -62,25 +62,23 @@ def measure(
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        build: Any = lambda definition, config: program.build(config, definition, mesh, None)
-        where, built = sharding.batch_sharding(mesh), build(definition, config)
+        where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None)
         teacher = _teacher(config, built)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
-        stepped: Any = lambda config, definition: build(definition, config).step.trace(
-            built.shapes, rows, *teacher
-        )
         traced: list[Any] = []  # the last is the one that runs
 
-        def trace(definition: Any) -> Any:
-            traced.append(stepped(config, definition))
+        def of(config: "Config", definition: Any) -> Any:
+            step: Any = program.build(config, definition, mesh, None).step
+            traced.append(step.trace(built.shapes, rows, *teacher))
             return traced[-1]
 
+        trace = lambda definition: of(config, definition)
         lower = lambda definition: trace(definition).lower()
         if config.model.remat == "auto":
             from hybridlm import fit  # which an older checkout has not, or has with lowered steps
 
             if not config.train.microbatches:
-                config = fit.parted(config, definition, mesh, stepped, fit.limit())
+                config = fit.parted(config, definition, mesh, of, fit.limit())
             run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
         else:
             run = lower(definition).compile()
@@ -105,13 +103,10 @@ def measure(
         losses.append(float(behind["loss"]))
         if look:
             look(lambda: run(state, on_device, *teacher))
-    tokens = batch["tokens"].size
-    step = median(seconds)
-    device = jax.devices()[0]
+    tokens, step, device = batch["tokens"].size, median(seconds), jax.devices()[0]
     peak = (cost.peak_flops(device.device_kind) or float("nan")) * mesh.size
     flops = cost.train_flops_per_token(config) * tokens
-    stats, compiled_memory = device.memory_stats() or {}, run.memory_analysis()
-    temporaries = compiled_memory.temp_size_in_bytes
+    stats, memory = device.memory_stats() or {}, run.memory_analysis()
     return {
         "step_s": step,
         "spread_s": max(seconds) - min(seconds),
@@ -119,8 +114,8 @@ def measure(
         "mfu": flops / step / peak,
         "hfu": (flops + _again(traced[-1], config)) / step / peak,
         "first_step_s": compiled + initialised + first,
-        "temp_gib": temporaries / 2**30,
-        "planned_gib": (compiled_memory.argument_size_in_bytes + temporaries) / 2**30,
+        "temp_gib": memory.temp_size_in_bytes / 2**30,
+        "planned_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
         "peak_gib": stats.get("peak_bytes_in_use", float("nan")) / 2**30,
         "loss": losses[-1],
         "losses": losses,

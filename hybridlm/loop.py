@@ -265,7 +265,7 @@ class Loop:
     def give_up(self, step: int, state: State) -> None:
         for r, one in self.alive():
             if one.watch.in_a_row > self.config.train.max_skipped:
-                one.give_up(step, self.apart(self.own(state, r)))
+                one.give_up(step, self.apart(self.own(state, r)), self.config.train.microbatches)
 
     def leave(self, step: int, state: State, rates: Metrics, reason: str) -> NoReturn:
         """Saves after ``step`` and ends; a line that is due is left to the run that resumes."""

@@ -195,8 +195,9 @@ class Member:
             self.lock.check()
         self.metrics = self.watch.see(step, values, metrics[NORMS])
 
-    def give_up(self, step: int, state: State) -> None:
-        """Ends the run after ``step``, the newest, with a dump of the first of the skipped ones.
+    def give_up(self, step: int, state: State, microbatches: int) -> None:
+        """Ends the run after ``step``, the newest, with a dump of the first of the skipped ones, which had
+        so many ``microbatches``.
 
         None of them changed ``state``, so it is what the first began with.
         """
@@ -204,6 +205,7 @@ class Member:
         dump = self.workdir / f"dump-{first}"
         stage = self.config.train.steps - self.stage_begin  # whose own the schedule is
         config = self.config.replace(train__steps=stage, train__profile_steps=())
+        config = config.replace(train__microbatches=microbatches)
         replay.dump(dump, config, first, state, self.train_data.whole_batch(first - 1))
         self.failed = (
             f"step {step}: loss, gradient or update is not finite, {self.watch.in_a_row} updates in a row "

@@ -132,15 +132,17 @@ def test_too_many_in_a_row_end_the_run_with_a_dump_that_repeats_the_first(text, 
 
 
 def test_a_dump_of_a_stage_has_the_stages_schedule(text, tmp_path, monkeypatch):
-    """What a stage of 6 steps that begins after 3 is replayed with: its own count of updates goes to 6."""
+    """What a stage of 6 steps that begins after 3 is replayed with: its own count of updates goes to 6, and
+    its microbatches are those that there were."""
     config = resolved(text, train__steps=9, train__profile_steps=(8, 9))
     one = member.Member(config, tmp_path, None, np.arange(config.train.batch_size), begin=3)
     one.watch = types.SimpleNamespace(in_a_row=2)
     kept = []
     monkeypatch.setattr(replay, "dump", lambda path, *given: kept.append(given))
-    one.give_up(8, {})
+    one.give_up(8, {}, 2)
     [(dumped, first, _, batch)] = kept
-    assert first == 7 and dumped.train.steps == 6 and configs.resolve(ConfigDict(dumped.to_dict())) == dumped
+    assert (first, dumped.train.steps, dumped.train.microbatches) == (7, 6, 2)
+    assert configs.resolve(ConfigDict(dumped.to_dict())) == dumped
     np.testing.assert_array_equal(batch["tokens"], member.build_data(config, "train").batch(6)["tokens"])
 
 
