@@ -96,6 +96,9 @@ def from_json(path: str | Path) -> ConfigDict:
         values = untrusted.read_json(path, "--config", {str: (dict, str)})
     except ConfigError as error:
         values = recorded(path)
+        if values is None and _is_public(path):
+            fix = "Make it a run: python -m hybridlm.convert import --hf=DIR --workdir=DIR."
+            raise ConfigError("--config", str(path), "is of a public checkpoint, not of a run", fix) from None
         if values is None:
             raise
         log.warning("%s; its checkpoint's record is used", error)
@@ -103,6 +106,14 @@ def from_json(path: str | Path) -> ConfigDict:
         return ConfigDict(private.in_paths(values, private.reveal))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError("--config", str(path), f"is not a readable config.json ({error})") from error
+
+
+def _is_public(path: Path) -> bool:
+    try:
+        untrusted.read_json(path, "--config", {"model_type": str})
+    except ConfigError:
+        return False
+    return True
 
 
 def recorded(path: Path) -> dict[str, Any] | None:

@@ -147,6 +147,16 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert configs.resolve(configs.load(str(path), {"train.seed": "3"})).train.seed == 3
 
 
+def test_a_public_folder_in_place_of_a_run_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"architectures": ["GLA"], "model_type": "gla"}')
+    with pytest.raises(ConfigError, match="is of a public checkpoint, not of a run"):
+        configs.of_run(tmp_path)
+    path.write_text('{"architectures": ["GLA"]}')
+    with pytest.raises(ConfigError, match="is not the JSON that it should be"):
+        configs.of_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     "given",
     [
