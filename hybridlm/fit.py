@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from hybridlm import untrusted
+from hybridlm import objectives, untrusted
 from hybridlm.config import Config
 from hybridlm.errors import RunError
 from hybridlm.model import Definition
@@ -123,8 +123,11 @@ def _fewest(
     def traced(number: int, policy: str) -> Any:
         return trace(config.replace(train__microbatches=number), settled(definition, policy))
 
-    if any(name.endswith("_loss") for name in traced(numbers[-1], SPLIT_FOR[0]).out_info[1]):
-        return 1
+    own = objectives.load(config.objective.kind).terms
+    for name in traced(numbers[-1], SPLIT_FOR[0]).out_info[1]:
+        if name.endswith("_loss") and not name.startswith(own):
+            log.info("train.microbatches=0: %s is of each microbatch by itself, and stays of the batch", name)
+            return 1
     for policy in SPLIT_FOR:
         fits = lambda number, policy=policy: held(traced(number, policy).jaxpr.jaxpr) <= room
         if fits(numbers[-1]):

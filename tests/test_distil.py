@@ -13,12 +13,15 @@ from hybridlm import config as configs
 from hybridlm import (
     config_file,
     distillation,
+    fit,
     init_from,
     layer_choice,
     loop,
     loss,
     mimicry,
     model,
+    program,
+    sharding,
     stages,
     trainer,
     weights,
@@ -354,3 +357,24 @@ def test_stage_on_a_command_line():
     with pytest.raises(ConfigError, match="no such field"):
         configs.load("configs/quickstart.py", {"stages.a.train.stepz": "7"})
     assert "stages" not in configs.resolve(configs.load("configs/quickstart.py")).to_dict()
+
+
+@pytest.mark.once
+def test_microbatches_of_a_stage_are_found(text, teacher, monkeypatch):
+    """The terms of a teacher are sums over tokens: where memory lacks, a batch is split for them, too."""
+    monkeypatch.setattr(fit, "_memo", lambda *_: None)
+    monkeypatch.setattr(fit, "LEAST_TOKENS", 1)
+    given = student(text, teacher)
+    for _, one in stages.split(given.replace(model__remat="auto"), configs.resolve)[:2]:
+        config = one.replace(train__batch_size=4, train__microbatches=0)
+        mesh, definition = sharding.make_mesh(config.mesh), model.build(config)
+        row = jax.ShapeDtypeStruct((4, config.train.seq_len), np.int32)
+        batch = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), row)
+
+        def trace(config, definition, mesh=mesh, batch=batch):
+            built = program.build(config, definition, mesh, None)
+            with jax.set_mesh(mesh):
+                return built.step.trace(built.shapes, batch, *built.teacher)
+
+        chosen = [fit.parted(config, definition, mesh, trace, size) for size in (2**10, 2**34)]
+        assert [found.train.microbatches for found in chosen] == [4, 1]

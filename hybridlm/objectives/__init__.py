@@ -36,6 +36,7 @@ class Objective:
 
     config_class: ClassVar[type[Config]]
     teacher: "Definition | None" = None  # of another model, whose parameters are found in ``frozen``
+    terms: ClassVar[tuple[str, ...]] = ()  # how its own sums "<term>..._loss_sum" begin: others are layers'
 
     def __init__(self, config: Config, definition: "Definition", token_bytes: jax.Array | None = None):
         self.config, self.definition, self.token_bytes = config, definition, token_bytes

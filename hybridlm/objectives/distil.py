@@ -72,6 +72,7 @@ class Objective(objectives.Objective):
 
     config_class = Config
     config: Config
+    terms = "kl_", "hidden_", "transfer_", "weights_"
 
     def __init__(self, config: Config, definition: lm.Definition, token_bytes: jax.Array | None = None):
         super().__init__(config, definition, token_bytes)

@@ -127,9 +127,10 @@ def _before(
     call = PartCall(q_BTHK, k_BSGK, v_BSGV, same(length), same((end - begin) * size), scale, leading=True)
     if not _by_kernel(call):
         return None
-    # The kernel's keys are the leading ones: a copy, cheap beside what it does with them.
+    # The kernel's keys are the leading ones: those behind padding are copied.
     moved = lambda x: jnp.take(x, begin * size + jnp.arange(slots), axis=1, mode="clip")
-    o, log_sum = OP.compute(dataclasses.replace(call, k=moved(k_BSGK), v=moved(v_BSGV)))
+    behind = lambda: OP.compute(dataclasses.replace(call, k=moved(k_BSGK), v=moved(v_BSGV)))
+    o, log_sum = jax.lax.cond(begin > 0, behind, lambda: OP.compute(call))
     apart = lambda x: x.reshape(batch, groups, heads // groups, *x.shape[2:]).astype(jnp.float32)
     some = jnp.broadcast_to(jnp.where(end > begin, 1.0, 0.0), log_sum.shape)
     return Partial(apart(log_sum), apart(some), apart(jnp.moveaxis(o, 2, 1))), (begin, end)
