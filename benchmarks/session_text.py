@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--documents", type=int, default=20_000, help="to train on (default: %(default)s)")
     flags = parser.parse_args()
+    if flags.output.exists():
+        parser.error(f"--output {flags.output} exists; give a new folder")
     flags.output.mkdir(parents=True)
     last = -(-flags.documents // EACH)
     parts = {"train.jsonl": range(last), "val.jsonl": range(last, last + max(4, last // 20))}

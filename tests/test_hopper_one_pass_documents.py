@@ -178,7 +178,7 @@ def test_the_other_kernels_get_the_same_steps():
 @pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("delta", [True, False])
 def test_compiles_with_few_spills(delta, packed):
-    """No more than without documents; of the chunk kernel as with bf16 log-decays."""
+    """The limits of the tests without documents; of the chunk kernel those with bf16 log-decays."""
     call = struct_call(8, 4096, 16)
     ids = jax.ShapeDtypeStruct((8, 4096), jnp.int32) if packed else None
     steps = jax.ShapeDtypeStruct(call.log_decay.shape, jnp.float32)
