@@ -73,13 +73,12 @@ def dry_run(config: Config, console: Console, devices: str = "") -> None:
 
 def compiled(config: Config, devices: str) -> dict[str, str]:
     """What the step, or that of each stage, takes on ``devices``, as name -> text."""
-    if not config.stages:
-        return ahead.lines(ahead.needs(config, devices, lent.names([config])), devices)
     found: dict[str, str] = {}
     parts = [one for _, one in stages.split(config, configs.resolve)]
-    for count, name in enumerate(config.stages[stages.ORDER], 1):
+    names = [f"{name}: " for name in config.stages.get(stages.ORDER, ())] or [""]
+    for count, name in enumerate(names, 1):
         needs = ahead.needs(parts[count - 1], devices, lent.names(parts[:count]))
-        found |= {f"{name}: {said}": value for said, value in ahead.lines(needs, devices).items()}
+        found |= {name + said: value for said, value in ahead.lines(needs, devices).items()}
     return found
 
 
