@@ -28,6 +28,25 @@ def test_recall(layers, full):
         grid.load("configs/sweeps/study_recall.py:6")
 
 
+def test_language_models_that_go_on(tmp_path):
+    """No two parts train the same model; sessions go on from runs of the part `seeds`, by their names."""
+    load = lambda part: grid.load(f"configs/sweeps/study_lm_large.py:{tmp_path},{part},60e6")
+    stacks = [
+        tuple(point[name] for name in ("mixer", "ratio", "seed"))
+        for part in ("first", "others", "seeds")
+        for point in grid.points(load(part))
+    ]
+    assert len(set(stacks)) == len(stacks) == 10 + 8 + 9
+    taught = grid.runs(grid.load(f"configs/sweeps/study_sessions.py:{tmp_path},runs/s"))
+    before = {run.config.init_from: run.config.model for run in taught}
+    seeds = load("seeds")
+    third = grid.runs(dataclasses.replace(seeds, also=[p for p in seeds.also if p["mixer"] == "gdn"]))
+    known = {f"runs/s/{run.name}": run.config.model for run in third if run.point["seed"] == "2"}
+    assert before == known and len(taught) == 3
+    with pytest.raises(ConfigError, match="places"):
+        load("second")
+
+
 def test_joint_recall():
     """Two layers without MLPs; the pairs that are asked for are more than a linear layer keeps."""
     sweep = grid.load("configs/sweeps/joint_recall.py")

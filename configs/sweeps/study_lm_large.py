@@ -46,7 +46,11 @@ def get_sweep(arg: str = "data/source") -> Sweep:
     hybrid = [axis("mixer", "gdn"), axis("ratio", "3:1")]
     axes = {
         "first": [*ahead, axis("ratio", "pure", "3:1", "full"), axis("seed", 0, 1)],
-        "others": [axis("mixer", "hgrn2", "mamba2"), axis("ratio", "3:1", "pure", "6:1", "1:1"), axis("seed", 0)],
+        "others": [
+            axis("mixer", "hgrn2", "mamba2"),
+            axis("ratio", "3:1", "pure", "6:1", "1:1"),
+            axis("seed", 0),
+        ],
         "seeds": [*ahead, axis("ratio", "6:1", "1:1"), axis("seed", 1)],
         "places": [*hybrid, axis("placement", *PLACES), axis("seed", 0, 1, 2)],
     }.get(part, [axis("mixer", *MIXERS), axis("ratio", "pure", "6:1", "3:1", "1:1", "full")])
