@@ -9,8 +9,9 @@ Of a config with stages it is a step of the first of `stages.order`, with its te
 --config.stages.order=tune is what the teacher costs.
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
-end of the first step: initialisation, tracing, compilation, one step. peak_gib is what the device's allocator
-held at most. Prints one JSON line a backend, and with --profile the GPU time of one step by kernel.
+end of the first step: tracing, and initialisation beside it, compilation, one step. peak_gib is what the
+device's allocator held at most. Prints one JSON line a backend, and with --profile the GPU time of one step
+by kernel.
 
 --old: this same script with the code of another checkout of the project, unpacked in that folder, and with
 the code here, in turns, each time in a process of its own; a table at the end. A round after the first finds
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -45,14 +47,15 @@ def measure(
     batch: dict[str, Any],
     steps: int,
     look: Callable[[Callable], Any] | None = None,
-    ready: Callable[[], Any] = lambda: None,
+    ready: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
-    As in training, a step is read when the next one is queued, so that the device never waits for the host.
+    As in training, a step is read when the next one is queued, so that the device never waits for the host,
+    and the first parameters are drawn while the step is traced.
 
     look: given a function that runs one more step.
-    ready: called when the step is compiled, and before anything lies on the devices.
+    ready: called when the step is compiled, and before anything lies on the devices; parameters come after.
     """
     import jax
 
@@ -64,6 +67,7 @@ def measure(
     with jax.set_mesh(mesh):
         where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None)
         teacher = _teacher(config, built)
+        state = None if ready else _drawn(built, mesh)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
@@ -83,9 +87,10 @@ def measure(
         else:
             run = lower(definition).compile()
         compiled = time.perf_counter() - began
-        ready()
+        if ready:
+            ready()
         began = time.perf_counter()
-        state = built.init(jax.random.key(0))
+        state = state() if state else built.init(jax.random.key(0))
         on_device = sharding.put_batch(batch, mesh)
         initialised = time.perf_counter() - began
         start = time.perf_counter()
@@ -120,6 +125,20 @@ def measure(
         "loss": losses[-1],
         "losses": losses,
     }
+
+
+def _drawn(built: Any, mesh: Any) -> Callable[[], Any]:
+    """What waits for the first state."""
+    import jax
+
+    def draw() -> Any:
+        with jax.set_mesh(mesh):  # which is a thread's own
+            return built.init(jax.random.key(0))
+
+    pool = ThreadPoolExecutor(1)
+    drawn = pool.submit(draw)
+    pool.shutdown(wait=False)
+    return drawn.result
 
 
 def _teacher(config: "Config", built: Any) -> tuple[Any, ...]:
