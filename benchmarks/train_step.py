@@ -51,11 +51,11 @@ def measure(
 ) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
-    As in training, a step is read when the next one is queued, so that the device never waits for the host,
-    and the first parameters are drawn while the step is traced.
+    As in training, a step is read when the next one is queued, so that the device never waits for the host.
 
     look: given a function that runs one more step.
-    ready: called when the step is compiled, and before anything lies on the devices; parameters come after.
+    ready: called when the step is compiled, and before anything lies on the devices. Without it the first
+        parameters are drawn while the step is traced, as in training.
     """
     import jax
 
@@ -67,7 +67,7 @@ def measure(
     with jax.set_mesh(mesh):
         where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None)
         teacher = _teacher(config, built)
-        state = None if ready else _drawn(built, mesh)
+        drawn = _drawn(built, mesh, beside=ready is None)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
@@ -90,8 +90,7 @@ def measure(
         if ready:
             ready()
         began = time.perf_counter()
-        state = state() if state else built.init(jax.random.key(0))
-        on_device = sharding.put_batch(batch, mesh)
+        state, on_device = drawn(), sharding.put_batch(batch, mesh)
         initialised = time.perf_counter() - began
         start = time.perf_counter()
         state, metrics = run(state, on_device, *teacher)
@@ -127,18 +126,20 @@ def measure(
     }
 
 
-def _drawn(built: Any, mesh: Any) -> Callable[[], Any]:
-    """What waits for the first state."""
+def _drawn(built: Any, mesh: Any, beside: bool) -> Callable[[], Any]:
+    """What makes the first state, or waits for it where it is made beside what follows."""
     import jax
 
     def draw() -> Any:
         with jax.set_mesh(mesh):  # which is a thread's own
             return built.init(jax.random.key(0))
 
+    if not beside:
+        return draw
     pool = ThreadPoolExecutor(1)
-    drawn = pool.submit(draw)
+    made = pool.submit(draw)
     pool.shutdown(wait=False)
-    return drawn.result
+    return made.result
 
 
 def _teacher(config: "Config", built: Any) -> tuple[Any, ...]:
