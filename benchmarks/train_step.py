@@ -6,7 +6,8 @@
 
 Of a config with stages it is a step of the first of `stages.order`, with its teacher where it has one:
 --config=configs/linearise.py:teacher=runs/x,gdn,3:1 --config.stages.order=distil beside
---config.stages.order=tune is what the teacher costs.
+--config.stages.order=tune is what the teacher costs. The student lends it what it may, as in a run
+(docs/linearise.md), and with --apart nothing.
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
 end of the first step: tracing, and initialisation beside it, compilation, one step. peak_gib is what the
@@ -48,6 +49,7 @@ def measure(
     steps: int,
     look: Callable[[Callable], Any] | None = None,
     ready: Callable[[], Any] | None = None,
+    **lends: Any,
 ) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
@@ -56,6 +58,7 @@ def measure(
     look: given a function that runs one more step.
     ready: called when the step is compiled, and before anything lies on the devices. Without it the first
         parameters are drawn while the step is traced, as in training.
+    lends: ``lent`` of `program.build`, which an older checkout has not.
     """
     import jax
 
@@ -65,14 +68,14 @@ def measure(
     mesh = sharding.make_mesh(config.mesh)
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None)
+        where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None, **lends)
         teacher = _teacher(config, built)
         drawn = _drawn(built, mesh, beside=ready is None)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
         def of(config: "Config", definition: Any) -> Any:
-            step: Any = program.build(config, definition, mesh, None).step
+            step: Any = program.build(config, definition, mesh, None, **lends).step
             traced.append(step.trace(built.shapes, rows, *teacher))
             return traced[-1]
 
@@ -150,6 +153,14 @@ def _teacher(config: "Config", built: Any) -> tuple[Any, ...]:
     return init_from.teacher(config, built)
 
 
+def _lent(config: "Config") -> dict[str, frozenset[str]]:
+    try:
+        from hybridlm import lent
+    except ImportError:  # an older checkout
+        return {}
+    return {"lent": lent.names([config])}
+
+
 def _again(traced: Any, config: "Config") -> float:
     try:
         from hybridlm import recomputation
@@ -185,11 +196,12 @@ def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
         config = stages.split(config, configs.resolve)[0][1]
     batch = random_batch(args.batch_size, args.seq_len, config.model.vocab_size)
+    lends = {} if args.apart else _lent(config)
     look = lambda run: print(gpu_profile.table(gpu_profile.kernels(run)))
     rows = {}
     for backend in args.backends.split(","):
         with pallas_kernels.auto_means(*backend.split("+")):
-            rows[backend] = measure(config, batch, args.steps, look if args.profile else None)
+            rows[backend] = measure(config, batch, args.steps, look if args.profile else None, **lends)
         print(json.dumps({"config": args.config, "backend": backend} | rows[backend]), flush=True)
         gc.collect()
     if len(rows) == 2:
@@ -251,6 +263,7 @@ def main() -> None:
     parser.add_argument("--backends", default="auto,xla")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--apart", action="store_true", help="a teacher shares no memory with the student")
     args, rest = parser.parse_known_args()
     if bool(args.old) != bool(args.configs):
         parser.error("--old and --configs go together")
