@@ -160,7 +160,6 @@ def test_auto_means_and_compiled_for_reach_functions_jitted_before(kernels):
         pass
 
 
-@pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
 def test_no_context_is_made_after_the_first_trace():
     """It would be a new part of the key of JAX's caches: what was traced before would be traced, and its
     kernels lowered, once more."""
@@ -180,6 +179,7 @@ for one in pkgutil.walk_packages(pallas_kernels.__path__, "pallas_kernels."):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)
 def test_the_h100_path_of_a_kda_layer_is_known_without_a_gpu():
     bf16 = lambda *shape: jax.ShapeDtypeStruct((2, 100, *shape), jnp.bfloat16)
     q, v, beta = bf16(4, 128), bf16(8, 128), bf16(8)
