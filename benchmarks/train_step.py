@@ -10,8 +10,9 @@ Of a config with stages it is a step of the first of `stages.order`, with its te
 (docs/linearise.md), and with --apart nothing.
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
-end of the first step: initialisation, tracing, compilation, one step. peak_gib is what the device's allocator
-held at most. Prints one JSON line a backend, and with --profile the GPU time of one step by kernel.
+end of the first step: tracing, and initialisation beside it, compilation, one step. peak_gib is what the
+device's allocator held at most. Prints one JSON line a backend, and with --profile the GPU time of one step
+by kernel.
 
 --old: this same script with the code of another checkout of the project, unpacked in that folder, and with
 the code here, in turns, each time in a process of its own; a table at the end. A round after the first finds
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,7 @@ def measure(
     batch: dict[str, Any],
     steps: int,
     look: Callable[[Callable], Any] | None = None,
-    ready: Callable[[], Any] = lambda: None,
+    ready: Callable[[], Any] | None = None,
     **lends: Any,
 ) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
@@ -54,7 +56,8 @@ def measure(
     As in training, a step is read when the next one is queued, so that the device never waits for the host.
 
     look: given a function that runs one more step.
-    ready: called when the step is compiled, and before anything lies on the devices.
+    ready: called when the step is compiled, and before anything lies on the devices. Without it the first
+        parameters are drawn while the step is traced, as in training.
     lends: ``lent`` of `program.build`, which an older checkout has not.
     """
     import jax
@@ -67,6 +70,7 @@ def measure(
     with jax.set_mesh(mesh):
         where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None, **lends)
         teacher = _teacher(config, built)
+        drawn = _drawn(built, mesh, beside=ready is None)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
@@ -86,10 +90,10 @@ def measure(
         else:
             run = lower(definition).compile()
         compiled = time.perf_counter() - began
-        ready()
+        if ready:
+            ready()
         began = time.perf_counter()
-        state = built.init(jax.random.key(0))
-        on_device = sharding.put_batch(batch, mesh)
+        state, on_device = drawn(), sharding.put_batch(batch, mesh)
         initialised = time.perf_counter() - began
         start = time.perf_counter()
         state, metrics = run(state, on_device, *teacher)
@@ -123,6 +127,22 @@ def measure(
         "loss": losses[-1],
         "losses": losses,
     }
+
+
+def _drawn(built: Any, mesh: Any, beside: bool) -> Callable[[], Any]:
+    """What makes the first state, or waits for it where it is made beside what follows."""
+    import jax
+
+    def draw() -> Any:
+        with jax.set_mesh(mesh):  # which is a thread's own
+            return built.init(jax.random.key(0))
+
+    if not beside:
+        return draw
+    pool = ThreadPoolExecutor(1)
+    made = pool.submit(draw)
+    pool.shutdown(wait=False)
+    return made.result
 
 
 def _teacher(config: "Config", built: Any) -> tuple[Any, ...]:
