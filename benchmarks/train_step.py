@@ -12,7 +12,8 @@ Of a config with stages it is a step of the first of `stages.order`, with its te
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
 end of the first step: tracing, and initialisation beside it, compilation, one step. peak_gib is what the
 device's allocator held at most. Prints one JSON line a backend, and with --profile the GPU time of one step
-by kernel.
+by kernel. --steps=0 compiles and runs nothing, so that with JAX_COMPILATION_CACHE_DIR a later call finds
+the program.
 
 --old: this same script with the code of another checkout of the project, unpacked in that folder, and with
 the code here, in turns, each time in a process of its own; a table at the end. A round after the first finds
@@ -55,6 +56,7 @@ def measure(
 
     As in training, a step is read when the next one is queued, so that the device never waits for the host.
 
+    steps: 0 returns the seconds of compilation alone.
     look: given a function that runs one more step.
     ready: called when the step is compiled, and before anything lies on the devices. Without it the first
         parameters are drawn while the step is traced, as in training.
@@ -70,7 +72,7 @@ def measure(
     with jax.set_mesh(mesh):
         where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None, **lends)
         teacher = _teacher(config, built)
-        drawn = _drawn(built, mesh, beside=ready is None)
+        drawn = _drawn(built, mesh, beside=steps > 0 and ready is None)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
@@ -90,6 +92,8 @@ def measure(
         else:
             run = lower(definition).compile()
         compiled = time.perf_counter() - began
+        if not steps:
+            return {"compiled_s": compiled}
         if ready:
             ready()
         began = time.perf_counter()
@@ -204,7 +208,7 @@ def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             rows[backend] = measure(config, batch, args.steps, look if args.profile else None, **lends)
         print(json.dumps({"config": args.config, "backend": backend} | rows[backend]), flush=True)
         gc.collect()
-    if len(rows) == 2:
+    if len(rows) == 2 and args.steps:
         (first, a), (second, b) = rows.items()
         print(f"{first} takes {a['step_s'] / b['step_s']:.2f} of {second}'s time")
 
@@ -261,7 +265,7 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--backends", default="auto,xla")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="0 only compiles")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--apart", action="store_true", help="a teacher shares no memory with the student")
     args, rest = parser.parse_known_args()
