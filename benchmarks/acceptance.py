@@ -39,7 +39,7 @@ from typing import NamedTuple
 from benchmarks.acceptance_jobs import JOBS, ROOT, Job
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0  # less than whoever ends this process may give it
 OVERRUN = 3  # times the seconds of a job
 
 

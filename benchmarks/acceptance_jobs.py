@@ -1,7 +1,6 @@
 """The measurements and tests of the docs that need a GPU, in order of worth, for `benchmarks.acceptance`.
 
-Seconds are guesses, for a host of 16 cores and four processes a card; those of a timed train step with its
-program in the cache, except for first_step, which starts from nothing. Not here is what needs a trained run,
+Seconds are guesses, for a host of 16 cores and four processes a card. Not here is what needs a trained run,
 data or another checkout (docs/eval.md, docs/linearise.md, docs/step.md).
 """
 
@@ -28,7 +27,6 @@ class Job(NamedTuple):
     environment: Mapping[str, str] = {}
 
 
-STEP, FIRST = "19: docs/step.md", "19: docs/first_step.md"
 KERNELS, SCAN, OTHER = "17: docs/kernels.md", "17: docs/kernels_scan.md", "17, 23: docs/kernels_other.md"
 PORTABLE = "23: docs/kernels_portable.md"
 MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}  # as docs/step.md says
@@ -51,25 +49,25 @@ def kernels(name: str, seconds: float, options: str, shows: str = KERNELS, **mor
     return Job(f"kernels_{name}", command, seconds, True, shows, **more)
 
 
-def trained(config: str, options: str = "") -> str:
-    """The command of a train step.  options: beside those of most rows, or in place of them."""
-    given = {"--batch_size": "8", "--seq_len": "4096", "--backends": "auto"}
-    given |= dict(option.split("=", 1) for option in options.split())
-    command = f"-m benchmarks.train_step --config=configs/hybrid.py:{config}"
-    return " ".join([command, *(f"{option}={value}" for option, value in given.items())])
-
-
-def step(name: str, config: str, options: str = "", shows: str = STEP) -> list[Job]:
+def step(name: str, config: str, backends: str, shows: str) -> list[Job]:
     """A train step: compiled ahead, then timed."""
-    command, ahead = trained(config, options), f"compile_{name}"
+    command = f"-m benchmarks.train_step --config=configs/hybrid.py:{config} --batch_size=8 --seq_len=4096"
+    command, ahead = f"{command} --backends={backends}", f"compile_{name}"
     return [
         Job(ahead, f"{command} --steps=0", 60, False, shows, "", PROGRAMS),
         Job(f"step_{name}", f"{command} --profile", 45, True, shows, ahead, PROGRAMS),
     ]
 
 
-def first_step(name: str, config: str, seconds: float) -> Job:
-    return Job(f"first_step_{name}", f"{trained(config)} --profile", seconds, True, FIRST, "", MEMORY)
+def step_rows(name: str, rows: str, seconds: float) -> Job:
+    """Rows of docs/step.md, which it compiles itself; one that was cut finds its programs the next time."""
+    command = f"-m benchmarks.step_rows --rows={rows} --jobs={{jobs}}"
+    return Job(f"rows_{name}", command, seconds, True, "19: docs/step.md", "", PROGRAMS)
+
+
+def first_step(name: str, seconds: float) -> Job:
+    command, shows = f"-m benchmarks.step_rows --first={name}-kda", "19: docs/first_step.md"
+    return Job(f"first_step_{name}", command, seconds, True, shows, "", MEMORY)
 
 
 def hard(dim: int, seconds: float, more: str = "") -> Job:
@@ -93,21 +91,17 @@ def fla(op: str) -> list[Job]:
     ]
 
 
-GDN = "--config.mixers.gdn.num_heads=16 --config.mixers.gdn.head_dim=128 --config.mixers.gdn.v_head_dim=128"
-KDA = "--config.mixers.kda.num_heads=16 --config.mixers.kda.head_dim=128"
-JLA = "--batch_size=16 --microbatches=0 --config.model.vocab_size=128256 --config.model.mlp_hidden=5632"
-OFF = "--backends=triton+cudnn+xla,cudnn+xla"  # Hopper's kernels
 JOBS = [
     tests("heads", 150, "hopper_forward", "hopper_backward", "hopper_w*"),
     kernels("kda", 150, "--peers ours,jla,nvidia --ops kda --profile squares"),
     tests("channels", 150, "hopper_channel*", "hopper_one_pass*"),
     Job("first_call", "benchmarks/first_call.py --runs 2", 60, True, "17, 23: docs/kernels.md"),
-    *step("1.3b_gdn", "1.3b,gdn,3:1", shows="17: docs/step.md"),
-    *step("1.3b_retnet", "1.3b,retnet,3:1", shows="17: docs/step.md"),
+    *step("1.3b_gdn", "1.3b,gdn,3:1", "auto", "17: docs/step.md"),
+    *step("1.3b_retnet", "1.3b,retnet,3:1", "auto", "17: docs/step.md"),
     tests("portable", 100, "triton", "elementwise_kernels", "step_kernels", "short_conv"),
     tests("attention", 60, "softmax_attention", "attention_part", "token_cache"),
     kernels("portable", 300, "--peers triton,ours,xla --shapes 0,3", PORTABLE),
-    *step("off", "340m,kda,3:1", OFF, PORTABLE),
+    *step("portable", "340m,kda,3:1", "triton+cudnn+xla,cudnn+xla", PORTABLE),
     kernels("kda_more", 320, "--peers ours,jla,nvidia --ops kda --shapes more --profile more --no_accuracy"),
     kernels("gated_deltanet", 220, "--ops gated_deltanet --shapes all --profile all"),
     kernels("gla", 160, "--ops gla --shapes all --profile all"),
@@ -118,13 +112,10 @@ JOBS = [
     hard(256, 150, '--cases "plain,beta 1.5,beta 2,a run,1e7,cosine"'),  # what kernels take
     op("elementwise", 100),
     op("short_conv", 60),
-    first_step("340m", "340m,kda,3:1", 60),
-    first_step("1.3b", "1.3b,kda,3:1", 80),
-    *step("340m_full", "340m,full"),
-    *step("1.3b_full", "1.3b,full"),
-    *step("1.3b_gdn16", "1.3b,gdn,3:1", GDN),
-    *step("340m_long", "340m,kda,3:1", "--batch_size=1 --seq_len=65536"),
-    *step("jla_gdn", "1.3b,gdn,pure", f"{JLA} {GDN}"),
-    *step("jla_kda", "1.3b,kda,pure", f"{JLA} {KDA}"),
+    step_rows("340m", "340m-kda,340m-full,340m-65536", 120),
+    step_rows("1.3b", "1.3b-kda,1.3b-full,1.3b-gdn", 150),
+    step_rows("jla", "jla-gdn,jla-kda,jla-gdn-dots,jla-kda-dots", 200),
+    first_step("340m", 200),
+    first_step("1.3b", 260),
     *(job for op in ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla") for job in fla(op)),
 ]

@@ -8,7 +8,7 @@
 Shapes 0 to 4 take every op; "more" are those of models and of other authors' tables, each for the ops that it
 belongs to: wide and grouped heads, few heads, 131,072 tokens, packed rows, slow gates (-exp(normal - 3), what
 initialisers give) and steep ones (-5 sigmoid(normal)); the last two what training gives a decay per channel:
-float32, with documents of 517 tokens.
+float32, with documents of 517 tokens. "squares" are 0 to 4, "all" is everything.
 
 One process a peer, op and shape: they compile --jobs at a time and then, nothing else running, take turns on
 the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import acceptance
+from benchmarks import acceptance, step_rows
 from benchmarks.acceptance_jobs import JOBS, Job
 from hybridlm import config as configs
 from tests import test_doc_commands
@@ -179,6 +179,9 @@ def test_command_can_be_typed(one: Job, monkeypatch: pytest.MonkeyPatch):
     if named:
         fields = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
         configs.resolve(configs.load(named[0], dict(field.split("=", 1) for field in fields)))
+    for word in words:
+        if word.startswith(("--rows=", "--first=")):
+            assert set(word.partition("=")[2].split(",")) <= set(step_rows.ROWS)
 
 
 def test_names_and_what_comes_before():
@@ -199,10 +202,10 @@ def test_every_test_of_a_gpu_is_there():
 
 
 def test_list(capsys):
-    assert acceptance.main(["--list", "--only=tests,step_off", f"--output={os.devnull}/none"]) == 0
+    assert acceptance.main(["--list", "--only=tests,step_portable", f"--output={os.devnull}/none"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown] == [
         *(one.name for one in JOBS if one.name.startswith("tests_")),
-        "step_off",
+        "step_portable",
     ]
     assert all(" python -m " in line and " s " in line for line in shown)
