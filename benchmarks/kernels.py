@@ -7,7 +7,8 @@
 
 Shapes 0 to 4 take every op; "more" are those of models and of other authors' tables, each for the ops that it
 belongs to: wide and grouped heads, few heads, 131,072 tokens, packed rows, slow gates (-exp(normal - 3), what
-initialisers give) and steep ones (-5 sigmoid(normal)).
+initialisers give) and steep ones (-5 sigmoid(normal)); the last two what training gives a decay per channel:
+float32, with documents of 517 tokens.
 
 One process a peer, op and shape: they compile --jobs at a time and then, nothing else running, take turns on
 the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key
@@ -22,7 +23,8 @@ each input read and each output written once at 3.0 TB/s: q, k, v, o (and the ch
 dO, dq, dk, dv besides (and the channel decay and its gradient) backward. First-call seconds (trace, lower,
 compile) are honest only with --jobs 1. Accuracy is the relative RMS error against a float64 token loop on
 the same bf16 inputs, B1 T1024 H2 D128: "plain" is distributed as above, "hard" has a decay of -20 (-5 per
-channel) at every eighth token and beta up to 2. "same bits" compares two runs.
+channel) at every eighth token and beta up to 2, "steep" has steep gates, "equal" slow ones, one key for all
+tokens and beta up to 2. "same bits" compares two runs.
 Prints JSON rows and tables in Markdown; --out also writes them to kernels.json and kernels.md. --profile 3
 adds the milliseconds of every kernel on the device at shape 3, so small that its calls wait for the host.
 """
@@ -71,6 +73,8 @@ MORE = [  # ops, shape
     ("kda", square(1, 65536, 8, 128, "slow")),
     ("gla gated_deltanet", square(1, 65536, 8, 128, "steep")),
     ("kda", square(1, 131072, 16, 128, "steep")),
+    ("kda gla", square(8, 4096, 16, 128, "slow", document=517, decay="float32")),  # what training gives them
+    ("kda gla", square(8, 4096, 16, 128, "steep", document=517, decay="float32")),
 ]
 SHAPES = [square(*shape) for shape in SQUARES] + [shape for _, shape in MORE]
 TAKES = [OPS] * len(SQUARES) + [tuple(ops.split()) for ops, _ in MORE]  # ops by shape
@@ -87,7 +91,7 @@ def floor_ms(op: str, shape: Shape) -> tuple[float, float]:
     """Forward, forward and backward."""
     tokens = 2 * shape.batch * shape.tokens
     keys, values = tokens * shape.heads * shape.key_dim, tokens * shape.value_heads * shape.value_dim
-    decays = channel(op) * tokens * shape.value_heads * shape.key_dim
+    decays = channel(op) * tokens * shape.value_heads * shape.key_dim * (1 + (shape.decay == "float32"))
     forward, backward = 2 * keys + 2 * values + decays, 4 * keys + 3 * values + 2 * decays
     return forward / BYTES_PER_SECOND * 1e3, (forward + backward) / BYTES_PER_SECOND * 1e3
 

@@ -20,7 +20,7 @@ class Nvidia(Fla):
     """
 
     name = "nvidia"
-    cases = ("plain",)  # of the hard one beta is up to 2
+    cases = ("plain", "steep")  # of the others beta is up to 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Nvidia(Fla):
         if op != "kda":
             raise ValueError("kda only")
         self.ends, self.normalised = self.boundaries(shape), True
-        x = super().draw(op, shape._replace(document=0))
+        x = super().draw(op, shape._replace(document=0, decay="bfloat16"))
         return x | {name: self.normal(x[name]).detach().requires_grad_() for name in ("q", "k")}
 
     def attend(self, op: str, x: dict[str, Any], final: bool) -> Any:

@@ -12,11 +12,14 @@ import gpu_profile
 import numpy as np
 
 OPS = ("kda", "gated_deltanet", "deltanet", "gla", "simple_gla")
-CASES = ("plain", "hard")
+CASES = {"plain": "usual", "hard": "usual", "steep": "steep", "equal": "slow"}  # gates of the inputs by name
 
 
 class Shape(NamedTuple):
-    """One problem. gates: of `log_decay`.  document: tokens in each, 0: one a row."""
+    """One problem.
+
+    gates: of `log_decay`.  document: tokens in each, 0: one a row.  decay: the dtype of one per channel.
+    """
 
     batch: int
     tokens: int
@@ -26,18 +29,26 @@ class Shape(NamedTuple):
     value_dim: int
     gates: str = "usual"
     document: int = 0
+    decay: str = "bfloat16"
 
     def __str__(self) -> str:
         heads = str(self.heads) + f" ({self.value_heads})" * (self.value_heads != self.heads)
         dims = str(self.key_dim) + f" {self.value_dim}" * (self.value_dim != self.key_dim)
-        rest = [self.gates] * (self.gates != "usual") + [f"documents of {self.document}"] * bool(
-            self.document
-        )
+        rest = [self.gates] * (self.gates != "usual") + [f"{self.decay} decays"] * (self.decay != "bfloat16")
+        rest += [f"documents of {self.document}"] * bool(self.document)
         return " ".join([str(self.batch), str(self.tokens), heads, dims, *rest])
 
 
-def square(batch: int, tokens: int, heads: int, dim: int, gates: str = "usual", document: int = 0) -> Shape:
-    return Shape(batch, tokens, heads, heads, dim, dim, gates, document)
+def square(
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    gates: str = "usual",
+    document: int = 0,
+    decay: str = "bfloat16",
+) -> Shape:
+    return Shape(batch, tokens, heads, heads, dim, dim, gates, document, decay)
 
 
 ACCURACY_SHAPE = square(1, 1024, 2, 128)
@@ -79,13 +90,15 @@ def exact_inputs(op: str, case: str) -> dict[str, np.ndarray]:
         n: rng.standard_normal(s, np.float32) for n, s in shapes_of(op, ACCURACY_SHAPE).items()
     }
     if "g" in x:
-        x["g"] = -np.logaddexp(0, -x["g"])
+        x["g"] = log_decay(x["g"], np, op, CASES[case])
         if case == "hard":
             x["g"][:, ::8] -= 5 if channel(op) else 20
         if channel(op):
             x["g"] = np.maximum(x["g"], -5)
+    if case == "equal":
+        x["k"][:] = x["k"][:, :1]
     if "beta" in x:
-        x["beta"] = (1 + (case == "hard")) / (1 + np.exp(-x["beta"]))
+        x["beta"] = (1 + (case in ("hard", "equal"))) / (1 + np.exp(-x["beta"]))
     if not delta(op):
         x["k"] *= ACCURACY_SHAPE.key_dim**-0.5
     return x
@@ -120,9 +133,9 @@ class Jax:
 
         self.jax, self.jnp, self.peer = jax, jnp, peer
 
-    def dtype(self, name: str, ndim: int) -> Any:
-        """bf16, but for a decay per head."""
-        return self.jnp.float32 if name == "g" and ndim == 3 else self.jnp.bfloat16
+    def dtype(self, name: str, ndim: int, decay: str = "bfloat16") -> Any:
+        """bf16, but for a decay per head, or per channel where ``decay`` is another."""
+        return self.jnp.dtype(("float32" if ndim == 3 else decay) if name == "g" else "bfloat16")
 
     def draw(self, op: str, shape: Shape) -> dict[str, Any]:
         jax, jnp = self.jax, self.jnp
@@ -132,7 +145,7 @@ class Jax:
             x["g"] = log_decay(x["g"], jnp, op, shape.gates)
         if "beta" in x:
             x["beta"] = jax.nn.sigmoid(x["beta"])
-        x = {name: value.astype(self.dtype(name, value.ndim)) for name, value in x.items()}
+        x = {name: value.astype(self.dtype(name, value.ndim, shape.decay)) for name, value in x.items()}
         if shape.document:
             if self.peer == "jla":
                 raise ValueError("packed rows: ours only")
@@ -221,7 +234,7 @@ class Fla:
     """flash-linear-attention: PyTorch and Triton; its first call of an op may autotune for minutes."""
 
     name = "fla"
-    cases: tuple[str, ...] = CASES
+    cases: tuple[str, ...] = tuple(CASES)
 
     def __init__(self) -> None:
         import torch
@@ -241,8 +254,8 @@ class Fla:
 
     def draw(self, op: str, shape: Shape) -> dict[str, Any]:
         torch = self.torch
-        if shape.document:
-            raise ValueError("whole rows only")
+        if shape.document or shape.decay != "bfloat16":
+            raise ValueError("whole rows and bf16 decays only")
         x = {name: torch.randn(*s, device="cuda") for name, s in shapes_of(op, shape).items()}
         if "g" in x:
             x["g"] = log_decay(x["g"], torch, op, shape.gates)

@@ -54,10 +54,12 @@ def step(
     mesh: Mesh,
     trace: Callable[[Definition], Any],
     ready: Callable[[], object] = lambda: None,
+    runs: int = 1,
 ) -> Any:
     """The compiled training step: of what is traced for a definition, `model.remat` = "auto" decided.
 
     ready: waits for, or refuses, what need not be there until something is compiled.
+    runs: that are trained together in the step.
 
     Where the devices do not say how much memory they have (CPUs), everything is kept. RunError if it finds
     nothing that fits.
@@ -68,7 +70,7 @@ def step(
     available = limit()
     if available is None:
         return finish("none")
-    memo = _memo(config, mesh)
+    memo = _memo("remat", config, mesh, available, runs)
     known, why = _noted(memo)
     if known:
         log.info("model.remat=auto: %s, as found before%s (%s)", known, why, memo)
@@ -92,20 +94,23 @@ def parted(
     mesh: Mesh,
     trace: Callable[[Config, Definition], Any],
     available: int | None,
+    runs: int = 1,
 ) -> Config:
     """``config`` with a number in place of `train.microbatches` = 0: the fewest with which projections, or at
     least the MLP's first, are not computed twice in ``available`` bytes a device.
 
     trace: makes the step of so many microbatches and a policy, by whose shapes it is found; none is compiled.
+    runs: that are trained together in the step.
 
     A device has at least LEAST_TOKENS of each, or the whole batch. 1 where memory is unknown, or a loss
     stands beside the tokens' own: that of experts' balance is of each microbatch by itself.
     """
     if config.train.microbatches:
         return config
-    memo = _memo(config, mesh, f"microbatches-{available}")
+    memo = _memo("microbatches", config, mesh, available, runs)
     number = int(said) if (said := _content(memo)).isdecimal() else 0
-    numbers = [m for m in _finer(config, mesh) if m == 1 or _tokens(config, mesh) >= m * LEAST_TOKENS]
+    tokens = runs * _tokens(config, mesh)
+    numbers = [m for m in _finer(config, mesh) if m == 1 or tokens >= m * LEAST_TOKENS]
     if number not in numbers:
         number = 1 if available is None else _fewest(config, definition, mesh, trace, available, numbers)
         _note(memo, str(number))
@@ -136,7 +141,7 @@ def _fewest(
 
 
 def _tokens(config: Config, mesh: Mesh) -> int:
-    """Of a step, on each device."""
+    """Of a step of one run, on each device."""
     split = math.prod(mesh.shape.get(axis, 1) for axis in ("data", "fsdp", "context"))
     return config.train.batch_size * config.train.seq_len // split
 
@@ -158,10 +163,10 @@ def _too_large(config: Config, mesh: Mesh, times: float) -> str:
 
 
 @contextlib.contextmanager
-def outgrown(of: Callable[[], Config], mesh: Mesh) -> Iterator[None]:
+def outgrown(of: Callable[[], Config], mesh: Mesh, runs: int = 1) -> Iterator[None]:
     """RunError for a step that runs out of memory after all; the next start then takes the next policy.
 
-    of: the config as `step` had it.
+    of: the config as `step` had it.  runs: as `step` had them.
     """
     try:
         yield
@@ -169,7 +174,7 @@ def outgrown(of: Callable[[], Config], mesh: Mesh) -> Iterator[None]:
         config = of()
         if config.model.remat != "auto" or not any(one in str(error) for one in NO_MEMORY):
             raise
-        memo = _memo(config, mesh)
+        memo = _memo("remat", config, mesh, limit(), runs)
         known, _ = _noted(memo)
         later = FASTEST_FIRST[FASTEST_FIRST.index(known) + 1 :] if known else ()
         said = f"the devices ran out of memory with what model.remat=auto chose{known and f', {known}'}"
@@ -308,10 +313,11 @@ def _note(memo: Path | None, what: str) -> bool:
     return False
 
 
-def _memo(config: Config, mesh: Mesh, of: str = "remat") -> Path | None:
-    """Where the choice for a run is kept: beside the compiled programs, if these are kept."""
+def _memo(of: str, config: Config, mesh: Mesh, available: int | None, runs: int) -> Path | None:
+    """Where the choice for a step is kept: beside the compiled programs, if these are kept."""
     folder = programs.folder()
     if not folder or jax.process_count() > 1:  # of several processes one might find what another does not
         return None
-    key = f"{jax.__version__} {jax.devices()[0].device_kind} {limit()} {dict(mesh.shape)} {config}"
+    kind = jax.devices()[0].device_kind
+    key = f"{jax.__version__} {kind} {available} {dict(mesh.shape)} {runs} {config}"
     return folder / f"{of}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

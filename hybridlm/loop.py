@@ -60,6 +60,8 @@ class Loop:
         start = self.choose(resume)
         if start > self.config.train.steps:  # in a later stage
             return
+        if start < self.config.train.steps:
+            self.part(start)
         if processes.first():
             self.open(start)
         self.say_determinism()
@@ -83,13 +85,14 @@ class Loop:
             if start < self.config.train.steps:
                 window = profile.Window(self.members[0].workdir, self.config.train.profile_steps)
                 stack.callback(window.close)
-                with fit.outgrown(lambda: self.config, self.mesh):
+                with fit.outgrown(lambda: self.config, self.mesh, len(self.members)):
                     self.loop(ready, start, window)
 
     @logbook.harmless("saying what the run is")
     def open(self, start: int) -> None:
         """Prints what this start of the first member is, and its layers, before anything is compiled."""
-        said = opening.lines(self.members[0], start, self.mesh.shape, self.program, len(self.members))
+        parts, runs = self.config.train.parts, len(self.members)
+        said = opening.lines(self.members[0], start, self.mesh.shape, self.program, parts, runs)
         show.line("\n".join(said))
         rich.print(report.layer_table(self.config))
         one = self.members[0]
@@ -155,8 +158,7 @@ class Loop:
             states = [self.join(one.saves.restore(start, self.like)) for one in self.members]
             log.info("resumed from the checkpoint at step %d", start)
             return self.stacked(states)
-        keys = [jax.random.key(one.config.train.seed) for one in self.members]
-        state = self.program.init(jax.numpy.stack(keys) if self.several else keys[0])
+        state = self.program.init(self.keys())
         if start:
             like = {"params": self.like["params"]}
             states = [
@@ -175,6 +177,11 @@ class Loop:
             path = self.config.init_from
             loaded += [init_from.start(path, self.definition, fresh, one.workdir, tokens, gates)]
         return state | {"params": self.stacked(loaded)}
+
+    def keys(self) -> jax.Array:
+        """What `Program.init` is given."""
+        keys = [jax.random.key(one.config.train.seed) for one in self.members]
+        return jax.numpy.stack(keys) if self.several else keys[0]
 
     def own(self, whole: dict[str, Any], r: int) -> dict[str, Any]:
         """What of a state or of metrics is member ``r``'s."""
@@ -221,26 +228,38 @@ class Loop:
                     self.write(step, rates)
                 clock.restart()
 
+    def part(self, start: int) -> None:
+        """Finds the number that train.microbatches = 0 stands for, before it is said what runs."""
+        if self.config.train.microbatches:
+            return
+        shapes = jax.eval_shape(self.program.init, self.keys()) if self.several else self.program.shapes
+        batch = self.batch(start)
+
+        def trace(config: Config, definition: Definition) -> Any:
+            return self.build(config, definition).step.trace(shapes, batch, *self.program.teacher)
+
+        available, runs = fit.limit(), len(self.members)
+        self.config = fit.parted(self.config, self.definition, self.mesh, trace, available, runs)
+
     def compiled(self, ready: Callable[[], State], start: int) -> Callable:
         began, known = time.perf_counter(), len(programs.hits)
-        batch = self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
-
+        batch = self.batch(start)
         shapes = ready() if self.several else self.program.shapes
 
-        def traced(config: Config, definition: Definition) -> Any:
-            built = self.program if definition is self.definition else self.build(config, definition)
-            return built.step.trace(shapes, batch, *self.teacher)
-
         def trace(definition: Definition) -> Any:
-            found = traced(self.config, definition)
+            built = self.program if definition is self.definition else self.build(self.config, definition)
+            found = built.step.trace(shapes, batch, *self.teacher)
             # The last that is traced is the one that runs.
             self.again = recomputation.flops(found.jaxpr.jaxpr, self.config, len(self.members))
             return found
 
-        self.config = fit.parted(self.config, self.definition, self.mesh, traced, fit.limit())
-        executable = fit.step(self.config, self.definition, self.mesh, trace, ready)
+        executable = fit.step(self.config, self.definition, self.mesh, trace, ready, len(self.members))
         log.info("compiled the training step in %.1f s%s", time.perf_counter() - began, programs.said(known))
         return executable
+
+    def batch(self, start: int) -> Any:
+        """What the step after step ``start`` is given."""
+        return self.put(self.stacked([one.train_data.batch(start) for one in self.members]))
 
     def stacked(self, ofs: Sequence[Any]) -> Any:
         """What each member has, as the program takes it."""

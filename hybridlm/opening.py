@@ -21,10 +21,13 @@ CUDA = "Python >= 3.12 and `pip install 'hybridlm[cuda]'` (jax >= 0.11.2 with CU
 UNTAMED = "with this learning rate, decay, b1, b2 and eps they may not be finite where gradients are"
 
 
-def lines(run: Member, start: int, mesh: Mapping[str, int], program: Any, runs: int = 1) -> list[str]:
+def lines(
+    run: Member, start: int, mesh: Mapping[str, int], program: Any, parts: int, runs: int = 1
+) -> list[str]:
     """What a user wants to know at once, a line each.
 
-    start: the step resumed from.  runs: that share ``program``.
+    start: the step resumed from.  parts: of a batch, as found for train.microbatches = 0.
+    runs: that share ``program``.
     """
     config = run.config
     summary, steps = cost.summary(config), config.train.steps
@@ -33,7 +36,7 @@ def lines(run: Member, start: int, mesh: Mapping[str, int], program: Any, runs: 
     begins = f"resumed at step {start:,}" if start else "a new run"
     said = {
         "devices": _devices(mesh),
-        "kernels": kernels(choices(config, program, runs)),
+        "kernels": kernels(choices(config, program, parts, runs)),
         "model": f"{summary['parameters']:,} parameters, {summary['plan']}; {report.full_layers(config)}",
         "data": f"{report.amount(run.whole, run.train_data)}; {held_out}",
         "workdir": private.hide(str(run.workdir)),
@@ -61,9 +64,9 @@ def _devices(mesh: Mapping[str, int]) -> str:
     return f"{devices}, mesh {axes}, jax {jax.__version__}"
 
 
-def choices(config: Config, program: Any, runs: int = 1) -> list[Choice]:
-    """The backend of every op in the training step's forward pass; traces it, computes nothing."""
-    rows = config.train.batch_size // config.train.parts
+def choices(config: Config, program: Any, parts: int, runs: int = 1) -> list[Choice]:
+    """The backend of every op in the forward pass of a microbatch; traces it, computes nothing."""
+    rows = config.train.batch_size // parts
     row = jax.ShapeDtypeStruct((rows, config.train.seq_len), np.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
     params = program.shapes["params"]

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from hybridlm import config as configs
-from hybridlm import fit, model, program, remat, sharding, trainer
+from hybridlm import fit, model, opening, program, remat, sharding, trainer
 from hybridlm.errors import ConfigError, RunError
 
 GIB = 2**30
@@ -147,7 +147,7 @@ def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
     """The first choice fits and runs; the next start finds it, unless the note is damaged."""
     config, definition, mesh, _ = run
     monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
-    monkeypatch.setattr(fit, "_memo", lambda config, mesh: tmp_path / "memo")
+    monkeypatch.setattr(fit, "_memo", lambda *_: tmp_path / "memo")
     tried = []
     monkeypatch.setattr(fit, "choose", lambda *args, of=fit.choose: tried.append(of(*args)) or tried[-1])
     seen = []
@@ -166,7 +166,7 @@ def test_devices_that_say_their_memory(run, monkeypatch, tmp_path):
 def test_what_cannot_fit_is_refused_before_it_runs(run, monkeypatch, tmp_path):
     config, definition, mesh, _ = run
     config = config.replace(train__batch_size=12, train__microbatches=2)
-    monkeypatch.setattr(fit, "_memo", lambda config, mesh: tmp_path / "memo")
+    monkeypatch.setattr(fit, "_memo", lambda *_: tmp_path / "memo")
     monkeypatch.setattr(fit, "compiled", lambda traced, most, ready: fit.Step(traced, 3 * GIB))
     trace = lambda one: one.model.remat
     for gib, fix in ((3, None), (1.3, "Set train.microbatches=6 or higher, fewer"), (0.1, "Set fewer or")):
@@ -188,7 +188,7 @@ def test_what_ran_out_of_memory_is_not_chosen_again(run, monkeypatch, tmp_path):
     memo.write_text("kernels")
     (tmp_path / "text.txt").write_text("a line of text\n" * 500)
     monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
-    monkeypatch.setattr(fit, "_memo", lambda config, mesh: memo)
+    monkeypatch.setattr(fit, "_memo", lambda *_: memo)
 
     def full(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
@@ -245,11 +245,12 @@ def chooses(monkeypatch, tmp_path):
         one = fit.settled(model.build(config), "dots")
         return fit.held(trace(config.replace(train__microbatches=number), one).jaxpr.jaxpr)
 
-    def choose(config, available):
+    def choose(config, available, runs=1):
         traces.clear()
-        return fit.parted(config, model.build(config), mesh, trace, available).train.microbatches, len(traces)
+        found = fit.parted(config, model.build(config), mesh, trace, available, runs)
+        return found.train.microbatches, len(traces)
 
-    monkeypatch.setattr(fit, "_memo", lambda config, mesh, of="remat": tmp_path / of)
+    monkeypatch.setattr(fit, "_memo", lambda *key: tmp_path / f"{key[0]}-{key[-2]}-{key[-1]}")
     monkeypatch.setattr(fit, "LEAST_TOKENS", config.train.seq_len)
     return config, held, choose
 
@@ -267,6 +268,16 @@ def test_the_fewest_microbatches_that_fit(chooses, monkeypatch):
     assert choose(config, None) == (1, 0)
     monkeypatch.setattr(fit, "LEAST_TOKENS", 4 * config.train.seq_len)
     assert choose(config, 2**11)[0] == 4
+    assert choose(config, 2**11, runs=2)[0] == 8  # which a device has the tokens of together
+
+
+def test_choices_are_kept_by_what_they_depend_on(run, monkeypatch, tmp_path):
+    config, _, mesh, _ = run
+    monkeypatch.setattr(fit.programs, "folder", lambda: tmp_path)
+    keys = [("remat", 1, 1), ("remat", 2, 1), ("remat", 1, 2), ("microbatches", 1, 1)]
+    kept = {fit._memo(of, config, mesh, available, runs).name for of, available, runs in keys}
+    assert len(kept) == 4 and all(name.partition("-")[0] in ("remat", "microbatches") for name in kept)
+    assert fit._memo("remat", config, mesh, 1, 1) == fit._memo("remat", config, mesh, 1, 1)
 
 
 def test_a_loss_of_whole_batches_is_not_split(chooses):
@@ -288,15 +299,20 @@ def test_microbatches_are_chosen_with_auto_only():
 
 @pytest.mark.once
 def test_a_run_chooses_its_microbatches(tmp_path, monkeypatch):
-    """Trained so, 4 of 2 rows, its losses are those of a run in one; its record says 0 again."""
+    """Trained so, 4 of 2 rows, its losses are those of a run in one; its record says 0 again. What it says
+    of its kernels before it begins is of 2 rows."""
     (tmp_path / "text.txt").write_text("a line of text\n" * 500)
     monkeypatch.setattr(fit, "_fewest", lambda *args: 4)
     monkeypatch.setattr(fit, "limit", lambda: 8 * GIB)
+    said, explain = [], opening.explain
+    look = lambda run, params, batch: said.append(batch["tokens"].shape[0]) or explain(run, params, batch)
+    monkeypatch.setattr(opening, "explain", look)
     found = {}
     for number in (0, 1):
         config = tiny.config(str(tmp_path / "text.txt"), model__remat="auto", train__microbatches=number)
         trainer.train(configs.resolve(config), tmp_path / str(number))
         found[number] = [line["loss"] for line in tiny.lines(tmp_path / str(number))]
         assert configs.of_run(tmp_path / str(number)).train.microbatches == number
+    assert said == [2, 8]
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
     assert found[0] != found[1]  # added up in another order

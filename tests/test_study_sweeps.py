@@ -28,6 +28,35 @@ def test_recall(layers, full):
         grid.load("configs/sweeps/study_recall.py:6")
 
 
+def _first_of(point):
+    return point["mixer"] in ("mamba2", "kda") and point["ratio"] in ("pure", "3:1", "1:1")
+
+
+def _last_of(sweep):
+    return [point for point in sweep.also if point["ratio"] == "full"]
+
+
+def test_language_models_that_go_on(tmp_path):
+    """No two parts train the same model; sessions go on from runs of theirs, by name."""
+    load = lambda part: grid.load(f"configs/sweeps/study_lm_large.py:{tmp_path},{part},60e6")
+    stacks = [
+        tuple(point[name] for name in ("mixer", "ratio", "seed"))
+        for part in ("first", "others", "seeds")
+        for point in grid.points(load(part))
+    ]
+    assert len(set(stacks)) == len(stacks) == 10 + 8 + 9
+    taught = grid.runs(grid.load(f"configs/sweeps/study_sessions.py:{tmp_path},runs"))
+    before = {run.config.init_from: run.config.model for run in taught}
+    known = {
+        f"runs/{part}/{run.name}": run.config.model
+        for part in ("others", "seeds")
+        for run in grid.runs(dataclasses.replace(load(part), keep=_first_of, also=_last_of(load(part))))
+    }
+    assert len(taught) == 3 and before.items() <= known.items()
+    with pytest.raises(ConfigError, match="places"):
+        load("second")
+
+
 def test_joint_recall():
     """Two layers without MLPs; the pairs that are asked for are more than a linear layer keeps."""
     sweep = grid.load("configs/sweeps/joint_recall.py")
