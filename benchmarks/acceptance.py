@@ -1,4 +1,4 @@
-"""Runs the measurements and tests of the docs that need a GPU, as far as a lent machine's time goes.
+"""Runs the measurements and tests of the docs that need a GPU, as far as the time goes.
 
     python -m benchmarks.acceptance --output results --seconds 900 [--cards 0,1] [--only tests,kernels_kda]
         [--jobs 4] [--retry] [--list]
@@ -32,7 +32,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,10 +78,13 @@ def choose(
 class Queue:
     """Runs jobs on ``cards``, at most ``jobs`` processes of them, until ``seconds`` are over."""
 
-    def __init__(self, output: Path, cards: Sequence[str], jobs: int, seconds: float):
+    def __init__(
+        self, output: Path, cards: Sequence[str], jobs: int, seconds: float, failed: Collection[str] = ()
+    ):
         self.output, self.cards, self.jobs = output.resolve(), cards, jobs
         self.end = time.monotonic() + seconds - GRACE_SECONDS
         self.running: list[Running] = []
+        self.gone = set(failed)  # names of jobs that failed, or for which there was no time
         self.stopped = False
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -90,9 +93,16 @@ class Queue:
             while (waiting or self.running) and not self.stopped and self.left() > 0:
                 for one in list(self.running):
                     self._look(one)
-                for job in [job for job in waiting if job.seconds > self.left()]:
+                for job in list(waiting):
+                    if job.after in self.gone:
+                        why = f"{job.after} failed, or was not begun"
+                    elif job.seconds > self.left():
+                        why = f"it takes {job.seconds:.0f} s and {self.left():.0f} are left"
+                    else:
+                        continue
                     waiting.remove(job)
-                    say(f"{job.name}: not begun, it takes {job.seconds:.0f} s and {self.left():.0f} are left")
+                    self.gone.add(job.name)
+                    say(f"{job.name}: not begun, {why}")
                 while found := choose(waiting, [one[:2] for one in self.running], self.cards, self.jobs):
                     waiting.remove(found[0])
                     self._begin(*found)
@@ -153,6 +163,8 @@ class Queue:
         }  # fmt: skip
         with (self.output / "done.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if row["rc"]:
+            self.gone.add(one.job.name)
         say(f"{one.job.name}: exit code {row['rc']} after {seconds:.0f} s")
 
 
@@ -194,7 +206,11 @@ def about(card: str) -> dict[str, str]:
 def done(output: Path) -> dict[str, int]:
     """Exit codes of the jobs that have a line, the last of each. Raises ValueError for another commit's."""
     path = output / "done.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    if not text.endswith("\n") and text:  # a line that was cut
+        text = text[: text.rfind("\n") + 1]
+        path.write_text(text)
+    rows = [json.loads(line) for line in text.splitlines()]
     here = commit()
     if others := {row["commit"] for row in rows} - {here}:
         raise ValueError(f"{path} is of commit {others.pop()}, this is {here}: give another --output")
@@ -247,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not args.cards:
             parser.error("no NVIDIA GPU is here; --cards=0 goes on all the same")
     args.output.mkdir(parents=True, exist_ok=True)
-    queue = Queue(args.output, args.cards, args.jobs, args.seconds)
+    failed = [name for name, code in codes.items() if code and not args.retry]
+    queue = Queue(args.output, args.cards, args.jobs, args.seconds, failed)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, queue.stop)
     queue.run([job for job in args.only if job.name not in codes or (args.retry and codes[job.name])])

@@ -13,7 +13,8 @@ from typing import Any
 
 READY = "ready"  # what a job says when it has compiled
 WAITING = 4  # jobs that are ready while another is timed: each holds a context on every GPU
-LOCK = Path(tempfile.gettempdir()) / "hybridlm-scaling.lock"  # of who is timed
+# Of who is timed on these GPUs.
+LOCK = Path(tempfile.gettempdir()) / f"hybridlm-timed-{os.environ.get('CUDA_VISIBLE_DEVICES', 'all')}.lock"
 Row = dict[str, Any]
 
 
@@ -23,16 +24,20 @@ def run(
     """What each command, arguments of Python's, says in a line of JSON after `wait`, by name; printed too.
 
     jobs: at a time that compile, into a cache that they share.
+    waiting: jobs that are there while one is timed, that one among them. With 1 it may take the devices'
+        memory at once, as XLA does by itself; else all take it as they need it.
     stages: False: all compile; True: each is timed alone, the others waiting with nothing on the devices
         (those of other runs of this too).
     """
     with tempfile.TemporaryDirectory() as cache:
-        env = {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+        env = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
         env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | env
 
         def job(name: str, timed: bool) -> Row:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            process = subprocess.Popen([sys.executable, *commands[name]], env=env, **pipes)
+            its = env if timed and waiting == 1 else shared
+            process = subprocess.Popen([sys.executable, *commands[name]], env=its, **pipes)
             assert process.stdout
             said = process.stdout.readline()
             if said.strip() == READY and timed:

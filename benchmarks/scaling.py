@@ -157,7 +157,7 @@ def compare(found: Mapping[Key, Row]) -> list[Row]:
     for (mesh, count), measured in found.items():
         if mesh == ALONE:
             continue
-        row = {"mesh": mesh if count > 1 else "one", "devices": count} | measured
+        row = {**measured, "mesh": mesh if count > 1 else "one", "devices": count}
         if "error" not in row:
             row["of_linear"] = row["tokens_per_second"] / (speed * count)
         expected = found.get((ALONE, count), {}).get("losses", ())
@@ -213,7 +213,8 @@ def main() -> None:
     given = args.batch_size, args.steps, args.check
     if args.job:
         mesh, _, count = args.job.rpartition(",")
-        print(json.dumps(run(config, (mesh, int(count)), *given, jobs.wait)), flush=True)
+        found = {"mesh": mesh, "devices": int(count)} | run(config, (mesh, int(count)), *given, jobs.wait)
+        print(json.dumps(found), flush=True)
         return
     devices = [int(count) for count in args.devices.split(",")]
     wanted = keys(devices, args.meshes.split(","), args.check)

@@ -5,9 +5,9 @@
     python -m benchmarks.step_rows --first=340m-kda,1.3b-kda
 
 Rows are measured as by `benchmarks.train_step --backends=auto`: all compiled side by side, then each timed
-alone. --first: instead the first step of these rows, one process after the other, without a cache, with each
-value of train.xla_triton. A line of JSON a row; "groups_ms": of one more step, by kind of kernel. Other
-fields: --config.section.field=value.
+alone, its program found in the cache, so that its first_step_s is none. --first: instead the first step of
+these rows, one process after the other, without a cache, with each value of train.xla_triton. A line of JSON
+a row; "groups_ms": of one more step, by kind of kernel. Other fields: --config.section.field=value.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def row(name: str, steps: int, given: dict[str, str], alone: bool) -> dict[str, 
     return found | {"groups_ms": groups}
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code: 1 if a row has no figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,18 +74,21 @@ def main() -> None:
     given = dict(field.removeprefix("--config.").split("=", 1) for field in rest)
     if args.row:
         print(json.dumps(row(args.row, args.steps, given, args.alone)), flush=True)
-        return
+        return 0
     command = lambda name: ["-m", "benchmarks.step_rows", f"--row={name}", f"--steps={args.steps}", *rest]
     if not args.first:
-        jobs.run({name: command(name) for name in args.rows.split(",")}, args.jobs, (False, True), waiting=2)
-        return
+        commands = {name: command(name) for name in args.rows.split(",")}
+        found = jobs.run(commands, args.jobs, (False, True), waiting=1)
+        return int(any("error" in one for one in found.values()))
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    failed = 0
     for name in args.first.split(","):
         for triton in ("all", "products", "norms", "none"):
             print(json.dumps({"name": name, "train.xla_triton": triton}), flush=True)
             more = ["--alone", f"--config.train.xla_triton={triton}"]
-            subprocess.run([sys.executable, *command(name), *more], env=env, check=False)
+            failed |= subprocess.run([sys.executable, *command(name), *more], env=env, check=False).returncode
+    return int(failed != 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

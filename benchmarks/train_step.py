@@ -26,6 +26,7 @@ Hopper's kernels off, and then all but attention's.
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -72,7 +73,8 @@ def measure(
     with jax.set_mesh(mesh):
         where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None, **lends)
         teacher = _teacher(config, built)
-        drawn = _drawn(built, mesh, beside=steps > 0 and ready is None)
+        beside = steps > 0 and ready is None
+        drawn = _drawn(built, mesh, beside)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
@@ -88,9 +90,14 @@ def measure(
 
             if not config.train.microbatches:
                 config = fit.parted(config, definition, mesh, of, fit.limit())
-            run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
+            takes = "ready" in inspect.signature(fit.step).parameters
+            before = (drawn,) if beside and takes else ()
+            run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower, *before)
         else:
-            run = lower(definition).compile()
+            lowered = lower(definition)
+            if beside:
+                drawn()
+            run = lowered.compile()
         compiled = time.perf_counter() - began
         if not steps:
             return {"compiled_s": compiled}

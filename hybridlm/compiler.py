@@ -3,6 +3,7 @@
 import os
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,9 +44,15 @@ def options(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 def disabled() -> list[str]:
-    """Passes that $XLA_FLAGS leaves out, which an option in a program would bring back."""
-    said = re.findall(rf"--{DISABLED}=(\S+)", os.environ.get("XLA_FLAGS", ""))
-    return said[-1].split(",") if said else []
+    """Passes that $XLA_FLAGS leaves out, which an option in a program would bring back.
+
+    A flag that is repeated adds up. A file that $XLA_FLAGS may name, as XLA has it, is read as well.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):
+        flags = Path(flags).read_text()
+    said = re.findall(rf"--{DISABLED}=(\S+)", flags)
+    return [name for names in said for name in names.strip("'\"").split(",") if name]
 
 
 @cache

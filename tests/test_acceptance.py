@@ -122,6 +122,23 @@ def test_failures_run_again_when_asked(table, tmp_path: Path, capsys):
     assert table(bad, tmp_path, "--list") == 0 and "exit code 0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("first", [stub("first", "raise SystemExit(1)"), stub("first", "", seconds=5000)])
+def test_nothing_begins_without_what_it_needs(first, table, tmp_path: Path, capsys):
+    other, then = stub("other", ""), stub("then", "", after="first")
+    for _ in range(2):  # the second time a failure stands in the lines
+        assert table([first, then, other], tmp_path) == 1
+        assert "then: not begun, first failed, or was not begun" in capsys.readouterr().out
+    assert {row["name"] for row in rows(tmp_path)} - {"first"} == {"other"}
+
+
+def test_a_line_that_was_cut_is_dropped(table, tmp_path: Path):
+    assert table([stub("one", "")], tmp_path) == 0
+    with (tmp_path / "done.jsonl").open("a") as file:
+        file.write('{"name": "two", "r')
+    assert table([stub("one", ""), stub("two", "")], tmp_path) == 0
+    assert [row["name"] for row in rows(tmp_path)] == ["one", "two"]
+
+
 def test_one_that_takes_too_long_has_failed(table, tmp_path: Path):
     assert table([stub("hung", "import time; time.sleep(60)", seconds=0.1)], tmp_path) == 1
     assert rows(tmp_path)[0]["rc"] == -signal.SIGTERM

@@ -1,8 +1,10 @@
 """XLA's options for the step: what asks for them, and where."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -46,7 +48,25 @@ def test_passes_that_the_environment_leaves_out_stay_out(monkeypatch):
     """An option of the program would bring them back."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=a,b --xla_gpu_autotune_level=0")
     assert options(mesh("gpu"), train__xla_triton="none")["xla_disable_hlo_passes"] == f"a,b,{SOFTMAX}"
-    jax.jit(lambda: 0, compiler_options={"xla_disable_hlo_passes": f"a,b,{SOFTMAX}"}).lower().compile()
+
+
+@pytest.mark.parametrize("flags", ["--{0}=fusion", "--{0}=fusion --{0}=x", '--{0}="fusion,x"', "FILE"])
+def test_what_xla_leaves_out_stays_out_of_a_program_with_an_option(flags, tmp_path):
+    """Without its pass "fusion" XLA makes another number of fusions; an option alone brings it back."""
+    (tmp_path / "flags").write_text("--xla_disable_hlo_passes=fusion")
+    flags = str(tmp_path / "flags") if flags == "FILE" else flags.format(compiler.DISABLED)
+    code = """
+import jax, jax.numpy as jnp
+from hybridlm import compiler
+def fusions(*names):
+    options = {compiler.DISABLED: ",".join(names)} if names else {}
+    step = jax.jit(lambda x: jnp.sin(jnp.exp(x) * 2) + jnp.cos(x), compiler_options=options)
+    return step.lower(jnp.ones(8)).compile().as_text().count(" fusion(")
+print(fusions(*compiler.disabled(), "other") == fusions() != fusions("other"))
+"""
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == "True\n"
 
 
 def test_other_words_are_refused():
