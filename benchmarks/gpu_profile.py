@@ -67,15 +67,21 @@ def again(calls: int, run: Callable[[], Any]) -> Any:
     return last
 
 
+def groups(rows: list[tuple[str, int, float]]) -> dict[str, float]:
+    """Milliseconds by group of kernels."""
+    found: dict[str, float] = collections.defaultdict(float)
+    for name, _, ms in rows:
+        found[next(group for group, pattern in GROUPS if re.search(pattern, name.lower()))] += ms
+    return dict(found)
+
+
 def table(rows: list[tuple[str, int, float]], top: int = 25) -> str:
     """The groups' shares, then the ``top`` kernels."""
     total = sum(ms for _, _, ms in rows)
-    groups: dict[str, float] = collections.defaultdict(float)
-    for name, _, ms in rows:
-        groups[next(group for group, pattern in GROUPS if re.search(pattern, name.lower()))] += ms
     lines = [f"{total:9.2f} ms on the GPU"]
     lines += [
-        f"{ms:9.2f} {ms / total:6.1%}  {group}" for group, ms in sorted(groups.items(), key=lambda g: -g[1])
+        f"{ms:9.2f} {ms / total:6.1%}  {group}"
+        for group, ms in sorted(groups(rows).items(), key=lambda g: -g[1])
     ]
     lines += [f"{ms:9.2f} {ms / total:6.1%}  {count:5d} x {name[:90]}" for name, count, ms in rows[:top]]
     return "\n".join(lines)

@@ -8,7 +8,7 @@
 Shapes 0 to 4 take every op; "more" are those of models and of other authors' tables, each for the ops that it
 belongs to: wide and grouped heads, few heads, 131,072 tokens, packed rows, slow gates (-exp(normal - 3), what
 initialisers give) and steep ones (-5 sigmoid(normal)); the last two what training gives a decay per channel:
-float32, with documents of 517 tokens.
+float32, with documents of 517 tokens. "squares" are 0 to 4, "all" is everything.
 
 One process a peer, op and shape: they compile --jobs at a time and then, nothing else running, take turns on
 the GPU. q, k, v bf16, normal; log-decay logsigmoid(normal) per head, max(logsigmoid(normal), -5) per key
@@ -79,7 +79,7 @@ MORE = [  # ops, shape
 SHAPES = [square(*shape) for shape in SQUARES] + [shape for _, shape in MORE]
 TAKES = [OPS] * len(SQUARES) + [tuple(ops.split()) for ops, _ in MORE]  # ops by shape
 INDICES = [str(index) for index in range(len(SHAPES))]
-NAMED = {"squares": INDICES[: len(SQUARES)], "more": INDICES[len(SQUARES) :]}
+NAMED = {"squares": INDICES[: len(SQUARES)], "more": INDICES[len(SQUARES) :], "all": INDICES}
 PEERS = ("ours", "triton", "xla", "jla", "fla", "fla_unchecked", "nvidia")
 TORCH: dict[str, type[Fla]] = {"fla": Fla, "fla_unchecked": FlaUnchecked, "nvidia": Nvidia}
 TUNES = ("fla", "fla_unchecked")  # minutes, each in a process alone
@@ -186,7 +186,8 @@ def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code: 1 if a process ended without a word."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,7 +210,7 @@ def main() -> None:
     if args.role:
         role, op, what, lock = args.role
         work(role, op, what, lock, bool(args.profile), args.compile_seconds)
-        return
+        return 0
     rows: list[dict[str, Any]] = []
     taken = [(op, i) for op in args.ops for i in args.shapes if op in TAKES[int(i)]]
     tasks = [(peer, op, i) for op, i in taken for peer in args.peers]
@@ -229,6 +230,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "kernels.json").write_text(json.dumps(rows, indent=1))
         (args.out / "kernels.md").write_text(text + "\n")
+    return int(any("unfinished" in row for row in rows))
 
 
 def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]) -> list[dict[str, Any]]:
@@ -246,13 +248,13 @@ def start_worker(args: argparse.Namespace, lock: str, task: tuple[str, str, str]
             command, stdout=subprocess.PIPE, text=True, env=environment, check=False, timeout=limit
         )
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        rows = rows or [heading(*task) | {"error": f"exit status {done.returncode}"}]
+        rows = rows or [heading(*task) | {"error": f"exit status {done.returncode}", "unfinished": True}]
     except subprocess.TimeoutExpired:
-        rows = [heading(*task) | {"error": f"not done after {limit:.0f} s"}]
+        rows = [heading(*task) | {"error": f"not done after {limit:.0f} s", "unfinished": True}]
     for row in rows:
         print(json.dumps(row), flush=True)
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,13 +24,9 @@ the stages can be runs of their own. Without GPUs, to see that it works:
 """
 
 import argparse
-import concurrent.futures
-import fcntl
 import gc
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -39,15 +35,13 @@ from typing import Any
 
 import jax
 
+from benchmarks import jobs
 from benchmarks.train_step import measure, random_batch
 from hybridlm import config as configs
 from hybridlm.config import Config
 from hybridlm.run import profile
 
 COLLECTIVES = re.compile(r"all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|nccl", re.I)
-READY = "ready"  # what a job says when it has compiled
-WAITING = 4  # jobs that are ready while another is timed: each holds a context on every GPU
-LOCK = Path(tempfile.gettempdir()) / "hybridlm-scaling.lock"  # of who is timed
 ALONE = "alone"  # one device that accumulates what n train on
 Row = dict[str, Any]
 Key = tuple[str, int]  # a mesh, and its devices
@@ -163,7 +157,7 @@ def compare(found: Mapping[Key, Row]) -> list[Row]:
     for (mesh, count), measured in found.items():
         if mesh == ALONE:
             continue
-        row = {"mesh": mesh if count > 1 else "one", "devices": count} | measured
+        row = {**measured, "mesh": mesh if count > 1 else "one", "devices": count}
         if "error" not in row:
             row["of_linear"] = row["tokens_per_second"] / (speed * count)
         expected = found.get((ALONE, count), {}).get("losses", ())
@@ -174,44 +168,11 @@ def compare(found: Mapping[Key, Row]) -> list[Row]:
     return rows
 
 
-def in_jobs(wanted: Sequence[Key], arguments: Sequence[str], jobs: int, stages: Sequence[bool]) -> list[Row]:
-    """`run` for each key in a process of its own.
-
-    stages: False: all compile, ``jobs`` at a time; True: each is timed alone.
-    """
-    with tempfile.TemporaryDirectory() as cache:
-        env = {"JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
-        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-        def job(key: Key, timed: bool) -> Row:
-            command = [sys.executable, "-m", "benchmarks.scaling", *arguments, f"--job={key[0]},{key[1]}"]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command, env=env, **pipes)
-            assert process.stdout
-            said = process.stdout.readline()
-            if said.strip() == READY and timed:
-                with LOCK.open("w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                    said = process.communicate("go\n")[0]
-            else:
-                process.communicate()
-            if not timed:
-                return {}
-            row = json.loads(said) if said.startswith("{") else {"error": f"ended: {process.returncode}"}
-            print(json.dumps({"mesh": key[0], "devices": key[1]} | row), flush=True)
-            return row
-
-        for timed in stages:
-            with concurrent.futures.ThreadPoolExecutor(min(jobs, WAITING) if timed else jobs) as pool:
-                rows = list(pool.map(lambda key, timed=timed: job(key, timed), wanted))
-    return rows
-
-
-def wait() -> None:
-    """Of a job: says that it has compiled, and ends unless it is to be timed."""
-    print(READY, flush=True)
-    if not sys.stdin.readline():
-        sys.exit()
+def in_jobs(wanted: Sequence[Key], arguments: Sequence[str], count: int, stages: Sequence[bool]) -> list[Row]:
+    """`run` for each key in a process of its own, ``count`` at a time that compile (`jobs.run`)."""
+    command = lambda mesh, devices: ["-m", "benchmarks.scaling", *arguments, f"--job={mesh},{devices}"]
+    found = jobs.run({f"{mesh} {devices}": command(mesh, devices) for mesh, devices in wanted}, count, stages)
+    return list(found.values())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -252,7 +213,8 @@ def main() -> None:
     given = args.batch_size, args.steps, args.check
     if args.job:
         mesh, _, count = args.job.rpartition(",")
-        print(json.dumps(run(config, (mesh, int(count)), *given, wait)), flush=True)
+        found = {"mesh": mesh, "devices": int(count)} | run(config, (mesh, int(count)), *given, jobs.wait)
+        print(json.dumps(found), flush=True)
         return
     devices = [int(count) for count in args.devices.split(",")]
     wanted = keys(devices, args.meshes.split(","), args.check)

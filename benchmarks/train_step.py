@@ -10,8 +10,10 @@ Of a config with stages it is a step of the first of `stages.order`, with its te
 (docs/linearise.md), and with --apart nothing.
 
 Tokens are random and lie in memory, so that data costs nothing. first_step_s is the time from nothing to the
-end of the first step: initialisation, tracing, compilation, one step. peak_gib is what the device's allocator
-held at most. Prints one JSON line a backend, and with --profile the GPU time of one step by kernel.
+end of the first step: tracing, and initialisation beside it, compilation, one step. peak_gib is what the
+device's allocator held at most. Prints one JSON line a backend, and with --profile the GPU time of one step
+by kernel. --steps=0 compiles and runs nothing, so that with JAX_COMPILATION_CACHE_DIR a later call finds
+the program.
 
 --old: this same script with the code of another checkout of the project, unpacked in that folder, and with
 the code here, in turns, each time in a process of its own; a table at the end. A round after the first finds
@@ -24,6 +26,7 @@ Hopper's kernels off, and then all but attention's.
 
 import argparse
 import gc
+import inspect
 import json
 import os
 import subprocess
@@ -31,6 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -46,15 +50,17 @@ def measure(
     batch: dict[str, Any],
     steps: int,
     look: Callable[[Callable], Any] | None = None,
-    ready: Callable[[], Any] = lambda: None,
+    ready: Callable[[], Any] | None = None,
     **lends: Any,
 ) -> dict[str, Any]:
     """Median seconds of ``steps`` steps of ``config`` on ``batch``, and what the first one took.
 
     As in training, a step is read when the next one is queued, so that the device never waits for the host.
 
+    steps: 0 returns the seconds of compilation alone.
     look: given a function that runs one more step.
-    ready: called when the step is compiled, and before anything lies on the devices.
+    ready: called when the step is compiled, and before anything lies on the devices. Without it the first
+        parameters are drawn while the step is traced, as in training.
     lends: ``lent`` of `program.build`, which an older checkout has not.
     """
     import jax
@@ -67,6 +73,8 @@ def measure(
     with jax.set_mesh(mesh):
         where, built = sharding.batch_sharding(mesh), program.build(config, definition, mesh, None, **lends)
         teacher = _teacher(config, built)
+        beside = steps > 0 and ready is None
+        drawn = _drawn(built, mesh, beside)
         rows = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for n, x in batch.items()}
         traced: list[Any] = []  # the last is the one that runs
 
@@ -82,14 +90,21 @@ def measure(
 
             if not config.train.microbatches:
                 config = fit.parted(config, definition, mesh, of, fit.limit())
-            run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower)
+            takes = "ready" in inspect.signature(fit.step).parameters
+            before = (drawn,) if beside and takes else ()
+            run = fit.step(config, definition, mesh, trace if hasattr(fit, "held") else lower, *before)
         else:
-            run = lower(definition).compile()
+            lowered = lower(definition)
+            if beside:
+                drawn()
+            run = lowered.compile()
         compiled = time.perf_counter() - began
-        ready()
+        if not steps:
+            return {"compiled_s": compiled}
+        if ready:
+            ready()
         began = time.perf_counter()
-        state = built.init(jax.random.key(0))
-        on_device = sharding.put_batch(batch, mesh)
+        state, on_device = drawn(), sharding.put_batch(batch, mesh)
         initialised = time.perf_counter() - began
         start = time.perf_counter()
         state, metrics = run(state, on_device, *teacher)
@@ -123,6 +138,22 @@ def measure(
         "loss": losses[-1],
         "losses": losses,
     }
+
+
+def _drawn(built: Any, mesh: Any, beside: bool) -> Callable[[], Any]:
+    """What makes the first state, or waits for it where it is made beside what follows."""
+    import jax
+
+    def draw() -> Any:
+        with jax.set_mesh(mesh):  # which is a thread's own
+            return built.init(jax.random.key(0))
+
+    if not beside:
+        return draw
+    pool = ThreadPoolExecutor(1)
+    made = pool.submit(draw)
+    pool.shutdown(wait=False)
+    return made.result
 
 
 def _teacher(config: "Config", built: Any) -> tuple[Any, ...]:
@@ -184,7 +215,7 @@ def one(args: argparse.Namespace, overrides: dict[str, str]) -> None:
             rows[backend] = measure(config, batch, args.steps, look if args.profile else None, **lends)
         print(json.dumps({"config": args.config, "backend": backend} | rows[backend]), flush=True)
         gc.collect()
-    if len(rows) == 2:
+    if len(rows) == 2 and args.steps:
         (first, a), (second, b) = rows.items()
         print(f"{first} takes {a['step_s'] / b['step_s']:.2f} of {second}'s time")
 
@@ -241,7 +272,7 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--backends", default="auto,xla")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="0 only compiles")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--apart", action="store_true", help="a teacher shares no memory with the student")
     args, rest = parser.parse_known_args()

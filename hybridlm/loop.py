@@ -61,12 +61,12 @@ class Loop:
         if start > self.config.train.steps:  # in a later stage
             return
         if start < self.config.train.steps:
-            self.part(start)
+            for member in self.members:
+                member.check_teacher()
+            self.find_microbatches(start)
         if processes.first():
             self.open(start)
         self.say_determinism()
-        for member in self.members if start < self.config.train.steps else ():
-            member.check_teacher()
         self.teacher = init_from.teacher(self.config, self.program)
         ready = self.beginning(start)
         with ExitStack() as stack:
@@ -228,7 +228,7 @@ class Loop:
                     self.write(step, rates)
                 clock.restart()
 
-    def part(self, start: int) -> None:
+    def find_microbatches(self, start: int) -> None:
         """Finds the number that train.microbatches = 0 stands for, before it is said what runs."""
         if self.config.train.microbatches:
             return

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybridlm import groups, objectives, optimizer, qk_clip, scaled_matmul, sharding, stack
+from hybridlm import compiler, groups, objectives, optimizer, qk_clip, sharding, stack
 from hybridlm import model as lm
 from hybridlm.config import Config
 from hybridlm.objectives import Batch, Sums
@@ -113,7 +113,7 @@ def build(
 
     evaluate = lambda params, batch, *own: objective.evaluate(params, named(*own) | lend(params), batch)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    options = compiler_options(config, mesh)
+    options = compiler.options(config, mesh)
     if rates is not None:
         return together(init, step, evaluate, rates, shapes, taught, options)
     rows, whole = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -154,12 +154,6 @@ def averaged(decay: float, params: Any, state: State) -> dict[str, Any]:
         return {}
     share = optimizer.ema_rate(decay, state["step"])
     return {"ema": optax.incremental_update(params, state["ema"], share)}
-
-
-def compiler_options(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """XLA's options for the training step."""
-    options = sharding.compiler_options(config.mesh, mesh)
-    return options | (scaled_matmul.COMPILER if config.model.matmul == "fp8" else {})
 
 
 def padded(token_bytes: np.ndarray | None, vocab_size: int) -> jax.Array | None:

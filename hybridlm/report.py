@@ -90,6 +90,7 @@ def facts(config: Config, mesh: dict[str, int]) -> dict[str, str]:
     idle = summary["parameters"] != summary["active_parameters"]
     active = f", of which a token touches {summary['active_parameters']:,}" if idle else ""
     parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in memory._asdict().items())
+    parts += "" if train.microbatches else "; of a whole batch, before train.microbatches=0 is found out"
     return {
         "parameters": f"{summary['parameters']:,}" + active,
         "decode state per sequence": quantity(summary["state_bytes"], "B"),

@@ -9,7 +9,8 @@ As scales are powers of two, only q rounds: s x and q / s are exact. The scales 
 
 XLA on a GPU finds the operands' conversion and scale and calls cuBLASLt's 8-bit product, which wants both
 operands with the summed axis last; it rounds and transposes in one kernel with what made the operand, if
-Triton does not take the product first (`COMPILER`). Elsewhere the same numbers come of products in x's dtype.
+Triton does not take the product first (`compiler.NO_PRODUCTS`). Elsewhere the same numbers come of products
+in x's dtype.
 """
 
 import functools
@@ -25,7 +26,6 @@ from hybridlm.sharding import Axes, constrain
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 MULTIPLE = 16  # of each dimension, for cuBLASLt
 SCALE = "fp8_scale"  # name of the scales, which every policy of model.remat keeps
-COMPILER = {"xla_gpu_enable_triton_gemm": False}
 MANTISSA = (1 << 23) - 1  # of a float32
 
 

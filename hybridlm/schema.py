@@ -171,6 +171,9 @@ class Train:
     max_minutes: wall-clock time after which the run saves and leaves, to be resumed; 0: no limit.
     compilation_cache: folder that keeps compiled programs for the next start; "auto": in the user's cache
         folder ($XDG_CACHE_HOME), "": none. $JAX_COMPILATION_CACHE_DIR goes before it.
+    xla_triton: what XLA may make with Triton on a GPU: products of matrices, and norms and softmaxes whole
+        ("norms"); all of it or none. With less the step compiles sooner, and rounds otherwise
+        (docs/first_step.md); with model.matmul=fp8 there are no products of its own in any case.
     profile_steps: the first and the last step (from 1) of a window that JAX's profiler watches: a table of
         where their time went, and the trace, in ``profile/`` of the workdir; (): none.
     """
@@ -183,6 +186,7 @@ class Train:
     max_skipped: Count = 8
     max_minutes: NonNegative = 0.0
     compilation_cache: str = "auto"
+    xla_triton: Literal["all", "products", "norms", "none"] = "all"
     profile_steps: tuple[int, ...] = ()
 
     def check(self) -> None:
@@ -207,7 +211,7 @@ class Mesh:
     data: replicas.  fsdp: parameters and optimiser state sharded.  tensor: heads, MLP and vocabulary sharded.
     context: sequences cut; parameters and optimiser state sharded as by fsdp.
     overlap: on several GPUs, settings of XLA that let more exchanges go on beside computing
-        (`sharding.OVERLAP`): 1% more tokens/s on four GPUs, within the noise (docs/scaling.md).
+        (`compiler.OVERLAP`): 1% more tokens/s on four GPUs, within the noise (docs/scaling.md).
     """
 
     data: Axis = -1

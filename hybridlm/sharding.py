@@ -37,19 +37,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "taps": (),
 }
 
-# Of XLA's compiler, for training steps on several GPUs, where mesh.overlap asks for it. Left to itself it may
-# combine the gradients of all layers into one or two sums at the end of the backward pass, with nothing left
-# to compute beside them; and under a scan it gathers a layer's parameters no earlier than it needs them.
-COMBINED = 64 << 20  # bytes of what is combined: a layer's gradients at d_model 1024 are 46 MB
-OVERLAP: dict[str, Any] = {
-    "xla_gpu_reduce_scatter_combine_threshold_bytes": COMBINED,
-    "xla_gpu_all_reduce_combine_threshold_bytes": COMBINED,
-    "xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON",
-    "xla_gpu_pipeline_reduce_scatter": "COLLECTIVE_PIPELINING_MODE_ON",
-    "xla_gpu_enable_pipelined_all_gather": True,  # jax 0.10's names of the two
-    "xla_gpu_enable_pipelined_reduce_scatter": True,
-}
-
 Axes = Sequence[str | None]
 
 
@@ -84,26 +71,6 @@ def sequences_over(count: int) -> contextlib.AbstractContextManager[Any]:
     if count == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(make_mesh(schema.Mesh(1, 1, 1, count), jax.devices()[:count]))
-
-
-def compiler_options(config: schema.Mesh, mesh: Mesh) -> dict[str, Any]:
-    """XLA's options for a training step on ``mesh``; none on one device, and where it has no GPUs."""
-    on_gpus = mesh.devices.flat[0].platform in ("gpu", "cuda")
-    if not (config.overlap and mesh.size > 1 and on_gpus):
-        return {}
-    return {name: value for name, value in OVERLAP.items() if _known(name, value)}
-
-
-@cache
-def _known(option: str, value: Any) -> bool:
-    """Whether this jaxlib's XLA has the option: names change."""
-    try:
-        jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return False
-    return True
 
 
 @cache

@@ -43,10 +43,13 @@ class Device(NamedTuple):
 
 H100 = Device("gpu", "9.0")
 
-# These are part of the key of JAX's caches: what was traced under one value is not reused under another.
+# These are part of the key of JAX's caches: what was traced under one value is not reused under another. All
+# are made before anything is traced: what was traced without one would be traced, and lowered, once more.
 _auto = jax.make_user_context(("auto",))
 _target = jax.make_user_context(None)
 _recorder = jax.make_user_context(None)
+# Whether the kernel whose body is traced will be interpreted; Pallas's interpreter has not all instructions.
+interpreted = jax.make_user_context(False)
 
 
 class Choice(NamedTuple):

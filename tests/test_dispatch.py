@@ -1,6 +1,7 @@
 """How an op picks a backend: order, reasons, explicit requests, devices that are not here, self-tests."""
 
 import logging
+import subprocess
 import sys
 import types
 
@@ -157,6 +158,25 @@ def test_auto_means_and_compiled_for_reach_functions_jitted_before(kernels):
         assert explain(layer, SHORT["q"])[0].backend == "hopper"
     with pytest.raises(ValueError, match="must be one of"), auto_means("cuda"):
         pass
+
+
+def test_no_context_is_made_after_the_first_trace():
+    """It would be a new part of the key of JAX's caches: what was traced before would be traced, and its
+    kernels lowered, once more."""
+    code = """
+import importlib, pkgutil, jax, pallas_kernels
+
+def late(*args):
+    raise AssertionError("a context is made late")
+
+jax.make_user_context = late
+for one in pkgutil.walk_packages(pallas_kernels.__path__, "pallas_kernels."):
+    try:
+        importlib.import_module(one.name)
+    except (ImportError, AttributeError) as error:  # kernels, on a jax that has not what they need
+        print(error)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(bool(hopper_aot.NO_KERNELS), reason=hopper_aot.NO_KERNELS)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from hybridlm import config as configs
-from hybridlm import fit, model, opening, program, remat, sharding, trainer
+from hybridlm import fit, model, opening, program, remat, report, sharding, trainer
 from hybridlm.errors import ConfigError, RunError
 
 GIB = 2**30
@@ -288,6 +288,16 @@ def test_a_loss_of_whole_batches_is_not_split(chooses):
     given.mlps = {"experts": experts}
     given.train.update(batch_size=16, microbatches=0)
     assert choose(configs.resolve(given), 2**10)[0] == 1
+
+
+def test_a_dry_run_says_that_the_batch_may_be_parted(chooses):
+    config, one = chooses[0], {"data": 1, "fsdp": 1, "tensor": 1}
+    name = "memory per device, estimate"
+    found = [report.facts(config.replace(train__microbatches=n), one)[name] for n in (0, 1)]
+    assert (
+        found[0].removesuffix("; of a whole batch, before train.microbatches=0 is found out)") + ")"
+        == found[1]
+    )
 
 
 def test_microbatches_are_chosen_with_auto_only():

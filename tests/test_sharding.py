@@ -1,5 +1,4 @@
 import logging
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -124,19 +123,6 @@ def test_kernels_gradients_are_added_up_over_devices_in_float32(eight, axis):
     """Each device's part of the sum leaves its product unrounded."""
     assert eight["product"][axis]["dots"]["16x8"] == "f32"
     assert eight["product"][axis]["error"] < 2**-7
-
-
-def test_the_compilers_options_are_for_several_gpus():
-    def mesh(platform, size):
-        devices = np.array([SimpleNamespace(platform=platform)] * size)
-        return SimpleNamespace(size=size, devices=devices)
-
-    options = sharding.compiler_options(schema.Mesh(overlap=True), mesh("gpu", 2))
-    assert options["xla_gpu_reduce_scatter_combine_threshold_bytes"] == sharding.COMBINED
-    assert sum("pipeline" in name for name in options) == 2  # by one of the names that they have had
-    for config, where in [(schema.Mesh(), ("gpu", 2)), (schema.Mesh(overlap=True), ("gpu", 1)),
-                          (schema.Mesh(overlap=True), ("cpu", 2))]:  # fmt: skip
-        assert sharding.compiler_options(config, mesh(*where)) == {}
 
 
 def test_the_loss_gathers_the_head_once(eight):

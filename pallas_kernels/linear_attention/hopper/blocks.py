@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 
 from pallas_kernels import compilation
+from pallas_kernels.dispatch import interpreted
 from pallas_kernels.linear_attention.call import L2NORM_EPS, varying
 
 C = 64  # tokens in a chunk: one warpgroup tile
@@ -36,10 +37,6 @@ READ_K, READ_Q, WRITE, CARRY, SUM, NORM_K, NORM_Q, BETA = range(8)
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)  # one number per row of a tile
 COLS = WGMMA.reduce(0)  # one number per column
-
-
-# Whether the kernel whose body is traced will be interpreted; Pallas's interpreter has not all instructions.
-interpreted = jax.make_user_context(False)
 
 
 def kernel(body: Callable, *, name: str, interpret: Any, **options: Any) -> Callable:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dispatch import interpreted
 from pallas_kernels.linear_attention.hopper import blocks
 from pallas_kernels.linear_attention.hopper.blocks import C
 
@@ -131,7 +132,7 @@ def any_row(x: jax.Array) -> jax.Array:
     No exchange between threads: each has its own row. Were the rows equal but for rounding, so would be
     the result of two runs.
     """
-    if blocks.interpreted.value:
+    if interpreted.value:
         return x[0]
 
     @plgpu.inline_mgpu(

@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, WGMMA, C, interpreted
+from pallas_kernels.dispatch import interpreted
+from pallas_kernels.linear_attention.hopper.blocks import BF16, F32, WGMMA, C
 
 ROWS = 16  # of a warp, and the size of its blocks
 F16 = jnp.float16
