@@ -74,6 +74,7 @@ def test_other_words_are_refused():
         configs.resolve(tiny.config("unused", train__xla_triton="some"))
 
 
+@pytest.mark.aot
 def test_a_step_without_triton():
     """Compiled for an H100: norms and softmaxes are kernels of Triton's with "all" only."""
     try:
